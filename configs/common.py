@@ -1,0 +1,190 @@
+"""Every config key of every task, with its default and its meaning.
+
+A task's table is the whole schema: `run.py` refuses any key that is not in it. The builders return the full locked
+ConfigDict; a config file starts from one of them and changes what it needs.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import ml_collections
+
+from configs.schema import ConfigError, Key, build, did_you_mean
+
+RUN_KEYS = (
+    Key("seed", 0, "seed of everything random in the run", low=0),
+    Key("workdir", "", "where results go; '' = runs/<config>[-<variant>]; the flag --workdir sets it too"),
+    Key(
+        "distributed",
+        "off",
+        "join a multi-process run first: 'auto' asks the cluster, 'explicit' reads JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+        choices=("off", "auto", "explicit"),
+    ),
+)
+
+
+def video_keys(group: str) -> tuple[Key, ...]:
+    """The keys that say how a clip becomes frames and pixels, under `group` ("video" in SFT, "frames" in inference)."""
+    return (
+        Key(f"{group}.num_frames", 32, "at most this many frames of a clip", low=2),
+        Key(f"{group}.fps", 0.0, "frames per second to sample at; 0 = use num_frames alone", low=0),
+        Key(
+            f"{group}.resize_rule",
+            "per_frame",
+            "what the pixel budget bounds: each frame (the paper's training), or the whole clip (HF video processor)",
+            choices=("per_frame", "total", "qwen_vl_utils"),
+        ),
+        Key(f"{group}.min_pixels", 784, "lower pixel budget, an area", low=1),
+        Key(f"{group}.max_pixels", 50176, "upper pixel budget, an area (50176 = 224 x 224)", low=1),
+        Key(f"{group}.outer_markers", False, "keep a vision_start/vision_end pair around a whole clip, as HF 5.x does"),
+        Key(
+            f"{group}.position_rule",
+            "release",
+            "Qwen2.5-VL temporal positions: as released, or as transformers 5.17 or 5.23 computes them",
+            choices=("release", "hf517", "hf523"),
+        ),
+        Key(f"{group}.decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0),
+        Key(
+            f"{group}.sampling",
+            "uniform",
+            "which frames: evenly spaced over the clip, or the rule of the named processor (needs fps)",
+            choices=("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils"),
+        ),
+    )
+
+
+SFT_KEYS = (
+    Key("task", "sft", "which task the config is for", choices=("sft",)),
+    *RUN_KEYS,
+    Key("model.path", "", "Hugging Face folder of the base model: config.json, tokenizer.json, *.safetensors"),
+    Key("model.dtype", "bfloat16", "dtype of weights and activations", choices=("bfloat16", "float32")),
+    Key(
+        "model.attention",
+        "auto",
+        "attention backend; 'auto' picks for the device",
+        choices=("auto", "xla", "cudnn", "splash"),
+    ),
+    Key("model.remat", "full", "decoder activations: keep them, or recompute in backward", choices=("none", "full")),
+    Key("mesh.data", -1, "devices along the data axis; -1 = all that are left", low=-1),
+    Key("mesh.fsdp", 1, "devices along the axis that shards parameters", low=1),
+    Key("mesh.tensor", 1, "devices along the tensor-parallel axis", low=1),
+    *video_keys("video"),
+    Key("data.path", "", "training records: a JSON list or a JSONL file"),
+    Key("data.root", "", "folder that the records' media paths are relative to"),
+    Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16),
+    Key("data.workers", 0, "Grain worker processes; 0 = read in the main process", low=0),
+    Key("data.max_quarantine_rate", 0.01, "the run stops once a larger share of the records is unusable", low=0),
+    Key(
+        "data.length_buckets",
+        (256, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192),
+        "padded sequence lengths; one compiled step each",
+    ),
+    Key(
+        "data.sample",
+        "",
+        "'tiny' = first write a self-contained sample world and a tiny model into the workdir, and use them",
+        choices=("", "tiny"),
+    ),
+    Key("prompt.system", "", "system prompt for records that bring none; '' = none"),
+    Key("prompt.system_file", "", "file to read that prompt from instead"),
+    Key("lora.rank", 128, "rank of the adapter", low=1),
+    Key("lora.alpha", 256.0, "the adapter is scaled by alpha / rank", low=0),
+    Key("lora.targets", ("q_proj", "k_proj", "v_proj", "o_proj"), "decoder projections that get an adapter"),
+    Key("optim.lr", 2e-5, "peak learning rate", low=0),
+    Key("optim.warmup_ratio", 0.01, "share of the steps spent on linear warm-up", low=0),
+    Key("optim.schedule", "cosine", "what follows the warm-up", choices=("cosine", "constant")),
+    Key("optim.b1", 0.9, "Adam: decay of the first moment", low=0),
+    Key("optim.b2", 0.999, "Adam: decay of the second moment", low=0),
+    Key("optim.eps", 1e-8, "Adam: added to the denominator", low=0),
+    Key("optim.weight_decay", 0.0, "decoupled weight decay", low=0),
+    Key("optim.clip_norm", 1.0, "global gradient norm is clipped to this", low=0),
+    Key("train.batch_size", 8, "examples per step, over all devices", low=1),
+    Key("train.steps", 30000, "optimiser steps", low=1),
+    Key("train.log_every", 10, "steps between log lines", low=1),
+    Key("train.checkpoint_every", 500, "steps between checkpoints", low=1),
+    Key("train.keep_checkpoints", 3, "newest checkpoints kept", low=1),
+    Key("train.resume", True, "go on from the newest checkpoint of the workdir, if there is one"),
+    Key("train.loss_chunk", 1024, "supervised positions whose logits exist at a time", low=1),
+)
+
+INFER_KEYS = (
+    Key("task", "infer", "which task the config is for", choices=("infer",)),
+    *RUN_KEYS,
+    Key("model", "", "Hugging Face folder of the model"),
+    Key("video", "", "video file to ask about; '' = none"),
+    Key("image", "", "image file to ask about; '' = none"),
+    Key("question", "", "what to ask"),
+    Key("system_file", "", "file with a system prompt; '' = none"),
+    Key("max_new_tokens", 256, "longest answer, in tokens", low=1),
+    Key("temperature", 0.0, "0 = greedy", low=0),
+    Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
+    Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", low=0),
+    Key("dtype", "bfloat16", "dtype of weights and activations", choices=("bfloat16", "float32")),
+    Key(
+        "attention",
+        "auto",
+        "attention backend; 'auto' picks for the device",
+        choices=("auto", "xla", "cudnn", "splash"),
+    ),
+    *video_keys("frames"),
+)
+
+VERIFY_KEYS = (
+    Key("task", "verify", "which task the config is for", choices=("verify",)),
+    *RUN_KEYS,
+    Key("model", "", "Hugging Face folder of the model; '' = the model folders inside golden"),
+    Key("golden", "", "recorded reference: one model's folder, a root of several, or a processor folder"),
+    Key("case", "", "check only this case; '' = all"),
+    Key(
+        "position_rule",
+        "auto",
+        "Qwen2.5-VL temporal positions; 'auto' = what the recording says",
+        choices=("auto", "release", "hf517", "hf523"),
+    ),
+    Key(
+        "attention",
+        "xla",
+        "attention backend",
+        choices=("auto", "xla", "cudnn", "splash"),
+    ),
+    Key("tol.patches", 1e-6, "largest absolute error of the pixel patches", low=0),
+    Key("tol.vision", 2e-5, "largest absolute error of the vision tensors", low=0),
+    Key("tol.hidden", 2e-4, "largest absolute error of the decoder's hidden states", low=0),
+    Key("tol.logits", 1e-4, "largest absolute error of the logits", low=0),
+    Key("tol.loss", 1e-5, "largest absolute error of the loss", low=0),
+    Key("tol.grad_rel", 1e-3, "largest relative error of a gradient's norm", low=0),
+)
+
+# task -> (its keys, the module whose run(config, workdir) does it, one line for --help)
+TASKS = MappingProxyType(
+    {
+        "sft": (SFT_KEYS, "mllm4d_jax.train.sft", "supervised fine-tuning with LoRA on video question-answer records"),
+        "infer": (INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
+        "verify": (VERIFY_KEYS, "mllm4d_jax.eval.verify", "compare a checkpoint's numbers with a recorded reference"),
+    }
+)
+
+
+def task_keys(task: object) -> tuple[Key, ...]:
+    """The key table of a task. Raises ConfigError naming the nearest task for a name that is none."""
+    if task not in TASKS:
+        hint = did_you_mean(task, TASKS) if isinstance(task, str) else ""
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}, not {task!r}{hint}")
+    return TASKS[task][0]
+
+
+def sft() -> ml_collections.ConfigDict:
+    """Defaults of supervised fine-tuning: the paper's Qwen3-VL-8B run."""
+    return build(SFT_KEYS)
+
+
+def infer() -> ml_collections.ConfigDict:
+    """Defaults of answering one question."""
+    return build(INFER_KEYS)
+
+
+def verify() -> ml_collections.ConfigDict:
+    """Defaults of the comparison with a recorded reference (always float32)."""
+    return build(VERIFY_KEYS)

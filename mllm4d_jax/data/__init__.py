@@ -1,0 +1,1 @@
+"""Record files on disk -> a deterministic, resumable stream of batches."""

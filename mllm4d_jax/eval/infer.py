@@ -1,0 +1,157 @@
+"""The `infer` task: ask one question about one video or image."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.processing.batch import ModelInputs, collate
+from mllm4d_jax.processing.config import ProcessorConfig
+from mllm4d_jax.processing.encode import Encoder, Example, Record, VideoOptions
+from mllm4d_jax.processing.prompts import resolve_system_prompt
+from mllm4d_jax.processing.tokenizer import Tokenizer
+from mllm4d_jax.rl.sampler import SamplingOptions, row_lengths, stream
+
+_CHUNK = 16  # tokens between two looks at the answer
+_LENGTH_MULTIPLE = 128  # prompts are padded to this, so that similar prompts share one compiled program
+
+
+class InferError(ValueError):
+    """The request cannot be answered as it stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What `ask` returns.
+
+    Attributes:
+      text: the answer without its end token.
+      tokens: number of generated tokens, the end token included; finished: whether there was one.
+      prompt_tokens, visual_tokens: length of the prompt and how much of it is image or video.
+      prefill_seconds, decode_seconds: wall time, compilation included in the first call of a shape.
+      tokens_per_second: generated tokens after the first chunk per second of their decoding (the first chunk compiles);
+        over everything when the answer fits in one chunk.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+    prompt_tokens: int
+    visual_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+def build_record(question: str, *, video: str = "", image: str = "", system: str | None = None) -> Record:
+    """One user turn: the media, then the question."""
+    if not question.strip():
+        raise InferError('config.question is empty: give one with --config.question="..."')
+    parts = [{"type": kind, "path": os.path.abspath(p)} for kind, p in (("video", video), ("image", image)) if p]
+    if not parts:
+        raise InferError("nothing to look at: give --config.video=FILE or --config.image=FILE")
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return Record(key="question", messages=tuple(messages))
+
+
+def prompt_inputs(model: QwenVL, example: Example) -> ModelInputs:
+    """One example as a batch of one, left-padded to a multiple of 128 tokens."""
+    config = model.config
+    return collate(
+        [example],
+        vision_geometry(config),
+        visual_token_ids=(config.image_token_id, config.video_token_id),
+        length=math.ceil(len(example.tokens) / _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE,
+        pad_side="left",
+    )
+
+
+def ask(
+    model: QwenVL, tokenizer: Tokenizer, example: Example, *, max_new_tokens: int, options: SamplingOptions, seed: int
+) -> Answer:
+    """Generates the answer to an encoded prompt.
+
+    Args:
+      example: encoded with a generation prompt.
+      options: its end tokens decide when the answer is complete.
+    """
+    inputs = prompt_inputs(model, example)
+    started = time.monotonic()
+    marks: list[tuple[int, float]] = []
+    for state in stream(model, inputs, max_new_tokens=max_new_tokens, options=options, seed=seed, chunk=_CHUNK):
+        jax.block_until_ready(state.logits)
+        marks.append((int(state.step), time.monotonic()))
+        tokens = np.asarray(state.tokens)[:, : marks[-1][0]]
+    length = int(row_lengths(tokens, options.eos_ids)[0])
+    ids = tokens[0, :length].tolist()
+    finished = bool(ids) and ids[-1] in options.eos_ids
+    return Answer(
+        text=tokenizer.decode(ids[:-1] if finished else ids),
+        tokens=length,
+        finished=finished,
+        prompt_tokens=len(example.tokens),
+        visual_tokens=int((inputs.vision_index >= 0).sum()),
+        prefill_seconds=marks[0][1] - started,
+        decode_seconds=marks[-1][1] - marks[0][1],
+        tokens_per_second=_rate(marks),
+    )
+
+
+def _rate(marks: list[tuple[int, float]]) -> float:
+    """Tokens per second between the end of the first chunk and the last mark; see `Answer`."""
+    first = 1 if len(marks) > 2 else 0
+    tokens, seconds = marks[-1][0] - marks[first][0], marks[-1][1] - marks[first][1]
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Entry point of the task: prints the answer on stdout and the figures on stderr.
+
+    Raises:
+      InferError, RecordError, ProcessorError, CheckpointError: what is missing or unusable.
+    """
+    del workdir
+    if not config.model:
+        raise InferError("config.model is empty: give a folder in Hugging Face format with --config.model=DIR")
+    system = resolve_system_prompt(file=config.system_file)
+    record = build_record(config.question, video=config.video, image=config.image, system=system)
+    folder = pathlib.Path(config.model)
+    tokenizer = Tokenizer.from_folder(folder)
+    options = VideoOptions.from_mapping(config.frames)
+    with Encoder(ProcessorConfig.from_folder(folder), tokenizer, options) as encoder:
+        example = encoder.encode(record, add_generation_prompt=True)
+    started = time.monotonic()
+    model = load_model(folder, dtype=jnp.dtype(config.dtype), attention=config.attention)
+    loaded = time.monotonic() - started
+    sampling = SamplingOptions(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        eos_ids=tokenizer.eos_ids,
+        forbidden_ids=tokenizer.vision_ids,
+    )
+    answer = ask(model, tokenizer, example, max_new_tokens=config.max_new_tokens, options=sampling, seed=config.seed)
+    print(answer.text, flush=True)
+    grids = ", ".join(f"{g.modality} {g.t}x{g.h}x{g.w}" for g in example.grids)
+    ending = "" if answer.finished else f" (stopped at max_new_tokens = {config.max_new_tokens})"
+    print(
+        f"prompt tokens {answer.prompt_tokens} ({answer.visual_tokens} visual; patch grids {grids}), "
+        f"generated {answer.tokens}{ending}\n"
+        f"{answer.tokens_per_second:.2f} tokens/s; load {loaded:.1f} s, prefill {answer.prefill_seconds:.1f} s, "
+        f"decode {answer.decode_seconds:.1f} s (first calls include compilation); attention {model.backend}",
+        file=sys.stderr,
+    )
+    return 0

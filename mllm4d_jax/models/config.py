@@ -1,0 +1,345 @@
+"""Model configurations: an HF `config.json` read into frozen dataclasses, every published spelling accepted.
+
+The only job of this file is to turn the dictionary of a checkpoint folder into numbers the modules use, and to
+refuse what the modules would compute wrongly. Two generations of spellings are in circulation (the files the
+checkpoints were released with and the ones `transformers` 5 writes); both are read, none is guessed: a missing
+`rope_theta` is an error, because library defaults differ from the released models by a factor of ten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = {
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+}
+
+
+class ConfigError(ValueError):
+    """A model configuration that this port cannot run exactly. The message names the key and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding of the text decoder.
+
+    Attributes:
+      theta: base of the inverse frequencies.
+      sections: number of frequencies taken from the (T, H, W) position rows; sums to `head_dim / 2`.
+      interleaved: True for Qwen3-VL (T,H,W,T,H,W,...), False for Qwen2.5-VL (contiguous runs).
+      yarn: None, or the YaRN parameters as a sorted tuple of (key, value).
+    """
+
+    theta: float
+    sections: tuple[int, int, int]
+    interleaved: bool
+    yarn: tuple[tuple[str, float], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Sparse feed-forward layers (Qwen3-VL-MoE)."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    sparse_layers: tuple[bool, ...]  # one flag a decoder layer
+    aux_loss_coef: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Text decoder. Sizes as in the HF keys of the same meaning."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    qk_norm: bool  # Qwen3: RMSNorm of q and k per head
+    qkv_bias: bool
+    o_bias: bool
+    max_positions: int
+    moe: MoEConfig | None = None
+
+    def sparse(self, layer: int) -> bool:
+        return self.moe is not None and self.moe.sparse_layers[layer]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower.
+
+    Attributes:
+      position_side: side of the learned position table (0: none, Qwen2.5-VL).
+      deepstack: indices of the blocks whose output is tapped (empty for Qwen2.5-VL).
+      window: side of an attention window in patches (0: none); `full_blocks` then attend within the frame.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    hidden_act: str
+    position_side: int = 0
+    deepstack: tuple[int, ...] = ()
+    window: int = 0
+    full_blocks: tuple[int, ...] = ()
+    tokens_per_second: float = 0.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A whole vision-language model.
+
+    `tied` is True, False, or None when the file does not say; the checkpoint's own tensors then decide.
+    """
+
+    model_type: str
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    tied: bool | None
+    dtype: str
+    source: str  # the config.json content, kept verbatim for saving
+
+    @property
+    def family(self) -> str:
+        """`qwen3_vl` (dense and MoE) or `qwen2_5_vl`: the prompt, position and vision rules."""
+        return FAMILIES[self.model_type]
+
+    @classmethod
+    def from_folder(cls, folder: str | pathlib.Path) -> ModelConfig:
+        """Reads `folder/config.json`.
+
+        Raises:
+          ConfigError: the file is absent, not JSON, or describes something this port does not run.
+        """
+        path = pathlib.Path(folder) / "config.json"
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist: point the model path at a folder in Hugging Face format")
+        try:
+            raw = json.loads(path.read_text())
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{path} is not valid JSON: {e}") from e
+        return cls.from_dict(raw, where=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """Builds a configuration from the parsed content of a `config.json`.
+
+        Raises:
+          ConfigError: unknown `model_type`, missing key, or an option that is not supported.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in FAMILIES:
+            raise ConfigError(f"{where}: model_type {model_type!r} is not supported (known: {', '.join(FAMILIES)})")
+        vision_raw = raw.get("vision_config")
+        if not isinstance(vision_raw, Mapping):
+            raise ConfigError(f"{where}: 'vision_config' is missing")
+        # Qwen2.5-VL was released flat; transformers 5 nests the text keys on re-saving.
+        text_raw = raw.get("text_config", raw if model_type == "qwen2_5_vl" else None)
+        if not isinstance(text_raw, Mapping):
+            raise ConfigError(f"{where}: 'text_config' is missing")
+        reader = _Reader(text_raw, f"{where}: text_config" if "text_config" in raw else where)
+        text = _read_text(reader, model_type)
+        vision = _read_vision(_Reader(vision_raw, f"{where}: vision_config"), model_type)
+        if vision.out_hidden_size != text.hidden_size:
+            raise ConfigError(
+                f"{where}: vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size "
+                f"{text.hidden_size}"
+            )
+        top = _Reader(raw, where)
+        tied = raw.get("tie_word_embeddings")
+        return cls(
+            model_type=model_type,
+            text=text,
+            vision=vision,
+            image_token_id=top.int("image_token_id"),
+            video_token_id=top.int("video_token_id"),
+            vision_start_token_id=top.int("vision_start_token_id"),
+            vision_end_token_id=top.int("vision_end_token_id"),
+            tied=None if tied is None else bool(tied),
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text_raw.get("dtype") or "bfloat16"),
+            source=json.dumps(raw),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads keys of one dictionary with errors that name the place."""
+
+    raw: Mapping[str, Any]
+    where: str
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        for name in names:
+            if self.raw.get(name) is not None:
+                return self.raw[name]
+        if default is None:
+            raise ConfigError(f"{self.where}: key {' / '.join(map(repr, names))} is missing")
+        return default
+
+    def int(self, *names: str, default: int | None = None) -> int:
+        value = self.get(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{self.where}: key {names[0]!r} must be an integer, got {value!r}")
+        return value
+
+    def require(self, name: str, allowed: tuple, default: Any) -> Any:
+        value = self.raw.get(name, default)
+        if value not in allowed:
+            raise ConfigError(f"{self.where}: {name} = {value!r} is not supported (supported: {list(allowed)})")
+        return value
+
+
+def _read_rope(r: _Reader, head_dim: int, interleaved: bool) -> RopeConfig:
+    scaling = r.raw.get("rope_parameters") or r.raw.get("rope_scaling") or {}
+    theta = r.raw.get("rope_theta", scaling.get("rope_theta"))
+    if theta is None:
+        raise ConfigError(
+            f"{r.where}: rope_theta is absent (neither 'rope_theta' nor 'rope_parameters.rope_theta'); add the value "
+            "the model was trained with: released Qwen3-VL uses 5000000, Qwen2.5-VL 1000000"
+        )
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    sections = scaling.get("mrope_section")
+    if sections is None:
+        raise ConfigError(f"{r.where}: mrope_section is missing from rope_scaling / rope_parameters")
+    sections = tuple(int(s) for s in sections)
+    if len(sections) != 3 or sum(sections) != head_dim // 2:
+        raise ConfigError(
+            f"{r.where}: mrope_section {list(sections)} must be 3 numbers summing to head_dim/2 = {head_dim // 2}"
+        )
+    if bool(scaling.get("mrope_interleaved", interleaved)) != interleaved:
+        raise ConfigError(f"{r.where}: mrope_interleaved = {not interleaved} is not supported for this family")
+    yarn = None
+    if kind == "yarn":
+        known = (
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+        )
+        yarn = tuple(sorted((k, float(scaling[k])) for k in known if scaling.get(k) is not None))
+        if scaling.get("truncate") is False:
+            raise ConfigError(f"{r.where}: YaRN with truncate = false is not supported")
+        if "factor" not in dict(yarn):
+            raise ConfigError(f"{r.where}: rope_type 'yarn' needs the key 'factor'")
+    elif kind not in ("default", "mrope"):
+        raise ConfigError(f"{r.where}: rope_type {kind!r} is not supported (supported: default, mrope, yarn)")
+    return RopeConfig(theta=float(theta), sections=sections, interleaved=interleaved, yarn=yarn)
+
+
+def _read_moe(r: _Reader, num_layers: int) -> MoEConfig:
+    mlp_only = set(r.raw.get("mlp_only_layers") or ())
+    step = r.int("decoder_sparse_step", default=1)
+    return MoEConfig(
+        num_experts=r.int("num_experts", "num_local_experts"),
+        top_k=r.int("num_experts_per_tok"),
+        intermediate_size=r.int("moe_intermediate_size"),
+        sparse_layers=tuple(i not in mlp_only and (i + 1) % step == 0 for i in range(num_layers)),
+        aux_loss_coef=float(r.raw.get("router_aux_loss_coef", 0.001)),
+    )
+
+
+def _read_text(r: _Reader, model_type: str) -> TextConfig:
+    r.require("hidden_act", ("silu",), "silu")
+    hidden, heads = r.int("hidden_size"), r.int("num_attention_heads")
+    qwen3 = FAMILIES[model_type] == "qwen3_vl"
+    if r.raw.get("use_sliding_window"):
+        raise ConfigError(f"{r.where}: use_sliding_window = true is not supported")
+    head_dim = r.int("head_dim", default=hidden // heads)
+    num_layers = r.int("num_hidden_layers")
+    kv_heads = r.int("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise ConfigError(f"{r.where}: {heads} heads are not a multiple of {kv_heads} key/value heads")
+    attention_bias = bool(r.raw.get("attention_bias", False))
+    return TextConfig(
+        vocab_size=r.int("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=r.int("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(r.get("rms_norm_eps", default=1e-6)),
+        rope=_read_rope(r, head_dim, interleaved=qwen3),
+        qk_norm=qwen3,
+        qkv_bias=attention_bias if qwen3 else True,
+        o_bias=attention_bias if qwen3 else False,
+        max_positions=r.int("max_position_embeddings", default=262144 if qwen3 else 128000),
+        moe=_read_moe(r, num_layers) if model_type == "qwen3_vl_moe" else None,
+    )
+
+
+def _read_vision(r: _Reader, model_type: str) -> VisionConfig:
+    qwen3 = FAMILIES[model_type] == "qwen3_vl"
+    common = dict(
+        depth=r.int("depth"),
+        hidden_size=r.int("hidden_size"),
+        intermediate_size=r.int("intermediate_size"),
+        num_heads=r.int("num_heads"),
+        out_hidden_size=r.int("out_hidden_size"),
+        in_channels=r.int("in_channels", "in_chans", default=3),
+        patch_size=r.int("patch_size", default=16 if qwen3 else 14),
+        temporal_patch_size=r.int("temporal_patch_size", default=2),
+        merge_size=r.int("spatial_merge_size", default=2),
+    )
+    if common["hidden_size"] % (4 * common["num_heads"]):
+        raise ConfigError(
+            f"{r.where}: the head width {common['hidden_size']}/{common['num_heads']} must be a multiple of 4"
+        )
+    theta = (r.raw.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    if theta != 10000.0:
+        raise ConfigError(f"{r.where}: a vision rope_theta of {theta} is not supported (every release uses 10000)")
+    if not qwen3:
+        full = tuple(r.get("fullatt_block_indexes"))
+        return VisionConfig(
+            **common,
+            hidden_act=r.require("hidden_act", ("silu",), "silu"),
+            window=r.int("window_size"),
+            full_blocks=full,
+            tokens_per_second=float(r.get("tokens_per_second", default=4)),
+        )
+    positions = r.int("num_position_embeddings")
+    side = round(positions**0.5)
+    if side * side != positions:
+        raise ConfigError(f"{r.where}: num_position_embeddings {positions} is not a square")
+    deepstack = tuple(r.get("deepstack_visual_indexes"))
+    if any(not 0 <= i < common["depth"] for i in deepstack) or len(set(deepstack)) != len(deepstack):
+        raise ConfigError(f"{r.where}: deepstack_visual_indexes {list(deepstack)} must be distinct block indices")
+    return VisionConfig(
+        **common,
+        hidden_act=r.require("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
+        position_side=side,
+        deepstack=deepstack,
+    )

@@ -1,0 +1,165 @@
+"""Names and layouts: which checkpoint tensors make each parameter of the model, for every family.
+
+One table per family maps module paths to Hugging Face module names; the leaf kinds below say how a tensor's layout
+changes. Loading and saving both read these tables, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mllm4d_jax.models.config import ModelConfig
+from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.text import run_lengths
+
+_QWEN3_VISION = {
+    "patch_embed": "patch_embed.proj",
+    "pos_embed": "pos_embed",
+    "blocks.norm1": "blocks.{i}.norm1",
+    "blocks.norm2": "blocks.{i}.norm2",
+    "blocks.qkv": "blocks.{i}.attn.qkv",
+    "blocks.proj": "blocks.{i}.attn.proj",
+    "blocks.mlp.fc1": "blocks.{i}.mlp.linear_fc1",
+    "blocks.mlp.fc2": "blocks.{i}.mlp.linear_fc2",
+    "merger.norm": "merger.norm",
+    "merger.mlp.fc1": "merger.linear_fc1",
+    "merger.mlp.fc2": "merger.linear_fc2",
+    "deepstack_mergers.{j}.norm": "deepstack_merger_list.{j}.norm",
+    "deepstack_mergers.{j}.mlp.fc1": "deepstack_merger_list.{j}.linear_fc1",
+    "deepstack_mergers.{j}.mlp.fc2": "deepstack_merger_list.{j}.linear_fc2",
+}
+_QWEN2_5_VISION = {
+    "patch_embed": "patch_embed.proj",
+    "blocks.norm1": "blocks.{i}.norm1",
+    "blocks.norm2": "blocks.{i}.norm2",
+    "blocks.qkv": "blocks.{i}.attn.qkv",
+    "blocks.proj": "blocks.{i}.attn.proj",
+    "blocks.mlp.gate_proj": "blocks.{i}.mlp.gate_proj",
+    "blocks.mlp.up_proj": "blocks.{i}.mlp.up_proj",
+    "blocks.mlp.down_proj": "blocks.{i}.mlp.down_proj",
+    "merger.norm": "merger.ln_q",
+    "merger.mlp.fc1": "merger.mlp.0",
+    "merger.mlp.fc2": "merger.mlp.2",
+}
+_TEXT = {
+    "embed": "embed_tokens",
+    "norm": "norm",
+    "stacks.{j}.input_norm": "layers.{i}.input_layernorm",
+    "stacks.{j}.post_norm": "layers.{i}.post_attention_layernorm",
+    **{f"stacks.{{j}}.attn.{p}": f"layers.{{i}}.self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{f"stacks.{{j}}.attn.{p}": f"layers.{{i}}.self_attn.{p}" for p in ("q_norm", "k_norm")},
+    **{f"stacks.{{j}}.mlp.{p}": f"layers.{{i}}.mlp.{p}" for p in ("gate_proj", "up_proj", "down_proj")},
+    "stacks.{j}.mlp.router": "layers.{i}.mlp.gate",
+    "stacks.{j}.mlp.gate_up": "layers.{i}.mlp.experts.gate_up_proj",
+    "stacks.{j}.mlp.down": "layers.{i}.mlp.experts.down_proj",
+}
+_PREFIX = {
+    "qwen3_vl": {"vision": "model.visual.", "text": "model.language_model."},
+    "qwen2_5_vl": {"vision": "visual.", "text": "model."},
+}
+# How the published layout of one tensor becomes ours.
+COPY, TRANSPOSE, CONV, EXPERTS = "copy", "transpose", "conv", "experts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of the model and the checkpoint tensors it is made of.
+
+    Attributes:
+      path: NNX path of the parameter.
+      shape: its shape, with a leading layer dimension if `stacked`.
+      axes: its logical axes.
+      names: checkpoint tensors, one per layer if `stacked`, else one.
+      published: shape of each of those tensors in the published layout.
+      layout: COPY, TRANSPOSE ([out,in] -> [in,out]), CONV ([D,C,tp,p,p] -> [C*tp*p*p, D]) or EXPERTS (published as
+        ours; files written by transformers 5 hold the last two dimensions swapped).
+    """
+
+    path: tuple
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    names: tuple[str, ...]
+    published: tuple[int, ...]
+    layout: str
+    stacked: bool
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """One checkpoint tensor in the published layout to one layer of the parameter (a view where possible)."""
+        if self.layout == TRANSPOSE:
+            return tensor.T
+        if self.layout == CONV:
+            return tensor.reshape(tensor.shape[0], -1).T
+        return tensor
+
+    def to_published(self, array: np.ndarray) -> np.ndarray:
+        """Inverse of `to_ours`, contiguous."""
+        if self.layout in (TRANSPOSE, CONV):
+            array = array.T
+        return np.ascontiguousarray(array).reshape(self.published)
+
+
+def abstract_model(config: ModelConfig, **kwargs) -> QwenVL:
+    """The module tree with shapes instead of arrays. `kwargs` go to `QwenVL`."""
+    return nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), **kwargs))
+
+
+def leaves(model: QwenVL) -> list[Leaf]:
+    """Every base parameter of a (possibly abstract) model with its source tensors; LoRA parameters are left out."""
+    config = model.config
+    vision = _QWEN3_VISION if config.family == "qwen3_vl" else _QWEN2_5_VISION
+    tables = {"vision": vision, "text": _TEXT}
+    out = []
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if isinstance(variable, nnx.LoRAParam):
+            continue
+        value = variable.get_value()
+        out.append(_leaf(path, tuple(value.shape), variable.get_metadata("logical_axes"), config, tables))
+    return out
+
+
+def _leaf(path: Sequence, shape, axes, config: ModelConfig, tables) -> Leaf:
+    part, rest = path[0], list(path[1:])
+    leaf_kind = rest.pop() if rest and rest[-1] in ("kernel", "bias", "scale") else ""
+    numbers = [p for p in rest if isinstance(p, int)]
+    key = ".".join("{j}" if isinstance(p, int) else str(p) for p in rest)
+    if part == "lm_head":
+        template, prefix = "lm_head", ""
+    else:
+        template, prefix = tables[part][key], _PREFIX[config.family][part]
+    name = prefix + template
+    layout, suffix = COPY, ".weight"
+    if leaf_kind == "bias":
+        suffix = ".bias"
+    elif leaf_kind == "kernel" or key.endswith(".router"):
+        layout = CONV if key == "patch_embed" else TRANSPOSE
+    elif ".experts." in template:
+        layout, suffix = EXPERTS, ""
+    stacked = "{i}" in name
+    indices = [0]
+    if stacked:
+        start = run_lengths(config.text)[numbers[0]][0] if part == "text" else 0
+        indices = range(start, start + shape[0])
+    names = tuple(name.format(i=i, j=numbers[0] if numbers else 0) + suffix for i in indices)
+    single = shape[1:] if stacked else shape
+    published = single[::-1] if layout == TRANSPOSE else single
+    if layout == CONV:
+        v = config.vision
+        published = (v.hidden_size, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+    return Leaf(tuple(path), shape, tuple(axes), names, tuple(published), layout, stacked)
+
+
+def published_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and published shape of every tensor of a checkpoint (no memory is allocated)."""
+    model = abstract_model(config, attention="xla")
+    return {name: leaf.published for leaf in leaves(model) for name in leaf.names}
+
+
+def parameter_count(config: ModelConfig, part: str | None = None) -> int:
+    """Number of parameters, of the whole model or of "vision" / "text"."""
+    state = nnx.to_flat_state(nnx.state(abstract_model(config, attention="xla"), nnx.Param))
+    return sum(int(np.prod(jax.typeof(v.get_value()).shape)) for p, v in state if part in (None, p[0]))

@@ -1,0 +1,45 @@
+"""The device mesh: axes `data`, `fsdp`, `tensor`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+class MeshError(ValueError):
+    """The configured axes do not fit the devices."""
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh.
+
+    Args:
+      sizes: devices along each of `data`, `fsdp`, `tensor`; missing axes are 1 and at most one is -1 ("what is left").
+      devices: defaults to all devices of all processes.
+
+    Raises:
+      MeshError: unknown axis, size below 1, several -1, or a product that differs from the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise MeshError(f"unknown mesh axes {sorted(unknown)} (known: {', '.join(AXES)})")
+    shape = [int(sizes.get(a, 1)) for a in AXES]
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise MeshError(f"mesh sizes {dict(zip(AXES, shape, strict=True))}: each at least 1, at most one -1")
+    if -1 in shape:
+        rest = math.prod(n for n in shape if n != -1)
+        if len(devices) % rest:
+            raise MeshError(f"{len(devices)} devices cannot be split by {rest} (mesh {dict(sizes)})")
+        shape[shape.index(-1)] = len(devices) // rest
+    if math.prod(shape) != len(devices):
+        raise MeshError(
+            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, found {len(devices)}"
+        )
+    return Mesh(np.asarray(devices).reshape(shape), AXES)

@@ -1,0 +1,56 @@
+"""Errors of the processing layer: a bad record is told apart from a bad setup."""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+
+class ProcessorError(ValueError):
+    """The model folder, tokenizer or options are wrong; every record would fail, so nothing is quarantined."""
+
+
+class RecordError(ValueError):
+    """One record cannot be used; the run may go on without it.
+
+    Attributes:
+      reason: short machine word, e.g. "missing_file", "truncated_video", "timeout", "too_long".
+      key: the record's key ("file.json#17"), "" while unknown. `str(error)` starts with it.
+    """
+
+    default_reason = "bad_record"
+
+    def __init__(self, message: str, reason: str = "", key: str = ""):
+        # All three go to `args`, which keeps the error picklable across worker processes.
+        super().__init__(message, reason or self.default_reason, key)
+        self.message, self.reason, self.key = self.args
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+    def with_key(self, key: str) -> Self:
+        """The same error naming `key`; an error that already names its record is returned unchanged."""
+        if self.key:
+            return self
+        named = copy.copy(self)
+        named.args = (self.message, self.reason, key)
+        named.key = key
+        return named
+
+
+class MediaError(RecordError):
+    """An image or video file of the record is missing, damaged, unreadable or too slow to decode."""
+
+    default_reason = "bad_media"
+
+
+class PlaceholderError(RecordError):
+    """Visual placeholders and visual files of the record do not match."""
+
+    default_reason = "placeholder_mismatch"
+
+
+class TooLongError(RecordError):
+    """The record needs more tokens than the budget; nothing is ever cut."""
+
+    default_reason = "too_long"

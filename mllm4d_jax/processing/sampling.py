@@ -1,0 +1,102 @@
+"""Which frames of a clip are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+RULES = ("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils")
+
+
+class SamplingError(ValueError):
+    """The clip has too few frames for the rule."""
+
+
+def sample_indices(
+    rule: str,
+    total: int,
+    video_fps: float,
+    *,
+    fps: float | None = None,
+    num_frames: int | None = None,
+    min_frames: int = 4,
+    max_frames: int = 768,
+) -> np.ndarray:
+    """Frame numbers exactly as the named processor takes them: i64[n], ascending.
+
+    - "qwen3_vl" (HF 5.x; "uniform" is the same): n = int(total/video_fps*fps) within the bounds and `total`; frames
+      spread evenly with both ends included, half-even rounding. An explicit num_frames is taken as it is, so that
+      frames repeat when it exceeds the total. n may be odd.
+    - "qwen2_5_vl" (HF 5.x): even n; frame i is floor(i * (total/n)) while i * (total/n) < total. Where total/n is
+      rounded down in binary the processor gets one index too many, equal to `total`; it is reproduced here.
+    - "qwen_vl_utils": even n; spread as in the first rule.
+
+    Args:
+      total: frames in the file; video_fps: its frame rate.
+      fps, num_frames: exactly one of them.
+      min_frames, max_frames: bounds of the `fps` form.
+
+    Raises:
+      SamplingError: "qwen2_5_vl" or "qwen_vl_utils" on a clip of fewer than 2 frames, or fewer than num_frames.
+      ValueError: unknown rule, or not exactly one of fps and num_frames.
+    """
+    if (fps is None) == (num_frames is None):
+        raise ValueError("give exactly one of fps and num_frames")
+    if rule in ("qwen3_vl", "uniform"):
+        n = num_frames if fps is None else min(max(int(total / video_fps * fps), min_frames), max_frames, total)
+        return _spread(total, n)
+    if rule == "qwen2_5_vl":
+        if fps is None:
+            n = round(num_frames / 2) * 2
+        else:
+            limit = math.floor(min(max_frames, total) / 2) * 2
+            n = math.floor(min(max(total / video_fps * fps, min_frames), limit, total) / 2) * 2
+        _check(rule, n, total)
+        step = total / n
+        return np.floor(np.arange(math.ceil(total / step)) * step).astype(np.int64)
+    if rule == "qwen_vl_utils":
+        if fps is None:
+            n = round(num_frames / 2) * 2
+        else:
+            low, high = math.ceil(min_frames / 2) * 2, math.floor(min(max_frames, total) / 2) * 2
+            n = math.floor(min(max(total / video_fps * fps, low), high, total) / 2) * 2
+        _check(rule, n, total)
+        return _spread(total, n)
+    raise ValueError(f"unknown sampling rule {rule!r} (known: {', '.join(RULES)})")
+
+
+def _spread(total: int, n: int) -> np.ndarray:
+    return np.linspace(0, total - 1, n).round().astype(np.int64)
+
+
+def _check(rule: str, n: int, total: int) -> None:
+    if not 2 <= n <= total:
+        raise SamplingError(f"sampling rule {rule} wants {n} frames of a clip of {total}")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRule:
+    """The sampling half of `VideoOptions`: at most `num_frames` frames, `fps` per second when that is given.
+
+    Without `fps` a clip gives `min(num_frames, total)` frames (rounded down to even where the rule wants even numbers);
+    with it, the rule's `fps` form, `num_frames` being the upper bound (768 when None, as released). Never repeats a
+    frame and never names one that is not there.
+    """
+
+    rule: str
+    num_frames: int | None
+    fps: float | None
+    min_frames: int = 4
+
+    def indices(self, total: int, video_fps: float) -> np.ndarray:
+        """Frame numbers i64[n] of a clip of `total` >= 2 frames. Raises SamplingError when there are too few."""
+        if self.fps is None:
+            n = min(self.num_frames, total)
+            if self.rule in ("qwen2_5_vl", "qwen_vl_utils"):
+                n -= n % 2
+            return sample_indices(self.rule, total, video_fps, num_frames=n)
+        cap = 768 if self.num_frames is None else self.num_frames
+        found = sample_indices(self.rule, total, video_fps, fps=self.fps, min_frames=self.min_frames, max_frames=cap)
+        return found[found < total]

@@ -1,0 +1,1 @@
+"""Generation and what reinforcement learning adds to training."""

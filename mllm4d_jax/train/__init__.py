@@ -1,0 +1,1 @@
+"""Training: one jitted step, its state, its checkpoints and its metrics."""

@@ -1,0 +1,139 @@
+"""What has to be there before a run begins: all that is missing in one error, and digests of what is there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.parallel.mesh import MeshError, make_mesh
+from mllm4d_jax.processing.errors import ProcessorError
+from mllm4d_jax.processing.prompts import resolve_system_prompt
+from mllm4d_jax.train.step import batch_shards
+
+BASE_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+_SAMPLED = 1 << 20  # bytes read at either end of a weight file
+
+
+class PreflightError(ValueError):
+    """Something a run needs is missing; the message lists everything."""
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Looks for everything a training run needs.
+
+    Raises:
+      PreflightError: one line per missing or impossible thing, each with what to do about it.
+    """
+    problems = [*_model_problems(config), *_data_problems(config), *_setting_problems(config)]
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise PreflightError(
+            f"this run cannot start yet:\n{listed}\n"
+            "To see the whole path work without any download: python run.py --config=configs/sft.py:tiny"
+        )
+
+
+def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    local = f"weights/{BASE_MODEL.split('/')[1]}"
+    fetch = (
+        f"`hf download {BASE_MODEL} --local-dir {local}` (pip install huggingface_hub), then "
+        f"--config.model.path={local}"
+    )
+    folder = Path(config.model.path)
+    if not config.model.path:
+        yield f"no base model (model.path is not set): {fetch}"
+    elif not folder.is_dir():
+        yield f"model.path = {folder} is not a folder: {fetch}"
+    else:
+        missing = [n for n in ("config.json", "tokenizer.json") if not (folder / n).is_file()]
+        if not any(folder.glob("*.safetensors")):
+            missing.append("*.safetensors")
+        if missing:
+            yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
+
+
+def _data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    layout = (
+        '{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>..."}, {"from": "gpt", "value": "B"}]}'
+    )
+    if not config.data.path:
+        yield (
+            "no training records (data.path is not set): --config.data.path=FILE, MLLM4D-2M.json or a JSON list or "
+            f"JSONL file of your own with records like {layout}"
+        )
+    elif not Path(config.data.path).is_file():
+        yield f"data.path = {config.data.path} is not a file"
+    if not config.data.root:
+        yield "no media folder (data.root is not set): --config.data.root=DIR, where the records' video paths start"
+    elif not Path(config.data.root).is_dir():
+        yield f"data.root = {config.data.root} is not a folder"
+    if config.data.workers:
+        yield f"data.workers = {config.data.workers}: loading in worker processes is not supported yet, set it to 0"
+
+
+def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    buckets = list(config.data.length_buckets)
+    if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
+        yield f"data.length_buckets = {buckets} must be positive, ascending and not empty"
+    elif buckets[-1] < config.data.max_tokens:
+        yield (
+            f"the largest of data.length_buckets is {buckets[-1]}, but data.max_tokens lets through up to "
+            f"{config.data.max_tokens}: add a bucket of that size or lower data.max_tokens"
+        )
+    try:
+        resolve_system_prompt(config.prompt.system, config.prompt.system_file)
+    except ProcessorError as error:
+        yield f"prompt: {error}"
+    if config.optim.clip_norm <= 0:
+        yield "optim.clip_norm must be above 0: gradients are scaled down to it"
+    if jax.process_count() > 1:
+        yield f"{jax.process_count()} processes: training over several processes is not supported yet"
+    try:
+        shards = batch_shards(make_mesh(dict(config.mesh)))
+    except MeshError as error:
+        yield f"mesh: {error}"
+        return
+    if config.train.batch_size % shards:
+        yield f"train.batch_size = {config.train.batch_size} cannot be split over {shards} devices (mesh data x fsdp)"
+
+
+def content_digests(config: ml_collections.ConfigDict, records: RecordFile) -> Mapping[str, str]:
+    """What must be the same again when a run is resumed, whatever its path: weights, records and system prompt."""
+    return {
+        "model.path": model_digest(config.model.path),
+        "data.path": records.digest,
+        "prompt.system": hashlib.sha256(records.system_prompt.encode()).hexdigest(),
+    }
+
+
+def model_digest(folder: str | Path) -> str:
+    """Digest of a model folder: config and tokenizer whole, weights by name, size and a mebibyte at either end."""
+    sha = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+        file = Path(folder) / name
+        sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            sha.update(f.read(_SAMPLED))
+            f.seek(max(0, size - _SAMPLED))
+            sha.update(f.read(_SAMPLED))
+    return sha.hexdigest()
+
+
+def flat_config(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, in the config's own order."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            out |= flat_config(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return out

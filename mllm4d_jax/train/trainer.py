@@ -1,0 +1,144 @@
+"""The state of a run while it trains, one step at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from mllm4d_jax.data.loader import LoadedBatch
+from mllm4d_jax.train.step import StepMetrics, TrainStep
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message names the step and the records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+      step: optimiser steps done.
+      position, rejected: the loader's state after the last of them, see `data.loader`.
+    """
+
+    step: int = 0
+    position: int = 0
+    rejected: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Running:
+    """A step that was sent to the device and whose results were not read yet."""
+
+    step: int
+    loaded: LoadedBatch
+    metrics: StepMetrics
+    waited: float
+
+
+class Trainer:
+    """Adapter, optimiser state and progress; advances them batch by batch.
+
+    The host reads the results of a step while the device works on the next one.
+
+    Attributes:
+      lora, opt_state: trees on the devices.
+      progress: of the last step sent.
+    """
+
+    def __init__(
+        self, train_step: TrainStep, frozen: Any, lora: Any, opt_state: Any, rates: np.ndarray, progress: Progress
+    ) -> None:
+        self.lora, self.opt_state, self.progress = lora, opt_state, progress
+        self._step, self._frozen, self._rates = train_step, frozen, rates
+        self._running: _Running | None = None
+        self._clock = time.perf_counter()
+
+    def advance(self, loaded: LoadedBatch, waited: float) -> dict[str, float] | None:
+        """Starts a step and returns the results of the one before it (None for the first).
+
+        Args:
+          loaded: its batch.
+          waited: seconds spent waiting for it.
+
+        Raises:
+          TrainingError: loss or gradient of the step before was not finite; the trees are as they were before it.
+        """
+        self.lora, self.opt_state, metrics = self._step(self.lora, self.opt_state, self._frozen, loaded.batch)
+        before, step = self._running, self.progress.step + 1
+        self._running = _Running(step, loaded, metrics, waited)
+        self.progress = Progress(step, loaded.position, loaded.rejected)
+        return self._read(before) if before else None
+
+    def finish(self) -> dict[str, float] | None:
+        """Results of the step under way, None when there is none. Raises as `advance`."""
+        running, self._running = self._running, None
+        return self._read(running) if running else None
+
+    def _read(self, running: _Running) -> dict[str, float]:
+        loaded, m = running.loaded, running.metrics
+        loss, norm = float(m.loss), float(m.grad_norm)
+        if not bool(m.finite):
+            what = "loss" if not np.isfinite(loss) else "gradient"
+            raise TrainingError(
+                f"the {what} of step {running.step} is not finite (loss {loss}, gradient norm {norm}); its records: "
+                f"{', '.join(loaded.keys)}. The parameters were left as they were before it, and the newest checkpoint "
+                "is from before it. Look at these records, or lower optim.lr and start anew"
+            )
+        now = time.perf_counter()
+        elapsed, self._clock = now - self._clock, now
+        return {
+            "step": running.step,
+            "loss": loss,
+            "accuracy": float(m.accuracy),
+            "grad_norm": norm,
+            "lr": float(self._rates[running.step - 1]),
+            "step_s": elapsed,
+            "data_wait_s": running.waited,
+            "examples": len(loaded.keys),
+            "tokens": loaded.tokens,
+            "supervised": loaded.supervised,
+            "padding": 1 - loaded.tokens / loaded.slots,
+            "position": loaded.position,
+            "quarantined": loaded.rejected,
+            "compiles": self._step.compiles,
+            "retraces": self._step.retraces,
+        }
+
+
+class StopSignal:
+    """True once SIGINT or SIGTERM came in; a second SIGINT interrupts at once. Use as a context manager.
+
+    Outside the main thread, where Python allows no handlers, it stays False.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._before = False, {}
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        log.warning("%s: finishing the step under way, then saving", signal.Signals(number).name)

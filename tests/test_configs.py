@@ -1,0 +1,96 @@
+"""Config tables: every default is legal, every config file builds, and a wrong key or value is refused by name."""
+
+from __future__ import annotations
+
+import importlib
+
+import ml_collections
+import pytest
+
+from configs import common, schema
+from configs.schema import ConfigError, Key, complete
+
+FILES = ("sft", "infer", "verify")
+
+
+@pytest.mark.parametrize("task", common.TASKS)
+def test_defaults_are_legal_and_documented(task):
+    keys = common.task_keys(task)
+    assert len({key.name for key in keys}) == len(keys)
+    for key in keys:
+        assert schema.checked(key, key.default) == key.default
+        assert key.help and not key.help.endswith(".")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_variant_is_a_full_locked_config(name):
+    module = importlib.import_module(f"configs.{name}")
+    for variant in module.VARIANTS:
+        config = module.get_config(variant)
+        assert config.is_locked and config.task == name
+        again = complete(config, common.task_keys(name))
+        assert again.to_dict() == config.to_dict()
+    assert module.get_config().to_dict() == getattr(common, name)().to_dict()
+
+
+def test_the_default_is_the_papers_run():
+    config = common.sft()
+    assert (config.lora.rank, config.lora.alpha, config.train.batch_size, config.train.steps) == (128, 256.0, 8, 30000)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (2e-5, 0.0, 1.0)
+    assert (config.video.num_frames, config.video.min_pixels, config.video.max_pixels) == (32, 784, 224 * 224)
+    assert config.data.max_tokens == 8192 and config.data.length_buckets[-1] == 8192
+
+
+def test_partial_configs_are_completed_with_the_right_types():
+    config = complete({"task": "sft", "optim": {"lr": 1}, "lora": {"targets": ["q_proj"]}}, common.SFT_KEYS)
+    assert type(config.optim.lr) is float and config.lora.targets == ("q_proj",) and config.train.steps == 30000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": {"lrr": 1.0}}, "unknown key 'optim.lrr' - did you mean 'optim.lr'?"),
+        ({"steps": 3}, "unknown key 'steps' - did you mean 'train.steps'?"),
+        ({"optm": {"lr": 1.0}}, "unknown key 'optm.lr' - did you mean 'optim.lr'?"),
+        ({"video": 3}, "'video' is a group of keys"),
+        ({"train": {"steps": "many"}}, "train.steps must be a whole number, not str 'many'"),
+        ({"train": {"steps": True}}, "train.steps must be a whole number"),
+        ({"train": {"steps": 1.0}}, "train.steps must be a whole number"),
+        ({"train": {"resume": 1}}, "train.resume must be true or false"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr must be a finite number"),
+        ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1"),
+        ({"model": {"attention": "splsh"}}, "did you mean 'splash'?"),
+        ({"lora": {"targets": (1,)}}, "lora.targets must be a tuple of str values"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused(change, message):
+    for config in (change, ml_collections.ConfigDict(change)):
+        with pytest.raises(ConfigError) as caught:
+            complete(config, common.SFT_KEYS)
+        assert message in str(caught.value)
+
+
+def test_every_problem_is_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        complete({"sed": 1, "train": {"steps": 0}}, common.SFT_KEYS)
+    assert "'seed'" in str(caught.value) and "train.steps" in str(caught.value)
+
+
+def test_unknown_task_and_variant_name_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'verify'"):
+        common.task_keys("verfy")
+    with pytest.raises(ConfigError, match="did you mean 'configs/sft.py:tiny'"):
+        importlib.import_module("configs.sft").get_config("tinny")
+
+
+def test_nearest_prefers_the_same_last_name_and_gives_up_when_nothing_is_near():
+    known = ("train.steps", "train.log_every", "optim.lr")
+    assert schema.nearest("optim.steps", known) == "train.steps"
+    assert schema.nearest("log_evry", known) == "train.log_every"
+    assert schema.nearest("zzz", known) == ""
+
+
+def test_build_locks():
+    config = schema.build((Key("a.b", 1, "x"),))
+    with pytest.raises((AttributeError, KeyError)):
+        config.a.c = 2

@@ -1,0 +1,1 @@
+"""Commands beside run.py: recording a reference with transformers, writing random checkpoints in published format."""
