@@ -36,8 +36,19 @@ def video_keys(group: str) -> tuple[Key, ...]:
             "what the pixel budget bounds: each frame (the paper's training), or the whole clip (HF video processor)",
             choices=("per_frame", "total", "qwen_vl_utils"),
         ),
-        Key(f"{group}.min_pixels", 784, "lower pixel budget, an area", low=1),
-        Key(f"{group}.max_pixels", 50176, "upper pixel budget, an area (50176 = 224 x 224)", low=1),
+        Key(
+            f"{group}.min_pixels",
+            0,
+            "lower pixel budget, an area; 0 = the rule's own: 784 a frame (the paper's), the model folder's for 'total'",
+            low=0,
+        ),
+        Key(
+            f"{group}.max_pixels",
+            0,
+            "upper pixel budget, an area; 0 = the rule's own: 50176 = 224 x 224 a frame (the paper's), the model "
+            "folder's for 'total'",
+            low=0,
+        ),
         Key(f"{group}.outer_markers", False, "keep a vision_start/vision_end pair around a whole clip, as HF 5.x does"),
         Key(
             f"{group}.position_rule",

@@ -37,7 +37,8 @@ def test_the_default_is_the_papers_run():
     config = common.sft()
     assert (config.lora.rank, config.lora.alpha, config.train.batch_size, config.train.steps) == (128, 256.0, 8, 30000)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (2e-5, 0.0, 1.0)
-    assert (config.video.num_frames, config.video.min_pixels, config.video.max_pixels) == (32, 784, 224 * 224)
+    assert (config.video.num_frames, config.video.resize_rule) == (32, "per_frame")
+    assert (config.video.min_pixels, config.video.max_pixels) == (0, 0)  # the rule's own: 28 x 28 to 224 x 224
     assert config.data.max_tokens == 8192 and config.data.length_buckets[-1] == 8192
 
 

@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+_CONTEXT = "original_max_position_embeddings"
 FAMILIES = {
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl",
@@ -177,6 +178,8 @@ class ModelConfig:
             )
         top = _Reader(raw, where)
         tied = raw.get("tie_word_embeddings")
+        if model_type == "qwen2_5_vl" and not tied and text_raw.get("tie_word_embeddings"):
+            tied = True  # older nested files say so only there; in the other families that key means nothing
         return cls(
             model_type=model_type,
             text=text,
@@ -220,13 +223,16 @@ class _Reader:
 
 
 def _read_rope(r: _Reader, head_dim: int, interleaved: bool) -> RopeConfig:
-    scaling = r.raw.get("rope_parameters") or r.raw.get("rope_scaling") or {}
-    theta = r.raw.get("rope_theta", scaling.get("rope_theta"))
+    # Where a file says something twice, transformers takes rope_scaling, and what is inside before what is beside it.
+    scaling = r.raw.get("rope_scaling") or r.raw.get("rope_parameters") or {}
+    theta = scaling.get("rope_theta") or r.raw.get("rope_theta")
     if theta is None:
         raise ConfigError(
             f"{r.where}: rope_theta is absent (neither 'rope_theta' nor 'rope_parameters.rope_theta'); add the value "
             "the model was trained with: released Qwen3-VL uses 5000000, Qwen2.5-VL 1000000"
         )
+    if scaling.get("partial_rotary_factor", r.raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ConfigError(f"{r.where}: a partial_rotary_factor other than 1 is not supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     sections = scaling.get("mrope_section")
     if sections is None:
@@ -238,30 +244,27 @@ def _read_rope(r: _Reader, head_dim: int, interleaved: bool) -> RopeConfig:
         )
     if bool(scaling.get("mrope_interleaved", interleaved)) != interleaved:
         raise ConfigError(f"{r.where}: mrope_interleaved = {not interleaved} is not supported for this family")
-    yarn = None
-    if kind == "yarn":
-        known = (
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-            "mscale",
-            "mscale_all_dim",
-        )
-        yarn = tuple(sorted((k, float(scaling[k])) for k in known if scaling.get(k) is not None))
-        if scaling.get("truncate") is False:
-            raise ConfigError(f"{r.where}: YaRN with truncate = false is not supported")
-        if "factor" not in dict(yarn):
-            raise ConfigError(f"{r.where}: rope_type 'yarn' needs the key 'factor'")
-    elif kind not in ("default", "mrope"):
+    if kind not in ("default", "mrope", "yarn"):
         raise ConfigError(f"{r.where}: rope_type {kind!r} is not supported (supported: default, mrope, yarn)")
+    yarn = _read_yarn(r, scaling) if kind == "yarn" else None
     return RopeConfig(theta=float(theta), sections=sections, interleaved=interleaved, yarn=yarn)
+
+
+def _read_yarn(r: _Reader, scaling: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    known = ("factor", _CONTEXT, "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+    found = {k: float(scaling[k]) for k in known if scaling.get(k) is not None}
+    if "factor" not in found:
+        raise ConfigError(f"{r.where}: rope_type 'yarn' needs the key 'factor'")
+    # A text key of that name wins over the one among the rope parameters, as in transformers.
+    found[_CONTEXT] = float(r.int(_CONTEXT, default=int(found.get(_CONTEXT) or r.int("max_position_embeddings"))))
+    return tuple(sorted(found.items()))
 
 
 def _read_moe(r: _Reader, num_layers: int) -> MoEConfig:
     mlp_only = set(r.raw.get("mlp_only_layers") or ())
     step = r.int("decoder_sparse_step", default=1)
+    if step < 1:
+        raise ConfigError(f"{r.where}: decoder_sparse_step must be at least 1, got {step}")
     return MoEConfig(
         num_experts=r.int("num_experts", "num_local_experts"),
         top_k=r.int("num_experts_per_tok"),
@@ -278,6 +281,8 @@ def _read_text(r: _Reader, model_type: str) -> TextConfig:
     if r.raw.get("use_sliding_window"):
         raise ConfigError(f"{r.where}: use_sliding_window = true is not supported")
     head_dim = r.int("head_dim", default=hidden // heads)
+    if not qwen3 and head_dim * heads != hidden:
+        raise ConfigError(f"{r.where}: {heads} heads of {head_dim} do not make up hidden_size {hidden} in this family")
     num_layers = r.int("num_hidden_layers")
     kv_heads = r.int("num_key_value_heads", default=heads)
     if heads % kv_heads:
@@ -291,7 +296,7 @@ def _read_text(r: _Reader, model_type: str) -> TextConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(r.get("rms_norm_eps", default=1e-6)),
+        rms_norm_eps=float(r.get("rms_norm_eps")),
         rope=_read_rope(r, head_dim, interleaved=qwen3),
         qk_norm=qwen3,
         qkv_bias=attention_bias if qwen3 else True,
@@ -318,17 +323,23 @@ def _read_vision(r: _Reader, model_type: str) -> VisionConfig:
         raise ConfigError(
             f"{r.where}: the head width {common['hidden_size']}/{common['num_heads']} must be a multiple of 4"
         )
-    theta = (r.raw.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    rope = r.raw.get("rope_scaling") or r.raw.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") or r.raw.get("rope_theta") or 10000.0
     if theta != 10000.0:
         raise ConfigError(f"{r.where}: a vision rope_theta of {theta} is not supported (every release uses 10000)")
     if not qwen3:
-        full = tuple(r.get("fullatt_block_indexes"))
+        full, window = tuple(r.get("fullatt_block_indexes")), r.int("window_size")
+        if window < common["merge_size"] * common["patch_size"]:
+            raise ConfigError(
+                f"{r.where}: window_size {window} is smaller than one merged token "
+                f"({common['merge_size']} x {common['patch_size']} pixels)"
+            )
         return VisionConfig(
             **common,
             hidden_act=r.require("hidden_act", ("silu",), "silu"),
-            window=r.int("window_size"),
+            window=window,
             full_blocks=full,
-            tokens_per_second=float(r.get("tokens_per_second", default=4)),
+            tokens_per_second=float(r.get("tokens_per_second")),
         )
     positions = r.int("num_position_embeddings")
     side = round(positions**0.5)

@@ -26,6 +26,8 @@ from mllm4d_jax.models.weight_map import EXPERTS, Leaf
 from mllm4d_jax.parallel.rules import parameter_sharding
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_ROWS = 1 << 14  # rows of a matrix compared at a time
 _LISTED = 12  # offending tensors shown per kind in an error
 
 
@@ -91,7 +93,7 @@ def _expected_locations(folder: pathlib.Path) -> dict[str, str]:
     if (folder / _INDEX).is_file():
         try:
             found = json.loads((folder / _INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as e:
+        except (json.JSONDecodeError, KeyError, TypeError) as e:
             raise CheckpointError(f"{folder / _INDEX} is not a safetensors index: {e!r}") from e
         # A shard name is a plain file of this folder: an index must not be able to point elsewhere.
         outside = sorted({f for f in found.values() if pathlib.PurePath(f).name != f})
@@ -125,7 +127,7 @@ def load_model(
     """
     config = ModelConfig.from_folder(path)
     files = TensorFiles.scan(path)
-    config = _resolve_tying(config, files)
+    config, files = _resolve_tying(config, files)
     dtype = jnp.dtype(dtype or config.dtype)
     model = weight_map.abstract_model(config, dtype=dtype, attention=attention, remat=remat)
     table = weight_map.leaves(model)
@@ -139,12 +141,26 @@ def load_model(
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
 
 
-def _resolve_tying(config: ModelConfig, files: TensorFiles) -> ModelConfig:
-    """A stored head wins over `tie_word_embeddings`; without the key, its presence decides."""
-    stored = "lm_head.weight" in files.location
-    if stored or config.tied is None:
-        return dataclasses.replace(config, tied=not stored)
-    return config
+def _resolve_tying(config: ModelConfig, files: TensorFiles) -> tuple[ModelConfig, TensorFiles]:
+    """Decides whether the head is the embedding, and hides the stored copy of a tied head.
+
+    A stored head that differs from the embedding wins over `tie_word_embeddings`, as in transformers 5; without the
+    key, the presence of a stored head decides.
+    """
+    if _HEAD not in files.location:
+        return (config if config.tied is False else dataclasses.replace(config, tied=True)), files
+    if config.tied and _equal(files, _HEAD, weight_map.embedding_name(config)):
+        location = {name: file for name, file in files.location.items() if name != _HEAD}
+        return config, dataclasses.replace(files, location=location)
+    return dataclasses.replace(config, tied=False), files
+
+
+def _equal(files: TensorFiles, a: str, b: str) -> bool:
+    """Whether two stored matrices are the same numbers, read in blocks of rows."""
+    if b not in files.location or files.shapes[a] != files.shapes[b]:
+        return False
+    blocks = (slice(start, start + _ROWS) for start in range(0, files.shapes[a][0], _ROWS))
+    return all(np.array_equal(files.read(a, (rows,)), files.read(b, (rows,))) for rows in blocks)
 
 
 def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
@@ -257,6 +273,7 @@ def save_model(model: QwenVL, path: str | pathlib.Path, *, max_shard_bytes: int 
             tensors[name] = leaf.to_published(np.asarray(value[layer] if leaf.stacked else value))
             weights[name] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # the library's own mode is owner-only
     if len(shards) > 1:
         total = itemsize * sum(int(np.prod(leaf.shape)) for leaf in table)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
@@ -264,11 +281,11 @@ def save_model(model: QwenVL, path: str | pathlib.Path, *, max_shard_bytes: int 
 
 
 def _config_of(model: QwenVL) -> dict:
-    """The config.json the model came from, its dtype keys set to the dtype it now has."""
+    """The config.json the model came from; its dtype keys and `tie_word_embeddings` say what the files now hold."""
     config, dtype = json.loads(model.config.source), str(jnp.dtype(model.text.embed.dtype))
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
         part |= {k: dtype for k in ("dtype", "torch_dtype") if k in part}
-    return config
+    return config | {"tie_word_embeddings": model.lm_head is None}
 
 
 def _plan_shards(table: Sequence[Leaf], itemsize: int, limit: int) -> list[list[tuple[Leaf, int]]]:

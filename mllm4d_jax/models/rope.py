@@ -52,8 +52,10 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -
     def dimension_turning(times: float) -> float:
         return head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low = max(math.floor(dimension_turning(p.get("beta_fast") or 32.0)), 0)
-    high = min(math.ceil(dimension_turning(p.get("beta_slow") or 1.0)), head_dim - 1)
+    low, high = dimension_turning(p.get("beta_fast") or 32.0), dimension_turning(p.get("beta_slow") or 1.0)
+    if p.get("truncate", 1.0):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     span = (high - low) or 0.001
     interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / span, 0, 1)
     inv_freq = inv_freq * (1 - interpolated) + inv_freq / factor * interpolated

@@ -26,7 +26,8 @@ class VisionFeatures(NamedTuple):
 
     Attributes:
       merged: [R, H] features that replace placeholder embeddings.
-      deepstack: [K, R, H] features added after the first K decoder layers; K = 0 for Qwen2.5-VL.
+      deepstack: [K, R, H] features added after the first K decoder layers, earliest tapped block first; K = 0 for
+        Qwen2.5-VL.
     """
 
     merged: jax.Array
@@ -142,7 +143,9 @@ class VisionTower(nnx.Module):
         layers = (jnp.array(slots), self._whole_frame())
         (x, tapped), outputs = scan_layers(self.blocks, step, carry, layers, remat=remat)
         merged = self.merger(x)
-        deepstack = [merger(tapped[j]) for j, merger in enumerate(self.deepstack_mergers)]
+        # Merger j belongs to the j-th listed block, but features are handed on in the order the blocks run.
+        order = sorted(range(taps), key=config.deepstack.__getitem__)
+        deepstack = [self.deepstack_mergers[j](tapped[j]) for j in order]
         features = VisionFeatures(merged, jnp.stack(deepstack) if deepstack else jnp.zeros((0, *merged.shape), dtype))
         if not collect:
             return features

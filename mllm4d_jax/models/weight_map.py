@@ -122,6 +122,11 @@ def leaves(model: QwenVL) -> list[Leaf]:
     return out
 
 
+def embedding_name(config: ModelConfig) -> str:
+    """Name of the token embedding, which a tied head shares."""
+    return f"{_PREFIX[config.family]['text']}{_TEXT['embed']}.weight"
+
+
 def _leaf(path: Sequence, shape, axes, config: ModelConfig, tables) -> Leaf:
     part, rest = path[0], list(path[1:])
     leaf_kind = rest.pop() if rest and rest[-1] in ("kernel", "bias", "scale") else ""

@@ -99,7 +99,7 @@ class VideoOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Options from a config group such as `config.video`; there, a zero `fps` or `num_frames` means "not set".
+        """Options from a config group such as `config.video`; there, zero frames, fps or pixels mean "not set".
 
         Raises:
           ProcessorError: a key that is not an option, or a value that is not allowed.
@@ -109,7 +109,7 @@ class VideoOptions:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ProcessorError(f"unknown video options {', '.join(unknown)} (known: {', '.join(sorted(known))})")
-        for name in ("fps", "num_frames"):
+        for name in ("fps", "num_frames", "min_pixels", "max_pixels"):
             if name in values and not values[name]:
                 values[name] = None
         return cls(**values)

@@ -106,8 +106,9 @@ def _frame_steps(
         if rule == "hf517":
             steps.append(np.arange(g.t, dtype=np.int32) * int(tokens_per_second * int(s)))
         else:
-            # fp32, multiplied in this order like the released code: fp64 floors differently at exact multiples.
-            step = np.arange(g.t, dtype=np.float32) * np.float32(s) * np.float32(tokens_per_second)
+            # fp32, multiplied in the order of the code each rule follows: any other floors differently at multiples.
+            frames, s, rate = np.arange(g.t, dtype=np.float32), np.float32(s), np.float32(tokens_per_second)
+            step = frames * s * rate if rule == "release" else frames * (s * rate)
             steps.append(np.floor(step).astype(np.int32))
     return steps
 

@@ -96,7 +96,7 @@ def update(
 
     (loss, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(lora)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, new_state = optimizer.update(grads, opt_state, lora)
     new = (optax.apply_updates(lora, updates), new_state)

@@ -180,7 +180,8 @@ def test_a_half_written_quarantine_line_is_dropped(tmp_path):
     path.write_text('{"index": 3, "key": "k", "reason": "r", "message": "m"}\n{"index": 4, "ke')
     quarantine = Quarantine(path, 0.5)
     assert 3 in quarantine and 4 not in quarantine
-    quarantine.add(4, RecordError("m", "r", "k4"))
+    for _ in range(2):
+        quarantine.add(4, RecordError("m", "r", "k4"))
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [3, 4]
 
 

@@ -44,7 +44,7 @@ def direction_of(shift: np.ndarray) -> str:
     return ("right" if x > 0 else "left") if abs(x) > abs(y) else ("down" if y > 0 else "up")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_answers_agree_with_the_pictures(seed):
     rng = np.random.default_rng(seed)
     clip = make_clip(rng)

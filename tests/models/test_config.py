@@ -1,0 +1,100 @@
+"""config.json: both spellings read, nothing guessed, refusals that name the key."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from mllm4d_jax.models.config import ConfigError, ModelConfig
+from mllm4d_jax.models.published import published_config
+
+
+def parse(raw) -> ModelConfig:
+    return dataclasses.replace(ModelConfig.from_dict(raw), source="")
+
+
+def respelled(raw: dict) -> dict:
+    """The spelling transformers 5 writes."""
+    raw = copy.deepcopy(raw)
+    text = raw.get("text_config")
+    if text is None:
+        keep = ("model_type", "vision_config", "tie_word_embeddings", "architectures")
+        ids = [k for k in raw if k.endswith("_token_id") and k.split("_")[0] in ("image", "video", "vision")]
+        text = {k: raw.pop(k) for k in list(raw) if k not in (*keep, *ids)}
+        raw["text_config"] = text
+    scaling = text.pop("rope_scaling")
+    text["rope_parameters"] = {**scaling, "rope_type": "default", "rope_theta": text.pop("rope_theta")}
+    text["dtype"] = text.pop("torch_dtype", text.get("dtype"))
+    if "num_experts" in text:
+        text["num_local_experts"] = text.pop("num_experts")
+    raw["vision_config"]["model_type"] = raw["model_type"] + "_vision"
+    raw["vision_config"]["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "axial"}
+    return raw
+
+
+@pytest.mark.parametrize("size", ["2b", "8b", "30b_a3b", "qwen2_5_vl_7b"])
+def test_both_spellings_mean_the_same(size):
+    raw = published_config(size)
+    assert parse(raw) == parse(respelled(raw))
+
+
+def test_values_come_from_the_file():
+    config = parse(published_config("8b"))
+    assert config.text.rope.theta == 5e6 and config.text.rope.sections == (24, 20, 20)
+    assert config.vision.position_side == 48 and config.vision.deepstack == (8, 16, 24)
+    assert config.tied is False
+    assert parse(published_config("2b")).tied is True
+    assert parse(published_config("qwen2_5_vl_7b")).text.head_dim == 128
+
+
+def changed(path: str, value, size: str = "2b") -> dict:
+    raw = published_config(size)
+    *parents, key = path.split(".")
+    node = raw
+    for p in parents:
+        node = node[p]
+    if value is None:
+        node.pop(key)
+    else:
+        node[key] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (changed("text_config.rope_theta", None), "rope_theta is absent.*5000000"),
+        (changed("rope_theta", None, "qwen2_5_vl_7b"), "rope_theta is absent"),
+        (changed("text_config.rope_scaling.mrope_section", [24, 20]), "3 numbers summing to head_dim/2 = 64"),
+        (changed("text_config.rope_scaling.mrope_section", None), "mrope_section is missing"),
+        (changed("text_config.rope_scaling.rope_type", "longrope"), "'longrope' is not supported"),
+        (changed("text_config.hidden_act", "gelu"), "hidden_act = 'gelu' is not supported"),
+        (changed("vision_config.hidden_act", "gelu"), "hidden_act = 'gelu' is not supported"),
+        (changed("vision_config.deepstack_visual_indexes", [5, 24]), "distinct block indices"),
+        (changed("vision_config.num_position_embeddings", 2305), "not a square"),
+        (changed("vision_config.out_hidden_size", 1024), "out_hidden_size 1024 differs"),
+        (changed("text_config.num_hidden_layers", None), "'num_hidden_layers' is missing"),
+        (changed("text_config.num_hidden_layers", "28"), "must be an integer"),
+        (changed("image_token_id", None), "'image_token_id' is missing"),
+        (changed("model_type", "qwen4_vl"), "'qwen4_vl' is not supported.*qwen3_vl_moe"),
+        (changed("use_sliding_window", True, "qwen2_5_vl_7b"), "use_sliding_window"),
+        (changed("text_config.num_key_value_heads", 3), "not a multiple of 3"),
+    ],
+)
+def test_refusals_say_what_and_where(raw, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        ModelConfig.from_dict(raw, where="folder/config.json")
+    assert "folder/config.json" in str(error.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(published_config("2b")))
+    assert ModelConfig.from_folder(tmp_path).model_type == "qwen3_vl"

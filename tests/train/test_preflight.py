@@ -1,0 +1,108 @@
+"""One error for everything that is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import common
+from configs import sft as sft_config
+from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.train import preflight
+from mllm4d_jax.train.preflight import PreflightError
+from mllm4d_jax.train.sft import run, with_sample
+
+
+def complaints(config) -> str:
+    with pytest.raises(PreflightError) as caught:
+        preflight.check(config)
+    return str(caught.value)
+
+
+def complete(tiny_world):
+    config = sft_config.get_config("tiny")
+    folder, records = tiny_world
+    config.data.sample = ""
+    config.model.path, config.data.path, config.data.root = str(folder), str(records), str(records.parent)
+    config.train.batch_size = 8
+    return config
+
+
+def test_nothing_given_lists_weights_records_and_root_with_their_flags(tmp_path):
+    with pytest.raises(PreflightError) as caught:
+        run(common.sft(), str(tmp_path / "w"))
+    text = str(caught.value)
+    assert "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir" in text
+    for flag in ("--config.model.path=", "--config.data.path=", "--config.data.root="):
+        assert flag in text
+    assert "configs/sft.py:tiny" in text
+
+
+def test_a_complete_setting_passes(tiny_world):
+    preflight.check(complete(tiny_world))
+
+
+def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
+    config = complete(tiny_world)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.json").write_text("{}")
+    config.model.path = str(tmp_path / "half")
+    config.data.path = str(tmp_path / "absent.json")
+    config.data.root = str(tmp_path / "absent")
+    config.data.workers = 2
+    config.data.max_tokens = 10_000
+    config.prompt.system = "Be brief and exact."
+    config.prompt.system_file = "prompt.txt"
+    config.train.batch_size = 12
+    config.optim.clip_norm = 0.0
+    text = complaints(config)
+    for part in (
+        "lacks tokenizer.json, *.safetensors",
+        "absent.json is not a file",
+        "absent is not a folder",
+        "data.workers = 2",
+        "data.max_tokens lets through up to 10000",
+        "not both",
+        "train.batch_size = 12 cannot be split over 8 devices",
+        "optim.clip_norm",
+    ):
+        assert part in text, part
+    config = complete(tiny_world)
+    config.mesh.data = 3
+    config.data.length_buckets = (512, 64)
+    text = complaints(config)
+    assert "mesh: " in text and "ascending" in text and "model.path" not in text
+
+
+def test_the_sample_does_not_mix_with_data_of_ones_own(tiny_world, tmp_path):
+    config = complete(tiny_world)
+    config.data.sample = "tiny"
+    with pytest.raises(PreflightError, match="data.sample = 'tiny' brings its own"):
+        with_sample(config, tmp_path)
+
+
+def test_the_sample_fills_in_the_paths_and_leaves_the_callers_config_alone(tmp_path):
+    config = sft_config.get_config("tiny")
+    filled = with_sample(config, tmp_path)
+    assert config.model.path == "" and filled.model.path.startswith(str(tmp_path))
+    filled.train.batch_size = 8
+    preflight.check(filled)
+
+
+def test_digests_follow_content_not_place(tiny_world, tmp_path):
+    config = complete(tiny_world)
+    folder, path = tiny_world
+    first = preflight.content_digests(config, RecordFile(path, path.parent))
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(path.read_bytes())
+    assert preflight.content_digests(config, RecordFile(moved, tmp_path)) == first
+    prompted = preflight.content_digests(config, RecordFile(moved, tmp_path, "Be brief."))
+    assert {k for k in first if prompted[k] != first[k]} == {"prompt.system"}
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert preflight.model_digest(copy) == first["model.path"]
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert preflight.model_digest(copy) != first["model.path"]
