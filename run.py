@@ -1,7 +1,7 @@
 """The one command of the project: `python run.py --config=FILE[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-Reads the flags (no other file does), loads the config, checks every key against the task's table, writes the resolved
-config to workdir/config.json and hands both to the task. Exit codes: 0 success, 1 the task found a problem the user
+Reads the flags (no other file does), loads the config, checks every key against the task's table and hands config and
+workdir to the task. Exit codes: 0 success, 1 the task found a problem the user
 can act on, 2 the command line or the config is wrong. Anything unforeseen keeps its traceback.
 """
 
@@ -11,7 +11,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import pathlib
 import re
@@ -52,7 +51,6 @@ def main(argv: Sequence[str]) -> int:
             return 0
         folder = pathlib.Path(workdir or config.workdir or default_workdir(path, variant))
         config.workdir = str(folder)
-        write_config(config, folder)
     except ConfigError as problem:
         return report(problem, 2)
     try:
@@ -192,16 +190,6 @@ def value_problem(message: str, keys: Mapping[str, schema.Key]) -> str:
 def default_workdir(path: pathlib.Path, variant: str) -> str:
     """runs/<config>[-<variant>], relative to the current folder."""
     return os.path.join("runs", f"{path.stem}-{variant}" if variant else path.stem)
-
-
-def write_config(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
-    """Writes the resolved config to folder/config.json. Raises ConfigError if the folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_dict(), indent=1, sort_keys=True)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(f"workdir '{folder}' cannot be written: {problem.strerror}") from problem
 
 
 def join_processes(mode: str) -> None:

@@ -39,7 +39,8 @@ def video_keys(group: str) -> tuple[Key, ...]:
         Key(
             f"{group}.min_pixels",
             0,
-            "lower pixel budget, an area; 0 = the rule's own: 784 a frame (the paper's), the model folder's for 'total'",
+            "lower pixel budget, an area; 0 = the rule's own: 784 a frame (the paper's), the model folder's for "
+            "'total'",
             low=0,
         ),
         Key(
@@ -95,7 +96,7 @@ SFT_KEYS = (
     Key(
         "data.sample",
         "",
-        "'tiny' = first write a self-contained sample world and a tiny model into the workdir, and use them",
+        "'tiny' = for what is not configured, write a sample world and a tiny random model into the workdir",
         choices=("", "tiny"),
     ),
     Key("prompt.system", "", "system prompt for records that bring none; '' = none"),

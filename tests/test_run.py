@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import textwrap
@@ -137,7 +136,7 @@ def test_a_variant_of_a_file_without_variants_is_refused(task, tmp_path, capsys)
     assert "has no variants" in capsys.readouterr().err
 
 
-def test_overrides_reach_the_task_in_any_order_and_are_written_down(task, tmp_path):
+def test_overrides_reach_the_task_in_any_order(task, tmp_path):
     args = ["--config.seed", "7", "--config=configs/sft.py:tiny", "--config.lora.targets=('q_proj','v_proj')"]
     more = ["--config.optim.lr=1e-3", "--noconfig.train.resume", "--config.prompt.system=-- two words"]
     assert run.main(["run.py", *args, *more]) == 0
@@ -146,8 +145,7 @@ def test_overrides_reach_the_task_in_any_order_and_are_written_down(task, tmp_pa
     assert (config.seed, config.optim.lr, config.train.resume) == (7, 1e-3, False)
     assert config.lora.targets == ("q_proj", "v_proj") and config.prompt.system == "-- two words"
     assert config.data.sample == "tiny" and config.is_locked
-    saved = json.loads((tmp_path / "runs/sft-tiny/config.json").read_text())
-    assert saved == json.loads(json.dumps(config.to_dict()))
+    assert not list(tmp_path.iterdir())  # what a run leaves is the task's affair
 
 
 def test_own_file_and_workdir_flag(task, tmp_path):
@@ -157,13 +155,7 @@ def test_own_file_and_workdir_flag(task, tmp_path):
     )
     assert run.main(["run.py", f"{flag}:b", f"--workdir={tmp_path / 'w'}"]) == 0
     config, workdir = task.calls[0]
-    assert config.prompt.system == "b" and workdir == str(tmp_path / "w") and (tmp_path / "w/config.json").exists()
-
-
-def test_a_workdir_that_cannot_be_made_is_an_error(task, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert run.main(["run.py", SFT, "--workdir=file/x"]) == 2
-    assert "cannot be written" in capsys.readouterr().err and not task.calls
+    assert config.prompt.system == "b" and workdir == config.workdir == str(tmp_path / "w")
 
 
 def test_exit_codes(task, capsys):

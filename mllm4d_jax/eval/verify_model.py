@@ -22,6 +22,7 @@ from mllm4d_jax.processing.batch import ModelInputs
 from mllm4d_jax.processing.positions import RULES
 from mllm4d_jax.rl.sampler import SamplingOptions, generate
 
+_NO_GRADIENT = 1e-6  # of the largest gradient: a norm below is rounding of an exact zero (the router at top-1)
 _SHORT = {"image": "img", "video": "vid"}
 
 
@@ -228,7 +229,8 @@ def _generation(model: QwenVL, case: Case, label: str, tol: Tolerances) -> Itera
 def verify_gradients(model: QwenVL, folder: pathlib.Path, path: pathlib.Path, label: str, tol: Tolerances, rule: str):
     """Checks the gradient fingerprints of a `grads_CASE.json`: per tensor, its norm and its product with cos(0.1 k).
 
-    Differences are relative to the recorded norm (the product of a unit vector cannot exceed its norm).
+    Differences are relative to the recorded norm (the product of a unit vector cannot exceed its norm). Where the
+    recording is zero up to rounding, so must be the gradient here.
     """
     recorded = json.loads(path.read_text())
     arrays = read_arrays(folder / f"{recorded['case']}.npz")
@@ -241,13 +243,16 @@ def verify_gradients(model: QwenVL, folder: pathlib.Path, path: pathlib.Path, la
     checks = group.check()
     group = Comparison(label, "gradients", tol.grad_rel)
     none = set(recorded.get("no_grad", ()))
+    zero = _NO_GRADIENT * max((abs(norm) for norm, _ in recorded["grads"].values()), default=0.0)
     for name, (norm, product) in recorded["grads"].items():
         if name not in grads:
             group.errors.append((f"{name} (no such parameter)", np.inf))
             continue
         ours = grads.pop(name)
-        scale = max(abs(norm), 1e-8)
-        error = max(abs(ours[0] - norm), abs(ours[1] - product)) / scale
+        if abs(norm) <= zero and abs(ours[0]) <= zero:
+            group.errors.append((name, 0.0))
+            continue
+        error = max(abs(ours[0] - norm), abs(ours[1] - product)) / max(abs(norm), 1e-8)
         group.errors.append((name, np.inf if np.isnan(error) else error))
     group.errors += [(f"{name} (not recorded)", np.inf) for name in grads if name not in none]
     return checks + group.check()

@@ -159,7 +159,8 @@ def _equal(files: TensorFiles, a: str, b: str) -> bool:
     """Whether two stored matrices are the same numbers, read in blocks of rows."""
     if b not in files.location or files.shapes[a] != files.shapes[b]:
         return False
-    blocks = (slice(start, start + _ROWS) for start in range(0, files.shapes[a][0], _ROWS))
+    count = files.shapes[a][0]
+    blocks = (slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS))
     return all(np.array_equal(files.read(a, (rows,)), files.read(b, (rows,))) for rows in blocks)
 
 

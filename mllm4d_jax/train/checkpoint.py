@@ -33,6 +33,7 @@ FREE_KEYS = frozenset(
 )
 # Keys that name files: the content has to be the same (see `Meta.content`), the place may change.
 CONTENT_KEYS = frozenset({"model.path", "data.path", "data.root", "prompt.system", "prompt.system_file"})
+_LISTED = 5  # differences named in an error
 
 
 class ResumeError(ValueError):
@@ -88,14 +89,16 @@ class Checkpoints:
             args=ocp.args.Composite(
                 lora=ocp.args.StandardSave(lora),
                 opt=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave(dataclasses.asdict(meta)),
+                meta=ocp.args.JsonSave({"run": dataclasses.asdict(meta), "shapes": _shapes(lora)}),
             ),
         )
 
     def meta(self, step: int) -> Meta:
         """What `save` was given for a step."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return Meta(**restored["meta"])
+        return Meta(**self._json(step)["run"])
+
+    def _json(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, lora: Any, opt_state: Any) -> tuple[Any, Any]:
         """The arrays of a step.
@@ -105,19 +108,24 @@ class Checkpoints:
           lora, opt_state: trees with the shapes and the placement wanted; their values are not used.
 
         Raises:
-          ResumeError: the stored arrays do not have these shapes.
+          ResumeError: the stored adapter has other names or shapes.
         """
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (lora, opt_state))
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    lora=ocp.args.StandardRestore(wanted[0]), opt=ocp.args.StandardRestore(wanted[1])
-                ),
-            )
-        except ValueError as error:
-            raise ResumeError(f"{self.folder / str(step)} does not fit the model: {error}") from error
+        stored, wanted = self._json(step)["shapes"], _shapes(lora)
+        differing = [name for name in sorted(stored | wanted) if stored.get(name) != wanted.get(name)]
+        if differing:
+            listed = ", ".join(f"{n}: stored {stored.get(n)}, model {wanted.get(n)}" for n in differing[:_LISTED])
+            raise ResumeError(f"the adapter in {self.folder / str(step)} does not fit the model: {listed}")
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (lora, opt_state))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(lora=ocp.args.StandardRestore(target[0]), opt=ocp.args.StandardRestore(target[1])),
+        )
         return restored["lora"], restored["opt"]
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): list(leaf.shape) for path, leaf in leaves}
 
 
 def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[str, str], folder: str | Path) -> None:

@@ -86,6 +86,11 @@ class RunLog:
         )
 
 
+def write_config(path: str | Path, config: Mapping[str, Any]) -> None:
+    """Writes the resolved config of a run."""
+    Path(path).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _keep_until(path: Path, step: int) -> None:
     rows = read_metrics(path, step)
     part = path.with_suffix(".part")

@@ -24,11 +24,12 @@ from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.processing.config import ProcessorConfig
 from mllm4d_jax.processing.encode import Encoder, VideoOptions
+from mllm4d_jax.processing.errors import RecordError
 from mllm4d_jax.processing.prompts import resolve_system_prompt
 from mllm4d_jax.processing.tokenizer import Tokenizer
 from mllm4d_jax.train import preflight
 from mllm4d_jax.train.checkpoint import Checkpoints, Meta, ResumeError, check_resumable
-from mllm4d_jax.train.metrics import RunLog, read_metrics, write_curve, write_report
+from mllm4d_jax.train.metrics import RunLog, read_metrics, write_config, write_curve, write_report
 from mllm4d_jax.train.state import init_optimizer, learning_rates, make_optimizer, split_model
 from mllm4d_jax.train.step import TrainStep, batch_shards
 from mllm4d_jax.train.tiny import write_tiny_model
@@ -36,13 +37,15 @@ from mllm4d_jax.train.trainer import Progress, StopSignal, Trainer
 
 log = logging.getLogger(__name__)
 
+_TOKENIZER_RECORDS = 1000  # records a tiny model's tokenizer is learned from
+
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Trains a LoRA adapter as the config says, continuing from the workdir's newest checkpoint if there is one.
 
     Args:
       config: every key of the "sft" task.
-      workdir: gets checkpoints/, metrics.jsonl, tb/, quarantine.jsonl, curve.png and report.md.
+      workdir: gets config.json, checkpoints/, metrics.jsonl, tb/, quarantine.jsonl, curve.png and report.md.
 
     Returns:
       0, also when it was asked to stop (SIGINT, SIGTERM): the state is saved and the same command goes on.
@@ -53,8 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       QuarantineError: too many unusable records.
       TrainingError: loss or gradient is not finite.
     """
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = open_workdir(workdir)
     config = with_sample(config, folder)
     preflight.check(config)
     steps = config.train.steps
@@ -74,29 +76,50 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     return 0
 
 
+def open_workdir(workdir: str) -> Path:
+    """Makes the folder. Raises PreflightError when it cannot be."""
+    try:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise preflight.PreflightError(f"workdir '{workdir}' cannot be written: {problem.strerror}") from problem
+    return Path(workdir)
+
+
 def with_sample(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
-    """The config with the paths of the sample world in place, written first if need be; unchanged without data.sample.
+    """The config with the tiny sample in place of what is not configured; unchanged without data.sample.
+
+    Without data of the user's own, the sample world is written; without a model, a tiny random one whose tokenizer is
+    learned from the records.
 
     Raises:
-      PreflightError: a model or data of the user's own is configured as well.
+      PreflightError: data.path is set to something that is not a file.
     """
     if not config.data.sample:
         return config
-    own = {"model.path": config.model.path, "data.path": config.data.path, "data.root": config.data.root}
-    given = [name for name, value in own.items() if value]
-    if given:
-        raise preflight.PreflightError(
-            f"data.sample = '{config.data.sample}' brings its own model and data, but {', '.join(given)} is set too: "
-            "unset one of the two"
-        )
-    sample = workdir / "sample"
-    records = write_sample_world(sample / "world", config.seed)
-    content = RecordFile(records, records.parent)
-    texts = [turn["value"] for i in range(len(content)) for turn in content.raw(i)["conversations"]]
-    write_tiny_model(sample / "model", texts, config.seed)
     config = config.copy_and_resolve_references()
-    config.model.path, config.data.path, config.data.root = map(str, (sample / "model", records, records.parent))
+    sample = workdir / "sample"
+    if not config.data.path and not config.data.root:
+        records = write_sample_world(sample / "world", config.seed)
+        config.data.path, config.data.root = str(records), str(records.parent)
+    if not config.model.path:
+        if not Path(config.data.path).is_file():
+            raise preflight.PreflightError(f"data.path = '{config.data.path}' is not a file of records")
+        write_tiny_model(sample / "model", record_texts(RecordFile(config.data.path, config.data.root)), config.seed)
+        config.model.path = str(sample / "model")
     return config
+
+
+def record_texts(records: RecordFile) -> list[str]:
+    """Texts of the first records, for a tokenizer; records that cannot be read are left to the loader to report."""
+    texts = []
+    for i in range(min(len(records), _TOKENIZER_RECORDS)):
+        try:
+            messages = records[i].messages
+        except RecordError:
+            continue
+        parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+        texts += [p if isinstance(p, str) else p["text"] for p in parts if isinstance(p, str) or p["type"] == "text"]
+    return texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +152,7 @@ def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpo
     records = RecordFile(config.data.path, config.data.root, system_prompt)
     content = preflight.content_digests(config, records)
     progress = resume_point(config, content, checkpoints)
+    write_config(workdir / "config.json", config.to_dict())
     mesh = make_mesh(dict(config.mesh))
     model, trainable = load_trainable(config, mesh)
     trainer, frozen_size = make_trainer(config, model, mesh, checkpoints, progress)
@@ -260,7 +284,7 @@ def report(job: Job) -> None:
     }
     if job.config.data.sample:
         facts["what it shows"] = (
-            "that the training path works here: a tiny random model learned the sample's few questions by heart; it "
-            "measures nothing about real video"
+            "that the training path works here: a sample run learns a few answers by heart and measures nothing about "
+            "understanding video"
         )
     write_report(job.workdir / "report.md", rows, preflight.flat_config(job.config), facts)

@@ -260,3 +260,14 @@ def test_options_from_a_config_group():
     assert options == VideoOptions(num_frames=16, resize_rule="total", max_pixels=4096)
     with pytest.raises(ProcessorError, match="frames_per_second"):
         VideoOptions.from_mapping({"frames_per_second": 2})
+
+
+@pytest.mark.parametrize(("rule", "low", "high"), [("per_frame", 784, 50176), ("total", 4096, 25165824)])
+def test_zero_budget_of_a_config_is_the_rules_own(rule, low, high, qwen3, tokenizer, make_video, tmp_path):
+    path = make_video(tmp_path / "a.mp4", 4, h=480, w=640)
+    grids = []
+    for budget in ({"min_pixels": 0, "max_pixels": 0}, {"min_pixels": low, "max_pixels": high}):
+        options = VideoOptions.from_mapping({"num_frames": 32, "fps": 0.0, "resize_rule": rule, **budget})
+        grids.append(Encoder(qwen3, tokenizer, options, isolate_decoder=False).encode(ask(path)).grids)
+    assert grids[0] == grids[1]
+    assert (grids[0][0].h * 16 * grids[0][0].w * 16 <= 50176) == (rule == "per_frame")

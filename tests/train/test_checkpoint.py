@@ -78,9 +78,11 @@ def test_another_adapter_is_refused(tmp_path):
     lora, state = make_state(make_mesh({"data": -1}))
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         checkpoints.save(lora, state, META)
+    names = lora["stacks"][0]
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        with pytest.raises(ResumeError, match="does not fit the model"):
-            checkpoints.restore(5, {"stacks": {0: {"a": lora["stacks"][0]["a"]}}}, state)
+        for other in ({"a": names["a"]}, {**names, "c": names["a"]}, {**names, "b": names["b"][:, :2]}):
+            with pytest.raises(ResumeError, match=r"does not fit the model: stacks\.0\.[bc]: stored"):
+                checkpoints.restore(5, {"stacks": {0: other}}, state)
 
 
 def test_a_different_run_is_refused_by_key():

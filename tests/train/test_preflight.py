@@ -73,11 +73,24 @@ def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
     assert "mesh: " in text and "ascending" in text and "model.path" not in text
 
 
-def test_the_sample_does_not_mix_with_data_of_ones_own(tiny_world, tmp_path):
+def test_the_sample_gives_only_what_is_not_there(tiny_world, tmp_path):
+    folder, path = tiny_world
     config = complete(tiny_world)
     config.data.sample = "tiny"
-    with pytest.raises(PreflightError, match="data.sample = 'tiny' brings its own"):
+    assert with_sample(config, tmp_path) == config and not list(tmp_path.iterdir())
+    config.model.path = ""
+    filled = with_sample(config, tmp_path)
+    assert filled.data.path == str(path) and filled.model.path == str(tmp_path / "sample" / "model")
+    assert [p.name for p in (tmp_path / "sample").iterdir()] == ["model"]
+    config.data.path = str(tmp_path / "absent.json")
+    with pytest.raises(PreflightError, match="absent.json' is not a file of records"):
         with_sample(config, tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made_is_an_error(tiny_world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PreflightError, match="file/x' cannot be written"):
+        run(complete(tiny_world), str(tmp_path / "file" / "x"))
 
 
 def test_the_sample_fills_in_the_paths_and_leaves_the_callers_config_alone(tmp_path):

@@ -120,6 +120,8 @@ def test_a_finished_run_reports_and_can_be_called_again(config, straight, capsys
 
 def test_another_config_does_not_continue_the_run(make_config, mixed_world, straight):
     config = make_config(*mixed_world)
+    written = (straight[0] / "config.json").read_text()
+    assert json.loads(written) == json.loads(json.dumps(config.to_dict()))
     config.optim.lr = 1.0
     config.lora.rank = 2
     with pytest.raises(ResumeError, match="lora.rank: was 16, is 2\n  optim.lr: was 0.003, is 1.0"):
@@ -128,6 +130,7 @@ def test_another_config_does_not_continue_the_run(make_config, mixed_world, stra
     config.train.resume = False
     with pytest.raises(ResumeError, match="already holds step 6"):
         sft.run(config, str(straight[0]))
+    assert (straight[0] / "config.json").read_text() == written
 
 
 def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
