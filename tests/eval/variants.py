@@ -26,6 +26,7 @@ TEXT = MappingProxyType(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        rms_norm_eps=1e-6,
         bos_token_id=106,
         eos_token_id=105,
     )
@@ -233,7 +234,7 @@ VARIANTS = MappingProxyType(
         ),
         "q25-all-full-mha-tie-in-text": Variant(
             Q25,
-            text=dict(num_key_value_heads=4, rms_norm_eps=1e-6),
+            text=dict(num_key_value_heads=4, rms_norm_eps=1e-3),
             vision=dict(fullatt_block_indexes=[0, 1, 2], patch_size=6, window_size=36, tokens_per_second=3),
             top=dict(tie_word_embeddings=True),
             rope=dict(mrope_section=[1, 2, 1], rope_theta=1e4),
@@ -242,7 +243,7 @@ VARIANTS = MappingProxyType(
         ),
         "q25-no-full-window1-yarn-sharded": Variant(
             Q25,
-            text=dict(num_key_value_heads=1, hidden_size=48),
+            text=dict(num_key_value_heads=1, hidden_size=48, rms_norm_eps=1e-5),
             vision=dict(fullatt_block_indexes=[], window_size=8, patch_size=2, spatial_merge_size=4, num_heads=3),
             rope=YARN | dict(mrope_section=[3, 1, 2]),
             shard="20KB",
