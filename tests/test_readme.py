@@ -26,7 +26,11 @@ def test_run_commands_are_accepted(command, capsys):
 
 
 def test_files_it_names_exist():
-    named = set(re.findall(r"(?:configs|tools|tests)/\w+\.py|requirements[\w-]*\.txt|[A-Z]+\.md|LICENSE", README))
+    named = set(
+        re.findall(
+            r"(?:configs|tools|tests)/\w+\.py|requirements[\w-]*\.txt|(?:benchmarks/)?[A-Z]+\.md|LICENSE", README
+        )
+    )
     assert len(named) > 8
     assert not [name for name in named if not (run.ROOT / name).is_file()]
 

@@ -37,8 +37,23 @@ def published_config(size: str) -> dict[str, Any]:
         return _qwen2_5_vl_7b()
     if size not in _QWEN3:
         raise ConfigError(f"unknown published size {size!r} (known: {', '.join(SIZES)})")
-    hidden, layers, heads, kv, inner, tied, (depth, width, vit_inner, taps), moe = _QWEN3[size]
+    *_, tied, _, moe = _QWEN3[size]
     kind = "qwen3_vl_moe" if moe else "qwen3_vl"
+    return dict(
+        architectures=["Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"],
+        image_token_id=151655,
+        model_type=kind,
+        text_config=_qwen3_text(size, f"{kind}_text"),
+        tie_word_embeddings=tied,
+        video_token_id=151656,
+        vision_config=_qwen3_vision(size, kind),
+        vision_end_token_id=151653,
+        vision_start_token_id=151652,
+    )
+
+
+def _qwen3_text(size: str, model_type: str) -> dict[str, Any]:
+    hidden, layers, heads, kv, inner, _, _, moe = _QWEN3[size]
     text = dict(
         attention_bias=False,
         attention_dropout=0.0,
@@ -51,7 +66,7 @@ def published_config(size: str) -> dict[str, Any]:
         initializer_range=0.02,
         intermediate_size=inner,
         max_position_embeddings=262144,
-        model_type=f"{kind}_text",
+        model_type=model_type,
         num_attention_heads=heads,
         num_hidden_layers=layers,
         num_key_value_heads=kv,
@@ -72,32 +87,26 @@ def published_config(size: str) -> dict[str, Any]:
             num_experts_per_tok=top_k,
             router_aux_loss_coef=0.001,
         )
-    vision = dict(
+    return text
+
+
+def _qwen3_vision(size: str, model_type: str) -> dict[str, Any]:
+    hidden, (depth, width, inner, taps) = _QWEN3[size][0], _QWEN3[size][6]
+    return dict(
         deepstack_visual_indexes=list(taps),
         depth=depth,
         hidden_act="gelu_pytorch_tanh",
         hidden_size=width,
         in_channels=3,
         initializer_range=0.02,
-        intermediate_size=vit_inner,
-        model_type=kind,
+        intermediate_size=inner,
+        model_type=model_type,
         num_heads=16,
         num_position_embeddings=2304,
         out_hidden_size=hidden,
         patch_size=16,
         spatial_merge_size=2,
         temporal_patch_size=2,
-    )
-    return dict(
-        architectures=["Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"],
-        image_token_id=151655,
-        model_type=kind,
-        text_config=text,
-        tie_word_embeddings=tied,
-        video_token_id=151656,
-        vision_config=vision,
-        vision_end_token_id=151653,
-        vision_start_token_id=151652,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -148,41 +149,18 @@ class Decoder(nnx.Module):
           prefill: with a cache: True means slot is 0 and tokens attend among themselves; False attends to the cache.
           collect: return layer outputs and router tensors too (parity checks).
         """
-        cos, sin = rope.text_rope(self.config.rope, self.config.head_dim, self.config.max_positions, positions, x.dtype)
-        real = segment_ids != 0
+        config = self.config
+        cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, positions, x.dtype)
         if cache is not None:
             marks = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, slot))
             cache = cache._replace(segment_ids=marks)
-
-        def attend(block, carry, layer):
-            hidden, k_all, v_all = carry
-            q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
-            if k_all is not None:
-                at = (layer, 0, 0, slot, 0)
-                k_all = jax.lax.dynamic_update_slice(k_all, k.swapaxes(1, 2)[None], at)
-                v_all = jax.lax.dynamic_update_slice(v_all, v.swapaxes(1, 2)[None], at)
-            if k_all is None or prefill:
-                out = attention(q, k, v, q_segments=segment_ids, kv_segments=segment_ids, causal=True, backend=backend)
-            else:
-                out = masked_attention(q, k_all[layer], v_all[layer], _cache_mask(cache.segment_ids, segment_ids, slot))
-            hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
-            return hidden, k_all, v_all
-
-        def step(block, carry, layer):
-            hidden, k_all, v_all = attend(block, carry, layer)
-            hidden, stats, routed = block.feed_forward(hidden, real)
-            raw = hidden
-            if deepstack is not None and len(deepstack):
-                row = deepstack[jnp.minimum(layer, len(deepstack) - 1)]
-                hidden = hidden + jnp.where(layer < len(deepstack), row, 0)
-            ys = (stats, (raw, hidden, routed) if collect else None)
-            return (hidden, k_all, v_all), ys
-
+        cached = None if cache is None or prefill else cache.segment_ids
+        layer_pass = _LayerPass(cos, sin, segment_ids, backend, deepstack, cached, slot, collect)
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
         outputs = []
-        for (start, count, sparse), blocks in zip(run_lengths(self.config), self.stacks, strict=True):
+        for (start, count, sparse), blocks in zip(run_lengths(config), self.stacks, strict=True):
             layers = start + jnp.arange(count)
-            carry, (stats, collected) = scan_layers(blocks, step, carry, layers, remat=remat)
+            carry, (stats, collected) = scan_layers(blocks, layer_pass.step, carry, layers, remat=remat)
             outputs.append((sparse, stats, collected))
         hidden, k_all, v_all = carry
         sparse_stats = [stats for sparse, stats, _ in outputs if sparse]
@@ -190,6 +168,48 @@ class Decoder(nnx.Module):
         tensors = _gather_collected(outputs, cos, sin) if collect else {}
         cache = None if cache is None else cache._replace(k=k_all, v=v_all)
         return DecoderOutput(self.norm(hidden), cache, router, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerPass:
+    """What every layer of one pass shares; `step` is the body of the scan.
+
+    Attributes:
+      cached: i32[B, T] segment ids of the cache when tokens attend to it, None when they attend among themselves.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids: jax.Array
+    backend: str
+    deepstack: jax.Array | None
+    cached: jax.Array | None
+    slot: jax.Array | int
+    collect: bool
+
+    def step(self, block: DecoderBlock, carry, layer: jax.Array):
+        """(hidden, keys, values of all layers or None) -> the same after `layer`, and what the scan stacks."""
+        hidden, k_all, v_all = self._attend(block, *carry, layer)
+        raw, stats, routed = block.feed_forward(hidden, self.segment_ids != 0)
+        hidden = raw
+        if self.deepstack is not None and len(self.deepstack):
+            taps = len(self.deepstack)
+            hidden = raw + jnp.where(layer < taps, self.deepstack[jnp.minimum(layer, taps - 1)], 0)
+        return (hidden, k_all, v_all), (stats, (raw, hidden, routed) if self.collect else None)
+
+    def _attend(self, block: DecoderBlock, hidden: jax.Array, k_all, v_all, layer: jax.Array):
+        q, k, v = block.attn.project(block.input_norm(hidden), self.cos, self.sin)
+        if k_all is not None:
+            at = (layer, 0, 0, self.slot, 0)
+            k_all = jax.lax.dynamic_update_slice(k_all, k.swapaxes(1, 2)[None], at)
+            v_all = jax.lax.dynamic_update_slice(v_all, v.swapaxes(1, 2)[None], at)
+        if self.cached is None:
+            ids = self.segment_ids
+            out = attention(q, k, v, q_segments=ids, kv_segments=ids, causal=True, backend=self.backend)
+        else:
+            mask = _cache_mask(self.cached, self.segment_ids, self.slot)
+            out = masked_attention(q, k_all[layer], v_all[layer], mask)
+        return hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1)), k_all, v_all
 
 
 def _cache_mask(cached: jax.Array, segment_ids: jax.Array, slot) -> jax.Array:

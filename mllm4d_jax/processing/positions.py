@@ -55,32 +55,38 @@ def mrope_positions(
     kinds = np.where(tokens == image_token_id, 1, np.where(tokens == video_token_id, 2, 0))
     steps = _frame_steps(grids, family, second_per_grid, tokens_per_second, rule)
     runs = [run for g, t in zip(grids, steps, strict=True) for run in _item_runs(g, t, family, merge_size, rule)]
-    positions = np.zeros((3, len(tokens)), np.int32)
-    edges = np.flatnonzero(np.diff(kinds)) + 1
-    counter, start, used = 0, 0, 0
-    for stop in [*edges.tolist(), len(tokens)]:
+    positions = _place_runs(kinds, runs)
+    largest = int(positions.max()) if len(tokens) else -1
+    return positions, largest + 1 - len(tokens)
+
+
+def _place_runs(kinds: np.ndarray, runs: Sequence[tuple[int, np.ndarray, int]]) -> np.ndarray:
+    """Walks the runs of equal token kind (0 text, 1 image, 2 video) with one counter: i32[3, S]."""
+    names = {1: "image", 2: "video"}
+    positions = np.zeros((3, len(kinds)), np.int32)
+    edges = (np.flatnonzero(np.diff(kinds)) + 1).tolist()
+    counter, start, pending = 0, 0, list(reversed(runs))
+    for stop in [*edges, len(kinds)]:
         kind, n = int(kinds[start]) if stop > start else 0, stop - start
         if kind == 0:
             positions[:, start:stop] = counter + np.arange(n)
             counter += n
+        elif not pending:
+            raise PlaceholderError(f"token {start} begins a visual run but all {len(runs)} of the grids are used")
         else:
-            if used == len(runs):
-                raise PlaceholderError(f"token {start} begins a visual run but all {len(grids)} grids are used")
-            run_kind, block, advance = runs[used]
-            if (kind, n) != (run_kind, block.shape[1]):
-                names = {1: "image", 2: "video"}
+            wanted, block, advance = pending.pop()
+            if (kind, n) != (wanted, block.shape[1]):
                 raise PlaceholderError(
                     f"token {start} begins {n} {names[kind]} placeholders where the grids ask for {block.shape[1]} "
-                    f"{names[run_kind]} placeholders"
+                    f"{names[wanted]} placeholders"
                 )
             positions[:, start:stop] = counter + block
             counter += advance
-            used += 1
         start = stop
-    if used != len(runs):
+    if pending:
+        used = len(runs) - len(pending)
         raise PlaceholderError(f"the text has {used} visual runs, the images and videos make {len(runs)}")
-    largest = int(positions.max()) if len(tokens) else -1
-    return positions, largest + 1 - len(tokens)
+    return positions
 
 
 def _frame_steps(

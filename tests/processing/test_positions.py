@@ -66,7 +66,7 @@ def test_qwen2_5_time_rules(rule, seconds, time, after):
 @pytest.mark.parametrize(
     ("tokens", "grids", "message"),
     [
-        ([1, IMAGE, 2], [], "begins a visual run but all 0 grids are used"),
+        ([1, IMAGE, 2], [], "begins a visual run but all 0 of the grids are used"),
         ([1, 2], [Grid("image", 1, 2, 2)], "0 visual runs, the images and videos make 1"),
         ([IMAGE, IMAGE], [Grid("image", 1, 2, 2)], "2 image placeholders where the grids ask for 1 image"),
         ([VIDEO], [Grid("image", 1, 2, 2)], "1 video placeholders where the grids ask for 1 image"),
