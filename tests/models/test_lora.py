@@ -28,7 +28,8 @@ def test_a_fresh_adapter_changes_nothing_and_counts_its_parameters():
     model = load_model(GOLDEN / "qwen3_vl")
     before = model(text_inputs())
     added = attach_lora(model, rank=4, alpha=8.0, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(model(text_inputs()), before)
+    # Adding exact zeros, but in another compiled program: sums may round differently.
+    np.testing.assert_allclose(model(text_inputs()), before, atol=1e-5)
     h, q, kv, layers = 48, 128, 64, 4
     assert added == layers * 4 * ((h + q) + 2 * (h + kv) + (q + h))
     lora = nnx.state(model, nnx.LoRAParam)
