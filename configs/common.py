@@ -169,10 +169,40 @@ VERIFY_KEYS = (
     Key("tol.grad_rel", 1e-3, "largest relative error of a gradient's norm", low=0),
 )
 
+CURATE_KEYS = (
+    Key("task", "curate", "which task the config is for", choices=("curate",)),
+    *RUN_KEYS,
+    Key(
+        "source",
+        "synthetic",
+        "where clips come from: rendered rooms with exact truth, or Stereo4D annotations with videos and sidecars",
+        choices=("synthetic", "stereo4d"),
+    ),
+    Key("input", "", "stereo4d: folder with <clip>.npz, <clip>-left_rectified.mp4, -masks.npz|json, -captions.json"),
+    Key("synthetic.clips", 400, "synthetic: clips to render", low=1),
+    Key("synthetic.height", 64, "synthetic: pixels", low=16),
+    Key("synthetic.width", 64, "synthetic: pixels", low=16),
+    Key("synthetic.frames", 16, "synthetic: frames per clip", low=2),
+    Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1),
+    Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
+    Key("questions.num_frames", 32, "frames of a clip that the model will see; questions count these", low=2),
+    Key("questions.per_clip", 28, "most questions proposed per clip, before balancing", low=1),
+    Key("preset", "mllm4d_2m", "shares, caps and motion of the training set", choices=("mllm4d_2m", "r1_30k")),
+    Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0),
+    Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0),
+    Key("bench_share", 0.2, "share of the source videos held out for it", low=0),
+    Key("workers", 1, "processes; the result does not depend on it", low=1),
+)
+
 # task -> (its keys, the module whose run(config, workdir) does it, one line for --help)
 TASKS = MappingProxyType(
     {
         "sft": (SFT_KEYS, "mllm4d_jax.train.sft", "supervised fine-tuning with LoRA on video question-answer records"),
+        "curate": (
+            CURATE_KEYS,
+            "data_prep.curate",
+            "make training and held-out questions from clips with known geometry",
+        ),
         "infer": (INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
         "verify": (VERIFY_KEYS, "mllm4d_jax.eval.verify", "compare a checkpoint's numbers with a recorded reference"),
     }
@@ -200,3 +230,8 @@ def infer() -> ml_collections.ConfigDict:
 def verify() -> ml_collections.ConfigDict:
     """Defaults of the comparison with a recorded reference (always float32)."""
     return build(VERIFY_KEYS)
+
+
+def curate() -> ml_collections.ConfigDict:
+    """Defaults of making questions from clips."""
+    return build(CURATE_KEYS)

@@ -1,1 +1,1 @@
-"""From stereo video to question-answer records. NumPy and OpenCV only; never imports jax."""
+"""Clips to 4D scenes to questions with computed answers (NumPy and OpenCV; never imports JAX)."""

@@ -1,0 +1,227 @@
+"""Accuracy of the stereo stage on synthetic clips: depth, camera path and objects from the two videos alone.
+
+python benchmarks/stereo_accuracy.py [--clips=48] [--first=1000] [--size=512] [--frames=16] [--seed=2026]
+    [--masks=truth|none] [--jpeg=QUALITY]
+
+Per clip: median relative depth error over valid pixels and its sign (bias), the same beyond 6 m, the largest camera
+centre error relative to the path's length, the error of object displacements (per object and frame pair, centroids of
+the points seen at both ends, against the exact scene), and seconds. Then medians, and per relation the share of answers
+that agree with the exact scene's: the same class, or a distance within 10 cm or 10 %, whichever is more. Poses are
+compared in the frame of the first camera, without any alignment or scaling. `--jpeg` compresses every frame first, as
+lossy video does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+import numpy as np
+
+from data_prep import relations
+from data_prep.disparity import StereoError
+from data_prep.scene import Scene
+from data_prep.stereo import ObjectMasks, Reconstruction, reconstruct_clip
+from data_prep.synthetic import SyntheticClip, make_clip
+from data_prep.worlds import SyntheticConfig
+
+FAR = 6.0  # metres
+MIN_PATH = 0.05  # metres: a shorter path has no relative error
+OBJECT_RELATIONS = (
+    relations.object_absolute_distance,
+    relations.object_camera_absolute_distance,
+    relations.object_camera_relative_distance,
+    relations.object_camera_lateral_direction,
+    relations.object_camera_longitudinal_direction,
+)
+CAMERA_RELATIONS = (relations.camera_absolute_distance, relations.camera_relative_direction)
+
+
+def reconstruct_synthetic(clip: SyntheticClip, use_masks: bool = True) -> Reconstruction:
+    """The stage on a synthetic clip: frames, field of view, baseline and (if wanted) masks; no pose, no depth.
+
+    Raises:
+      StereoError: as `reconstruct_clip`.
+    """
+    truth = clip.scene
+    objects = [ObjectMasks(o.object_id, o.masks, o.description, o.category) for o in truth.objects]
+    return reconstruct_clip(
+        clip.left,
+        clip.right,
+        clip_id=truth.clip_id,
+        source_id=truth.source_id,
+        timestamps=truth.timestamps,
+        intrinsics=truth.intrinsics[0],
+        baseline=clip.baseline,
+        objects=objects if use_masks else (),
+    )
+
+
+def compress(frames: np.ndarray, quality: int) -> np.ndarray:
+    """u8[T,H,W,3] after JPEG of that quality (0 to 100)."""
+    coded = [cv2.imencode(".jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, quality])[1] for frame in frames[..., ::-1]]
+    return np.stack([cv2.imdecode(code, cv2.IMREAD_COLOR)[..., ::-1] for code in coded])
+
+
+def depth_errors(found: np.ndarray, true: np.ndarray) -> tuple[float, float, float, float]:
+    """Median |relative error|, median signed one, share of valid pixels, and the median error beyond FAR (NaN: none).
+
+    Args:
+      found: f32[T,H,W] metres, NaN = unknown.
+      true: f32[T,H,W] metres.
+    """
+    valid = np.isfinite(found)
+    relative = found[valid] / true[valid] - 1
+    far = relative[true[valid] > FAR]
+    beyond = float(np.median(np.abs(far))) if far.size > 1000 else np.nan
+    return float(np.median(np.abs(relative))), float(np.median(relative)), float(valid.mean()), beyond
+
+
+def path_error(found: Scene, true: Scene) -> tuple[float, float]:
+    """Largest camera centre error and the true path's length, metres, both in the first camera's frame."""
+    first = true.world_to_camera[0]
+    centers = true.camera_centers @ first[:, :3].T + first[:, 3]
+    length = np.linalg.norm(np.diff(centers, axis=0), axis=1).sum()
+    return float(np.linalg.norm(found.camera_centers - centers, axis=1).max()), float(length)
+
+
+def frame_pairs(frames: int) -> list[tuple[int, int]]:
+    """Six pairs of four frames spread over the clip."""
+    chosen = np.unique(np.linspace(0, frames - 1, 4).astype(int)).tolist()
+    return list(itertools.combinations(chosen, 2))
+
+
+def object_errors(found: Scene, true: Scene) -> list[tuple[float, float]]:
+    """Metres between displacement vectors, per object and frame pair that both scenes can answer.
+
+    First against the centroid of the exact scene's own points, of which there are others than were followed (on a
+    turning object another displacement); then like with like: against the exact rigid motion of the points followed.
+    """
+    turn, shift = true.world_to_camera[0, :, :3], true.world_to_camera[0, :, 3]  # the found world is the first camera
+    errors = []
+    for o in found.objects:
+        exact = true.object(o.object_id).points @ turn.T + shift
+        for i, j in frame_pairs(true.num_frames):
+            ours, theirs = _both(o.points, i, j), _both(exact, i, j)
+            if ours is None or theirs is None:
+                continue
+            moved = (ours[1] - ours[0]).mean(0)
+            rotation, centre, target = rigid_motion(*theirs)
+            same = ((ours[0] - centre) @ rotation.T + target - ours[0]).mean(0)
+            other = (theirs[1] - theirs[0]).mean(0)
+            errors.append((float(np.linalg.norm(moved - other)), float(np.linalg.norm(moved - same))))
+    return errors
+
+
+def rigid_motion(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rotation f64[3,3] and the two centroids of the least-squares rigid motion between f64[N,3] points (Kabsch)."""
+    centre, target = first.mean(0), second.mean(0)
+    u, _, vt = np.linalg.svd((first - centre).T @ (second - target))
+    sign = np.diag([1, 1, np.sign(np.linalg.det(vt.T @ u.T))])
+    return vt.T @ sign @ u.T, centre, target
+
+
+def _both(points: np.ndarray, i: int, j: int, min_points: int = 5) -> tuple[np.ndarray, np.ndarray] | None:
+    """f64[N,3] twice: the points seen in both frames, there and then; None if they are too few."""
+    both = np.isfinite(points[i, :, 0]) & np.isfinite(points[j, :, 0])
+    return (points[i, both], points[j, both]) if both.sum() >= min_points else None
+
+
+def compare_relations(found: Scene, true: Scene, tally: dict[str, list[tuple[bool, float]]]) -> None:
+    """Adds (agrees, |difference| of scalar values) per relation, where both scenes have an answer.
+
+    Where the found scene refuses, no question would be asked; where the exact one does, the truth is a borderline case.
+    """
+    for i, j in frame_pairs(true.num_frames):
+        cases = [(r, (i, j), (i, j)) for r in CAMERA_RELATIONS]
+        for o in found.objects:
+            cases += [(r, (o, i, j), (true.object(o.object_id), i, j)) for r in OBJECT_RELATIONS]
+        for relation, ours, exact in cases:
+            try:
+                a, b = relation(found, *ours), relation(true, *exact)
+            except relations.Refused:
+                continue
+            difference = abs(a.value - b.value) if isinstance(a.value, float) else np.nan
+            distance = a.name.endswith("absolute_distance")
+            agrees = difference <= max(0.1, 0.1 * b.value) if distance else a.label == b.label
+            tally[a.name].append((agrees, difference))
+
+
+def main() -> None:
+    """Prints a line per clip and the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in (("clips", 48), ("first", 1000), ("size", 512), ("frames", 16), ("seed", 2026)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--masks", choices=("truth", "none"), default="truth")
+    parser.add_argument("--jpeg", type=int, default=None)
+    arguments = parser.parse_args()
+    config = SyntheticConfig(height=arguments.size, width=arguments.size, frames=arguments.frames, stereo=True)
+    rows, objects, failed, tally = [], [], [], defaultdict(list)
+    print("clip   depth %  bias %  >6 m %  valid %   path m  path err %  object cm  keyframes  seconds")
+    for index in range(arguments.first, arguments.first + arguments.clips):
+        clip = make_clip(arguments.seed, index, config)
+        if arguments.jpeg is not None:
+            views = {side: compress(getattr(clip, side), arguments.jpeg) for side in ("left", "right")}
+            clip = dataclasses.replace(clip, **views)
+        start = time.perf_counter()
+        try:
+            result = reconstruct_synthetic(clip, arguments.masks == "truth")
+        except StereoError as error:
+            failed.append(f"{index}: {error.reason}: {error}")
+            print(f"{index:5d}  {error.reason}: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - start
+        depth, bias, valid, far = depth_errors(result.depths, clip.depth)
+        error, length = path_error(result.scene, clip.scene)
+        relative = error / length if length >= MIN_PATH else np.nan
+        here = object_errors(result.scene, clip.scene)
+        compare_relations(result.scene, clip.scene, tally)
+        objects += here
+        rows.append((depth, bias, far, valid, error, relative, seconds))
+        moved = 100 * np.median([e for e, _ in here]) if here else np.nan
+        print(
+            f"{index:5d}  {100 * depth:7.2f} {100 * bias:7.2f} {100 * far:7.2f} {100 * valid:8.1f} {length:8.3f} "
+            f"{100 * relative:11.2f} {moved:10.2f} {result.quality.keyframes:10d} "
+            f"{seconds:8.1f}",
+            flush=True,
+        )
+    summarise(np.array(rows).reshape(-1, 7), objects, failed, tally)
+
+
+def summarise(rows: np.ndarray, objects: list[tuple[float, float]], failed: list[str], tally: dict) -> None:
+    """Prints medians over clips, their worst, and label agreement per relation."""
+    print(f"\n{len(rows)} clips reconstructed, {len(failed)} rejected")
+    if not len(rows):
+        return
+    depth, bias, far, valid, error, relative, seconds = rows.T
+    print(f"relative depth error: median {100 * np.median(depth):.2f} %, worst clip {100 * depth.max():.2f} %")
+    print(f"  bias {100 * np.median(bias):+.2f} %; beyond {FAR:g} m {100 * np.nanmedian(far):.2f} %", end="; ")
+    print(f"valid pixels {100 * np.median(valid):.1f} %")
+    share = np.mean(relative[np.isfinite(relative)] <= 0.02)
+    print(
+        f"trajectory error: median {100 * np.nanmedian(relative):.2f} % of the path ({1000 * np.median(error):.1f} mm)"
+    )
+    print(f"  worst clip {100 * np.nanmax(relative):.2f} %; {100 * share:.0f} % of clips within 2 %")
+    for name, errors in zip(("", ", same points"), np.array(objects).reshape(-1, 2).T, strict=True):
+        if errors.size:
+            print(f"object displacement error{name}: median {100 * np.median(errors):.2f} cm", end=", ")
+            print(f"90th percentile {100 * np.percentile(errors, 90):.1f} cm over {len(errors)} pairs")
+    print(f"seconds per clip: median {np.median(seconds):.1f}\n")
+    print("relation                                cases      agrees  median |difference|")
+    for name, cases in sorted(tally.items()):
+        same, difference = np.array(cases, float).T
+        metres = f"{np.median(difference):.3f} m" if np.isfinite(difference).any() else "-"
+        print(f"{name:38s} {len(cases):6d} {100 * same.mean():10.1f} % {metres:>16s}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Answer options that say nothing about the answer.
+
+The letter and, for distances, the rank of the truth among the options are drawn uniformly before anything else. That is
+not enough for distances: options drawn independently in 25-175 % of the truth betray it by their spread, because most
+sets fit the bounds around one or two of their members only. `exchangeable` draws the spacing without looking at the
+rank, so narrow that each of the four could be the truth, and refuses by conditions on the set alone. A refusal that
+looked at the truth ("too small for distinct distractors") would make the options below its limit recognisably false.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+
+LETTERS = "ABCD"
+SHAPES = ("exchangeable", "independent")
+_NARROWEST, _WIDEST = 0.85, 0.95  # share of the permitted range (in the logarithm) that a ladder takes
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionRule:
+    """How the four options of a distance are made.
+
+    Attributes:
+      low, high: distractors lie within these multiples of the truth (the paper's 0.25 and 1.75).
+      shape: "exchangeable": a ladder of about equal ratios, largest / smallest at most min(high, 1/low), so that the
+        values alone do not tell which one is true; at the default bounds no option is below about 0.6 m.
+        "independent": distractors drawn uniformly in the bounds, the paper's reading; allows truths from 0.4 m, and
+        lets a reader of the options alone do far better than chance (`option_geometry` in `blind` measures it).
+    """
+
+    low: float = 0.25
+    high: float = 1.75
+    shape: str = "exchangeable"
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES or not 0 < self.low < 1 < self.high < math.inf:
+            raise ValueError(f"options need a shape of {', '.join(SHAPES)} and 0 < low < 1 < high, not {self}")
+
+
+def numeric_options(truth: float, rule: OptionRule, rng: random.Random) -> tuple[list[str], int] | None:
+    """Four distances with one decimal, ascending and distinct, and the rank of the truth among them.
+
+    Args:
+      truth: metres.
+
+    Returns:
+      None when this draw makes no fair set; another draw might.
+    """
+    rank = int(rng.random() * 4)
+    make = _ladder if rule.shape == "exchangeable" else _independent
+    tenths = make(truth, rank, rule, rng)
+    return None if tenths is None else ([f"{n / 10:.1f}" for n in tenths], rank)
+
+
+def label_options(labels: Sequence[str], answer: str, rng: random.Random) -> list[str]:
+    """The answer and up to three other labels, in random order.
+
+    Of more than four labels, the others are drawn uniformly, opposites included or not: an opposite that always stood
+    beside the answer would single out the pair.
+    """
+    others = [label for label in labels if label != answer]
+    shuffle(others, rng)
+    options = [answer, *others[: len(LETTERS) - 1]]
+    shuffle(options, rng)
+    return options
+
+
+def shuffle(items: list, rng: random.Random) -> None:
+    """Uniform shuffle in place, the same on every Python version (`random.shuffle` does not promise that)."""
+    for n in range(len(items) - 1, 0, -1):
+        k = int(rng.random() * (n + 1))
+        items[n], items[k] = items[k], items[n]
+
+
+def _ladder(truth: float, rank: int, rule: OptionRule, rng: random.Random) -> list[int] | None:
+    widest = math.log(min(rule.high, 1 / rule.low))
+    a, b, c = 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random()
+    scale = widest * (_NARROWEST + (_WIDEST - _NARROWEST) * rng.random()) / (a + b + c)
+    steps = (1.0, math.exp(scale * a), math.exp(scale * (a + b)), math.exp(scale * (a + b + c)))
+    lowest, span = truth / steps[rank], steps[3]
+    # Distinct and within bounds after rounding, whichever option is the truth: conditions on the set alone.
+    gap = min(steps[1] - 1, steps[2] - steps[1], span - steps[2])
+    room = min(rule.high - span, 1 - rule.low * span)
+    if lowest * gap < 0.1 or lowest * room < 0.05:
+        return None
+    return [round(10 * lowest * step) for step in steps]
+
+
+def _independent(truth: float, rank: int, rule: OptionRule, rng: random.Random) -> list[int] | None:
+    center = round(10 * truth)
+    bottom, top = math.ceil(10 * rule.low * truth), math.floor(10 * rule.high * truth)
+    if center - max(bottom, 1) < 3 or top - center < 3:
+        return None
+    chosen: set[int] = set()
+    while len(chosen) < rank:
+        chosen.add(max(bottom, 1) + int(rng.random() * (center - max(bottom, 1))))
+    while len(chosen) < 3:
+        chosen.add(center + 1 + int(rng.random() * (top - center)))
+    return sorted(chosen | {center})
