@@ -138,13 +138,7 @@ def reconstruct_clip(
     """
     _check_clip(left, right, timestamps, objects)
     height, width = left.shape[1:3]
-    if (intrinsics is None) == (fov_degrees is None):
-        raise StereoError("give either intrinsics or fov_degrees")
-    if intrinsics is None:
-        intrinsics = intrinsics_from_fov(fov_degrees, height, width)
-    intrinsics = np.asarray(intrinsics, np.float64)
-    if intrinsics.shape != (3, 3):
-        raise StereoError(f"intrinsics must be [3,3], one camera for the clip, got {list(intrinsics.shape)}")
+    intrinsics = _camera(intrinsics, fov_degrees, height, width)
     scale = "assumed_baseline" if baseline is None else "metric"
     metres = STEREO4D_BASELINE if baseline is None else baseline
     search = max(1, width // 8) if max_disparity is None else max_disparity
@@ -153,15 +147,7 @@ def reconstruct_clip(
     moving = np.logical_or.reduce([o.masks for o in objects]) if objects else None
     trajectory = solve_trajectory(left, depths, intrinsics, moving)
     tracks = track_points(left, depths, intrinsics, trajectory.world_to_camera, [o.masks for o in objects])
-    quality = Quality(
-        **figures,
-        reprojection_rms=float(trajectory.reprojection_rms.max()),
-        inlier_ratio=float(trajectory.inlier_ratio.min()),
-        static_drift=static_drift(tracks, trajectory),
-        path_length=trajectory.path_length,
-        keyframes=len(trajectory.keyframes),
-        scale=scale,
-    )
+    quality = _judge(figures, trajectory, tracks, scale)
     require_quality(quality.as_dict(), limits, clip_id)
     found, left_out = _scene_objects(objects, tracks)
     parameters = {"baseline": metres, "max_disparity": search, "max_depth": max_depth}
@@ -178,6 +164,31 @@ def reconstruct_clip(
         provenance={**(provenance or {}), **notes, "objects_left_out": left_out},
     )
     return Reconstruction(scene, depths, trajectory, tracks, quality)
+
+
+def _camera(intrinsics: np.ndarray | None, fov_degrees: float | None, height: int, width: int) -> np.ndarray:
+    """f64[3,3] from whichever of the two was given."""
+    if (intrinsics is None) == (fov_degrees is None):
+        raise StereoError("give either intrinsics or fov_degrees")
+    if intrinsics is None:
+        intrinsics = intrinsics_from_fov(fov_degrees, height, width)
+    intrinsics = np.asarray(intrinsics, np.float64)
+    if intrinsics.shape != (3, 3):
+        raise StereoError(f"intrinsics must be [3,3], one camera for the clip, got {list(intrinsics.shape)}")
+    return intrinsics
+
+
+def _judge(figures: Mapping[str, float], trajectory: Trajectory, tracks: PointTracks, scale: str) -> Quality:
+    """All quality figures of a clip; `figures` are those of matching."""
+    return Quality(
+        **figures,
+        reprojection_rms=float(trajectory.reprojection_rms.max()),
+        inlier_ratio=float(trajectory.inlier_ratio.min()),
+        static_drift=static_drift(tracks, trajectory),
+        path_length=trajectory.path_length,
+        keyframes=len(trajectory.keyframes),
+        scale=scale,
+    )
 
 
 def _check_clip(left: np.ndarray, right: np.ndarray, timestamps: np.ndarray, objects: Sequence[ObjectMasks]) -> None:
