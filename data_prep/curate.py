@@ -7,18 +7,18 @@ A clip is a Stereo4D annotation file with its rectified left video and two sidec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from data_prep import blind
-from data_prep.balance import PRESETS, Preset, select
+from data_prep.balance import PRESETS, select
 from data_prep.errors import SceneError
 from data_prep.export import Output, assemble, check_result
 from data_prep.objects import objects_from_tracks, read_captions, read_masks
-from data_prep.parts import ClipRejected, ClipResult, ExportError, PartStore, process_clips
+from data_prep.parts import ClipRejected, ClipResult, PartStore, process_clips
 from data_prep.questions import QuestionRules, propose
 from data_prep.relations import Refused
 from data_prep.scene import Scene
@@ -29,7 +29,20 @@ from data_prep.worlds import SyntheticConfig
 
 CLIPS = "clips"
 TRAIN, BENCH = "train.json", "bench.json"
-_SELECTION_FIELDS = ("id", "source_id", "question_type", "answer", "options", "label", "rank", "motion", "frames")
+# What balancing and the blind guessers read; conversations and solutions stay on disk.
+_JUDGED = (
+    "id",
+    "source_id",
+    "question_type",
+    "subtask",
+    "template",
+    "answer",
+    "options",
+    "label",
+    "rank",
+    "motion",
+    "frames",
+)
 
 
 class CurateError(ValueError):
@@ -131,10 +144,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """
     root = Path(workdir)
     work, clip_ids = plan(config, root)
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("workers", "workdir", "distributed", "input")}
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("workers", "workdir", "distributed")}
     with PartStore(root, seed=config.seed, config=settings) as store:
         done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result, progress=True)
-        rows = [row for clip_id in clip_ids for row in store.read(clip_id).rows]
+        rows = [{k: row[k] for k in _JUDGED} for clip_id in clip_ids for row in store.read(clip_id).rows]
         chosen = choose(config, rows)
         outputs = [Output(TRAIN, "conversations", "train"), Output(BENCH, "bench", "bench")]
         manifest = assemble(store, clip_ids, root, outputs, keep=chosen.__contains__, progress=True)
@@ -170,19 +183,16 @@ def plan(config: ml_collections.ConfigDict, root: Path) -> tuple[ClipWork, list[
     return ClipWork(root=folder, folder=folder, scale="assumed_baseline", **common), found
 
 
-def choose(config: ml_collections.ConfigDict, rows: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Ids of the questions of both splits, balanced by their presets. Raises BalanceError, ExportError."""
-    small = [{field: row[field] for field in _SELECTION_FIELDS} for row in rows]
-    if not small:
-        raise ExportError(
-            "not one question could be asked; rejected clips and reasons are in the parts of this workdir"
-        )
+def choose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Ids of the questions of both splits, balanced by their presets. Raises BalanceError, CurateError."""
+    if not rows:
+        raise CurateError("not one question could be asked; the reasons are in the files under parts/ of the workdir")
     chosen: set[str] = set()
     for name, total in ((config.preset, config.total), ("bench", config.bench_total)):
-        preset: Preset = dataclasses.replace(PRESETS[name], total=total or None)
-        if any(split_of(row["source_id"], bench_share=config.bench_share) == preset.split for row in small):
-            picked = select(small, preset, seed=config.seed, bench_share=config.bench_share)
-            chosen |= {small[n]["id"] for n in picked.indices}
+        preset = dataclasses.replace(PRESETS[name], total=total or None)
+        if any(split_of(row["source_id"], bench_share=config.bench_share) == preset.split for row in rows):
+            picked = select(rows, preset, seed=config.seed, bench_share=config.bench_share)
+            chosen |= {rows[n]["id"] for n in picked.indices}
     return chosen
 
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from data_prep.atomic import write_atomic
 from data_prep.errors import SceneError
 from data_prep.npz import MAX_NPZ_BYTES, read_npz
 
@@ -279,8 +280,8 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
         ],
         "provenance": scene.provenance,
     }
-    _write(folder / "scene.npz", data)
-    _write(folder / "scene.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(folder / "scene.npz", data)
+    write_atomic(folder / "scene.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def load_scene(folder: str | Path) -> Scene:
@@ -357,12 +358,3 @@ def _read(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise SceneError(f"{path} is larger than {limit} bytes")
     return data
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -9,6 +9,7 @@ import pytest
 from configs import common
 from configs.schema import build
 from data_prep import curate
+from data_prep.parts import ExportError
 from mllm4d_jax.data.records import RecordFile
 
 CLIPS = 60
@@ -71,6 +72,13 @@ def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reaso
     assert reasons == {stems[0]: "bad_scene", stems[1]: "missing_file"}
     records = json.loads((tmp_path / "out" / "train.json").read_text())
     assert records and all((folder / r["video"]).is_file() for r in records)
+
+
+def test_a_workdir_does_not_mix_the_results_of_two_inputs(made, tmp_path):
+    clips = made / curate.CLIPS
+    assert run(tmp_path / "out", source="stereo4d", input=str(clips)) == 0
+    with pytest.raises(ExportError, match="another seed or config"):
+        run(tmp_path / "out", source="stereo4d", input=f"{clips}/../{curate.CLIPS}")
 
 
 def test_no_clips_is_an_error_that_says_what_is_expected(tmp_path):
