@@ -6,9 +6,10 @@ python benchmarks/stereo_accuracy.py [--clips=48] [--first=1000] [--size=512] [-
 Per clip: median relative depth error over valid pixels and its sign (bias), the same beyond 6 m, the largest camera
 centre error relative to the path's length, the error of object displacements (per object and frame pair, centroids of
 the points seen at both ends, against the exact scene), and seconds. Then medians, and per relation the share of answers
-that agree with the exact scene's: the same class, or a distance within 10 cm or 10 %, whichever is more. Poses are
-compared in the frame of the first camera, without any alignment or scaling. `--jpeg` compresses every frame first, as
-lossy video does.
+that agree with the exact scene's: the same class, or a distance within 10 cm or 10 %, whichever is more. Last, the
+questions that curation would ask of the reconstructed clips, and the share of their letters that the exact scene gives
+too. Poses are compared in the frame of the first camera, without any alignment or scaling. `--jpeg` compresses every
+frame first, as lossy video does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import numpy as np
 
 from data_prep import relations
 from data_prep.disparity import StereoError
+from data_prep.questions import SCENARIOS, QuestionRules, propose
+from data_prep.recheck import letter_from
 from data_prep.scene import Scene
 from data_prep.stereo import ObjectMasks, Reconstruction, reconstruct_clip
 from data_prep.synthetic import SyntheticClip, make_clip
@@ -156,6 +159,27 @@ def compare_relations(found: Scene, true: Scene, tally: dict[str, list[tuple[boo
             tally[a.name].append((agrees, difference))
 
 
+def compare_letters(found: Scene, true: Scene, letters: dict[str, list[bool]]) -> None:
+    """Adds per scenario whether the letter of each question about `found` is the exact scene's letter too.
+
+    A question that the exact scene cannot answer (the object hidden there) counts as wrong.
+    """
+    rules = QuestionRules()
+    for question in propose(found, rules, seed=0):
+        letters[question.scenario].append(letter_from(true, question, rules) == question.answer)
+
+
+def print_letters(letters: dict[str, list[bool]]) -> None:
+    """The table of letters per scenario, and over all questions."""
+    print("\nquestions asked of the reconstruction           letters as from exact truth")
+    for name in SCENARIOS:
+        if letters[name]:
+            print(f"{name:38s} {len(letters[name]):6d} {100 * np.mean(letters[name]):20.1f} %")
+    everything = [same for name in SCENARIOS for same in letters[name]]
+    if everything:
+        print(f"{'all':38s} {len(everything):6d} {100 * np.mean(everything):20.1f} %")
+
+
 def main() -> None:
     """Prints a line per clip and the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +189,7 @@ def main() -> None:
     parser.add_argument("--jpeg", type=int, default=None)
     arguments = parser.parse_args()
     config = SyntheticConfig(height=arguments.size, width=arguments.size, frames=arguments.frames, stereo=True)
-    rows, objects, failed, tally = [], [], [], defaultdict(list)
+    rows, objects, failed, tally, letters = [], [], [], defaultdict(list), defaultdict(list)
     print("clip   depth %  bias %  >6 m %  valid %   path m  path err %  object cm  keyframes  seconds")
     for index in range(arguments.first, arguments.first + arguments.clips):
         clip = make_clip(arguments.seed, index, config)
@@ -185,6 +209,7 @@ def main() -> None:
         relative = error / length if length >= MIN_PATH else np.nan
         here = object_errors(result.scene, clip.scene)
         compare_relations(result.scene, clip.scene, tally)
+        compare_letters(result.scene, clip.scene, letters)
         objects += here
         rows.append((depth, bias, far, valid, error, relative, seconds))
         moved = 100 * np.median([e for e, _ in here]) if here else np.nan
@@ -195,6 +220,7 @@ def main() -> None:
             flush=True,
         )
     summarise(np.array(rows).reshape(-1, 7), objects, failed, tally)
+    print_letters(letters)
 
 
 def summarise(rows: np.ndarray, objects: list[tuple[float, float]], failed: list[str], tally: dict) -> None:

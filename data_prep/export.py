@@ -26,6 +26,7 @@ MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 _TEXT_FIELDS = ("id", "source_id", "video", "question", "answer", "question_type")
+_MEASURED = ("source_id", "label", "value", "object_name", "frames")
 _SPEAKERS: Mapping[str, str] = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -146,7 +147,11 @@ def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as in MLLM4D-R1-30k.jsonl: the prompt as messages, without the last answer, and the solution beside."""
+    """A record as in MLLM4D-R1-30k.jsonl: the prompt as messages, without the last answer, and the solution beside.
+
+    Its readers ignore "id", "question_type" and, where the row has them, "source_id", "label", "value", "object_name"
+    and "frames": what a teacher needs to write the reasoning (`data_prep.r1_items`).
+    """
     prompt = row["conversations"][:-1]
     messages = [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in prompt]
     centers = {field: row["solution"][field] for field in ("camera_center", "object_center")}
@@ -156,6 +161,7 @@ def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
         "videos": [row["video"]],
         "solution": [{"answer": row["answer"], **centers}],
         "question_type": row["question_type"],
+        **{field: row[field] for field in _MEASURED if field in row},
     }
 
 

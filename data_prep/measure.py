@@ -53,13 +53,14 @@ def centroids(
     """
     if points not in POINT_SETS:
         raise ValueError(f"points must be one of {', '.join(POINT_SETS)}, not {points!r}")
-    start, end = obj.points[i], obj.points[j]
-    at_start, at_end = ~np.isnan(start[..., 0]), ~np.isnan(end[..., 0])
+    visible = ~np.isnan(obj.points[..., 0])
+    filled = np.where(visible[..., None], obj.points, 0.0)
+    at_start, at_end = visible[i], visible[j]
     if points == "both":
         at_start = at_end = at_start & at_end
-    first, second = _mean(start, at_start), _mean(end, at_end)
-    seen = np.minimum(at_start.sum(1), at_end.sum(1)) >= max(min_points, 1)
-    return Centroids(first, second, seen)
+    first, count = _mean(filled[i], at_start)
+    second, end_count = _mean(filled[j], at_end)
+    return Centroids(first, second, np.minimum(count, end_count) >= max(min_points, 1))
 
 
 def object_shifts(scene: Scene, found: Centroids, i: np.ndarray) -> np.ndarray:
@@ -78,7 +79,8 @@ def nearest_distances(
     NaN where fewer than `min_points` points are seen at `at`.
     """
     offsets = obj.points[at] - scene.camera_centers[camera][:, None]
-    squares = np.einsum("pma,pma->pm", offsets, offsets)
+    x, y, z = offsets[..., 0], offsets[..., 1], offsets[..., 2]
+    squares = x * x + y * y + z * z
     if not squares.shape[1]:
         return np.full(len(at), np.nan)
     enough = (~np.isnan(squares)).sum(1) >= max(min_points, 1)
@@ -106,8 +108,13 @@ def change_classes(change: np.ndarray, *, tau: float, margin: float) -> np.ndarr
     return np.where(np.isnan(change), UNSEEN, classes)
 
 
-def _mean(points: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Mean over axis 1 of the seen points, NaN where there are none: f64[P, M, 3], bool[P, M] -> f64[P, 3]."""
-    total = np.where(seen[..., None], points, 0.0).sum(1)
-    count = seen.sum(1)[:, None]
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+def _mean(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over axis 1 of the seen points, NaN where there are none, and their number.
+
+    Args:
+      points: f64[P, M, 3], 0 where not seen. seen: bool[P, M].
+    """
+    weights = seen.astype(np.float64)
+    count = weights.sum(1)
+    total = (weights[:, None] @ points)[:, 0]
+    return np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], np.nan), count

@@ -125,7 +125,7 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
                     f"{path}: {name} is {array.dtype}{list(array.shape)}, the clip needs bool{[frames, *image_size]}"
                 )
         return masks
-    document = _read_json(path)
+    document = read_json(path)
     if len(document) * per_object > MAX_MASK_BYTES:
         raise SceneError(f"{path}: {len(document)} objects of {per_object} mask pixels exceed {MAX_MASK_BYTES} bytes")
     masks = {}
@@ -146,7 +146,7 @@ def read_captions(path: str | Path) -> dict[str, Caption]:
       SceneError: naming file and id.
     """
     captions = {}
-    for name, entry in _read_json(Path(path)).items():
+    for name, entry in read_json(Path(path)).items():
         fields = entry if isinstance(entry, dict) else {"caption": entry}
         texts = (fields.get("caption"), fields.get("category", ""))
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
@@ -279,7 +279,7 @@ def objects_from_tracks(
     return tuple(objects), tuple(dropped)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file of at most `MAX_JSON_BYTES`."""
     try:
         with open(path, "rb") as file:

@@ -86,6 +86,7 @@ class Question:
       frames: (i, j) in the clip as seen; source: the same as frame numbers of the scene.
       count: frames the model sees.
       object_id: "" for the camera's relations.
+      object_name: what the text calls the object ("the red box"); "" for the camera's relations.
       camera_center, object_center: (at i, at j), metres; see `QuestionRules.state_axes`.
     """
 
@@ -105,6 +106,7 @@ class Question:
     source: tuple[int, int]
     count: int
     object_id: str
+    object_name: str
     camera_center: tuple
     object_center: tuple
 
@@ -133,6 +135,7 @@ class Question:
             "motion": self.motion,
             "template": self.template,
             "object_id": self.object_id,
+            "object_name": self.object_name,
             "frames": {"seen": list(self.frames), "source": list(self.source), "count": self.count},
             "solution": {
                 "answer": self.answer,
@@ -231,10 +234,10 @@ def _object_facts(
     """(scenario, class per pair, value per pair) of the five relations of an object."""
     needed = {"min_points": rules.min_points}
     threshold = {"tau": rules.tau, "margin": rules.margin}
-    across = measure.nearest_distances(scene, obj, j, i, **needed)
-    frames, where = np.unique(np.concatenate([i, j]), return_inverse=True)
-    own = measure.nearest_distances(scene, obj, frames, frames, **needed)[where]
-    change = own[len(i) :] - own[: len(i)]
+    # Object at j from camera i; then each from its own camera.
+    at, camera = np.concatenate([j, i, j]), np.concatenate([i, i, j])
+    across, first, second = measure.nearest_distances(scene, obj, at, camera, **needed).reshape(3, -1)
+    change = second - first
     zeros = np.zeros(len(i), int)
     yield "object_absolute_distance", zeros, np.sqrt((shifts**2).sum(1))
     yield "object_camera_absolute_distance", np.where(np.isnan(across), measure.UNSEEN, zeros), across
@@ -335,6 +338,7 @@ def _ask(
         source=(facts.seen[i], facts.seen[j]),
         count=len(facts.seen),
         object_id=object_id,
+        object_name=name,
         camera_center=(facts.cameras[facts.seen[i]], facts.cameras[facts.seen[j]]),
         object_center=centers,
     )

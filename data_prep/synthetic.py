@@ -11,17 +11,16 @@ import json
 import os
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from data_prep.errors import SceneError
+from data_prep.frames import CODECS, write_video
 from data_prep.objects import encode_rle
 from data_prep.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.scene import Scene, SceneObject, invert_poses, save_scene
 from data_prep.solids import surface_points
 from data_prep.worlds import Named, SyntheticConfig, make_world
 
-CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
 MASK_FORMATS = ("npz", "rle")
 _HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
 
@@ -186,9 +185,9 @@ def write_clip(
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / scene.clip_id
     left, right = Path(f"{stem}-left_rectified.mp4"), Path(f"{stem}-right_rectified.mp4")
-    _write_video(left, clip.left, clip.fps, codec)
+    write_video(left, clip.left, clip.fps, codec)
     if clip.right is not None:
-        _write_video(right, clip.right, clip.fps, codec)
+        write_video(right, clip.right, clip.fps, codec)
     mask_file = Path(f"{stem}-masks.{'npz' if masks == 'npz' else 'json'}")
     if masks == "npz":
         _write_npz(mask_file, {o.object_id: o.masks for o in scene.objects})
@@ -224,18 +223,6 @@ def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
         "track_indices": np.nonzero(seen)[1].astype(np.int64),
         "track_coordinates": tracks[seen].astype(np.float32),
     }
-
-
-def _write_video(path: Path, frames: np.ndarray, fps: float, codec: str) -> None:
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # the writer needs the ending
-    size = (frames.shape[2], frames.shape[1])
-    writer = cv2.VideoWriter(str(partial), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*CODECS[codec]), fps, size)
-    if not writer.isOpened():
-        raise SceneError(f"{path}: this OpenCV cannot write {codec} video; try the other of {[*CODECS]}")
-    for frame in frames:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
-    writer.release()
-    os.replace(partial, path)
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

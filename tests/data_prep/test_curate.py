@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import tensorflow_datasets as tfds
 
 from configs import common
 from configs.schema import build
 from data_prep import curate
+from data_prep.builder import question_rows
+from data_prep.curate_sources import SourceError
 from data_prep.parts import ExportError
 from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.rl.rewards import score
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("train.json", "train_r1.jsonl", "bench.json", "rejected.jsonl", "chosen.json", "manifest.json", "report.html")
 
 CLIPS = 60
 
@@ -45,17 +58,16 @@ def test_splits_share_no_source_video_and_the_manifest_counts(made):
     assert manifest["files"]["train.json"]["records"] == len(train)
 
 
-def test_two_workers_and_a_second_run_give_the_same_bytes(made, tmp_path):
-    assert run(tmp_path, workers=2) == 0
-    names = ("train.json", "bench.json", "rejected.jsonl", "manifest.json")
-    first = {name: (tmp_path / name).read_bytes() for name in names}
-    assert first == {name: (made / name).read_bytes() for name in names}
+def test_four_workers_and_a_second_run_give_the_same_bytes(made, tmp_path):
+    assert run(tmp_path, workers=4) == 0
+    first = {name: (tmp_path / name).read_bytes() for name in FILES}
+    assert first == {name: (made / name).read_bytes() for name in FILES}
     assert run(tmp_path) == 0  # nothing left to do
-    assert first == {name: (tmp_path / name).read_bytes() for name in names}
+    assert first == {name: (tmp_path / name).read_bytes() for name in FILES}
 
 
 def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reason(made, tmp_path):
-    clips = made / curate.CLIPS
+    clips = made / "clips"
     stems = sorted(p.stem for p in clips.glob("*.npz") if not p.stem.endswith("-masks"))
     folder = tmp_path / "input"
     folder.mkdir()
@@ -75,12 +87,79 @@ def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reaso
 
 
 def test_a_workdir_does_not_mix_the_results_of_two_inputs(made, tmp_path):
-    clips = made / curate.CLIPS
+    clips = made / "clips"
     assert run(tmp_path / "out", source="stereo4d", input=str(clips)) == 0
     with pytest.raises(ExportError, match="another seed or config"):
-        run(tmp_path / "out", source="stereo4d", input=f"{clips}/../{curate.CLIPS}")
+        run(tmp_path / "out", source="stereo4d", input=f"{clips}/../clips")
 
 
-def test_no_clips_is_an_error_that_says_what_is_expected(tmp_path):
-    with pytest.raises(curate.CurateError, match="holds no Stereo4D annotation files"):
-        run(tmp_path, source="stereo4d", input=str(tmp_path))
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("stereo4d", "Stereo4D annotations"), ("stereo", "-right.mp4"), ("monocular", "-spatialtracker.npz")],
+)
+def test_no_clips_is_an_error_that_says_what_is_expected(tmp_path, source, message):
+    with pytest.raises(SourceError, match=message):
+        run(tmp_path, source=source, input=str(tmp_path))
+    with pytest.raises(SourceError, match="input is not set"):
+        run(tmp_path, source=source)
+
+
+def test_both_layouts_hold_the_same_questions(made):
+    plain = json.loads((made / "train.json").read_text())
+    released = [json.loads(line) for line in (made / "train_r1.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in plain] == [r["id"] for r in released]
+    for conversation, r1 in zip(plain, released, strict=True):
+        assert conversation["conversations"][-1]["value"] == r1["solution"][0]["answer"]
+        assert [conversation["video"]] == r1["videos"]
+
+
+def test_the_dataset_holds_the_chosen_questions_with_their_frames(made, tmp_path):
+    assert run(tmp_path, **{"tfds.write": True, "tfds.clips_per_shard": 8}) == 0
+    builder = tfds.builder_from_directory(tmp_path / "tfds" / "mllm4d" / "1.0.0")
+    for split, name in (("train", "train.json"), ("bench", "bench.json")):
+        source = builder.as_data_source(split)
+        rows = [row["id"] for i in range(len(source)) for row in question_rows(source[i])]
+        assert sorted(rows) == sorted(r["id"] for r in json.loads((made / name).read_text()))
+        assert all(len(source[i]["frames"]) == 16 for i in range(len(source)))
+
+
+def test_stereo_videos_alone_through_the_whole_command(tmp_path):
+    clips = {"synthetic.clips": 5, "synthetic.height": 256, "synthetic.width": 256, "synthetic.frames": 6}
+    assert run(tmp_path / "made", **clips, **{"synthetic.stereo": True, "bench_share": 0.0, "report.clips": 0}) == 0
+    folder = tmp_path / "made" / "clips"
+    for file in [p for p in folder.glob("*.npz") if not p.stem.endswith("-masks")]:
+        file.unlink()  # poses and tracks
+    out = tmp_path / "out"
+    found = run(out, source="stereo", input=str(folder), bench_share=0.0, preset="all", **{"stereo.baseline": 0.063})
+    assert found == 0
+    records = json.loads((out / "train.json").read_text())
+    assert len(records) > 10 and all((folder / r["video"]).is_file() for r in records)
+    assert "valid disparity" in (out / "report.html").read_text()
+
+
+def test_cold_start_data_is_made_from_a_curation_and_read_by_the_trainer(made, tmp_path):
+    config = {"source": "cold_start", "cold_start.records": str(made / "train_r1.jsonl"), "cold_start.total": 0}
+    assert curate.run(build(common.CURATE_KEYS, config), str(tmp_path)) == 0
+    records = RecordFile(tmp_path / "cold_start.json", made)
+    assert len(records) > 20
+    for i in range(len(records)):
+        system, user, assistant = records[i].messages
+        assert system["role"] == "system" and user["content"][0]["type"] == "video"
+        assert score(assistant["content"], {"answer": assistant["content"][-10]})["tags"] == 1.0
+
+
+def test_a_run_that_is_killed_again_and_again_loses_no_clip_and_makes_none_twice(made, tmp_path):
+    """kill -9 of the whole command at five moments of its progress; then it ends as if nothing had happened."""
+    command = [sys.executable, "run.py", "--config=configs/curate.py:synthetic", f"--workdir={tmp_path}"]
+    command += [f"--config.synthetic.clips={CLIPS}", "--config.bench_share=0.4", "--config.workers=2"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for enough in (1, 9, 20, 33, 50):
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
+        while process.poll() is None and len(list(tmp_path.glob("parts/*.json"))) < enough:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too, as when a machine dies
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+    assert len(list(tmp_path.glob("parts/*.json"))) == CLIPS
+    assert {name: (tmp_path / name).read_bytes() for name in FILES} == {n: (made / n).read_bytes() for n in FILES}

@@ -1,0 +1,311 @@
+"""Charts as inline SVG: bars, histograms and curves. `maps.py` has the top-down map.
+
+Every chart is drawn 360 units wide, the width of a phone, so that its text stays readable there; a page lays several
+side by side where there is room. Colours are the classes `s0` to `s7` and `ink` of the page's style, in both themes.
+Legends are HTML under the drawing, so that long names wrap. Each mark has a <title> with its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from mllm4d_jax.report.page import Markup, join, tag
+
+WIDTH = 360.0
+COLOURS = 8
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 22.0, 36.0
+_HEIGHT = 220.0
+_MAX_LINE_POINTS = 800
+_DASHES = (None, "6 3", "2 3")
+
+
+def colour(index: int) -> str:
+    """Class of the n-th series; the colours come round again."""
+    return f"s{index % COLOURS}"
+
+
+def dash(index: int) -> str | None:
+    """Dash pattern of the n-th series, another one each time the colours come round."""
+    return _DASHES[index // COLOURS % len(_DASHES)]
+
+
+def number_text(value: float, step: float = 0.0) -> str:
+    """A number as short as the step between its neighbours allows (0: three significant digits)."""
+    if not math.isfinite(value):
+        return "–"
+    if step <= 0:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if step < 1e-4:
+        return f"{value:.1e}" if value else "0"
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value + 0.0:,.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
+def ticks(low: float, high: float, count: int = 5) -> tuple[list[float], float]:
+    """Round values within [low, high], about `count` of them, and the step between them (1, 2 or 5 times 10^k)."""
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"an axis must run from a smaller to a larger number, not from {low} to {high}")
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)], step
+
+
+def figure(
+    title: str, drawing: Sequence[object], height: float, *, legend: Markup | None = None, note: str = ""
+) -> Markup:
+    """A framed chart; `drawing` are SVG elements in a box of `WIDTH` x `height`."""
+    picture = tag("svg", tag("title", title), *drawing, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img")
+    small = tag("p", note, class_="note") if note else None
+    return tag("figure", tag("figcaption", title), picture, legend, small, class_="chart")
+
+
+def legend(entries: Iterable[tuple[str, str, str | None]]) -> Markup:
+    """A list of (class, name, dash pattern) with a stroke of that look beside each name."""
+    found = []
+    for look, name, pattern in entries:
+        stroke = tag("line", x1=1, y1=5, x2=23, y2=5, class_="line thick", stroke_dasharray=pattern)
+        sample = tag("svg", stroke, viewBox="0 0 24 10", aria_hidden="true")
+        found.append(tag("li", sample, tag("span", name), class_=look))
+    return tag("ul", *found, class_="legend")
+
+
+def text(x: float, y: float, what: str, *, anchor: str = "start", look: str | None = None) -> Markup:
+    """Text whose baseline starts (or ends, or is centred: `anchor` "end", "middle") at x, y."""
+    where = None if anchor == "start" else anchor
+    return tag("text", what, x=_n(x), y=_n(y), text_anchor=where, class_=look)
+
+
+def line(x1: float, y1: float, x2: float, y2: float, look: str) -> Markup:
+    """A straight line of class `look`."""
+    return tag("line", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), class_=look)
+
+
+def polyline(points: np.ndarray, look: str, *, title: str = "", pattern: str | None = None) -> Markup:
+    """A path through f64[N, 2] in drawing units; a row with NaN is a gap, a point between two gaps a dot."""
+    known, steps, pen_down = np.isfinite(points).all(1), [], False
+    for n, (x, y) in enumerate(points.tolist()):
+        if not known[n]:
+            pen_down = False
+            continue
+        steps.append(f"{'L' if pen_down else 'M'}{_n(x)} {_n(y)}")
+        if not pen_down and (n + 1 == len(points) or not known[n + 1]):
+            steps.append("h0")  # with round caps a stroke of no length shows as a dot
+        pen_down = True
+    inner = tag("title", title) if title else None
+    return tag("path", inner, d="".join(steps), class_=f"line {look}", stroke_dasharray=pattern)
+
+
+def empty(title: str, note: str = "no values") -> Markup:
+    """What stands in place of a chart that has nothing to draw."""
+    return figure(title, [text(WIDTH / 2, 30, note, anchor="middle")], 50)
+
+
+def bars(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    unit: str = "",
+    reference: float | None = None,
+    note: str = "",
+) -> Markup:
+    """Horizontal bars from 0, one per label and series, each label above its bars so that it may be long.
+
+    Args:
+      labels: the groups.
+      series: name -> a value >= 0 per label; NaN = none.
+      unit: follows each number, e.g. " %".
+      reference: a value marked by a dashed line.
+
+    Raises:
+      ValueError: a series of another length, or a negative value.
+    """
+    for name, values in series.items():
+        if len(values) != len(labels) or any(v < 0 or math.isinf(v) for v in values):
+            raise ValueError(
+                f"bars {title!r}: series {name!r} needs a finite value >= 0 for each of {len(labels)} labels"
+            )
+    known = [v for values in series.values() for v in values if not math.isnan(v)]
+    if not known:
+        return empty(title)
+    top = max([*known, reference or 0.0]) or 1.0
+    marks, step = ticks(0.0, top, 4)
+    left, y = 2.0, 4.0
+    scale, shapes, words = (WIDTH - 66.0) / top, [], []
+    for n, label in enumerate(labels):
+        y += 12
+        words.append(text(left, y, label, look="name"))
+        y += 4
+        for s, (name, values) in enumerate(series.items()):
+            shown = "–" if math.isnan(values[n]) else f"{number_text(values[n])}{unit}"
+            width = 0.0 if math.isnan(values[n]) else values[n] * scale
+            inner = tag("title", f"{label}, {name}: {shown}")
+            size = {"width": _n(width), "height": 10}
+            shapes.append(tag("rect", inner, x=_n(left), y=_n(y), **size, class_=f"bar {colour(s)}"))
+            words.append(text(left + width + 4, y + 9, shown, look="value"))
+            y += 12
+        y += 5
+    grid = [line(left + m * scale, 2, left + m * scale, y, "axis" if not m else "grid") for m in marks]
+    if reference is not None:
+        shapes.append(line(left + reference * scale, 2, left + reference * scale, y, "reference"))
+    for mark in marks:
+        where = left + mark * scale
+        words.append(text(where, y + 12, number_text(mark, step) + unit, anchor="middle" if mark else "start"))
+    names = legend((colour(s), name, None) for s, name in enumerate(series)) if len(series) > 1 else None
+    return figure(title, [*grid, *shapes, *words], y + 18, legend=names, note=note)
+
+
+def histogram(
+    values: Sequence[float] | np.ndarray,
+    *,
+    title: str,
+    x_label: str,
+    bins: int = 24,
+    step: float = 0.0,
+    upper: float | None = None,
+) -> Markup:
+    """Vertical bars: how many values fall into each of about `bins` equal ranges.
+
+    Args:
+      values: [N]; what is not finite is left out and counted in the note.
+      step: the values are multiples of this (1: whole numbers), so every bar takes the same number of them; 0: any.
+      upper: values above are not drawn but counted in the note.
+    """
+    given = np.asarray(values, np.float64).reshape(-1)
+    finite = given[np.isfinite(given)]
+    drawn = finite if upper is None else finite[finite <= upper]
+    if not drawn.size:
+        return empty(title)
+    edges = _edges(drawn, bins, step)
+    counts, _ = np.histogram(drawn, edges)
+    _, y_step = ticks(0.0, float(counts.max()), 4)
+    box = _Box(edges[0], edges[-1], 0.0, y_step * math.ceil(counts.max() / y_step))
+    body = box.axes(x_label, "count", whole_x=step == 1, whole_y=True)
+    for count, start, end in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        x, x_end, y = box.x(start), box.x(end), box.y(count)
+        range_text = f"{start + step / 2:.6g}" + (f" to {end - step / 2:.6g}" if end - start > 1.5 * step else "")
+        inner = tag("title", f"{range_text}: {count}")
+        size = {"width": _n(max(0.5, x_end - x - 1)), "height": _n(box.y(0) - y)}
+        body.append(tag("rect", inner, x=_n(x + 0.5), y=_n(y), **size, class_="bar s0"))
+    notes = [f"n = {given.size:,}"]
+    if drawn.size < finite.size:
+        notes.append(f"{finite.size - drawn.size:,} above {number_text(upper)} are not drawn")
+    if finite.size < given.size:
+        notes.append(f"{given.size - finite.size:,} have no value")
+    return figure(title, body, _HEIGHT, note="; ".join(notes))
+
+
+def _edges(values: np.ndarray, bins: int, step: float) -> np.ndarray:
+    """Borders of the ranges, f64[<= bins + 2]; between the multiples of `step` if it is not 0."""
+    low, high = float(values.min()), float(values.max())
+    if not step:
+        return np.linspace(low, high if high > low else low + 1.0, bins + 1)
+    first, count = round(low / step), round((high - low) / step) + 1
+    each = math.ceil(count / bins)  # multiples in a bar
+    return step * (first - 0.5 + each * np.arange(math.ceil(count / each) + 1))
+
+
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+) -> Markup:
+    """Curves with one pair of axes.
+
+    Args:
+      series: name -> (x, y), equally long, x ascending; y that is not finite (or, with `log_y`, not above 0) is a gap.
+        A long curve is thinned to the least and greatest y of each stretch, so that no spike is lost.
+
+    Raises:
+      ValueError: x and y differ in length.
+    """
+    curves = {}
+    for name, (x, y) in series.items():
+        points = np.array([np.asarray(x, np.float64), np.asarray(y, np.float64)]).T  # f64[N,2]
+        if log_y:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                points[:, 1] = np.where(points[:, 1] > 0, np.log10(points[:, 1]), np.nan)
+        curves[name] = _thinned(np.where(np.isfinite(points).all(1)[:, None], points, np.nan))
+    known = np.concatenate([np.zeros((0, 2)), *(c[np.isfinite(c[:, 0])] for c in curves.values())])
+    if not len(known):
+        return empty(title)
+    (x0, y0), (x1, y1) = known.min(0).tolist(), known.max(0).tolist()
+    room = 0.05 * (y1 - y0) or max(abs(y1), 1.0) * 0.05
+    aside = 0.0 if x1 > x0 else 0.5
+    box = _Box(x0 - aside, x1 + aside, y0 - room, y1 + room)
+    body = box.axes(x_label, y_label, log_y=log_y)
+    for n, (name, points) in enumerate(curves.items()):
+        place = np.column_stack([box.x(points[:, 0]), box.y(points[:, 1])])
+        finite = points[np.isfinite(points[:, 0]), 1]
+        last = f"{name}: last {number_text(10 ** finite[-1] if log_y else finite[-1])}" if len(finite) else name
+        body.append(polyline(place, colour(n), title=last, pattern=dash(n)))
+        if len(finite) == 1:
+            x, y = place[np.isfinite(place[:, 0])][0].tolist()
+            body.append(tag("circle", tag("title", last), cx=_n(x), cy=_n(y), r=3, class_=f"dot {colour(n)}"))
+    names = legend((colour(n), name, dash(n)) for n, name in enumerate(curves)) if len(curves) > 1 else None
+    return figure(title, body, _HEIGHT, legend=names)
+
+
+def _thinned(points: np.ndarray) -> np.ndarray:
+    """About `_MAX_LINE_POINTS` of f64[N, 2]: both ends, and of each stretch its lowest and highest point, in order."""
+    if len(points) <= _MAX_LINE_POINTS:
+        return points
+    kept = [0]
+    for stretch in np.array_split(np.arange(len(points)), _MAX_LINE_POINTS // 2):
+        y = points[stretch, 1]
+        if np.isnan(y).all():
+            kept.append(stretch[0])
+        else:
+            kept += sorted({stretch[np.nanargmin(y)], stretch[np.nanargmax(y)]})
+    return points[np.unique([*kept, len(points) - 1])]
+
+
+class _Box:
+    """The frame of a chart with two axes: data to drawing units."""
+
+    def __init__(self, x0: float, x1: float, y0: float, y1: float) -> None:
+        self.x0, self.x1, self.y0, self.y1 = float(x0), float(x1), float(y0), float(y1)
+        if self.y1 <= self.y0:
+            self.y1 = self.y0 + 1.0
+
+    def x(self, value):
+        return _LEFT + (value - self.x0) * ((WIDTH - _LEFT - _RIGHT) / (self.x1 - self.x0))
+
+    def y(self, value):
+        return _HEIGHT - _BOTTOM - (value - self.y0) * ((_HEIGHT - _TOP - _BOTTOM) / (self.y1 - self.y0))
+
+    def axes(
+        self, x_label: str, y_label: str, *, whole_x: bool = False, whole_y: bool = False, log_y: bool = False
+    ) -> list[Markup]:
+        """Grid, tick labels and both axis names. `whole_*`: ticks at whole numbers only; `log_y`: y are exponents."""
+        bottom, right = _HEIGHT - _BOTTOM, WIDTH - _RIGHT
+        body = []
+        marks, step = ticks(self.y0, self.y1, 4)
+        for mark in marks:
+            if whole_y and mark != round(mark):
+                continue
+            shown = number_text(10**mark) if log_y else number_text(mark, step)
+            body += [line(_LEFT, self.y(mark), right, self.y(mark), "grid")]
+            body += [text(_LEFT - 5, self.y(mark) + 4, shown, anchor="end")]
+        marks, step = ticks(self.x0, self.x1, 5)
+        for mark in marks:
+            if whole_x and mark != round(mark):
+                continue
+            body += [line(self.x(mark), bottom, self.x(mark), bottom + 4, "axis")]
+            body += [text(self.x(mark), bottom + 15, number_text(mark, step), anchor="middle")]
+        body += [line(_LEFT, bottom, right, bottom, "axis"), line(_LEFT, _TOP, _LEFT, bottom, "axis")]
+        body += [text(2, 12, y_label), text(right, _HEIGHT - 4, x_label, anchor="end")]
+        return [join(body)]
+
+
+def _n(value: float) -> str:
+    """A coordinate: two decimals are finer than a pixel."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") or "0"

@@ -1,0 +1,169 @@
+"""What a completion says: thinking, answer, and the camera and object centres written in the thinking.
+
+The text comes from a model that is rewarded for what is found in it, so nothing in it is trusted: every string is
+accepted, nothing is evaluated, and the work is linear in the length (searches only go forward, and at most
+`MAX_CENTER_CHARS` characters after a marker are read).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Vec3 = tuple[float, float, float]
+
+MAX_CENTER_CHARS = 160  # of "[x, y, z]"; white space in front of it is free
+MAX_CENTERS = 256  # of one kind; no question has more than a few states
+MAX_NUMBER_CHARS = 32
+MAX_METRES = 1e6  # a centre farther away than this is no position in a video
+
+_MARKER = re.compile("(Camera|Object) Center:[ \t]*")
+_NUMBER_CHARS = frozenset("0123456789+-.eE")
+_TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
+
+
+@dataclass(frozen=True)
+class ParsedReasoning:
+    """A completion taken apart.
+
+    Attributes:
+      thinking: stripped text of the first closed `<thinking>` block; None without one.
+      answer: stripped text of the last closed `<answer>` block, wherever it stands; None without one.
+      answers_agree: all closed `<answer>` blocks have the same text (True if there is only one, or none).
+      well_formed: one thinking block, then one answer block, and nothing but white space around them.
+      camera_centers: metres, in the order written in the thinking; None for a written `null`. Malformed ones are left
+        out here and counted below.
+      object_centers: likewise.
+      malformed_cameras: how often `Camera Center:` is followed by something that is neither; from `MAX_CENTERS` on,
+        every further marker counts as such, whatever follows.
+      malformed_objects: likewise.
+    """
+
+    thinking: str | None
+    answer: str | None
+    answers_agree: bool
+    well_formed: bool
+    camera_centers: tuple[Vec3 | None, ...]
+    object_centers: tuple[Vec3 | None, ...]
+    malformed_cameras: int
+    malformed_objects: int
+
+    @property
+    def has_thinking(self) -> bool:
+        return self.thinking is not None
+
+    @property
+    def has_answer(self) -> bool:
+        return self.answer is not None
+
+    @property
+    def camera_written(self) -> bool:
+        """At least one camera centre in brackets, and none malformed."""
+        return not self.malformed_cameras and any(c is not None for c in self.camera_centers)
+
+    @property
+    def object_written(self) -> bool:
+        """At least one object centre in brackets, and none malformed."""
+        return not self.malformed_objects and any(c is not None for c in self.object_centers)
+
+
+def parse(completion: str) -> ParsedReasoning:
+    """Takes a completion apart; any string is accepted, in time linear in its length.
+
+    A block reaches from an opening tag to the next closing tag of the same name; opening tags in between are part of
+    its text, and a block that is never closed is none. Tags and markers are case-sensitive. A centre is the marker
+    `Camera Center:` or `Object Center:`, spaces, and on the same line either `null` or three numbers in square brackets
+    (`parse_center`). Centres outside the thinking do not exist.
+    """
+    thinking = next(_blocks(completion, "thinking"), None)
+    answers = list(_blocks(completion, "answer"))
+    centers, malformed = _centers(thinking or "")
+    return ParsedReasoning(
+        thinking=thinking,
+        answer=answers[-1] if answers else None,
+        answers_agree=len(set(answers)) <= 1,
+        well_formed=_is_well_formed(completion),
+        camera_centers=tuple(centers["Camera"]),
+        object_centers=tuple(centers["Object"]),
+        malformed_cameras=malformed["Camera"],
+        malformed_objects=malformed["Object"],
+    )
+
+
+def parse_center(text: str) -> Vec3 | None:
+    """`[x, y, z]` with nothing around it -> metres; None for anything else.
+
+    Exactly three numbers (`parse_number`) with commas between them; spaces and tabs around numbers are allowed.
+    """
+    if len(text) > MAX_CENTER_CHARS or text[:1] != "[" or text[-1:] != "]":
+        return None
+    numbers = [parse_number(part.strip(" \t")) for part in text[1:-1].split(",")]
+    if len(numbers) != 3 or None in numbers:
+        return None
+    return tuple(numbers)
+
+
+def parse_number(text: str) -> float | None:
+    """A decimal number in ASCII -> float; None for anything else.
+
+    `1`, `-0.5`, `+.5`, `2.` and `1e-3` are numbers. NaN, infinities, hexadecimal, underscores, digits of other scripts,
+    units, more than `MAX_NUMBER_CHARS` characters and magnitudes above `MAX_METRES` are not.
+    """
+    if len(text) > MAX_NUMBER_CHARS or not _NUMBER_CHARS.issuperset(text):
+        return None
+    try:
+        value = float(text)  # of these characters it takes decimal numbers only
+    except ValueError:
+        return None
+    return value if math.fabs(value) <= MAX_METRES else None
+
+
+def _blocks(text: str, name: str) -> Iterator[str]:
+    """Stripped texts of the closed blocks of this name, in order."""
+    opening, closing = f"<{name}>", f"</{name}>"
+    start = text.find(opening)
+    while start >= 0:
+        start += len(opening)
+        end = text.find(closing, start)
+        if end < 0:
+            return
+        yield text[start:end].strip()
+        start = text.find(opening, end)
+
+
+def _is_well_formed(text: str) -> bool:
+    text = text.strip()
+    if not (text.startswith("<thinking>") and text.endswith("</answer>")) or any(text.count(t) != 1 for t in _TAGS):
+        return False
+    return text.partition("</thinking>")[2].lstrip().startswith("<answer>")
+
+
+def _centers(text: str) -> tuple[dict[str, list[Vec3 | None]], dict[str, int]]:
+    """Centres of both kinds in order of writing, and how many of each kind are malformed."""
+    centers: dict[str, list[Vec3 | None]] = {"Camera": [], "Object": []}
+    malformed = {"Camera": 0, "Object": 0}
+    for marker in _MARKER.finditer(text):
+        kind, start = marker[1], marker.end()
+        if len(centers[kind]) + malformed[kind] >= MAX_CENTERS:
+            malformed[kind] += 1
+            continue
+        if _is_null(text, start):
+            centers[kind].append(None)
+            continue
+        end = text.find("]", start, start + MAX_CENTER_CHARS) + 1  # 0: no closing bracket within reach
+        center = parse_center(text[start:end])
+        if center is None:
+            malformed[kind] += 1
+        else:
+            centers[kind].append(center)
+    return centers, malformed
+
+
+def _is_null(text: str, start: int) -> bool:
+    """The word `null` stands at `start`."""
+    if not text.startswith("null", start):
+        return False
+    following = text[start + 4 : start + 5]
+    return not (following.isalnum() or following == "_")
