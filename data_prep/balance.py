@@ -3,7 +3,8 @@
 Classes are made equal so that knowing how often each answer occurs is worth nothing: labels separately for short and
 long stretches of frames (otherwise "not moving" follows from two frame numbers that are close together), ranks of the
 true distance separately for small and large distances (otherwise, where large ones are rare, the smaller options are
-the better guess). The scarcest class therefore decides how much can be used.
+the better guess). The scarcest class therefore decides how much can be used. Among equally good questions those whose
+right letter is rarer so far come first, so that letters are even too and not only on average.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.questions import SCENARIOS
@@ -120,7 +121,7 @@ def select(
     """Chooses the rows of a data set; the choice does not depend on the order of `rows`.
 
     Args:
-      rows: with "id", "source_id", "question_type", "label", "rank", "options", "motion", "frames" as in
+      rows: with "id", "source_id", "question_type", "label", "rank", "options", "answer", "motion", "frames" as in
         `Question.record`; other fields are not read.
       seed: which of the equally good rows are taken.
       bench_share, split_seed: see `splits.split_of`. Rows of the other split are left out.
@@ -180,6 +181,7 @@ class _Pool:
     preset: Preset
     cells: Mapping[tuple[str, int], Mapping[Any, list[int]]]
     sources: Sequence[str]  # of every row
+    letters: Sequence[str]
 
     @classmethod
     def collect(
@@ -201,7 +203,7 @@ class _Pool:
                 cells[scenario, gap_bin(row["frames"])][row["label"]].append(n)
             else:
                 cells[scenario, size_bin(row["options"])][row["rank"]].append(n)
-        return cls(preset, cells, [row["source_id"] for row in rows])
+        return cls(preset, cells, [row["source_id"] for row in rows], [row["answer"] for row in rows])
 
     def scarce(self) -> dict[str, str]:
         found = {}
@@ -216,23 +218,41 @@ class _Pool:
 
     def fill(self, total: int) -> list[int] | None:
         """Rows of a data set of `total`; None when some class runs short."""
-        wanted: list[tuple[float, int, list[int]]] = []  # (offered per wanted, wanted, offered)
+        wanted: list[tuple[float, int, list[int], tuple]] = []  # (offered per wanted, wanted, offered, class)
         for scenario, quota in self.preset.quotas(total).items():
             needs = self._needs(scenario, quota)
             if needs is None:
                 return None
             for (place, kind), count in needs.items():
                 offer = self.cells[place][kind]
-                wanted.append((len(offer) / count, count, offer))
+                wanted.append((len(offer) / count, count, offer, (scenario, kind)))
         wanted.sort(key=lambda entry: entry[0])  # scarce classes choose first, while no video is used up
         used: Counter[str] = Counter()
+        right: dict[tuple, Counter[str]] = defaultdict(Counter)  # letters so far, by class
         chosen: list[int] = []
-        for _, count, offer in wanted:
-            taken = _take(offer, count, used, self.sources, self.preset.per_source)
+        for _, count, offer, kind in wanted:
+            taken = self._take(offer, count, used, right[kind])
             if taken is None:
                 return None
             chosen += taken
         return chosen
+
+    def _take(self, offer: Sequence[int], count: int, used: Counter[str], right: Counter[str]) -> list[int] | None:
+        """`count` rows of those on offer, rarest letter first; None if they do not suffice. Updates both counters."""
+        queues: dict[str, list[int]] = {}
+        for n in reversed(offer):  # popped from the end
+            queues.setdefault(self.letters[n], []).append(n)
+        taken: list[int] = []
+        while len(taken) < count:
+            letter = min((name for name, queue in queues.items() if queue), key=lambda k: (right[k], k), default=None)
+            if letter is None:
+                return None
+            n = queues[letter].pop()
+            if used[self.sources[n]] < self.preset.per_source:
+                used[self.sources[n]] += 1
+                right[letter] += 1
+                taken.append(n)
+        return taken
 
     def _needs(self, scenario: str, quota: int) -> dict[tuple[tuple[str, int], Any], int] | None:
         """(cell, class) -> rows to take: equal over classes in each bin, bins by what they can give."""
@@ -263,14 +283,3 @@ def _proportional(room: Mapping[Any, int], total: int) -> dict[Any, int]:
             break
         counts[place] += 1
     return counts
-
-
-def _take(offer: Iterable[int], count: int, used: Counter[str], sources: Sequence[str], limit: int) -> list[int] | None:
-    taken: list[int] = []
-    for n in offer:
-        if len(taken) == count:
-            break
-        if used[sources[n]] < limit:
-            used[sources[n]] += 1
-            taken.append(n)
-    return taken if len(taken) == count else None

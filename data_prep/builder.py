@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.writer import ExampleWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep.jpeg import encode_jpeg
 from data_prep.parts import ClipResult, ExportError, PartStore, canonical_json, read_part
@@ -181,6 +183,14 @@ def _generate_examples(load: LoadFn, clip_ids: Sequence[str]) -> Iterator[tuple[
         yield clip_id, encode_example(load(clip_id))
 
 
+class _SortedWriter(ExampleWriter):
+    """Writes each record with its fields in a fixed order; protobuf itself orders them anew in every process."""
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        parse = tf_example_pb2.Example.FromString
+        return super().write(path, ((key, parse(data).SerializeToString(deterministic=True)) for key, data in examples))
+
+
 class ClipDataset(tfds.core.ShardBasedBuilder):
     """TFDS builder of a data set of clips. `build_dataset` is the way to run it.
 
@@ -236,6 +246,9 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
         return {
             s: [functools.partial(_generate_examples, self._load, ids) for ids in self._shards[s]] for s in self._shards
         }
+
+    def _example_writer(self) -> ExampleWriter:
+        return _SortedWriter(self.info.file_format)
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)

@@ -93,6 +93,16 @@ def test_what_is_read_back_is_what_was_written(tmp_path):
         assert list(example["frames"]) == list(wanted.frames)
 
 
+def test_another_process_writes_the_same_bytes(tmp_path):
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]; from tests.data_prep.test_builder import *;"
+        "build_dataset(sys.argv[1], SPLITS, LOAD, clips_per_shard=9)"
+    )
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name), str(ROOT)], check=True)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
 def test_every_clip_is_there_once_and_frames_once(tmp_path):
     built = build_dataset(tmp_path, SPLITS, LOAD, clips_per_shard=4)
     found = [e["clip_id"].decode() for split in SPLITS for e in built.as_data_source(split)]
