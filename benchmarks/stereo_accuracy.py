@@ -29,13 +29,13 @@ import cv2
 import numpy as np
 
 from data_prep import relations
-from data_prep.disparity import StereoError
 from data_prep.questions import SCENARIOS, QuestionRules, propose
 from data_prep.recheck import letter_from
 from data_prep.scene import Scene
-from data_prep.stereo import ObjectMasks, Reconstruction, reconstruct_clip
-from data_prep.synthetic import SyntheticClip, make_clip
-from data_prep.worlds import SyntheticConfig
+from data_prep.stereo.disparity import StereoError
+from data_prep.stereo.stage import ObjectMasks, Reconstruction, reconstruct_clip
+from data_prep.synthetic.clip import SyntheticClip, make_clip
+from data_prep.synthetic.worlds import SyntheticConfig
 
 FAR = 6.0  # metres
 MIN_PATH = 0.05  # metres: a shorter path has no relative error

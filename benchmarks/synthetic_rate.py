@@ -20,8 +20,8 @@ if __name__ == "__main__":
 
 import cv2
 
-from data_prep.synthetic import make_clip, write_clip
-from data_prep.worlds import SyntheticConfig
+from data_prep.synthetic.clip import make_clip, write_clip
+from data_prep.synthetic.worlds import SyntheticConfig
 
 
 def main() -> None:

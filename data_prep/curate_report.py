@@ -12,7 +12,7 @@ from data_prep import blind
 from data_prep.balance import PRESETS
 from data_prep.parts import PartStore
 from data_prep.report import CurationSummary, SampledClip, write_report
-from data_prep.sources import Source
+from data_prep.sources.base import Source
 from data_prep.splits import SPLITS, fraction
 from mllm4d_jax.processing.decode_pool import DecodePool
 from mllm4d_jax.processing.sampling import SampleRule

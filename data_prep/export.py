@@ -150,7 +150,7 @@ def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
     """A record as in MLLM4D-R1-30k.jsonl: the prompt as messages, without the last answer, and the solution beside.
 
     Its readers ignore "id", "question_type" and, where the row has them, "source_id", "label", "value", "object_name"
-    and "frames": what a teacher needs to write the reasoning (`data_prep.r1_items`).
+    and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`).
     """
     prompt = row["conversations"][:-1]
     messages = [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in prompt]

@@ -17,8 +17,8 @@ from configs import common
 from configs.schema import build
 from data_prep import curate
 from data_prep.builder import question_rows
-from data_prep.curate_sources import SourceError
 from data_prep.parts import ExportError
+from data_prep.sources.config import SourceError
 from mllm4d_jax.data.records import RecordFile
 from mllm4d_jax.rl.rewards import score
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from data_prep.errors import SceneError
 from data_prep.monocular import metric_scale, monocular_scene, read_moge, read_spatialtracker
 from data_prep.objects import Caption, objects_from_tracks
-from data_prep.synthetic import SyntheticClip, make_clip
-from data_prep.worlds import SyntheticConfig
+from data_prep.synthetic.clip import SyntheticClip, make_clip
+from data_prep.synthetic.worlds import SyntheticConfig
 
 UNIT = 2.5  # metres per unit of the tracker
 

@@ -16,8 +16,8 @@ from data_prep.errors import SceneError
 from data_prep.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scene import load_scene
 from data_prep.stereo4d import frames_size, intrinsics_of, read_stereo4d
-from data_prep.synthetic import SyntheticClip, make_clip, stereo4d_arrays, write_clip
-from data_prep.worlds import SyntheticConfig
+from data_prep.synthetic.clip import SyntheticClip, make_clip, stereo4d_arrays, write_clip
+from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.processing.sampling import SampleRule
 from mllm4d_jax.processing.video import read_video
 

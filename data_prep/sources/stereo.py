@@ -1,0 +1,144 @@
+"""The `stereo` source: raw stereo pairs or packed side-by-side videos, through the stereo stage.
+
+Two views of a clip are `<clip>-left.mp4` and `<clip>-right.mp4` (or Stereo4D's `-left_rectified.mp4`,
+`-right_rectified.mp4`), or one packed `<clip>.mp4`. The camera is in `<clip>-clip.json` (see `clip_card`) or the same
+for all clips. Where a BootsTAP file `<clip>-bootstap.npz` is there, object points are its tracks of the left view
+instead of the stage's own. A clip takes seconds to minutes, so its scene is kept and read back by the next run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
+from data_prep.parts import ClipRejected, clip_file_name
+from data_prep.scene import Scene, SceneError, load_scene, save_scene
+from data_prep.sources.base import CAPTIONS, MASKS, Clip, dropped_objects, find
+from data_prep.sources.clip_card import ClipCard, read_card
+from data_prep.sources.frames import read_all_frames, write_video
+from data_prep.stereo.quality import QualityLimits
+from data_prep.stereo import ObjectMasks, Reconstruction, StereoError, reconstruct_clip, split_side_by_side
+from mllm4d_jax.processing.decode_pool import DecodePool
+
+PAIR = "pair"
+LAYOUTS = (PAIR, "left_right", "right_left", "top_bottom", "bottom_top")
+_LEFT, _RIGHT = ("-left.mp4", "-left_rectified.mp4"), ("-right.mp4", "-right_rectified.mp4")
+
+
+@dataclasses.dataclass(frozen=True)
+class StereoSource:
+    """Stereo clips of one layout.
+
+    Attributes:
+      folder: where the clips' files are.
+      root: media root: `folder` for pairs; for packed videos the place where their left views are written.
+      scenes: folder that keeps the scenes.
+      layout: one of `LAYOUTS`.
+      fov_degrees: horizontal field of view of one eye, for clips whose card has neither that nor intrinsics.
+      baseline: metres between the eyes, for clips whose card has none; None = 0.063 m is assumed, and the scale is
+        marked so.
+      max_frames: a longer clip is rejected.
+      max_disparity: pixels; None = an eighth of the width.
+      limits: quality a clip must have.
+      pool: decodes under a time limit.
+    """
+
+    folder: Path
+    root: Path
+    scenes: Path
+    layout: str = PAIR
+    fov_degrees: float = 60.0
+    baseline: float | None = None
+    max_frames: int = 300
+    max_disparity: int | None = None
+    limits: QualityLimits = QualityLimits()  # noqa: B008, RUF009 - frozen
+    pool: DecodePool = dataclasses.field(default_factory=DecodePool)
+
+    def clip_ids(self) -> list[str]:
+        if self.layout != PAIR:
+            return sorted(p.stem for p in self.folder.glob("*.mp4"))
+        names = (p.name for p in self.folder.glob("*.mp4"))
+        return sorted({name.removesuffix(ending) for name in names for ending in _LEFT if name.endswith(ending)})
+
+    def load(self, clip_id: str) -> Clip:
+        views = [_LEFT, _RIGHT] if self.layout == PAIR else [(".mp4",)]
+        *videos, mask_file, caption_file = find(self.folder, clip_id, [*views, MASKS, CAPTIONS])
+        video = videos[0] if self.layout == PAIR else self.root / f"{clip_id}-left.mp4"
+        kept = self.scenes / clip_file_name(clip_id)
+        if kept.exists() and video.exists():
+            scene = load_scene(kept)
+        else:
+            scene = self._reconstruct(clip_id, videos, video, mask_file, caption_file)
+            save_scene(scene, kept)
+        left_out = scene.provenance["objects_left_out"]
+        return Clip(scene, video, dropped_objects(sorted(left_out.items())))
+
+    def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, mask_file: Path, captions: Path) -> Scene:
+        card = read_card(self.folder / f"{clip_id}-clip.json", clip_id)
+        left, right, fps = self._views(videos)
+        masks = read_masks(mask_file, len(left), left.shape[1:3])
+        names = read_captions(captions)
+        nameless = sorted(set(masks) - set(names))
+        if nameless:
+            raise SceneError(f"{captions}: no caption for the masks {nameless[0]!r}")
+        objects = [ObjectMasks(n, mask, names[n].description, names[n].category) for n, mask in masks.items()]
+        try:
+            found = reconstruct_clip(
+                left,
+                right,
+                clip_id=clip_id,
+                source_id=card.source_id,
+                timestamps=np.arange(len(left)) / fps,
+                baseline=self.baseline if card.baseline is None else card.baseline,
+                objects=objects,
+                max_disparity=self.max_disparity,
+                limits=self.limits,
+                provenance={"files": [path.name for path in videos]},
+                **self._camera(card),
+            )
+        except StereoError as error:
+            raise ClipRejected(error.reason, str(error), card.source_id) from error
+        scene = found.scene
+        bootstap = self.folder / f"{clip_id}-bootstap.npz"
+        if bootstap.exists():
+            scene = _with_tracks(found, read_bootstap(bootstap, len(left)), masks, names, bootstap.name)
+        if self.layout != PAIR:
+            video.parent.mkdir(parents=True, exist_ok=True)
+            write_video(video, left, fps, "mpeg4")
+        return scene
+
+    def _views(self, videos: list[Path]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Left and right frames u8[T,H,W,3] and frames per second."""
+        clips = [read_all_frames(path, self.pool, self.max_frames) for path in videos]
+        if self.layout != PAIR:
+            try:
+                return *split_side_by_side(clips[0].frames, self.layout), clips[0].source_fps
+            except StereoError as error:
+                raise SceneError(f"{videos[0]}: {error}") from error
+        left, right = clips
+        if left.frames.shape != right.frames.shape:
+            raise SceneError(
+                f"{videos[0]} is {left.frames.shape[:3]} (frames, height, width), {videos[1]} {right.frames.shape[:3]}"
+            )
+        return left.frames, right.frames, left.source_fps
+
+    def _camera(self, card: ClipCard) -> dict[str, object]:
+        if card.intrinsics is not None:
+            return {"intrinsics": card.intrinsics}
+        return {"fov_degrees": self.fov_degrees if card.fov_degrees is None else card.fov_degrees}
+
+
+def _with_tracks(
+    found: Reconstruction, pixels: np.ndarray, masks: Mapping[str, np.ndarray], names: Mapping[str, Caption], file: str
+) -> Scene:
+    """The scene with the objects that 2D tracks f64[N,T,2] give on its depth and poses."""
+    scene = found.scene
+    known = np.isfinite(found.depths)
+    tracks = lift_tracks(pixels, found.depths, known, scene.intrinsics, scene.camera_to_world)
+    objects, dropped = objects_from_tracks(scene, tracks, masks, names)
+    notes = {"objects_left_out": {d.object_id: d.reason for d in dropped}, "tracks": file}
+    return dataclasses.replace(scene, objects=objects, provenance={**scene.provenance, **notes})

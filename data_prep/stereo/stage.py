@@ -1,0 +1,225 @@
+"""A rectified stereo clip -> depth, camera path, tracks, object points and quality, without any given pose."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.scene import Scene, SceneObject
+from data_prep.stereo.disparity import (
+    StereoError,
+    depth_from_disparity,
+    match_pair,
+)
+from data_prep.stereo.quality import Quality, QualityLimits, require_quality, static_drift, vertical_error
+from data_prep.stereo.tracks import PointTracks, reject_outliers, track_points
+from data_prep.stereo.trajectory import Trajectory, solve_trajectory
+
+STEREO4D_BASELINE = 0.063  # metres: what Stereo4D assumes for every VR180 camera
+_MIN_OBJECT_POINTS = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ObjectMasks:
+    """One object's masks, from a segmenter or a sidecar file.
+
+    Attributes:
+      object_id: unique in the clip.
+      masks: bool[T,H,W] in the left view.
+      description: fine-grained noun phrase, '' if unknown.
+      category: broad class, '' if unknown.
+    """
+
+    object_id: str
+    masks: np.ndarray
+    description: str = ""
+    category: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """All that the stage found; `scene` is what later stages read.
+
+    Attributes:
+      scene: poses and object points.
+      depths: f32[T,H,W] metres of the left view, NaN = unknown.
+      trajectory, tracks, quality: the parts.
+    """
+
+    scene: Scene
+    depths: np.ndarray
+    trajectory: Trajectory
+    tracks: PointTracks
+    quality: Quality
+
+
+def intrinsics_from_fov(fov_degrees: float, height: int, width: int) -> np.ndarray:
+    """f64[3,3] pixels of a camera with that horizontal field of view, square pixels and a central principal point.
+
+    Raises:
+      StereoError: the angle is not inside (0, 180).
+    """
+    if not 0 < fov_degrees < 180:
+        raise StereoError(f"fov_degrees must lie between 0 and 180, got {fov_degrees}")
+    focal = 0.5 * width / math.tan(math.radians(fov_degrees) / 2)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+
+
+def reconstruct(left: np.ndarray, right: np.ndarray, **arguments: Any) -> Scene:
+    """The scene of a rectified stereo clip; `reconstruct_clip` with the same arguments gives depths and tracks too."""
+    return reconstruct_clip(left, right, **arguments).scene
+
+
+def reconstruct_clip(
+    left: np.ndarray,
+    right: np.ndarray,
+    *,
+    clip_id: str,
+    source_id: str,
+    timestamps: np.ndarray,
+    intrinsics: np.ndarray | None = None,
+    fov_degrees: float | None = None,
+    baseline: float | None = None,
+    objects: Sequence[ObjectMasks] = (),
+    max_disparity: int | None = None,
+    max_depth: float = 20.0,
+    limits: QualityLimits | None = QualityLimits(),  # noqa: B008 - frozen
+    provenance: Mapping[str, Any] | None = None,
+) -> Reconstruction:
+    """Depth, camera path, tracks and object points of a rectified stereo clip, without any given pose.
+
+    Objects of which fewer than four points could be followed are left out of the scene and named under
+    `provenance["objects_left_out"]`.
+
+    Args:
+      left, right: u8[T,H,W,3] RGB; the world is the left camera of frame 0.
+      clip_id, source_id: of the scene.
+      timestamps: f64[T] seconds.
+      intrinsics: f64[3,3] pixels; or give
+      fov_degrees: horizontal field of view of a centred pinhole (Stereo4D's clips: 60).
+      baseline: metres between the optical centres. None = 0.063 as Stereo4D assumes; the scene's scale then says
+        "assumed_baseline" instead of "metric".
+      objects: masks of objects; they are kept out of the camera's pose.
+      max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m).
+      max_depth: metres; what is farther is unknown (Stereo4D: 20).
+      limits: the clip is rejected when it breaks one; None = never.
+      provenance: added to the scene's, e.g. files.
+
+    Raises:
+      StereoError: bad input, no pose for a frame, or quality below the limits; `reason` tells which.
+      SceneError: ids, timestamps or provenance do not make a scene.
+    """
+    _check_clip(left, right, timestamps, objects)
+    height, width = left.shape[1:3]
+    intrinsics = _camera(intrinsics, fov_degrees, height, width)
+    scale = "assumed_baseline" if baseline is None else "metric"
+    metres = STEREO4D_BASELINE if baseline is None else baseline
+    search = max(1, width // 8) if max_disparity is None else max_disparity
+    depths, figures = _clip_depths(left, right, intrinsics[0, 0], metres, search, max_depth)
+    require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
+    moving = np.logical_or.reduce([o.masks for o in objects]) if objects else None
+    trajectory = solve_trajectory(left, depths, intrinsics, moving)
+    tracks = track_points(left, depths, intrinsics, trajectory.world_to_camera, [o.masks for o in objects])
+    quality = _judge(figures, trajectory, tracks, scale)
+    require_quality(quality.as_dict(), limits, clip_id)
+    found, left_out = _scene_objects(objects, tracks)
+    parameters = {"baseline": metres, "max_disparity": search, "max_depth": max_depth}
+    notes = {"tool": "data_prep.stereo.stage", "parameters": parameters, "quality": quality.as_dict()}
+    scene = Scene.from_world_to_camera(
+        clip_id=clip_id,
+        source_id=source_id,
+        world_to_camera=trajectory.world_to_camera,
+        intrinsics=np.broadcast_to(intrinsics, (len(left), 3, 3)),
+        image_size=(height, width),
+        timestamps=timestamps,
+        objects=found,
+        scale=scale,
+        provenance={**(provenance or {}), **notes, "objects_left_out": left_out},
+    )
+    return Reconstruction(scene, depths, trajectory, tracks, quality)
+
+
+def _camera(intrinsics: np.ndarray | None, fov_degrees: float | None, height: int, width: int) -> np.ndarray:
+    """f64[3,3] from whichever of the two was given."""
+    if (intrinsics is None) == (fov_degrees is None):
+        raise StereoError("give either intrinsics or fov_degrees")
+    if intrinsics is None:
+        intrinsics = intrinsics_from_fov(fov_degrees, height, width)
+    intrinsics = np.asarray(intrinsics, np.float64)
+    if intrinsics.shape != (3, 3):
+        raise StereoError(f"intrinsics must be [3,3], one camera for the clip, got {list(intrinsics.shape)}")
+    return intrinsics
+
+
+def _judge(figures: Mapping[str, float], trajectory: Trajectory, tracks: PointTracks, scale: str) -> Quality:
+    """All quality figures of a clip; `figures` are those of matching."""
+    return Quality(
+        **figures,
+        reprojection_rms=float(trajectory.reprojection_rms.max()),
+        inlier_ratio=float(trajectory.inlier_ratio.min()),
+        static_drift=static_drift(tracks, trajectory),
+        path_length=trajectory.path_length,
+        keyframes=len(trajectory.keyframes),
+        scale=scale,
+    )
+
+
+def _check_clip(left: np.ndarray, right: np.ndarray, timestamps: np.ndarray, objects: Sequence[ObjectMasks]) -> None:
+    for name, frames in (("left", left), ("right", right)):
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+            raise StereoError(f"{name} must be u8[T,H,W,3] with at least one frame, got {frames.dtype} {frames.shape}")
+    if left.shape != right.shape:
+        raise StereoError(f"left is {left.shape}, right {right.shape}: both views need the same frames and size")
+    if np.shape(timestamps) != (len(left),):
+        raise StereoError(f"{len(left)} frames need as many timestamps, got {list(np.shape(timestamps))}")
+    for o in objects:
+        if o.masks.dtype != bool or o.masks.shape != left.shape[:3]:
+            raise StereoError(
+                f"masks of object {o.object_id!r} must be bool{list(left.shape[:3])}, got {o.masks.dtype} "
+                f"{list(o.masks.shape)}"
+            )
+
+
+def _clip_depths(
+    left: np.ndarray, right: np.ndarray, fx: float, baseline: float, max_disparity: int, max_depth: float
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Depths f32[T,H,W] and the figures of matching, named as in `Quality`."""
+    depths = np.empty(left.shape[:3], np.float32)
+    shares, errors, medians, rows = [], [], [], []
+    for frame, (first, second) in enumerate(zip(left, right, strict=True)):
+        disparity, valid, left_right = match_pair(first, second, max_disparity)
+        depths[frame] = depth_from_disparity(disparity, valid, fx, baseline, max_depth=max_depth)
+        shares.append(valid.mean())
+        if valid.any():
+            errors.append(np.median(left_right[valid]))
+            medians.append(np.median(disparity[valid]))
+        if frame in (0, len(left) // 2, len(left) - 1):
+            rows.append(vertical_error(first, second, disparity, valid))
+    figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
+    figures |= {"median_disparity": _median(medians), "vertical_error": _median(rows)}
+    return depths, {name: float(value) for name, value in figures.items()}
+
+
+def _median(values: Sequence[float]) -> float:
+    """Of the finite values; NaN if there are none."""
+    finite = [v for v in values if math.isfinite(v)]
+    return float(np.median(finite)) if finite else math.nan
+
+
+def _scene_objects(
+    objects: Sequence[ObjectMasks], tracks: PointTracks
+) -> tuple[tuple[SceneObject, ...], dict[str, str]]:
+    """Objects with enough points, and why the others are left out."""
+    found, left_out = [], {}
+    for label, o in enumerate(objects):
+        points = reject_outliers(tracks.of(label))
+        points = points[:, np.isfinite(points[..., 0]).any(0)]
+        if points.shape[1] < _MIN_OBJECT_POINTS:
+            left_out[o.object_id] = f"{points.shape[1]} points followed with depth, {_MIN_OBJECT_POINTS} are needed"
+        else:
+            found.append(SceneObject(o.object_id, o.description, o.category, points, o.masks))
+    return tuple(found), left_out

@@ -1,0 +1,216 @@
+"""Points followed through a clip and placed in the world by depth and pose; the points of each moving object."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from data_prep.stereo.disparity import StereoError
+from data_prep.stereo.features import (
+    backproject,
+    clear_of_edges,
+    follow_points,
+    grey_frames,
+    patches,
+    sample_depth,
+    sample_mask,
+    seed_points,
+    to_world,
+)
+
+_MAX_STEP = 0.12  # depth may change by this fraction per frame; more is a slide onto another surface
+_MIN_LIKENESS = 0.6  # correlation with the window where the point was seeded: what slides on a turning object loses it
+_MASK_SLACK = 2  # pixels a point may lie outside its object's mask: masks are a pixel or two off
+_MASK_BORDER = 3  # seeds keep this far inside the mask
+_MIN_SIGHTINGS = 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PointTracks:
+    """N points followed through T frames.
+
+    Attributes:
+      image: f32[N,T,2] (column, row) array coordinates, NaN = not followed there.
+      world: f64[N,T,3] metres, NaN = not followed, or no reliable depth there.
+      labels: i32[N]; -1 = background, k = object k of the masks given.
+    """
+
+    image: np.ndarray
+    world: np.ndarray
+    labels: np.ndarray
+
+    def of(self, label: int) -> np.ndarray:
+        """f64[T,M,3]: the world points of one label, in a scene object's layout."""
+        return np.ascontiguousarray(self.world[self.labels == label].swapaxes(0, 1))
+
+
+def track_points(
+    frames: np.ndarray,
+    depths: np.ndarray,
+    intrinsics: np.ndarray,
+    world_to_camera: np.ndarray,
+    object_masks: Sequence[np.ndarray] = (),
+    *,
+    background: int = 300,
+    per_object: int = 120,
+    seed_every: int = 4,
+) -> PointTracks:
+    """Follows background and object points forward and backward through a clip.
+
+    Every `seed_every` frames each label is filled up to its number of points. A point ends where Lucas-Kanade does not
+    find its way back, where it no longer looks as when seeded, where its depth jumps, or where it leaves its object's
+    mask (background points: where they enter one). While an object's mask is empty its points go on unseen. Points with
+    depth in fewer than two frames are left out.
+
+    Args:
+      frames: u8[T,H,W,3].
+      depths: f32[T,H,W] metres, NaN = unknown.
+      intrinsics: f64[3,3] or f64[T,3,3] pixels.
+      world_to_camera: f64[T,3,4].
+      object_masks: bool[T,H,W] each.
+      background, per_object: points kept in view per frame.
+      seed_every: frames between seedings.
+
+    Raises:
+      StereoError: shapes do not fit.
+    """
+    count = len(frames)
+    if depths.shape != frames.shape[:3] or world_to_camera.shape != (count, 3, 4) or seed_every < 1:
+        raise StereoError(
+            f"frames {frames.shape}, depths {depths.shape} and poses {world_to_camera.shape} must share their frames, "
+            f"and seed_every ({seed_every}) must be at least 1"
+        )
+    for n, mask in enumerate(object_masks):
+        if mask.dtype != bool or mask.shape != frames.shape[:3]:
+            raise StereoError(f"object_masks[{n}] must be bool{list(frames.shape[:3])}, got {mask.dtype} {mask.shape}")
+    greys = grey_frames(frames)
+    clear = np.stack([clear_of_edges(depth) for depth in depths])
+    wanted = [(-1, background)] + [(n, per_object) for n in range(len(object_masks))]
+    sweep = _Sweep(greys, clear, object_masks)
+    for frame in range(count):
+        if frame:
+            sweep.step(frame - 1, frame)
+        if frame % seed_every == 0:
+            for label, number in wanted:
+                sweep.seed(frame, label, number)
+    sweep.turn_round()
+    for frame in range(count - 1, 0, -1):
+        sweep.step(frame, frame - 1)
+    return _place(sweep, np.broadcast_to(np.asarray(intrinsics, np.float64), (count, 3, 3)), world_to_camera)
+
+
+class _Sweep:
+    """Tracks being extended, frame after frame, first forward and then backward from their seeds."""
+
+    def __init__(self, greys: np.ndarray, depths: np.ndarray, masks: Sequence[np.ndarray]):
+        self.greys, self.depths, self.masks = greys, depths, masks
+        self.image = np.full((0, len(greys), 2), np.nan, np.float32)
+        self.depth = np.full((0, len(greys)), np.nan)  # where seen
+        self.labels = np.zeros(0, np.int32)
+        self.born = np.zeros(0, np.int32)
+        self.alive = np.zeros(0, bool)
+        self.looks = patches(greys[0], np.zeros((0, 2), np.float32))  # where seeded
+        self.last = np.zeros(0)  # last depth known
+        self.age = np.zeros(0, np.int32)  # frames since then
+        self.backward = False
+
+    def seed(self, frame: int, label: int, number: int) -> None:
+        """Fills `label` up to `number` points in `frame`."""
+        here = self.alive & (self.labels == label)
+        missing = number - int(here.sum())
+        allowed = np.isfinite(self.depths[frame]) & self._inside(frame, label, -_MASK_BORDER)
+        if missing <= 0 or not allowed.any():
+            return
+        points = seed_points(self.greys[frame], allowed, number, self.image[here, frame])[:missing]
+        depth = sample_depth(self.depths[frame], points)
+        points, depth = points[np.isfinite(depth)], depth[np.isfinite(depth)]
+        n = len(points)
+        image = np.full((n, len(self.greys), 2), np.nan, np.float32)
+        image[:, frame] = points
+        seen = np.full((n, len(self.greys)), np.nan)
+        seen[:, frame] = depth
+        self.image, self.depth = np.concatenate([self.image, image]), np.concatenate([self.depth, seen])
+        self.labels = np.concatenate([self.labels, np.full(n, label, np.int32)])
+        self.born = np.concatenate([self.born, np.full(n, frame, np.int32)])
+        self.alive = np.concatenate([self.alive, np.ones(n, bool)])
+        self.looks = np.concatenate([self.looks, patches(self.greys[frame], points)])
+        self.last = np.concatenate([self.last, depth])
+        self.age = np.concatenate([self.age, np.zeros(n, np.int32)])
+
+    def turn_round(self) -> None:
+        """From now on the points are followed backward from where they were seeded."""
+        self.backward = True
+        self.alive[:] = False
+        self.last = self.depth[np.arange(len(self.born)), self.born]
+        self.age[:] = 0
+
+    def step(self, source: int, target: int) -> None:
+        """Follows the living points from one frame to its neighbour."""
+        if self.backward:
+            self.alive |= self.born == source
+        index = np.flatnonzero(self.alive)
+        moved, good = follow_points(self.greys[source], self.greys[target], self.image[index, source])
+        good &= (patches(self.greys[target], moved) * self.looks[index]).sum(1) >= _MIN_LIKENESS
+        seen = np.zeros(len(index), bool)
+        for label in np.unique(self.labels[index]):
+            mine = self.labels[index] == label
+            slack = _MASK_SLACK if label >= 0 else -_MASK_SLACK
+            if label >= 0 and not self.masks[label][target].any():
+                continue  # the object is hidden, or was missed: unseen here, not lost
+            inside = sample_mask(self._inside(target, label, slack), moved)
+            good &= inside | ~mine
+            seen |= mine & inside
+        depth = np.full(len(index), np.nan)
+        depth[good] = sample_depth(self.depths[target], moved[good])
+        known = np.isfinite(depth)
+        age = self.age[index] + 1
+        # Allowed change grows with the frames without depth, up to a third: after that it may be anything.
+        limit = np.minimum(_MAX_STEP * age, 0.33) * self.last[index]
+        good &= ~(known & (np.abs(depth - self.last[index]) > limit))
+        use = good & known & seen
+        self.alive[index] = good
+        self.image[index[good], target] = moved[good]
+        self.depth[index[use], target] = depth[use]
+        self.last[index[use]] = depth[use]
+        self.age[index] = np.where(use, 0, age)
+
+    def _inside(self, frame: int, label: int, slack: int) -> np.ndarray:
+        """bool[H,W] where points of `label` may lie; slack > 0 widens the region, < 0 narrows it."""
+        if label >= 0:
+            region = self.masks[label][frame]
+        else:
+            region = np.ones(self.greys.shape[1:], bool)
+            for mask in self.masks:
+                region &= ~mask[frame]
+        kernel = np.ones((2 * abs(slack) + 1,) * 2, np.uint8)
+        change = cv2.dilate if slack > 0 else cv2.erode
+        return change(region.astype(np.uint8), kernel) > 0
+
+
+def _place(sweep: _Sweep, intrinsics: np.ndarray, world_to_camera: np.ndarray) -> PointTracks:
+    world = np.full((*sweep.depth.shape, 3), np.nan)
+    for frame in range(sweep.depth.shape[1]):
+        seen = np.isfinite(sweep.depth[:, frame])
+        camera = backproject(sweep.image[seen, frame], sweep.depth[seen, frame], intrinsics[frame])
+        world[seen, frame] = to_world(camera, world_to_camera[frame])
+    keep = np.isfinite(sweep.depth).sum(1) >= _MIN_SIGHTINGS
+    return PointTracks(sweep.image[keep], world[keep], sweep.labels[keep])
+
+
+def reject_outliers(points: np.ndarray, spread: float = 5.0) -> np.ndarray:
+    """Object points f64[T,M,3] with sightings far from the frame's other points set to NaN.
+
+    A sighting goes if its distance from the frame's median point exceeds `spread` times the median such distance: what
+    leaked from the background through a mask's border lies metres behind.
+    """
+    result = points.copy()
+    for frame in result:
+        seen = np.isfinite(frame[:, 0])
+        if seen.sum() < 4:
+            continue
+        distance = np.linalg.norm(frame[seen] - np.median(frame[seen], axis=0), axis=1)
+        frame[np.flatnonzero(seen)[distance > spread * max(np.median(distance), 0.01)]] = np.nan
+    return result

@@ -1,0 +1,294 @@
+"""The camera's path from frames and depths: tracked points, PnP with RANSAC, robust refinement."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+
+from data_prep.stereo.disparity import StereoError
+from data_prep.stereo.features import (
+    backproject,
+    clear_of_edges,
+    follow_points,
+    grey_frames,
+    project,
+    sample_depth,
+    sample_mask,
+    seed_points,
+    to_world,
+)
+
+_SEEDS = 700  # points per keyframe
+_MIN_INLIERS = 24  # fewer points do not fix six numbers against outliers
+_MIN_INLIER_RATIO = 0.35
+_KEEP_RATIO = 0.6  # a new keyframe when fewer of the keyframe's points survive
+_RANSAC_ERROR = 2.0  # pixels
+_RANSAC_ROUNDS = 300
+_REFINE_ROUNDS = 10
+_MASK_MARGIN = 9  # pixels kept clear around moving objects: half a tracking window
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The camera's path and how well it is founded.
+
+    Attributes:
+      world_to_camera: f64[T,3,4]; frame 0 is the identity.
+      keyframes: frame numbers whose points and depths carry the poses after them.
+      inlier_ratio: f64[T] share of the followed points that agree with the pose; 1 in frame 0.
+      reprojection_rms: f64[T] pixels over those points; 0 in frame 0.
+    """
+
+    world_to_camera: np.ndarray
+    keyframes: tuple[int, ...]
+    inlier_ratio: np.ndarray
+    reprojection_rms: np.ndarray
+
+    @property
+    def camera_centers(self) -> np.ndarray:
+        """f64[T,3] world, metres."""
+        return -np.einsum("tji,tj->ti", self.world_to_camera[:, :, :3], self.world_to_camera[:, :, 3])
+
+    @property
+    def path_length(self) -> float:
+        """Metres along the camera centres."""
+        return float(np.linalg.norm(np.diff(self.camera_centers, axis=0), axis=1).sum())
+
+
+@dataclasses.dataclass(eq=False)
+class _Keyframe:
+    """Points of one frame with known world positions, and where they are in the current frame."""
+
+    frame: int
+    points: np.ndarray  # f32[N,2] in the keyframe
+    world: np.ndarray  # f64[N,3]
+    current: np.ndarray  # f32[N,2] in the frame last followed to
+    alive: np.ndarray  # bool[N]
+
+
+def estimate_trajectory(
+    frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None = None
+) -> np.ndarray:
+    """World->camera poses of a clip, f64[T,3,4] in metres; the world is the camera of frame 0.
+
+    `solve_trajectory` gives the same poses with their figures; arguments and errors are its own.
+    """
+    return solve_trajectory(frames, depths, intrinsics, masks).world_to_camera
+
+
+def solve_trajectory(
+    frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None = None
+) -> Trajectory:
+    """The camera's path by points of keyframes followed through the frames after them.
+
+    Points are spread over a keyframe, placed in the world by its depth and pose, followed from frame to frame
+    (Lucas-Kanade, forward-backward) and each time matched against the keyframe itself, so that drift does not add up
+    frame by frame. The pose is PnP inside RANSAC, then least squares with Tukey's weights. Points that disagree
+    (moving objects) are dropped. A new keyframe starts where too few points are left. Deterministic.
+
+    Args:
+      frames: u8[T,H,W,3].
+      depths: f32[T,H,W] metres, NaN = unknown.
+      intrinsics: f64[3,3] or f64[T,3,3] pixels, pixel centres at +0.5.
+      masks: bool[T,H,W], True on objects that may move; None = the static scene must fill most of the view.
+
+    Raises:
+      StereoError: shapes do not fit ("bad_input"), or a frame's pose cannot be found ("pose_failed", with its number).
+        No pose is ever interpolated.
+    """
+    count = _check(frames, depths, intrinsics, masks)
+    intrinsics = np.broadcast_to(np.asarray(intrinsics, np.float64), (count, 3, 3))
+    greys = grey_frames(frames)
+    poses = np.zeros((count, 3, 4))
+    poses[0, :, :3] = np.eye(3)
+    ratios, errors = np.ones(count), np.zeros(count)
+
+    def keyframe(frame: int) -> _Keyframe:
+        return _make_keyframe(frame, greys[frame], depths[frame], intrinsics[frame], _still(masks, frame), poses[frame])
+
+    key = keyframe(0)
+    keyframes = [0]
+    for frame in range(1, count):
+        fit = _track(key, greys, frame, intrinsics[frame], poses, _still(masks, frame))
+        if fit is None and key.frame != frame - 1:
+            key = keyframe(frame - 1)
+            keyframes.append(frame - 1)
+            fit = _track(key, greys, frame, intrinsics[frame], poses, _still(masks, frame))
+        if fit is None:
+            raise StereoError(
+                f"no camera pose: too few of {len(key.points)} points from frame {key.frame} agree on one. Cut the "
+                "clip before this frame, or check its exposure, texture and the masks of moving objects",
+                "pose_failed",
+                frame,
+            )
+        poses[frame], ratios[frame], errors[frame] = fit
+        if key.alive.sum() < _KEEP_RATIO * len(key.points) and frame < count - 1:
+            key = keyframe(frame)
+            keyframes.append(frame)
+    return Trajectory(poses, tuple(keyframes), ratios, errors)
+
+
+def _check(frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None) -> int:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise StereoError(f"frames must be u8[T,H,W,3], got {frames.dtype} {frames.shape}")
+    count = len(frames)
+    if depths.shape != frames.shape[:3]:
+        raise StereoError(f"depths are {depths.shape}, frames {frames.shape}: one depth map per frame is needed")
+    if np.shape(intrinsics) not in ((3, 3), (count, 3, 3)):
+        raise StereoError(f"intrinsics must be [3,3] or [{count},3,3], got {list(np.shape(intrinsics))}")
+    if masks is not None and (masks.dtype != bool or masks.shape != frames.shape[:3]):
+        raise StereoError(f"masks must be bool{list(frames.shape[:3])}, got {masks.dtype} {masks.shape}")
+    return count
+
+
+def _still(masks: np.ndarray | None, frame: int) -> np.ndarray | None:
+    """bool[H,W]: clear of moving objects and a margin around them."""
+    if masks is None:
+        return None
+    return cv2.dilate(masks[frame].astype(np.uint8), np.ones((2 * _MASK_MARGIN + 1,) * 2, np.uint8)) == 0
+
+
+def _make_keyframe(
+    frame: int, grey: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, still: np.ndarray | None, pose: np.ndarray
+) -> _Keyframe:
+    depth = clear_of_edges(depth)
+    allowed = np.isfinite(depth) if still is None else np.isfinite(depth) & still
+    points = seed_points(grey, allowed, _SEEDS)
+    distance = sample_depth(depth, points)
+    points, distance = points[np.isfinite(distance)], distance[np.isfinite(distance)]
+    if len(points) < _MIN_INLIERS:
+        raise StereoError(
+            f"only {len(points)} trackable points with depth outside the masks, {_MIN_INLIERS} are needed: too little "
+            "texture, too little valid depth, or moving objects fill the view",
+            "pose_failed",
+            frame,
+        )
+    world = to_world(backproject(points, distance, intrinsics), pose)
+    return _Keyframe(frame, points, world, points.copy(), np.ones(len(points), bool))
+
+
+def _track(
+    key: _Keyframe,
+    greys: np.ndarray,
+    frame: int,
+    intrinsics: np.ndarray,
+    poses: np.ndarray,
+    still: np.ndarray | None,
+) -> tuple[np.ndarray, float, float] | None:
+    """Follows the keyframe's points into `frame`; (pose, inlier ratio, rms in pixels), or None where no pose fits."""
+    alive = np.flatnonzero(key.alive)
+    moved, good = follow_points(greys[frame - 1], greys[frame], key.current[alive])
+    if key.frame < frame - 1:
+        direct, sure = follow_points(greys[key.frame], greys[frame], key.points[alive], guess=moved)
+        sure &= np.linalg.norm(direct - moved, axis=1) < 2
+        moved = np.where((sure & good)[:, None], direct, moved)
+    if still is not None:
+        good &= sample_mask(still, moved)
+    alive, moved = alive[good], moved[good]
+    fit = _fit_pose(key.world[alive], moved, intrinsics, poses[frame - 1])
+    if fit is None:
+        return None
+    pose, inlier, rms = fit
+    key.alive[:] = False
+    key.alive[alive[inlier]] = True
+    key.current[alive] = moved
+    return pose, float(inlier.mean()), rms
+
+
+def _fit_pose(
+    world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, guess: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Pose f64[3,4], inliers bool[N] and their rms in pixels from f64[N,3] <-> f32[N,2]; None if too few agree."""
+    if len(world) < _MIN_INLIERS:
+        return None
+    found, turn, shift, chosen = cv2.solvePnPRansac(
+        world,
+        points.astype(np.float64) + 0.5,
+        intrinsics,
+        None,
+        rvec=cv2.Rodrigues(guess[:, :3])[0],
+        tvec=guess[:, 3:].copy(),
+        useExtrinsicGuess=True,
+        iterationsCount=_RANSAC_ROUNDS,
+        reprojectionError=_RANSAC_ERROR,
+        confidence=0.9999,
+        flags=cv2.SOLVEPNP_EPNP,
+    )
+    if not found or chosen is None or len(chosen) < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
+        return None
+    start = np.column_stack([cv2.Rodrigues(turn)[0], shift])
+    return refine_pose(world, points, intrinsics, start)
+
+
+def refine_pose(
+    world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Least squares of the reprojection with Tukey's weights, from a start within a few pixels.
+
+    The weights' scale is the residuals' own (median absolute, at least 0.1 px), so points that move by a few tenths of
+    a pixel, well inside RANSAC's threshold, lose their say too.
+
+    Args:
+      world: f64[N,3].
+      points: f32[N,2] array coordinates.
+      intrinsics: f64[3,3].
+      start: f64[3,4] world->camera.
+
+    Returns:
+      pose f64[3,4], inliers bool[N], their rms in pixels; None if too few agree.
+    """
+    pose = start
+    for _ in range(_REFINE_ROUNDS):
+        residual, camera = _residuals(world, points, intrinsics, pose)
+        weight = _tukey(np.linalg.norm(residual, axis=1), camera[:, 2])
+        jacobian = _jacobian(camera, intrinsics)
+        weighted = jacobian * weight[:, None, None]
+        normal = np.einsum("nri,nrj->ij", weighted, jacobian)
+        gradient = np.einsum("nri,nr->i", weighted, residual)
+        step = np.linalg.solve(normal + 1e-9 * np.trace(normal) * np.eye(6), -gradient)
+        turn = cv2.Rodrigues(step[:3])[0]
+        pose = np.column_stack([turn @ pose[:, :3], turn @ pose[:, 3] + step[3:]])
+        if np.abs(step).max() < 1e-9:
+            break
+    left, _, right = np.linalg.svd(pose[:, :3])
+    pose = np.column_stack([left @ right, pose[:, 3]])
+    residual, camera = _residuals(world, points, intrinsics, pose)
+    size = np.linalg.norm(residual, axis=1)
+    inlier = (size < _RANSAC_ERROR) & (camera[:, 2] > 0)
+    if not np.isfinite(pose).all() or inlier.sum() < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
+        return None
+    return pose, inlier, float(np.sqrt((size[inlier] ** 2).mean()))
+
+
+def _tukey(size: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Weights f64[N] in [0, 1] of residual sizes; none behind the camera."""
+    limit = 4.685 * max(1.4826 * float(np.median(size)), 0.1)
+    return np.where((size < limit) & (depth > 0), (1 - np.minimum(size / limit, 1) ** 2) ** 2, 0.0)
+
+
+def _residuals(
+    world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Projection minus observation f64[N,2] pixels, and camera-frame points f64[N,3]."""
+    image, _ = project(world, pose, intrinsics)
+    return image - points, world @ pose[:, :3].T + pose[:, 3]
+
+
+def _jacobian(camera: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
+    """d(projection)/d(left-multiplied rotation vector, translation), f64[N,2,6]."""
+    x, y, z = np.where(np.abs(camera[:, 2:]) > 1e-6, camera, [0, 0, 1e-6]).T
+    fx, skew, fy = intrinsics[0, 0], intrinsics[0, 1], intrinsics[1, 1]
+    zero = np.zeros_like(z)
+    by_point = np.stack(
+        [
+            np.stack([fx / z, skew / z, -(fx * x + skew * y) / z**2], -1),
+            np.stack([zero, fy / z, -fy * y / z**2], -1),
+        ],
+        axis=1,
+    )
+    by_turn = np.stack(
+        [np.stack([zero, z, -y], -1), np.stack([-z, zero, x], -1), np.stack([y, -x, zero], -1)], axis=1
+    )  # d(w x X)/dw = -[X]x
+    return np.concatenate([by_point @ by_turn, by_point], axis=2)

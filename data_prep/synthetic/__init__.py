@@ -1,0 +1,1 @@
+"""Rendered stereo worlds with exact truth, written as Stereo4D lays out its clips."""

@@ -1,0 +1,237 @@
+"""Synthetic clips: rendered rooms with exact 4D truth, and their files in Stereo4D's own layout.
+
+A clip follows from (seed, index, config) alone. Its scene is exact: object points are points of the true surfaces, seen
+where nothing stands before them and the pixel they fall on shows their object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import SceneError
+from data_prep.objects import encode_rle
+from data_prep.scene import Scene, SceneObject, invert_poses, save_scene
+from data_prep.sources.frames import CODECS, write_video
+from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
+from data_prep.synthetic.solids import surface_points
+from data_prep.synthetic.worlds import Named, SyntheticConfig, make_world
+
+MASK_FORMATS = ("npz", "rle")
+_HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SyntheticClip:
+    """A rendered clip and its truth.
+
+    Attributes:
+      scene: exact; scale "metric".
+      left: u8[T, H, W, 3] RGB.
+      right: the same from `baseline` metres to the right, or None.
+      depth: f32[T, H, W] camera z of the left view at pixel centres, metres.
+      background: f64[B, T, 3] tracked points of the room and furniture, world, NaN = not seen.
+      baseline: metres.
+      fps: frames per second.
+    """
+
+    scene: Scene
+    left: np.ndarray
+    right: np.ndarray | None
+    depth: np.ndarray
+    background: np.ndarray
+    baseline: float
+    fps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipFiles:
+    """Paths of a written clip; `right` is None for a mono clip."""
+
+    annotations: Path
+    left: Path
+    right: Path | None
+    masks: Path
+    captions: Path
+    truth: Path
+
+
+def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
+    """Clip `index` of the set `seed`; the same arguments give the same clip, whatever was made before.
+
+    Raises:
+      SceneError: the config asks for what fits in no room.
+    """
+    rng = np.random.default_rng([seed, index])
+    world, camera, named = make_world(rng, config)
+    left, depth, surfaces = render(world, camera, config.smooth)
+    right = render(world, camera.shifted(config.baseline), config.smooth)[0] if config.stereo else None
+    points, background = _tracks(rng, world, camera, named, depth, surfaces, config)
+    first = int(rng.integers(1_000_000, 600_000_000))
+    microseconds = first + np.round(np.arange(config.frames) * 1e6 / config.fps).astype(np.int64)
+    video = f"synthetic-{seed}-{index:06d}"
+    objects = []
+    for k, (entry, track) in enumerate(zip(named, points, strict=True)):
+        if len(track):
+            masks = surfaces == k + 1
+            objects.append(SceneObject(f"object_{k}", entry.description, entry.category, track.swapaxes(0, 1), masks))
+    k = np.array([[camera.focal, 0, config.width / 2], [0, camera.focal, config.height / 2], [0, 0, 1]])
+    scene = Scene.from_camera_to_world(
+        clip_id=f"{video}_{first}",
+        source_id=video,
+        camera_to_world=camera.camera_to_world,
+        intrinsics=np.broadcast_to(k, (config.frames, 3, 3)),
+        image_size=(config.height, config.width),
+        timestamps=microseconds / 1e6,
+        objects=tuple(objects),
+        scale="metric",
+        provenance={"tool": "synthetic", "seed": seed, "index": index, "config": dataclasses.asdict(config)},
+    )
+    return SyntheticClip(scene, left, right, depth, background, config.baseline, config.fps)
+
+
+def _tracks(
+    rng: np.random.Generator,
+    world: World,
+    camera: Camera,
+    named: tuple[Named, ...],
+    depth: np.ndarray,
+    surfaces: np.ndarray,
+    config: SyntheticConfig,
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Per object f64[M, T, 3], and f64[B, T, 3] of the background; without the points that are never seen."""
+    centers = camera.camera_to_world[:, :, 3]
+    tracks, facing = [], []
+    for entry in named:
+        local, normal = surface_points(rng, entry.solid.shape, entry.solid.half, config.object_points)
+        track = np.einsum("tij,nj->nti", entry.solid.rotations, local) + entry.solid.centers
+        outward = np.einsum("tij,nj->nti", entry.solid.rotations, normal)
+        tracks.append(track)
+        facing.append(np.einsum("nti,nti->nt", outward, centers - track) > 0)
+    background = _background_points(rng, camera, depth, surfaces, config.background_points)
+    tracks.append(np.repeat(background[:, None], config.frames, axis=1))
+    facing.append(np.ones(tracks[-1].shape[:2], bool))
+    owners = np.repeat([*range(1, len(named) + 1), ROOM], [len(t) for t in tracks])
+    everything = np.concatenate(tracks)
+    seen = _seen(world, camera, everything, np.concatenate(facing), owners, surfaces)
+    everything[~seen] = np.nan
+    cuts = np.cumsum([len(t) for t in tracks])[:-1]
+    kept = [t[s.any(1)] for t, s in zip(np.split(everything, cuts), np.split(seen, cuts), strict=True)]
+    return kept[:-1], kept[-1]
+
+
+def _seen(
+    world: World, camera: Camera, tracks: np.ndarray, facing: np.ndarray, owners: np.ndarray, surfaces: np.ndarray
+) -> np.ndarray:
+    """bool[N, T]: the point faces the camera, lies on a pixel that shows its surface, and nothing is before it."""
+    poses = invert_poses(camera.camera_to_world)
+    local = np.einsum("tij,ntj->nti", poses[:, :, :3], tracks) + poses[:, :, 3]
+    z = local[:, :, 2]
+    ahead = facing & (z > 0.05)
+    safe = np.where(ahead, z, 1.0)
+    x = camera.focal * local[:, :, 0] / safe + camera.width / 2
+    y = camera.focal * local[:, :, 1] / safe + camera.height / 2
+    inside = ahead & (x >= 0) & (x < camera.width) & (y >= 0) & (y < camera.height)
+    # Rays of a batch are ordered by frame.
+    frame, point = np.nonzero(inside.T)
+    at = (point, frame)
+    shown = surfaces[frame, y[at].astype(np.int64), x[at].astype(np.int64)] == owners[point]
+    frame, point = frame[shown], point[shown]
+    at = (point, frame)
+    starts = np.searchsorted(frame, np.arange(tracks.shape[1] + 1))
+    hits = cast(world, camera, Rays(camera_rays(camera, x[at], y[at]), np.arange(tracks.shape[1]), starts, False))
+    seen = np.zeros(inside.shape, bool)
+    seen[at] = hits.depth > z[at] * (1 - _HIDDEN)
+    return seen
+
+
+def _background_points(
+    rng: np.random.Generator, camera: Camera, depth: np.ndarray, surfaces: np.ndarray, count: int
+) -> np.ndarray:
+    """f64[<= count, 3] world points under random pixels of random frames that show room or furniture."""
+    frame = np.sort(rng.integers(0, len(depth), count))
+    y, x = rng.integers(0, camera.height, count), rng.integers(0, camera.width, count)
+    keep = surfaces[frame, y, x] == ROOM
+    frame, y, x = frame[keep], y[keep], x[keep]
+    rays = np.stack([(x + 0.5 - camera.width / 2) / camera.focal, (y + 0.5 - camera.height / 2) / camera.focal])
+    local = np.concatenate([rays, np.ones((1, len(x)))]) * depth[frame, y, x].astype(np.float64)
+    poses = camera.camera_to_world[frame]
+    return np.einsum("nij,jn->ni", poses[:, :, :3], local) + poses[:, :, 3]
+
+
+def write_clip(
+    clip: SyntheticClip, folder: str | Path, codec: str = "ffv1", masks: str = "npz", truth: bool = True
+) -> ClipFiles:
+    """Writes a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
+
+    In `folder`, all names starting with the clip id: `.npz` (Stereo4D's keys), `-left_rectified.mp4`,
+    `-right_rectified.mp4` (stereo clips), `-masks.npz` or `-masks.json`, `-captions.json`, and `-truth/` (the exact
+    scene). The annotations come last, so that a clip that has them is complete.
+
+    Args:
+      codec: "ffv1" (lossless) or "mpeg4" (lossy, some ten times smaller).
+      masks: "npz" (bool[T, H, W] per object) or "rle" (COCO run lengths per frame).
+
+    Raises:
+      SceneError: unknown codec or mask format, or this OpenCV cannot write the video.
+    """
+    if codec not in CODECS or masks not in MASK_FORMATS:
+        raise SceneError(f"codec {codec!r} or masks {masks!r} unknown; codecs {[*CODECS]}, masks {[*MASK_FORMATS]}")
+    folder, scene = Path(folder), clip.scene
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / scene.clip_id
+    left, right = Path(f"{stem}-left_rectified.mp4"), Path(f"{stem}-right_rectified.mp4")
+    write_video(left, clip.left, clip.fps, codec)
+    if clip.right is not None:
+        write_video(right, clip.right, clip.fps, codec)
+    mask_file = Path(f"{stem}-masks.{'npz' if masks == 'npz' else 'json'}")
+    if masks == "npz":
+        _write_npz(mask_file, {o.object_id: o.masks for o in scene.objects})
+    else:
+        _write_json(mask_file, {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects})
+    captions = Path(f"{stem}-captions.json")
+    _write_json(captions, {o.object_id: {"caption": o.description, "category": o.category} for o in scene.objects})
+    truth_folder = Path(f"{stem}-truth")
+    if truth:
+        save_scene(scene, truth_folder)
+    annotations = Path(f"{stem}.npz")
+    _write_npz(annotations, stereo4d_arrays(clip))
+    return ClipFiles(annotations, left, None if clip.right is None else right, mask_file, captions, truth_folder)
+
+
+def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
+    """The keys of a Stereo4D annotation file (data layout of github.com/Stereo4d/stereo4d-code).
+
+    Tracks are the background's, then each object's in the scene's order; float32, as metres of a room need no more.
+    """
+    scene = clip.scene
+    tracks = np.concatenate([clip.background, *(o.points.swapaxes(0, 1) for o in scene.objects)])
+    seen = ~np.isnan(tracks[:, :, 0])
+    half_fov = np.degrees(np.arctan(np.array(scene.image_size)[::-1] / 2 / scene.intrinsics[0, [0, 1], [0, 1]]))
+    return {
+        "name": np.array(scene.clip_id),
+        "video_id": np.array(scene.source_id),
+        "timestamps": np.round(scene.timestamps * 1e6).astype(np.int64),
+        "camera2world": scene.camera_to_world,
+        "rectified2rig": np.repeat(np.eye(3)[None], 2, axis=0),
+        "fov_bounds": np.array([-half_fov[0], half_fov[0], -half_fov[1], half_fov[1]]),
+        "track_lengths": seen.sum(1).astype(np.int64),
+        "track_indices": np.nonzero(seen)[1].astype(np.int64),
+        "track_coordinates": tracks[seen].astype(np.float32),
+    }
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, document: dict) -> None:
+    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,135 @@
+"""Records of the R1 layout: what is read from them, and errors that name line and key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.cold_start.r1_items import UNSPECIFIED, ItemError, parse_item, read_items
+from data_prep.export import r1_record
+from data_prep.questions import QuestionRules, propose
+from data_prep.random_scenes import random_scene
+
+RELEASED = {
+    "messages": [
+        {"role": "user", "content": "<video>\nWhere?\nOptions:\nA. left\n(B) right\nC: 2.5\nAnswer with a letter."},
+        {"role": "assistant", "content": "B"},
+    ],
+    "videos": "a/b.mp4",
+    "solution": {"answer": "B. right", "camera_center": [[0, 0, 0], None]},
+}
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "r1.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_a_released_record_gives_what_it_has():
+    item = parse_item(RELEASED, "x", "fallback")
+    assert (item.id, item.scenario, item.video, item.system) == ("fallback", UNSPECIFIED, "a/b.mp4", "")
+    assert item.options == {"A": "left", "B": "right", "C": "2.5"}
+    assert item.solution.answer == "B" and item.solution.camera_center == ((0, 0, 0), None)
+    assert item.frames is None and item.value is None and item.label == item.object_name == ""
+    assert item.question.startswith("Where?") and item.prompt == RELEASED["messages"][0]["content"]
+
+
+def test_a_curated_question_comes_back_whole():
+    for question in propose(random_scene(2), QuestionRules(), seed=0):
+        item = parse_item(json.loads(json.dumps(r1_record(question.record("v.mp4")))), "x", "none")
+        assert (item.id, item.scenario, item.source_id) == (question.id, question.scenario, question.source_id)
+        assert tuple(item.options.values()) == question.options and item.solution.answer == question.answer
+        assert (item.frames, item.value) == ((*question.frames, question.count), question.value)
+        assert (item.label, item.object_name) == (question.label, question.object_name)
+        assert bool(item.object_name) == bool(question.object_id) and item.object_name in question.text
+        assert [list(c) for c in item.solution.camera_center] == list(question.camera_center)
+
+
+def test_ids_come_from_the_content_and_repeated_records_count_once(tmp_path):
+    other = RELEASED | {"videos": ["c.mp4"]}
+    items, repeated = read_items(write(tmp_path, RELEASED, "", other, RELEASED))
+    again, _ = read_items(write(tmp_path, other, RELEASED))
+    assert repeated == 1 and len(items) == 2 and items == again and items[0].id != items[1].id
+    assert [item.id for item in items] == sorted(item.id for item in items)
+
+
+@pytest.mark.parametrize(
+    ("bad", "key"),
+    [
+        ({"messages": None}, "'messages'"),
+        ({"messages": [{"role": "user"}]}, "'messages'"),
+        ({"messages": [{"role": "user", "content": "no video"}]}, "'messages'"),
+        ({"messages": [{"role": "user", "content": "<video><video>"}]}, "'messages'"),
+        ({"messages": [{"role": "user", "content": "<video>"}, {"role": "user", "content": "?"}]}, "'messages'"),
+        ({"messages": [{"role": "robot", "content": "<video>"}]}, "'messages'"),
+        ({"videos": []}, "'videos'"),
+        ({"videos": ["a", "b"]}, "'videos'"),
+        ({"videos": [3]}, "'videos'"),
+        ({"solution": None}, "'solution'"),
+        ({"solution": [{}, {}]}, "'solution'"),
+        ({"solution": {"answer": 4}}, "'solution.answer'"),
+        ({"solution": {"answer": "A", "camera_center": [[1, 2]]}}, "'solution.camera_center'"),
+        ({"id": 7}, "'id'"),
+        ({"id": " "}, "'id'"),
+        ({"question_type": ""}, "'question_type'"),
+        ({"label": None}, "'label'"),
+        ({"object_name": ["x"]}, "'object_name'"),
+        ({"frames": [1, 2]}, "'frames'"),
+        ({"frames": {"seen": [3, 2], "count": 9}}, "'frames'"),
+        ({"frames": {"seen": [2, 9], "count": 9}}, "'frames'"),
+        ({"frames": {"seen": [1, 2.5], "count": 9}}, "'frames'"),
+        ({"value": "far"}, "'value'"),
+        ({"value": [1, 2]}, "'value'"),
+        ({"value": True}, "'value'"),
+        ({"value": 10**400}, "'value'"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_line(tmp_path, bad, key):
+    path = write(tmp_path, RELEASED, RELEASED | bad)
+    with pytest.raises(ItemError) as caught:
+        read_items(path)
+    assert f"{path}, line 2" in str(caught.value) and key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"id": NaN}', '{"id": "a", "id": "a"}', '{"id": "\\ud800"}', "[" * 9999]
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    with pytest.raises(ItemError, match="line 2: "):
+        read_items(write(tmp_path, RELEASED, line))
+
+
+def test_two_records_with_one_id_name_both_lines(tmp_path):
+    with pytest.raises(ItemError, match="line 3: 'id' 'q' is also that of line 1"):
+        read_items(write(tmp_path, RELEASED | {"id": "q"}, RELEASED, RELEASED | {"id": "q", "label": "x"}))
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ItemError, match="cannot be read"):
+        read_items(tmp_path / "none.jsonl")
+    with pytest.raises(ItemError, match="holds no records"):
+        read_items(write(tmp_path, " "))
+    with pytest.raises(ItemError, match="line 1 has more than"):
+        read_items(write(tmp_path, "x" * 2**20))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["seen", "count", "answer"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from([*RELEASED, "id", "frames", "value", "label", "object_name"]), VALUES))
+def test_any_fields_give_an_item_or_a_clear_error(changes):
+    try:
+        item = parse_item(RELEASED | changes, "here", "fallback")
+    except ItemError as error:
+        assert str(error).startswith("here: '")
+    else:
+        assert item.id and item.video and item.solution.answer

@@ -1,0 +1,247 @@
+"""Each source on clips whose truth is known; damaged files give a clear error and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import SceneError
+from data_prep.parts import ClipRejected
+from data_prep.sources.base import Stereo4DSource, SyntheticSource
+from data_prep.sources.clip_card import read_card
+from data_prep.sources.frames import read_all_frames, write_video
+from data_prep.sources.monocular import MonocularSource
+from data_prep.sources.stereo import StereoSource
+from data_prep.stereo.quality import QualityLimits
+from data_prep.synthetic.clip import make_clip, stereo4d_arrays, write_clip
+from data_prep.synthetic.worlds import SyntheticConfig
+from mllm4d_jax.processing.decode_pool import DecodePool
+
+SIZE = 256
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with DecodePool(20.0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def clip():
+    config = SyntheticConfig(height=SIZE, width=SIZE, frames=6, stereo=True, camera_still=0.0, object_still=0.0)
+    return make_clip(5, 3, config)
+
+
+@pytest.fixture
+def folder(tmp_path, clip):
+    write_clip(clip, tmp_path / "in")
+    for name in ("-truth", ".npz"):  # the stereo source is to find these by itself
+        path = tmp_path / "in" / f"{clip.scene.clip_id}{name}"
+        path.rename(tmp_path / f"kept{name}")
+    return tmp_path / "in"
+
+
+def write_card(folder, clip_id, **fields):
+    (folder / f"{clip_id}-clip.json").write_text(json.dumps(fields))
+
+
+def check_like_truth(found, clip):
+    """Camera path within 2 % of its length; objects where they are, but for which part of them was followed.
+
+    How exact the stage is at its working size is measured by benchmarks/stereo_accuracy.py; here a wrong eye, scale,
+    axis or order of frames must show.
+    """
+    pose = clip.scene.world_to_camera[0]
+
+    def first_camera(points):
+        return points @ pose[:, :3].T + pose[:, 3]
+
+    centers = first_camera(clip.scene.camera_centers)
+    length = np.linalg.norm(np.diff(centers, axis=0), axis=1).sum()
+    assert np.abs(found.camera_centers - centers).max() <= 0.02 * length
+    errors = []
+    for obj in found.objects:
+        true = first_camera(clip.scene.object(obj.object_id).points)
+        frames = np.isfinite(obj.points[..., 0]).sum(1).clip(max=np.isfinite(true[..., 0]).sum(1)) >= 8
+        middle = [np.nanmean(points[frames], axis=1) for points in (obj.points, true)]
+        errors += np.linalg.norm(middle[0] - middle[1], axis=1).tolist()
+    assert len(errors) >= 4 and max(errors) < 0.3
+
+
+def test_a_stereo_pair_alone_gives_the_scene_and_it_is_kept(folder, tmp_path, clip, pool, monkeypatch):
+    clip_id = clip.scene.clip_id
+    write_card(folder, clip_id, source_id="trip", baseline=clip.baseline)
+    source = StereoSource(folder, folder, tmp_path / "scenes", pool=pool)
+    assert source.clip_ids() == [clip_id]
+    made = source.load(clip_id)
+    assert made.scene.source_id == "trip" and made.scene.scale == "metric"
+    assert made.video == folder / f"{clip_id}-left_rectified.mp4"
+    check_like_truth(made.scene, clip)
+    monkeypatch.setattr("data_prep.sources.stereo.reconstruct_clip", None)  # a second time it is read back
+    np.testing.assert_array_equal(source.load(clip_id).scene.camera_centers, made.scene.camera_centers)
+
+
+@pytest.mark.parametrize(("layout", "axis", "swap"), [("right_left", 2, True), ("top_bottom", 1, False)])
+def test_a_packed_video_is_split_and_its_left_view_written(folder, tmp_path, clip, pool, layout, axis, swap):
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    stem = clip.scene.clip_id
+    views = [clip.right, clip.left] if swap else [clip.left, clip.right]
+    write_video(packed / f"{stem}.mp4", np.concatenate(views, axis=axis), clip.fps, "ffv1")
+    for ending in ("-masks.npz", "-captions.json"):
+        (folder / f"{stem}{ending}").rename(packed / f"{stem}{ending}")
+    source = StereoSource(packed, tmp_path / "videos", tmp_path / "scenes", layout=layout, pool=pool)
+    assert source.clip_ids() == [stem]
+    made = source.load(stem)
+    assert made.scene.scale == "assumed_baseline"  # nobody said how far apart the eyes are
+    check_like_truth(made.scene, clip)
+    assert read_all_frames(made.video, pool, 10).frames.shape == clip.left.shape
+
+
+def test_bootstap_tracks_replace_the_stages_own(folder, tmp_path, clip, pool):
+    stem, scene = clip.scene.clip_id, clip.scene
+    points = np.concatenate([o.points for o in scene.objects], axis=1)  # T, M, 3
+    local = np.einsum("tij,tmj->tmi", scene.world_to_camera[:, :, :3], points) + scene.world_to_camera[:, None, :, 3]
+    pixels = np.einsum("ij,tmj->tmi", scene.intrinsics[0], local / local[..., 2:])[..., :2].swapaxes(0, 1)
+    visible = np.isfinite(pixels[..., 0])
+    tracks = np.where(visible[..., None], pixels, 0)
+    np.savez(folder / f"{stem}-bootstap.npz", tracks=tracks.astype(np.float32), visibles=visible)
+    write_card(folder, stem, baseline=clip.baseline)
+    made = StereoSource(folder, folder, tmp_path / "scenes", pool=pool).load(stem).scene
+    assert made.provenance["tracks"] == f"{stem}-bootstap.npz"
+    check_like_truth(made, clip)
+
+
+def test_a_clip_below_the_limits_or_without_its_files_is_rejected(folder, tmp_path, clip, pool):
+    stem = clip.scene.clip_id
+    strict = dataclasses.replace(QualityLimits(), min_valid_disparity=0.9999)
+    source = StereoSource(folder, folder, tmp_path / "scenes", limits=strict, pool=pool)
+    with pytest.raises(ClipRejected) as caught:
+        source.load(stem)
+    assert caught.value.reason != "missing_file" and not list((tmp_path / "scenes").glob("*"))
+    (folder / f"{stem}-right_rectified.mp4").unlink()
+    with pytest.raises(ClipRejected, match="-right.mp4 or"):
+        source.load(stem)
+
+
+def test_too_long_or_unequal_views_are_errors(folder, tmp_path, clip, pool):
+    stem = clip.scene.clip_id
+    with pytest.raises(SceneError, match="6 frames, more than 5"):
+        StereoSource(folder, folder, tmp_path / "s", max_frames=5, pool=pool).load(stem)
+    write_video(folder / f"{stem}-right_rectified.mp4", clip.right[:5], clip.fps, "ffv1")
+    with pytest.raises(SceneError, match="right_rectified.mp4"):
+        StereoSource(folder, folder, tmp_path / "s", pool=pool).load(stem)
+
+
+def test_monocular_files_give_the_scene(tmp_path, clip, pool):
+    stem, scene = "walk", clip.scene
+    write_clip(clip, tmp_path)
+    for ending in ("-masks.npz", "-captions.json"):
+        (tmp_path / f"{scene.clip_id}{ending}").rename(tmp_path / f"{stem}{ending}")
+    (tmp_path / f"{scene.clip_id}-left_rectified.mp4").rename(tmp_path / f"{stem}.mp4")
+    arrays = stereo4d_arrays(clip)
+    tracks = np.full((len(arrays["track_lengths"]), scene.num_frames, 3), np.nan)
+    owner = np.repeat(np.arange(len(tracks)), arrays["track_lengths"])
+    tracks[owner, arrays["track_indices"]] = arrays["track_coordinates"]
+    visible = np.isfinite(tracks[..., 0])
+    extrinsics = np.tile(np.eye(4), (scene.num_frames, 1, 1))
+    extrinsics[:, :3] = scene.world_to_camera
+    extrinsics[:, :3, 3] /= 3.0  # the tracker's unit is three metres
+    np.savez(
+        tmp_path / f"{stem}-spatialtracker.npz",
+        coords=np.where(visible[..., None], tracks / 3.0, 0).swapaxes(0, 1),
+        extrinsics=extrinsics,
+        intrinsics=scene.intrinsics,
+        visibs=visible.swapaxes(0, 1),
+    )
+    moge = tmp_path / f"{stem}-moge"
+    moge.mkdir()
+    k = scene.intrinsics[0] / np.array([[SIZE], [SIZE], [1.0]])
+    for frame in (0, 5):
+        depth = clip.depth[frame]
+        np.savez(moge / f"{frame:06d}.npz", depth=depth, mask=np.ones(depth.shape, bool), intrinsics=k)
+    source = MonocularSource(tmp_path, tmp_path, pool=pool)
+    assert source.clip_ids() == [stem]
+    made = source.load(stem)
+    assert made.scene.scale == "metric" and made.video == tmp_path / "walk.mp4"
+    np.testing.assert_allclose(made.scene.camera_centers, scene.camera_centers, rtol=0.02, atol=0.01)
+    assert {o.object_id for o in made.scene.objects} <= {o.object_id for o in scene.objects} and made.scene.objects
+    write_card(tmp_path, stem, frame_size=[SIZE // 2, SIZE // 2])
+    with pytest.raises(SceneError, match="not near the middle of a 128 x 128 frame"):
+        source.load(stem)
+    (moge / "first.npz").write_bytes(b"")
+    write_card(tmp_path, stem)
+    with pytest.raises(SceneError, match="named by their frame's number"):
+        source.load(stem)
+
+
+def test_stereo4d_frames_as_images_become_a_video(folder, tmp_path, clip, pool):
+    import cv2
+
+    stem = clip.scene.clip_id
+    (tmp_path / "kept.npz").rename(folder / f"{stem}.npz")
+    (folder / f"{stem}-left_rectified.mp4").unlink()
+    images = folder / f"{stem}-left_rectified"
+    images.mkdir()
+    for n, frame in enumerate(clip.left):
+        cv2.imwrite(str(images / f"{n:05d}.png"), frame[..., ::-1])
+    made = Stereo4DSource(folder, tmp_path / "videos").load(stem)
+    seen = read_all_frames(made.video, pool, 10)
+    assert seen.frames.shape == clip.left.shape and seen.source_fps == pytest.approx(clip.fps)
+    assert np.abs(seen.frames.astype(int) - clip.left).mean() < 6  # mpeg4 is lossy
+    with pytest.raises(SceneError, match="stereo4d.frames=images"):
+        Stereo4DSource(folder, folder).load(stem)
+
+
+def test_synthetic_clips_are_the_same_every_time(tmp_path):
+    config = SyntheticConfig(frames=4)
+    first, second = (SyntheticSource(tmp_path / n, config, 7, 2) for n in "ab")
+    assert first.clip_ids() == ["synthetic-7-000000", "synthetic-7-000001"]
+    made, again = (source.load("synthetic-7-000001") for source in (first, second))
+    assert made.video.read_bytes() == again.video.read_bytes()
+    np.testing.assert_array_equal(made.scene.camera_centers, again.scene.camera_centers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "JSON"),
+        ('{"fov": 60}', "unknown field 'fov'"),
+        ('{"source_id": ""}', "source_id"),
+        ('{"fov_degrees": "60"}', "fov_degrees"),
+        ('{"baseline": -1}', "baseline"),
+        ('{"frame_size": [1.5, 2]}', "frame_size"),
+        ('{"intrinsics": [[1, 0], [0, 1]]}', "intrinsics"),
+        ('{"intrinsics": [[0, 0, 1], [0, 1, 1], [0, 0, 1]]}', "intrinsics"),
+    ],
+)
+def test_a_bad_card_is_named(tmp_path, text, message):
+    path = tmp_path / "a-clip.json"
+    path.write_text(text)
+    with pytest.raises(SceneError, match=message) as caught:
+        read_card(path, "a")
+    assert str(path) in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_video_gives_frames_or_a_clear_error(tmp_path, pool, data):
+    whole = tmp_path / "whole.mp4"
+    if not whole.exists():
+        write_video(whole, np.arange(6 * 32 * 32 * 3, dtype=np.uint8).reshape(6, 32, 32, 3), 8.0, "mpeg4")
+    content = bytearray(whole.read_bytes())
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=12)):
+        content[at] = value
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]))
+    try:
+        clip = read_all_frames(path, pool, 50)
+    except SceneError as error:
+        assert str(path) in str(error)
+    else:
+        assert clip.frames.dtype == np.uint8 and len(clip.frames) <= 50

@@ -1,0 +1,193 @@
+"""Disparity, depth and the whole stage against rendered clips whose truth is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_prep import stereo
+from data_prep.stereo import disparity as disparity_module
+from data_prep.stereo.disparity import StereoError, depth_from_disparity, estimate_disparity, split_side_by_side
+from data_prep.stereo.quality import Quality, QualityLimits, check_quality
+from tests.data_prep.stereo.stereo_world import make_clip
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return make_clip(seed=3, frames=7, size=192)
+
+
+def waves(shift: float, height: int = 96, width: int = 160, seed: int = 0) -> np.ndarray:
+    """A smooth image moved left by `shift` pixels exactly (sums of sines), u8[H,W,3]."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(width) + shift, np.arange(height))
+    total = np.zeros((height, width))
+    for _ in range(60):
+        fx, fy = rng.uniform(-1, 1, 2)
+        total += np.sin(fx * x + fy * y + rng.uniform(0, 6.28))
+    return np.repeat(np.clip(128 + 12 * total, 0, 255).round().astype(np.uint8)[..., None], 3, 2)
+
+
+def far_errors() -> np.ndarray:
+    """Median disparity error at small fractional disparities, where a pixel's tenth is 5 % of depth."""
+    errors = []
+    for true in (1.4, 1.7, 2.15, 2.4, 2.65, 3.3):
+        found, valid = estimate_disparity(waves(0), waves(true), 16)
+        assert valid.mean() > 0.8
+        errors.append(np.median(found[valid]) - true)
+    return np.array(errors)
+
+
+def test_no_pixel_locking_far_away(monkeypatch):
+    refined = np.abs(far_errors())
+    assert refined.max() < 0.02
+    monkeypatch.setattr(disparity_module, "_REFINE_STEPS", 0)
+    assert np.abs(far_errors()).max() > 2 * refined.max()  # what the refinement is for
+
+
+def test_left_border_is_matched_as_far_as_the_right_view_reaches():
+    found, valid = estimate_disparity(waves(0), waves(6.5), 48)
+    assert valid[:, 12:40].mean() > 0.9  # columns plain SGBM leaves empty (below 48)
+    assert not valid[:, :6].any()  # not in the right view at all
+    assert (found[~valid] == 0).all()
+
+
+def test_occluded_and_untextured_pixels_are_invalid():
+    left, right = waves(0, 96, 200, seed=1), waves(4, 96, 200, seed=1)
+    square = waves(0, 96, 200, seed=2)
+    left[30:70, 90:130] = square[30:70, 90:130]
+    right[30:70, 76:116] = square[30:70, 90:130]  # disparity 14 before 4: columns 80..89 are hidden in the right view
+    found, valid = estimate_disparity(left, right, 32)
+    assert valid[36:64, 81:87].mean() < 0.2
+    assert abs(np.median(found[36:64, 96:124]) - 14) < 0.05 and abs(np.median(found[36:64, 150:190]) - 4) < 0.05
+    left[:, :], right[:, :] = 90, 90
+    assert not estimate_disparity(left, right, 32)[1].any()
+
+
+def test_exposure_may_differ_between_the_eyes():
+    darker = (waves(5.3).astype(float) * 0.85 + 6).round().astype(np.uint8)
+    found, valid = estimate_disparity(waves(0), darker, 24)
+    assert valid.mean() > 0.7 and abs(np.median(found[valid]) - 5.3) < 0.05
+
+
+def test_depth_of_a_rendered_room(clip):
+    found, valid = estimate_disparity(clip.left[0], clip.right[0], 40)
+    depth = depth_from_disparity(found, valid, clip.intrinsics[0, 0], clip.baseline)
+    error = np.abs(depth / clip.depth[0] - 1)
+    assert valid.mean() > 0.85
+    assert np.nanmedian(error) < 0.01 and np.nanpercentile(error, 90) < 0.05
+
+
+def test_depth_formula_and_range():
+    found = np.array([[2.0, 0.0, 10.0, 0.5, 1000.0]], np.float32)
+    depth = depth_from_disparity(found, np.array([[True, True, False, True, True]]), 400.0, 0.06)
+    np.testing.assert_allclose(depth[0, 0], 400 * 0.06 / 2, rtol=1e-6)
+    assert np.isnan(depth[0, 1:]).all() and depth.dtype == np.float32  # none, invalid, 48 m, 2.4 cm
+    with pytest.raises(StereoError, match="baseline"):
+        depth_from_disparity(found, found > 0, 400.0, 0.0)
+
+
+@pytest.mark.parametrize("layout", ["left_right", "right_left", "top_bottom", "bottom_top"])
+def test_split_side_by_side(layout):
+    left, right = np.zeros((2, 4, 6, 3), np.uint8), np.full((2, 4, 6, 3), 9, np.uint8)
+    order = [left, right] if layout in ("left_right", "top_bottom") else [right, left]
+    first, second = split_side_by_side(np.concatenate(order, 2 if "left" in layout else 1), layout)
+    np.testing.assert_array_equal(first, left)
+    np.testing.assert_array_equal(second, right)
+
+
+def test_bad_pairs_are_refused():
+    image = np.zeros((20, 30, 3), np.uint8)
+    with pytest.raises(StereoError, match="rectified to one size"):
+        estimate_disparity(image, image[:, :20], 8)
+    with pytest.raises(StereoError, match="max_disparity 30"):
+        estimate_disparity(image, image, 30)
+    with pytest.raises(StereoError, match="u8"):
+        estimate_disparity(image.astype(float), image, 8)
+    with pytest.raises(StereoError, match="odd|halve"):
+        split_side_by_side(np.zeros((1, 4, 5, 3), np.uint8))
+
+
+def reconstruct(clip, **changes):
+    arguments = {
+        "clip_id": "clip",
+        "source_id": "video",
+        "timestamps": np.arange(len(clip.left)) / 10,
+        "fov_degrees": 60.0,
+        "baseline": clip.baseline,
+        "objects": [stereo.ObjectMasks("ball", clip.masks, "the painted ball", "ball")],
+        "max_disparity": 40,
+        "provenance": {"video": "a.mp4"},
+    }
+    return stereo.reconstruct_clip(clip.left, clip.right, **{**arguments, **changes})
+
+
+def test_whole_stage_from_stereo_frames_alone(clip):
+    result = reconstruct(clip)
+    scene = result.scene
+    path = np.linalg.norm(np.diff(centers(clip.world_to_camera), axis=0), axis=1).sum()
+    assert np.linalg.norm(scene.camera_centers - centers(clip.world_to_camera), axis=1).max() < 0.02 * path
+    ball = scene.object("ball")
+    both = np.isfinite(ball.points[0, :, 0]) & np.isfinite(ball.points[-1, :, 0])
+    assert both.sum() >= 10
+    moved = ball.points[-1, both].mean(0) - ball.points[0, both].mean(0)
+    assert np.linalg.norm(moved - (clip.ball_centers[-1] - clip.ball_centers[0])) < 0.03
+    on_surface = np.linalg.norm(ball.points - clip.ball_centers[:, None], axis=2)
+    assert abs(np.nanmedian(on_surface) - 0.35) < 0.02
+    assert scene.scale == "metric" and scene.provenance["video"] == "a.mp4" and ball.description == "the painted ball"
+    assert scene.provenance["quality"] == json.loads(json.dumps(result.quality.as_dict()))
+    assert abs(result.quality.path_length - path) < 0.02 * path
+
+
+def centers(world_to_camera):
+    return -np.einsum("tji,tj->ti", world_to_camera[:, :, :3], world_to_camera[:, :, 3])
+
+
+def test_unknown_baseline_is_flagged_and_scales_the_world(clip):
+    short = dataclasses.replace(clip, left=clip.left[:3], right=clip.right[:3], masks=clip.masks[:3])
+    known, assumed = (reconstruct(short, baseline=b).scene for b in (clip.baseline, None))
+    assert assumed.scale == "assumed_baseline"
+    ratio = np.linalg.norm(assumed.camera_centers[-1]) / np.linalg.norm(known.camera_centers[-1])
+    assert abs(ratio - 0.063 / clip.baseline) < 0.02
+
+
+def test_bad_clips_are_rejected_with_reasons(clip):
+    shifted = np.roll(clip.right[:2], 3, axis=1)  # rows do not match: not rectified
+    with pytest.raises(StereoError) as caught:
+        few = dataclasses.replace(clip, left=clip.left[:2], right=shifted, masks=clip.masks[:2])
+        reconstruct(few)
+    assert caught.value.reason == "low_quality" and "vertical_error" in str(caught.value)
+    with pytest.raises(StereoError):  # eyes swapped: no positive disparity fits
+        reconstruct(dataclasses.replace(clip, left=clip.right, right=clip.left))
+    with pytest.raises(StereoError, match="either intrinsics or fov"):
+        reconstruct(clip, intrinsics=clip.intrinsics)
+    with pytest.raises(StereoError, match="timestamps"):
+        reconstruct(clip, timestamps=np.arange(3.0))
+    with pytest.raises(StereoError, match="'ball'"):
+        reconstruct(clip, objects=[stereo.ObjectMasks("ball", clip.masks[:, :5])])
+
+
+def test_objects_without_points_are_named(clip):
+    short = dataclasses.replace(clip, left=clip.left[:2], right=clip.right[:2])
+    scene = reconstruct(short, objects=[stereo.ObjectMasks("ghost", np.zeros_like(clip.masks[:2]))]).scene
+    assert scene.objects == () and "0 points" in scene.provenance["objects_left_out"]["ghost"]
+
+
+def test_quality_limits_name_every_broken_figure():
+    good = Quality(0.9, 0.1, 6.0, 0.1, 0.3, 0.9, 0.01, 1.0, 2, "metric")
+    assert check_quality(good.as_dict(), QualityLimits()) == ()
+    bad = dataclasses.replace(good, valid_disparity=0.1, static_drift=float("nan"), inlier_ratio=0.2)
+    broken = " / ".join(check_quality(bad.as_dict(), QualityLimits()))
+    assert "valid_disparity 0.1 is below 0.3" in broken and "inlier_ratio" in broken
+    assert "static_drift could not be measured" in broken and broken.count("/") == 2
+    assert bad.as_dict()["static_drift"] is None
+    assert check_quality(bad.as_dict(), QualityLimits(None, None, None, None, None, None, None)) == ()
+
+
+def test_intrinsics_of_stereo4d():
+    np.testing.assert_allclose(stereo.intrinsics_from_fov(60, 512, 512)[0], [443.405, 0, 256], atol=1e-3)
+    with pytest.raises(StereoError, match="fov_degrees"):
+        stereo.intrinsics_from_fov(180, 10, 10)

@@ -1,0 +1,410 @@
+"""The teacher's client against a real HTTP server on the loopback interface."""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import http.server
+import json
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.jpeg import encode_jpeg
+from data_prep.teacher.client import (
+    ChatRequest,
+    Endpoint,
+    ReplyError,
+    RetryPolicy,
+    Teacher,
+    TeacherError,
+    user_message,
+)
+from data_prep.teacher.entities import Entity, entity_request, parse_entities
+from data_prep.teacher.json_schema import SchemaError, check_schema, parse_json
+from data_prep.teacher.replay import ReplayError, Reply, ReplyCache
+
+SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
+KEY = "sk-very-secret"
+
+
+def completion(content, finish="stop"):
+    return json.dumps({"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": {"x": 1}})
+
+
+OK = ("status", 200, {}, completion('{"n": 7}'))
+
+
+class Server:
+    """Answers the n-th request with the n-th step of a script; keeps what it was asked and when."""
+
+    def __init__(self, *script):
+        self.script, self.seen, self.lock = list(script), [], threading.Lock()
+        self.in_flight = self.most_in_flight = 0
+        self.stop = threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with outer.lock:
+                    outer.in_flight += 1
+                    outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
+                    step = outer.script[min(len(outer.seen), len(outer.script) - 1)]
+                    outer.seen.append((time.monotonic(), self.path, dict(self.headers), json.loads(body)))
+                try:
+                    self.play(*step)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
+                with outer.lock:
+                    outer.in_flight -= 1
+
+            def play(self, kind, status=200, headers=None, text=""):
+                self.close_connection = True
+                data = text.encode()
+                if kind == "hang_up":
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                if kind == "silent":
+                    outer.stop.wait(10)
+                    return
+                self.send_response(status)
+                for name, value in (headers or {}).items():
+                    self.send_header(name, value)
+                if kind == "endless":
+                    self.end_headers()
+                    for _ in range(10_000):
+                        self.wfile.write(b" " * 65536)
+                    return
+                self.send_header("Content-Length", str(len(data) + (100 if kind == "truncated" else 0)))
+                self.end_headers()
+                if kind == "drip":
+                    for byte in data:
+                        if outer.stop.wait(0.05):
+                            return
+                        self.wfile.write(bytes([byte]))
+                        self.wfile.flush()
+                    return
+                if kind == "held":
+                    time.sleep(0.05)
+                self.wfile.write(data)
+
+            def log_message(self, *_):
+                pass
+
+        class Quiet(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+        self.server = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.stop.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*script):
+        servers.append(Server(*script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+class Waits(list):
+    """Stands in for time.sleep: keeps how long it would have been."""
+
+    def __call__(self, seconds):
+        self.append(seconds)
+
+
+def request(**changes):
+    return ChatRequest("m", (user_message("How many?"),), SCHEMA, **changes)
+
+
+def teacher(server, tmp_path, waits=None, retry=None, **settings):
+    endpoint = Endpoint(server.url, KEY, **({"timeout_s": 5.0} | settings))
+    return Teacher(endpoint, ReplyCache(tmp_path / "cache"), retry, sleep=Waits() if waits is None else waits)
+
+
+def test_asks_once_then_replays_also_offline(serve, tmp_path):
+    server = serve(OK)
+    frame = encode_jpeg(np.zeros((8, 8, 3), np.uint8))
+    asked = ChatRequest("m", (user_message("How many?", [frame]),), SCHEMA, temperature=0.5, max_tokens=9, seed=3)
+    online = teacher(server, tmp_path)
+    assert online.ask(asked) == {"n": 7} and online.ask(asked) == {"n": 7}
+    assert len(server.seen) == 1
+    _, path, headers, body = server.seen[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert body["response_format"] == {"type": "json_object"} and body["seed"] == 3 and body["max_tokens"] == 9
+    image = body["messages"][0]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(image.removeprefix("data:image/jpeg;base64,")) == frame
+    offline = Teacher(None, ReplyCache(tmp_path / "cache"))
+    assert offline.ask(asked) == {"n": 7}
+    for path in (tmp_path / "cache").rglob("*.*"):
+        assert KEY.encode() not in path.read_bytes() and not path.name.endswith(".partial")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": "m2"}, {"temperature": 0.1}, {"max_tokens": 5}, {"seed": 1}, {"messages": ()}]
+)
+def test_the_key_covers_everything_that_is_sent(changes):
+    import dataclasses
+
+    assert dataclasses.replace(request(), **changes).key != request().key
+    assert dataclasses.replace(request(), schema={}).key == request().key
+
+
+def test_offline_names_what_is_missing(tmp_path):
+    offline = Teacher(None, ReplyCache(tmp_path))
+    with pytest.raises(TeacherError, match=f"offline, and there is no stored reply to request {request().key[:16]}"):
+        offline.ask(request())
+    ReplyCache(tmp_path).put(request().key, Reply("m", '{"n": "seven"}'))
+    with pytest.raises(TeacherError, match=r"does not fit \(\$\.n must be integer"):
+        offline.ask(request())
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
+def test_statuses_that_may_pass_are_tried_again(serve, tmp_path, status):
+    waits, server = Waits(), serve(("status", status, {}, "busy"), ("status", status, {}, "busy"), OK)
+    policy = RetryPolicy(seed=4)
+    assert teacher(server, tmp_path, waits, policy).ask(request()) == {"n": 7}
+    assert len(server.seen) == 3
+    assert waits == [policy.wait_s(request().key, 1), policy.wait_s(request().key, 2)]
+    assert 0.5 <= waits[0] <= 1 <= waits[1] <= 2
+
+
+@pytest.mark.parametrize("date", [False, True])
+def test_retry_after_is_honoured(serve, tmp_path, date):
+    value = email.utils.formatdate(time.time() + 8, usegmt=True) if date else "7"
+    waits, server = Waits(), serve(("status", 429, {"Retry-After": value}, ""), OK)
+    assert teacher(server, tmp_path, waits).ask(request()) == {"n": 7}
+    assert 6 <= waits[0] <= 8
+    assert max(waits) <= 8
+
+
+def test_retry_after_holds_back_other_requests_too(serve, tmp_path):
+    server = serve(("status", 429, {"Retry-After": "0.4"}, ""), OK)
+    client = teacher(server, tmp_path, time.sleep, RetryPolicy(first_wait_s=0.01), max_concurrent=1)
+    assert client.ask_many([request(seed=n) for n in range(3)]) == [{"n": 7}] * 3
+    assert server.seen[1][0] - server.seen[0][0] >= 0.39
+
+
+def test_a_server_that_asks_for_hours_is_given_up_on(serve, tmp_path):
+    server = serve(("status", 429, {"Retry-After": "86400"}, "quota"))
+    with pytest.raises(TeacherError, match="asks to wait 86400 s.*quota"):
+        teacher(server, tmp_path).ask(request())
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 413, 422])
+def test_other_statuses_are_not_tried_again(serve, tmp_path, status):
+    server = serve(("status", status, {"Location": "/elsewhere"}, "no such thing"))
+    with pytest.raises(TeacherError, match=f"HTTP status {status}: 'no such thing'") as error:
+        teacher(server, tmp_path).ask(request())
+    assert len(server.seen) == 1 and KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "hang_up", "not_json", "html"])
+def test_damaged_replies_are_tried_again(serve, tmp_path, kind):
+    step = {"not_json": ("status", 200, {}, OK[3][:-9]), "html": ("status", 200, {}, "<html>")}
+    server = serve(step.get(kind, (kind, 200, {}, OK[3])), OK)
+    assert teacher(server, tmp_path).ask(request()) == {"n": 7}
+    assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize("kind", ["silent", "drip"])
+def test_slow_replies_time_out_and_are_tried_again(serve, tmp_path, kind):
+    server = serve((kind, 200, {}, OK[3]), OK)
+    start = time.monotonic()
+    assert teacher(server, tmp_path, timeout_s=0.4).ask(request()) == {"n": 7}
+    assert len(server.seen) == 2 and 0.35 < time.monotonic() - start < 3
+
+
+def test_gives_up_after_all_attempts_and_says_why(serve, tmp_path):
+    server = serve(("status", 503, {}, "overloaded"))
+    with pytest.raises(TeacherError, match="no reply in 3 attempts; the last one: HTTP status 503: 'overloaded'"):
+        teacher(server, tmp_path, retry=RetryPolicy(attempts=3)).ask(request())
+    assert len(server.seen) == 3
+    server.close()
+    with pytest.raises(TeacherError, match="ConnectionRefusedError"):
+        teacher(server, tmp_path, retry=RetryPolicy(attempts=2)).ask(request())
+
+
+@pytest.mark.parametrize("step", [("endless", 200, {}, ""), ("status", 200, {}, "x" * 5000)])
+def test_huge_bodies_are_refused_without_reading_them(serve, tmp_path, step):
+    server = serve(step)
+    with pytest.raises(TeacherError, match="more .*than the limit of 4096"):
+        teacher(server, tmp_path, max_reply_bytes=4096).ask(request())
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("seven", "not JSON"),
+        ('```json\n{"n": 7}\n```', "not JSON"),
+        ('{"n": 7.5}', r"\$\.n must be integer, not 7\.5"),
+        ('{"n": true}', r"\$\.n must be integer, not True"),
+        ('{"n": 7, "m": 1}', r"unknown keys \['m'\]"),
+        ('{"n": 7, "n": 8}', "a key twice"),
+        ('{"n": NaN}', "NaN is not JSON"),
+        ("{}", r"lacks \['n'\]"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_wrong_content_is_asked_for_again_and_never_stored(serve, tmp_path, content, says):
+    wrong = ("status", 200, {}, completion(content))
+    assert teacher(serve(wrong, OK), tmp_path / "a").ask(request()) == {"n": 7}
+    client = teacher(serve(wrong), tmp_path / "b")
+    with pytest.raises(ReplyError, match=says):
+        client.ask(request())
+    assert list(client.cache.keys()) == []
+
+
+def test_cut_withheld_and_foreign_replies(serve, tmp_path):
+    for text, says in (
+        (completion('{"n', "length"), "cut at max_tokens = 2048"),
+        (completion("", "content_filter"), "withheld"),
+        (completion(None), "withheld"),
+        ('{"error": "x"}', r"no choices\[0\]"),
+        ("[]", r"no choices\[0\]"),
+    ):
+        server = serve(("status", 200, {}, text))
+        with pytest.raises(TeacherError, match=says):
+            teacher(server, tmp_path).ask(request())
+        assert len(server.seen) == 1
+
+
+def test_rate_and_concurrency_are_bounded(serve, tmp_path):
+    server = serve(("held", 200, {}, OK[3]))
+    client = teacher(server, tmp_path, time.sleep, requests_per_minute=1200, max_concurrent=2)
+    asked = [request(seed=n % 8) for n in range(16)]
+    assert client.ask_many(asked) == [{"n": 7}] * 16
+    starts = np.sort([seen[0] for seen in server.seen])
+    assert len(starts) == 8 and server.most_in_flight == 2
+    assert starts[-1] - starts[0] >= 0.9 * 7 * 0.05
+
+
+def test_ask_many_keeps_the_order_and_the_errors(serve, tmp_path):
+    server = serve(("status", 400, {}, "bad"), OK)
+    replies = teacher(server, tmp_path, max_concurrent=1).ask_many([request(seed=1), request(seed=2)])
+    assert isinstance(replies[0], TeacherError) and replies[1] == {"n": 7}
+
+
+def test_the_back_off_is_deterministic_and_bounded():
+    policy = RetryPolicy(first_wait_s=1, max_wait_s=8, seed=1)
+    waits = [policy.wait_s("k", n) for n in range(1, 100)]
+    assert waits == [policy.wait_s("k", n) for n in range(1, 100)]
+    assert waits[:3] != [RetryPolicy(max_wait_s=8, seed=2).wait_s("k", n) for n in range(1, 4)]
+    assert all(min(8, 2 ** (n - 1)) / 2 <= w <= min(8, 2 ** (n - 1)) for n, w in enumerate(waits, 1))
+    assert policy.wait_s("k", 1, 30.0) == 30.0
+
+
+def test_settings_come_from_the_environment_and_are_checked(monkeypatch):
+    monkeypatch.delenv("MLLM4D_TEACHER_URL", raising=False)
+    with pytest.raises(TeacherError, match="MLLM4D_TEACHER_URL is not set"):
+        Endpoint.from_environment()
+    monkeypatch.setenv("MLLM4D_TEACHER_URL", "https://host/v1")
+    monkeypatch.setenv("MLLM4D_TEACHER_KEY", KEY)
+    endpoint = Endpoint.from_environment(timeout_s=3.0)
+    assert (endpoint.url, endpoint.key, endpoint.timeout_s) == ("https://host/v1", KEY, 3.0)
+    assert KEY not in repr(endpoint)
+    for url in ("ftp://host/v1", "host/v1", f"https://me:{KEY}@host/v1", "https://host/v1?key=1", ""):
+        with pytest.raises(TeacherError) as error:
+            Endpoint(url)
+        assert KEY not in str(error.value)
+    with pytest.raises(TeacherError) as error:
+        Endpoint("https://host/v1", f"{KEY}\n")
+    assert KEY not in str(error.value)
+    with pytest.raises(TeacherError, match="positive"):
+        Endpoint("https://host/v1", max_concurrent=0)
+
+
+def test_damaged_stored_replies_are_named(tmp_path):
+    cache, key = ReplyCache(tmp_path), request().key
+    cache.put(key, Reply("m", '{"n": 1}'))
+    path = next(tmp_path.rglob("*.json"))
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-5], b"[]", b"null", whole.replace(key.encode(), b"0" * 64), b'{"format": 9}'):
+        path.write_bytes(damaged)
+        with pytest.raises(ReplayError, match="delete it|this release reads"):
+            cache.get(key)
+    with pytest.raises(ReplayError, match="not a request key"):
+        cache.get("../../etc/passwd")
+
+
+def test_packed_replies_are_the_same_bytes_and_unpack(tmp_path):
+    caches = [ReplyCache(tmp_path / "a"), ReplyCache(tmp_path / "b")]
+    requests = [request(seed=n) for n in range(5)]
+    for cache, order in zip(caches, (requests, requests[::-1]), strict=True):
+        for r in order:
+            cache.put(r.key, Reply("m", json.dumps({"n": r.seed})))
+    assert [c.pack(tmp_path / f"{i}.jsonl") for i, c in enumerate(caches)] == [5, 5]
+    assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
+    third = ReplyCache(tmp_path / "c")
+    assert third.unpack(tmp_path / "0.jsonl") == 5
+    assert [Teacher(None, third).ask(r)["n"] for r in requests] == [0, 1, 2, 3, 4]
+    (tmp_path / "0.jsonl").write_bytes((tmp_path / "0.jsonl").read_bytes()[:-20])
+    with pytest.raises(ReplayError, match="line 5 is damaged"):
+        third.unpack(tmp_path / "0.jsonl")
+
+
+def test_entities_are_asked_for_and_tidied(serve, tmp_path):
+    content = {"entities": [{"en": " the  red car ", "cat": "Vehicle"}, {"en": "The red car", "cat": "x"}]}
+    server = serve(("status", 200, {}, completion(json.dumps(content))))
+    frames = [encode_jpeg(np.full((4, 4, 3), n, np.uint8)) for n in range(3)]
+    asked = entity_request("m", frames)
+    assert parse_entities(teacher(server, tmp_path).ask(asked)) == (Entity("the red car", "vehicle"),)
+    parts = server.seen[0][3]["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url"] * 3 + ["text"]
+    assert "These are 3 frames" in parts[-1]["text"] and '{"entities": [{"en": ' in parts[-1]["text"]
+    with pytest.raises(TeacherError, match="frame 1 is not a JPEG"):
+        entity_request("m", [frames[0], b"GIF89a"])
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"entities": [{"en": "a", "cat": ""}]}, r"the length of \$\.entities\[0\]\.cat is 0"),
+        ({"entities": [{"en": "a"}]}, r"\$\.entities\[0\] lacks \['cat'\]"),
+        ({"entities": "a"}, r"\$\.entities must be array"),
+        ({"entities": [{"en": "a", "cat": "b"}] * 21}, "number of entries"),
+    ],
+)
+def test_the_entity_schema_is_strict(value, says):
+    with pytest.raises(SchemaError, match=says):
+        check_schema(value, entity_request("m", []).schema)
+
+
+def test_schema_keywords():
+    check_schema(None, {"type": ["string", "null"]})
+    check_schema("a", {"enum": ["a", 1]})
+    for value, schema in ((True, {"enum": [1]}), (3, {"maximum": 2}), ([1], {"minItems": 2}), (1e999, {})):
+        with pytest.raises(SchemaError):
+            check_schema(value, schema)
+    with pytest.raises(ValueError, match="not supported"):
+        check_schema("a", {"pattern": "a"})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.recursive(st.none() | st.floats() | st.text(), st.lists).map(json.dumps))
+def test_any_text_parses_or_gives_a_schema_error(text):
+    try:
+        check_schema(parse_json(text), {"type": "array", "items": {"type": "string"}})
+    except SchemaError:
+        pass
