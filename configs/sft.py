@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant == "tiny":
         config.data.sample = "tiny"
         config.data.max_tokens = 512
-        config.data.length_buckets = (64, 128, 192, 256, 384, 512)
+        config.data.prefix_buckets = (64, 128, 192, 256, 384, 512)
         config.model.dtype = "float32"
         config.model.remat = "none"
         config.video.num_frames = 8

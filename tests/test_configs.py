@@ -39,7 +39,7 @@ def test_the_default_is_the_papers_run():
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (2e-5, 0.0, 1.0)
     assert (config.video.num_frames, config.video.resize_rule) == (32, "per_frame")
     assert (config.video.min_pixels, config.video.max_pixels) == (0, 0)  # the rule's own: 28 x 28 to 224 x 224
-    assert config.data.max_tokens == 8192 and config.data.length_buckets[-1] == 8192
+    assert config.data.max_tokens == 8192 and config.data.prefix_buckets[-1] == 8192
 
 
 def test_partial_configs_are_completed_with_the_right_types():

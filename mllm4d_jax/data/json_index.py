@@ -16,11 +16,15 @@ import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 CHUNK = 8 << 20
 # A cut at the end of the buffer is reported at most this far from it; an unterminated string at its opening quote.
 _CUT_MARGIN = 64
 _LONGEST_STRING = 4 << 20
+_MEDIA_KEYS = ("video", "videos", "image", "images")
 _RECORD_KEYS = frozenset({"video", "videos", "image", "images", "conversations", "messages", "id", "solution"})
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]+)"')
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -38,6 +42,8 @@ class JsonIndex:
       path: the file.
       starts, ends: u64 offsets; record i is bytes [starts[i], ends[i]). A broken record has a span too: parsing it
         again gives its error. An empty span stands for a missing comma or a missing closing bracket.
+      clips: i32 per record, equal for records that name the same media files, numbered by first appearance. A record
+        without media, or a broken one, has a number of its own.
       digest: sha256 of the file, hex.
       newlines: (offset, line breaks before it) pairs, one per chunk read, ascending.
     """
@@ -45,6 +51,7 @@ class JsonIndex:
     path: Path
     starts: array
     ends: array
+    clips: np.ndarray
     digest: str
     newlines: tuple[tuple[int, int], ...]
 
@@ -108,12 +115,32 @@ def build_index(path: str | Path, chunk: int = CHUNK) -> JsonIndex:
         else:
             what = "is empty" if not first else f"starts with {first!r}"
             raise RecordFileError(f"{path}: {what}; expected a JSON list of records, or JSONL with one record a line")
-        starts, ends = array("Q"), array("Q")
-        for start, end in spans:
+        starts, ends, media = array("Q"), array("Q"), array("Q")
+        for start, end, value in spans:
             starts.append(start)
             ends.append(end)
+            media.append(_media_hash(value, len(media)))
         buffer.drain()
-    return JsonIndex(path, starts, ends, buffer.sha.hexdigest(), tuple(buffer.newlines))
+    return JsonIndex(path, starts, ends, _numbered(media), buffer.sha.hexdigest(), tuple(buffer.newlines))
+
+
+def _media_hash(value: Any, number: int) -> int:
+    """64 bits that stand for the media files a record names; for the record itself when it names none.
+
+    Names are compared as the file spells them: two spellings of one name only mean that these records are not grouped.
+    Whoever groups by this must still compare the names (a collision of hashes is possible, though unlikely).
+    """
+    named = [value.get(key) for key in _MEDIA_KEYS] if isinstance(value, dict) else []
+    said = repr(named if any(named) else number)
+    return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _numbered(hashes: array) -> np.ndarray:
+    """i32 numbers of equal values, in order of first appearance."""
+    _, first, inverse = np.unique(np.frombuffer(hashes, np.uint64), return_index=True, return_inverse=True)
+    number = np.empty(len(first), np.int32)
+    number[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+    return number[inverse]
 
 
 class _Buffer:
@@ -160,8 +187,11 @@ class _Buffer:
         return self.base + self.position
 
 
-def _array_spans(buffer: _Buffer) -> Iterator[tuple[int, int]]:
-    """Spans of the elements of a JSON list whose `[` is next in the buffer."""
+def _array_spans(buffer: _Buffer) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, value) of the elements of a JSON list whose `[` is next in the buffer; value None when broken.
+
+    Texts of the value are in the latin-1 view.
+    """
     first_keys = set(_RECORD_KEYS)
     buffer.position += 1
     if buffer.peek() == "]":
@@ -171,22 +201,22 @@ def _array_spans(buffer: _Buffer) -> Iterator[tuple[int, int]]:
     while True:
         buffer.peek()
         start = buffer.offset
-        whole = _element(buffer)
+        whole, value = _element(buffer)
         if whole:
             key = _FIRST_KEY.match(buffer.text, start - buffer.base)
             if key:
                 first_keys.add(key.group(1))
         else:
             _resynchronise(buffer, first_keys)
-        yield start, buffer.offset
+        yield start, buffer.offset, value
         following = buffer.peek()
         if following == ",":
             buffer.position += 1
             if buffer.peek() == "]":  # a comma with nothing after it
-                yield buffer.offset, buffer.offset
+                yield buffer.offset, buffer.offset, None
                 following = "]"
         elif following == "{" or (following == "" and whole):  # a comma or the closing bracket is missing
-            yield buffer.offset, buffer.offset
+            yield buffer.offset, buffer.offset, None
         if following == "]":
             buffer.position += 1
             yield from _after_the_list(buffer)
@@ -194,32 +224,32 @@ def _array_spans(buffer: _Buffer) -> Iterator[tuple[int, int]]:
             return
 
 
-def _after_the_list(buffer: _Buffer) -> Iterator[tuple[int, int]]:
+def _after_the_list(buffer: _Buffer) -> Iterator[tuple[int, int, None]]:
     """One broken span when something follows the closing bracket."""
     if buffer.peek():
         start = buffer.offset
         buffer.drain()
-        yield start, buffer.base + len(buffer.text)
+        yield start, buffer.base + len(buffer.text), None
 
 
-def _element(buffer: _Buffer) -> bool:
-    """Moves past one element; False (position unchanged) when it is not valid JSON."""
+def _element(buffer: _Buffer) -> tuple[bool, Any]:
+    """Moves past one element; (True, its value), or (False, None) with the position unchanged when it is not JSON."""
     decoder = json.JSONDecoder()
     while True:
         try:
-            _, end = decoder.raw_decode(buffer.text, buffer.position)
+            value, end = decoder.raw_decode(buffer.text, buffer.position)
         except json.JSONDecodeError as error:
             margin = _LONGEST_STRING if error.msg.startswith("Unterminated") else _CUT_MARGIN
             if len(buffer.text) - error.pos > margin or buffer.eof or not buffer.fill():
-                return False
+                return False, None
             continue
         except (ValueError, RecursionError):  # integers of thousands of digits; absurd nesting
-            return False
+            return False, None
         # A bare number at the very end of the window may go on in the next chunk.
         if end == len(buffer.text) and not buffer.eof and buffer.fill():
             continue
         buffer.position = end
-        return True
+        return True, value
 
 
 def _resynchronise(buffer: _Buffer, first_keys: set[str]) -> None:
@@ -244,8 +274,8 @@ def _resynchronise(buffer: _Buffer, first_keys: set[str]) -> None:
         search_from = 0
 
 
-def _line_spans(buffer: _Buffer) -> Iterator[tuple[int, int]]:
-    """Spans of the lines that are not blank, without their line break."""
+def _line_spans(buffer: _Buffer) -> Iterator[tuple[int, int, Any]]:
+    """(start, end, value) of the lines that are not blank, without their line break; as in `_array_spans`."""
     while True:
         if not buffer.peek():
             return
@@ -253,5 +283,13 @@ def _line_spans(buffer: _Buffer) -> Iterator[tuple[int, int]]:
         while end < 0 and buffer.fill():
             end = buffer.text.find("\n", buffer.position)
         end = len(buffer.text) if end < 0 else end
-        start, buffer.position = buffer.offset, end
-        yield start, buffer.offset
+        start, line = buffer.offset, buffer.text[buffer.position : end]
+        buffer.position = end
+        yield start, buffer.offset, _value(line)
+
+
+def _value(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

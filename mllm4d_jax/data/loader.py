@@ -1,301 +1,243 @@
-"""Batches for training: a fixed global order of records, encoded, checked and padded to few static shapes.
+"""Steps for training: groups of questions in a fixed global order, encoded, checked and laid out as rows.
 
-The order is a pure function of (seed, position): Grain shuffles each epoch anew by an indexed permutation. The
-position, a count of records since the start of the run, bad ones included, is the whole state of the loader; a
-checkpoint holds it and nothing of Grain's.
+The order (`data.order`) is a pure function of (seed, position). The position, a count of groups since the start of the
+run over all hosts, is the whole state of the loader; a checkpoint holds it and nothing of Grain's or of the workers'.
+Host h of H takes the groups h, h + H, ... of each step.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
-import grain
-import numpy as np
-
+from mllm4d_jax.data.buckets import RowBuckets
+from mllm4d_jax.data.group_encoder import Encoded, GroupEncoder
+from mllm4d_jax.data.order import Order
 from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
-from mllm4d_jax.data.records import RecordFile
-from mllm4d_jax.processing.batch import ModelInputs, collate
-from mllm4d_jax.processing.encode import Encoder
+from mllm4d_jax.data.sources import Mixture, Questions
+from mllm4d_jax.data.steps import LoadedBatch, ModelFacts, PreparedStep
+from mllm4d_jax.data.workers import WorkerPool
 from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.example import Example
-from mllm4d_jax.processing.grids import VisionGeometry
+from mllm4d_jax.processing.rows import Group, needed_sizes, pack_groups, share_prefix
 
-CACHE_BYTES = 256 << 20
+_BRANCH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 class LoaderError(ValueError):
     """The loader's settings cannot work."""
 
 
-class TrainBatch(NamedTuple):
-    """What one training step consumes; a pytree of NumPy arrays.
-
-    Attributes:
-      inputs: the padded rows.
-      loss_index: i32[M] flat position `row * S + s` of each hidden state that predicts a supervised token.
-      loss_target: i32[M] the token at `s + 1` of that row.
-      loss_weight: f32[M] 1 for a supervised token, 0 for padding of M.
-    """
-
-    inputs: ModelInputs
-    loss_index: np.ndarray
-    loss_target: np.ndarray
-    loss_weight: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
-class LoadedBatch:
-    """A batch and what the run must know about it.
+class LoaderOptions:
+    """What decides the content and the shapes of a step.
 
     Attributes:
-      batch: the arrays.
-      keys: record keys of the rows.
-      position, rejected: the loader's state after this batch.
-      tokens: real tokens in it; `slots` is B * S, the difference is padding.
-      supervised: tokens that are training targets.
-    """
-
-    batch: TrainBatch
-    keys: tuple[str, ...]
-    position: int
-    rejected: int
-    tokens: int
-    slots: int
-    supervised: int
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchLayout:
-    """Everything that fixes the shapes of a batch.
-
-    Attributes:
-      batch_size: rows B.
-      length_buckets: allowed S, ascending.
-      geometry: of the vision tower.
-      visual_token_ids: image and video placeholder ids.
-      shards: the number of frames is padded to a multiple of this, so that they can be split over devices.
+      batch_size: places for questions in a step, over all hosts.
+      questions_per_video: most questions about one clip that share its prefix, N.
+      rows: rows of a step, over all hosts; 0 = one per group.
+      prefix_buckets, branch_buckets: allowed lengths of a row's prefix region and of its branch slots.
+      workers: processes that encode; 0 = encode in this process.
     """
 
     batch_size: int
-    length_buckets: tuple[int, ...]
-    geometry: VisionGeometry
-    visual_token_ids: tuple[int, ...]
-    shards: int = 1
+    questions_per_video: int = 1
+    rows: int = 0
+    prefix_buckets: tuple[int, ...] = ()
+    branch_buckets: tuple[int, ...] = _BRANCH_BUCKETS
+    workers: int = 0
 
-    def __post_init__(self) -> None:
-        if not self.length_buckets or list(self.length_buckets) != sorted(set(self.length_buckets)):
-            raise LoaderError(f"data.length_buckets must be ascending and not empty, got {self.length_buckets}")
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], batch_size: int) -> Self:
+        """Options from a config group such as `config.data`; its other keys are not the loader's."""
+        known = {f.name for f in dataclasses.fields(cls)} & set(values.keys())
+        chosen = {name: tuple(values[name]) if name.endswith("buckets") else values[name] for name in known}
+        return cls(batch_size, **chosen)
 
+    @property
+    def groups(self) -> int:
+        """Groups of a step, over all hosts."""
+        return self.batch_size // self.questions_per_video
 
-def bucket(n: int, per_octave: int) -> int:
-    """The smallest allowed size >= n, where each power of two up to the next is divided into `per_octave` steps."""
-    if n <= per_octave:
-        return n
-    step = max(1, (1 << (n - 1).bit_length() - 1) // per_octave)
-    return -(-n // step) * step
+    def local(self, hosts: int) -> tuple[int, int]:
+        """(groups, rows) of a step on each host.
 
+        Raises:
+          LoaderError: questions, groups or rows cannot be divided.
+        """
+        if self.questions_per_video < 1 or self.batch_size % self.questions_per_video:
+            raise LoaderError(
+                f"train.batch_size = {self.batch_size} questions cannot be taken data.questions_per_video = "
+                f"{self.questions_per_video} at a time"
+            )
+        rows = self.rows or self.groups
+        if self.groups % hosts or rows % hosts:
+            raise LoaderError(f"{self.groups} groups in {rows} rows cannot be split evenly over {hosts} hosts")
+        return self.groups // hosts, rows // hosts
 
-def make_batch(examples: Sequence[Example], layout: BatchLayout) -> TrainBatch:
-    """Pads examples to the layout's buckets and lists the supervised positions.
+    def buckets(self, hosts: int, *, merge_area: int, frames: int, frame_patches: int, shards: int) -> RowBuckets:
+        """The shapes of a host's rows.
 
-    Raises:
-      LoaderError: an example is longer than the largest length bucket.
-    """
-    longest = max(len(e.tokens) for e in examples)
-    length = next((size for size in layout.length_buckets if size >= longest), None)
-    if length is None:
-        key = next(e.key for e in examples if len(e.tokens) == longest)
-        raise LoaderError(f"{key} has {longest} tokens, more than the largest of data.length_buckets")
-    grids = [g for e in examples for g in e.grids]
-    frames = patches = None
-    if grids:
-        frames = -(-bucket(sum(g.t for g in grids), 2) // layout.shards) * layout.shards
-        m2 = layout.geometry.merge_size**2
-        patches = bucket(max(g.h * g.w for g in grids) // m2, 4) * m2
-    inputs = collate(
-        examples,
-        layout.geometry,
-        visual_token_ids=layout.visual_token_ids,
-        length=length,
-        frames=frames,
-        frame_patches=patches,
-    )
-    return TrainBatch(inputs, *_supervision(examples, length))
-
-
-def _supervision(examples: Sequence[Example], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # The first token of a row has nothing before it that could predict it.
-    targets = [np.flatnonzero(e.supervised[1:]) + 1 for e in examples]
-    index = np.concatenate([row * length + t - 1 for row, t in enumerate(targets)])
-    target = np.concatenate([e.tokens[t] for e, t in zip(examples, targets, strict=True)])
-    padding = (0, max(16, bucket(len(index), 2)) - len(index))
-    weight = np.pad(np.ones(len(index), np.float32), padding)
-    return np.pad(index, padding).astype(np.int32), np.pad(target, padding).astype(np.int32), weight
-
-
-class ExampleCache:
-    """Least recently used examples, bounded by the bytes of their arrays."""
-
-    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
-        self.max_bytes, self.bytes = max_bytes, 0
-        self._items: OrderedDict[int, Example] = OrderedDict()
-
-    def get(self, index: int) -> Example | None:
-        if index in self._items:
-            self._items.move_to_end(index)
-        return self._items.get(index)
-
-    def put(self, index: int, example: Example) -> None:
-        size = _nbytes(example)
-        if size > self.max_bytes or index in self._items:
-            return
-        self._items[index] = example
-        self.bytes += size
-        while self.bytes > self.max_bytes:
-            _, dropped = self._items.popitem(last=False)
-            self.bytes -= _nbytes(dropped)
-
-
-def _nbytes(example: Example) -> int:
-    return sum(a.nbytes for a in (example.tokens, example.positions, example.supervised, example.patches))
+        Args:
+          merge_area: patches per merged token.
+          frames: most vision frames (temporal patches) of a clip, 0 when there is no limit.
+          frame_patches: most patches of a frame, 0 likewise.
+          shards: devices of a host that its frames are split over.
+        """
+        groups, rows = self.local(hosts)
+        return RowBuckets(
+            prefix=self.prefix_buckets,
+            length=self.branch_buckets,
+            merge_area=merge_area,
+            full_slots=-(-groups // rows) * self.questions_per_video,
+            full_frames=groups * frames,
+            full_frame_patches=frame_patches,
+            shards=shards,
+        )
 
 
 class Loader:
-    """Yields `LoadedBatch`es from a position on, without end."""
+    """Gives the steps of a run from a position on, without end. Use as a context manager, or close it."""
 
     def __init__(
         self,
-        records: RecordFile,
-        encoder: Encoder,
-        layout: BatchLayout,
+        mixture: Mixture,
+        encoder: GroupEncoder,
+        options: LoaderOptions,
+        buckets: RowBuckets,
+        model: ModelFacts,
         quarantine: Quarantine,
         *,
         seed: int,
         position: int = 0,
-        cache: ExampleCache | None = None,
+        host: int = 0,
+        hosts: int = 1,
     ) -> None:
         """
         Args:
-          records: where examples come from.
-          encoder: record -> Example.
-          layout: shapes of the batches.
+          mixture: where records come from.
+          encoder: of its sources.
+          options: what a step holds.
+          buckets: what rows are padded to.
+          model: facts for the layout.
           quarantine: where unusable records go.
           seed: of the order.
-          position: records consumed before this point of the run.
-          cache: encoded examples kept for later epochs; None for the default size.
-        """
-        if not len(records):
-            raise LoaderError(f"{records.path} holds no records")
-        self.records, self.encoder, self.layout, self.quarantine = records, encoder, layout, quarantine
-        self.position = position
-        self._cache = ExampleCache() if cache is None else cache
-        # Grain adds the epoch number to the seed; hashed first, neighbouring seeds do not share epochs.
-        order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        self.order = grain.MapDataset.range(len(records)).shuffle(seed=order_seed).repeat()
+          position: groups consumed before this point of the run, a whole number of steps.
+          host, hosts: which of the processes that share the run this is.
 
-    def next_batch(self, stop: threading.Event | None = None) -> LoadedBatch | None:
-        """The next batch; None when `stop` was set before it was complete (the loader is then of no further use).
+        Raises:
+          LoaderError: settings that cannot be divided, or a position inside a step.
+        """
+        self._groups, self._rows = options.local(hosts)
+        if position % options.groups:
+            raise LoaderError(f"position {position} is inside a step of {options.groups} groups")
+        self.mixture, self.encoder, self.options, self.buckets = mixture, encoder, options, buckets
+        self.quarantine, self.position = quarantine, position
+        self._model, self._host, self._hosts = model, host, hosts
+        clips = [source.clips for source in mixture.sources]
+        self.order = Order(clips, mixture.rates, per_group=options.questions_per_video, seed=seed)
+        self._pending: deque[tuple[Questions, Questions, concurrent.futures.Future[Encoded]]] = deque()
+        self._asked = self._places(position)
+        self._pool: WorkerPool | None = None
+        self._barren = 0  # records in a row of which none was usable
+
+    def next_step(self, stop: threading.Event | None = None) -> PreparedStep | None:
+        """This host's rows of the next step; None when `stop` was set before it was complete (the loader is then of no
+        further use).
+
+        A record or clip that cannot be used leaves its place empty. A step may have no usable question at all.
 
         Raises:
           QuarantineError: too many records are unusable.
         """
-        examples: list[Example] = []
-        skipped = 0
-        while len(examples) < self.layout.batch_size:
-            if stop is not None and stop.is_set():
+        started = time.perf_counter()
+        groups: list[Group] = []
+        for n in range(self._groups):
+            taken = self._take(stop)
+            if taken is None:
                 return None
-            index = self.order[self.position]
-            self.position += 1
-            example = self._example(index)
-            if example is not None:
-                examples.append(example)
-                continue
-            self.quarantine.count(self.position)
-            skipped += 1
-            if skipped > 2 * len(self.records):  # more than a whole epoch, wherever in one it began
-                raise QuarantineError(f"not one usable record in {self.records.path}; see {self.quarantine.path}")
-        batch = make_batch(examples, self.layout)
-        return LoadedBatch(
-            batch=batch,
-            keys=tuple(e.key for e in examples),
+            questions, asked, encoded = taken
+            examples = [e for e in encoded if not isinstance(e, RecordError)]
+            seen = self.order.questions_until(self.position + (n + 1) * self._hosts) / self._hosts
+            self._account(questions, asked, encoded, seen)
+            groups += share_prefix(examples, self._model.visual_token_ids) if examples else ()
+        self.position += self.options.groups
+        rows = tuple(tuple(row) for row in pack_groups(groups, self._rows))
+        return PreparedStep(
+            rows=rows,
+            needed=needed_sizes(rows, self._model.geometry),
+            model=self._model,
+            host=self._host,
             position=self.position,
             rejected=self.quarantine.rejected,
-            tokens=sum(len(e.tokens) for e in examples),
-            slots=batch.inputs.tokens.size,
-            supervised=int(batch.loss_weight.sum()),
+            load_s=time.perf_counter() - started,
         )
 
-    def _example(self, index: int) -> Example | None:
-        """Record `index` encoded, or None when it is quarantined."""
-        if index in self.quarantine:
-            return None
-        example = self._cache.get(index)
-        if example is not None:
-            return example
-        try:
-            example = self._encode(index)
-            if not example.supervised[1:].any():
-                raise RecordError("holds no assistant text, so there is nothing to learn from it", "no_target")
-        except RecordError as error:
-            self.quarantine.add(index, error.with_key(self.records.key(index)))
-            return None
-        self._cache.put(index, example)
-        return example
+    def next_batch(self, stop: threading.Event | None = None) -> LoadedBatch | None:
+        """The next step padded at once, for a run on one host. As `next_step` otherwise."""
+        step = self.next_step(stop)
+        return None if step is None else step.finish(self.buckets.sizes(step.needed))
 
-    def _encode(self, index: int) -> Example:
-        try:
-            return self.encoder.encode(self.records[index])
-        except RecordError as error:
-            if error.reason != "decoder_crash":
-                raise
-        # A decoder can die of a signal or of memory running out, which is not the record's fault: one more try.
-        return self.encoder.encode(self.records[index])
+    def _places(self, position: int) -> Iterator[Questions]:
+        """This host's groups from a position on."""
+        while True:
+            for n in range(self._groups):
+                yield self.order[position + self._host + n * self._hosts]
+            position += self.options.groups
 
+    def _take(self, stop: threading.Event | None) -> tuple[Questions, Questions, Encoded] | None:
+        """The next group, the part of it that was encoded, and what came of that."""
+        ahead = self._groups + 2 * self.options.workers if self.options.workers else 1
+        while len(self._pending) < ahead:
+            if stop is not None and stop.is_set():
+                return None
+            questions = next(self._asked)
+            good = tuple(i for i in questions.indices if not self.quarantine.knows(questions.source, i))
+            asked = dataclasses.replace(questions, indices=good)
+            self._pending.append((questions, asked, self._submit(asked)))
+        questions, asked, future = self._pending.popleft()
+        while True:
+            if stop is not None and stop.is_set():
+                return None
+            try:
+                return questions, asked, future.result(timeout=0.2)
+            except concurrent.futures.TimeoutError:
+                continue
 
-class Prefetcher:
-    """Runs a loader one batch ahead in a thread. Use as a context manager; the thread ends with it."""
+    def _submit(self, asked: Questions) -> concurrent.futures.Future[Encoded]:
+        if asked.indices and self.options.workers:
+            if self._pool is None:
+                limit = 60 + 4 * self.encoder.encoder.options.decode_timeout_s
+                self._pool = WorkerPool(self.encoder, self.options.workers, limit)
+            return self._pool.submit(asked)
+        done: concurrent.futures.Future[Encoded] = concurrent.futures.Future()
+        done.set_result(self.encoder(asked) if asked.indices else [])
+        return done
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self._queue: queue.Queue = queue.Queue(maxsize=1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+    def _account(self, questions: Questions, asked: Questions, encoded: Encoded, seen: float) -> None:
+        """Writes down and counts what of a group could not be used."""
+        for i, result in zip(asked.indices, encoded, strict=True):
+            if isinstance(result, RecordError):
+                self.quarantine.add(questions.source, i, result)
+        usable = sum(not isinstance(result, RecordError) for result in encoded)
+        for _ in range(len(questions.indices) - usable):
+            self.quarantine.count(seen)
+        self._barren = 0 if usable else self._barren + len(questions.indices)
+        if self._barren * self._hosts > 2 * len(self.mixture):  # more than a whole epoch, wherever in one it began
+            raise QuarantineError(f"not one usable record in {self.mixture.name}; see {self.quarantine.path}")
 
-    def __enter__(self) -> Prefetcher:
-        self._thread.start()
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join()  # bounded: a record in decoding ends at its time limit
-
-    def poll(self, timeout: float) -> LoadedBatch | None:
-        """The next batch, or None when it is not there after `timeout` seconds; re-raises what the loader raised."""
-        try:
-            item = self._queue.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def _work(self) -> None:
-        try:
-            while (item := self._loader.next_batch(self._stop)) is not None and self._put(item):
-                pass
-        except BaseException as error:  # handed to the consumer, who raises it
-            self._put(error)
-
-    def _put(self, item: object) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+        self.close()

@@ -36,6 +36,7 @@ class RecordFile:
       root: folder that every media path must stay under.
       system_prompt: given to records that bring no system message of their own; '' for none.
       digest: sha256 of the file (hex), so that a resumed run can tell that its data changed.
+      clips: i32 per record, equal for records that name the same media (see `JsonIndex`).
     """
 
     def __init__(self, path: str | Path, root: str | Path, system_prompt: str = "") -> None:
@@ -46,7 +47,12 @@ class RecordFile:
         """
         self.path, self.root, self.system_prompt = Path(path), Path(root), system_prompt
         self._index = build_index(self.path)
-        self.digest = self._index.digest
+        self.digest, self.clips = self._index.digest, self._index.clips
+
+    @property
+    def name(self) -> str:
+        """What messages call the whole file."""
+        return str(self.path)
 
     def __len__(self) -> int:
         return len(self._index)

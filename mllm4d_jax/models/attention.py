@@ -1,4 +1,4 @@
-"""One attention function with segment ids, three backends.
+"""One attention function with segment ids, three backends; rows with a shared prefix are in `shared_prefix.py`.
 
 A query sees a key when both carry the same segment id and, if causal, the key does not come later. Segment ids are
 mandatory: packing, padding and the one-frame-only rule of the vision tower are all expressed by them, so no call site
@@ -7,15 +7,57 @@ can forget a mask. Id 0 is padding by convention; padded queries see padded keys
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
-_SPLASH_LANES = 128  # sequence blocks of the TPU kernel are multiples of the vector lanes
+QUERY_BLOCK = 512  # queries whose scores the xla form holds at a time on an accelerator
 
 
 class BackendError(ValueError):
     """The requested attention backend cannot run here. The message says why and what to use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """How attention is computed.
+
+    Attributes:
+      name: "xla", "cudnn" or "splash".
+      mesh: devices over which a kernel that XLA cannot split by itself (splash) has to be split; None for one.
+      query_block: queries of shared-prefix rows whose scores exist at a time in the xla form; None for all.
+      interpret: run the TPU kernel in the Pallas interpreter (tests on CPU).
+    """
+
+    name: str
+    mesh: Mesh | None = None
+    query_block: int | None = None
+    interpret: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def as_backend(backend: str | Backend) -> Backend:
+    """A bare name means one device and everything at once."""
+    return Backend(backend) if isinstance(backend, str) else backend
+
+
+def choose_backend(requested: str, dtype, mesh: Mesh | None = None) -> Backend:
+    """Chooses the attention backend for the devices of `mesh`, or for this process without one.
+
+    The mesh may be of devices that are not here: a program compiled ahead of time for a TPU gets the TPU's kernel.
+
+    Args:
+      requested, dtype: see `resolve_backend`, which also says what is raised.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    name = resolve_backend(requested, dtype, platform)
+    # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
+    return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK)
 
 
 def resolve_backend(requested: str, dtype, platform: str | None = None) -> str:
@@ -69,7 +111,7 @@ def attention(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     causal: bool,
-    backend: str,
+    backend: str | Backend,
     interpret: bool = False,
 ) -> jax.Array:
     """Softmax attention within segments; scale head_dim^-0.5, softmax in fp32.
@@ -79,18 +121,23 @@ def attention(
       k, v: [B, T, K, d] with N a multiple of K; key head j serves query heads j*N/K .. (j+1)*N/K - 1.
       q_segments, kv_segments: i32[B, S] and i32[B, T].
       causal: position s sees positions t <= s (needs S == T).
-      backend: a name returned by `resolve_backend`.
-      interpret: run the TPU kernel in the Pallas interpreter (tests on CPU).
+      backend: from `choose_backend`, or a name returned by `resolve_backend`.
+      interpret: as in `Backend`.
 
     Returns:
       [B, S, N, d] in the dtype of q.
     """
-    if backend == "splash":
-        return _splash(q, k, v, q_segments, kv_segments, causal, interpret)
+    backend = as_backend(backend)
+    if backend.name == "splash":
+        from mllm4d_jax.models.splash import splash_attention
+
+        ids = dict(q_segments=q_segments, kv_segments=kv_segments)
+        how = dict(mesh=backend.mesh, interpret=interpret or backend.interpret)
+        return splash_attention(q, k, v, **ids, causal=causal, **how)
     mask = q_segments[:, :, None] == kv_segments[:, None, :]  # bool[B,S,T]
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
-    if backend == "cudnn":
+    if backend.name == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     return masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
 
@@ -110,49 +157,3 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgst,bktd->bskgd", probs, v).reshape(b, s, n, d)
-
-
-def _splash(q, k, v, q_segments, kv_segments, causal, interpret):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    b, s, n, d = q.shape
-    t = k.shape[1]
-    # Padding gets segment -1: it is seen by nothing real and its own rows are cut off below.
-    q, q_segments = _pad_sequence(q, q_segments)
-    k, kv_segments = _pad_sequence(k, kv_segments)
-    v, _ = _pad_sequence(v, kv_segments[:, :t])
-    sp, tp = q.shape[1], k.shape[1]
-    head_mask = masks.CausalMask((sp, tp)) if causal else masks.FullMask((sp, tp))
-    bq, bkv = _block(sp), _block(tp)
-    blocks = kernel.BlockSizes(
-        block_q=bq, block_kv=bkv, block_kv_compute=bkv,
-        block_q_dkv=bq, block_kv_dkv=bkv, block_kv_dkv_compute=bkv,
-        block_q_dq=bq, block_kv_dq=bkv,
-    )  # fmt: skip
-    with jax.ensure_compile_time_eval():
-        attend = kernel.make_splash_mha(
-            masks.MultiHeadMask([head_mask] * n),
-            block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret,
-        )  # fmt: skip
-
-    def one(q1, k1, v1, qs, ks):
-        return attend(q1, k1, v1, segment_ids=kernel.SegmentIds(q=qs, kv=ks))
-
-    heads_first = [x.swapaxes(1, 2) for x in (q * d**-0.5, k, v)]
-    out = jax.vmap(one)(*heads_first, q_segments, kv_segments)
-    return out.swapaxes(1, 2)[:, :s].astype(q.dtype)
-
-
-def _pad_sequence(x: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    pad = -x.shape[1] % _SPLASH_LANES
-    if not pad:
-        return x, segments
-    return (
-        jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))),
-        jnp.pad(segments, ((0, 0), (0, pad)), constant_values=-1),
-    )
-
-
-def _block(length: int) -> int:
-    return next(b for b in (512, 256, _SPLASH_LANES) if length % b == 0)

@@ -129,7 +129,7 @@ def load_model(
     files = TensorFiles.scan(path)
     config, files = _resolve_tying(config, files)
     dtype = jnp.dtype(dtype or config.dtype)
-    model = weight_map.abstract_model(config, dtype=dtype, attention=attention, remat=remat)
+    model = weight_map.abstract_model(config, dtype=dtype, attention=attention, remat=remat, mesh=mesh)
     table = weight_map.leaves(model)
     swapped = _check(files, table)
     graphdef, state = nnx.split(model)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from mllm4d_jax.models.attention import resolve_backend
+from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.text import Decoder, DecoderOutput, KVCache
@@ -35,13 +36,22 @@ class QwenVL(nnx.Module):
       dtype: parameter and activation dtype.
       attention: "auto" or a backend name, see `models.attention.resolve_backend`.
       remat: rematerialisation of both stacks, "none" or "full".
+      mesh: the devices it will run on, whose platform decides "auto"; attention kernels are split over them. None for
+        one device of this process.
     """
 
     def __init__(
-        self, config: ModelConfig, *, dtype=jnp.bfloat16, attention: str = "auto", remat: str = "none", rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        *,
+        dtype=jnp.bfloat16,
+        attention: str = "auto",
+        remat: str = "none",
+        mesh: Mesh | None = None,
+        rngs: nnx.Rngs,
     ):
         self.config = config
-        self.backend = resolve_backend(attention, dtype)
+        self.backend = choose_backend(attention, dtype, mesh)
         self.remat = remat
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.text = Decoder(config.text, dtype=dtype, rngs=rngs)
@@ -94,6 +104,7 @@ class QwenVL(nnx.Module):
             inputs.positions,
             inputs.segment_ids,
             backend=self.backend,
+            layout=inputs.layout,
             deepstack=deepstack,
             cache=cache,
             remat=self.remat,

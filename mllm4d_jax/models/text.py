@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import attention, masked_attention
+from mllm4d_jax.models.attention import Backend, attention, masked_attention
 from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.layers import GatedMLP, Linear, RMSNorm, scan_layers, stack
 from mllm4d_jax.models.moe import RouterStats, SparseMLP
+from mllm4d_jax.models.shared_prefix import row_attention
+from mllm4d_jax.processing.batch import RowLayout
 
 
 class KVCache(NamedTuple):
@@ -130,7 +132,8 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
-        backend: str,
+        backend: str | Backend,
+        layout: RowLayout | None = None,
         deepstack: jax.Array | None = None,
         cache: KVCache | None = None,
         slot: jax.Array | int = 0,
@@ -144,18 +147,25 @@ class Decoder(nnx.Module):
           x: [B, S, H] input embeddings.
           positions: i32[3, B, S].
           segment_ids: i32[B, S], 0 for padding; tokens of different segments do not see each other.
+          backend: see `attention`.
+          layout: of shared-prefix rows (without a cache); None for rows that are one causal sequence.
           deepstack: [K, B, S, H], row j added to the hidden states after layer j; zero away from visual tokens.
           cache: written at slots `slot .. slot+S-1`.
           prefill: with a cache: True means slot is 0 and tokens attend among themselves; False attends to the cache.
           collect: return layer outputs and router tensors too (parity checks).
+
+        Raises:
+          ValueError: both a layout and a cache, or rows that are not as long as the layout.
         """
+        if layout is not None and cache is not None:
+            raise ValueError("a cache holds one sequence per row and cannot be filled from shared-prefix rows")
         config = self.config
         cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, positions, x.dtype)
         if cache is not None:
             marks = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, slot))
             cache = cache._replace(segment_ids=marks)
         cached = None if cache is None or prefill else cache.segment_ids
-        layer_pass = _LayerPass(cos, sin, segment_ids, backend, deepstack, cached, slot, collect)
+        layer_pass = _LayerPass(cos, sin, segment_ids, backend, layout, deepstack, cached, slot, collect)
         carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
         outputs = []
         for (start, count, sparse), blocks in zip(run_lengths(config), self.stacks, strict=True):
@@ -181,7 +191,8 @@ class _LayerPass:
     cos: jax.Array
     sin: jax.Array
     segment_ids: jax.Array
-    backend: str
+    backend: str | Backend
+    layout: RowLayout | None
     deepstack: jax.Array | None
     cached: jax.Array | None
     slot: jax.Array | int
@@ -203,11 +214,13 @@ class _LayerPass:
             at = (layer, 0, 0, self.slot, 0)
             k_all = jax.lax.dynamic_update_slice(k_all, k.swapaxes(1, 2)[None], at)
             v_all = jax.lax.dynamic_update_slice(v_all, v.swapaxes(1, 2)[None], at)
-        if self.cached is None:
-            ids = self.segment_ids
+        ids = self.segment_ids
+        if self.layout is not None:
+            out = row_attention(q, k, v, segment_ids=ids, layout=self.layout, backend=self.backend)
+        elif self.cached is None:
             out = attention(q, k, v, q_segments=ids, kv_segments=ids, causal=True, backend=self.backend)
         else:
-            mask = _cache_mask(self.cached, self.segment_ids, self.slot)
+            mask = _cache_mask(self.cached, ids, self.slot)
             out = masked_attention(q, k_all[layer], v_all[layer], mask)
         return hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1)), k_all, v_all
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -10,15 +11,36 @@ import numpy as np
 from mllm4d_jax.processing.grids import GridLike, VisionGeometry, VisionInputs, pack_vision
 
 
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """Static shape of shared-prefix rows; what lies where is described in `rows.py`.
+
+    Attributes:
+      prefix: slots of the prefix region, `[0, prefix)`.
+      slots: branch slots after it.
+      length: tokens of each branch slot.
+    """
+
+    prefix: int
+    slots: int
+    length: int
+
+    @property
+    def size(self) -> int:
+        """Token slots of a row."""
+        return self.prefix + self.slots * self.length
+
+
 class ModelInputs(NamedTuple):
     """One batch for the model; a pytree of arrays (NumPy on the host, JAX on the device).
 
     Attributes:
       tokens: i32[B, S], 0 where padded.
       positions: i32[3, B, S] M-RoPE positions.
-      segment_ids: i32[B, S], 1 for real tokens, 0 for padding.
+      segment_ids: i32[B, S], 0 for padding; 1 for real tokens, or the number of the clip in a shared-prefix row.
       vision_index: i32[B, S], row of the merged vision features that replaces the embedding, -1 for text.
       vision: inputs of the vision tower for the whole batch, None when it has no image or video.
+      layout: of shared-prefix rows (see `rows.py`); None for rows that are one causal sequence.
     """
 
     tokens: np.ndarray
@@ -26,6 +48,7 @@ class ModelInputs(NamedTuple):
     segment_ids: np.ndarray
     vision_index: np.ndarray
     vision: VisionInputs | None
+    layout: RowLayout | None = None
 
 
 class ExampleLike(Protocol):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 
@@ -19,10 +19,12 @@ from mllm4d_jax.processing.errors import (
     TooLongError,
 )
 from mllm4d_jax.processing.example import Example, Grid, Record, VideoOptions
+from mllm4d_jax.processing.media import Media, MediaCache, MediaItem, media_identity, media_parts
 from mllm4d_jax.processing.patches import patchify
 from mllm4d_jax.processing.positions import mrope_positions
 from mllm4d_jax.processing.resize import ResizeRule, SizeError, image_size, resize_bicubic
 from mllm4d_jax.processing.sampling import SampleRule, SamplingError
+from mllm4d_jax.processing.stored_frames import StoredFrames
 from mllm4d_jax.processing.tokenizer import Tokenizer
 from mllm4d_jax.processing.video import VideoClip, VideoInfo, probe, read_image, read_video
 
@@ -30,13 +32,17 @@ __all__ = [
     "Encoder",
     "Example",
     "Grid",
+    "Media",
+    "MediaCache",
     "MediaError",
     "PlaceholderError",
     "ProcessorError",
     "Record",
     "RecordError",
+    "StoredFrames",
     "TooLongError",
     "VideoOptions",
+    "media_identity",
 ]
 
 _MIN_FRAMES = 2
@@ -45,20 +51,37 @@ _FRAME_BUDGET = (784, 50176)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Item:
-    """An image or video of a record. `frames` stay out (None) until the token budget is known to hold."""
-
-    path: str
-    visual: Visual
-    seconds_per_grid: float = 0.0  # videos only
-    frames: np.ndarray | None = None  # u8[T, H, W, 3], resized
-
-
-@dataclasses.dataclass(frozen=True)
 class _Prompt:
     tokens: np.ndarray
     supervised: np.ndarray
     text: str
+
+
+class _Outcomes:
+    """Which records of a group are still good. `results[i]` is the error that record i met, None without one."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.results: list[RecordError | None] = [None] * len(records)
+
+    @property
+    def alive(self) -> list[int]:
+        return [i for i, result in enumerate(self.results) if result is None]
+
+    def attempt(self, step: Callable[[Record], Any]) -> dict[int, Any]:
+        """What the step gives for each record that is still good, by number; a record it refuses is out."""
+        found = {}
+        for i in self.alive:
+            try:
+                found[i] = step(self.records[i])
+            except RecordError as error:
+                self.results[i] = error.with_key(self.records[i].key)
+        return found
+
+    def fail(self, error: RecordError) -> None:
+        """Every record that is still good meets this error."""
+        for i in self.alive:
+            self.results[i] = error.with_key(self.records[i].key)
 
 
 class Encoder:
@@ -94,6 +117,12 @@ class Encoder:
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps, opts.min_frames)
         self._resize = _resize_rule(config, opts)
 
+    @property
+    def max_frame_pixels(self) -> int | None:
+        """Most pixels of a video frame, None when the resize rule bounds something else."""
+        high = self._resize.max_pixels
+        return int(high) if self._resize.rule == "per_frame" and high is not None else None
+
     def encode(self, record: Record, *, add_generation_prompt: bool = False) -> Example:
         """Reads the record's media, renders and tokenises its conversation once, and computes its positions.
 
@@ -107,28 +136,92 @@ class Encoder:
           RecordError: anything wrong with the record, naming its key; MediaError, PlaceholderError and TooLongError are
             kinds of it.
         """
-        try:
-            return self._encode(record, add_generation_prompt)
-        except RecordError as error:
-            raise error.with_key(record.key) from error
+        result = self.encode_group([record], add_generation_prompt=add_generation_prompt)[0]
+        if isinstance(result, RecordError):
+            raise result
+        return result
 
-    def _encode(self, record: Record, add_generation_prompt: bool) -> Example:
+    def encode_group(
+        self, records: Sequence[Record], *, add_generation_prompt: bool = False, cache: MediaCache | None = None
+    ) -> list[Example | RecordError]:
+        """Encodes records about the same media, which are decoded once; all examples hold the same patches array.
+
+        A record that cannot be used costs only itself, media that cannot be read cost every record. What is returned
+        for a record is what `encode` would return or raise for it alone.
+
+        Args:
+          records: with the same images and videos in the same order.
+          add_generation_prompt: as in `encode`.
+          cache: media read before; what is read here is put into it.
+
+        Returns:
+          An Example or a RecordError (naming the key) for each record.
+
+        Raises:
+          ValueError: the records name different media.
+        """
+        out = _Outcomes(records)
         # Renders without media first: a malformed conversation is refused before any file is opened.
-        render_chat(record.messages, self.config.family)
-        plan = [self._plan(kind, path) for kind, path in _media_parts(record)]
-        prompt = None
-        if all(item is not None for item in plan):
-            prompt = self._prompt(record, plan, add_generation_prompt)
-        items = [self._load(kind, path, item) for (kind, path), item in zip(_media_parts(record), plan, strict=True)]
-        if prompt is None or [i.visual for i in items] != [i.visual for i in plan]:
-            # A file did not say how long it is, or not truly.
-            prompt = self._prompt(record, items, add_generation_prompt)
-        return self._assemble(record.key, prompt, items)
+        out.attempt(lambda record: render_chat(record.messages, self.config.family))
+        parts = out.attempt(media_parts)
+        identities = {media_identity(records[i]) for i in out.alive}
+        if len(identities) > 1:
+            raise ValueError(f"{records[0].key} and its group name different media: {sorted(identities, key=str)}")
+        if not identities:
+            return out.results
+        identity = identities.pop()
+        media = cache.get(identity) if cache is not None else None
+        try:
+            prompts = None
+            if media is None:
+                plan = [self._plan(part) for part in parts[out.alive[0]]]
+                if all(item is not None for item in plan):
+                    prompts = out.attempt(lambda record: self._prompt(record, plan, add_generation_prompt))
+                if not out.alive:
+                    return out.results
+                media = self._load_all(parts[out.alive[0]], plan)
+                if [i.visual for i in media.items] != [i.visual for i in plan if i is not None]:
+                    prompts = None  # a file did not say how long it is, or not truly
+            if prompts is None:
+                prompts = out.attempt(lambda record: self._prompt(record, media.items, add_generation_prompt))
+        except RecordError as error:  # of the media: everybody's
+            out.fail(error)
+            return out.results
+        if cache is not None:
+            cache.put(identity, media)
+        numbered = iter(out.alive)
+        made = out.attempt(lambda record: self._assemble(record.key, prompts[next(numbered)], media))
+        return [made.get(i, result) for i, result in enumerate(out.results)]
 
-    def _plan(self, kind: str, path: str) -> _Item | None:
+    def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
+        """Decodes what was planned."""
+        items, patches = [], []
+        for part, planned in zip(parts, plan, strict=True):
+            item = self._load(part, planned)
+            made, thw = patchify(item.frames, self.config)
+            if thw != item.visual.grid.thw:
+                raise PlaceholderError(
+                    f"{item.path}: pixels make a grid of {thw}, the prompt holds {item.visual.grid.thw}"
+                )
+            patches.append(made)
+            items.append(dataclasses.replace(item, frames=None))
+        c = self.config
+        empty = np.zeros((0, 3 * c.temporal_patch_size * c.patch_size**2), np.float32)
+        joined = patches[0] if len(patches) == 1 else np.concatenate(patches) if patches else empty
+        joined.setflags(write=False)
+        return Media(tuple(items), joined)
+
+    def _plan(self, part: Mapping[str, Any]) -> MediaItem | None:
         """What an image or video will become, before a video is decoded; None when its file does not say."""
-        if kind == "image":
-            return self._image_item(path)
+        if part["type"] == "image":
+            return self._image_item(part["path"])
+        if "frames" in part:
+            stored: StoredFrames = part["frames"]
+            picked = stored.pick(self._sample)
+            size = stored.size(picked, self._resize)
+            indices = np.asarray(stored.indices, np.int64)[picked]
+            return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)
+        path = part["path"]
         info = self._probe(path)
         if info.frames is None or info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
@@ -141,15 +234,18 @@ class Encoder:
             raise MediaError(f"{path}: {error}", "bad_size") from error
         return self._video_item(path, indices, info.fps, info.frames, size)
 
-    def _load(self, kind: str, path: str, planned: _Item | None) -> _Item:
+    def _load(self, part: Mapping[str, Any], planned: MediaItem | None) -> MediaItem:
         """The item with its frames."""
-        if kind == "image":
+        if part["type"] == "image":
             return planned
-        clip = self._read(path)
+        if "frames" in part:
+            path, clip = part["frames"].name, part["frames"].read(self._sample, self._resize)
+        else:
+            path, clip = part["path"], self._read(part["path"])
         item = self._video_item(path, clip.indices, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
         return dataclasses.replace(item, frames=clip.frames)
 
-    def _image_item(self, path: str) -> _Item:
+    def _image_item(self, path: str) -> MediaItem:
         image, c = read_image(path), self.config
         low = self.options.image_min_pixels or c.image_min_pixels
         high = self.options.image_max_pixels or c.image_max_pixels
@@ -158,9 +254,9 @@ class Encoder:
         except SizeError as error:
             raise MediaError(f"{path}: {error}", "bad_size") from error
         grid = Grid("image", 1, size[0] // c.patch_size, size[1] // c.patch_size)
-        return _Item(path, Visual(grid), frames=resize_bicubic(image, *size)[None])
+        return MediaItem(path, Visual(grid), frames=resize_bicubic(image, *size)[None])
 
-    def _video_item(self, path: str, indices: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> _Item:
+    def _video_item(self, path: str, indices: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> MediaItem:
         c = self.config
         if len(indices) < _MIN_FRAMES:
             raise MediaError(
@@ -171,9 +267,9 @@ class Encoder:
         )
         timestamps = video_timestamps(indices, fps, c.temporal_patch_size)
         sampled_fps = len(indices) / total * fps
-        return _Item(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
+        return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
 
-    def _prompt(self, record: Record, items: Sequence[_Item], add_generation_prompt: bool) -> _Prompt:
+    def _prompt(self, record: Record, items: Sequence[MediaItem], add_generation_prompt: bool) -> _Prompt:
         pieces = render_chat(
             record.messages,
             self.config.family,
@@ -188,7 +284,7 @@ class Encoder:
             raise self._too_long(len(encoding.ids), items)
         return _Prompt(encoding.ids, supervised, rendered_text(pieces))
 
-    def _too_long(self, needed: int, items: Sequence[_Item]) -> TooLongError:
+    def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
         visual = sum(i.visual.grid.t * i.visual.grid.h * i.visual.grid.w for i in items) // self.config.merge_size**2
         shapes = ", ".join(
             f"{g.modality} {g.t}x{g.h * self.config.patch_size}x{g.w * self.config.patch_size}px"
@@ -202,17 +298,9 @@ class Encoder:
             f"{needed - visual} of text and markers) but the limit is {self.max_tokens}: {advice}"
         )
 
-    def _assemble(self, key: str, prompt: _Prompt, items: Sequence[_Item]) -> Example:
-        c = self.config
-        parts, grids = [], tuple(i.visual.grid for i in items)
-        for item in items:
-            patches, thw = patchify(item.frames, c)
-            if thw != item.visual.grid.thw:
-                raise PlaceholderError(
-                    f"{item.path}: pixels make a grid of {thw}, the prompt holds {item.visual.grid.thw}"
-                )
-            parts.append(patches)
-        empty = np.zeros((0, 3 * c.temporal_patch_size * c.patch_size**2), np.float32)
+    def _assemble(self, key: str, prompt: _Prompt, media: Media) -> Example:
+        c, items = self.config, media.items
+        grids = tuple(i.visual.grid for i in items)
         positions, delta = mrope_positions(
             prompt.tokens,
             grids,
@@ -230,7 +318,7 @@ class Encoder:
             positions=positions,
             rope_delta=delta,
             supervised=prompt.supervised,
-            patches=np.concatenate(parts) if parts else empty,
+            patches=media.patches,
             grids=grids,
             timestamps=tuple(i.visual.timestamps for i in items if i.visual.grid.modality == "video"),
             text=prompt.text,
@@ -254,17 +342,6 @@ class Encoder:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def _media_parts(record: Record) -> list[tuple[str, str]]:
-    """(kind, path) of the record's images and videos, in reading order."""
-    parts = [
-        p for m in record.messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"
-    ]
-    for part in parts:
-        if not isinstance(part.get("path"), str) or not part["path"]:
-            raise PlaceholderError(f"an {part['type']} part has no file: {dict(part)!r:.120}")
-    return [(p["type"], p["path"]) for p in parts]
 
 
 def _resize_rule(config: ProcessorConfig, options: VideoOptions) -> ResizeRule:

@@ -22,7 +22,8 @@ class Record:
     Attributes:
       key: "file.json#17"; every error about the record names it.
       messages: {"role": "system"|"user"|"assistant", "content": str or a list of parts}; a part is
-        {"type": "text", "text": str}, {"type": "video", "path": str} or {"type": "image", "path": str}.
+        {"type": "text", "text": str}, {"type": "video", "path": str}, {"type": "video", "frames":
+        stored_frames.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}.
     """
 
     key: str

@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 # Config keys that may differ between the parts of one run: they change where or how fast, not what is computed (the
-# device layout, the attention backend and the chunking change sums in the last bits).
+# device layout, the layout of rows, the attention backend and the chunking change sums in the last bits).
 FREE_KEYS = frozenset(
     {
         "workdir",
@@ -23,6 +23,9 @@ FREE_KEYS = frozenset(
         "mesh.tensor",
         "video.decode_timeout_s",
         "data.workers",
+        "data.rows",
+        "data.prefix_buckets",
+        "data.branch_buckets",
         "data.max_quarantine_rate",
         "train.log_every",
         "train.checkpoint_every",
@@ -32,7 +35,9 @@ FREE_KEYS = frozenset(
     }
 )
 # Keys that name files: the content has to be the same (see `Meta.content`), the place may change.
-CONTENT_KEYS = frozenset({"model.path", "data.path", "data.root", "prompt.system", "prompt.system_file"})
+CONTENT_KEYS = frozenset(
+    {"model.path", "data.path", "data.root", "data.mixture", "prompt.system", "prompt.system_file"}
+)
 _LISTED = 5  # differences named in an error
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 import ml_collections
 
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.json_index import RecordFileError
+from mllm4d_jax.data.loader import LoaderError, LoaderOptions
+from mllm4d_jax.data.sources import Mixture, open_mixture, parse_mixture
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh
 from mllm4d_jax.processing.errors import ProcessorError
 from mllm4d_jax.processing.prompts import resolve_system_prompt
@@ -30,7 +32,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       PreflightError: one line per missing or impossible thing, each with what to do about it.
     """
-    problems = [*_model_problems(config), *_data_problems(config), *_setting_problems(config)]
+    problems = [*_model_problems(config), *data_problems(config), *_setting_problems(config)]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise PreflightError(
@@ -58,32 +60,67 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
 
 
-def _data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What is wrong with the places that records and media should come from, one line each."""
     layout = (
         '{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>..."}, {"from": "gpt", "value": "B"}]}'
     )
+    try:
+        parts = parse_mixture(mixture_entries(config))
+    except RecordFileError as error:
+        yield str(error)
+        return
+    if parts:
+        for part in parts:
+            yield from _place_problems("data.mixture:", part.path, part.root)
+        return
     if not config.data.path:
         yield (
             "no training records (data.path is not set): --config.data.path=FILE, MLLM4D-2M.json or a JSON list or "
             f"JSONL file of your own with records like {layout}"
         )
-    elif not Path(config.data.path).is_file():
-        yield f"data.path = {config.data.path} is not a file"
-    if not config.data.root:
+    if not config.data.root and not _clip_set(config.data.path):
         yield "no media folder (data.root is not set): --config.data.root=DIR, where the records' video paths start"
-    elif not Path(config.data.root).is_dir():
-        yield f"data.root = {config.data.root} is not a folder"
-    if config.data.workers:
-        yield f"data.workers = {config.data.workers}: loading in worker processes is not supported yet, set it to 0"
+    yield from _place_problems("data.path =", config.data.path, config.data.root)
+
+
+def _place_problems(name: str, path: str, root: str) -> Iterator[str]:
+    if path and not Path(path).is_file() and not _clip_set(path):
+        yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
+    if root and not Path(root).is_dir():
+        yield f"data.root = {root} is not a folder"
+
+
+def _clip_set(path: str) -> bool:
+    """Whether a path names a TFDS set, with or without its split."""
+    return any((Path(p) / "features.json").is_file() for p in (path, path.rpartition("@")[0]) if p)
+
+
+def mixture_entries(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """`data.mixture`; a config without the key has one source."""
+    return tuple(config.data.get("mixture", ()))
+
+
+def open_data(config: ml_collections.ConfigDict) -> Mixture:
+    """Opens what `data.mixture` names, or `data.path` when it names nothing.
+
+    Raises:
+      PreflightError: there are no records there.
+    """
+    prompt = resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
+    try:
+        return open_mixture(config.data.path, config.data.root, mixture_entries(config), prompt)
+    except RecordFileError as error:
+        raise PreflightError(f"no training records: {error}") from error
 
 
 def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
-    buckets = list(config.data.length_buckets)
+    buckets = list(config.data.prefix_buckets)
     if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
-        yield f"data.length_buckets = {buckets} must be positive, ascending and not empty"
+        yield f"data.prefix_buckets = {buckets} must be positive, ascending and not empty"
     elif buckets[-1] < config.data.max_tokens:
         yield (
-            f"the largest of data.length_buckets is {buckets[-1]}, but data.max_tokens lets through up to "
+            f"the largest of data.prefix_buckets is {buckets[-1]}, but data.max_tokens lets through up to "
             f"{config.data.max_tokens}: add a bucket of that size or lower data.max_tokens"
         )
     try:
@@ -99,11 +136,20 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     except MeshError as error:
         yield f"mesh: {error}"
         return
-    if config.train.batch_size % shards:
-        yield f"train.batch_size = {config.train.batch_size} cannot be split over {shards} devices (mesh data x fsdp)"
+    try:
+        options = LoaderOptions.from_mapping(config.data, config.train.batch_size)
+        _, rows = options.local(1)
+    except LoaderError as error:
+        yield str(error)
+        return
+    if rows % shards:
+        yield (
+            f"train.batch_size = {config.train.batch_size} cannot be split over {shards} devices (mesh data x fsdp): "
+            f"it makes {rows} rows"
+        )
 
 
-def content_digests(config: ml_collections.ConfigDict, records: RecordFile) -> Mapping[str, str]:
+def content_digests(config: ml_collections.ConfigDict, records: Mixture) -> Mapping[str, str]:
     """What must be the same again when a run is resumed, whatever its path: weights, records and system prompt."""
     return {
         "model.path": model_digest(config.model.path),

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from mllm4d_jax.data.loader import BatchLayout, Loader, Prefetcher
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.loader import Loader, LoaderOptions
+from mllm4d_jax.data.prefetch import Prefetcher
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.records import RecordFile
 from mllm4d_jax.data.samples import write_sample_world
+from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
@@ -25,7 +28,7 @@ from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.processing.config import ProcessorConfig
 from mllm4d_jax.processing.encode import Encoder, VideoOptions
 from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.prompts import resolve_system_prompt
+from mllm4d_jax.processing.grids import VisionGeometry
 from mllm4d_jax.processing.tokenizer import Tokenizer
 from mllm4d_jax.train import preflight
 from mllm4d_jax.train.checkpoint import Checkpoints, Meta, ResumeError, check_resumable
@@ -92,33 +95,37 @@ def with_sample(config: ml_collections.ConfigDict, workdir: Path) -> ml_collecti
     learned from the records.
 
     Raises:
-      PreflightError: data.path is set to something that is not a file.
+      PreflightError: data.path or data.mixture names something that holds no records.
     """
     if not config.data.sample:
         return config
     config = config.copy_and_resolve_references()
     sample = workdir / "sample"
-    if not config.data.path and not config.data.root:
+    if not config.data.path and not config.data.root and not preflight.mixture_entries(config):
         records = write_sample_world(sample / "world", config.seed)
         config.data.path, config.data.root = str(records), str(records.parent)
     if not config.model.path:
-        if not Path(config.data.path).is_file():
-            raise preflight.PreflightError(f"data.path = '{config.data.path}' is not a file of records")
-        write_tiny_model(sample / "model", record_texts(RecordFile(config.data.path, config.data.root)), config.seed)
+        problems = list(preflight.data_problems(config))
+        if problems:
+            raise preflight.PreflightError("; ".join(problems))
+        write_tiny_model(sample / "model", record_texts(preflight.open_data(config)), config.seed)
         config.model.path = str(sample / "model")
     return config
 
 
-def record_texts(records: RecordFile) -> list[str]:
+def record_texts(mixture: Mixture) -> list[str]:
     """Texts of the first records, for a tokenizer; records that cannot be read are left to the loader to report."""
     texts = []
-    for i in range(min(len(records), _TOKENIZER_RECORDS)):
-        try:
-            messages = records[i].messages
-        except RecordError:
-            continue
-        parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
-        texts += [p if isinstance(p, str) else p["text"] for p in parts if isinstance(p, str) or p["type"] == "text"]
+    for source in mixture.sources:
+        for i in range(min(len(source), _TOKENIZER_RECORDS)):
+            try:
+                messages = source[i].messages
+            except RecordError:
+                continue
+            parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+            texts += [
+                p if isinstance(p, str) else p["text"] for p in parts if isinstance(p, str) or p["type"] == "text"
+            ]
     return texts
 
 
@@ -148,9 +155,8 @@ class Job:
 
 def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Job:
     """Loads everything a run needs and restores the newest checkpoint. Raises as `run`."""
-    system_prompt = resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
-    records = RecordFile(config.data.path, config.data.root, system_prompt)
-    content = preflight.content_digests(config, records)
+    mixture = preflight.open_data(config)
+    content = preflight.content_digests(config, mixture)
     progress = resume_point(config, content, checkpoints)
     write_config(workdir / "config.json", config.to_dict())
     mesh = make_mesh(dict(config.mesh))
@@ -162,27 +168,56 @@ def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpo
         VideoOptions.from_mapping(config.video),
         config.data.max_tokens,
     )
-    layout = BatchLayout(
-        batch_size=config.train.batch_size,
-        length_buckets=tuple(config.data.length_buckets),
-        geometry=vision_geometry(model.config),
-        visual_token_ids=(encoder.config.image_token_id, encoder.config.video_token_id),
-        shards=batch_shards(mesh),
+    facts = {
+        "records": f"{len(mixture):,} in {mixture.name}",
+        "trainable parameters": f"{trainable:,} (LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)})",
+        "frozen parameters": f"{frozen_size:,}",
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
+    }
+    loader = make_loader(config, workdir, mixture, encoder, vision_geometry(model.config), mesh, progress)
+    return Job(config, workdir, checkpoints, content, encoder, loader, trainer, facts)
+
+
+def make_loader(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    mixture: Mixture,
+    encoder: Encoder,
+    geometry: VisionGeometry,
+    mesh: jax.sharding.Mesh,
+    progress: Progress,
+) -> Loader:
+    """The loader at `progress`."""
+    options = LoaderOptions.from_mapping(config.data, config.train.batch_size)
+    hosts, c = jax.process_count(), encoder.config
+    buckets = options.buckets(
+        hosts,
+        merge_area=c.merge_size**2,
+        frames=-(-(config.video.num_frames) // c.temporal_patch_size),
+        frame_patches=(encoder.max_frame_pixels or 0) // c.patch_size**2,
+        shards=max(1, batch_shards(mesh) // hosts),
     )
     quarantine = Quarantine(
         workdir / "quarantine.jsonl",
         config.data.max_quarantine_rate,
         rejected=progress.rejected,
         fresh=progress.step == 0,
+        host=jax.process_index(),
+        per_group=options.questions_per_video,
     )
-    facts = {
-        "records": f"{len(records):,} in {config.data.path}",
-        "trainable parameters": f"{trainable:,} (LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)})",
-        "frozen parameters": f"{frozen_size:,}",
-        "devices": f"{mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}",
-    }
-    loader = Loader(records, encoder, layout, quarantine, seed=config.seed, position=progress.position)
-    return Job(config, workdir, checkpoints, content, encoder, loader, trainer, facts)
+    model = ModelFacts(geometry, (c.image_token_id, c.video_token_id), 3 * c.temporal_patch_size * c.patch_size**2)
+    return Loader(
+        mixture,
+        GroupEncoder(mixture.sources, encoder),
+        options,
+        buckets,
+        model,
+        quarantine,
+        seed=config.seed,
+        position=progress.position,
+        host=jax.process_index(),
+        hosts=hosts,
+    )
 
 
 def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
@@ -245,7 +280,8 @@ def train(job: Job, stop: StopSignal) -> None:
     saved = trainer.progress.step
     with (
         RunLog(job.workdir, steps=c.steps, start=saved, log_every=c.log_every) as run_log,
-        Prefetcher(job.loader) as batches,
+        job.loader,
+        Prefetcher(job.loader.next_batch) as batches,
     ):
         asked = time.perf_counter()
         while trainer.progress.step < c.steps and not stop:

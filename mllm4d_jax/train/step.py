@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mllm4d_jax.data.loader import TrainBatch
 from mllm4d_jax.parallel.rules import BATCH_AXES, batch_sharding, replicated
+from mllm4d_jax.processing.rows import RowBatch
 from mllm4d_jax.train.losses import token_cross_entropy
 
 
@@ -70,9 +70,9 @@ class TrainStep:
     def retraces(self) -> int:
         return self.compiles - len(self._shapes)
 
-    def __call__(self, lora: Any, opt_state: Any, frozen: Any, batch: TrainBatch) -> tuple[Any, Any, StepMetrics]:
+    def __call__(self, lora: Any, opt_state: Any, frozen: Any, batch: RowBatch) -> tuple[Any, Any, StepMetrics]:
         """Runs one step; returns before it has finished on the device."""
-        self._shapes.add(tuple(x.shape for x in jax.tree.leaves(batch)))
+        self._shapes.add((batch.inputs.layout, *(x.shape for x in jax.tree.leaves(batch))))
         return self._step(lora, opt_state, frozen, place_batch(batch, self.mesh))
 
 
@@ -83,7 +83,7 @@ def update(
     lora: Any,
     opt_state: Any,
     frozen: Any,
-    batch: TrainBatch,
+    batch: RowBatch,
 ) -> tuple[Any, Any, StepMetrics]:
     """Loss, gradient and optimiser update; the first three arguments are static."""
 
@@ -92,7 +92,9 @@ def update(
         hidden = model(batch.inputs)
         chosen = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
         out = token_cross_entropy(chosen, model.head_kernel(), batch.loss_target, batch.loss_weight, chunk)
-        return out.loss / out.weight, out.correct / out.weight
+        # A step of which no question could be used has weight 0: no loss, no gradient.
+        weight = jnp.maximum(out.weight, 1.0)
+        return out.loss / weight, out.correct / weight
 
     (loss, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(lora)
     grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
@@ -105,7 +107,7 @@ def update(
     return *kept, StepMetrics(loss, accuracy, norm, finite)
 
 
-def place_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
+def place_batch(batch: RowBatch, mesh: Mesh) -> RowBatch:
     """Puts a host batch on the devices: rows and frames split over the batch axes, supervision lists everywhere."""
     shards = batch_shards(mesh)
 
@@ -122,7 +124,7 @@ def place_batch(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
         vision_index=put(inputs.vision_index),
         vision=jax.tree.map(put, inputs.vision),
     )
-    return TrainBatch(placed, *(put(x, None) for x in batch[1:]))
+    return RowBatch(placed, *(put(x, None) for x in batch[1:]))
 
 
 def batch_shards(mesh: Mesh) -> int:

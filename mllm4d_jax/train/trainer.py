@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm4d_jax.data.loader import LoadedBatch
+from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.train.step import StepMetrics, TrainStep
 
 log = logging.getLogger(__name__)

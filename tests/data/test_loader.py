@@ -1,171 +1,189 @@
-"""Order, batches, quarantine and prefetching of the loader, with an encoder made of numbers."""
+"""Steps of the loader: order, resume, hosts, rows and what happens to bad records, with an encoder made of numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import threading
-import time
 
 import numpy as np
 import pytest
 
-from mllm4d_jax.data.loader import BatchLayout, ExampleCache, Loader, LoaderError, Prefetcher, bucket, make_batch
-from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
+from mllm4d_jax.data.buckets import largest
+from mllm4d_jax.data.group_encoder import GroupEncoder, LeastRecentMedia
+from mllm4d_jax.data.loader import LoaderError, LoaderOptions
+from mllm4d_jax.data.quarantine import QuarantineError
 from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.processing.encode import Media
 from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.example import Example, Grid
-from mllm4d_jax.processing.grids import VisionGeometry
+from tests.data.fakes import BUCKETS, PATCH, FakeEncoder, arrays, write_records
 
-VIDEO, PATCH = 500, 24
-
-
-def make_example(key: str, text: int, grid: Grid | None = None, supervised: slice = slice(2, 4)) -> Example:
-    """`text` text tokens numbered from 100, after the placeholders of one visual item."""
-    visual = grid.t * grid.h * grid.w // 4 if grid else 0
-    tokens = np.concatenate([np.full(visual, VIDEO), 100 + np.arange(text)]).astype(np.int32)
-    mask = np.zeros(len(tokens), bool)
-    mask[visual:][supervised] = True
-    return Example(
-        key=key,
-        tokens=tokens,
-        positions=np.tile(np.arange(len(tokens), dtype=np.int32), (3, 1)),
-        rope_delta=0,
-        supervised=mask,
-        patches=np.ones((4 * visual, PATCH), np.float32),
-        grids=(grid,) if grid else (),
-        timestamps=(),
-        text="",
-    )
-
-
-class FakeEncoder:
-    """Encodes a record to as many tokens as its text says; negative numbers are bad records."""
-
-    def __init__(self):
-        self.calls = []
-
-    def encode(self, record):
-        self.calls.append(record.key)
-        number = int(record.messages[0]["content"][0]["text"])
-        if number < 0:
-            raise RecordError("made to fail", "missing_file").with_key(record.key)
-        return make_example(record.key, number)
-
-
-class CrashOnce(FakeEncoder):
-    def encode(self, record):
-        if not self.calls:
-            self.calls.append(record.key)
-            raise RecordError("killed by a signal", "decoder_crash")
-        return super().encode(record)
-
-
-def layout(**changes):
-    values = dict(
-        batch_size=3,
-        length_buckets=(8, 16),
-        geometry=VisionGeometry(merge_size=2, position_side=4, window=0),
-        visual_token_ids=(501, VIDEO),
-    )
-    return BatchLayout(**(values | changes))
-
-
-@pytest.fixture
-def make_loader(tmp_path):
-    def make(numbers, *, position=0, seed=0, rate=0.5, rejected=0, fresh=False, encoder=None, cache=None):
-        path = tmp_path / "r.json"
-        path.write_text(json.dumps([{"conversations": [{"from": "user", "value": str(n)}]} for n in numbers]))
-        quarantine = Quarantine(tmp_path / "quarantine.jsonl", rate, rejected=rejected, fresh=fresh)
-        records = RecordFile(path, tmp_path)
-        encoder = encoder or FakeEncoder()
-        return Loader(records, encoder, layout(), quarantine, seed=seed, position=position, cache=cache)
-
-    return make
+# Seven clips with 1 to 7 questions of different lengths, every ninth of them bad.
+CLIPS = [(f"c{n}.mp4", -1 if (n + i) % 9 == 0 else 4 + (3 * n + i) % 5) for n in range(1, 8) for i in range(n)]
 
 
 def keys(loader, batches):
     return [loader.next_batch().keys for _ in range(batches)]
 
 
-def test_order_is_a_new_permutation_each_epoch_and_depends_on_the_seed(make_loader):
-    loader = make_loader([5] * 12)
-    seen = sum(keys(loader, 8), ())
-    first, second = seen[:12], seen[12:]
-    assert len(set(first)) == len(set(second)) == 12 and first != second
-    others = [sum(keys(make_loader([5] * 12, seed=s), 8), ()) for s in (0, 1, 2)]
-    assert others[0] == seen
-    # With seed + epoch as Grain has it, one seed's second epoch would be the next seed's first.
-    assert len({*[o[:12] for o in others], *[o[12:] for o in others]}) == 6
+def assert_same(a, b):
+    fields = [f.name for f in dataclasses.fields(a) if f.name not in ("batch", "load_s")]
+    assert [getattr(a, f) for f in fields] == [getattr(b, f) for f in fields]
+    assert a.batch.inputs.layout == b.batch.inputs.layout
+    for x, y in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
-def test_any_position_can_be_the_start(make_loader):
-    straight = make_loader([5, 6, -1, 7, 8, -1, 6])
-    batches = [straight.next_batch() for _ in range(9)]
-    for start in (0, 3, 6):
+def test_an_epoch_uses_every_good_record_once(make_loader):
+    loader = make_loader(CLIPS, batch_size=6, questions_per_video=3)
+    groups = loader.order.sources[0].groups
+    seen = sum(keys(loader, 2 * groups // 2), ())  # two groups a step: two epochs
+    good = sorted(f"r.json#{i}" for i, (_, n) in enumerate(CLIPS) if n > 0)
+    assert sorted(seen) == sorted(2 * good) and loader.position == 2 * groups
+
+
+@pytest.mark.parametrize("options", [{}, {"questions_per_video": 3, "batch_size": 6, "rows": 1}])
+def test_any_position_can_be_the_start(make_loader, options):
+    straight = make_loader(CLIPS, **options)
+    batches = [straight.next_batch() for _ in range(14)]
+    for start in (0, 5, 11):
         before = batches[start]
-        resumed = make_loader([5, 6, -1, 7, 8, -1, 6], position=before.position, rejected=before.rejected)
+        resumed = make_loader(CLIPS, position=before.position, rejected=before.rejected, **options)
         for want in batches[start + 1 :]:
-            got = resumed.next_batch()
-            assert (got.keys, got.position, got.rejected) == (want.keys, want.position, want.rejected)
-            np.testing.assert_array_equal(got.batch.inputs.tokens, want.batch.inputs.tokens)
+            assert_same(resumed.next_batch(), want)
+    with pytest.raises(LoaderError, match="inside a step"):
+        make_loader(CLIPS, position=1, **options)
 
 
-def test_supervision_points_at_the_token_before_each_target():
-    examples = [
-        make_example("a", 6),
-        make_example("b", 9, Grid("video", 1, 2, 2)),
-        make_example("c", 5, None, slice(0, 2)),
-    ]
-    batch = make_batch(examples, layout())
-    tokens = batch.inputs.tokens
-    assert tokens.shape == (3, 16)
-    real = batch.loss_weight > 0
-    rows, columns = np.divmod(batch.loss_index[real], 16)
-    np.testing.assert_array_equal(tokens[rows, columns + 1], batch.loss_target[real])
-    # Row c supervises its first token, which nothing predicts.
-    assert list(zip(rows, columns, strict=True)) == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 0)]
-    assert len(batch.loss_weight) == 16 and batch.loss_weight.sum() == 5
-    assert batch.loss_index.dtype == batch.loss_target.dtype == np.int32
+def test_bad_records_move_no_other(make_loader):
+    """The same order with all records good: what is left is what was there, in the same steps."""
+    options = {"questions_per_video": 3, "batch_size": 6}
+    bad = [set(k) for k in keys(make_loader(CLIPS, **options), 10)]
+    good = [set(k) for k in keys(make_loader([(c, abs(n) + 3) for c, n in CLIPS], fresh=True, **options), 10)]
+    lost = {f"r.json#{i}" for i, (_, n) in enumerate(CLIPS) if n < 0}
+    assert bad == [k - lost for k in good] and bad != good
 
 
-def test_shapes_come_from_few_buckets():
-    grids = [Grid("video", t, h, h) for t in range(1, 9) for h in (2, 4, 6)]
-    shapes = set()
-    for grid in grids:
-        vision = make_batch([make_example("a", 5, grid)], layout(length_buckets=(8, 128), shards=4)).inputs.vision
-        assert vision.patches.shape[0] % 4 == 0
-        shapes.add(vision.patches.shape)
-    assert len(shapes) == 2 * 3
-    with pytest.raises(LoaderError, match="big has 17 tokens"):
-        make_batch([make_example("small", 5), make_example("big", 17)], layout())
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_take_what_one_takes(make_loader, hosts):
+    options = {"questions_per_video": 2, "batch_size": 16, "rows": 4, "fresh": True}
+    one = make_loader(CLIPS, **options)
+    parts = [make_loader(CLIPS, host=h, hosts=hosts, **options) for h in range(hosts)]
+    for _ in range(6):
+        whole, steps = one.next_step(), [p.next_step() for p in parts]
+        sizes = BUCKETS.sizes(largest([s.needed for s in steps]))
+        batches = [s.finish(sizes) for s in steps]
+        assert sorted(k for b in batches for k in b.keys) == sorted(
+            e.key for row in whole.rows for g in row for e in g.examples
+        )
+        assert {b.position for b in batches} == {whole.position}
+        assert len({tuple((x.shape, x.dtype) for x in arrays(b)) for b in batches}) == 1
+        check_global_indices(batches)
 
 
-def test_bucket_sizes():
-    assert [bucket(n, 2) for n in range(1, 14)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
-    assert sorted({bucket(n, 4) for n in range(8, 65)}) == [8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64]
-    for n in range(1, 3000):
-        assert n <= bucket(n, 2) <= 1.5 * n and n <= bucket(n, 4) <= 1.25 * n
+def check_global_indices(batches):
+    """Concatenated over hosts, loss and vision indices point at the right things."""
+    tokens = np.concatenate([b.batch.inputs.tokens for b in batches])
+    loss = [np.concatenate([getattr(b.batch, name) for b in batches]) for name in ("loss_index", "loss_target")]
+    weight = np.concatenate([b.batch.loss_weight for b in batches])
+    layout = batches[0].batch.inputs.layout
+    for index, target in zip(*(x[weight > 0] for x in loss), strict=True):
+        row, s = divmod(int(index), tokens.shape[1])
+        if s >= layout.prefix:
+            assert tokens[row, s + 1] == target
+        else:  # the last prefix position of a clip predicts the first token of one of its branches
+            assert target in tokens[row, layout.prefix :: layout.length]
+    index = np.concatenate([b.batch.inputs.vision_index for b in batches])
+    patches = np.concatenate([b.batch.inputs.vision.patches for b in batches])
+    real = np.concatenate([b.batch.inputs.vision.frame_segments for b in batches])
+    merged = np.flatnonzero(real.reshape(-1, 4)[:, 0])
+    assert sorted(index[index >= 0]) == sorted(merged) and len(patches) * patches.shape[1] // 4 > index.max()
 
 
-def test_text_only_batch_has_no_vision():
-    assert make_batch([make_example("a", 5)], layout()).inputs.vision is None
+def test_a_host_without_clips_still_has_the_arrays_of_the_others(make_loader):
+    records = [("c.mp4", 5), 5, 6, 7]
+    parts = [make_loader(records, host=h, hosts=2, batch_size=2, fresh=True) for h in range(2)]
+    for _ in range(2):
+        steps = [p.next_step() for p in parts]
+        sizes = BUCKETS.sizes(largest([s.needed for s in steps]))
+        if sizes.frames:
+            break
+    shapes = [[x.shape for x in arrays(s.finish(sizes))] for s in steps]
+    assert shapes[0] == shapes[1] and {bool(s.needed.frames) for s in steps} == {True, False}
+    assert steps[0].finish(sizes).batch.inputs.vision.patches.shape[2] == PATCH
+
+
+def test_counts_of_a_batch(make_loader):
+    loader = make_loader([("a.mp4", 5), ("a.mp4", 6)], batch_size=2, questions_per_video=2)
+    b = loader.next_batch()
+    # Two placeholders and two more tokens are shared (the first target comes after them), then 3 and 4 of their own.
+    assert (b.clips, b.rows, len(b.keys), b.visual, b.supervised) == (1, 1, 2, 2, 4)
+    assert b.tokens == 4 + 3 + 4 and b.slots == b.batch.inputs.tokens.size and b.load_s > 0
+    assert b.batch.inputs.vision.patches.shape[0] == 2  # the clip's two frames, once
+
+
+def test_a_step_without_a_usable_record_is_empty(make_loader):
+    loader = make_loader([5, -1], batch_size=1)
+    batches = [loader.next_batch() for _ in range(4)]
+    assert sorted(len(b.keys) for b in batches) == [0, 0, 1, 1] and [b.position for b in batches] == [1, 2, 3, 4]
+    empty = next(b for b in batches if not b.keys)
+    assert (empty.tokens, empty.supervised, empty.clips) == (0, 0, 0)
+    assert not empty.batch.loss_weight.any() and not empty.batch.inputs.segment_ids.any()
+
+
+def test_shapes_are_few_over_a_mixed_dataset(make_loader):
+    rng = np.random.default_rng(0)
+    clips = [(f"c{n}.mp4", int(rng.integers(4, 14))) for n in range(60) for _ in range(rng.integers(1, 9))]
+    loader = make_loader(clips, batch_size=16, questions_per_video=4)
+    batches = [loader.next_batch() for _ in range(100)]
+    shapes = {(b.batch.inputs.layout, tuple(x.shape for x in arrays(b))) for b in batches}
+    assert len(shapes) <= 12
+    assert len({b.rows for b in batches}) == 1
 
 
 def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
-    loader = make_loader([5, -1, 6, 7, -2, 5, 5, 5])
+    numbers = [5, -1, 6, 7, -2, 5, 5, 5]
+    loader = make_loader(numbers)
     batches = [loader.next_batch() for _ in range(8)]
-    assert len(set(sum((b.keys for b in batches), ())) & {"r.json#1", "r.json#4"}) == 0
+    assert not set(sum((b.keys for b in batches), ())) & {"r.json#1", "r.json#4"}
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [1, 4]
-    assert lines[0].keys() == {"index", "key", "reason", "message"} and lines[0]["reason"] == "missing_file"
-    assert {line["key"] for line in lines} == {"r.json#1", "r.json#4"}
-    assert loader.encoder.calls.count("r.json#1") == 1  # never tried again
-    assert batches[-1].position == 24 + batches[-1].rejected
+    assert lines[0].keys() == {"source", "index", "key", "reason", "message"} and lines[0]["reason"] == "missing_file"
+    calls = loader.encoder.encoder.calls
+    assert calls.count("r.json#1") == 1  # never tried again
+    assert batches[-1].position == 24 and batches[-1].rejected == 6
     # A later part of the run neither tries them again nor writes them again.
-    resumed = make_loader([5, -1, 6, 7, -2, 5, 5, 5], position=batches[-1].position)
-    keys(resumed, 8)
-    assert not {"r.json#1", "r.json#4"} & set(resumed.encoder.calls)
+    resumed = make_loader(numbers, position=batches[-1].position, rejected=6)
+    assert resumed.next_batch().rejected >= 6
+    keys(resumed, 7)
+    assert not {"r.json#1", "r.json#4"} & set(resumed.encoder.encoder.calls)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_bad_clip_costs_its_questions_and_a_bad_question_only_itself(make_loader, tmp_path):
+    records = [("bad.mp4", 5)] * 4 + [("a.mp4", 5), ("a.mp4", -1), ("a.mp4", 6), ("a.mp4", 7)]
+    loader = make_loader(records, batch_size=8, questions_per_video=4, rate=1.0)
+    batch = loader.next_batch()
+    assert sorted(batch.keys) == ["r.json#4", "r.json#6", "r.json#7"] and batch.clips == 1
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["index"] for line in lines) == [0, 1, 2, 3, 5] and batch.rejected == 5
+    assert len(loader.encoder.encoder.groups) == 2
+
+
+def test_five_percent_of_a_thousand_records(make_loader, tmp_path):
+    """Clips of ten questions, three of them bad and twenty bad questions elsewhere: the rest is used once an epoch."""
+    records = [("bad.mp4" if n % 35 == 4 else f"c{n}.mp4", 4 + i) for n in range(100) for i in range(10)]
+    bad_questions = range(7, 1000, 48)
+    for i in bad_questions:
+        records[i] = (records[i][0], -1)
+    want = {i for i, (clip, number) in enumerate(records) if clip == "bad.mp4" or number < 0}
+    assert 0.045 < len(want) / 1000 < 0.055
+    loader = make_loader(records, batch_size=40, questions_per_video=10, rate=0.06)
+    groups = loader.order.sources[0].groups  # the three bad clips are one file with thirty questions
+    seen = sum(keys(loader, groups // 4), ())
+    assert sorted(seen) == sorted(f"r.json#{i}" for i in range(1000) if i not in want)
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["index"] for line in lines) == sorted(want)
 
 
 def test_a_fresh_run_forgets_the_quarantine(make_loader, tmp_path):
@@ -175,25 +193,22 @@ def test_a_fresh_run_forgets_the_quarantine(make_loader, tmp_path):
     assert "r.json#1" in sum(keys(loader, 4), ()) and not (tmp_path / "quarantine.jsonl").exists()
 
 
-def test_a_half_written_quarantine_line_is_dropped(tmp_path):
-    path = tmp_path / "q.jsonl"
-    path.write_text('{"index": 3, "key": "k", "reason": "r", "message": "m"}\n{"index": 4, "ke')
-    quarantine = Quarantine(path, 0.5)
-    assert 3 in quarantine and 4 not in quarantine
-    for _ in range(2):
-        quarantine.add(4, RecordError("m", "r", "k4"))
-    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [3, 4]
-
-
 def test_a_record_without_an_answer_is_quarantined(make_loader, tmp_path):
     keys(make_loader([5, 2, 6, 7]), 4)  # two tokens: nothing is supervised
     assert '"no_target"' in (tmp_path / "quarantine.jsonl").read_text()
 
 
+class CrashOnce(FakeEncoder):
+    def encode_group(self, records, cache=None):
+        if not self.groups:
+            self.groups.append([])
+            return [RecordError("killed by a signal", "decoder_crash", r.key) for r in records]
+        return super().encode_group(records)
+
+
 def test_a_decoder_killed_from_outside_does_not_cost_a_record(make_loader, tmp_path):
-    loader = make_loader([5] * 4, encoder=CrashOnce())
-    loader.next_batch()
-    assert loader.encoder.calls[0] == loader.encoder.calls[1] and not (tmp_path / "quarantine.jsonl").exists()
+    loader = make_loader([("a.mp4", 5)] * 4, encoder=CrashOnce(), batch_size=4, questions_per_video=4)
+    assert len(loader.next_batch().keys) == 4 and not (tmp_path / "quarantine.jsonl").exists()
 
 
 def test_too_many_bad_records_stop_the_run(make_loader, tmp_path):
@@ -201,95 +216,61 @@ def test_too_many_bad_records_stop_the_run(make_loader, tmp_path):
         keys(make_loader([-1] * 50 + [5] * 50, rate=0.01), 40)
     assert str(tmp_path / "quarantine.jsonl") in str(caught.value)
     with pytest.raises(QuarantineError, match="not one usable record"):
-        make_loader([-1] * 4, rate=1.0, fresh=True).next_batch()
-
-
-def test_the_ceiling_bears_with_chance_but_not_with_more():
-    """Shares of half the limit pass, twice the limit is stopped."""
-
-    def run(share, steps=20_000):
-        rng = np.random.default_rng(0)
-        quarantine = Quarantine("/nonexistent/q", 0.01)
-        for seen in range(1, steps + 1):
-            if rng.uniform() < share:
-                quarantine.count(seen)
-
-    run(0.005)
-    with pytest.raises(QuarantineError):
-        run(0.02)
-    early = Quarantine("/nonexistent/q", 0.0)
-    for seen in range(1, 20):
-        early.count(seen)
-    with pytest.raises(QuarantineError, match="20 of the first 20"):
-        early.count(20)
+        keys(make_loader([-1] * 4, rate=1.0, fresh=True), 9)
 
 
 def test_a_bug_is_not_quarantined(make_loader):
-    class Broken:
-        def encode(self, record):
+    class Broken(FakeEncoder):
+        def encode_group(self, records, cache=None):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         make_loader([5], encoder=Broken()).next_batch()
 
 
-def test_cache_is_bounded_and_drops_the_oldest():
-    size = sum(a.nbytes for a in (lambda e: (e.tokens, e.positions, e.supervised, e.patches))(make_example("k", 6)))
-    cache = ExampleCache(max_bytes=2 * size)
-    a, b, c = (make_example(k, 6) for k in "abc")
-    cache.put(0, a)
-    cache.put(1, b)
-    assert cache.get(0) is a
-    cache.put(2, c)
-    assert cache.get(1) is None and cache.get(0) is a and cache.get(2) is c
-    assert cache.bytes == 2 * size
-    cache.put(3, make_example("big", 600))
-    assert cache.get(3) is None and cache.bytes == 2 * size
+def test_several_sources_with_equal_names_and_numbers_stay_apart(make_loader, tmp_path):
+    loader = make_loader([5, -1], [-1, 6, 7], rates=[0.5, 0.5], batch_size=10, rate=1.0)
+    seen = sum(keys(loader, 6), ())
+    assert set(seen) == {"r.json#0", "r1.json#1", "r1.json#2"}
+    assert abs(seen.count("r1.json#1") - seen.count("r1.json#2")) <= 1
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted((line["source"], line["index"]) for line in lines) == [(0, 1), (1, 0)]
 
 
-def test_cached_examples_are_not_encoded_again(make_loader):
-    loader = make_loader([5] * 6)
-    keys(loader, 6)
-    assert len(loader.encoder.calls) == 6
-    without = make_loader([5] * 6, cache=ExampleCache(0))
-    assert keys(without, 6) == keys(make_loader([5] * 6), 6)
-    assert len(without.encoder.calls) == 18
+def test_records_that_only_look_alike_are_encoded_apart(tmp_path):
+    """Records of different clips in one group, as a collision of hashes would make it."""
+    records = RecordFile(write_records(tmp_path / "r.json", [("a.mp4", 5), ("b.mp4", 6), ("a.mp4", 7)]), tmp_path)
+    encoder = GroupEncoder([records], FakeEncoder())
+    examples = encoder(Questions(0, (0, 1, 2)))
+    assert [e.key for e in examples] == ["r.json#0", "r.json#1", "r.json#2"]
+    assert encoder.encoder.groups == [["r.json#0", "r.json#2"], ["r.json#1"]]
 
 
-def drain(prefetcher, count):
-    got = []
-    while len(got) < count:
-        if (item := prefetcher.poll(0.2)) is not None:
-            got.append(item)
-    return got
+def test_cache_is_bounded_and_drops_the_least_recent():
+    media = [Media((), np.zeros(10, np.float32)) for _ in range(3)]
+    cache = LeastRecentMedia(max_bytes=80)
+    cache.put("a", media[0])
+    cache.put("b", media[1])
+    assert cache.get("a") is media[0]
+    cache.put("c", media[2])
+    assert cache.get("b") is None and cache.get("a") is media[0] and cache.get("c") is media[2]
+    assert cache.bytes == 80
+    cache.put("big", Media((), np.zeros(30, np.float32)))
+    assert cache.get("big") is None and cache.bytes == 80
 
 
-def test_prefetching_changes_nothing_and_its_thread_ends(make_loader):
-    want = keys(make_loader([5, -1, 6, 7, 8]), 5)
-    with Prefetcher(make_loader([5, -1, 6, 7, 8])) as batches:
-        assert [b.keys for b in drain(batches, 5)] == want
-    assert not any(t.name == "loader" for t in threading.enumerate())
+def test_settings_that_cannot_work(make_loader):
+    with pytest.raises(LoaderError, match="questions_per_video = 4"):
+        make_loader([5], batch_size=6, questions_per_video=4)
+    with pytest.raises(LoaderError, match="over 2 hosts"):
+        make_loader([5], batch_size=3, hosts=2)
+    with pytest.raises(LoaderError, match="3 rows"):
+        make_loader([5], batch_size=4, rows=3, hosts=2)
 
 
-def test_prefetching_hands_errors_on(make_loader):
-    with Prefetcher(make_loader([-1] * 40, rate=0.01)) as batches, pytest.raises(QuarantineError):
-        drain(batches, 1)
-
-
-def test_leaving_early_does_not_wait_for_a_whole_batch(make_loader):
-    class Slow(FakeEncoder):
-        def encode(self, record):
-            time.sleep(0.2)
-            return super().encode(record)
-
-    with Prefetcher(make_loader([5] * 50, encoder=Slow())):
-        time.sleep(0.1)
-        started = time.perf_counter()
-    assert time.perf_counter() - started < 0.5  # one record, not three
-
-
-def test_no_records_and_bad_buckets(make_loader):
-    with pytest.raises(LoaderError, match="holds no records"):
-        make_loader([])
-    with pytest.raises(LoaderError, match="ascending"):
-        layout(length_buckets=(16, 8))
+def test_options_come_from_a_config_group():
+    group = {"path": "x", "questions_per_video": 4, "prefix_buckets": [8, 16], "workers": 2}
+    options = LoaderOptions.from_mapping(group, 8)
+    assert options == LoaderOptions(8, 4, 0, (8, 16), workers=2)
+    made = options.buckets(2, merge_area=4, frames=16, frame_patches=196, shards=2)
+    assert (made.prefix, made.full_slots, made.full_frames, made.shards) == ((8, 16), 4, 16, 2)

@@ -8,9 +8,13 @@ import cv2
 import numpy as np
 import pytest
 
-from mllm4d_jax.data.loader import BatchLayout, Loader
+from mllm4d_jax.data.buckets import RowBuckets
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.loader import Loader, LoaderOptions
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.processing.config import ProcessorConfig
 from mllm4d_jax.processing.encode import Encoder, VideoOptions
 from mllm4d_jax.processing.grids import VisionGeometry
@@ -75,7 +79,9 @@ BAD = {
 }
 
 
-def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, root, tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, root, tmp_path, batch_size):
+    """Alone, and in groups of up to four questions about a clip."""
     model, _ = tiny_world
     lines = [record(f"{name}.mp4") for name in GOOD] + list(BAD.values())
     order = np.random.default_rng(0).permutation(len(lines))
@@ -85,20 +91,16 @@ def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, ro
     expected = {int(np.flatnonzero(order == len(GOOD) + n)[0]): r.split("/")[0] for n, r in enumerate(BAD)}
 
     config, tokenizer = ProcessorConfig.from_folder(model), Tokenizer.from_folder(model)
-    layout = BatchLayout(
-        batch_size=1,
-        length_buckets=(64, 256, 1024),
-        geometry=VisionGeometry(merge_size=2, position_side=8, window=0),
-        visual_token_ids=(config.image_token_id, config.video_token_id),
-    )
+    ids = (config.image_token_id, config.video_token_id)
+    model = ModelFacts(VisionGeometry(merge_size=2, position_side=8, window=0), ids, 1536)
+    options, buckets = LoaderOptions(batch_size, questions_per_video=batch_size), RowBuckets((64, 256, 1024), (64, 256))
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_rate=1.0)
     seen = []
     with Encoder(config, tokenizer, VideoOptions(num_frames=8), max_tokens=1024) as encoder:
-        loader = Loader(RecordFile(path, root), encoder, layout, quarantine, seed=0)
-        while loader.position < len(lines):
-            batch = loader.next_batch()
-            if batch.position <= len(lines):
-                seen += batch.keys
+        mixture = Mixture([RecordFile(path, root)])
+        loader = Loader(mixture, GroupEncoder(mixture.sources, encoder), options, buckets, model, quarantine, seed=0)
+        while loader.position < loader.order.sources[0].groups:
+            seen += loader.next_batch().keys
     good = [f"records.jsonl#{i}" for i in range(len(lines)) if i not in expected]
     assert sorted(seen) == sorted(good)
     rows = [json.loads(line) for line in quarantine.path.read_text().splitlines()]

@@ -48,7 +48,6 @@ def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
     config.model.path = str(tmp_path / "half")
     config.data.path = str(tmp_path / "absent.json")
     config.data.root = str(tmp_path / "absent")
-    config.data.workers = 2
     config.data.max_tokens = 10_000
     config.prompt.system = "Be brief and exact."
     config.prompt.system_file = "prompt.txt"
@@ -59,7 +58,6 @@ def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
         "lacks tokenizer.json, *.safetensors",
         "absent.json is not a file",
         "absent is not a folder",
-        "data.workers = 2",
         "data.max_tokens lets through up to 10000",
         "not both",
         "train.batch_size = 12 cannot be split over 8 devices",
@@ -68,9 +66,28 @@ def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
         assert part in text, part
     config = complete(tiny_world)
     config.mesh.data = 3
-    config.data.length_buckets = (512, 64)
+    config.data.prefix_buckets = (512, 64)
     text = complaints(config)
     assert "mesh: " in text and "ascending" in text and "model.path" not in text
+
+
+def test_a_mixture_and_the_division_of_questions_are_checked(tiny_world, tmp_path):
+    _, path = tiny_world
+    config = complete(tiny_world)
+    config.data.path, config.data.root = "", ""
+    with config.unlocked():
+        config.data.mixture = (f"{path}::{path.parent}::1", f"{tmp_path}::{tmp_path}/no::1")
+        config.data.questions_per_video = 3
+    text = complaints(config)
+    assert f"{tmp_path} is not a file of records" in text and f"{tmp_path}/no is not a folder" in text
+    assert "data.path is not set" not in text and "data.questions_per_video = 3" in text
+    config.data.questions_per_video = 2
+    assert "it makes 4 rows" in complaints(config)
+    config.data.mixture = ("records.json::videos",)
+    assert "path::root::rate" in complaints(config)
+    config.data.questions_per_video = 1
+    config.data.mixture = (f"{path}::{path.parent}::1",)
+    preflight.check(config)
 
 
 def test_the_sample_gives_only_what_is_not_there(tiny_world, tmp_path):
@@ -83,7 +100,7 @@ def test_the_sample_gives_only_what_is_not_there(tiny_world, tmp_path):
     assert filled.data.path == str(path) and filled.model.path == str(tmp_path / "sample" / "model")
     assert [p.name for p in (tmp_path / "sample").iterdir()] == ["model"]
     config.data.path = str(tmp_path / "absent.json")
-    with pytest.raises(PreflightError, match="absent.json' is not a file of records"):
+    with pytest.raises(PreflightError, match="absent.json is not a file of records"):
         with_sample(config, tmp_path)
 
 

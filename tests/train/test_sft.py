@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -104,7 +105,9 @@ def test_bad_records_are_named_once_and_the_rest_is_used(straight):
         ("mixed.json#7", "unknown_role"),
     ]
     last = curve(workdir)[-1]
-    assert last["position"] == 8 * STEPS + last["quarantined"] and last["quarantined"] >= 8
+    # 48 places over epochs of ten records, two of them bad: those places stay empty.
+    assert last["position"] == 8 * STEPS and 8 <= last["quarantined"] <= 10
+    assert sum(row["examples"] for row in curve(workdir)) == 8 * STEPS - last["quarantined"]
     assert last["retraces"] == 0
 
 
@@ -174,7 +177,8 @@ def test_non_finite_loss_stops_naming_step_and_records(config, tmp_path, monkeyp
     monkeypatch.setattr(sft.Trainer, "advance", poisoned)
     with pytest.raises(TrainingError, match=r"loss of step 5 is not finite.*mixed\.json#\d") as caught:
         sft.run(config, str(tmp_path))
-    assert str(caught.value).count("mixed.json#") == 8
+    named = re.findall(r"mixed\.json#(\d)", str(caught.value))
+    assert 5 <= len(named) <= 8 and not {"2", "7"} & set(named)  # the unusable ones were not in it
     assert [r["step"] for r in curve(tmp_path)] == [1, 2, 3, 4]
     with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
         assert checkpoints.latest() == 4

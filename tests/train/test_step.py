@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from mllm4d_jax.data.loader import BatchLayout, TrainBatch, make_batch
 from mllm4d_jax.data.records import RecordFile
 from mllm4d_jax.models.qwen_vl import vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import replicated
-from mllm4d_jax.processing.batch import ModelInputs
+from mllm4d_jax.processing.batch import ModelInputs, collate
 from mllm4d_jax.processing.config import ProcessorConfig
 from mllm4d_jax.processing.encode import Encoder, VideoOptions
+from mllm4d_jax.processing.rows import RowBatch, collate_rows, needed_sizes, share_prefix
 from mllm4d_jax.processing.tokenizer import Tokenizer
 from mllm4d_jax.train import sft
 from mllm4d_jax.train.state import init_optimizer, make_optimizer, split_model
-from mllm4d_jax.train.step import TrainStep, place_batch
+from mllm4d_jax.train.step import TrainStep
 from mllm4d_jax.train.trainer import Progress
 
 
@@ -35,8 +37,8 @@ class Setup:
         rng = np.random.default_rng(1)
         noisy = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.02) * rng.normal(size=x.shape), trainer.lora)
         self.lora = jax.device_put(jax.tree.map(np.float32, noisy), jax.tree.map(lambda x: x.sharding, trainer.lora))
-        ids = model.config.image_token_id, model.config.video_token_id
-        self.layout = BatchLayout(8, tuple(config.data.length_buckets), vision_geometry(model.config), ids)
+        self.ids = model.config.image_token_id, model.config.video_token_id
+        self.geometry = vision_geometry(model.config)
 
     def run(self, batch):
         self.lora, self.opt_state, metrics = self.step(self.lora, self.opt_state, self.frozen, batch)
@@ -53,10 +55,12 @@ def trained(tiny_world, make_config):
     with Encoder(ProcessorConfig.from_folder(folder), Tokenizer.from_folder(folder), options) as encoder:
         records = RecordFile(path, path.parent)
         examples = [encoder.encode(records[i]) for i in range(8)]
-    batch = make_batch(examples, setup.layout)
+    rows = [share_prefix([example], setup.ids) for example in examples]
+    sizes = dataclasses.replace(needed_sizes(rows, setup.geometry), supervised=128)
+    batch = collate_rows(rows, sizes, setup.geometry, visual_token_ids=setup.ids)
     start = jax.tree.map(np.array, setup.lora)
     frozen = jax.tree.map(np.array, setup.frozen)
-    reference = reference_loss(setup, batch, examples)
+    reference = reference_loss(setup, examples)
     metrics = [setup.run(batch) for _ in range(3)]
     after = jax.tree.map(np.array, (setup.lora, setup.opt_state))
     bad = batch._replace(loss_weight=batch.loss_weight * np.float32("nan"))
@@ -64,10 +68,11 @@ def trained(tiny_world, make_config):
     return setup, start, frozen, reference, metrics, after
 
 
-def reference_loss(setup, batch, examples):
-    """Mean over supervised tokens of -log p from the model's own full logits, one row at a time in numpy."""
+def reference_loss(setup, examples):
+    """Mean over supervised tokens of -log p from the model's own full logits of plain rows, in numpy."""
     model = nnx.merge(setup.graphdef, setup.lora, setup.frozen)
-    logits = np.asarray(nnx.jit(lambda m, i: m.logits(m(i)))(model, place_batch(batch, setup.mesh).inputs), np.float64)
+    inputs = jax.tree.map(jnp.asarray, collate(examples, setup.geometry, visual_token_ids=setup.ids))
+    logits = np.asarray(nnx.jit(lambda m, i: m.logits(m(i)))(model, inputs), np.float64)
     losses, hits = [], []
     for row, example in zip(logits, examples, strict=True):
         for s in np.flatnonzero(example.supervised):
@@ -130,7 +135,7 @@ def toy_batch(length, weight):
     tokens = np.arange(2 * length, dtype=np.int32).reshape(2, length) % 8
     inputs = ModelInputs(tokens, np.zeros((3, 2, length), np.int32), tokens, tokens, None)
     index = np.arange(4, dtype=np.int32)
-    return TrainBatch(inputs, index, index[::-1].copy(), weight)
+    return RowBatch(inputs, index, index[::-1].copy(), weight)
 
 
 def test_padded_positions_are_not_averaged_over():

@@ -1,0 +1,94 @@
+"""Encodes one group of questions: reads its records, decodes their clip once, and says what is wrong with each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from mllm4d_jax.data.sources import Questions, Source
+from mllm4d_jax.processing.encode import Encoder, Example, Media, Record, RecordError, media_identity
+
+CACHE_BYTES = 256 << 20
+
+Encoded = list[Example | RecordError]
+
+
+class LeastRecentMedia:
+    """Decoded clips, bounded by the bytes of their patches; the one that was not used for longest goes first."""
+
+    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
+        self.max_bytes, self.bytes = max_bytes, 0
+        self._items: OrderedDict[Hashable, Media] = OrderedDict()
+
+    def get(self, identity: Hashable) -> Media | None:
+        if identity in self._items:
+            self._items.move_to_end(identity)
+        return self._items.get(identity)
+
+    def put(self, identity: Hashable, media: Media) -> None:
+        size = media.patches.nbytes
+        if size > self.max_bytes or identity in self._items:
+            return
+        self._items[identity] = media
+        self.bytes += size
+        while self.bytes > self.max_bytes:
+            _, dropped = self._items.popitem(last=False)
+            self.bytes -= dropped.patches.nbytes
+
+
+class GroupEncoder:
+    """Questions -> examples, in this process or in a worker. Pickles with an empty cache."""
+
+    def __init__(self, sources: Sequence[Source], encoder: Encoder, cache_bytes: int = CACHE_BYTES) -> None:
+        """
+        Args:
+          sources: what `Questions.source` counts.
+          encoder: record -> Example.
+          cache_bytes: decoded clips kept for groups to come; 0 for none.
+        """
+        self.sources, self.encoder, self.cache_bytes = tuple(sources), encoder, cache_bytes
+        self._cache = LeastRecentMedia(cache_bytes)
+
+    def __reduce__(self):
+        return type(self), (self.sources, self.encoder, self.cache_bytes)
+
+    def __call__(self, questions: Questions) -> Encoded:
+        """An Example for each record of the group, or what is wrong with it (naming its key).
+
+        Records that turn out to be about different media (their source knows that by a hash only) are encoded apart.
+        """
+        source = self.sources[questions.source]
+        results: dict[int, Example | RecordError] = {}
+        by_media: dict[Hashable, dict[int, Record]] = {}
+        for i in questions.indices:
+            try:
+                record = source[i]
+                by_media.setdefault(media_identity(record), {})[i] = record
+            except RecordError as error:
+                results[i] = error.with_key(source.key(i))
+        for records in by_media.values():
+            results |= self._encode(records)
+            # A decoder can die of a signal or of memory running out, which is no fault of the clip: one more try.
+            again = {i: records[i] for i in records if _crashed(results[i])}
+            results |= self._encode(again) if again else {}
+        return [_with_target(results[i], source.key(i)) for i in questions.indices]
+
+    def _encode(self, records: dict[int, Record]) -> dict[int, Example | RecordError]:
+        encoded = self.encoder.encode_group(list(records.values()), cache=self._cache)
+        return dict(zip(records, encoded, strict=True))
+
+    def refuse(self, questions: Questions, message: str, reason: str) -> Encoded:
+        """The answer for a group that could not be encoded at all."""
+        source = self.sources[questions.source]
+        return [RecordError(message, reason, source.key(i)) for i in questions.indices]
+
+
+def _crashed(result: Example | RecordError) -> bool:
+    return isinstance(result, RecordError) and result.reason == "decoder_crash"
+
+
+def _with_target(result: Example | RecordError, key: str) -> Example | RecordError:
+    """The first token of an example has nothing before it that could predict it."""
+    if isinstance(result, RecordError) or result.supervised[1:].any():
+        return result
+    return RecordError("holds no assistant text, so there is nothing to learn from it", "no_target", key)

@@ -1,0 +1,153 @@
+"""Attention over shared-prefix rows (see `processing/rows.py`) without an S x S array.
+
+A prefix query sees the prefix; a branch query sees the prefix and its own branch slot, under one maximum and one
+denominator. Partial results are never merged by their log-sum-exp: that residual has no gradient in `jax.nn`, and the
+gradients of queries and keys would be wrong without a word.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mllm4d_jax.models.attention import Backend, as_backend, attention, masked_attention
+from mllm4d_jax.processing.batch import RowLayout
+
+jax.tree_util.register_static(RowLayout)  # a layout is part of a batch's shape: one compiled step for each
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+def row_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array,
+    layout: RowLayout,
+    backend: str | Backend,
+) -> jax.Array:
+    """Softmax attention of shared-prefix rows; scale head_dim^-0.5, softmax in fp32.
+
+    Args:
+      q: [B, S, N, d]; k, v: [B, S, K, d] with S = layout.size and N a multiple of K.
+      segment_ids: i32[B, S], clip of each token, 0 for padding.
+      layout: where prefix and branch slots lie.
+      backend: splash is one kernel call; cudnn does the prefix queries and leaves the branches to xla.
+
+    Returns:
+      [B, S, N, d] in the dtype of q.
+
+    Raises:
+      ValueError: the rows are not as long as the layout says.
+    """
+    if q.shape[1] != layout.size:
+        raise ValueError(f"rows of {q.shape[1]} tokens for {layout}, which has {layout.size}")
+    backend = as_backend(backend)
+    if backend.name == "splash":
+        from mllm4d_jax.models.splash import splash_attention
+
+        ids = dict(q_segments=segment_ids, kv_segments=segment_ids)
+        how = dict(mesh=backend.mesh, interpret=backend.interpret)
+        return splash_attention(q, k, v, **ids, causal=True, layout=layout, **how)
+    p = layout.prefix
+    prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
+    if backend.name == "cudnn":
+        ids = prefix[2]
+        first = attention(q[:, :p], *prefix[:2], q_segments=ids, kv_segments=ids, causal=True, backend=backend)
+    else:
+        first = _prefix_queries(q[:, :p], prefix, backend.query_block)
+    return jnp.concatenate([first, _branch_queries(q, k, v, segment_ids, layout, backend.query_block)], axis=1)
+
+
+def _prefix_queries(q: jax.Array, prefix: tuple, block: int | None) -> jax.Array:
+    """Causal attention of the prefix region, `block` queries at a time."""
+    k, v, segments = prefix
+    b, p, n, d = q.shape
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def attend(q, ids, index):
+        mask = (ids[:, :, None] == segments[:, None, :]) & (jnp.arange(p) <= index[:, None])
+        return masked_attention(q, keys, values, mask)
+
+    if block is None or p <= block:
+        return attend(q, segments, jnp.arange(p))
+    count = -(-p // block)
+    pad = count * block - p
+    # Added queries see nothing or padding; what they compute is cut off.
+    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, count, block, n, d)
+    ids = jnp.pad(segments, ((0, 0), (0, pad))).reshape(b, count, block)
+    index = jnp.arange(count * block).reshape(count, block)
+    # Scores of a block are computed again in the backward pass, else the blocks would add up to P x P.
+    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (q.swapaxes(0, 1), ids.swapaxes(0, 1), index))
+    return out.swapaxes(0, 1).reshape(b, count * block, n, d)[:, :p]
+
+
+def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) -> jax.Array:
+    """Attention of all branch slots: whole, or a few slots or a part of one slot at a time."""
+    b, _, n, d = q.shape
+    p, slots, length = layout.prefix, layout.slots, layout.length
+    prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
+    branches = [x[:, p:].reshape(b, slots, length, *x.shape[2:]) for x in (q, k, v, segment_ids)]
+    if block is None or slots * length <= block:
+        return _in_slots(*branches, *prefix).reshape(b, slots * length, n, d)
+    # As many slots at a time as fit into a block and divide the slots; at least one.
+    some = max(c for c in range(1, slots + 1) if slots % c == 0 and (c == 1 or c * length <= block))
+
+    def attend(x):
+        return _in_slots(*x, *prefix, block=block)
+
+    pieces = [x.reshape(b, slots // some, some, *x.shape[2:]).swapaxes(0, 1) for x in branches]
+    out = jax.lax.map(jax.checkpoint(attend), tuple(pieces))
+    return out.swapaxes(0, 1).reshape(b, slots * length, n, d)
+
+
+def _in_slots(q, k, v, ids, prefix_k, prefix_v, prefix_ids, block: int | None = None) -> jax.Array:
+    """Queries [B, C, L, N, d] of C slots over the prefix and their own slot; `block` queries of a slot at a time."""
+    b, c, length, n, d = q.shape
+
+    def attend(q, q_ids, index):
+        see_prefix = q_ids[..., None] == prefix_ids[:, None, None, :]  # bool[B,C,M,P]
+        see_own = (q_ids[..., None] == ids[:, :, None, :]) & (jnp.arange(length) <= index[:, None])  # bool[B,C,M,L]
+        return _two_parts(q, prefix_k, prefix_v, see_prefix, k, v, see_own)
+
+    if block is None or length <= block:
+        return attend(q, ids, jnp.arange(length))
+    count = -(-length // block)
+    pad = count * block - length
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, c, count, block, n, d)
+    q_ids = jnp.pad(ids, ((0, 0), (0, 0), (0, pad))).reshape(b, c, count, block)
+    index = jnp.arange(count * block).reshape(count, block)
+    pieces = (jnp.moveaxis(q, 2, 0), jnp.moveaxis(q_ids, 2, 0), index)
+    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), pieces)
+    return jnp.moveaxis(out, 0, 2).reshape(b, c, count * block, n, d)[:, :, :length]
+
+
+def _two_parts(q, prefix_k, prefix_v, see_prefix, own_k, own_v, see_own) -> jax.Array:
+    """One softmax over two sets of keys.
+
+    Args:
+      q: [B, C, M, N, d] queries of C slots.
+      prefix_k, prefix_v: [B, P, K, d], common to all slots; see_prefix: bool[B, C, M, P].
+      own_k, own_v: [B, C, L, K, d], of each slot; see_own: bool[B, C, M, L].
+
+    Returns:
+      [B, C, M, N, d].
+    """
+    b, c, m, n, d = q.shape
+    grouped = q.reshape(b, c, m, prefix_k.shape[2], -1, d)
+    exact = dict(preferred_element_type=jnp.float32)
+    scores = [
+        jnp.einsum("bcmkgd,bpkd->bkgcmp", grouped, prefix_k, **exact),
+        jnp.einsum("bcmkgd,bclkd->bkgcml", grouped, own_k, **exact),
+    ]
+    masks = (see_prefix[:, None, None], see_own[:, None, None])
+    scores = [jnp.where(mask, s * d**-0.5, _LOWEST) for s, mask in zip(scores, masks, strict=True)]
+    # The result does not depend on the maximum, so it needs no gradient.
+    top = jax.lax.stop_gradient(jnp.maximum(*(s.max(-1, keepdims=True) for s in scores)))
+    weights = [jnp.exp(s - top) for s in scores]
+    total = sum(w.sum(-1) for w in weights)  # f32[B,K,G,C,M]
+    out = jnp.einsum("bkgcmp,bpkd->bkgcmd", weights[0].astype(q.dtype), prefix_v, **exact)
+    out += jnp.einsum("bkgcml,bclkd->bkgcmd", weights[1].astype(q.dtype), own_v, **exact)
+    out = (out / total[..., None]).astype(q.dtype)
+    return out.transpose(0, 3, 4, 1, 2, 5).reshape(b, c, m, n, d)

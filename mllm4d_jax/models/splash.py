@@ -1,0 +1,135 @@
+"""The TPU kernel: splash attention with segment ids, for plain and for shared-prefix rows, on one device or a mesh.
+
+Imported only where it is used, because Pallas takes long to import.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, PartitionSpec
+
+from mllm4d_jax.parallel.rules import BATCH_AXES, RULES
+from mllm4d_jax.processing.batch import RowLayout
+
+_LANES = 128  # sequence blocks of the kernel are multiples of the vector lanes
+
+
+class SharedPrefixMask(masks._ComputableMask):
+    """Key k is visible to query q if it does not come later and lies in the prefix or in q's own branch slot.
+
+    Computed inside the kernel from the indices, so that no mask array exists; blocks without a visible pair are
+    skipped. Which clip a token belongs to is left to the segment ids. Equality and hash let the kernel cache what it
+    derives from a mask.
+    """
+
+    def __init__(self, size: int, layout: RowLayout) -> None:
+        self.layout = layout
+        p, length = layout.prefix, layout.length
+
+        def visible(q, k):  # on NumPy arrays when blocks are listed, on JAX arrays inside the kernel
+            return (k <= q) & ((k < p) | ((q - p) // length == (k - p) // length))
+
+        super().__init__((size, size), visible)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SharedPrefixMask):
+            return NotImplemented
+        return (self.shape, self.layout) == (other.shape, other.layout)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.shape, self.layout))
+
+
+def splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    causal: bool,
+    layout: RowLayout | None = None,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention within segments, as `attention.attention` describes; with a layout, as `shared_prefix` does.
+
+    Sequences of any length are padded to whole blocks here. Under a mesh of several devices every device runs the
+    kernel on its rows (axes data, fsdp) and heads (axis tensor); rows or heads that do not divide are repeated on them.
+
+    Args:
+      q: [B, S, N, d]; k, v: [B, T, K, d]; q_segments: i32[B, S]; kv_segments: i32[B, T].
+      causal: implied by a layout.
+      mesh: devices over which the arrays are split; None for one device.
+      interpret: run in the Pallas interpreter (tests on CPU).
+
+    Returns:
+      [B, S, N, d] in the dtype of q.
+    """
+    s, d = q.shape[1], q.shape[3]
+    # Padding gets segment -1: it is seen by nothing real and its own rows are cut off below.
+    q, q_segments = _pad(q, 0), _pad(q_segments, -1)
+    k, v, kv_segments = _pad(k, 0), _pad(v, 0), _pad(kv_segments, -1)
+    size = (q.shape[1], k.shape[1])
+    rows, heads = _split(mesh, q.shape[0], q.shape[2], k.shape[2])
+    if layout is not None:
+        mask = SharedPrefixMask(size[0], layout)
+    else:
+        mask = masks.CausalMask(size) if causal else masks.FullMask(size)
+    local_heads = q.shape[2] // (mesh.shape[heads] if mesh is not None and heads else 1)
+    attend = _make_kernel(mask, local_heads, interpret)
+
+    def run(q, k, v, q_segments, kv_segments):
+        return jax.vmap(attend)(q, k, v, segment_ids=kernel.SegmentIds(q=q_segments, kv=kv_segments))
+
+    if mesh is not None and mesh.size > 1:
+        wide, ids = PartitionSpec(rows, heads), PartitionSpec(rows)
+        # The kernel's results carry no record of the axes they vary over, so that check has to be off.
+        run = jax.shard_map(run, mesh=mesh, in_specs=(wide, wide, wide, ids, ids), out_specs=wide, check_vma=False)
+    heads_first = [x.swapaxes(1, 2) for x in (q * d**-0.5, k, v)]
+    out = run(*heads_first, q_segments, kv_segments)
+    return out.swapaxes(1, 2)[:, :s].astype(q.dtype)
+
+
+def _make_kernel(mask: masks.Mask, heads: int, interpret: bool):
+    bq, bkv = (_block(n) for n in mask.shape)
+    blocks = kernel.BlockSizes(
+        block_q=bq, block_kv=bkv, block_kv_compute=bkv,
+        block_q_dkv=bq, block_kv_dkv=bkv, block_kv_dkv_compute=bkv,
+        block_q_dq=bq, block_kv_dq=bkv,
+    )  # fmt: skip
+    # The block lists must be plain arrays: traced ones could not leave the scan over layers.
+    with jax.ensure_compile_time_eval():
+        return kernel.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret,
+        )  # fmt: skip
+
+
+def _split(mesh: Mesh | None, batch: int, heads: int, kv_heads: int) -> tuple[tuple[str, ...] | None, str | None]:
+    """Mesh axes of the rows and of the heads; None where they cannot be divided evenly."""
+    if mesh is None:
+        return None, None
+    rows = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
+    parts = math.prod(mesh.shape[axis] for axis in rows)
+    axis = RULES["heads"]
+    tensor = mesh.shape.get(axis, 1)
+    divides = tensor > 1 and heads % tensor == 0 and kv_heads % tensor == 0
+    return rows if rows and batch % parts == 0 else None, axis if divides else None
+
+
+def _pad(x: jax.Array, value: int) -> jax.Array:
+    """Dimension 1 up to a multiple of the lanes."""
+    pad = -x.shape[1] % _LANES
+    if not pad:
+        return x
+    return jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
+
+
+def _block(length: int) -> int:
+    return next(b for b in (512, 256, _LANES) if length % b == 0)

@@ -1,0 +1,311 @@
+"""Shared-prefix rows: what all questions about a clip have in common is laid out, and computed, once.
+
+A row has a prefix region of P slots and N branch slots of L tokens each. The prefix region holds the prefixes (system
+text and video) of one or more clips, one after the other. Each branch slot holds one branch (the rest of a prompt and
+its answer) of one of these clips, from the slot's first position on. `segment_ids` numbers the clips of a row from 1,
+prefix and branches of a clip alike; 0 is padding. A query sees a key of its own segment that does not come later and
+lies in the prefix region or in the query's own branch slot. Every token keeps the position it has in its own example,
+so a branch continues from its prefix and the row computes what N separate samples would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mllm4d_jax.processing.batch import ModelInputs, RowLayout
+from mllm4d_jax.processing.example import Example, Grid
+from mllm4d_jax.processing.grids import VisionGeometry, VisionInputs, merged_tokens, pack_vision
+
+__all__ = ["Group", "RowBatch", "RowLayout", "RowSizes", "collate_rows", "needed_sizes", "pack_groups", "share_prefix"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Examples about the same media that share their beginning.
+
+    Attributes:
+      examples: at least one.
+      shared: their first `shared` tokens and positions are equal and hold every visual token; each has more tokens.
+    """
+
+    examples: tuple[Example, ...]
+    shared: int
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ValueError("a group needs at least one example")
+        for e in self.examples:
+            if not 1 <= self.shared < len(e.tokens):
+                raise ValueError(f"{e.key}: a prefix of {self.shared} tokens leaves no branch of its {len(e.tokens)}")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest branch."""
+        return max(len(e.tokens) for e in self.examples) - self.shared
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSizes:
+    """Static sizes of a batch of rows.
+
+    Attributes:
+      prefix, slots, length: see `RowLayout`.
+      frames: frames of the vision tower for the whole batch, 0 when nothing has images or videos.
+      frame_patches: patches per frame, 0 likewise.
+      supervised: entries M of the loss lists.
+    """
+
+    prefix: int
+    slots: int
+    length: int
+    frames: int
+    frame_patches: int
+    supervised: int
+
+    @property
+    def layout(self) -> RowLayout:
+        return RowLayout(self.prefix, self.slots, self.length)
+
+
+class RowBatch(NamedTuple):
+    """What one training step consumes; a pytree of NumPy arrays and the static layout.
+
+    Attributes:
+      inputs: the rows.
+      loss_index: i32[M] flat position `row * S + s` of each hidden state that predicts a supervised token. The first
+        token of a branch is predicted at the last prefix position of its clip.
+      loss_target: i32[M] the predicted token.
+      loss_weight: f32[M] 0 for padding of M, else the number of examples that have this target: 1, except for targets
+        inside a shared prefix.
+    """
+
+    inputs: ModelInputs
+    loss_index: np.ndarray
+    loss_target: np.ndarray
+    loss_weight: np.ndarray
+
+
+def share_prefix(examples: Sequence[Example], visual_token_ids: Sequence[int]) -> tuple[Group, ...]:
+    """Groups examples so that each group's common beginning can be computed once.
+
+    Examples go together when media, tokens and positions agree up to the last visual token (without media: in the
+    first token). The prefix of several examples is as long as they agree, but ends before the next supervised token
+    and leaves each at least one token; that of a single one ends after its last visual token, or without media
+    before its first supervised token. Targets that stand before the last visual token stay in the prefix.
+
+    Returns:
+      Groups in the order of their first examples; examples keep their order.
+
+    Raises:
+      ValueError: nothing follows an example's last visual token.
+    """
+    groups: list[tuple[int, list[Example]]] = []
+    for e in examples:
+        floor = _floor(e, visual_token_ids)
+        if floor >= len(e.tokens):
+            raise ValueError(f"{e.key}: nothing follows the first {floor} tokens, so there is no branch to train on")
+        for other_floor, members in groups:
+            if other_floor == floor and _same_beginning(members[0], e, floor):
+                members.append(e)
+                break
+        else:
+            groups.append((floor, [e]))
+    return tuple(Group(tuple(members), _shared(members, floor)) for floor, members in groups)
+
+
+def _floor(example: Example, visual_token_ids: Sequence[int]) -> int:
+    """The shortest legal prefix: up to and with the last visual token, at least one token to predict the next from."""
+    visual = np.flatnonzero(np.isin(example.tokens, visual_token_ids))
+    return int(visual[-1]) + 1 if len(visual) else 1
+
+
+def _same_beginning(a: Example, b: Example, floor: int) -> bool:
+    return (
+        tuple(a.grids) == tuple(b.grids)
+        and np.array_equal(a.tokens[:floor], b.tokens[:floor])
+        and np.array_equal(a.positions[:, :floor], b.positions[:, :floor])
+        and (a.patches is b.patches or np.array_equal(a.patches, b.patches))
+    )
+
+
+def _shared(members: Sequence[Example], floor: int) -> int:
+    first, *others = members
+    targets = [floor + int(np.argmax(e.supervised[floor:])) for e in members if e.supervised[floor:].any()]
+    if not others and len(first.grids):
+        return floor
+    end = min([len(e.tokens) - 1 for e in members] + targets)
+    for e in others:
+        same = (first.tokens[:end] == e.tokens[:end]) & (first.positions[:, :end] == e.positions[:, :end]).all(0)
+        end = int(np.argmin(same)) if not same.all() else end
+    return max(end, floor)
+
+
+def pack_groups(groups: Sequence[Group], rows: int) -> list[list[Group]]:
+    """Spreads groups over `rows` rows: largest first, each into the row that is emptiest so far.
+
+    A group counts with the slots it will take, its prefix and its branches at the length of the longest of all. Ties
+    go to the group and the row that come first, so the result depends on the arguments alone. Rows may stay empty.
+    """
+    longest = max((g.longest for g in groups), default=0)
+    costs = [g.shared + len(g.examples) * longest for g in groups]
+    packed: list[list[Group]] = [[] for _ in range(rows)]
+    filled = [0] * rows
+    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
+        row = filled.index(min(filled))
+        packed[row].append(groups[i])
+        filled[row] += costs[i]
+    return packed
+
+
+def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry) -> RowSizes:
+    """The smallest sizes that hold `rows`; frame patches are whole merge blocks of `geometry` already."""
+    groups = [g for row in rows for g in row]
+    grids = [grid for g in groups for grid in g.examples[0].grids]
+    for grid in grids:
+        if grid.h % geometry.merge_size or grid.w % geometry.merge_size:
+            raise ValueError(f"a grid of {grid.h}x{grid.w} patches cannot be merged in {geometry.merge_size}s")
+    return RowSizes(
+        prefix=max([1, *(sum(g.shared for g in row) for row in rows)]),
+        slots=max([1, *(sum(len(g.examples) for g in row) for row in rows)]),
+        length=max([1, *(g.longest for g in groups)]),
+        frames=sum(grid.t for grid in grids),
+        frame_patches=max((grid.h * grid.w for grid in grids), default=0),
+        supervised=max(1, sum(len(_targets(g)) for g in groups)),
+    )
+
+
+def collate_rows(
+    rows: Sequence[Sequence[Group]],
+    sizes: RowSizes,
+    geometry: VisionGeometry,
+    *,
+    visual_token_ids: Sequence[int],
+    patch_dim: int | None = None,
+) -> RowBatch:
+    """Lays groups out as rows; the patches of each clip appear once.
+
+    Args:
+      rows: the groups of each of B rows; a row without any is all padding.
+      sizes: at least `needed_sizes(rows, geometry)`.
+      geometry: numbers of the vision tower.
+      visual_token_ids: image and video placeholder ids.
+      patch_dim: numbers per patch; needed only when `sizes` has frames and all rows are empty.
+
+    Raises:
+      ValueError: a size is too small, a branch has a visual token, or placeholders and merged patches differ in number.
+        The message names the record.
+    """
+    layout = sizes.layout
+    b, s = len(rows), layout.size
+    tokens, segments = np.zeros((b, s), np.int32), np.zeros((b, s), np.int32)
+    index, positions = np.full((b, s), -1, np.int32), np.zeros((3, b, s), np.int32)
+    vision, merged = _pack_clips(rows, sizes, geometry, patch_dim)
+    losses: list[tuple[int, int, int]] = []
+    used = 0
+    for i, row in enumerate(rows):
+        for segment, (group, start, slot) in enumerate(_places(row, layout), 1):
+            prefix = group.examples[0]
+            visual = _visual(group, visual_token_ids, geometry)
+            index[i, start + visual] = merged[used : used + len(visual)]
+            used += len(visual)
+            spans = [(prefix, slice(0, group.shared), start)]
+            branches = [layout.prefix + (slot + j) * layout.length for j in range(len(group.examples))]
+            spans += [(e, slice(group.shared, None), at) for e, at in zip(group.examples, branches, strict=True)]
+            for e, part, at in spans:
+                there = slice(at, at + len(e.tokens[part]))
+                tokens[i, there], segments[i, there] = e.tokens[part], segment
+                positions[:, i, there] = e.positions[:, part]
+            for j, t, weight in _targets(group):
+                # Token t is predicted one token before it, which is in the prefix for a branch's first token.
+                before = start + t - 1 if t <= group.shared else branches[j] + t - 1 - group.shared
+                losses.append((i * s + before, int(group.examples[j].tokens[t]), weight))
+    inputs = ModelInputs(tokens, positions, segments, index, vision, layout)
+    return RowBatch(inputs, *_loss_lists(losses, sizes.supervised, rows))
+
+
+def _places(row: Sequence[Group], layout: RowLayout) -> Iterator[tuple[Group, int, int]]:
+    """Each group of a row with the start of its prefix and its first branch slot."""
+    start = slot = 0
+    for group in row:
+        for e in group.examples:
+            if len(e.tokens) - group.shared > layout.length:
+                raise ValueError(f"{e.key}: {len(e.tokens) - group.shared} branch tokens for slots of {layout.length}")
+        key = group.examples[0].key
+        if start + group.shared > layout.prefix:
+            raise ValueError(f"{key}: a row needs {start + group.shared} prefix tokens and has {layout.prefix}")
+        if slot + len(group.examples) > layout.slots:
+            raise ValueError(f"{key}: a row needs {slot + len(group.examples)} branch slots and has {layout.slots}")
+        yield group, start, slot
+        start, slot = start + group.shared, slot + len(group.examples)
+
+
+def _visual(group: Group, visual_token_ids: Sequence[int], geometry: VisionGeometry) -> np.ndarray:
+    """Indices of the visual tokens of the prefix, checked."""
+    for e in group.examples:
+        if np.isin(e.tokens[group.shared :], visual_token_ids).any():
+            raise ValueError(f"{e.key}: a visual token after the first {group.shared} tokens, which are the prefix")
+    first = group.examples[0]
+    visual = np.flatnonzero(np.isin(first.tokens[: group.shared], visual_token_ids))
+    count = sum(merged_tokens(grid, geometry.merge_size) for grid in first.grids)
+    if len(visual) != count:
+        raise ValueError(f"{first.key}: {len(visual)} visual placeholders for {count} merged patches")
+    return visual
+
+
+def _targets(group: Group) -> list[tuple[int, int, int]]:
+    """(example, token index, weight) of every supervised token; those of the prefix appear once, with their count.
+
+    The first token of an example has nothing before it that could predict it.
+    """
+    inside = np.sum([e.supervised[: group.shared] for e in group.examples], 0, dtype=np.int32)
+    targets = [(0, int(t), int(inside[t])) for t in np.flatnonzero(inside) if t]
+    for j, e in enumerate(group.examples):
+        targets += [(j, group.shared + int(t), 1) for t in np.flatnonzero(e.supervised[group.shared :])]
+    return targets
+
+
+def _loss_lists(losses: list, size: int, rows: Sequence[Sequence[Group]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if len(losses) > size:
+        keys = [g.examples[0].key for row in rows for g in row]
+        raise ValueError(
+            f"{len(losses)} supervised tokens for lists of {size}, in the batch that starts with {keys[0]}"
+        )
+    table = np.zeros((size, 3), np.int64)
+    table[: len(losses)] = np.asarray(losses, np.int64).reshape(-1, 3)
+    return table[:, 0].astype(np.int32), table[:, 1].astype(np.int32), table[:, 2].astype(np.float32)
+
+
+def _pack_clips(
+    rows: Sequence[Sequence[Group]], sizes: RowSizes, geometry: VisionGeometry, patch_dim: int | None
+) -> tuple[VisionInputs | None, np.ndarray]:
+    """Vision inputs of all clips in row order, and the feature row of each of their tokens."""
+    examples = [g.examples[0] for row in rows for g in row]
+    grids = [grid for e in examples for grid in e.grids]
+    if not sizes.frames:
+        if grids:
+            key = next(e.key for e in examples if len(e.grids))
+            raise ValueError(f"{key} has images or videos and the sizes leave no frames for them")
+        return None, np.zeros(0, np.int32)
+    buckets = dict(frames=sizes.frames, frame_patches=sizes.frame_patches)
+    if not grids:
+        return _no_clips(examples, geometry, patch_dim, buckets), np.zeros(0, np.int32)
+    try:
+        return pack_vision(np.concatenate([e.patches for e in examples if len(e.grids)]), grids, geometry, **buckets)
+    except ValueError as error:
+        raise ValueError(f"the batch that starts with {examples[0].key}: {error}") from error
+
+
+def _no_clips(examples: Sequence[Example], geometry: VisionGeometry, patch_dim: int | None, buckets) -> VisionInputs:
+    """Padding alone, so that rows without media fit the compiled step of the others."""
+    if examples:
+        patch_dim = examples[0].patches.shape[1]
+    if patch_dim is None:
+        raise ValueError("all rows are empty but the sizes have frames: give patch_dim")
+    m = geometry.merge_size
+    block = np.zeros((m * m, patch_dim), np.float32)
+    vision, _ = pack_vision(block, [Grid("image", 1, m, m)], geometry, **buckets)
+    return VisionInputs(*(None if x is None else np.zeros_like(x) for x in vision))

@@ -1,0 +1,56 @@
+"""What the loader's tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.loader import Loader, LoaderOptions
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.sources import Mixture
+from tests.data.fakes import BUCKETS, FACTS, FakeEncoder, write_records
+
+
+@pytest.fixture
+def make_loader(tmp_path):
+    def make(
+        *files,
+        position=0,
+        seed=0,
+        rate=0.5,
+        rejected=0,
+        fresh=False,
+        encoder=None,
+        rates=None,
+        host=0,
+        hosts=1,
+        **options,
+    ):
+        sources = [
+            RecordFile(write_records(tmp_path / f"r{n or ''}.json", entries), tmp_path)
+            for n, entries in enumerate(files)
+        ]
+        options = LoaderOptions(**({"batch_size": 3, "prefix_buckets": (8, 16)} | options))
+        quarantine = Quarantine(
+            tmp_path / "quarantine.jsonl",
+            rate,
+            rejected=rejected,
+            fresh=fresh,
+            host=host,
+            per_group=options.questions_per_video,
+        )
+        return Loader(
+            Mixture(sources, rates or [1.0] * len(sources)),
+            GroupEncoder(sources, encoder or FakeEncoder()),
+            options,
+            BUCKETS,
+            FACTS,
+            quarantine,
+            seed=seed,
+            position=position,
+            host=host,
+            hosts=hosts,
+        )
+
+    return make

@@ -1,0 +1,62 @@
+"""The quarantine file and its ceiling."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
+from mllm4d_jax.processing.errors import RecordError
+
+
+def test_a_half_written_line_is_dropped(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"source": 0, "index": 3, "key": "k", "reason": "r", "message": "m"}\n{"source": 0, "index": 4, "k'
+    )
+    quarantine = Quarantine(path, 0.5)
+    assert quarantine.knows(0, 3) and not quarantine.knows(0, 4) and not quarantine.knows(1, 3)
+    for _ in range(2):
+        quarantine.add(0, 4, RecordError("m", "r", "k4"))
+    quarantine.add(1, 4, RecordError("m", "r", "other#4"))
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(e["source"], e["index"]) for e in entries] == [(0, 3), (0, 4), (1, 4)]
+    assert entries[-1] == {"source": 1, "index": 4, "key": "other#4", "reason": "r", "message": "m"}
+
+
+def test_hosts_write_their_own_file_and_know_what_all_found(tmp_path):
+    for host in (0, 1):
+        Quarantine(tmp_path / "q.jsonl", 0.5, host=host).add(0, host, RecordError("m", "r", "k"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q-1.jsonl", "q.jsonl"]
+    for host in (0, 1, 2):
+        quarantine = Quarantine(tmp_path / "q.jsonl", 0.5, host=host)
+        assert quarantine.knows(0, 0) and quarantine.knows(0, 1)
+    Quarantine(tmp_path / "q.jsonl", 0.5, host=1, fresh=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.jsonl"]
+
+
+@pytest.mark.parametrize("cluster", [1, 20])
+def test_the_ceiling_bears_with_chance_but_not_with_more(cluster):
+    """Shares of half the limit pass, three times the limit is stopped; whole clips go bad at once."""
+
+    def run(share, steps=4_000):
+        rng = np.random.default_rng(0)
+        quarantine = Quarantine("/nonexistent/q", 0.01, per_group=cluster)
+        for group in range(1, steps + 1):
+            if rng.uniform() < share:
+                for _ in range(cluster):
+                    quarantine.count(group * cluster)
+
+    run(0.005)
+    with pytest.raises(QuarantineError):
+        run(0.03)
+
+
+def test_no_verdict_before_twenty_groups():
+    early = Quarantine("/nonexistent/q", 0.0, per_group=3)
+    for seen in range(1, 60):
+        early.count(seen)
+    with pytest.raises(QuarantineError, match="60 of the first 60"):
+        early.count(60)
