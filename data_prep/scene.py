@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,6 +212,19 @@ class Scene:
                 raise SceneError(
                     f"object {o.object_id!r} has masks of {list(o.masks.shape[1:])}, images are {self.image_size}"
                 )
+
+
+def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:
+    """f64[3, 3] of a (height, width) image with square pixels and central principal point; `fov` degrees across.
+
+    Raises:
+      SceneError: the field of view is not within (0, 180).
+    """
+    if not 0 < fov < 180:
+        raise SceneError(f"a field of view of {fov} degrees; it must be within (0, 180)")
+    height, width = image_size
+    focal = width / 2 / math.tan(math.radians(fov) / 2)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
 def invert_poses(poses: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from data_prep.errors import SceneError
 from data_prep.npz import read_npz
-from data_prep.scene import Scene, SceneObject, nearest_rigid
+from data_prep.scene import Scene, SceneObject, intrinsics_of, nearest_rigid
 from mllm4d_jax.processing.errors import MediaError
 from mllm4d_jax.processing.video import probe, read_image
 
@@ -122,19 +121,6 @@ def read_stereo4d(path: str | Path) -> Stereo4DClip:
     )
 
 
-def intrinsics_of(image_size: tuple[int, int], fov: float = FOV) -> np.ndarray:
-    """f64[3, 3] of a (height, width) image with square pixels and central principal point; `fov` degrees across.
-
-    Raises:
-      SceneError: the field of view is not within (0, 180).
-    """
-    if not 0 < fov < 180:
-        raise SceneError(f"a field of view of {fov} degrees; it must be within (0, 180)")
-    height, width = image_size
-    focal = width / 2 / math.tan(math.radians(fov) / 2)
-    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-
-
 def frames_size(path: str | Path, frames: int) -> tuple[int, int]:
     """(height, width) of the rectified frames, a video or a folder of images; checks that there are `frames` of them.
 
@@ -216,16 +202,18 @@ def _text(path: str, key: str, array: np.ndarray) -> str:
 
 def _scatter(path: str, frames: int, lengths: np.ndarray, indices: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
     """Ragged tracks to f64[N, frames, 3] with NaN where a track has no point."""
-    lengths = _numbers(path, "track_lengths", lengths, (None,), "iu").astype(np.int64)
+    lengths = _numbers(path, "track_lengths", lengths, (None,), "iu")
     total = len(indices) if indices.ndim == 1 else -1
-    indices = _numbers(path, "track_indices", indices, (None,), "iu").astype(np.int64)
+    indices = _numbers(path, "track_indices", indices, (None,), "iu")
     if (lengths < 0).any() or (lengths > frames).any():
         raise SceneError(f"{path}: track_lengths must be within [0, {frames}], the number of frames")
+    lengths = lengths.astype(np.int64)
     if int(lengths.sum()) != total:
         raise SceneError(f"{path}: track_lengths add up to {int(lengths.sum())}, track_indices has {total} entries")
     coordinates = _numbers(path, "track_coordinates", coordinates, (total, 3))
     if ((indices < 0) | (indices >= frames)).any():
         raise SceneError(f"{path}: track_indices must be within [0, {frames - 1}], the frame numbers")
+    indices = indices.astype(np.int64)
     need = len(lengths) * frames * 3 * 8
     if need > MAX_TRACK_BYTES:
         raise SceneError(

@@ -20,8 +20,8 @@ from data_prep.scene import Scene, SceneError, load_scene, save_scene
 from data_prep.sources.base import CAPTIONS, MASKS, Clip, dropped_objects, find
 from data_prep.sources.clip_card import ClipCard, read_card
 from data_prep.sources.frames import read_all_frames, write_video
-from data_prep.stereo.quality import QualityLimits
 from data_prep.stereo import ObjectMasks, Reconstruction, StereoError, reconstruct_clip, split_side_by_side
+from data_prep.stereo.quality import QualityLimits
 from mllm4d_jax.processing.decode_pool import DecodePool
 
 PAIR = "pair"

@@ -10,7 +10,7 @@ Measured on synthetic clips by `benchmarks/stereo_accuracy.py`.
 """
 
 from data_prep.stereo.disparity import StereoError, depth_from_disparity, estimate_disparity, split_side_by_side
-from data_prep.stereo.stage import ObjectMasks, Reconstruction, intrinsics_from_fov, reconstruct, reconstruct_clip
+from data_prep.stereo.stage import ObjectMasks, Reconstruction, reconstruct, reconstruct_clip
 from data_prep.stereo.trajectory import estimate_trajectory
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "depth_from_disparity",
     "estimate_disparity",
     "estimate_trajectory",
-    "intrinsics_from_fov",
     "reconstruct",
     "reconstruct_clip",
     "split_side_by_side",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scene import Scene, SceneObject
+from data_prep.scene import Scene, SceneObject, intrinsics_of
 from data_prep.stereo.disparity import (
     StereoError,
     depth_from_disparity,
@@ -55,18 +55,6 @@ class Reconstruction:
     trajectory: Trajectory
     tracks: PointTracks
     quality: Quality
-
-
-def intrinsics_from_fov(fov_degrees: float, height: int, width: int) -> np.ndarray:
-    """f64[3,3] pixels of a camera with that horizontal field of view, square pixels and a central principal point.
-
-    Raises:
-      StereoError: the angle is not inside (0, 180).
-    """
-    if not 0 < fov_degrees < 180:
-        raise StereoError(f"fov_degrees must lie between 0 and 180, got {fov_degrees}")
-    focal = 0.5 * width / math.tan(math.radians(fov_degrees) / 2)
-    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
 
 
 def reconstruct(left: np.ndarray, right: np.ndarray, **arguments: Any) -> Scene:
@@ -148,7 +136,7 @@ def _camera(intrinsics: np.ndarray | None, fov_degrees: float | None, height: in
     if (intrinsics is None) == (fov_degrees is None):
         raise StereoError("give either intrinsics or fov_degrees")
     if intrinsics is None:
-        intrinsics = intrinsics_from_fov(fov_degrees, height, width)
+        intrinsics = intrinsics_of((height, width), fov_degrees)
     intrinsics = np.asarray(intrinsics, np.float64)
     if intrinsics.shape != (3, 3):
         raise StereoError(f"intrinsics must be [3,3], one camera for the clip, got {list(intrinsics.shape)}")

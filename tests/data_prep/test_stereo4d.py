@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data_prep.errors import SceneError
 from data_prep.objects import objects_from_tracks, read_captions, read_masks
-from data_prep.scene import load_scene
-from data_prep.stereo4d import frames_size, intrinsics_of, read_stereo4d
+from data_prep.scene import intrinsics_of, load_scene
+from data_prep.stereo4d import frames_size, read_stereo4d
 from data_prep.synthetic.clip import SyntheticClip, make_clip, stereo4d_arrays, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.processing.sampling import SampleRule
@@ -93,7 +93,9 @@ def test_frames_may_be_a_folder(tmp_path, clip):
 
 
 def test_intrinsics_of_the_released_frames():
-    np.testing.assert_allclose(intrinsics_of((512, 512)), [[443.405, 0, 256], [0, 443.405, 256], [0, 0, 1]], atol=1e-3)
+    np.testing.assert_allclose(
+        intrinsics_of((512, 512), 60.0), [[443.405, 0, 256], [0, 443.405, 256], [0, 0, 1]], atol=1e-3
+    )
 
 
 def test_ragged_tracks_by_hand(tmp_path, clip):

@@ -185,9 +185,3 @@ def test_quality_limits_name_every_broken_figure():
     assert "static_drift could not be measured" in broken and broken.count("/") == 2
     assert bad.as_dict()["static_drift"] is None
     assert check_quality(bad.as_dict(), QualityLimits(None, None, None, None, None, None, None)) == ()
-
-
-def test_intrinsics_of_stereo4d():
-    np.testing.assert_allclose(stereo.intrinsics_from_fov(60, 512, 512)[0], [443.405, 0, 256], atol=1e-3)
-    with pytest.raises(StereoError, match="fov_degrees"):
-        stereo.intrinsics_from_fov(180, 10, 10)
