@@ -214,9 +214,10 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
         load: LoadFn,
         data_dir: str | Path,
         fingerprint: str = "",
+        questions: Mapping[str, int] | None = None,
     ) -> None:
-        """`shards`: split -> clip ids of each shard. `load`, `data_dir`, `fingerprint`: see `build_dataset`."""
-        self._fingerprint = fingerprint
+        """`shards`: split -> clip ids of each shard. The others: see `build_dataset`."""
+        self._fingerprint, self._questions = fingerprint, None if questions is None else dict(questions)
         self._shards, self._load = {split: list(shards[split]) for split in sorted(shards)}, load
         super().__init__(file_format="array_record", data_dir=str(data_dir))
 
@@ -262,7 +263,7 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
 
     def source_note(self) -> bytes:
         """What the data set is made from, as the file that stands beside its shards says it."""
-        return canonical_json({"fingerprint": self._fingerprint, "shards": self._shards})
+        return canonical_json({"fingerprint": self._fingerprint, "shards": self._shards, "questions": self._questions})
 
 
 def build_dataset(
@@ -272,6 +273,7 @@ def build_dataset(
     *,
     clips_per_shard: int = CLIPS_PER_SHARD,
     fingerprint: str = "",
+    questions: Mapping[str, int] | None = None,
     runner: str | None = None,
     runner_options: Sequence[str] = (),
 ) -> ClipDataset:
@@ -285,6 +287,7 @@ def build_dataset(
       load: clip id -> ClipExample; picklable when a runner is named.
       fingerprint: of everything that `load` depends on (the sha256 of the manifest, say), to tell a data set made from
         something else apart.
+      questions: clip id -> how many questions it has, if known; readers then need not open every clip to count them.
       runner: None writes all shards in this process; otherwise the name of a Beam runner ("FnApiRunner" runs on this
         machine, "FlinkRunner", "SparkRunner", "DataflowRunner" elsewhere), one task per shard. Remote workers must
         see `folder`, the parts and the videos under the same paths.
@@ -301,7 +304,7 @@ def build_dataset(
     if not shards:
         raise ExportError("no clip has a question: there is nothing to write")
     options = _beam_config(runner, runner_options)
-    builder = ClipDataset(shards=shards, load=load, data_dir=folder, fingerprint=fingerprint)
+    builder = ClipDataset(shards=shards, load=load, data_dir=folder, fingerprint=fingerprint, questions=questions)
     source = Path(builder.data_dir) / SOURCE_NOTE
     if source.exists() and source.read_bytes() != builder.source_note():
         raise ExportError(f"{source.parent} was made from other clips: delete it, or build into another folder")

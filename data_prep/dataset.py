@@ -50,13 +50,14 @@ def write_dataset(
         ResizeRule("per_frame", options.factor, 2, 784, options.max_pixels) if options.max_pixels else None,
         options.jpeg_quality,
     )
-    clips = sorted(json.loads((root / chosen).read_bytes()))
+    wanted = {clip_id: len(ids) for clip_id, ids in json.loads((root / chosen).read_bytes()).items()}
     fingerprint = hashlib.sha256((root / MANIFEST).read_bytes()).hexdigest()
     built = build_dataset(
         root / FOLDER,
-        clips_by_split(store, clips),
+        clips_by_split(store, sorted(wanted)),
         ChosenLoader(loader, root / chosen),
         clips_per_shard=options.clips_per_shard,
+        questions=wanted,
         fingerprint=f"{fingerprint} {options.max_pixels} {options.factor} {options.jpeg_quality}",
         runner=options.runner or None,
         runner_options=tuple(options.runner_options),

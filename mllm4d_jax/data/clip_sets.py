@@ -36,16 +36,18 @@ class ClipSet:
     """
 
     def __init__(self, path: str | Path, split: str = DEFAULT_SPLIT, system_prompt: str = "") -> None:
-        """Opens the set and counts its questions, for which every clip is read once.
+        """Opens the set. If its `source.json` does not say how many questions each clip has, every clip is read once.
 
         Raises:
-          RecordFileError: no set of clips there, or no such split.
+          RecordFileError: no set of clips there, no such split, or a `source.json` that does not fit.
         """
         self.path, self.split, self.system_prompt = Path(path), split, system_prompt
         self._source = _open(self.path, split)
         self._last: tuple[int, Mapping[str, Any]] | None = None
-        log.info("counting the questions of %d clips in %s", len(self._source), self.name)
-        counts = [len(self._source[n]["questions"]["row"]) for n in range(len(self._source))]
+        counts = _noted_counts(self.path, split, len(self._source))
+        if counts is None:
+            log.info("counting the questions of %d clips in %s", len(self._source), self.name)
+            counts = [len(self._source[n]["questions"]["row"]) for n in range(len(self._source))]
         self.clips = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.digest = _digest(self.path)
@@ -76,7 +78,10 @@ class ClipSet:
             self._last = (n, self._source[n])
         clip = self._last[1]
         try:
-            row = json.loads(clip["questions"]["row"][i - int(self._first[n])])
+            rows = clip["questions"]["row"]
+            if len(rows) != self._first[n + 1] - self._first[n]:
+                raise RecordError(f"its clip has {len(rows)} questions, source.json says otherwise: delete that file")
+            row = json.loads(rows[i - int(self._first[n])])
             frames = self._frames(n, clip)
         except RecordError as error:
             raise error.with_key(key) from error
@@ -111,6 +116,23 @@ def _open(path: Path, split: str) -> Any:
             f"{path} is no set of clips with questions: it lacks {sorted(wanted - set(builder.info.features))}"
         )
     return builder.as_data_source(split)
+
+
+def _noted_counts(path: Path, split: str, clips: int) -> list[int] | None:
+    """Questions per clip in the order of the split's records, as the set's builder noted them; None if it did not."""
+    note = path / "source.json"
+    if not note.is_file():
+        return None
+    try:
+        content = json.loads(note.read_bytes())
+        if content.get("questions") is None:
+            return None
+        counts = [int(content["questions"][clip]) for shard in content["shards"][split] for clip in shard]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordFileError(f"{note} is damaged ({error!r}): delete it, and all clips are counted instead") from error
+    if len(counts) != clips:
+        raise RecordFileError(f"{note} speaks of {len(counts)} clips, the split '{split}' has {clips}: delete it")
+    return counts
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -112,6 +113,31 @@ def test_the_digest_follows_the_set(folder, tmp_path):
         build_dataset(tmp_path / name, {"train": questions}, make_clip)
         copies.append(ClipSet(tmp_path / name / "mllm4d" / "1.0.0").digest)
     assert copies[0] == copies[1] != copies[2]
+
+
+def test_questions_that_the_builder_counted_are_not_counted_again(folder, tmp_path, monkeypatch):
+    clips = [f"c{n}" for n in range(7)]
+    build_dataset(tmp_path, {"train": clips}, make_clip, clips_per_shard=3, questions={c: int(c[1:]) for c in clips})
+    noted = tmp_path / "mllm4d" / "1.0.0"
+    with monkeypatch.context() as patch:
+        patch.setattr("logging.Logger.info", lambda *_: pytest.fail("it counts"))
+        found = ClipSet(noted)
+    np.testing.assert_array_equal(found.clips, ClipSet(folder).clips)
+    note = json.loads((noted / "source.json").read_text())
+    note["questions"]["c3"] = 2
+    (noted / "source.json").write_text(json.dumps(note))
+    wrong = ClipSet(noted)
+    problems = []
+    for i in range(len(wrong)):
+        try:
+            wrong[i]
+        except RecordError as error:
+            problems.append(str(error))
+    assert sum("source.json says otherwise" in problem for problem in problems) == 2  # both that are left of clip c3
+    del note["shards"]
+    (noted / "source.json").write_text(json.dumps(note))
+    with pytest.raises(RecordFileError, match="damaged"):
+        ClipSet(noted)
 
 
 def test_what_is_no_set_is_refused(folder, tmp_path):
