@@ -27,10 +27,16 @@ from configs import common, schema
 from configs.schema import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent
+PLAN = {"sft": "mllm4d_jax.train.plan"}  # task -> the module whose run(config, workdir, targets) plans it
 FLAG_HELP = (
     ("--config=FILE[:VARIANT]", "the run: one of the files below, or your own file with a get_config(variant)"),
     ("--workdir=DIR", "where results go (default: runs/<config>[-<variant>])"),
     ("--config.KEY=VALUE", "change one key of the config"),
+    (
+        "--plan=CHIP:SHAPE[,...]",
+        "do not train: compile the training step for TPU topologies such as v5e:4x4 and say whether it fits and how "
+        "long it takes; --plan=memory reckons the memory on GPUs",
+    ),
     ("--help", "this text; together with --config=FILE the keys of that config"),
 )
 
@@ -38,7 +44,7 @@ FLAG_HELP = (
 def main(argv: Sequence[str]) -> int:
     """Runs one command line (`argv[0]` is the program) and returns its exit code."""
     try:
-        spec, workdir, wants_help, rest = split_flags(argv)
+        spec, workdir, plan, wants_help, rest = split_flags(argv)
         if not spec:
             refuse_leftovers(rest, ())
             print(overview())
@@ -51,11 +57,15 @@ def main(argv: Sequence[str]) -> int:
             return 0
         folder = pathlib.Path(workdir or config.workdir or default_workdir(path, variant))
         config.workdir = str(folder)
+        if plan is not None:
+            prepare_plan(config.task)
     except ConfigError as problem:
         return report(problem, 2)
     try:
-        join_processes(config.distributed)
         flags.FLAGS.mark_as_parsed()  # libraries that ask absl for a flag get its default
+        if plan is not None:
+            return int(importlib.import_module(PLAN[config.task]).run(config, str(folder), plan) or 0)
+        join_processes(config.distributed)
         task = importlib.import_module(common.TASKS[config.task][1])
         return int(task.run(config, str(folder)) or 0)
     except ValueError as problem:
@@ -64,17 +74,18 @@ def main(argv: Sequence[str]) -> int:
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
 
 
-def split_flags(argv: Sequence[str]) -> tuple[str, str, bool, list[str]]:
-    """(--config, --workdir, --help given, every argument that is none of these), in any order on the command line."""
+def split_flags(argv: Sequence[str]) -> tuple[str, str, str | None, bool, list[str]]:
+    """(--config, --workdir, --plan or None, --help given, all other arguments), in any order on the command line."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", "", "", flag_values=values)
     flags.DEFINE_string("workdir", "", "", flag_values=values)
+    flags.DEFINE_string("plan", None, "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
     try:
         rest = values(list(argv), known_only=True)[1:]
     except flags.Error as problem:
         raise ConfigError(str(problem)) from None
-    return values.config, values.workdir, values.help, rest
+    return values.config, values.workdir, values.plan, values.help, rest
 
 
 def refuse_leftovers(rest: Sequence[str], known: Sequence[str]) -> None:
@@ -97,7 +108,7 @@ def refuse_leftovers(rest: Sequence[str], known: Sequence[str]) -> None:
                 raise ConfigError(f"{schema.unknown_key(key, known)} (on the command line: '{arg}')")
             skip = not equals and known[key].default is not True and known[key].default is not False
         else:
-            near = schema.nearest(name, ["config", "workdir", "help", *(f"config.{key}" for key in known)])
+            near = schema.nearest(name, ["config", "workdir", "plan", "help", *(f"config.{key}" for key in known)])
             hint = f" - did you mean '--{near}'?" if near else ""
             raise ConfigError(f"unknown flag '{arg}'{hint} (see: python run.py --help)")
 
@@ -190,6 +201,17 @@ def value_problem(message: str, keys: Mapping[str, schema.Key]) -> str:
 def default_workdir(path: pathlib.Path, variant: str) -> str:
     """runs/<config>[-<variant>], relative to the current folder."""
     return os.path.join("runs", f"{path.stem}-{variant}" if variant else path.stem)
+
+
+def prepare_plan(task: str) -> None:
+    """Sets what a plan needs before JAX is imported: the TPU compiler, and no accelerator.
+
+    Raises:
+      ConfigError: there are no plans for this task.
+    """
+    if task not in PLAN:
+        raise ConfigError(f"--plan is for {', '.join(PLAN)}, not for '{task}'")
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
 
 def join_processes(mode: str) -> None:

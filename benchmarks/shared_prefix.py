@@ -80,6 +80,7 @@ def batches(count: int, prefix: int, branch: int) -> dict[str, RowBatch]:
     examples = questions(count, prefix, branch)
     rows = [[Group(tuple(examples), prefix)]]
     shared = collate_rows(rows, needed_sizes(rows, GEOMETRY), GEOMETRY, visual_token_ids=())
+    shared = RowBatch(shared.inputs, *(x[0] for x in shared[1:]))  # one row: its list is that of the batch
     targets = [(i, t) for i, e in enumerate(examples) for t in np.flatnonzero(e.supervised)]
     index = np.array([i * (prefix + branch) + t - 1 for i, t in targets], np.int32)
     inputs = collate(examples, GEOMETRY, visual_token_ids=())

@@ -10,7 +10,7 @@ import pytest
 from configs import common, schema
 from configs.schema import ConfigError, Key, complete
 
-FILES = ("sft", "infer", "verify")
+FILES = (("sft", "sft"), ("cold_start", "sft"), ("infer", "infer"), ("verify", "verify"))  # (file, task)
 
 
 @pytest.mark.parametrize("task", common.TASKS)
@@ -22,15 +22,32 @@ def test_defaults_are_legal_and_documented(task):
         assert key.help and not key.help.endswith(".")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_variant_is_a_full_locked_config(name):
+@pytest.mark.parametrize(("name", "task"), FILES)
+def test_every_variant_is_a_full_locked_config(name, task):
     module = importlib.import_module(f"configs.{name}")
     for variant in module.VARIANTS:
         config = module.get_config(variant)
-        assert config.is_locked and config.task == name
-        again = complete(config, common.task_keys(name))
+        assert config.is_locked and config.task == task
+        again = complete(config, common.task_keys(task))
         assert again.to_dict() == config.to_dict()
-    assert module.get_config().to_dict() == getattr(common, name)().to_dict()
+    if name == task:
+        assert module.get_config().to_dict() == getattr(common, task)().to_dict()
+
+
+def test_variants_of_fine_tuning_change_what_they_say():
+    default, get = schema.flatten(common.sft()), importlib.import_module("configs.sft").get_config
+    default = dict(default)
+
+    def changes(config):
+        return {name: value for name, value in schema.flatten(config) if value != default[name]}
+
+    assert changes(get("qwen3_vl_2b")) == {"model.published": "2b"}
+    assert changes(get("qwen3_vl_30b_a3b")) == {"model.published": "30b_a3b", "mesh.fsdp": 8}
+    release = {"lora.dropout": 0.05, "video.num_frames": 8, "train.batch_size": 64, "train.steps": 31250}
+    assert changes(get("release")) == release
+    cold = changes(importlib.import_module("configs.cold_start").get_config())
+    assert (cold["prompt.system"], cold["optim.warmup_ratio"], cold["model.adapter"]) == ("st_cot", 0.03, "runs/sft")
+    assert (cold["train.batch_size"], cold["train.steps"]) == (32, 219)  # 7,000 records once
 
 
 def test_the_default_is_the_papers_run():

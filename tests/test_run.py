@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -81,6 +82,8 @@ def test_help_is_quick_because_jax_is_not_imported():
         (["--config=sft"], "did you mean 'configs/sft.py'?"),
         (["configs/sft.py:tiny"], "did you mean --config=configs/sft.py:tiny?"),
         (["--confg=configs/sft.py"], "unknown flag '--confg=configs/sft.py' - did you mean '--config'?"),
+        ([SFT, "--plam=v5e:4x4"], "did you mean '--plan'?"),
+        (["--config=configs/infer.py", "--plan=v5e:4x4"], "--plan is for sft, not for 'infer'"),
         ([SFT, "--workdi=x"], "did you mean '--workdir'?"),
         ([SFT, "--config.optim.lrr=1"], "unknown key 'optim.lrr' - did you mean 'optim.lr'?"),
         ([SFT, "--config.steps=1"], "unknown key 'steps' - did you mean 'train.steps'?"),
@@ -146,6 +149,18 @@ def test_overrides_reach_the_task_in_any_order(task, tmp_path):
     assert config.lora.targets == ("q_proj", "v_proj") and config.prompt.system == "-- two words"
     assert config.data.sample == "tiny" and config.is_locked
     assert not list(tmp_path.iterdir())  # what a run leaves is the task's affair
+
+
+def test_a_plan_goes_to_the_planner_and_looks_for_no_accelerator(task, monkeypatch, tmp_path):
+    planner = types.ModuleType("mllm4d_jax.train.plan")
+    calls = []
+    planner.run = lambda *args: calls.append((*args, os.environ["JAX_PLATFORMS"], os.environ["TPU_SKIP_MDS_QUERY"]))
+    monkeypatch.setitem(sys.modules, planner.__name__, planner)
+    monkeypatch.setattr(os, "environ", {**os.environ, "JAX_PLATFORMS": "tpu"})
+    assert run.main(["run.py", SFT, "--plan=v5e:4x4,memory", "--config.distributed=auto"]) == 0
+    ((config, workdir, targets, *environment),) = calls
+    assert (targets, workdir, config.task) == ("v5e:4x4,memory", "runs/sft", "sft") and environment == ["cpu", "1"]
+    assert not task.calls and not list(tmp_path.iterdir())
 
 
 def test_own_file_and_workdir_flag(task, tmp_path):

@@ -39,9 +39,8 @@ class RowBuckets:
         multiples.
       merge_area: patches per merged token.
       full_slots: branch slots of a full row.
-      full_frames: frames of the vision tower in a full step.
+      full_frames: frames of the vision tower for a full row.
       full_frame_patches: patches of the largest frame, 0 when there is no limit.
-      shards: the number of frames is a multiple of this, so that they can be split over devices.
     """
 
     prefix: tuple[int, ...]
@@ -50,7 +49,6 @@ class RowBuckets:
     full_slots: int = 1
     full_frames: int = 0
     full_frame_patches: int = 0
-    shards: int = 1
 
     def __post_init__(self) -> None:
         for name, sizes in (("prefix", self.prefix), ("branch", self.length)):
@@ -61,7 +59,7 @@ class RowBuckets:
         """What `needed` is padded to."""
         frames = frame_patches = 0
         if needed.frames:
-            frames = -(-_snap(needed.frames, 1, self.full_frames) // self.shards) * self.shards
+            frames = _snap(needed.frames, 1, self.full_frames)
             area = self.merge_area
             frame_patches = area * _snap(-(-needed.frame_patches // area), 2, self.full_frame_patches // area)
         return RowSizes(

@@ -79,14 +79,13 @@ class LoaderOptions:
             raise LoaderError(f"{self.groups} groups in {rows} rows cannot be split evenly over {hosts} hosts")
         return self.groups // hosts, rows // hosts
 
-    def buckets(self, hosts: int, *, merge_area: int, frames: int, frame_patches: int, shards: int) -> RowBuckets:
+    def buckets(self, hosts: int, *, merge_area: int, frames: int, frame_patches: int) -> RowBuckets:
         """The shapes of a host's rows.
 
         Args:
           merge_area: patches per merged token.
           frames: most vision frames (temporal patches) of a clip, 0 when there is no limit.
           frame_patches: most patches of a frame, 0 likewise.
-          shards: devices of a host that its frames are split over.
         """
         groups, rows = self.local(hosts)
         return RowBuckets(
@@ -94,9 +93,8 @@ class LoaderOptions:
             length=self.branch_buckets,
             merge_area=merge_area,
             full_slots=-(-groups // rows) * self.questions_per_video,
-            full_frames=groups * frames,
+            full_frames=-(-groups // rows) * frames,
             full_frame_patches=frame_patches,
-            shards=shards,
         )
 
 
@@ -171,7 +169,6 @@ class Loader:
             rows=rows,
             needed=needed_sizes(rows, self._model.geometry),
             model=self._model,
-            host=self._host,
             position=self.position,
             rejected=self.quarantine.rejected,
             load_s=time.perf_counter() - started,

@@ -8,11 +8,11 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
+from flax import nnx
 
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
@@ -21,7 +21,8 @@ from mllm4d_jax.processing.config import ProcessorConfig
 from mllm4d_jax.processing.encode import Encoder, Example, Record, VideoOptions
 from mllm4d_jax.processing.prompts import resolve_system_prompt
 from mllm4d_jax.processing.tokenizer import Tokenizer
-from mllm4d_jax.rl.sampler import SamplingOptions, row_lengths, stream
+from mllm4d_jax.rl.sampler import Sampler
+from mllm4d_jax.rl.sampling import SamplingOptions, banned_token_ids
 
 _CHUNK = 16  # tokens between two looks at the answer
 _LENGTH_MULTIPLE = 128  # prompts are padded to this, so that similar prompts share one compiled program
@@ -89,32 +90,35 @@ def ask(
       options: its end tokens decide when the answer is complete.
     """
     inputs = prompt_inputs(model, example)
-    started = time.monotonic()
-    marks: list[tuple[int, float]] = []
-    for state in stream(model, inputs, max_new_tokens=max_new_tokens, options=options, seed=seed, chunk=_CHUNK):
-        jax.block_until_ready(state.logits)
-        marks.append((int(state.step), time.monotonic()))
-        tokens = np.asarray(state.tokens)[:, : marks[-1][0]]
-    length = int(row_lengths(tokens, options.eos_ids)[0])
-    ids = tokens[0, :length].tolist()
-    finished = bool(ids) and ids[-1] in options.eos_ids
+    graphdef, state = nnx.split(model)
+    out = Sampler(graphdef, model.mesh, chunk=_CHUNK).generate(
+        (state,),
+        inputs,
+        prompt_ids=[0],
+        branches=1,
+        max_new_tokens=max_new_tokens,
+        options=options,
+        seed=seed,
+        detokenize=tokenizer.decode,
+    )
+    chunks = out.statistics.chunks
     return Answer(
-        text=tokenizer.decode(ids[:-1] if finished else ids),
-        tokens=length,
-        finished=finished,
+        text=out.texts(tokenizer.decode)[0][0],
+        tokens=int(out.lengths[0, 0]),
+        finished=out.finish_reason[0][0] == "stop",
         prompt_tokens=len(example.tokens),
         visual_tokens=int((inputs.vision_index >= 0).sum()),
-        prefill_seconds=marks[0][1] - started,
-        decode_seconds=marks[-1][1] - marks[0][1],
-        tokens_per_second=_rate(marks),
+        prefill_seconds=out.statistics.prefill_seconds,
+        decode_seconds=sum(seconds for _, seconds in chunks),
+        tokens_per_second=_rate(chunks),
     )
 
 
-def _rate(marks: list[tuple[int, float]]) -> float:
-    """Tokens per second between the end of the first chunk and the last mark; see `Answer`."""
-    first = 1 if len(marks) > 2 else 0
-    tokens, seconds = marks[-1][0] - marks[first][0], marks[-1][1] - marks[first][1]
-    return tokens / seconds if seconds > 0 else 0.0
+def _rate(chunks: Sequence[tuple[int, float]]) -> float:
+    """Decode steps per second, those of the first of several chunks left out; see `Answer`."""
+    counted = chunks[1:] or chunks
+    seconds = sum(seconds for _, seconds in counted)
+    return sum(steps for steps, _ in counted) / seconds if seconds > 0 else 0.0
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -141,7 +145,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         top_k=config.top_k,
         top_p=config.top_p,
         eos_ids=tokenizer.eos_ids,
-        forbidden_ids=tokenizer.vision_ids,
+        banned_ids=banned_token_ids(tokenizer, model.config.text.vocab_size),
     )
     answer = ask(model, tokenizer, example, max_new_tokens=config.max_new_tokens, options=sampling, seed=config.seed)
     print(answer.text, flush=True)

@@ -143,7 +143,7 @@ def attention(
 
 
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Reference formula, also the decode path: heads come before positions in k and v, as in the KV cache.
+    """Reference formula; heads come before positions in k and v.
 
     Args:
       q: [B, S, N, d]; k, v: [B, K, T, d]; mask: bool[B, S, T], True where visible.

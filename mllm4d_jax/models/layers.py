@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 Axes = tuple[str | None, ...]
+REMAT = ("none", "full", "dots")
+ATTENTION = "attention"  # name under which a layer offers the result of its attention to a remat policy
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype, axes: Axes, init: str | float = 0.02) -> nnx.Param:
@@ -25,6 +27,16 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype, axes: Axes, init: s
     else:
         value = (jax.random.normal(rngs.params(), shape, jnp.float32) * init).astype(dtype)
     return nnx.Param(value, logical_axes=axes)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """x with each entry zero with probability `rate` and divided by `1 - rate` otherwise."""
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def fold(key: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
+    """The key of a numbered part; no key has no parts."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 class Linear(nnx.Module):
@@ -40,13 +52,16 @@ class Linear(nnx.Module):
         self.lora_a = nnx.data(None)
         self.lora_b = nnx.data(None)
         self.lora_scale = 0.0
+        self.lora_dropout = 0.0
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [..., in] -> [..., out]; a random key drops some of the adapter's inputs, None (not in training) none."""
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
-            low = (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            seen = x if key is None or not self.lora_dropout else dropout(x, self.lora_dropout, key)
+            low = (seen @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
             y = y + low * jnp.asarray(self.lora_scale, x.dtype)
         return y
 
@@ -88,8 +103,9 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(width, hidden, axes=("embed", "mlp"), **kw)
         self.down_proj = Linear(hidden, width, axes=("mlp", "embed"), **kw)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        gate, up = self.gate_proj(x, fold(key, 0)), self.up_proj(x, fold(key, 1))
+        return self.down_proj(jax.nn.silu(gate) * up, fold(key, 2))
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -114,7 +130,8 @@ def scan_layers(
     Args:
       blocks: a module made by `stack`.
       xs: per-layer inputs, a pytree with a leading layer dimension.
-      remat: "none", or "full" to keep only the carry of each layer for the backward pass.
+      remat: what is kept of each layer for the backward pass: "none" everything, "full" its carry alone, "dots" also
+        the results of its matrix products with weights and of its attention (named `ATTENTION` by the layer).
     """
     graphdef, state = nnx.split(blocks)
 
@@ -122,8 +139,15 @@ def scan_layers(
         layer_state, x = layer
         return step(nnx.merge(graphdef, layer_state), carry, x)
 
-    if remat == "full":
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat policy {remat!r} (known: {', '.join(REMAT)})")
+    if remat == "dots":
+        policies = jax.checkpoint_policies
+        # Products with a batch dimension are attention scores, which must not be kept: they are S x S.
+        named = policies.save_only_these_names(ATTENTION)
+        body = jax.checkpoint(
+            body, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+        )
+    elif remat == "full":
         body = jax.checkpoint(body)
-    elif remat != "none":
-        raise ValueError(f"unknown remat policy {remat!r} (known: none, full)")
     return jax.lax.scan(body, carry, (state, xs))

@@ -20,6 +20,7 @@ def attach_lora(
     rank: int,
     alpha: float,
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    dropout: float = 0.0,
     rngs: nnx.Rngs,
     mesh: Mesh | None = None,
 ) -> int:
@@ -30,16 +31,19 @@ def attach_lora(
 
     Args:
       targets: last name of the module path, e.g. "q_proj" or "down_proj".
+      dropout: probability with which an input of an adapter is dropped in training (the base layer sees them all).
       mesh: places the adapters by the same rules as the weights.
 
     Returns:
       The number of trainable parameters added.
 
     Raises:
-      ValueError: a target names no linear layer of the decoder, or rank is below 1.
+      ValueError: a target names no linear layer of the decoder, rank is below 1, or dropout is outside [0, 1).
     """
     if rank < 1:
         raise ValueError(f"LoRA rank must be at least 1, got {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"LoRA dropout must be at least 0 and below 1, got {dropout}")
     modules = [(path, m) for path, m in nnx.iter_modules(model.text) if isinstance(m, Linear)]
     known = {path[-1] for path, _ in modules}
     if set(targets) - known:
@@ -55,7 +59,7 @@ def attach_lora(
         b = jnp.zeros((*lead, rank, d_out), jnp.float32)
         module.lora_a = _adapter(a, (*axes[:-1], "rank"), mesh)
         module.lora_b = _adapter(b, (*axes[:-2], "rank", axes[-1]), mesh)
-        module.lora_scale = alpha / rank
+        module.lora_scale, module.lora_dropout = alpha / rank, dropout
         added += a.size + b.size
     return added
 

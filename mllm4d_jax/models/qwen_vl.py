@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.layers import Linear
-from mllm4d_jax.models.text import Decoder, DecoderOutput, KVCache
+from mllm4d_jax.models.text import Decoder, DecoderOutput
 from mllm4d_jax.models.vision import VisionFeatures, VisionTower
+from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows, partition_spec
 from mllm4d_jax.processing.batch import ModelInputs
 from mllm4d_jax.processing.grids import VisionGeometry, VisionInputs
 
@@ -35,7 +36,9 @@ class QwenVL(nnx.Module):
       config: from the checkpoint's config.json.
       dtype: parameter and activation dtype.
       attention: "auto" or a backend name, see `models.attention.resolve_backend`.
-      remat: rematerialisation of both stacks, "none" or "full".
+      remat: what the decoder keeps for the backward pass, see `models.layers.scan_layers`.
+      vision_remat: the same for the vision tower; without effect unless the tower is trained, because nothing of a
+        frozen tower is kept.
       mesh: the devices it will run on, whose platform decides "auto"; attention kernels are split over them. None for
         one device of this process.
     """
@@ -47,12 +50,14 @@ class QwenVL(nnx.Module):
         dtype=jnp.bfloat16,
         attention: str = "auto",
         remat: str = "none",
+        vision_remat: str = "full",
         mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.backend = choose_backend(attention, dtype, mesh)
-        self.remat = remat
+        self.dtype, self.mesh = jnp.dtype(dtype), mesh
+        self.remat, self.vision_remat = remat, vision_remat
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.text = Decoder(config.text, dtype=dtype, rngs=rngs)
         shape = (config.text.hidden_size, config.text.vocab_size)
@@ -61,44 +66,66 @@ class QwenVL(nnx.Module):
 
     def encode_vision(self, vision: VisionInputs) -> VisionFeatures:
         """Runs the vision tower once for all frames of a batch."""
-        return self.vision(vision, self.backend, remat=self.remat)
+        return self.vision(vision, self.backend, remat=self.vision_remat)
 
-    def embed(self, tokens: jax.Array, vision_index: jax.Array, features: VisionFeatures | None):
+    def embed(self, inputs: ModelInputs, features: VisionFeatures | None):
         """Token embeddings with visual rows in place.
-
-        Args:
-          tokens: i32[B, S]; vision_index: i32[B, S], -1 for text.
 
         Returns:
           (x [B, S, H], deepstack [K, B, S, H] or None): DeepStack features are scattered once, zero at text tokens.
         """
-        x = self.text.embed[...][tokens]
+        x = self._look_up(inputs.tokens)
         if features is None:
             return x, None
-        visual = (vision_index >= 0)[..., None]
-        rows = jnp.maximum(vision_index, 0)
-        x = jnp.where(visual, features.merged[rows].astype(x.dtype), x)
-        deepstack = jnp.where(visual, features.deepstack[:, rows].astype(x.dtype), 0)
+        visual = (inputs.vision_index >= 0)[..., None]
+        index = jnp.maximum(inputs.vision_index, 0)
+        if inputs.layout is None:
+            merged, deepstack = features.merged[index], features.deepstack[:, index]
+        else:
+            # Each row takes from its own features, so that rows on other devices are not needed.
+            rows, (count, width) = index.shape[0], features.merged.shape
+            take = jax.vmap(lambda own, places: own[places])
+            merged = constrain_rows(take(features.merged.reshape(rows, count // rows, width), index), self.mesh)
+            taps = features.deepstack.reshape(len(features.deepstack), rows, count // rows, width)
+            deepstack = constrain_rows(jax.vmap(take, (0, None))(taps, index), self.mesh, 1)
+        x = jnp.where(visual, merged.astype(x.dtype), x)
+        deepstack = jnp.where(visual, deepstack.astype(x.dtype), 0)
         return x, deepstack
+
+    def _look_up(self, tokens: jax.Array) -> jax.Array:
+        """Rows of the embedding table, [B, S] -> [B, S, H].
+
+        The table is split over its width by an axis that also splits the rows of the batch. Every device looks its
+        columns up for the rows of the whole group, which are then exchanged: far less than the table itself, which is
+        what XLA would gather.
+        """
+        table = self.text.embed[...]
+        if self.mesh is None or tokens.shape[0] % batch_shards(self.mesh):
+            return table[tokens]
+        group = tuple(axis for axis in BATCH_AXES if axis != RULES["embed"])
+        columns = partition_spec(("vocab", "embed"), table.shape, self.mesh)[1]
+        x = table[constrain(tokens, self.mesh, group)]
+        return constrain_rows(constrain(x, self.mesh, group, None, columns), self.mesh)
 
     def forward(
         self,
         inputs: ModelInputs,
         *,
         features: VisionFeatures | None = None,
-        cache: KVCache | None = None,
+        keep_cache: bool = False,
         collect: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> DecoderOutput:
-        """Full pass (training, or prefill when a cache is given).
+        """Full pass: training, or prefill when keys and values are kept.
 
         Args:
           inputs: see `ModelInputs`.
           features: precomputed vision features; None encodes `inputs.vision` here.
-          cache: an empty cache of at least S slots to fill.
+          keep_cache, collect, dropout_key: see `Decoder`.
         """
         if features is None and inputs.vision is not None:
             features = self.encode_vision(inputs.vision)
-        x, deepstack = self.embed(inputs.tokens, inputs.vision_index, features)
+        x, deepstack = self.embed(inputs, features)
         out = self.text(
             x,
             inputs.positions,
@@ -106,29 +133,23 @@ class QwenVL(nnx.Module):
             backend=self.backend,
             layout=inputs.layout,
             deepstack=deepstack,
-            cache=cache,
+            keep_cache=keep_cache,
             remat=self.remat,
             collect=collect,
+            dropout_key=dropout_key,
         )
         if collect:
             out.collected["inputs_embeds"] = x
         return out
 
-    def __call__(self, inputs: ModelInputs, features: VisionFeatures | None = None) -> jax.Array:
+    def __call__(
+        self,
+        inputs: ModelInputs,
+        features: VisionFeatures | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
         """Hidden states after the final norm: [B, S, H]."""
-        return self.forward(inputs, features=features).hidden
-
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: KVCache, slot) -> DecoderOutput:
-        """One step on a filled cache.
-
-        Args:
-          tokens: i32[B, S] new tokens (S is usually 1), written to slots `slot .. slot+S-1` of every row.
-          positions: i32[3, B, S].
-          slot: first cache slot to write, i32[].
-        """
-        x = self.text.embed[...][tokens]
-        live = jnp.ones(tokens.shape, jnp.int32)
-        return self.text(x, positions, live, backend=self.backend, cache=cache, slot=slot, prefill=False)
+        return self.forward(inputs, features=features, dropout_key=dropout_key).hidden
 
     def head_kernel(self) -> jax.Array:
         """The output projection [H, V]; the transposed embedding when tied."""

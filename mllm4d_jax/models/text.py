@@ -1,4 +1,7 @@
-"""Text decoder: one scanned stack of blocks for training, prefill and decoding, with DeepStack inside the scan."""
+"""Text decoder: one scanned stack of blocks for training and prefill, with DeepStack inside the scan.
+
+Decoding feeds the same blocks one token at a time, see `models/decoding.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,28 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import Backend, attention, masked_attention
+from mllm4d_jax.models.attention import Backend, as_backend, attention
 from mllm4d_jax.models.config import TextConfig
-from mllm4d_jax.models.layers import GatedMLP, Linear, RMSNorm, scan_layers, stack
+from mllm4d_jax.models.layers import ATTENTION, GatedMLP, Linear, RMSNorm, fold, scan_layers, stack
 from mllm4d_jax.models.moe import RouterStats, SparseMLP
 from mllm4d_jax.models.shared_prefix import row_attention
+from mllm4d_jax.parallel.rules import constrain_rows
 from mllm4d_jax.processing.batch import RowLayout
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers; heads come before positions so that one step writes one contiguous slot.
+    """Keys and values of all layers; heads come before positions, as the products of attention want them.
 
     Attributes:
-      k, v: [layers, B, K, T, head_dim] in the activation dtype; keys are stored rotated.
-      segment_ids: i32[B, T], 1 where a slot holds a real token.
+      k, v: [layers, B, K, S, head_dim] in the activation dtype; keys are stored rotated.
     """
 
     k: jax.Array
     v: jax.Array
-    segment_ids: jax.Array
 
 
 class DecoderOutput(NamedTuple):
@@ -36,7 +40,7 @@ class DecoderOutput(NamedTuple):
 
     Attributes:
       hidden: [B, S, H] after the final norm.
-      cache: the updated cache, None without one.
+      cache: keys and values of the S tokens, None unless asked for.
       router: RouterStats with a leading layer dimension, None for dense models.
       collected: dict of intermediate tensors, empty unless asked for.
     """
@@ -72,9 +76,12 @@ class SelfAttention(nnx.Module):
         self.k_norm = RMSNorm(d, config.rms_norm_eps, **kw) if config.qk_norm else None
         self.head_dim = d
 
-    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B,S,H] -> rotated q [B,S,N,d] and k [B,S,K,d], and v [B,S,K,d]."""
-        q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def project(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B,S,H] -> rotated q [B,S,N,d] and k [B,S,K,d], and v [B,S,K,d]; `key` as in `Linear`."""
+        layers = enumerate((self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x, fold(key, n)).reshape(*x.shape[:2], -1, self.head_dim) for n, p in layers)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
@@ -94,11 +101,11 @@ class DecoderBlock(nnx.Module):
             self.mlp = GatedMLP(h, config.intermediate_size, bias=False, **kw)
         self.sparse = sparse
 
-    def feed_forward(self, x: jax.Array, real: jax.Array):
+    def feed_forward(self, x: jax.Array, real: jax.Array, key: jax.Array | None = None):
         """Second half of the block; returns (x, router statistics or None, router tensors or None)."""
         y = self.post_norm(x)
         if not self.sparse:
-            return x + self.mlp(y), None, None
+            return x + self.mlp(y, key), None, None
         y, stats, routed = self.mlp(y, real)
         return x + y, stats, routed
 
@@ -119,13 +126,6 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache of `slots` positions."""
-        c = self.config
-        shape = (c.num_layers, batch, c.num_kv_heads, slots, c.head_dim)
-        dtype = self.embed.dtype
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), jnp.int32))
-
     def __call__(
         self,
         x: jax.Array,
@@ -135,11 +135,10 @@ class Decoder(nnx.Module):
         backend: str | Backend,
         layout: RowLayout | None = None,
         deepstack: jax.Array | None = None,
-        cache: KVCache | None = None,
-        slot: jax.Array | int = 0,
-        prefill: bool = True,
+        keep_cache: bool = False,
         remat: str = "none",
         collect: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> DecoderOutput:
         """Runs the blocks.
 
@@ -150,43 +149,35 @@ class Decoder(nnx.Module):
           backend: see `attention`.
           layout: of shared-prefix rows (without a cache); None for rows that are one causal sequence.
           deepstack: [K, B, S, H], row j added to the hidden states after layer j; zero away from visual tokens.
-          cache: written at slots `slot .. slot+S-1`.
-          prefill: with a cache: True means slot is 0 and tokens attend among themselves; False attends to the cache.
+          keep_cache: return the keys and values too (prefill).
           collect: return layer outputs and router tensors too (parity checks).
+          dropout_key: random key of the adapters' dropout; None outside training.
 
         Raises:
-          ValueError: both a layout and a cache, or rows that are not as long as the layout.
+          ValueError: a layout where keys are to be kept, or rows that are not as long as the layout.
         """
-        if layout is not None and cache is not None:
+        if layout is not None and keep_cache:
             raise ValueError("a cache holds one sequence per row and cannot be filled from shared-prefix rows")
         config = self.config
         cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, positions, x.dtype)
-        if cache is not None:
-            marks = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, slot))
-            cache = cache._replace(segment_ids=marks)
-        cached = None if cache is None or prefill else cache.segment_ids
-        layer_pass = _LayerPass(cos, sin, segment_ids, backend, layout, deepstack, cached, slot, collect)
-        carry = (x, None, None) if cache is None else (x, cache.k, cache.v)
-        outputs = []
+        keep = dict(keep_cache=keep_cache, collect=collect)
+        layer_pass = _LayerPass(cos, sin, segment_ids, backend, layout, deepstack, dropout_key, **keep)
+        hidden, outputs, caches = x, [], []
         for (start, count, sparse), blocks in zip(run_lengths(config), self.stacks, strict=True):
             layers = start + jnp.arange(count)
-            carry, (stats, collected) = scan_layers(blocks, layer_pass.step, carry, layers, remat=remat)
+            hidden, (stats, kept, collected) = scan_layers(blocks, layer_pass.step, hidden, layers, remat=remat)
             outputs.append((sparse, stats, collected))
-        hidden, k_all, v_all = carry
+            caches.append(kept)
         sparse_stats = [stats for sparse, stats, _ in outputs if sparse]
         router = jax.tree.map(lambda *a: jnp.concatenate(a), *sparse_stats) if sparse_stats else None
         tensors = _gather_collected(outputs, cos, sin) if collect else {}
-        cache = None if cache is None else cache._replace(k=k_all, v=v_all)
+        cache = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *caches) if keep_cache else None
         return DecoderOutput(self.norm(hidden), cache, router, tensors)
 
 
 @dataclasses.dataclass(frozen=True)
 class _LayerPass:
-    """What every layer of one pass shares; `step` is the body of the scan.
-
-    Attributes:
-      cached: i32[B, T] segment ids of the cache when tokens attend to it, None when they attend among themselves.
-    """
+    """What every layer of one pass shares; `step` is the body of the scan."""
 
     cos: jax.Array
     sin: jax.Array
@@ -194,42 +185,36 @@ class _LayerPass:
     backend: str | Backend
     layout: RowLayout | None
     deepstack: jax.Array | None
-    cached: jax.Array | None
-    slot: jax.Array | int
+    dropout_key: jax.Array | None
+    keep_cache: bool
     collect: bool
 
-    def step(self, block: DecoderBlock, carry, layer: jax.Array):
-        """(hidden, keys, values of all layers or None) -> the same after `layer`, and what the scan stacks."""
-        hidden, k_all, v_all = self._attend(block, *carry, layer)
-        raw, stats, routed = block.feed_forward(hidden, self.segment_ids != 0)
+    def step(self, block: DecoderBlock, hidden: jax.Array, layer: jax.Array):
+        """Hidden states before `layer` -> those after it, and what the scan stacks."""
+        attention_key, mlp_key = (fold(fold(self.dropout_key, layer), half) for half in range(2))
+        hidden, kept = self._attend(block, hidden, attention_key)
+        raw, stats, routed = block.feed_forward(hidden, self.segment_ids != 0, mlp_key)
         hidden = raw
         if self.deepstack is not None and len(self.deepstack):
             taps = len(self.deepstack)
             hidden = raw + jnp.where(layer < taps, self.deepstack[jnp.minimum(layer, taps - 1)], 0)
-        return (hidden, k_all, v_all), (stats, (raw, hidden, routed) if self.collect else None)
+        hidden = constrain_rows(hidden, self.mesh)
+        return hidden, (stats, kept, (raw, hidden, routed) if self.collect else None)
 
-    def _attend(self, block: DecoderBlock, hidden: jax.Array, k_all, v_all, layer: jax.Array):
-        q, k, v = block.attn.project(block.input_norm(hidden), self.cos, self.sin)
-        if k_all is not None:
-            at = (layer, 0, 0, self.slot, 0)
-            k_all = jax.lax.dynamic_update_slice(k_all, k.swapaxes(1, 2)[None], at)
-            v_all = jax.lax.dynamic_update_slice(v_all, v.swapaxes(1, 2)[None], at)
+    @property
+    def mesh(self) -> Mesh | None:
+        return as_backend(self.backend).mesh
+
+    def _attend(self, block: DecoderBlock, hidden: jax.Array, key: jax.Array | None):
+        q, k, v = block.attn.project(block.input_norm(hidden), self.cos, self.sin, key)
         ids = self.segment_ids
         if self.layout is not None:
             out = row_attention(q, k, v, segment_ids=ids, layout=self.layout, backend=self.backend)
-        elif self.cached is None:
-            out = attention(q, k, v, q_segments=ids, kv_segments=ids, causal=True, backend=self.backend)
         else:
-            mask = _cache_mask(self.cached, ids, self.slot)
-            out = masked_attention(q, k_all[layer], v_all[layer], mask)
-        return hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1)), k_all, v_all
-
-
-def _cache_mask(cached: jax.Array, segment_ids: jax.Array, slot) -> jax.Array:
-    """bool[B, S, T]: new token s (in slot `slot + s`) sees the real tokens in slots up to its own."""
-    slots = jnp.arange(cached.shape[1])
-    own = slot + jnp.arange(segment_ids.shape[1])
-    return (cached[:, None, :] == segment_ids[:, :, None]) & (slots[None, None] <= own[None, :, None])
+            out = attention(q, k, v, q_segments=ids, kv_segments=ids, causal=True, backend=self.backend)
+        out = checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION)
+        kept = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if self.keep_cache else None
+        return hidden + block.attn.o_proj(out, fold(key, 3)), kept
 
 
 def _gather_collected(outputs, cos, sin) -> dict:

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import attention
+from mllm4d_jax.models.attention import Backend, as_backend, attention
 from mllm4d_jax.models.config import VisionConfig
 from mllm4d_jax.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm, parameter, scan_layers, stack
+from mllm4d_jax.parallel.rules import constrain, constrain_rows
 from mllm4d_jax.processing.grids import VisionInputs
 
 NORM_EPS = 1e-6  # fixed in every release, not a configuration key
@@ -118,12 +120,13 @@ class VisionTower(nnx.Module):
         self.deepstack_mergers = nnx.List([Merger(config, norm_after=True, **kw) for _ in config.deepstack])
         self.config = config
 
-    def __call__(self, inputs: VisionInputs, backend: str, *, remat: str = "none", collect: bool = False):
+    def __call__(self, inputs: VisionInputs, backend: str | Backend, *, remat: str = "none", collect: bool = False):
         config = self.config
         dtype = self.patch_embed.kernel.dtype
-        x = embedded = self.patch_embed(inputs.patches.astype(dtype))
+        mesh = as_backend(backend).mesh  # frames lie row by row, so they are split like rows
+        x = embedded = constrain_rows(self.patch_embed(inputs.patches.astype(dtype)), mesh)
         if self.pos_embed is not None:
-            x = x + self._positions(inputs).astype(dtype)
+            x = x + self._positions(inputs, mesh).astype(dtype)
         block_in = x
         cos, sin = rope.vision_rope(config.head_dim, inputs.rowcol)
 
@@ -135,17 +138,18 @@ class VisionTower(nnx.Module):
             hidden, tapped = carry
             slot, whole_frame = x
             hidden = block(hidden, cos, sin, self._segments(inputs, whole_frame), backend)
+            hidden = constrain_rows(hidden, mesh)
             if taps:
                 tapped = tapped.at[slot].set(hidden, mode="drop")
             return (hidden, tapped), hidden if collect else None
 
-        carry = (x, jnp.zeros((taps, *x.shape), x.dtype))
+        carry = (x, constrain_rows(jnp.zeros((taps, *x.shape), x.dtype), mesh, 1))
         layers = (jnp.array(slots), self._whole_frame())
         (x, tapped), outputs = scan_layers(self.blocks, step, carry, layers, remat=remat)
-        merged = self.merger(x)
+        merged = constrain_rows(self.merger(x), mesh)
         # Merger j belongs to the j-th listed block, but features are handed on in the order the blocks run.
         order = sorted(range(taps), key=config.deepstack.__getitem__)
-        deepstack = [self.deepstack_mergers[j](tapped[j]) for j in order]
+        deepstack = [constrain_rows(self.deepstack_mergers[j](tapped[j]), mesh) for j in order]
         features = VisionFeatures(merged, jnp.stack(deepstack) if deepstack else jnp.zeros((0, *merged.shape), dtype))
         if not collect:
             return features
@@ -174,7 +178,7 @@ class VisionTower(nnx.Module):
             return inputs.frame_segments
         return jnp.where(whole_frame, inputs.frame_segments, inputs.window_segments)
 
-    def _positions(self, inputs: VisionInputs) -> jax.Array:
+    def _positions(self, inputs: VisionInputs, mesh: Mesh | None) -> jax.Array:
         """Bilinear samples of the position table, fp32 [F, L, D]; one tap at a time to keep the gather small."""
-        table = self.pos_embed[...].astype(jnp.float32)
+        table = constrain(self.pos_embed[...], mesh).astype(jnp.float32)  # whole everywhere: it is small
         return sum(table[inputs.table_index[..., i]] * inputs.table_weight[..., i, None] for i in range(4))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -18,6 +19,9 @@ class MeshError(ValueError):
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the mesh.
+
+    On TPU, neighbours along an axis are neighbours on the chip network as far as the shape allows and every process
+    keeps rows of its own; otherwise devices go process by process, so that `tensor`, the last axis, stays inside one.
 
     Args:
       sizes: devices along each of `data`, `fsdp`, `tensor`; missing axes are 1 and at most one is -1 ("what is left").
@@ -42,4 +46,23 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise MeshError(
             f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, found {len(devices)}"
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    if devices[0].platform == "tpu":
+        mesh = Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+        if rows_divide(mesh):
+            return mesh
+    by_process = sorted(devices, key=lambda d: d.process_index)
+    return Mesh(np.asarray(by_process).reshape(shape), AXES)
+
+
+def rows_divide(mesh: Mesh) -> bool:
+    """Whether every process has its own part of a batch's rows (split over `data` and `fsdp`), all equally large.
+
+    It does not when devices of several processes share the same rows, along `tensor`.
+    """
+    parts: dict[int, set[int]] = {}
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    for row, devices in enumerate(rows):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(row)
+    sizes = {len(part) for part in parts.values()}
+    return len(sizes) == 1 and sum(len(part) for part in parts.values()) == len(rows)

@@ -6,12 +6,14 @@ lives. A dimension that the mesh axis does not divide is replicated, so that sma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axis. Embedding is split over its width and the head over the vocabulary: a head split over its
-# width would be gathered whole for every logit.
+# Logical axis -> mesh axis. The loss lays the head out anew, over its vocabulary alone (`train/losses.py`): a head
+# split over its width would be gathered whole for every logit. What that moves is a device's own share of the head.
 RULES: Mapping[str, str | None] = {
     "layers": None,
     "embed": "fsdp",
@@ -59,6 +61,32 @@ def batch_sharding(mesh: Mesh, rank: int, batch_dim: int = 0) -> NamedSharding:
     entries: list = [None] * rank
     entries[batch_dim] = BATCH_AXES
     return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts the rows of a batch are split into."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *entries: str | tuple[str, ...] | None) -> jax.Array:
+    """Has XLA lay `x` out like this inside a jitted function; `x` itself without a mesh of several devices.
+
+    Args:
+      entries: mesh axes of the leading dimensions; the others are not split. Parts may be of unequal size.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*entries)))
+
+
+def constrain_rows(x: jax.Array, mesh: Mesh | None, dim: int = 0) -> jax.Array:
+    """Keeps dimension `dim` split like the rows of a batch, if it can be; else leaves `x` to XLA.
+
+    Stated wherever XLA could otherwise decide to split activations over their width, as the weights are.
+    """
+    if mesh is None or x.shape[dim] % batch_shards(mesh):
+        return x
+    return constrain(x, mesh, *[None] * dim, BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -38,7 +38,8 @@ class ModelInputs(NamedTuple):
       tokens: i32[B, S], 0 where padded.
       positions: i32[3, B, S] M-RoPE positions.
       segment_ids: i32[B, S], 0 for padding; 1 for real tokens, or the number of the clip in a shared-prefix row.
-      vision_index: i32[B, S], row of the merged vision features that replaces the embedding, -1 for text.
+      vision_index: i32[B, S], merged vision feature that replaces the embedding, -1 for text; in a shared-prefix row
+        it counts within the row's own share of the features.
       vision: inputs of the vision tower for the whole batch, None when it has no image or video.
       layout: of shared-prefix rows (see `rows.py`); None for rows that are one causal sequence.
     """

@@ -6,6 +6,9 @@ its answer) of one of these clips, from the slot's first position on. `segment_i
 prefix and branches of a clip alike; 0 is padding. A query sees a key of its own segment that does not come later and
 lies in the prefix region or in the query's own branch slot. Every token keeps the position it has in its own example,
 so a branch continues from its prefix and the row computes what N separate samples would.
+
+A row is whole in itself: it has its own vision frames and its own list of loss positions, and its indices point into
+nothing else. Rows can then be split over devices and hosts, and no device needs what another one has computed.
 """
 
 from __future__ import annotations
@@ -54,9 +57,9 @@ class RowSizes:
 
     Attributes:
       prefix, slots, length: see `RowLayout`.
-      frames: frames of the vision tower for the whole batch, 0 when nothing has images or videos.
-      frame_patches: patches per frame, 0 likewise.
-      supervised: entries M of the loss lists.
+      frames: frames F of the vision tower for each row, 0 when nothing has images or videos.
+      frame_patches: patches per frame n, 0 likewise.
+      supervised: entries M of each row's loss lists.
     """
 
     prefix: int
@@ -75,12 +78,13 @@ class RowBatch(NamedTuple):
     """What one training step consumes; a pytree of NumPy arrays and the static layout.
 
     Attributes:
-      inputs: the rows.
-      loss_index: i32[M] flat position `row * S + s` of each hidden state that predicts a supervised token. The first
-        token of a branch is predicted at the last prefix position of its clip.
-      loss_target: i32[M] the predicted token.
-      loss_weight: f32[M] 0 for padding of M, else the number of examples that have this target: 1, except for targets
-        inside a shared prefix.
+      inputs: the rows. Frame f of row b is frame `b * F + f` of `vision`, and `vision_index` counts from the first
+        merged token of the row's own frames.
+      loss_index: i32[B, M] positions in the row of the hidden states that predict supervised tokens. The first token
+        of a branch is predicted at the last prefix position of its clip.
+      loss_target: i32[B, M] the predicted tokens.
+      loss_weight: f32[B, M] 0 for padding of M, else the number of examples that have this target: 1, except for
+        targets inside a shared prefix.
     """
 
     inputs: ModelInputs
@@ -172,9 +176,9 @@ def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry) -> R
         prefix=max([1, *(sum(g.shared for g in row) for row in rows)]),
         slots=max([1, *(sum(len(g.examples) for g in row) for row in rows)]),
         length=max([1, *(g.longest for g in groups)]),
-        frames=sum(grid.t for grid in grids),
+        frames=max((sum(grid.t for g in row for grid in g.examples[0].grids) for row in rows), default=0),
         frame_patches=max((grid.h * grid.w for grid in grids), default=0),
-        supervised=max(1, sum(len(_targets(g)) for g in groups)),
+        supervised=max([1, *(sum(len(_targets(g)) for g in row) for row in rows)]),
     )
 
 
@@ -193,7 +197,7 @@ def collate_rows(
       sizes: at least `needed_sizes(rows, geometry)`.
       geometry: numbers of the vision tower.
       visual_token_ids: image and video placeholder ids.
-      patch_dim: numbers per patch; needed only when `sizes` has frames and all rows are empty.
+      patch_dim: numbers per patch; needed only when `sizes` has frames and no row has media.
 
     Raises:
       ValueError: a size is too small, a branch has a visual token, or placeholders and merged patches differ in number.
@@ -203,17 +207,16 @@ def collate_rows(
     b, s = len(rows), layout.size
     tokens, segments = np.zeros((b, s), np.int32), np.zeros((b, s), np.int32)
     index, positions = np.full((b, s), -1, np.int32), np.zeros((3, b, s), np.int32)
+    losses = np.zeros((b, sizes.supervised, 3), np.int32)
     vision, merged = _pack_clips(rows, sizes, geometry, patch_dim)
-    losses: list[tuple[int, int, int]] = []
-    used = 0
     for i, row in enumerate(rows):
+        used, entries = 0, []
         for segment, (group, start, slot) in enumerate(_places(row, layout), 1):
-            prefix = group.examples[0]
             visual = _visual(group, visual_token_ids, geometry)
-            index[i, start + visual] = merged[used : used + len(visual)]
+            index[i, start + visual] = merged[i][used : used + len(visual)]
             used += len(visual)
-            spans = [(prefix, slice(0, group.shared), start)]
             branches = [layout.prefix + (slot + j) * layout.length for j in range(len(group.examples))]
+            spans = [(group.examples[0], slice(0, group.shared), start)]
             spans += [(e, slice(group.shared, None), at) for e, at in zip(group.examples, branches, strict=True)]
             for e, part, at in spans:
                 there = slice(at, at + len(e.tokens[part]))
@@ -222,9 +225,17 @@ def collate_rows(
             for j, t, weight in _targets(group):
                 # Token t is predicted one token before it, which is in the prefix for a branch's first token.
                 before = start + t - 1 if t <= group.shared else branches[j] + t - 1 - group.shared
-                losses.append((i * s + before, int(group.examples[j].tokens[t]), weight))
+                entries.append((before, group.examples[j].tokens[t], weight))
+        if len(entries) > sizes.supervised:
+            raise ValueError(f"{len(entries)} supervised tokens for lists of {sizes.supervised}, in {_named(row)}")
+        losses[i, : len(entries)] = np.asarray(entries, np.int32).reshape(-1, 3)
     inputs = ModelInputs(tokens, positions, segments, index, vision, layout)
-    return RowBatch(inputs, *_loss_lists(losses, sizes.supervised, rows))
+    loss_index, loss_target, loss_weight = (np.ascontiguousarray(losses[..., n]) for n in range(3))
+    return RowBatch(inputs, loss_index, loss_target, loss_weight.astype(np.float32))
+
+
+def _named(row: Sequence[Group]) -> str:
+    return f"the row that starts with {row[0].examples[0].key}"
 
 
 def _places(row: Sequence[Group], layout: RowLayout) -> Iterator[tuple[Group, int, int]]:
@@ -268,43 +279,48 @@ def _targets(group: Group) -> list[tuple[int, int, int]]:
     return targets
 
 
-def _loss_lists(losses: list, size: int, rows: Sequence[Sequence[Group]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if len(losses) > size:
-        keys = [g.examples[0].key for row in rows for g in row]
-        raise ValueError(
-            f"{len(losses)} supervised tokens for lists of {size}, in the batch that starts with {keys[0]}"
-        )
-    table = np.zeros((size, 3), np.int64)
-    table[: len(losses)] = np.asarray(losses, np.int64).reshape(-1, 3)
-    return table[:, 0].astype(np.int32), table[:, 1].astype(np.int32), table[:, 2].astype(np.float32)
-
-
 def _pack_clips(
     rows: Sequence[Sequence[Group]], sizes: RowSizes, geometry: VisionGeometry, patch_dim: int | None
-) -> tuple[VisionInputs | None, np.ndarray]:
-    """Vision inputs of all clips in row order, and the feature row of each of their tokens."""
-    examples = [g.examples[0] for row in rows for g in row]
-    grids = [grid for e in examples for grid in e.grids]
+) -> tuple[VisionInputs | None, list[np.ndarray]]:
+    """Vision inputs of all clips, row after row, and for each row the feature of each of its visual tokens."""
+    clips = [[e for e in (g.examples[0] for g in row) if len(e.grids)] for row in rows]
+    nothing = np.zeros(0, np.int32)
     if not sizes.frames:
-        if grids:
-            key = next(e.key for e in examples if len(e.grids))
+        if any(clips):
+            key = next(e.key for row in clips for e in row)
             raise ValueError(f"{key} has images or videos and the sizes leave no frames for them")
-        return None, np.zeros(0, np.int32)
+        return None, [nothing] * len(rows)
     buckets = dict(frames=sizes.frames, frame_patches=sizes.frame_patches)
-    if not grids:
-        return _no_clips(examples, geometry, patch_dim, buckets), np.zeros(0, np.int32)
-    try:
-        return pack_vision(np.concatenate([e.patches for e in examples if len(e.grids)]), grids, geometry, **buckets)
-    except ValueError as error:
-        raise ValueError(f"the batch that starts with {examples[0].key}: {error}") from error
+    empty = None
+    packed = []
+    for row, examples in zip(rows, clips, strict=True):
+        if not examples:
+            if empty is None:
+                empty = _no_clips(_patch_dim(rows, clips, patch_dim), geometry, buckets)
+            packed.append((empty, nothing))
+            continue
+        patches = [e.patches for e in examples]
+        grids = [grid for e in examples for grid in e.grids]
+        try:
+            packed.append(
+                pack_vision(patches[0] if len(patches) == 1 else np.concatenate(patches), grids, geometry, **buckets)
+            )
+        except ValueError as error:
+            raise ValueError(f"{_named(row)}: {error}") from error
+    parts = zip(*(vision for vision, _ in packed), strict=True)
+    vision = VisionInputs(*(None if part[0] is None else np.concatenate(part) for part in parts))
+    return vision, [merged for _, merged in packed]
 
 
-def _no_clips(examples: Sequence[Example], geometry: VisionGeometry, patch_dim: int | None, buckets) -> VisionInputs:
-    """Padding alone, so that rows without media fit the compiled step of the others."""
-    if examples:
-        patch_dim = examples[0].patches.shape[1]
-    if patch_dim is None:
+def _patch_dim(rows, clips, patch_dim: int | None) -> int:
+    examples = [e for row in clips for e in row] or [g.examples[0] for row in rows for g in row]
+    if patch_dim is None and not examples:
         raise ValueError("all rows are empty but the sizes have frames: give patch_dim")
+    return examples[0].patches.shape[1] if patch_dim is None else patch_dim
+
+
+def _no_clips(patch_dim: int, geometry: VisionGeometry, buckets: dict[str, int]) -> VisionInputs:
+    """Padding alone, so that rows without media fit the compiled step of the others."""
     m = geometry.merge_size
     block = np.zeros((m * m, patch_dim), np.float32)
     vision, _ = pack_vision(block, [Grid("image", 1, m, m)], geometry, **buckets)

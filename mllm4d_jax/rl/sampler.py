@@ -1,236 +1,323 @@
-"""Autoregressive generation: prefill once, then jitted chunks of decode steps with early exit.
+"""Sampling G completions of each of B prompts: prefill once, then jitted chunks of decode steps with early exit.
 
-The model is the learner's own (no second implementation), so the log-probs recorded here are the learner's.
+The model is the learner's own (no second implementation), and log-probs come from the functions that the learner uses
+(`rl/policy.py`). Between chunks the host reads the new tokens, ends completions and packs what goes on into smaller
+arrays. On the device are only the caches; everything else about a branch follows from numbers that the host sends
+along, so that where and beside what a branch is computed cannot change what it says (up to the rounding of matrix
+products, whose order of summation may depend on their shapes).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.decoding import Prompt, PromptCache, constrain_cache, decode, empty_branches, prefill
 from mllm4d_jax.models.text import KVCache
+from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, constrain, replicated
 from mllm4d_jax.processing.batch import ModelInputs
+from mllm4d_jax.rl.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
+from mllm4d_jax.rl.packing import Ladder, Packing
+from mllm4d_jax.rl.policy import head_logits
+from mllm4d_jax.rl.sampling import SamplingOptions, branch_keys, draw
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How a token is drawn.
-
-    Attributes:
-      temperature: 0 is greedy; the logits are divided by it before anything else.
-      top_k: keep the k most likely tokens, 0 for all.
-      top_p: keep the smallest set of likely tokens whose mass reaches top_p (nucleus); 1 for all.
-      eos_ids: tokens that end a row (kept in its output).
-      forbidden_ids: tokens that are never drawn: vision placeholders and padding belong to prompts only.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    eos_ids: tuple[int, ...] = ()
-    forbidden_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature >= 0, top_k >= 0 and 0 < top_p <= 1 are required, got {self}")
-
-
-class DecodeState(NamedTuple):
-    """Everything a decode step reads and writes.
+class Feed(NamedTuple):
+    """What the host sends with every chunk.
 
     Attributes:
-      cache: keys and values, prompt in slots 0..S-1, generated token k in slot S+k of every row.
-      logits: f32[B, V] of the next token.
-      keys: one PRNG key a row: a completion does not depend on its neighbours.
-      next_position: i32[B] M-RoPE position of the next token.
-      done: bool[B].
-      step: i32[] tokens generated so far.
-      tokens: i32[B, N] output, 0 after the end; logprobs: f32[B, N] of the drawn tokens at the given temperature.
+      last: i32[B, G], the token before; done: bool[B, G].
+      next_position: i32[B], M-RoPE position of each prompt's first new token.
+      seed: u32[]; prompt_ids: u32[B]; branches: i32[B, G]: what random keys are made of.
+      limits: i32[B, G], longest completion.
+      step: i32[], number of the first token to draw.
     """
 
-    cache: KVCache
-    logits: jax.Array
-    keys: jax.Array
-    next_position: jax.Array
-    done: jax.Array
-    step: jax.Array
+    last: Any
+    done: Any
+    next_position: Any
+    seed: Any
+    prompt_ids: Any
+    branches: Any
+    limits: Any
+    step: Any
+
+
+class Chunk(NamedTuple):
+    """Result of a chunk of n steps.
+
+    Attributes:
+      own: the branch cache.
+      tokens: i32[B, G, n]; logprobs: f32[B, G, n]; only the first `steps` were computed.
+    """
+
+    own: KVCache
     tokens: jax.Array
     logprobs: jax.Array
+    steps: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """Result of `generate`.
+class Sampler:
+    """Generates for any number of batches; keeps the compiled programs.
 
     Attributes:
-      tokens: i32[B, N], zeros after each row's end; lengths: i32[B], the end token included.
-      logprobs: f32[B, N].
-      logits: f32[B, steps, V] if asked for, else None.
-      positions: i32[B, steps] positions of the generated tokens (the same on all three axes).
+      compiles: programs compiled so far (prefill, packing and decode chunks), counted when traced.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logprobs: np.ndarray
-    logits: np.ndarray | None
-    positions: np.ndarray
+    def __init__(
+        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, *, chunk: int = 32, ladder: Ladder | None = None
+    ) -> None:
+        """
+        Args:
+          graphdef: structure of the model, from `nnx.split`.
+          mesh: the mesh that the model was made for, None for one device.
+          chunk: decode steps between two looks of the host.
+          ladder: sizes of the device's arrays; None for powers of two that fit the mesh.
+
+        Raises:
+          ValueError: a mesh that splits weights over `fsdp`: every decode step would gather all of them.
+        """
+        if mesh is not None and mesh.shape.get("fsdp", 1) > 1:
+            raise ValueError(
+                f"sampling on a mesh with fsdp = {mesh.shape['fsdp']} gathers all weights for every token: "
+                "place the model on a mesh of data and tensor"
+            )
+        if chunk < 1:
+            raise ValueError(f"a chunk needs at least one step, got {chunk}")
+        self.mesh, self.chunk, self.compiles = mesh, chunk, 0
+        self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
+        self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options"))
+        self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape",))
+        self._decode = self._compiled(functools.partial(_decode_chunk, graphdef), ("options", "chunk"), ("own",))
+        self._take_prompts = self._compiled(functools.partial(_take_prompts, mesh))
+        self._take_branches = self._compiled(functools.partial(_take_branches, mesh), ("slots",))
+
+    def _compiled(self, function, static: tuple = (), donated: tuple = ()):
+        def counted(*args, **kwargs):
+            self.compiles += 1  # runs when traced, not when executed
+            return function(*args, **kwargs)
+
+        return jax.jit(counted, static_argnames=static, donate_argnames=donated)
+
+    def generate(
+        self,
+        weights: tuple,
+        inputs: ModelInputs,
+        *,
+        prompt_ids: Sequence[int],
+        branches: int,
+        max_new_tokens: int | np.ndarray,
+        options: SamplingOptions,
+        seed: int = 0,
+        features: VisionFeatures | None = None,
+        detokenize: Detokenize | None = None,
+    ) -> Completions:
+        """Draws the completions. Each depends on (seed, prompt id, branch number), its prompt and the weights alone.
+
+        Args:
+          weights: the states that `nnx.merge(graphdef, *weights)` takes.
+          inputs: plain rows, one prompt each, padded on either side; on the host, or already on the devices.
+          prompt_ids: a number in [0, 2^32) for each prompt, see `sampling.prompt_id`.
+          branches: completions per prompt (G).
+          max_new_tokens: length cap; one number, or an array that broadcasts to [B, G].
+          seed: in [0, 2^32); another one gives other completions.
+          features: vision features computed before; None encodes `inputs.vision`.
+          detokenize: needed for `options.stop`.
+
+        Raises:
+          ValueError: arguments that contradict each other, or rows of the shared-prefix layout.
+        """
+        started = time.monotonic()
+        prompts = len(inputs.tokens)
+        limits = _limits(max_new_tokens, prompts, branches)
+        ids = _prompt_ids(prompt_ids, prompts)
+        record = CompletionRecord(limits, options, detokenize)
+        on_device = dataclasses.replace(options, stop=())  # texts are the host's matter: no program for each
+        most = max(int(limits.max()) - 1, 1)  # the last token of a completion is never fed back
+        filled = -(-prompts // self.ladder.shards) * self.ladder.shards
+        packing = Packing.whole(prompts, filled, branches, self.ladder.slots(min(self.chunk, most), most))
+        numbers = (np.uint32(seed), ids[packing.rows], packing.branches)
+        placed = place_inputs(fill_rows(inputs, packing.rows), self.mesh)
+        cache, following, first, scores = self._start(
+            weights, placed, features, *self._everywhere(numbers), branches=branches, options=on_device
+        )
+        following = np.asarray(following)[:prompts]
+        record.add(packing.row_grid, packing.branches, packing.used, np.asarray(first), np.asarray(scores), 0)
+        prefill_seconds = time.monotonic() - started
+        state = _Run(record, packing, limits, ids, following, np.uint32(seed), on_device)
+        return record.result(self._continue(weights, state, cache, prefill_seconds))
+
+    def _continue(self, weights: tuple, run: _Run, cache: PromptCache, prefill_seconds: float) -> SamplingStatistics:
+        """Decodes until every branch has ended."""
+        record, packing, step, computed, compactions, own = run.record, run.packing, 1, 0, 0, None
+        most, chunks = max(int(run.limits.max()) - 1, 1), []
+        while not record.finished.all():
+            started = time.monotonic()
+            needed = min(step + self.chunk - 1, most)
+            wanted = self.ladder.pack(packing, ~record.finished, needed, most)
+            if own is None:
+                own = self._empty(weights, shape=packing.shape)
+            if wanted is not packing:
+                cache, own = self._repack(cache, own, packing, wanted)
+                packing, compactions = wanted, compactions + 1
+            out = self._decode(
+                weights, cache, own, self._everywhere(run.feed(packing, step)), options=run.options, chunk=self.chunk
+            )
+            own, n = out.own, int(out.steps)
+            tokens, logprobs = np.asarray(out.tokens)[..., :n], np.asarray(out.logprobs)[..., :n]
+            record.add(packing.row_grid, packing.branches, packing.used, tokens, logprobs, step)
+            step, computed = step + n, computed + n * packing.used.size
+            chunks.append((n, time.monotonic() - started))
+        return SamplingStatistics(step - 1, computed, 0, compactions, prefill_seconds, tuple(chunks))
+
+    def _repack(self, cache: PromptCache, own: KVCache, packing: Packing, wanted: Packing):
+        rows, columns = packing.places(wanted)
+        if wanted.rows is not packing.rows:
+            cache = self._take_prompts(cache, self._everywhere(rows))
+        return cache, self._take_branches(own, *self._everywhere((rows, columns)), slots=wanted.slots)
+
+    def _everywhere(self, tree):
+        """Host numbers on all devices."""
+        return tree if self.mesh is None else jax.device_put(tree, replicated(self.mesh))
 
 
-def draw(logits: jax.Array, keys: jax.Array, options: SamplingOptions) -> tuple[jax.Array, jax.Array]:
-    """Draws one token per row.
+class _Run(NamedTuple):
+    """One call of `generate`: numbers of all prompts and branches, from which a chunk's feed is taken."""
 
-    Args:
-      logits: f32[B, V]; keys: one PRNG key a row.
+    record: CompletionRecord
+    packing: Packing
+    limits: np.ndarray
+    prompt_ids: np.ndarray
+    next_position: np.ndarray
+    seed: np.uint32
+    options: SamplingOptions
 
-    Returns:
-      (tokens i32[B], log-probs f32[B] under the distribution drawn from; for greedy, at temperature 1).
-    """
-    if options.forbidden_ids:
-        logits = logits.at[:, jnp.array(options.forbidden_ids)].set(-jnp.inf)
-    if options.temperature == 0:
-        tokens = jnp.argmax(logits, -1)
-    else:
-        logits = logits / options.temperature
-        if options.top_k:
-            kth = jax.lax.top_k(logits, min(options.top_k, logits.shape[-1]))[0][:, -1:]
-            logits = jnp.where(logits < kth, -jnp.inf, logits)
-        if options.top_p < 1:
-            logits = _nucleus(logits, options.top_p)
-        tokens = jax.vmap(jax.random.categorical)(keys, logits)
-    logprobs = jax.nn.log_softmax(logits, -1)
-    return tokens.astype(jnp.int32), jnp.take_along_axis(logprobs, tokens[:, None], -1)[:, 0]
-
-
-def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:
-    ordered = jnp.sort(logits, -1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
-    # A token stays while the mass of the likelier ones is below top_p, so the first always stays.
-    threshold = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
-    return jnp.where(logits < threshold, -jnp.inf, logits)
+    def feed(self, packing: Packing, step: int) -> Feed:
+        rows, branches = packing.row_grid, packing.branches
+        return Feed(
+            last=self.record.last_tokens(rows, branches, step),
+            done=self.record.finished[rows, branches] | ~packing.used,
+            next_position=self.next_position[packing.rows],
+            seed=self.seed,
+            prompt_ids=self.prompt_ids[packing.rows],
+            branches=branches,
+            limits=self.limits[rows, branches],
+            step=np.int32(step),
+        )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "new_tokens"))
-def _prefill(graphdef, state, inputs: ModelInputs, keys, new_tokens: int) -> DecodeState:
-    model = nnx.merge(graphdef, state)
-    b, s = inputs.tokens.shape
-    out = model.forward(inputs, cache=model.text.init_cache(b, s + new_tokens))
-    slots = jnp.arange(s)
-    last = jnp.max(jnp.where(inputs.segment_ids != 0, slots, -1), -1)
-    logits = model.logits(out.hidden[jnp.arange(b), last])
-    # The largest position of the prompt, not of its last token: an image may reach further than the text after it.
-    real = inputs.segment_ids[None] != 0
-    following = jnp.max(jnp.where(real, inputs.positions, -1), (0, 2)) + 1
-    return DecodeState(
-        cache=out.cache,
-        logits=logits,
-        keys=keys,
-        next_position=following.astype(jnp.int32),
-        done=jnp.zeros(b, bool),
-        step=jnp.int32(0),
-        tokens=jnp.zeros((b, new_tokens), jnp.int32),
-        logprobs=jnp.zeros((b, new_tokens), jnp.float32),
+def _limits(max_new_tokens: int | np.ndarray, prompts: int, branches: int) -> np.ndarray:
+    if branches < 1 or prompts < 1:
+        raise ValueError(f"at least one prompt and one branch are required, got {prompts} and {branches}")
+    limits = np.array(np.broadcast_to(max_new_tokens, (prompts, branches)), np.int32)
+    if limits.min() < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {limits.min()}")
+    return limits
+
+
+def _prompt_ids(ids: Sequence[int], prompts: int) -> np.ndarray:
+    if len(ids) != prompts:
+        raise ValueError(f"{len(ids)} prompt ids for {prompts} prompts")
+    if any(not 0 <= int(i) < 2**32 for i in ids):
+        raise ValueError(f"prompt ids must be in [0, 2^32), got {list(ids)}")
+    return np.array([int(i) for i in ids], np.uint32)
+
+
+def fill_rows(inputs: ModelInputs, rows: np.ndarray) -> ModelInputs:
+    """Rows `rows` of a batch (each prompt, then repetitions), with the vision inputs as they are."""
+    if np.array_equal(rows, np.arange(len(inputs.tokens))):
+        return inputs
+    return inputs._replace(
+        tokens=inputs.tokens[rows],
+        positions=inputs.positions[:, rows],
+        segment_ids=inputs.segment_ids[rows],
+        vision_index=inputs.vision_index[rows],
     )
 
 
-def _decode_step(model: QwenVL, s: DecodeState, prompt: int, options: SamplingOptions) -> DecodeState:
-    keys = jax.vmap(jax.random.fold_in, (0, None))(s.keys, s.step)
-    tokens, logprobs = draw(s.logits, keys, options)
-    tokens = jnp.where(s.done, 0, tokens)
-    out = jax.lax.dynamic_update_slice(s.tokens, tokens[:, None], (0, s.step))
-    scores = jax.lax.dynamic_update_slice(s.logprobs, jnp.where(s.done, 0.0, logprobs)[:, None], (0, s.step))
-    ended = jnp.isin(tokens, jnp.array(options.eos_ids)) if options.eos_ids else jnp.zeros_like(s.done)
-    positions = jnp.broadcast_to(s.next_position[None, :, None], (3, len(tokens), 1))
-    result = model.decode(tokens[:, None], positions, s.cache, prompt + s.step)
-    return DecodeState(
-        cache=result.cache,
-        logits=model.logits(result.hidden[:, 0]),
-        keys=s.keys,
-        next_position=s.next_position + 1,
-        done=s.done | ended,
-        step=s.step + 1,
-        tokens=out,
-        logprobs=scores,
+def place_inputs(inputs: ModelInputs, mesh: Mesh | None) -> ModelInputs:
+    """Rows and frames split over the batch axes of the mesh where they can be."""
+    if mesh is None:
+        return inputs
+
+    def put(x, dim: int = 0):
+        split = x.shape[dim] % batch_shards(mesh) == 0
+        return jax.device_put(x, batch_sharding(mesh, x.ndim, dim) if split else replicated(mesh))
+
+    return inputs._replace(
+        tokens=put(inputs.tokens),
+        positions=put(inputs.positions, 1),
+        segment_ids=put(inputs.segment_ids),
+        vision_index=put(inputs.vision_index),
+        vision=jax.tree.map(put, inputs.vision),
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "prompt", "options", "steps"), donate_argnames=("decode_state",)
-)
-def _decode_chunk(graphdef, state, decode_state: DecodeState, prompt: int, options: SamplingOptions, steps: int):
-    model = nnx.merge(graphdef, state)
-    stop = jnp.minimum(decode_state.step + steps, decode_state.tokens.shape[1])
-
-    def going(s: DecodeState):
-        return (s.step < stop) & ~jnp.all(s.done)
-
-    return jax.lax.while_loop(going, lambda s: _decode_step(model, s, prompt, options), decode_state)
+def _start(graphdef, weights, inputs, features, seed, prompt_ids, numbers, *, branches: int, options: SamplingOptions):
+    """Prefill and the first token of every branch: (cache, next positions, tokens [B, G, 1], log-probs [B, G, 1])."""
+    model = nnx.merge(graphdef, *weights)
+    prompt: Prompt = prefill(model, inputs, features)
+    logits = head_logits(prompt.hidden, model.head_kernel())
+    logits = jnp.broadcast_to(logits[:, None], (len(logits), branches, logits.shape[-1]))
+    tokens, logprobs = draw(logits, branch_keys(seed, prompt_ids, numbers), 0, options)
+    small = (prompt.next_position, tokens[..., None], logprobs[..., None])
+    return prompt.cache, *(constrain(x, model.mesh) for x in small)
 
 
-def stream(
-    model: QwenVL, inputs: ModelInputs, *, max_new_tokens: int, options: SamplingOptions, seed: int = 0, chunk: int = 16
-) -> Iterator[DecodeState]:
-    """Prefills, then yields the state: once after the prompt and after every chunk of decode steps.
-
-    The state yielded is donated to the next chunk: read what you need of it before asking for the next one.
-
-    Args:
-      model: any precision; inputs: a batch, padded on either side.
-      seed: row r uses `fold_in(key(seed), r)`.
-      chunk: decode steps per device call; rows that end early are checked between steps.
-    """
-    graphdef, state = nnx.split(model)
-    rows, prompt = inputs.tokens.shape
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
-    current = _prefill(graphdef, state, inputs, keys, max_new_tokens)
-    yield current
-    while int(current.step) < max_new_tokens and not bool(jnp.all(current.done)):
-        current = _decode_chunk(graphdef, state, current, prompt, options, chunk)
-        yield current
+def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
+    return empty_branches(nnx.merge(graphdef, *weights), *shape)
 
 
-def generate(
-    model: QwenVL,
-    inputs: ModelInputs,
-    *,
-    max_new_tokens: int,
-    options: SamplingOptions,
-    seed: int = 0,
-    chunk: int = 16,
-    keep_logits: bool = False,
-) -> Generation:
-    """Generates for a batch; see `stream` for the arguments.
+def _decode_chunk(
+    graphdef, weights, cache: PromptCache, own: KVCache, feed: Feed, *, options: SamplingOptions, chunk: int
+) -> Chunk:
+    """Up to `chunk` steps; ends when every branch has ended by an end token or its limit."""
+    model = nnx.merge(graphdef, *weights)
+    head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
+    keys = branch_keys(feed.seed, feed.prompt_ids, feed.branches)
 
-    Args:
-      keep_logits: also return the logits of every step (one device call a step: for parity checks).
-    """
-    kept, positions, final = [], [], None
-    chunk = 1 if keep_logits else chunk
-    for final in stream(model, inputs, max_new_tokens=max_new_tokens, options=options, seed=seed, chunk=chunk):
-        if keep_logits:
-            kept.append(np.asarray(final.logits))
-        if not positions:
-            positions.append(np.asarray(final.next_position))
-    steps = int(final.step)
-    tokens = np.asarray(final.tokens)
-    return Generation(
-        tokens=tokens,
-        lengths=row_lengths(tokens[:, :steps], options.eos_ids),
-        logprobs=np.asarray(final.logprobs),
-        logits=np.stack(kept[:steps], 1) if keep_logits else None,
-        positions=positions[0][:, None] + np.arange(steps),
-    )
+    def going(carry):
+        i, done, *_ = carry
+        return (i < chunk) & ~jnp.all(done)
+
+    def body(carry):
+        i, done, last, own, tokens, logprobs = carry
+        index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
+        positions = jnp.broadcast_to(feed.next_position[:, None] + index - 1, last.shape)
+        hidden, own = decode(model, last, positions, cache, own, index - 1)
+        new, scores = draw(head_logits(hidden, head), keys, index, options)
+        new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
+        tokens = jax.lax.dynamic_update_slice(tokens, new[..., None], (0, 0, i))
+        logprobs = jax.lax.dynamic_update_slice(logprobs, scores[..., None], (0, 0, i))
+        done = done | jnp.isin(new, eos) | (index + 1 >= feed.limits)
+        return i + 1, done, new, own, tokens, logprobs
+
+    blank = jnp.full((*feed.last.shape, chunk), options.pad_id, jnp.int32)
+    carry = (jnp.int32(0), feed.done, feed.last, own, blank, jnp.zeros(blank.shape, jnp.float32))
+    steps, _, _, own, tokens, logprobs = jax.lax.while_loop(going, body, carry)
+    own = constrain_cache(own, model.mesh)
+    return Chunk(own, constrain(tokens, model.mesh), constrain(logprobs, model.mesh), steps)
 
 
-def row_lengths(tokens: np.ndarray, eos_ids: Sequence[int]) -> np.ndarray:
-    """Number of tokens of each row up to and including its first end token: i32[B]."""
-    ended = np.isin(tokens, list(eos_ids)) if eos_ids else np.zeros(tokens.shape, bool)
-    first = np.where(ended.any(1), ended.argmax(1) + 1, tokens.shape[1])
-    return first.astype(np.int32)
+def _take_prompts(mesh: Mesh | None, cache: PromptCache, rows) -> PromptCache:
+    return PromptCache(constrain_cache(KVCache(*(x[:, rows] for x in cache.kv)), mesh), cache.visible[rows])
+
+
+def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int) -> KVCache:
+    """Branches at (row, column), each with `slots` positions (at least as many as before)."""
+
+    def take(x: jax.Array) -> jax.Array:
+        more = slots - x.shape[-2]
+        return jnp.pad(x[:, rows[:, None], columns], ((0, 0),) * 4 + ((0, more), (0, 0)))
+
+    return constrain_cache(KVCache(*(take(x) for x in own)), mesh)

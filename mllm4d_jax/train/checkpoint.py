@@ -1,4 +1,7 @@
-"""Checkpoints of a run: adapter, optimiser and everything else needed to go on exactly where it stopped."""
+"""Checkpoints of a run: parameters, optimiser and everything else needed to go on exactly where it stopped.
+
+Dropout and the order of the data are functions of the seed and the step, so that no generator has a state to save.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,16 @@ import jax
 import orbax.checkpoint as ocp
 
 # Config keys that may differ between the parts of one run: they change where or how fast, not what is computed (the
-# device layout, the layout of rows, the attention backend and the chunking change sums in the last bits).
+# device layout, the layout of rows, micro-batches, the attention backend and the chunking change sums in the last bits;
+# another division into micro-batches also drops other inputs where there is dropout).
 FREE_KEYS = frozenset(
     {
         "workdir",
         "distributed",
         "model.attention",
         "model.remat",
+        "model.vision_remat",
+        "model.published",
         "mesh.data",
         "mesh.fsdp",
         "mesh.tensor",
@@ -27,9 +33,13 @@ FREE_KEYS = frozenset(
         "data.prefix_buckets",
         "data.branch_buckets",
         "data.max_quarantine_rate",
+        "train.accumulation",
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.keep_best",
+        "train.trace_steps",
+        "train.watchdog_s",
         "train.resume",
         "train.loss_chunk",
     }
@@ -38,6 +48,7 @@ FREE_KEYS = frozenset(
 CONTENT_KEYS = frozenset(
     {"model.path", "data.path", "data.root", "data.mixture", "prompt.system", "prompt.system_file"}
 )
+_ADAPTER_KEYS = ("lora.rank", "lora.alpha", "lora.targets", "train.trainable")  # what an adapter's numbers mean
 _LISTED = 5  # differences named in an error
 
 
@@ -66,14 +77,25 @@ class Meta:
 class Checkpoints:
     """The checkpoints below one folder, written in the background. Use as a context manager."""
 
-    def __init__(self, folder: str | Path, keep: int) -> None:
+    def __init__(self, folder: str | Path, keep: int, keep_best: int = 0) -> None:
         """
         Args:
           folder: made when missing.
           keep: number of newest checkpoints kept.
+          keep_best: number of checkpoints with the lowest loss kept besides.
         """
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True, create=True)
+        policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep)]
+        if keep_best:
+            kept.append(policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best))
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_loss,
+            best_mode="min",
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            enable_async_checkpointing=True,
+            create=True,
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -87,15 +109,27 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
 
-    def save(self, lora: Any, opt_state: Any, meta: Meta) -> None:
-        """Saves as step `meta.step`. The arrays may be donated or changed as soon as this returns."""
+    def best(self) -> int | None:
+        """Step of the kept checkpoint with the lowest loss, None without one."""
+        return self._manager.best_step()
+
+    def save(self, trainable: Any, opt_state: Any, meta: Meta, loss: float) -> None:
+        """Saves as step `meta.step`; every process of the run has to call it.
+
+        The checkpoint appears whole or not at all: it is written beside its place and then renamed. The arrays may be
+        donated or changed as soon as this returns.
+
+        Args:
+          loss: what `keep_best` compares, the same on every process.
+        """
         self._manager.save(
             meta.step,
             args=ocp.args.Composite(
-                lora=ocp.args.StandardSave(lora),
+                trainable=ocp.args.StandardSave(trainable),
                 opt=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave({"run": dataclasses.asdict(meta), "shapes": _shapes(lora)}),
+                meta=ocp.args.JsonSave({"run": dataclasses.asdict(meta), "shapes": _shapes(trainable)}),
             ),
+            metrics={"loss": loss},
         )
 
     def meta(self, step: int) -> Meta:
@@ -105,27 +139,46 @@ class Checkpoints:
     def _json(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
-    def restore(self, step: int, lora: Any, opt_state: Any) -> tuple[Any, Any]:
-        """The arrays of a step.
+    def restore(self, step: int, trainable: Any, opt_state: Any) -> tuple[Any, Any]:
+        """The arrays of a step, placed as wanted: on any mesh and any number of processes.
 
         Args:
           step: one that exists.
-          lora, opt_state: trees with the shapes and the placement wanted; their values are not used.
+          trainable, opt_state: trees with the shapes and the placement wanted; their values are not used.
 
         Raises:
-          ResumeError: the stored adapter has other names or shapes.
+          ResumeError: the stored parameters have other names or shapes.
         """
-        stored, wanted = self._json(step)["shapes"], _shapes(lora)
+        self._check_shapes(step, trainable)
+        target = _abstract((trainable, opt_state))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardRestore(target[0]), opt=ocp.args.StandardRestore(target[1])
+            ),
+        )
+        return restored["trainable"], restored["opt"]
+
+    def restore_trainable(self, step: int, trainable: Any) -> Any:
+        """`restore` without the optimiser."""
+        self._check_shapes(step, trainable)
+        args = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(trainable)))
+        return self._manager.restore(step, args=args)["trainable"]
+
+    def _check_shapes(self, step: int, trainable: Any) -> None:
+        stored, wanted = self._json(step)["shapes"], _shapes(trainable)
         differing = [name for name in sorted(stored | wanted) if stored.get(name) != wanted.get(name)]
         if differing:
             listed = ", ".join(f"{n}: stored {stored.get(n)}, model {wanted.get(n)}" for n in differing[:_LISTED])
-            raise ResumeError(f"the adapter in {self.folder / str(step)} does not fit the model: {listed}")
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (lora, opt_state))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(lora=ocp.args.StandardRestore(target[0]), opt=ocp.args.StandardRestore(target[1])),
-        )
-        return restored["lora"], restored["opt"]
+            raise ResumeError(f"the parameters in {self.folder / str(step)} do not fit the model: {listed}")
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
@@ -160,6 +213,44 @@ def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[st
             f"{folder} holds step {stored.step} of a run with other settings:\n  {listed}\n"
             "Set these back to go on with that run, or give another --workdir to start a new one"
         )
+
+
+def start_folder(path: str | Path) -> Path | None:
+    """The folder of checkpoints that `model.adapter` names, itself or as the workdir around it; None without any."""
+    for folder in (Path(path) / "checkpoints", Path(path)):
+        if folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir()):
+            return folder
+    return None
+
+
+def load_start(path: str | Path, trainable: Any, config: Mapping[str, Any], content: Mapping[str, str]) -> Any:
+    """Parameters of the newest checkpoint of an earlier run, to start a new one from.
+
+    Args:
+      path: see `start_folder`.
+      trainable: tree with the shapes and the placement wanted.
+      config: the new run's, flat.
+      content: the new run's digests.
+
+    Raises:
+      ResumeError: nothing there, or it was trained on another base model or as another kind of adapter.
+    """
+    folder = start_folder(path)
+    if folder is None:
+        raise ResumeError(f"model.adapter = {path} holds no checkpoint: name the workdir of an earlier run")
+    with Checkpoints(folder, keep=1) as earlier:
+        step = earlier.latest()
+        stored = earlier.meta(step)
+        differing = [
+            f"{key}: {_plain(stored.config.get(key))!r} there, {_plain(config[key])!r} here"
+            for key in _ADAPTER_KEYS
+            if _plain(stored.config.get(key)) != _plain(config[key])
+        ]
+        if stored.content.get("model.path") != content["model.path"]:
+            differing.append("model.path: another base model")
+        if differing:
+            raise ResumeError(f"model.adapter: {folder} was trained otherwise: {'; '.join(differing)}")
+        return earlier.restore_trainable(step, trainable)
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 # Averaged over the steps since the last line; everything else is shown as it stands.
 _AVERAGED = ("loss", "accuracy", "grad_norm", "step_s", "data_wait_s", "padding")
+_SUMMED = ("examples", "clips", "tokens", "visual", "supervised")  # per step; a summary has rates in their place
 
 
 def read_metrics(path: str | Path, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -32,7 +33,8 @@ def read_metrics(path: str | Path, up_to: int | None = None) -> list[dict[str, A
 class RunLog:
     """Records every step. Use as a context manager.
 
-    One line per step goes to metrics.jsonl; the progress bar and TensorBoard get averages every `log_every` steps.
+    One line per step goes to metrics.jsonl; the progress bar, with the time left, and TensorBoard get averages every
+    `log_every` steps. In a run over several processes only the first one records.
     """
 
     def __init__(self, workdir: str | Path, *, steps: int, start: int, log_every: int) -> None:
@@ -60,12 +62,12 @@ class RunLog:
         self._board.close()
         self._file.close()
 
-    def step(self, row: Mapping[str, float] | None) -> None:
+    def step(self, row: Mapping[str, float | None] | None) -> None:
         """Records one step; None is no step.
 
         Args:
-          row: "step" (from 1), "loss", "accuracy", "grad_norm", "lr", "step_s", "data_wait_s", "examples", "tokens",
-            "supervised", "padding", "position", "quarantined", "compiles", "retraces".
+          row: what `trainer.Trainer` gives, at least "step" (from 1) and the names in `_AVERAGED` and `_SUMMED`,
+            "lr", "devices", "mfu" and "memory_gib", these two None where they are not known.
         """
         if row is None:
             return
@@ -80,10 +82,24 @@ class RunLog:
     def _show(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, step)
+        used = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
         self._bar.set_postfix_str(
             f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['qa_per_s']:.2f} QA/s, "
-            f"{values['tokens_per_s']:.0f} tokens/s"
+            f"{values['tokens_per_s_device']:.0f} tokens/s/device{used}, waiting {values['data_wait']:.0%}"
         )
+
+
+class NoLog:
+    """Takes the place of a `RunLog` in a process that records nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def step(self, row: Mapping[str, float | None] | None) -> None:
+        """Does nothing."""
 
 
 def write_config(path: str | Path, config: Mapping[str, Any]) -> None:
@@ -98,13 +114,24 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(part, path)
 
 
-def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The averages and rates of consecutive steps, and the last value of whatever cannot be averaged."""
-    seconds = sum(r["step_s"] for r in rows)
-    out = {k: float(v) for k, v in rows[-1].items() if k != "step"}
+def summary(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Consecutive steps as averages and rates, and the last value of whatever is neither; None is left out.
+
+    "qa_per_s" and "tokens_per_s" count the whole run, "tokens_per_s_device" one device; "mfu" is over the time of the
+    steps that have it; "visual_share" is of the real tokens and "data_wait" of the time.
+    """
+    seconds = max(sum(r["step_s"] for r in rows), 1e-9)
+    tokens = sum(r["tokens"] for r in rows)
+    out = {k: float(v) for k, v in rows[-1].items() if k not in ("step", *_SUMMED) and v is not None}
     out |= {name: sum(r[name] for r in rows) / len(rows) for name in _AVERAGED}
-    out["qa_per_s"] = sum(r["examples"] for r in rows) / max(seconds, 1e-9)
-    out["tokens_per_s"] = sum(r["tokens"] for r in rows) / max(seconds, 1e-9)
+    out["qa_per_s"] = sum(r["examples"] for r in rows) / seconds
+    out["tokens_per_s"] = tokens / seconds
+    out["tokens_per_s_device"] = tokens / max(sum(r["step_s"] * r["devices"] for r in rows), 1e-9)
+    out["visual_share"] = sum(r["visual"] for r in rows) / max(tokens, 1)
+    out["data_wait"] = sum(r["data_wait_s"] for r in rows) / seconds
+    known = [r for r in rows if r["mfu"] is not None]
+    if known:
+        out["mfu"] = sum(r["mfu"] * r["step_s"] for r in known) / max(sum(r["step_s"] for r in known), 1e-9)
     return out
 
 
@@ -154,7 +181,7 @@ def write_curve(path: str | Path, rows: Sequence[Mapping[str, float]], title: st
 
 
 def write_report(
-    path: str | Path, rows: Sequence[Mapping[str, float]], config: Mapping[str, Any], facts: Mapping[str, Any]
+    path: str | Path, rows: Sequence[Mapping[str, float | None]], config: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
     """Writes the run's page.
 
@@ -175,20 +202,21 @@ def write_report(
         "",
         "![curves](curve.png)",
         "",
-        "| steps | loss | token accuracy | lr | QA/s | tokens/s | waiting for data | padding |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| steps | loss | token accuracy | lr | s/step | QA/s | tokens/s/device | MFU | waiting for data | padding |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for part in picked:
         s = summary(part)
-        wait = sum(r["data_wait_s"] for r in part) / max(sum(r["step_s"] for r in part), 1e-9)
+        used = f"{s['mfu']:.0%}" if "mfu" in s else "n/a"
         lines.append(
             f"| {part[0]['step']}-{part[-1]['step']} | {s['loss']:.4f} | {s['accuracy']:.3f} | {s['lr']:.2e} | "
-            f"{s['qa_per_s']:.2f} | {s['tokens_per_s']:.0f} | {wait:.0%} | {s['padding']:.0%} |"
+            f"{s['step_s']:.2f} | {s['qa_per_s']:.2f} | {s['tokens_per_s_device']:.0f} | {used} | "
+            f"{s['data_wait']:.0%} | {s['padding']:.0%} |"
         )
     lines += ["", *(f"- {name}: {value}" for name, value in facts.items()), "", "## Files", ""]
     lines += [
         "- `metrics.jsonl`: one line per step; `tb/`: the same for TensorBoard (`tensorboard --logdir tb`)",
-        "- `checkpoints/`: adapter, optimiser and position; the same command continues from the newest",
+        "- `checkpoints/`: parameters, optimiser and position; the same command continues from the newest",
         "- `quarantine.jsonl`: records that could not be used, with the reason (only when there are any)",
         "- `config.json`: the config as it was resolved",
         "",

@@ -13,12 +13,22 @@ import ml_collections
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.loader import LoaderError, LoaderOptions
 from mllm4d_jax.data.sources import Mixture, open_mixture, parse_mixture
-from mllm4d_jax.parallel.mesh import MeshError, make_mesh
+from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
+from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.processing.errors import ProcessorError
 from mllm4d_jax.processing.prompts import resolve_system_prompt
-from mllm4d_jax.train.step import batch_shards
+from mllm4d_jax.train.checkpoint import start_folder
 
-BASE_MODEL = "Qwen/Qwen3-VL-8B-Instruct"
+# model.published -> where the weights of that size are; the paper's base when nothing is said
+BASE_MODELS: Mapping[str, str] = {
+    "": "Qwen/Qwen3-VL-8B-Instruct",
+    "2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "32b": "Qwen/Qwen3-VL-32B-Instruct",
+    "30b_a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
 _SAMPLED = 1 << 20  # bytes read at either end of a weight file
 
 
@@ -42,11 +52,9 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
-    local = f"weights/{BASE_MODEL.split('/')[1]}"
-    fetch = (
-        f"`hf download {BASE_MODEL} --local-dir {local}` (pip install huggingface_hub), then "
-        f"--config.model.path={local}"
-    )
+    base = BASE_MODELS[config.model.published]
+    local = f"weights/{base.split('/')[1]}"
+    fetch = f"`hf download {base} --local-dir {local}` (pip install huggingface_hub), then --config.model.path={local}"
     folder = Path(config.model.path)
     if not config.model.path:
         yield f"no base model (model.path is not set): {fetch}"
@@ -129,23 +137,39 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield f"prompt: {error}"
     if config.optim.clip_norm <= 0:
         yield "optim.clip_norm must be above 0: gradients are scaled down to it"
-    if jax.process_count() > 1:
-        yield f"{jax.process_count()} processes: training over several processes is not supported yet"
+    if config.lora.dropout >= 1:
+        yield f"lora.dropout = {config.lora.dropout:g} would drop everything: it must be below 1"
+    if config.model.adapter and start_folder(config.model.adapter) is None:
+        yield f"model.adapter = {config.model.adapter} holds no checkpoint: name the workdir of an earlier run"
+    yield from _division_problems(config)
+
+
+def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """Questions -> micro-batches -> rows -> processes and devices, each of which has to divide."""
+    batch, parts, hosts = config.train.batch_size, config.train.accumulation, jax.process_count()
     try:
-        shards = batch_shards(make_mesh(dict(config.mesh)))
+        mesh = make_mesh(dict(config.mesh))
     except MeshError as error:
         yield f"mesh: {error}"
         return
+    if not rows_divide(mesh):
+        yield f"mesh: {hosts} processes would have to share rows of a batch: make mesh.tensor smaller"
+        return
+    if batch % parts:
+        yield f"train.batch_size = {batch} cannot be divided into train.accumulation = {parts} micro-batches"
+        return
     try:
-        options = LoaderOptions.from_mapping(config.data, config.train.batch_size)
-        _, rows = options.local(1)
+        options = LoaderOptions.from_mapping(config.data, batch // parts)
+        _, rows = options.local(hosts)
     except LoaderError as error:
         yield str(error)
         return
-    if rows % shards:
+    shards = batch_shards(mesh)
+    if rows * hosts % shards:
+        micro = f" in {parts} micro-batches" if parts > 1 else ""
         yield (
-            f"train.batch_size = {config.train.batch_size} cannot be split over {shards} devices (mesh data x fsdp): "
-            f"it makes {rows} rows"
+            f"train.batch_size = {batch}{micro} cannot be split over {shards} devices (mesh data x fsdp): it makes "
+            f"{rows * hosts} rows"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,20 +17,85 @@ from mllm4d_jax.parallel.rules import replicated
 
 SCHEDULES = ("cosine", "constant")
 
+# Names for lists of patterns, see `trained`. The vision tower is in none of them.
+TRAINABLE: Mapping[str, tuple[str, ...]] = {
+    "lora": (r"(.*/)?lora_[ab]",),
+    "full": (r"text/.*", r"lm_head/.*"),
+}
 
-def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
-    """(graphdef, lora, frozen): the adapter and everything else, as nested dicts of arrays.
 
-    `nnx.merge(graphdef, lora, frozen)` is the model again. This is the only place where the trainer sees modules; the
-    jitted steps are functions of these trees.
+class TrainableError(ValueError):
+    """`train.trainable` does not fit the model."""
+
+
+def trained(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter is trained: the last pattern that matches its whole name decides.
+
+    Args:
+      name: path in the model joined by "/", e.g. "text/stacks/0/attn/q_proj/lora_a" or "vision/merger/mlp/fc1/kernel".
+      patterns: regular expressions, or names of `TRAINABLE`; one with "!" before it excludes what it matches.
+    """
+    result = False
+    for pattern in patterns:
+        bare = pattern.removeprefix("!")
+        if any(re.fullmatch(p, name) for p in TRAINABLE.get(bare, (bare,))):
+            result = bare == pattern
+    return result
+
+
+def split_model(
+    model: nnx.Module, trainable: str | Sequence[str] = "lora"
+) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
+    """(graphdef, trainable, frozen): what is trained and everything else, as nested dicts of arrays.
+
+    Trained weights are float32 copies, so that small updates are not lost to a 16-bit dtype; `merge_model` makes the
+    model of these trees. This is the only place where the trainer sees modules; the jitted steps are functions of the
+    trees.
+
+    Args:
+      model: with adapters, if they are to be trained.
+      trainable: patterns, see `trained`.
 
     Raises:
-      ValueError: the model has no adapter.
+      TrainableError: a pattern is no regular expression or matches no parameter, or nothing is left to train.
     """
-    graphdef, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
-    if not jax.tree.leaves(lora):
-        raise ValueError("the model has no LoRA parameters: attach an adapter first")
-    return graphdef, nnx.to_pure_dict(lora), nnx.to_pure_dict(frozen)
+    patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
+    names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    for pattern in patterns:
+        try:
+            unused = not any(trained(name, [pattern.removeprefix("!")]) for name in names)
+        except re.error as error:
+            raise TrainableError(f"train.trainable: {pattern!r} is not a regular expression: {error}") from error
+        if unused:
+            hint = ": attach an adapter first" if pattern == "lora" else f" (names are like {names[0]!r})"
+            raise TrainableError(f"train.trainable: {pattern!r} matches no parameter of the model{hint}")
+
+    def chosen(path: tuple, value: Any) -> bool:
+        return isinstance(value, nnx.Param) and trained("/".join(map(str, path)), patterns)
+
+    graphdef, ours, frozen = nnx.split(model, chosen, ...)
+    if not jax.tree.leaves(ours):
+        raise TrainableError(f"train.trainable = {list(patterns)} leaves nothing to train")
+    return graphdef, jax.tree.map(_in_float32, nnx.to_pure_dict(ours)), nnx.to_pure_dict(frozen)
+
+
+def _in_float32(x: Any) -> Any:
+    """An array, or the shape of one."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+    return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
+
+
+def merge_model(graphdef: nnx.GraphDef, trainable: Any, frozen: Any) -> nnx.Module:
+    """The model of the trees of `split_model`, with trained weights rounded to the dtype the model computes in.
+
+    Adapters stay in float32; their layers cast them where they are used.
+    """
+    model = nnx.merge(graphdef, trainable, frozen)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam) and node.dtype != model.dtype:
+            node.set_value(node.get_value().astype(model.dtype))
+    return model
 
 
 def learning_rates(peak: float, steps: int, warmup_ratio: float, schedule: str) -> np.ndarray:
@@ -67,12 +134,23 @@ def make_optimizer(
     )
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, lora: Any, mesh: Mesh) -> Any:
-    """Optimiser state placed like the parameters it belongs to; counters on every device."""
-    shardings = jax.tree.map(lambda x: x.sharding, lora)
-    abstract = jax.eval_shape(optimizer.init, lora)
+def optimizer_placement(optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh) -> Any:
+    """Shardings of the optimiser's state: moments like the parameters they belong to, counters on every device.
+
+    Args:
+      trainable: arrays, or shapes with shardings.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, trainable)
     everywhere = replicated(mesh)
-    placed = optax.tree_map_params(
-        optimizer, lambda _, s: s, abstract, shardings, transform_non_params=lambda _: everywhere
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, s: s,
+        jax.eval_shape(optimizer.init, trainable),
+        shardings,
+        transform_non_params=lambda _: everywhere,
     )
-    return jax.jit(optimizer.init, out_shardings=placed)(lora)
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh) -> Any:
+    """The optimiser's first state, placed as `optimizer_placement` says."""
+    return jax.jit(optimizer.init, out_shardings=optimizer_placement(optimizer, trainable, mesh))(trainable)

@@ -1,18 +1,21 @@
-"""One optimiser step: a pure jitted function of (lora, opt_state, frozen, batch)."""
+"""One optimiser step: pure jitted functions of (trainable, opt_state, frozen, rows)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from mllm4d_jax.parallel.rules import BATCH_AXES, batch_sharding, replicated
+from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
 from mllm4d_jax.processing.rows import RowBatch
 from mllm4d_jax.train.losses import token_cross_entropy
+from mllm4d_jax.train.state import merge_model
 
 
 class StepMetrics(NamedTuple):
@@ -22,17 +25,36 @@ class StepMetrics(NamedTuple):
       loss: f32 mean negative log-likelihood of the supervised tokens (nats).
       accuracy: f32 share of supervised tokens that are the most likely one.
       grad_norm: f32 global norm before clipping.
-      finite: bool, loss and gradient are finite. If not, parameters and optimiser were left as they were.
+      weight: f32 sum of the loss weights. If 0, parameters and optimiser were left as they were.
+      finite: bool, loss and gradient are finite. If not, they were left as they were, too.
     """
 
     loss: jax.Array
     accuracy: jax.Array
     grad_norm: jax.Array
+    weight: jax.Array
     finite: jax.Array
 
 
+class Sums(NamedTuple):
+    """Sums over the supervised tokens of some micro-batches, of which a step divides by the weight at its end.
+
+    Attributes:
+      grads: gradient of `loss`, f32, like the trainable tree.
+      loss, correct, weight: see `losses.TokenLoss`.
+    """
+
+    grads: Any
+    loss: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
 class TrainStep:
-    """The compiled step. Buffers of `lora` and `opt_state` are donated.
+    """The compiled step. Buffers of `trainable` and `opt_state` are donated.
+
+    The random numbers of a step (dropout) follow from the seed, the number of the step and that of the micro-batch, so
+    there is no random state to save.
 
     Attributes:
       compiles: how often the step was traced; one per batch shape is expected.
@@ -43,93 +65,170 @@ class TrainStep:
         self,
         graphdef: nnx.GraphDef,
         optimizer: optax.GradientTransformation,
-        lora: Any,
+        trainable: Any,
         opt_state: Any,
         mesh: Mesh,
         chunk: int,
+        seed: int = 0,
     ) -> None:
         """
         Args:
           graphdef: structure of the model, from `state.split_model`.
           optimizer: see `state.make_optimizer`.
-          lora, opt_state: the trees to train; their placement is the placement of the results.
-          mesh: devices.
+          trainable, opt_state: the trees to train, or their shapes with shardings; the results are placed like them.
+          mesh: devices, the same as the model was made for.
           chunk: supervised positions whose logits exist at a time.
+          seed: of dropout.
         """
         self.mesh, self.compiles, self._shapes = mesh, 0, set()
 
-        def step(lora, opt_state, frozen, batch):
+        def sums(trainable, frozen, batch, step, micro):
             self.compiles += 1  # runs when traced, not when executed
-            return update(graphdef, optimizer, chunk, lora, opt_state, frozen, batch)
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), micro)
+            return batch_sums(graphdef, trainable, frozen, batch, chunk, key, mesh)
 
-        placement = jax.tree.map(lambda x: x.sharding, (lora, opt_state))
-        scalars = StepMetrics(*(replicated(mesh) for _ in StepMetrics._fields))
-        self._step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placement, scalars))
+        def whole(trainable, opt_state, frozen, batch, step):
+            return apply_sums(optimizer, trainable, opt_state, sums(trainable, frozen, batch, step, 0))
+
+        def add(total, trainable, frozen, batch, step, micro):
+            return jax.tree.map(jnp.add, total, sums(trainable, frozen, batch, step, micro))
+
+        def zeros(trainable):
+            scalars = (jnp.zeros((), jnp.float32) for _ in range(3))
+            return Sums(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), *scalars)
+
+        def finish(trainable, opt_state, total):
+            return apply_sums(optimizer, trainable, opt_state, total)
+
+        places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
+        scalar = replicated(mesh)
+        results = (*places, StepMetrics(*[scalar] * len(StepMetrics._fields)))
+        partial = Sums(places[0], *[scalar] * 3)
+        self._whole = jax.jit(whole, donate_argnums=(0, 1), out_shardings=results)
+        self._zeros = jax.jit(zeros, out_shardings=partial)
+        self._add = jax.jit(add, donate_argnums=0, out_shardings=partial)
+        self._finish = jax.jit(finish, donate_argnums=(0, 1), out_shardings=results)
 
     @property
     def retraces(self) -> int:
         return self.compiles - len(self._shapes)
 
-    def __call__(self, lora: Any, opt_state: Any, frozen: Any, batch: RowBatch) -> tuple[Any, Any, StepMetrics]:
-        """Runs one step; returns before it has finished on the device."""
-        self._shapes.add((batch.inputs.layout, *(x.shape for x in jax.tree.leaves(batch))))
-        return self._step(lora, opt_state, frozen, place_batch(batch, self.mesh))
+    def __call__(
+        self, trainable: Any, opt_state: Any, frozen: Any, batches: Sequence[RowBatch], step: int
+    ) -> tuple[Any, Any, StepMetrics]:
+        """Runs one step; returns before it has finished on the device.
+
+        Args:
+          trainable, opt_state, frozen: see `state.split_model` and `state.init_optimizer`.
+          batches: the micro-batches of this step, in any shapes; each supervised token counts the same.
+          step: number of the step, from 0.
+        """
+        number = np.int32(step)
+        if len(batches) == 1:
+            self._count(batches[0], accumulated=False)
+            return self._whole(trainable, opt_state, frozen, place_batch(batches[0], self.mesh), number)
+        total = self._zeros(trainable)
+        for i, batch in enumerate(batches):
+            self._count(batch, accumulated=True)
+            total = self._add(total, trainable, frozen, place_batch(batch, self.mesh), number, np.int32(i))
+        return self._finish(trainable, opt_state, total)
+
+    def lower(self, trainable: Any, opt_state: Any, frozen: Any, batch: RowBatch) -> jax.stages.Lowered:
+        """The step of one batch for ahead-of-time compilation, without devices or data.
+
+        Args:
+          trainable, opt_state, frozen: arrays, or shapes with shardings.
+          batch: global arrays or their shapes; where they lie is decided here.
+        """
+        self._count(batch, accumulated=False)
+
+        def abstract(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        shapes = jax.tree.map(abstract, batch, batch_placement(batch, self.mesh))
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
+        return self._whole.lower(trainable, opt_state, frozen, shapes, step)
+
+    def _count(self, batch: RowBatch, accumulated: bool) -> None:
+        self._shapes.add((accumulated, batch.inputs.layout, *(x.shape for x in jax.tree.leaves(batch))))
 
 
-def update(
+def batch_sums(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    chunk: int,
-    lora: Any,
-    opt_state: Any,
+    trainable: Any,
     frozen: Any,
     batch: RowBatch,
+    chunk: int,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+) -> Sums:
+    """Loss and gradient of one micro-batch, summed over its supervised tokens.
+
+    Nothing is kept of the vision tower for the backward pass when none of it is trained: JAX keeps only what the
+    gradient of `trainable` depends on.
+    """
+
+    def loss(trainable: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        model = merge_model(graphdef, trainable, frozen)
+        hidden = model(batch.inputs, dropout_key=key)
+        chosen = jax.vmap(lambda row, index: row[index])(hidden, batch.loss_index)
+        out = token_cross_entropy(chosen, model.head_kernel(), batch.loss_target, batch.loss_weight, chunk, mesh)
+        return out.loss, (out.correct, out.weight)
+
+    (total, counts), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), grads), total, *counts)
+
+
+def apply_sums(
+    optimizer: optax.GradientTransformation, trainable: Any, opt_state: Any, sums: Sums
 ) -> tuple[Any, Any, StepMetrics]:
-    """Loss, gradient and optimiser update; the first three arguments are static."""
+    """Means over the tokens, and the optimiser's update.
 
-    def mean_loss(lora: Any) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, lora, frozen)
-        hidden = model(batch.inputs)
-        chosen = hidden.reshape(-1, hidden.shape[-1])[batch.loss_index]
-        out = token_cross_entropy(chosen, model.head_kernel(), batch.loss_target, batch.loss_weight, chunk)
-        # A step of which no question could be used has weight 0: no loss, no gradient.
-        weight = jnp.maximum(out.weight, 1.0)
-        return out.loss / weight, out.correct / weight
-
-    (loss, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(lora)
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, new_state = optimizer.update(grads, opt_state, lora)
-    new = (optax.apply_updates(lora, updates), new_state)
+    A step of which no question could be used has weight 0: no loss, no gradient and no update.
+    """
+    weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
+    grads = jax.tree.map(lambda g: g / weight, sums.grads)
+    loss, norm = sums.loss / weight, optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(sums.weight)
+    updates, new_state = optimizer.update(grads, opt_state, trainable)
+    new = (optax.apply_updates(trainable, updates), new_state)
     # The host looks at `finite` one step later; until then a bad step must not spread.
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (lora, opt_state))
-    return *kept, StepMetrics(loss, accuracy, norm, finite)
+    good = finite & (sums.weight > 0)
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (trainable, opt_state))
+    return *kept, StepMetrics(loss, sums.correct / weight, norm, sums.weight, finite)
+
+
+def batch_placement(batch: RowBatch, mesh: Mesh) -> RowBatch:
+    """Shardings of a global batch: rows, their frames and their loss lists over the batch axes.
+
+    Rows that do not divide are repeated on every device.
+    """
+    if batch.inputs.tokens.shape[0] % batch_shards(mesh):
+        return jax.tree.map(lambda _: replicated(mesh), batch)
+    return jax.tree.map(lambda x, dim: batch_sharding(mesh, len(x.shape), dim), batch, _row_dims(batch))
+
+
+def _row_dims(batch: RowBatch) -> RowBatch:
+    """The dimension of each array that counts rows, or frames row by row."""
+    dims = jax.tree.map(lambda _: 0, batch)
+    return dims._replace(inputs=dims.inputs._replace(positions=1))
 
 
 def place_batch(batch: RowBatch, mesh: Mesh) -> RowBatch:
-    """Puts a host batch on the devices: rows and frames split over the batch axes, supervision lists everywhere."""
-    shards = batch_shards(mesh)
+    """Puts a host's rows on the devices; of several processes each gives its part of the global rows, in their order.
 
-    def put(x: Any, batch_dim: int | None = 0) -> jax.Array:
-        split = batch_dim is not None and x.shape[batch_dim] % shards == 0
-        sharding: NamedSharding = batch_sharding(mesh, x.ndim, batch_dim) if split else replicated(mesh)
-        return jax.device_put(x, sharding)
+    Raises:
+      ValueError: the rows of several processes cannot be split evenly over the devices.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return jax.device_put(batch, batch_placement(batch, mesh))
+    rows, shards = batch.inputs.tokens.shape[0], batch_shards(mesh)
+    if rows * processes % shards or shards % processes:
+        raise ValueError(f"{processes} processes x {rows} rows cannot be split over {shards} parts (mesh data x fsdp)")
 
-    inputs = batch.inputs
-    placed = inputs._replace(
-        tokens=put(inputs.tokens),
-        positions=put(inputs.positions, 1),
-        segment_ids=put(inputs.segment_ids),
-        vision_index=put(inputs.vision_index),
-        vision=jax.tree.map(put, inputs.vision),
-    )
-    return RowBatch(placed, *(put(x, None) for x in batch[1:]))
+    def whole(x: Any, dim: int) -> jax.Array:
+        shape = (*x.shape[:dim], x.shape[dim] * processes, *x.shape[dim + 1 :])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, dim), x, shape)
 
-
-def batch_shards(mesh: Mesh) -> int:
-    """Number of parts the rows of a batch are split into."""
-    total = 1
-    for axis in BATCH_AXES:
-        total *= mesh.shape.get(axis, 1)
-    return total
+    return jax.tree.map(whole, batch, _row_dims(batch))

@@ -9,10 +9,12 @@ import threading
 import time
 from typing import Any
 
+import jax
 import numpy as np
 
-from mllm4d_jax.data.steps import LoadedBatch
+from mllm4d_jax.train.feed import StepData
 from mllm4d_jax.train.step import StepMetrics, TrainStep
+from mllm4d_jax.train.throughput import mfu, peak_memory_gib
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +25,12 @@ class TrainingError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """How far a run is; counts are over all processes, so that another number of them can go on.
 
     Attributes:
       step: optimiser steps done.
-      position, rejected: the loader's state after the last of them, see `data.loader`.
+      position: groups of questions consumed, the loader's whole state (see `data.loader`).
+      rejected: records that could not be used.
     """
 
     step: int = 0
@@ -40,59 +43,73 @@ class _Running:
     """A step that was sent to the device and whose results were not read yet."""
 
     step: int
-    loaded: LoadedBatch
+    data: StepData
     metrics: StepMetrics
-    waited: float
 
 
 class Trainer:
-    """Adapter, optimiser state and progress; advances them batch by batch.
+    """Trained parameters, optimiser state and progress; advances them step by step.
 
     The host reads the results of a step while the device works on the next one.
 
     Attributes:
-      lora, opt_state: trees on the devices.
+      trainable, opt_state: trees on the devices.
       progress: of the last step sent.
     """
 
     def __init__(
-        self, train_step: TrainStep, frozen: Any, lora: Any, opt_state: Any, rates: np.ndarray, progress: Progress
+        self,
+        train_step: TrainStep,
+        frozen: Any,
+        trainable: Any,
+        opt_state: Any,
+        rates: np.ndarray,
+        progress: Progress,
+        peak: float | None = None,
     ) -> None:
-        self.lora, self.opt_state, self.progress = lora, opt_state, progress
-        self._step, self._frozen, self._rates = train_step, frozen, rates
+        """
+        Args:
+          train_step: the compiled step.
+          frozen, trainable, opt_state: its trees.
+          rates: f32[steps] learning rate of every step.
+          progress: steps done so far.
+          peak: FLOP/s of a device, None when not known.
+        """
+        self.trainable, self.opt_state, self.progress = trainable, opt_state, progress
+        self._step, self._frozen, self._rates, self._peak = train_step, frozen, rates, peak
         self._running: _Running | None = None
         self._clock = time.perf_counter()
 
-    def advance(self, loaded: LoadedBatch, waited: float) -> dict[str, float] | None:
+    def advance(self, data: StepData) -> dict[str, float | None] | None:
         """Starts a step and returns the results of the one before it (None for the first).
-
-        Args:
-          loaded: its batch.
-          waited: seconds spent waiting for it.
 
         Raises:
           TrainingError: loss or gradient of the step before was not finite; the trees are as they were before it.
         """
-        self.lora, self.opt_state, metrics = self._step(self.lora, self.opt_state, self._frozen, loaded.batch)
-        before, step = self._running, self.progress.step + 1
-        self._running = _Running(step, loaded, metrics, waited)
-        self.progress = Progress(step, loaded.position, loaded.rejected)
+        done = self.progress.step
+        self.trainable, self.opt_state, metrics = self._step(
+            self.trainable, self.opt_state, self._frozen, data.batches, done
+        )
+        before = self._running
+        self._running = _Running(done + 1, data, metrics)
+        self.progress = Progress(done + 1, data.position, data.counts.rejected)
         return self._read(before) if before else None
 
-    def finish(self) -> dict[str, float] | None:
+    def finish(self) -> dict[str, float | None] | None:
         """Results of the step under way, None when there is none. Raises as `advance`."""
         running, self._running = self._running, None
         return self._read(running) if running else None
 
-    def _read(self, running: _Running) -> dict[str, float]:
-        loaded, m = running.loaded, running.metrics
+    def _read(self, running: _Running) -> dict[str, float | None]:
+        data, m, counts = running.data, running.metrics, running.data.counts
         loss, norm = float(m.loss), float(m.grad_norm)
         if not bool(m.finite):
             what = "loss" if not np.isfinite(loss) else "gradient"
             raise TrainingError(
-                f"the {what} of step {running.step} is not finite (loss {loss}, gradient norm {norm}); its records: "
-                f"{', '.join(loaded.keys)}. The parameters were left as they were before it, and the newest checkpoint "
-                "is from before it. Look at these records, or lower optim.lr and start anew"
+                f"the {what} of step {running.step} is not finite (loss {loss}, gradient norm {norm}); its records"
+                f"{' on this process' if jax.process_count() > 1 else ''}: {', '.join(data.keys) or 'none'}. The "
+                "parameters were left as they were before it, and the newest checkpoint is from before it. Look at "
+                "these records, or lower optim.lr and start anew"
             )
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
@@ -103,13 +120,18 @@ class Trainer:
             "grad_norm": norm,
             "lr": float(self._rates[running.step - 1]),
             "step_s": elapsed,
-            "data_wait_s": running.waited,
-            "examples": len(loaded.keys),
-            "tokens": loaded.tokens,
-            "supervised": loaded.supervised,
-            "padding": 1 - loaded.tokens / loaded.slots,
-            "position": loaded.position,
-            "quarantined": loaded.rejected,
+            "data_wait_s": data.waited,
+            "examples": counts.examples,
+            "clips": counts.clips,
+            "tokens": counts.tokens,
+            "visual": counts.visual,
+            "supervised": counts.supervised,
+            "padding": 1 - counts.tokens / counts.slots,
+            "mfu": mfu(counts.gflops * 1e9, elapsed, self._step.mesh.size, self._peak),
+            "memory_gib": peak_memory_gib(),
+            "devices": self._step.mesh.size,
+            "position": data.position,
+            "quarantined": counts.rejected,
             "compiles": self._step.compiles,
             "retraces": self._step.retraces,
         }

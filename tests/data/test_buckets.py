@@ -17,17 +17,17 @@ def test_bucket_sizes():
 
 
 def test_a_full_step_is_not_padded_in_slots_and_frames():
-    """Eight clips of 32 frames of 224 x 224 with 20 questions each."""
-    buckets = RowBuckets((1024, 2048), (64, 128), 4, full_slots=20, full_frames=8 * 16, full_frame_patches=196)
-    needed = RowSizes(prefix=900, slots=20, length=90, frames=128, frame_patches=196, supervised=300)
-    assert buckets.sizes(needed) == RowSizes(1024, 20, 128, 128, 196, 1024)
-    smaller = RowSizes(prefix=2049, slots=17, length=129, frames=100, frame_patches=180, supervised=1)
-    assert buckets.sizes(smaller) == RowSizes(4096, 20, 256, 128, 192, 16)
+    """Rows of six clips of 32 frames of 224 x 224 with 20 questions in all."""
+    buckets = RowBuckets((1024, 2048), (64, 128), 4, full_slots=20, full_frames=6 * 16, full_frame_patches=196)
+    needed = RowSizes(prefix=900, slots=20, length=90, frames=96, frame_patches=196, supervised=300)
+    assert buckets.sizes(needed) == RowSizes(1024, 20, 128, 96, 196, 1024)
+    smaller = RowSizes(prefix=2049, slots=17, length=129, frames=90, frame_patches=180, supervised=1)
+    assert buckets.sizes(smaller) == RowSizes(4096, 20, 256, 96, 192, 16)
     assert buckets.sizes(RowSizes(1, 5, 1, 0, 0, 1)) == RowSizes(1024, 6, 64, 0, 0, 16)
 
 
 def test_every_size_holds_what_it_must_and_shapes_are_few():
-    buckets = RowBuckets((256, 512, 1024), (32, 64, 128), 4, full_slots=8, full_frames=64, shards=4)
+    buckets = RowBuckets((256, 512, 1024), (32, 64, 128), 4, full_slots=8, full_frames=64)
     rng = np.random.default_rng(0)
     shapes = set()
     for _ in range(2000):
@@ -36,7 +36,7 @@ def test_every_size_holds_what_it_must_and_shapes_are_few():
             int(rng.integers(40, 65)), 4 * int(rng.integers(30, 50)), int(rng.integers(8, 40)),
         )  # fmt: skip
         got = buckets.sizes(needed)
-        assert largest([got, needed]) == got and got.frames % 4 == 0 and got.frame_patches % 4 == 0
+        assert largest([got, needed]) == got and got.frame_patches % 4 == 0
         assert buckets.sizes(got) == got  # agreeing on padded sizes is agreeing on sizes
         shapes.add((got.frames, got.frame_patches))
     assert len(shapes) <= 2 * 3

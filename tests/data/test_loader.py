@@ -78,26 +78,24 @@ def test_hosts_together_take_what_one_takes(make_loader, hosts):
         )
         assert {b.position for b in batches} == {whole.position}
         assert len({tuple((x.shape, x.dtype) for x in arrays(b)) for b in batches}) == 1
-        check_global_indices(batches)
+        check_indices(batches)
 
 
-def check_global_indices(batches):
-    """Concatenated over hosts, loss and vision indices point at the right things."""
-    tokens = np.concatenate([b.batch.inputs.tokens for b in batches])
-    loss = [np.concatenate([getattr(b.batch, name) for b in batches]) for name in ("loss_index", "loss_target")]
-    weight = np.concatenate([b.batch.loss_weight for b in batches])
-    layout = batches[0].batch.inputs.layout
-    for index, target in zip(*(x[weight > 0] for x in loss), strict=True):
-        row, s = divmod(int(index), tokens.shape[1])
-        if s >= layout.prefix:
-            assert tokens[row, s + 1] == target
-        else:  # the last prefix position of a clip predicts the first token of one of its branches
-            assert target in tokens[row, layout.prefix :: layout.length]
-    index = np.concatenate([b.batch.inputs.vision_index for b in batches])
-    patches = np.concatenate([b.batch.inputs.vision.patches for b in batches])
-    real = np.concatenate([b.batch.inputs.vision.frame_segments for b in batches])
-    merged = np.flatnonzero(real.reshape(-1, 4)[:, 0])
-    assert sorted(index[index >= 0]) == sorted(merged) and len(patches) * patches.shape[1] // 4 > index.max()
+def check_indices(batches):
+    """Concatenated over hosts, each row's loss and vision indices point at the right things of that row."""
+    parts = [b.batch for b in batches]
+    tokens, vision = (np.concatenate([getattr(p.inputs, name) for p in parts]) for name in ("tokens", "vision_index"))
+    lists = [np.concatenate([getattr(p, name) for p in parts]) for name in ("loss_index", "loss_target", "loss_weight")]
+    real = np.concatenate([p.inputs.vision.frame_segments for p in parts]).reshape(len(tokens), -1, 4)
+    layout = parts[0].inputs.layout
+    assert sum(b.supervised for b in batches) == lists[2].sum() > 0
+    for row, row_vision, row_real, *row_lists in zip(tokens, vision, real, *lists, strict=True):
+        for index, target in zip(*(x[row_lists[2] > 0] for x in row_lists[:2]), strict=True):
+            if index >= layout.prefix:
+                assert row[index + 1] == target
+            else:  # the last prefix position of a clip predicts the first token of one of its branches
+                assert target in row[layout.prefix :: layout.length]
+        assert sorted(row_vision[row_vision >= 0]) == np.flatnonzero(row_real[:, 0]).tolist()
 
 
 def test_a_host_without_clips_still_has_the_arrays_of_the_others(make_loader):
@@ -272,5 +270,5 @@ def test_options_come_from_a_config_group():
     group = {"path": "x", "questions_per_video": 4, "prefix_buckets": [8, 16], "workers": 2}
     options = LoaderOptions.from_mapping(group, 8)
     assert options == LoaderOptions(8, 4, 0, (8, 16), workers=2)
-    made = options.buckets(2, merge_area=4, frames=16, frame_patches=196, shards=2)
-    assert (made.prefix, made.full_slots, made.full_frames, made.shards) == ((8, 16), 4, 16, 2)
+    made = options.buckets(2, merge_area=4, frames=16, frame_patches=196)
+    assert (made.prefix, made.full_slots, made.full_frames) == ((8, 16), 4, 16)

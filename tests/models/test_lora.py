@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mllm4d_jax.models import layers
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.lora import attach_lora
@@ -91,11 +92,47 @@ def test_adapters_are_placed_like_the_weights():
     assert b.sharding.shard_shape(b.shape) == (4, 4, 64)
 
 
+def test_dropout_is_on_the_input_of_the_adapter_alone():
+    layer = Linear(8, 8, axes=("embed", "heads"), bias=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
+    base = np.asarray(layer(x))
+    layer.lora_a, layer.lora_b = nnx.LoRAParam(jnp.eye(8)), nnx.LoRAParam(jnp.eye(8))
+    layer.lora_scale, layer.lora_dropout = 1.0, 0.25
+    np.testing.assert_allclose(layer(x), base + x, atol=1e-6)  # no key: not in training
+    seen = np.asarray(layer(x, jax.random.key(1))) - base
+    dropped = np.isclose(seen, 0, atol=1e-6)
+    np.testing.assert_allclose(seen[~dropped], (x / 0.75)[~dropped], atol=1e-5)
+    assert abs(dropped.mean() - 0.25) < 0.02 and abs(dropped.mean(0) - 0.25).max() < 0.08
+    other = np.asarray(layer(x, jax.random.key(2))) - base
+    assert 0.3 < (np.isclose(other, 0, atol=1e-6) != dropped).mean() < 0.45  # 2 * 0.25 * 0.75
+
+
+def test_every_layer_and_projection_drops_something_else(monkeypatch):
+    model = load_model(GOLDEN / "qwen3_vl", dtype=jnp.float32)
+    attach_lora(model, rank=2, alpha=2.0, targets=("q_proj", "k_proj", "o_proj", "down_proj"), dropout=0.5,
+                rngs=nnx.Rngs(0))  # fmt: skip
+    keys = []
+
+    def dropout(x, rate, key):
+        jax.debug.callback(lambda data: keys.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        return x
+
+    monkeypatch.setattr(layers, "dropout", dropout)
+    for number in range(2):
+        jax.block_until_ready(model(text_inputs(), dropout_key=jax.random.key(number)))
+        jax.effects_barrier()
+    assert len(keys) == len(set(keys)) == 2 * 4 * 4
+    model(text_inputs())
+    jax.effects_barrier()
+    assert len(keys) == 2 * 4 * 4
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         (dict(rank=4, targets=("q_proj", "qkv")), r"\['qkv'\] name no linear layer.*q_proj"),
         (dict(rank=0, targets=("q_proj",)), "rank must be at least 1"),
+        (dict(rank=1, dropout=1.0), "dropout must be at least 0 and below 1"),
     ],
 )
 def test_refusals(kwargs, message):

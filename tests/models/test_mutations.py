@@ -75,7 +75,7 @@ def swapped_gelu(monkeypatch):
 
 
 def no_query_norm(monkeypatch):
-    def project(self, x, cos, sin):
+    def project(self, x, cos, sin, key=None):
         q, k, v = (p(x).reshape(*x.shape[:2], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 

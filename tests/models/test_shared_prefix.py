@@ -73,10 +73,17 @@ def make_examples(rng, config, grids, count) -> list[Example]:
     return examples
 
 
+def flattened(batch: RowBatch) -> RowBatch:
+    row, entry = np.nonzero(batch.loss_weight)
+    index, target, weight = (x[row, entry] for x in batch[1:])
+    return RowBatch(batch.inputs, (row * batch.inputs.tokens.shape[1] + index).astype(np.int32), target, weight)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A model with random adapters and one batch in both forms; `owner` is the example of each loss entry.
 
+    The loss lists of either form are flat, of real entries alone: `row * S + s`, row after row.
     The frozen tower has run: `inputs.vision` holds its features, `frames` the frames it ran on in either form.
     """
 
@@ -135,7 +142,7 @@ def case(name: str) -> Case:
     examples = [e for row in clips for clip in row for e in clip]
     targets = [np.flatnonzero(e.supervised) for e in examples]
     owner = np.concatenate([np.full(len(t), i) for i, t in enumerate(targets)])
-    batch = collate_rows(rows, needed_sizes(rows, geometry), geometry, visual_token_ids=ids)
+    batch = flattened(collate_rows(rows, needed_sizes(rows, geometry), geometry, visual_token_ids=ids))
     inputs = collate(examples, geometry, visual_token_ids=ids)
     index = np.concatenate([i * inputs.tokens.shape[1] + t - 1 for i, t in enumerate(targets)])
     words = np.concatenate([e.tokens[t] for e, t in zip(examples, targets, strict=True)])
@@ -186,7 +193,7 @@ def compare(shared, separate):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_equal_separate_samples(name):
     compare(*results(name))
-    assert case(name).frames == (2 + 2 + 2, 23 * 2 + 2)
+    assert case(name).frames == (2 * (2 + 2), 23 * 2 + 2)  # each of two rows has as many as the fuller one
 
 
 @pytest.mark.slow
@@ -287,11 +294,10 @@ def test_positions_that_do_not_continue_are_noticed():
 def test_rows_and_caches_are_checked():
     c = case("qwen3_vl")
     inputs = c.rows.inputs._replace(vision=None)
-    batch, slots = inputs.tokens.shape
 
     def forward(inputs, cached):
         model = nnx.merge(c.graphdef, c.lora, c.frozen)
-        return model.forward(inputs, cache=model.text.init_cache(batch, slots) if cached else None)
+        return model.forward(inputs, keep_cache=cached)
 
     with pytest.raises(ValueError, match="a cache holds one sequence per row"):
         jax.eval_shape(lambda x: forward(x, True), inputs)

@@ -101,9 +101,9 @@ def test_targets_before_a_later_image_stay_in_the_prefix_and_count_for_every_exa
     (group,) = share_prefix([a, b], IDS)
     assert group.shared == 8
     batch = collate_rows([[group]], needed_sizes([[group]], GEOMETRY), GEOMETRY, visual_token_ids=IDS)
-    assert batch.loss_index.tolist() == [3, 7, 7]
-    assert batch.loss_target.tolist() == [4, 6, 7]
-    assert batch.loss_weight.tolist() == [2, 1, 1]
+    assert batch.loss_index.tolist() == [[3, 7, 7]]
+    assert batch.loss_target.tolist() == [[4, 6, 7]]
+    assert batch.loss_weight.tolist() == [[2, 1, 1]]
 
 
 def three_groups():
@@ -115,29 +115,38 @@ def three_groups():
 
 def test_arrays_of_a_batch():
     clip, image, text = three_groups()
-    rows = [[clip, image], [text], []]
-    assert needed_sizes(rows, GEOMETRY) == RowSizes(6, 3, 4, frames=3, frame_patches=4, supervised=5)
-    sizes = RowSizes(7, 4, 5, frames=4, frame_patches=8, supervised=7)
+    rows = [[text], [clip, image], []]
+    assert needed_sizes(rows, GEOMETRY) == RowSizes(6, 3, 4, frames=3, frame_patches=4, supervised=4)
+    sizes = RowSizes(7, 4, 5, frames=4, frame_patches=8, supervised=6)
     batch = collate_rows(rows, sizes, GEOMETRY, visual_token_ids=IDS)
     inputs = batch.inputs
     assert inputs.layout == RowLayout(7, 4, 5) and inputs.layout.size == 27
-    assert inputs.tokens[0].tolist() == [1, V, V, 2, 1, 8, 0] + [3, 4, 5, 0, 0] + [6, 7, 3, 5, 0] + [2, 4] + [0] * 8
-    assert inputs.segment_ids[0].tolist() == [1] * 4 + [2] * 2 + [0] + [1] * 3 + [0] * 2 + [1] * 4 + [0, 2, 2] + [0] * 8
-    assert (inputs.positions[:, 0, 7:10] == [4, 5, 6]).all() and (inputs.positions[:, 0, 17:19] == [2, 3]).all()
-    assert inputs.tokens[1, :2].tolist() == [5, 6] and inputs.tokens[1, 7:9].tolist() == [7, 0]
+    assert inputs.tokens[1].tolist() == [1, V, V, 2, 1, 8, 0] + [3, 4, 5, 0, 0] + [6, 7, 3, 5, 0] + [2, 4] + [0] * 8
+    assert inputs.segment_ids[1].tolist() == [1] * 4 + [2] * 2 + [0] + [1] * 3 + [0] * 2 + [1] * 4 + [0, 2, 2] + [0] * 8
+    assert (inputs.positions[:, 1, 7:10] == [4, 5, 6]).all() and (inputs.positions[:, 1, 17:19] == [2, 3]).all()
+    assert inputs.tokens[0, :2].tolist() == [5, 6] and inputs.tokens[0, 7:9].tolist() == [7, 0]
     assert not inputs.segment_ids[2].any() and not inputs.tokens[2].any()
-    # Two merged tokens per frame of 8 patches: the clip's frames give rows 0 and 2, the image's frame row 4.
-    assert inputs.vision_index[0, :6].tolist() == [-1, 0, 2, -1, -1, 4]
-    assert (inputs.vision_index[1:] == -1).all() and (inputs.vision_index[0, 6:] == -1).all()
-    frames = inputs.vision.patches[:, :4]
-    np.testing.assert_array_equal(frames[:2].reshape(8, 5), clip.examples[0].patches)
-    np.testing.assert_array_equal(frames[2], image.examples[0].patches)
-    assert not frames[3].any() and inputs.vision.frame_segments.sum() == 12
     # The first branch token is predicted by its clip's last prefix position.
-    assert batch.loss_index.tolist() == [7, 8, 14, 17, 27 + 1, 0, 0]
-    assert batch.loss_target.tolist() == [4, 5, 5, 4, 7, 0, 0]
-    assert batch.loss_weight.tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert batch.loss_index.tolist() == [[1, 0, 0, 0, 0, 0], [7, 8, 14, 17, 0, 0], [0] * 6]
+    assert batch.loss_target.tolist() == [[7, 0, 0, 0, 0, 0], [4, 5, 5, 4, 0, 0], [0] * 6]
+    assert batch.loss_weight.tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0] * 6]
     assert {x.dtype.name for x in (inputs.tokens, inputs.positions, batch.loss_index, batch.loss_target)} == {"int32"}
+
+
+def test_every_row_has_its_own_frames():
+    clip, image, text = three_groups()
+    sizes = RowSizes(7, 4, 5, frames=4, frame_patches=8, supervised=5)
+    inputs = collate_rows([[text], [clip, image], [image]], sizes, GEOMETRY, visual_token_ids=IDS).inputs
+    # Two merged tokens per frame of 8 patches: the clip's frames give 0 and 2, the image's frame is the row's third.
+    assert inputs.vision_index[1, :6].tolist() == [-1, 0, 2, -1, -1, 4]
+    assert inputs.vision_index[2, :3].tolist() == [-1, 0, -1]
+    assert (inputs.vision_index[0] == -1).all() and (inputs.vision_index[1:, 6:] == -1).all()
+    patches = inputs.vision.patches.reshape(3, 4, 8, 5)
+    np.testing.assert_array_equal(patches[1, :2, :4].reshape(8, 5), clip.examples[0].patches)
+    np.testing.assert_array_equal(patches[1, 2, :4], image.examples[0].patches)
+    np.testing.assert_array_equal(patches[2, 0, :4], image.examples[0].patches)
+    real = inputs.vision.frame_segments.reshape(3, 4, 8)
+    assert real.sum((1, 2)).tolist() == [0, 12, 4] and not patches[~real.astype(bool)].any()
 
 
 def test_batches_without_media_or_without_anything():
@@ -148,8 +157,10 @@ def test_batches_without_media_or_without_anything():
     bucket = RowSizes(4, 2, 4, frames=2, frame_patches=8, supervised=3)
     vision = collate_rows([[text]], bucket, GEOMETRY, visual_token_ids=IDS).inputs.vision
     assert vision.patches.shape == (2, 8, 5) and not vision.frame_segments.any() and not vision.table_weight.any()
+    given = collate_rows([[text]], bucket, GEOMETRY, visual_token_ids=IDS, patch_dim=3).inputs.vision
+    assert given.patches.shape == (2, 8, 3)  # a record of text alone need not know how large patches are
     empty = collate_rows([[], []], bucket, GEOMETRY, visual_token_ids=IDS, patch_dim=5)
-    assert empty.inputs.vision.patches.shape == (2, 8, 5) and not empty.loss_weight.any()
+    assert empty.inputs.vision.patches.shape == (4, 8, 5) and not empty.loss_weight.any()
     with pytest.raises(ValueError, match="give patch_dim"):
         collate_rows([[]], bucket, GEOMETRY, visual_token_ids=IDS)
     assert needed_sizes([[]], GEOMETRY) == RowSizes(1, 1, 1, 0, 0, 1)
@@ -178,9 +189,9 @@ def test_packing_is_even_and_deterministic():
         (dict(prefix=5), "c: a row needs 6 prefix tokens and has 5"),
         (dict(slots=2), "c: a row needs 3 branch slots and has 2"),
         (dict(length=3), "b: 4 branch tokens for slots of 3"),
-        (dict(frames=2), "batch that starts with a: .*2 frames x 4 patches cannot hold 3 frames"),
+        (dict(frames=2), "row that starts with a: .*2 frames x 4 patches cannot hold 3 frames"),
         (dict(frames=0), "a has images or videos and the sizes leave no frames"),
-        (dict(supervised=4), "5 supervised tokens for lists of 4, in the batch that starts with a"),
+        (dict(supervised=3), "4 supervised tokens for lists of 3, in the row that starts with a"),
     ],
 )
 def test_too_small_sizes_name_the_record(change, message):

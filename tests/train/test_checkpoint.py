@@ -39,7 +39,7 @@ def test_round_trip_keeps_every_bit_and_the_newest(tmp_path):
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest() is None
         for step in (1, 3, 5):
-            checkpoints.save(lora, state, Meta(step, *(40, 2), META.config, META.content))
+            checkpoints.save(lora, state, Meta(step, *(40, 2), META.config, META.content), 1.0)
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         assert checkpoints.latest() == 5
         assert checkpoints.meta(5) == META
@@ -55,7 +55,7 @@ def test_what_is_saved_may_be_donated_at_once(tmp_path):
     want = jax.tree.map(np.array, lora)
     overwrite = jax.jit(lambda x: jax.tree.map(lambda v: v * 0 - 7, x), donate_argnums=0)
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        checkpoints.save(lora, state, META)
+        checkpoints.save(lora, state, META, 1.0)
         gone = overwrite(lora)
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         restored, _ = checkpoints.restore(5, gone, state)
@@ -65,7 +65,7 @@ def test_what_is_saved_may_be_donated_at_once(tmp_path):
 def test_restores_onto_another_mesh(tmp_path):
     lora, state = make_state(make_mesh({"data": -1}))
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        checkpoints.save(lora, state, META)
+        checkpoints.save(lora, state, META, 1.0)
     mesh = make_mesh({"data": 2, "fsdp": 4})
     template = make_state(mesh, None, "fsdp")
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
@@ -77,11 +77,11 @@ def test_restores_onto_another_mesh(tmp_path):
 def test_another_adapter_is_refused(tmp_path):
     lora, state = make_state(make_mesh({"data": -1}))
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
-        checkpoints.save(lora, state, META)
+        checkpoints.save(lora, state, META, 1.0)
     names = lora["stacks"][0]
     with Checkpoints(tmp_path / "c", keep=1) as checkpoints:
         for other in ({"a": names["a"]}, {**names, "c": names["a"]}, {**names, "b": names["b"][:, :2]}):
-            with pytest.raises(ResumeError, match=r"does not fit the model: stacks\.0\.[bc]: stored"):
+            with pytest.raises(ResumeError, match=r"do not fit the model: stacks\.0\.[bc]: stored"):
                 checkpoints.restore(5, {"stacks": {0: other}}, state)
 
 

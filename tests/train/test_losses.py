@@ -9,21 +9,23 @@ import pytest
 
 from mllm4d_jax.train.losses import token_cross_entropy
 
-M, H, V = 13, 6, 29
+B, M, H, V = 3, 13, 6, 29
 
 
 def make_inputs():
     rng = np.random.default_rng(3)
-    hidden = rng.normal(size=(M, H)).astype(np.float32)
+    hidden = rng.normal(size=(B, M, H)).astype(np.float32)
     head = (3 * rng.normal(size=(H, V))).astype(np.float32)
-    targets = rng.integers(0, V, M).astype(np.int32)
-    weights = rng.uniform(0, 2, M).astype(np.float32)
-    weights[[4, 9]] = 0
+    targets = rng.integers(0, V, (B, M)).astype(np.int32)
+    weights = rng.uniform(0, 2, (B, M)).astype(np.float32)
+    weights[:, [4, 9]] = 0
     return hidden, head, targets, weights
 
 
 def reference(hidden, head, targets, weights):
     """Value and gradients by the textbook formulas, float64."""
+    shape = hidden.shape
+    hidden, targets, weights = hidden.reshape(-1, H), targets.reshape(-1), weights.reshape(-1)
     hidden, head, weights = (x.astype(np.float64) for x in (hidden, head, weights))
     logits = hidden @ head
     probs = np.exp(logits - logits.max(-1, keepdims=True))
@@ -34,10 +36,10 @@ def reference(hidden, head, targets, weights):
     delta[rows, targets] -= 1
     delta *= weights[:, None]
     correct = (weights * (logits.argmax(-1) == targets)).sum()
-    return loss, weights.sum(), correct, delta @ head.T, hidden.T @ delta
+    return loss, weights.sum(), correct, (delta @ head.T).reshape(shape), hidden.T @ delta
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 13, 1000])
+@pytest.mark.parametrize("chunk", [1, 12, 39, 1000])
 def test_value_and_gradient(chunk):
     hidden, head, targets, weights = make_inputs()
     loss, weight, correct, d_hidden, d_head = reference(hidden, head, targets, weights)
@@ -58,10 +60,10 @@ def test_padding_positions_do_not_count():
     hidden, head, targets, weights = make_inputs()
     short = token_cross_entropy(hidden, head, targets, weights, 4)
     padded = token_cross_entropy(
-        jnp.pad(hidden, ((0, 8), (0, 0)), constant_values=7.0),
+        jnp.pad(hidden, ((0, 0), (0, 8), (0, 0)), constant_values=7.0),
         head,
-        jnp.pad(targets, (0, 8)),
-        jnp.pad(weights, (0, 8)),
+        jnp.pad(targets, ((0, 0), (0, 8))),
+        jnp.pad(weights, ((0, 0), (0, 8))),
         4,
     )
     for a, b in zip(short, padded, strict=True):
@@ -72,10 +74,10 @@ def test_no_array_of_all_logits_exists():
     """The compiled gradient's scratch memory stays far below one [M, V] float32 array."""
     m, v = 4096, 8192
     shapes = (
-        jax.ShapeDtypeStruct((m, 16), jnp.float32),
+        jax.ShapeDtypeStruct((4, m // 4, 16), jnp.float32),
         jax.ShapeDtypeStruct((16, v), jnp.float32),
-        jax.ShapeDtypeStruct((m,), jnp.int32),
-        jax.ShapeDtypeStruct((m,), jnp.float32),
+        jax.ShapeDtypeStruct((4, m // 4), jnp.int32),
+        jax.ShapeDtypeStruct((4, m // 4), jnp.float32),
     )
 
     def loss(hidden, head, targets, weights):
@@ -92,3 +94,12 @@ def test_logits_of_bfloat16_inputs_are_float32():
     loss, *_ = reference(np.asarray(hidden16, np.float32), np.asarray(head16, np.float32), targets, weights)
     out = token_cross_entropy(hidden16, head16, targets, weights, 4)
     np.testing.assert_allclose(out.loss, loss, rtol=1e-5)
+
+
+def test_ties_and_nothing_to_count():
+    """A target that shares the largest logit is correct; without weights all sums are zero."""
+    hidden, head = np.ones((1, 2, H), np.float32), np.zeros((H, V), np.float32)
+    targets = np.array([[3, 5]], np.int32)
+    out = token_cross_entropy(hidden, head, targets, np.array([[2, 1]], np.float32), 8)
+    np.testing.assert_allclose(out, [3 * np.log(V), 3, 3], rtol=1e-6)
+    assert [float(x) for x in token_cross_entropy(hidden, head, targets, np.zeros((1, 2), np.float32), 8)] == [0, 0, 0]

@@ -19,9 +19,14 @@ def row(step, **changes):
         step_s=0.5,
         data_wait_s=0.1,
         examples=4,
+        clips=1,
         tokens=100,
+        visual=40,
         supervised=12,
         padding=0.25,
+        mfu=None,
+        memory_gib=None,
+        devices=2,
         position=4 * step,
         quarantined=0,
         compiles=1,
@@ -50,6 +55,13 @@ def test_summary_averages_and_rates():
     out = summary([row(1, loss=1.0, step_s=1.0, examples=2), row(2, loss=3.0, step_s=3.0, tokens=700)])
     assert out["loss"] == 2.0 and out["qa_per_s"] == 6 / 4 and out["tokens_per_s"] == 200.0
     assert out["lr"] == 5e-4 and out["position"] == 8 and "step" not in out
+    assert out["tokens_per_s_device"] == 100.0 and out["visual_share"] == 80 / 800 and out["data_wait"] == 0.2 / 4
+    assert "mfu" not in out and "memory_gib" not in out and "tokens" not in out
+
+
+def test_summary_weighs_utilisation_by_time():
+    out = summary([row(1, step_s=9.0), row(2, mfu=0.5, step_s=3.0), row(3, mfu=0.1, step_s=1.0, memory_gib=7.5)])
+    assert out["mfu"] == pytest.approx((0.5 * 3 + 0.1) / 4) and out["memory_gib"] == 7.5
 
 
 def test_smoothing_is_a_trailing_mean():
@@ -69,4 +81,4 @@ def test_report_and_curve(tmp_path, count):
     assert "| optim.lr | `0.1` |" in text and "- devices: one" in text
     if count == 23:
         assert f"loss {(4 + 2 + 4 / 3) / 3:.4f}" in text and "| 22-23 | 0.1779 | 0.500 |" in text
-        assert "| 1-3 | 2.4444 | 0.500 | 3.33e-04 | 8.00 | 200 | 20% | 25% |" in text
+        assert "| 1-3 | 2.4444 | 0.500 | 3.33e-04 | 0.50 | 8.00 | 100 | n/a | 20% | 25% |" in text

@@ -7,6 +7,7 @@ import pytest
 from configs import common
 from configs import sft as sft_config
 from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.models.published import SIZES
 from mllm4d_jax.train import preflight
 from mllm4d_jax.train.preflight import PreflightError
 from mllm4d_jax.train.sft import run, with_sample
@@ -87,6 +88,25 @@ def test_a_mixture_and_the_division_of_questions_are_checked(tiny_world, tmp_pat
     assert "path::root::rate" in complaints(config)
     config.data.questions_per_video = 1
     config.data.mixture = (f"{path}::{path.parent}::1",)
+    preflight.check(config)
+    config.train.accumulation = 3
+    assert "train.batch_size = 8 cannot be divided into train.accumulation = 3" in complaints(config)
+    config.train.accumulation = 2
+    assert "in 2 micro-batches cannot be split over 8 devices" in complaints(config)
+    config.mesh.tensor = 2
+    preflight.check(config)
+
+
+def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_there(tiny_world, tmp_path):
+    config = sft_config.get_config("qwen3_vl_30b_a3b")
+    assert "hf download Qwen/Qwen3-VL-30B-A3B-Instruct" in complaints(config)
+    assert set(preflight.BASE_MODELS) == {"", *SIZES} - {"235b_a22b"}
+    config = complete(tiny_world)
+    config.model.adapter, config.lora.dropout = str(tmp_path), 1.0
+    text = complaints(config)
+    assert f"model.adapter = {tmp_path} holds no checkpoint" in text and "lora.dropout = 1" in text
+    (tmp_path / "checkpoints/12").mkdir(parents=True)
+    config.lora.dropout = 0.5
     preflight.check(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -15,8 +16,11 @@ from configs import sft as sft_config
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.train import sft
 from mllm4d_jax.train.checkpoint import Checkpoints, ResumeError
+from mllm4d_jax.train.feed import Feed
+from mllm4d_jax.train.job import load_trainable, make_trainer
 from mllm4d_jax.train.metrics import read_metrics
-from mllm4d_jax.train.trainer import Progress, StopSignal, TrainingError
+from mllm4d_jax.train.trainer import Progress, StopSignal, Trainer, TrainingError
+from mllm4d_jax.train.watchdog import Watchdog
 
 STEPS = 6
 
@@ -39,11 +43,12 @@ class StopAt:
 def train(config, workdir, stop_at=STEPS):
     """One part of a run; returns the adapter and optimiser state on the host."""
     workdir.mkdir(exist_ok=True)
-    with Checkpoints(workdir / "checkpoints", 2) as checkpoints:
+    keep = config.train.keep_checkpoints, config.train.keep_best
+    with Checkpoints(workdir / "checkpoints", *keep) as checkpoints:
         job = sft.build(config, workdir, checkpoints)
         with job.encoder:
             sft.train(job, StopAt(job, stop_at))
-        return jax.tree.map(np.array, (job.trainer.lora, job.trainer.opt_state))
+        return jax.tree.map(np.array, (job.trainer.trainable, job.trainer.opt_state))
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +87,17 @@ def test_eight_devices_train_like_one(config, straight, tmp_path):
     one = make_mesh({"data": -1}, jax.devices()[:1])
     with Checkpoints(tmp_path / "none", 1) as checkpoints:
         job = sft.build(config, tmp_path, checkpoints)
-        model, _ = sft.load_trainable(config, one)
-        trainer, _ = sft.make_trainer(config, model, one, checkpoints, Progress())
-    with job.encoder:
-        rows = [trainer.advance(job.loader.next_batch(), 0.0) for _ in range(STEPS)][1:] + [trainer.finish()]
+        trainer, _ = make_trainer(config, load_trainable(config, one), one, checkpoints, Progress(), job.content)
+    with job.encoder, Feed(job.loader, 1, job.flops, False, Watchdog(0)) as feed:
+        rows = [trainer.advance(feed.next(last=False)) for _ in range(STEPS)][1:] + [trainer.finish()]
     workdir, (lora, _) = straight
     for ours, theirs in zip(rows, curve(workdir), strict=True):
         assert ours["position"] == theirs["position"]
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-3)
     # Adam divides by the gradient's own size, so that rounding grows; it stays small beside what was learned.
-    start = jax.tree.map(np.array, job.trainer.lora)
-    for a, b, c in zip(*map(jax.tree.leaves, (lora, trainer.lora, start)), strict=True):
+    start = jax.tree.map(np.array, job.trainer.trainable)
+    for a, b, c in zip(*map(jax.tree.leaves, (lora, trainer.trainable, start)), strict=True):
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a - c)
 
 
@@ -137,7 +141,7 @@ def test_another_config_does_not_continue_the_run(make_config, mixed_world, stra
 
 
 def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
-    advance = sft.Trainer.advance
+    advance = Trainer.advance
 
     def and_signal(self, *args):
         row = advance(self, *args)
@@ -147,7 +151,7 @@ def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(sft.Trainer, "advance", and_signal)
+        patch.setattr(Trainer, "advance", and_signal)
         assert sft.run(config, str(tmp_path)) == 0
     assert "stopped after step 2 of 6" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is before
@@ -166,15 +170,15 @@ def test_second_interrupt_is_immediate():
 
 
 def test_non_finite_loss_stops_naming_step_and_records(config, tmp_path, monkeypatch):
-    advance = sft.Trainer.advance
+    advance = Trainer.advance
 
-    def poisoned(self, loaded, waited):
+    def poisoned(self, data):
         if self.progress.step == 4:
-            weight = loaded.batch.loss_weight * np.float32("nan")
-            loaded = sft.dataclasses.replace(loaded, batch=loaded.batch._replace(loss_weight=weight))
-        return advance(self, loaded, waited)
+            bad = [b._replace(loss_weight=b.loss_weight * np.float32("nan")) for b in data.batches]
+            data = dataclasses.replace(data, batches=tuple(bad))
+        return advance(self, data)
 
-    monkeypatch.setattr(sft.Trainer, "advance", poisoned)
+    monkeypatch.setattr(Trainer, "advance", poisoned)
     with pytest.raises(TrainingError, match=r"loss of step 5 is not finite.*mixed\.json#\d") as caught:
         sft.run(config, str(tmp_path))
     named = re.findall(r"mixed\.json#(\d)", str(caught.value))
@@ -182,6 +186,57 @@ def test_non_finite_loss_stops_naming_step_and_records(config, tmp_path, monkeyp
     assert [r["step"] for r in curve(tmp_path)] == [1, 2, 3, 4]
     with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
         assert checkpoints.latest() == 4
+
+
+def test_micro_batches_take_the_same_steps_and_resume(config, straight, tmp_path):
+    """Two micro-batches a step, begun with one: the same groups in each step, the same curve but for rounding."""
+    train(config, tmp_path / "w", stop_at=2)
+    config.train.accumulation = 2
+    config.mesh.tensor = 2
+    train(config, tmp_path / "w")
+    for ours, theirs in zip(curve(tmp_path / "w"), curve(straight[0]), strict=True):
+        exact = ("step", "position", "examples", "supervised", "tokens", "quarantined")
+        assert [ours[k] for k in exact] == [theirs[k] for k in exact]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_a_run_can_start_from_the_adapter_of_another(config, straight, tmp_path):
+    workdir, (adapter, _) = straight
+    config.model.adapter = str(workdir)
+    with Checkpoints(tmp_path / "new", 1) as checkpoints:
+        job = sft.build(config, tmp_path, checkpoints)
+    assert job.trainer.progress == Progress()
+    assert jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, job.trainer.trainable)))
+    assert not any(np.any(x) for x in jax.tree.leaves(job.trainer.opt_state))  # moments and counters begin anew
+    config.lora.alpha = 1.0
+    with pytest.raises(ResumeError, match=r"trained otherwise: lora.alpha: 32.0 there, 1.0 here"):
+        with Checkpoints(tmp_path / "other", 1) as checkpoints:
+            sft.build(config, tmp_path, checkpoints)
+
+
+def test_the_best_checkpoints_stay(config, tmp_path, monkeypatch):
+    config.train.checkpoint_every, config.train.keep_checkpoints, config.train.keep_best = 1, 1, 1
+    config.train.log_every = 1
+    losses = iter([3.0, 1.0, 2.0, 1.5, 1.25, 4.0])
+    before = sft.save
+
+    def ranked(job, recent, watchdog):
+        recent[-1] = next(losses)
+        before(job, recent, watchdog)
+
+    monkeypatch.setattr(sft, "save", ranked)
+    train(config, tmp_path / "w")
+    with Checkpoints(tmp_path / "w/checkpoints", 1, 1) as checkpoints:
+        assert (checkpoints.latest(), checkpoints.best()) == (STEPS, 2)
+    kept = sorted(p.name for p in (tmp_path / "w/checkpoints").iterdir() if p.name.isdigit())
+    assert kept == ["2", "6"]
+
+
+def test_chosen_steps_are_traced(config, tmp_path):
+    config.train.steps, config.train.trace_steps = 3, (2,)
+    train(config, tmp_path / "w")
+    traces = list((tmp_path / "w/trace").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,21 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.train.state import init_optimizer, learning_rates, make_optimizer, split_model
+from mllm4d_jax.train.state import (
+    TrainableError,
+    init_optimizer,
+    learning_rates,
+    make_optimizer,
+    merge_model,
+    optimizer_placement,
+    split_model,
+    trained,
+)
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def test_cosine_schedule_by_hand():
@@ -67,13 +81,78 @@ def test_split_takes_the_adapter_and_only_the_adapter():
     class Model(nnx.Module):
         def __init__(self):
             self.base = nnx.Param(jnp.arange(3.0))
-            self.adapter = nnx.LoRAParam(jnp.ones(2))
+            self.lora_a = nnx.LoRAParam(jnp.ones(2))
 
     graphdef, lora, frozen = split_model(Model())
-    assert jax.tree.map(jnp.shape, lora) == {"adapter": (2,)}
+    assert jax.tree.map(jnp.shape, lora) == {"lora_a": (2,)}
     assert jax.tree.map(jnp.shape, frozen) == {"base": (3,)}
     merged = nnx.merge(graphdef, jax.tree.map(lambda x: 5 * x, lora), frozen)
-    np.testing.assert_array_equal(merged.adapter[...], [5, 5])
+    np.testing.assert_array_equal(merged.lora_a[...], [5, 5])
     np.testing.assert_array_equal(merged.base[...], [0, 1, 2])
-    with pytest.raises(ValueError, match="no LoRA"):
+    with pytest.raises(ValueError, match="'lora' matches no parameter of the model: attach an adapter"):
         split_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_the_last_pattern_that_matches_decides():
+    name = "text/stacks/0/attn/q_proj/kernel"
+    assert not trained(name, ["lora"]) and trained("text/stacks/0/attn/q_proj/lora_a", ["lora"])
+    assert trained(name, ["full"]) and trained("lm_head/kernel", ["full"])
+    assert not trained("vision/merger/norm/scale", ["full"]) and not trained(name, ["text"])  # the whole name matches
+    assert not trained(name, ["text/.*", "!.*/attn/.*"]) and trained(name, ["!.*/attn/.*", "text/.*"])
+    assert not trained("text/stacks/0/attn/q_proj/lora_a", ["full", "!lora"])
+
+
+def names(tree) -> set[str]:
+    return {"/".join(str(key.key) for key in path) for path, _ in jax.tree.leaves_with_path(tree)}
+
+
+def test_patterns_choose_what_is_trained():
+    model = load_model(GOLDEN / "qwen2_5_vl")
+    everything = names(split_model(model, ("text/.*", "lm_head/.*", "vision/.*"))[1])
+    graphdef, ours, frozen = split_model(model, "full")
+    assert names(ours) == {n for n in everything if not n.startswith("vision/")}
+    assert names(frozen) == {n for n in everything if n.startswith("vision/")}
+    attach_lora(model, rank=2, alpha=2.0, rngs=nnx.Rngs(0))
+    _, ours, _ = split_model(model, ("lora", "vision/merger/.*", "!.*/bias"))
+    assert {n.rsplit("/", 1)[-1] for n in names(ours) if n.startswith("text/")} == {"lora_a", "lora_b"}
+    merger = {n for n in everything if n.startswith("vision/merger/")}
+    assert {n for n in names(ours) if n.startswith("vision/")} == {n for n in merger if not n.endswith("bias")} < merger
+
+
+def test_trained_weights_are_float32_and_round_only_in_the_model():
+    model = load_model(GOLDEN / "qwen2_5_vl", dtype=jnp.bfloat16)
+    attach_lora(model, rank=2, alpha=2.0, rngs=nnx.Rngs(0))
+    graphdef, ours, frozen = split_model(model, ("text/embed", "lora"))
+    assert {x.dtype for x in jax.tree.leaves(ours)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}
+    small = np.float32(2**-12)  # lost when added to a bfloat16 weight of any size that matters
+    moved = jax.tree.map(lambda x: x + small, ours)
+    merged = merge_model(graphdef, moved, frozen)
+    assert merged.text.embed.dtype == jnp.bfloat16 and merged.text.stacks[0].attn.q_proj.lora_a.dtype == jnp.float32
+    np.testing.assert_array_equal(merged.text.embed[...], moved["text"]["embed"].astype(jnp.bfloat16))
+    grads = jax.grad(lambda t: merge_model(graphdef, t, frozen).text.embed[...].astype(jnp.float32).sum())(ours)
+    assert grads["text"]["embed"].dtype == jnp.float32 and (grads["text"]["embed"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (("lora",), "'lora' matches no parameter of the model: attach an adapter"),
+        (("text/.*", "lm_hat/.*"), "'lm_hat/.\\*' matches no parameter of the model .names are like 'lm_head/kernel'"),
+        (("text/(",), "not a regular expression"),
+        (("text/.*", "!text/.*"), "leaves nothing to train"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(patterns, message):
+    with pytest.raises(TrainableError, match=message):
+        split_model(load_model(GOLDEN / "qwen2_5_vl"), patterns)
+
+
+def test_shapes_can_be_split_and_placed_without_arrays():
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+    shape = {"a": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=sharding)}
+    optimizer = make_optimizer(np.ones(3), b1=0.9, b2=0.9, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
+    real = init_optimizer(optimizer, {"a": jax.device_put(jnp.ones((8, 2)), sharding)}, mesh)
+    placed = jax.tree.leaves(optimizer_placement(optimizer, shape, mesh))
+    assert [x.sharding for x in jax.tree.leaves(real)] == placed

@@ -1,0 +1,265 @@
+"""The two sides of sft_vs_hf.py: this project's training step, and Transformers with PEFT, on the same weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import jax
+import ml_collections
+import numpy as np
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import common
+from mllm4d_jax.data.samples import draw, make_clip, questions, write_video
+from mllm4d_jax.data.steps import LoadedBatch
+from mllm4d_jax.models.config import ModelConfig
+from mllm4d_jax.models.published import published_config
+from mllm4d_jax.models.qwen_vl import vision_geometry
+from mllm4d_jax.models.weight_map import published_tensors
+from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.processing.config import ProcessorConfig
+from mllm4d_jax.processing.encode import Encoder, VideoOptions
+from mllm4d_jax.processing.example import Record
+from mllm4d_jax.processing.tokenizer import Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.train import job, preflight
+from mllm4d_jax.train.state import init_optimizer, learning_rates, make_optimizer, split_model
+from mllm4d_jax.train.step import TrainStep
+from mllm4d_jax.train.trainer import Progress
+from tools import make_checkpoint
+from tools.reference import cases
+from tools.reference.tensors import tensors
+
+VOCABULARY = 4096
+STORED = (512, 512)  # height and width of the clips on disk
+RATE, SEED = 1e-3, 0
+
+
+class Shape(NamedTuple):
+    """Widths and depths of the model; the defaults keep the 2B model's balance between tower, decoder and head."""
+
+    layers: int = 6
+    width: int = 512
+    vision_layers: int = 6
+    vision_width: int = 256
+
+
+class Timed(NamedTuple):
+    """One step: seconds to prepare its batch and to run it, processor seconds of the latter, loss, gradient norm."""
+
+    data: float
+    step: float
+    cpu: float
+    loss: float
+    norm: float
+
+
+def write_world(folder: Path, clips: int, per_clip: int) -> Path:
+    """Writes clips of STORED size with `per_clip` questions each, and records.json; returns its path."""
+    rng = np.random.default_rng(SEED)
+    (folder / "videos").mkdir(parents=True)
+    records = []
+    for n in range(clips):
+        clip, name = make_clip(rng), f"videos/clip_{n:03d}.mp4"
+        frames = np.repeat(draw(clip), 3, axis=0)
+        write_video(
+            folder / name, np.stack([cv2.resize(f, STORED[::-1], interpolation=cv2.INTER_CUBIC) for f in frames])
+        )
+        asked: list[tuple[str, str]] = []
+        while len(asked) < per_clip:
+            asked += questions(clip, rng)
+        for text, letter in asked[:per_clip]:
+            turns = [{"from": "human", "value": f"<video>\n{text}"}, {"from": "gpt", "value": letter}]
+            records.append({"video": name, "conversations": turns})
+    path = folder / "records.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def write_model(folder: Path, shape: Shape, texts: Sequence[str]) -> int:
+    """Writes a random Qwen3-VL of this shape as a Hugging Face folder; returns its parameters."""
+    folder.mkdir(parents=True)
+    stamps = [f"<{t / 10:.1f} seconds>" for t in range(80)]
+    tokenizer = build_byte_level_tokenizer([*texts, *stamps, "system\nuser\nassistant\n"], VOCABULARY)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items()}
+    config = published_config("2b")
+    config |= dict(
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    config["text_config"] |= dict(
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 64,
+        num_key_value_heads=max(1, shape.width // 128),
+        head_dim=64,
+        intermediate_size=3 * shape.width,
+        vocab_size=VOCABULARY,
+        bos_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+    )
+    config["text_config"]["rope_scaling"]["mrope_section"] = [12, 10, 10]
+    config["vision_config"] |= dict(
+        depth=shape.vision_layers,
+        hidden_size=shape.vision_width,
+        num_heads=shape.vision_width // 64,
+        intermediate_size=4 * shape.vision_width,
+        out_hidden_size=shape.width,
+        deepstack_visual_indexes=sorted({k * shape.vision_layers // 4 for k in (1, 2, 3)}),
+    )
+    for name, content in {"config.json": config, **make_checkpoint.preprocessor_files(config)}.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    shapes = published_tensors(ModelConfig.from_dict(config))
+    return make_checkpoint.write_weights(folder, shapes, SEED, make_checkpoint.SHARD_BYTES)
+
+
+def run_config(
+    model: Path, records: Path, *, batch: int, per_video: int, steps: int, frames: int, side: int
+) -> ml_collections.ConfigDict:
+    """The SFT config both sides follow: fp32, frozen tower, LoRA on q, k, v, o, AdamW at a constant rate."""
+    config = common.sft()
+    config.model.path, config.data.path, config.data.root = str(model), str(records), str(records.parent)
+    config.model.dtype, config.model.remat = "float32", "none"
+    config.video.num_frames, config.video.min_pixels, config.video.max_pixels = frames, side**2, side**2
+    config.data.questions_per_video = per_video
+    config.lora.rank, config.lora.alpha = 16, 32.0
+    config.optim.lr, config.optim.warmup_ratio, config.optim.schedule = RATE, 0.0, "constant"
+    config.train.batch_size, config.train.steps = batch, steps
+    return config
+
+
+class Ours:
+    """The loader and the jitted step of a run."""
+
+    def __init__(self, config: ml_collections.ConfigDict, folder: Path) -> None:
+        mesh = make_mesh(dict(config.mesh))
+        model = job.load_trainable(config, mesh)
+        graphdef, lora, self._frozen = split_model(model, tuple(config.train.trainable))
+        self.adapter = jax.tree.map(np.array, _random_b(lora))
+        o = config.optim
+        rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
+        self._optimizer = make_optimizer(
+            rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
+        )
+        self._mesh = mesh
+        self.restart()
+        self._step = TrainStep(graphdef, self._optimizer, self._lora, self._state, mesh, config.train.loss_chunk)
+        mixture = preflight.open_data(config)
+        self.encoder = Encoder(
+            ProcessorConfig.from_folder(config.model.path),
+            Tokenizer.from_folder(config.model.path),
+            VideoOptions.from_mapping(config.video),
+            config.data.max_tokens,
+        )
+        geometry = vision_geometry(model.config)
+        self._loader = job.make_loader(config, folder, mixture, self.encoder, geometry, Progress())
+        self._batches: list[tuple[LoadedBatch, float]] = []
+
+    def load(self, steps: int) -> list[list[int]]:
+        """Prepares the batches of all steps; returns the numbers of their records."""
+        for _ in range(steps):
+            started = time.perf_counter()
+            loaded = self._loader.next_batch()
+            self._batches.append((loaded, time.perf_counter() - started))
+        return [[int(key.rpartition("#")[2]) for key in loaded.keys] for loaded, _ in self._batches]
+
+    def restart(self) -> None:
+        """Puts adapter and optimiser back to the start; what was compiled stays."""
+        self._lora = jax.device_put(self.adapter, NamedSharding(self._mesh, PartitionSpec()))
+        self._state = init_optimizer(self._optimizer, self._lora, self._mesh)
+
+    def record(self, i: int) -> Record:
+        return self._loader.mixture.sources[0][i]
+
+    def run(self, step: int) -> Timed:
+        """One step on the batch loaded for it."""
+        loaded, data = self._batches[step]
+        started, used = time.perf_counter(), time.process_time()
+        self._lora, self._state, m = self._step(self._lora, self._state, self._frozen, [loaded.batch], step)
+        loss = float(m.loss)
+        jax.block_until_ready(self._lora)
+        spent = (time.perf_counter() - started, time.process_time() - used)
+        return Timed(data, *spent, loss, float(m.grad_norm))
+
+    def facts(self) -> str:
+        """Sizes of the first batch."""
+        loaded = self._batches[0][0]
+        rows, length = loaded.batch.inputs.tokens.shape
+        padding = 1 - loaded.tokens / loaded.slots
+        return f"{rows} rows of {length} tokens, {padding:.0%} of them padding, {loaded.visual} visual"
+
+
+def _random_b(lora):
+    """B is zero at the start of a run, which leaves A without a gradient: random, so that all of it is compared."""
+    rng = np.random.default_rng(SEED)
+
+    def fill(path, x):
+        return 0.02 * rng.standard_normal(x.shape, np.float32) if path[-1].key == "lora_b" else x
+
+    return jax.tree_util.tree_map_with_path(fill, lora)
+
+
+class Theirs:
+    """Transformers with PEFT: one padded row per question, every question with its own clip."""
+
+    def __init__(self, config: ml_collections.ConfigDict, adapter, encoder: Encoder) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForImageTextToText
+
+        base = AutoModelForImageTextToText.from_pretrained(
+            config.model.path, dtype=torch.float32, attn_implementation="sdpa"
+        )
+        lora, o = config.lora, config.optim
+        self._model = get_peft_model(
+            base, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets))
+        ).train()
+        self._encoder, self._clip = encoder, o.clip_norm
+        self._prompts = cases.Prompts.from_folder(config.model.path, SEED)
+        self.trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self.trained, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay
+        )
+        self._start = self._adapter(adapter)
+        self.restart()
+
+    def _adapter(self, adapter) -> dict[torch.nn.Parameter, torch.Tensor]:
+        """Our adapter under their parameters: stacked over layers there, transposed here."""
+        start = {}
+        leaves = {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(adapter)}
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                parts = name.split(".")
+                layer, kind = int(parts[parts.index("layers") + 1]), f"lora_{parts[-3][-1].lower()}"
+                path = next(p for p in leaves if p[-1] == kind and p[-2] == parts[-4])
+                start[parameter] = torch.from_numpy(leaves[path][layer].T.copy())
+        return start
+
+    def restart(self) -> None:
+        """Puts adapter and optimiser back to the start."""
+        with torch.no_grad():
+            for parameter, value in self._start.items():
+                parameter.copy_(value)
+        self._optimizer.state.clear()
+
+    def run(self, records: Sequence[Record]) -> Timed:
+        """One step on these records, each encoded on its own."""
+        started = time.perf_counter()
+        rows = [cases.example_row(self._encoder.encode(record)) for record in records]
+        batch = tensors(cases.batch(self._prompts, rows, "right"))
+        prepared, used = time.perf_counter(), time.process_time()
+        self._model.base_model.model.model.rope_deltas = None  # kept from the call before otherwise
+        loss = self._model(**batch, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        spent = (time.perf_counter() - prepared, time.process_time() - used)
+        return Timed(prepared - started, *spent, loss.item(), norm.item())

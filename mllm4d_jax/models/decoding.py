@@ -1,0 +1,163 @@
+"""Decoding many completions of each prompt: one token per branch and step, over a prompt cache that all branches share.
+
+The blocks are the decoder's own; only attention differs from the training pass, because a query is one token and its
+keys lie in two places. The prompt's keys are read where prefill put them, once for all branches of the prompt; a
+branch's own keys are in a cache that a loop carries and one step writes one slot of.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mllm4d_jax.models import rope
+from mllm4d_jax.models.layers import scan_layers
+from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.text import KVCache, run_lengths
+from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows
+from mllm4d_jax.processing.batch import ModelInputs
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of prompts, never written again.
+
+    Attributes:
+      kv: [layers, B, K, P, head_dim].
+      visible: bool[B, P], True where a slot holds a real token.
+    """
+
+    kv: KVCache
+    visible: jax.Array
+
+
+class Prompt(NamedTuple):
+    """Result of `prefill`.
+
+    Attributes:
+      cache: see `PromptCache`.
+      hidden: [B, H] of the last real token, after the final norm: it predicts the first token of every branch.
+      next_position: i32[B] M-RoPE position of that first token, the same on all three axes.
+    """
+
+    cache: PromptCache
+    hidden: jax.Array
+    next_position: jax.Array
+
+
+def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> Prompt:
+    """Runs the prompts once.
+
+    Args:
+      inputs: plain rows, padded on either side.
+      features: vision features computed before; None encodes `inputs.vision` here.
+
+    Raises:
+      ValueError: rows of the shared-prefix layout (every row must be one prompt).
+    """
+    out = model.forward(inputs, features=features, keep_cache=True)
+    b, p = inputs.tokens.shape
+    visible = inputs.segment_ids != 0
+    last = jnp.max(jnp.where(visible, jnp.arange(p), -1), -1)
+    # One more than the largest position of the prompt: an image may reach further than the text after it.
+    following = jnp.max(jnp.where(visible[None], inputs.positions, -1), (0, 2)) + 1
+    cache = PromptCache(constrain_cache(out.cache, model.mesh), visible)
+    return Prompt(cache, out.hidden[jnp.arange(b), last], following.astype(jnp.int32))
+
+
+def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int) -> KVCache:
+    """A cache [layers, B, G, K, T, head_dim] of zeros for B prompts with G branches of up to T tokens."""
+    c = model.config.text
+    shape = (c.num_layers, prompts, branches, c.num_kv_heads, slots, c.head_dim)
+    zeros = jnp.zeros(shape, model.text.embed.dtype)
+    return constrain_cache(KVCache(zeros, zeros), model.mesh)
+
+
+def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """Splits rows (dimension 1) over the batch axes and key heads (third from last) as the projections' outputs are."""
+    rank = cache.k.ndim
+    if mesh is None:
+        return cache
+    axes: list = [None] * rank
+    if cache.k.shape[1] % batch_shards(mesh) == 0:
+        axes[1] = BATCH_AXES
+    if cache.k.shape[rank - 3] % mesh.shape[RULES["kv"]] == 0:
+        axes[rank - 3] = RULES["kv"]
+    return KVCache(*(constrain(x, mesh, *axes) for x in cache))
+
+
+def decode(
+    model: QwenVL,
+    tokens: jax.Array,
+    positions: jax.Array,
+    prompts: PromptCache,
+    own: KVCache,
+    slot: jax.Array | int,
+) -> tuple[jax.Array, KVCache]:
+    """Feeds one token to each branch.
+
+    Args:
+      tokens: i32[B, G].
+      positions: i32[B, G], one M-RoPE position for all three axes, as for text.
+      prompts: of the B prompts.
+      own: [layers, B, G, K, T, head_dim]; slots below `slot` hold what was fed before.
+      slot: i32[] slot to write, the same for all branches.
+
+    Returns:
+      (hidden [B, G, H] after the final norm, the branch cache with the slot written).
+    """
+    config, mesh = model.config.text, model.mesh
+    x = constrain_rows(model.text.embed[...][tokens], mesh)
+    on_axes = jnp.broadcast_to(positions, (3, *positions.shape))
+    cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, on_axes, x.dtype)
+    real = jnp.ones(tokens.shape, bool)
+
+    def step(block, carry, layer):
+        hidden, own = carry
+        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
+        at = (layer, 0, 0, 0, slot, 0)
+        own = KVCache(
+            *(jax.lax.dynamic_update_slice(a, b[None, ..., None, :], at) for a, b in zip(own, (k, v), strict=True))
+        )
+        shared = KVCache(*(x[layer] for x in prompts.kv))
+        out = branch_attention(q, shared, prompts.visible, KVCache(*(x[layer] for x in own)), slot)
+        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
+        hidden = constrain_rows(block.feed_forward(hidden, real)[0], mesh)
+        return (hidden, own), None
+
+    carry = (x, own)
+    for (start, count, _), blocks in zip(run_lengths(config), model.text.stacks, strict=True):
+        # The prompt's keys are indexed, not scanned over, so that stacks of several kinds need no parts of them.
+        carry, _ = scan_layers(blocks, step, carry, start + jnp.arange(count))
+    return model.text.norm(carry[0]), carry[1]
+
+
+def branch_attention(q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVCache, slot) -> jax.Array:
+    """Attention of one token per branch to its prompt and its own branch: one maximum, one denominator, in fp32.
+
+    Args:
+      q: [B, G, N, d].
+      prompt: k, v [B, K, P, d] with N a multiple of K; visible: bool[B, P].
+      own: k, v [B, G, K, T, d], seen up to and including `slot`.
+
+    Returns:
+      [B, G, N, d] in the dtype of q.
+    """
+    b, g, n, d = q.shape
+    grouped = q.reshape(b, g, prompt.k.shape[1], -1, d)
+    exact = dict(preferred_element_type=jnp.float32)
+    first = jnp.einsum("bgknd,bkpd->bgknp", grouped, prompt.k, **exact) * d**-0.5
+    second = jnp.einsum("bgknd,bgktd->bgknt", grouped, own.k, **exact) * d**-0.5
+    first = jnp.where(visible[:, None, None, None], first, _LOWEST)
+    second = jnp.where(jnp.arange(own.k.shape[-2]) <= slot, second, _LOWEST)
+    top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
+    first, second = jnp.exp(first - top), jnp.exp(second - top)
+    total = first.sum(-1) + second.sum(-1)
+    out = jnp.einsum("bgknp,bkpd->bgknd", first.astype(q.dtype), prompt.v, **exact)
+    out += jnp.einsum("bgknt,bgktd->bgknd", second.astype(q.dtype), own.v, **exact)
+    return (out / total[..., None]).astype(q.dtype).reshape(b, g, n, d)

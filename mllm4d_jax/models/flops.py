@@ -1,0 +1,244 @@
+"""Floating-point operations of a training step, counted from the shapes.
+
+A compiler's own count visits the body of a scan once, so for stacked layers it has to be done by hand. Only matrix
+products count (2 m k n each); norms, activations and rotary embeddings are below one percent. Per decoder token and
+layer, with width H, q width Q, k/v width K, inner width I and adapters of rank r on projections (in, out):
+
+    projections  2 (H Q + 2 H K + Q H)          feed-forward  2 * 3 H I    (sparse: 2 H E + top_k * 2 * 3 H I_expert)
+    attention    4 Q per visible (query, key)   adapters      sum of 2 r (in + out)
+
+The vision tower counts per patch, its attention per pair inside a frame (or window); the head 2 H V per supervised
+position. Backward is once the forward for a frozen weight (the gradient of the input alone), twice for a trained one
+and for attention; a frozen tower below the first trained weight has none. Recomputation is kept apart: it is work for
+the hardware and none for the model, so MFU leaves it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mllm4d_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from mllm4d_jax.processing.batch import ModelInputs, RowLayout
+
+# Score and probability products that a fused attention kernel repeats in backward, as a share of its forward: one
+# where a single kernel makes all three gradients, three where queries have a kernel of their own.
+_KERNEL_REPEATS: Mapping[str, float] = {"xla": 0.0, "cudnn": 0.5, "splash": 1.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much there is to compute in a step.
+
+    Attributes:
+      tokens: decoder tokens.
+      pairs: visible (query, key) pairs of the decoder.
+      patches: vision patches, before merging.
+      frame_pairs: visible pairs of patches when a frame attends to itself whole.
+      window_pairs: the same inside windows; only read for towers that have them.
+      supervised: positions the head is applied to.
+    """
+
+    tokens: int
+    pairs: int
+    patches: int
+    frame_pairs: int
+    window_pairs: int
+    supervised: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is trained and what is kept for the backward pass.
+
+    Attributes:
+      rank: of the adapters, 0 for none; `targets`: projections that have one.
+      text, vision: the decoder's, the tower's own weights are trained.
+      remat, vision_remat: "none", "full" or "dots".
+      attention: "xla", "cudnn" or "splash".
+    """
+
+    rank: int = 0
+    targets: Sequence[str] = ()
+    text: bool = False
+    vision: bool = False
+    remat: str = "full"
+    vision_remat: str = "full"
+    attention: str = "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs of one part of a step: needed forward, needed backward, and repeated to save memory."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    recompute: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.forward * factor, self.backward * factor, self.recompute * factor)
+
+    @property
+    def model(self) -> float:
+        """Forward and backward: what MFU counts."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> float:
+        """With recomputation: what the devices execute."""
+        return self.model + self.recompute
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one step over all devices, by part."""
+
+    vision: Cost
+    decoder: Cost
+    attention: Cost
+    lora: Cost
+    head: Cost
+
+    @property
+    def total(self) -> Cost:
+        return self.vision + self.decoder + self.attention + self.lora + self.head
+
+
+def row_pairs(layout: RowLayout) -> int:
+    """Visible pairs of one full row whose prefix region is one clip."""
+    p, n, length = layout.prefix, layout.slots, layout.length
+    return p * (p + 1) // 2 + n * (length * p + length * (length + 1) // 2)
+
+
+def padded_work(layout: RowLayout, rows: int, frames: int, frame_patches: int, supervised: int) -> Work:
+    """Work of a batch as the devices execute it, padding included.
+
+    Args:
+      layout: of every row; a row without branches (slots 0) is one causal sequence.
+      frames, supervised: over the whole batch.
+    """
+    return Work(
+        tokens=rows * layout.size,
+        pairs=rows * row_pairs(layout),
+        patches=frames * frame_patches,
+        frame_pairs=frames * frame_patches**2,
+        window_pairs=frames * frame_patches**2,  # masked, not skipped
+        supervised=supervised,
+    )
+
+
+def real_work(inputs: ModelInputs, supervised: int) -> Work:
+    """Work of a batch without its padding: what MFU counts.
+
+    Args:
+      inputs: host arrays.
+      supervised: real entries of the loss lists.
+    """
+    segments, vision = np.asarray(inputs.segment_ids), inputs.vision
+    layout = inputs.layout or RowLayout(segments.shape[1], 0, 0)
+    pairs = sum(_live_pairs(row, layout) for row in segments)
+    patches = frame_pairs = window_pairs = 0
+    if vision is not None:
+        per_frame = np.count_nonzero(vision.frame_segments, axis=1).astype(np.int64)
+        patches, frame_pairs = int(per_frame.sum()), int((per_frame**2).sum())
+        if vision.window_segments is not None:
+            counts = [np.bincount(w[w > 0]) for w in np.asarray(vision.window_segments)]
+            window_pairs = int(sum((c.astype(np.int64) ** 2).sum() for c in counts))
+    return Work(int(np.count_nonzero(segments)), pairs, patches, frame_pairs, window_pairs, supervised)
+
+
+def _live_pairs(row: np.ndarray, layout: RowLayout) -> int:
+    """Pairs of one row i32[S]: causal inside each clip's prefix, each branch over that prefix and itself."""
+    prefix = np.bincount(row[: layout.prefix], minlength=int(row.max()) + 1).astype(np.int64)
+    prefix[0] = 0
+    total = int((prefix * (prefix + 1) // 2).sum())
+    slots = row[layout.prefix :].reshape(layout.slots, layout.length) if layout.slots else ()
+    for slot in slots:
+        n = int(np.count_nonzero(slot))
+        if n:
+            total += n * int(prefix[slot[0]]) + n * (n + 1) // 2
+    return total
+
+
+def step_flops(config: ModelConfig, work: Work, tuning: Tuning) -> StepFlops:
+    """FLOPs of one optimiser step (one micro-batch; multiply for accumulation) over all devices.
+
+    Args:
+      config: of the model.
+      work: from `padded_work` (hardware) or `real_work` (MFU).
+      tuning: what is trained, and the recomputation.
+    """
+    t = config.text
+    trained = tuning.text or tuning.rank > 0 or tuning.vision
+    decoder = Cost()
+    for layer in range(t.num_layers):
+        decoder += _products(_layer_products(t, layer), work.tokens, tuning.text, tuning.remat, not t.sparse(layer))
+    attention = _attention(4.0 * t.num_heads * t.head_dim * work.pairs * t.num_layers, tuning.remat, tuning.attention)
+    lora = _lora(t, work.tokens, tuning)
+    head = Cost(*(2.0 * t.hidden_size * t.vocab_size * work.supervised * k for k in (1, 1 + tuning.text, 1)))
+    vision = _vision(config.vision, work, tuning)
+    if not trained:
+        decoder, attention, lora, head = (Cost(c.forward) for c in (decoder, attention, lora, head))
+    return StepFlops(vision, decoder, attention, lora, head)
+
+
+def _layer_products(t: TextConfig, layer: int) -> tuple[float, float]:
+    """(all products of a decoder layer, those of its last projection) in multiply-adds per token."""
+    q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+    attention = t.hidden_size * (2 * q + 2 * k)
+    if t.sparse(layer):
+        one = t.hidden_size * t.moe.intermediate_size * t.moe.top_k
+        return attention + t.hidden_size * t.moe.num_experts + 3 * one, one
+    one = t.hidden_size * t.intermediate_size
+    return attention + 3 * one, one
+
+
+def _products(products: tuple[float, float], tokens: int, trained: bool, remat: str, skip_last: bool) -> Cost:
+    """Matrix products with weights. The last one of a block is not repeated: backward does not need its result."""
+    every, last = products
+    again = every - last * skip_last if remat == "full" else 0.0
+    return Cost(every, every * (1 + trained), again) * (2.0 * tokens)
+
+
+def _attention(forward: float, remat: str, kernel: str) -> Cost:
+    # "dots" keeps the result, but neither the scores nor what a fused kernel hands to its backward pass.
+    again = {"none": 0.0, "full": 1.0, "dots": 0.5 if kernel == "xla" else 1.0}[remat]
+    return Cost(forward, 2 * forward, forward * (again + _KERNEL_REPEATS[kernel]))
+
+
+def _lora(t: TextConfig, tokens: int, tuning: Tuning) -> Cost:
+    """Adapters; both gradients of both factors."""
+    q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+    h, inner = t.hidden_size, t.intermediate_size
+    shapes = dict(q_proj=(h, q), k_proj=(h, k), v_proj=(h, k), o_proj=(q, h))
+    dense = dict(gate_proj=(h, inner), up_proj=(h, inner), down_proj=(inner, h))
+    total = Cost()
+    for layer in range(t.num_layers):
+        for name, (d_in, d_out) in (shapes if t.sparse(layer) else shapes | dense).items():
+            if name in tuning.targets and tuning.rank:
+                every = tuning.rank * (d_in + d_out)
+                again = every - tuning.rank * d_out * (name == "down_proj") if tuning.remat == "full" else 0
+                total += Cost(every, 2 * every, again)
+    return total * (2.0 * tokens)
+
+
+def _vision(v: VisionConfig, work: Work, tuning: Tuning) -> Cost:
+    """Patch embedding, blocks, mergers."""
+    d, inner = v.hidden_size, v.intermediate_size
+    feed_forward = (2 if v.position_side else 3) * d * inner
+    full = len(v.full_blocks) if v.window else v.depth
+    pairs = full * work.frame_pairs + (v.depth - full) * work.window_pairs
+    block = (4 * d * d + feed_forward, d * inner)
+    blocks = _products(block, work.patches, True, tuning.vision_remat, True) * v.depth
+    attention = _attention(4.0 * d * pairs, tuning.vision_remat, tuning.attention)
+    width = d * v.merge_size**2
+    merged = (1 + len(v.deepstack)) * (width * width + width * v.out_hidden_size)
+    mergers = Cost(merged, 2 * merged) * (2.0 * work.patches / v.merge_size**2)
+    embedding = Cost(v.patch_dim * d, v.patch_dim * d) * (2.0 * work.patches)  # pixels need no gradient
+    total = embedding + blocks + attention + mergers
+    return total if tuning.vision else Cost(total.forward)

@@ -1,0 +1,221 @@
+"""A run ready to train: model, optimiser, loader and checkpoint put together as the config says."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.loader import Loader, LoaderOptions
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.steps import ModelFacts
+from mllm4d_jax.models.flops import Tuning
+from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.models.lora import attach_lora
+from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.processing.config import ProcessorConfig
+from mllm4d_jax.processing.encode import Encoder, VideoOptions
+from mllm4d_jax.processing.grids import VisionGeometry
+from mllm4d_jax.processing.tokenizer import Tokenizer
+from mllm4d_jax.train import multihost, preflight
+from mllm4d_jax.train.checkpoint import Checkpoints, ResumeError, check_resumable, load_start
+from mllm4d_jax.train.metrics import write_config
+from mllm4d_jax.train.state import init_optimizer, learning_rates, make_optimizer, split_model, trained
+from mllm4d_jax.train.step import TrainStep
+from mllm4d_jax.train.throughput import FlopCounter, peak_flops
+from mllm4d_jax.train.trainer import Progress, Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run ready to train.
+
+    Attributes:
+      config: with the sample's paths in place.
+      workdir: of the run.
+      checkpoints: where it is saved.
+      content: digests for `checkpoint.check_resumable`.
+      encoder, loader: its data.
+      trainer: its state.
+      flops: of a batch.
+      facts: for the report.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    checkpoints: Checkpoints
+    content: Mapping[str, str]
+    encoder: Encoder
+    loader: Loader
+    trainer: Trainer
+    flops: FlopCounter
+    facts: Mapping[str, Any]
+
+
+def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Job:
+    """Loads everything a run needs and restores the newest checkpoint. Raises as `run`."""
+    mixture = preflight.open_data(config)
+    content = preflight.content_digests(config, mixture)
+    progress = resume_point(config, content, checkpoints)
+    if multihost.is_primary():
+        write_config(workdir / "config.json", config.to_dict())
+    mesh = make_mesh(dict(config.mesh))
+    model = load_trainable(config, mesh)
+    trainer, frozen_size = make_trainer(config, model, mesh, checkpoints, progress, content)
+    encoder = Encoder(
+        ProcessorConfig.from_folder(config.model.path),
+        Tokenizer.from_folder(config.model.path),
+        VideoOptions.from_mapping(config.video),
+        config.data.max_tokens,
+    )
+    sizes = f"{sum(x.size for x in jax.tree.leaves(trainer.trainable)):,}"
+    facts = {
+        "records": f"{len(mixture):,} in {mixture.name}",
+        "trainable parameters": f"{sizes} ({what_is_trained(config)})",
+        "frozen parameters": f"{frozen_size:,}",
+        "devices": f"{mesh.size} x {jax.devices()[0].device_kind} of {jax.process_count()} process(es), "
+        f"mesh {dict(mesh.shape)}",
+    }
+    loader = make_loader(config, workdir, mixture, encoder, vision_geometry(model.config), progress)
+    flops = FlopCounter(model.config, tuning(config, model))
+    return Job(config, workdir, checkpoints, content, encoder, loader, trainer, flops, facts)
+
+
+def what_is_trained(config: ml_collections.ConfigDict) -> str:
+    """For people."""
+    adapter = f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
+    others = [pattern for pattern in config.train.trainable if pattern != "lora"]
+    return ", ".join([adapter] * needs_adapter(config) + others)
+
+
+def needs_adapter(config: ml_collections.ConfigDict) -> bool:
+    """Whether something of an adapter is trained: a part named "lora", or a pattern that asks for its leaves."""
+    return any("lora" in pattern for pattern in config.train.trainable)
+
+
+def tuning(config: ml_collections.ConfigDict, model: QwenVL) -> Tuning:
+    """What the FLOPs of a step depend on besides its batch."""
+    patterns = tuple(config.train.trainable)
+    return Tuning(
+        rank=config.lora.rank if needs_adapter(config) else 0,
+        targets=tuple(config.lora.targets),
+        text=trained("text/stacks/0/mlp/down_proj/kernel", patterns),
+        vision=trained("vision/blocks/attn/qkv/kernel", patterns),
+        remat=config.model.remat,
+        vision_remat=config.model.vision_remat,
+    )
+
+
+def make_loader(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    mixture: Mixture,
+    encoder: Encoder,
+    geometry: VisionGeometry,
+    progress: Progress,
+) -> Loader:
+    """The loader of micro-batches at `progress`."""
+    options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
+    hosts, c = jax.process_count(), encoder.config
+    buckets = options.buckets(
+        hosts,
+        merge_area=c.merge_size**2,
+        frames=-(-(config.video.num_frames) // c.temporal_patch_size),
+        frame_patches=(encoder.max_frame_pixels or 0) // c.patch_size**2,
+    )
+    quarantine = Quarantine(
+        workdir / "quarantine.jsonl",
+        config.data.max_quarantine_rate,
+        rejected=multihost.share(progress.rejected),
+        fresh=progress.step == 0,
+        host=jax.process_index(),
+        per_group=options.questions_per_video,
+    )
+    model = ModelFacts(geometry, (c.image_token_id, c.video_token_id), 3 * c.temporal_patch_size * c.patch_size**2)
+    return Loader(
+        mixture,
+        GroupEncoder(mixture.sources, encoder),
+        options,
+        buckets,
+        model,
+        quarantine,
+        seed=config.seed,
+        position=progress.position,
+        host=jax.process_index(),
+        hosts=hosts,
+    )
+
+
+def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
+    """Progress of the newest checkpoint, or of a run from the start.
+
+    Raises:
+      ResumeError: the checkpoint is of a run with other settings, or train.resume is off and there is one.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return Progress()
+    if not config.train.resume:
+        raise ResumeError(
+            f"{checkpoints.folder} already holds step {latest}: give another --workdir for a new run, or leave "
+            "train.resume on to go on with that one"
+        )
+    stored = checkpoints.meta(latest)
+    check_resumable(stored, preflight.flat_config(config), content, checkpoints.folder)
+    log.info("continuing after step %d", latest)
+    return Progress(stored.step, stored.position, stored.rejected)
+
+
+def load_trainable(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> QwenVL:
+    """The base model, with a fresh adapter if one is to be trained."""
+    model = load_model(
+        config.model.path,
+        dtype=jnp.dtype(config.model.dtype),
+        mesh=mesh,
+        attention=config.model.attention,
+        remat=config.model.remat,
+    )
+    model.vision_remat = config.model.vision_remat
+    if needs_adapter(config):
+        c, rngs = config.lora, nnx.Rngs(config.seed)
+        attach_lora(model, rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.dropout, rngs=rngs, mesh=mesh)
+    return model
+
+
+def make_trainer(
+    config: ml_collections.ConfigDict,
+    model: QwenVL,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    content: Mapping[str, str],
+) -> tuple[Trainer, int]:
+    """The trainer at `progress`, and the number of frozen parameters.
+
+    At step 0 the parameters are those of `model.adapter`, if the config names one; the optimiser is always fresh then.
+    """
+    graphdef, trainable, frozen = split_model(model, tuple(config.train.trainable))
+    o = config.optim
+    rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
+    optimizer = make_optimizer(rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    opt_state = init_optimizer(optimizer, trainable, mesh)
+    if progress.step:
+        trainable, opt_state = checkpoints.restore(progress.step, trainable, opt_state)
+    elif config.model.adapter:
+        trainable = load_start(config.model.adapter, trainable, preflight.flat_config(config), content)
+    step = TrainStep(graphdef, optimizer, trainable, opt_state, mesh, config.train.loss_chunk, config.seed)
+    frozen_size = sum(x.size for x in jax.tree.leaves(frozen))
+    peak = peak_flops(mesh.devices.flat[0].device_kind) if config.model.dtype == "bfloat16" else None
+    return Trainer(step, frozen, trainable, opt_state, rates, progress, peak), frozen_size

@@ -1,0 +1,56 @@
+"""What the processes of a run must do together. With one process every function here returns at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes logs, config and reports."""
+    return jax.process_index() == 0
+
+
+def gather(numbers: Sequence[int]) -> np.ndarray:
+    """The same count of whole numbers from every process: i32[processes, numbers], equal on all of them.
+
+    Every process has to call this at the same point of the run. It waits for the device work sent before it.
+
+    Raises:
+      OverflowError: a number does not fit 32 bits.
+    """
+    if any(not -(2**31) <= n < 2**31 for n in numbers):
+        raise OverflowError(f"{list(numbers)} do not fit 32 bits")
+    row = np.asarray(numbers, np.int32)
+    if jax.process_count() == 1:
+        return row[None]
+    return np.asarray(multihost_utils.process_allgather(row)).reshape(jax.process_count(), len(row))
+
+
+def primary_first(work: Callable[[], T]) -> T:
+    """Runs `work` on the first process and then on all others, so that these find its files complete.
+
+    Raises what `work` raises; when it raises on the first process the others still try for themselves.
+    """
+    if jax.process_count() == 1:
+        return work()
+    name = f"primary first: {work.__qualname__}"
+    if not is_primary():
+        multihost_utils.sync_global_devices(name)
+        return work()
+    try:
+        return work()
+    finally:
+        multihost_utils.sync_global_devices(name)
+
+
+def share(total: int) -> int:
+    """This process's part of a count that belongs to the whole run; the parts add up to it."""
+    hosts, host = jax.process_count(), jax.process_index()
+    return total // hosts + (host < total % hosts)
