@@ -123,7 +123,7 @@ SFT_KEYS = (
     ),
     Key(
         "data.branch_buckets",
-        (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
+        (32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024),
         "padded lengths of a branch: the rest of a prompt and its answer",
     ),
     Key(

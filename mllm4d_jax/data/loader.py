@@ -25,7 +25,7 @@ from mllm4d_jax.data.workers import WorkerPool
 from mllm4d_jax.processing.errors import RecordError
 from mllm4d_jax.processing.rows import Group, needed_sizes, pack_groups, share_prefix
 
-_BRANCH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_BRANCH_BUCKETS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024)
 
 
 class LoaderError(ValueError):

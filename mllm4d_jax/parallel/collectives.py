@@ -240,8 +240,9 @@ def _collective(kind: str, i: Instruction, times: int) -> Collective:
 
 
 def _group(rest: str) -> int:
-    """Devices of a replica group, in any of its spellings."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest)
+    """Devices of a replica group, in any of its spellings. Raises ValueError for one that is not known."""
+    # Between mesh and axes the order of the devices may stand: mesh['a'=16,'b'=16], device_ids=([16,16]T(1,0)) {'a'}.
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
@@ -249,7 +250,12 @@ def _group(rest: str) -> int:
     if iota:
         return int(iota[2])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    return len(listed[1].split(",")) if listed else 1
+    if listed:
+        return len(listed[1].split(","))
+    unknown = re.search(r"replica_groups=(?!\{\})[^ ]*", rest)
+    if unknown:
+        raise ValueError(f"a collective's devices are spelled in a way this reader does not know: {unknown[0]}")
+    return 1
 
 
 def received_bytes(found: list[Collective]) -> dict[str, int]:

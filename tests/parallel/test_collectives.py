@@ -100,3 +100,24 @@ def test_a_compiled_program(length):
     assert by_kind["all-reduce"] == length * piece  # 2 (g - 1) / g of it, g = 2
     assert by_kind["all-gather"] == length * 3 * piece
     assert by_kind["collective-permute"] == length * piece
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}", 2),
+        ("[2,4]<=[8]", 4),
+        ("[4,2]<=[2,4]T(1,0)", 2),
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ],
+)
+def test_every_spelling_of_a_group_is_read(groups, devices):
+    text = TPU.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", groups)
+    gather = next(c for c in hlo.collectives(text) if c.kind == "all-gather")
+    assert gather.group == devices and gather.received == 8 * 64 * 2 * (devices - 1) // devices
+
+
+def test_a_spelling_that_is_not_known_is_no_group_of_one():
+    with pytest.raises(ValueError, match="replica_groups=ring"):
+        hlo.collectives(TPU.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", "ring(8)"))
