@@ -1,0 +1,94 @@
+"""Keys of making questions from clips."""
+
+from __future__ import annotations
+
+from configs.schema import Key
+from configs.tables.shared import RUN_KEYS
+
+CURATE_KEYS = (
+    Key("task", "curate", "which task the config is for", choices=("curate",)),
+    *RUN_KEYS,
+    Key(
+        "source",
+        "synthetic",
+        "where clips come from: rendered rooms with exact truth, Stereo4D annotations, stereo videos alone, "
+        "SpatialTrackerV2 + MoGe-2. 'cold_start' writes reasoning for questions that are there already, 'describe' "
+        "names objects for the other sources",
+        choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe"),
+    ),
+    Key("input", "", "all but synthetic: folder with the clips' files; what is expected there is in the README"),
+    Key("decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0),
+    Key("synthetic.clips", 400, "synthetic: clips to render", low=1),
+    Key("synthetic.height", 64, "synthetic: pixels", low=16),
+    Key("synthetic.width", 64, "synthetic: pixels", low=16),
+    Key("synthetic.frames", 16, "synthetic: frames per clip", low=2),
+    Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1),
+    Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
+    Key(
+        "stereo4d.frames",
+        "video",
+        "stereo4d: left frames as <clip>-left_rectified.mp4, or as a folder of images of that name",
+        choices=("video", "images"),
+    ),
+    Key(
+        "stereo.layout",
+        "pair",
+        "stereo: two videos per clip, or one that packs both views",
+        choices=("pair", "left_right", "right_left", "top_bottom", "bottom_top"),
+    ),
+    Key("stereo.fov_degrees", 60.0, "stereo: horizontal field of view of one eye, unless <clip>-clip.json says", low=1),
+    Key("stereo.baseline", 0.0, "stereo: metres between the eyes; 0 = assume 0.063, as Stereo4D does", low=0),
+    Key("stereo.max_frames", 300, "stereo: a longer clip is rejected", low=2),
+    Key("stereo.max_disparity", 0, "stereo: pixels searched; 0 = an eighth of the width", low=0),
+    Key("monocular.max_spread", 0.1, "monocular: relative spread of the scale up to which it counts as metric", low=0),
+    Key("questions.num_frames", 32, "frames of a clip that the model will see; questions count these", low=2),
+    Key("questions.per_clip", 28, "most questions proposed per clip, before balancing", low=1),
+    Key(
+        "preset",
+        "mllm4d_2m",
+        "shares, caps and motion of the training set; 'all' = every question, unbalanced (for a handful of clips, "
+        "where equal shares would leave next to nothing)",
+        choices=("mllm4d_2m", "r1_30k", "all"),
+    ),
+    Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0),
+    Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0),
+    Key("bench_share", 0.2, "share of the source videos held out for it", low=0),
+    Key("tfds.write", False, "also write a TFDS data set (ArrayRecord): frames once per clip, questions beside them"),
+    Key("tfds.max_pixels", 0, "tfds: area of the stored frames; 0 = as in the video", low=0),
+    Key("tfds.factor", 32, "tfds: their sides are multiples of this; 32 for Qwen3-VL, 28 for Qwen2.5-VL", low=1),
+    Key("tfds.jpeg_quality", 95, "tfds: quality of the stored frames, 1 to 100", low=1),
+    Key("tfds.clips_per_shard", 256, "tfds: clips per file", low=1),
+    Key("tfds.runner", "", "tfds: Beam runner, e.g. 'FnApiRunner' (this machine) or 'DataflowRunner'; '' = no Beam"),
+    Key("tfds.runner_options", (), "tfds: command-line options of that runner"),
+    Key("report.clips", 8, "clips shown in report.html", low=0),
+    Key(
+        "cold_start.records", "", "cold_start: questions, JSONL as in MLLM4D-R1-30k.jsonl (a curation's train_r1.jsonl)"
+    ),
+    Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records"),
+    Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1),
+    Key("cold_start.paths", 3, "cold_start: reasoning paths per question", low=1),
+    Key(
+        "cold_start.filter",
+        "best_of_sample",
+        "cold_start: keep the best path of each question that reaches the threshold, or every path that does",
+        choices=("best_of_sample", "every_path"),
+    ),
+    Key("cold_start.total", 7000, "cold_start: records, in equal shares over the scenarios; 0 = all that pass", low=0),
+    Key(
+        "cold_start.reward", "paper", "cold_start: preset of the reward that judges paths", choices=("paper", "release")
+    ),
+    Key(
+        "teacher.kind",
+        "oracle",
+        "who writes reasoning or descriptions: the measured values (cold_start only), a model behind "
+        "MLLM4D_TEACHER_URL, or its stored replies",
+        choices=("oracle", "endpoint", "replay"),
+    ),
+    Key("teacher.model", "", "teacher: the model's name at the endpoint"),
+    Key("teacher.num_frames", 32, "teacher: most frames it is sent per request", low=2),
+    Key("teacher.temperature", 1.0, "teacher: for reasoning; descriptions are asked for at 0", low=0),
+    Key("teacher.cache", "", "teacher: folder of stored replies; '' = replies/ in the workdir"),
+    Key("teacher.concurrency", 4, "teacher: requests in flight", low=1),
+    Key("teacher.requests_per_minute", 0.0, "teacher: limit on requests; 0 = none", low=0),
+    Key("workers", 1, "processes; the result does not depend on it", low=1),
+)
