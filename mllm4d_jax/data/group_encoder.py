@@ -39,18 +39,26 @@ class LeastRecentMedia:
 class GroupEncoder:
     """Questions -> examples, in this process or in a worker. Pickles with an empty cache."""
 
-    def __init__(self, sources: Sequence[Source], encoder: Encoder, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: Encoder,
+        cache_bytes: int = CACHE_BYTES,
+        add_generation_prompt: bool = False,
+    ) -> None:
         """
         Args:
           sources: what `Questions.source` counts.
           encoder: record -> Example.
           cache_bytes: decoded clips kept for groups to come; 0 for none.
+          add_generation_prompt: True: examples are prompts that a model answers, and may hold nothing to learn.
         """
         self.sources, self.encoder, self.cache_bytes = tuple(sources), encoder, cache_bytes
+        self.add_generation_prompt = add_generation_prompt
         self._cache = LeastRecentMedia(cache_bytes)
 
     def __reduce__(self):
-        return type(self), (self.sources, self.encoder, self.cache_bytes)
+        return type(self), (self.sources, self.encoder, self.cache_bytes, self.add_generation_prompt)
 
     def __call__(self, questions: Questions) -> Encoded:
         """An Example for each record of the group, or what is wrong with it (naming its key).
@@ -71,10 +79,13 @@ class GroupEncoder:
             # A decoder can die of a signal or of memory running out, which is no fault of the clip: one more try.
             again = {i: records[i] for i in records if _crashed(results[i])}
             results |= self._encode(again) if again else {}
+        if self.add_generation_prompt:
+            return [results[i] for i in questions.indices]
         return [_with_target(results[i], source.key(i)) for i in questions.indices]
 
     def _encode(self, records: dict[int, Record]) -> dict[int, Example | RecordError]:
-        encoded = self.encoder.encode_group(list(records.values()), cache=self._cache)
+        more = {"add_generation_prompt": True} if self.add_generation_prompt else {}
+        encoded = self.encoder.encode_group(list(records.values()), cache=self._cache, **more)
         return dict(zip(records, encoded, strict=True))
 
     def refuse(self, questions: Questions, message: str, reason: str) -> Encoded:

@@ -1,35 +1,25 @@
-"""Steps for training: groups of questions in a fixed global order, encoded, checked and laid out as rows.
-
-The order (`data.order`) is a pure function of (seed, position). The position, a count of groups since the start of the
-run over all hosts, is the whole state of the loader; a checkpoint holds it and nothing of Grain's or of the workers'.
-Host h of H takes the groups h, h + H, ... of each step.
-"""
+"""Steps for training: the groups of a stream, laid out as rows and padded to few shapes."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from mllm4d_jax.data.buckets import RowBuckets
-from mllm4d_jax.data.group_encoder import Encoded, GroupEncoder
+from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.order import Order
-from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
-from mllm4d_jax.data.sources import Mixture, Questions
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.steps import LoadedBatch, ModelFacts, PreparedStep
-from mllm4d_jax.data.workers import WorkerPool
-from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.rows import Group, needed_sizes, pack_groups, share_prefix
+from mllm4d_jax.data.stream import GroupStream, LoaderError
+from mllm4d_jax.processing.rows import needed_sizes, pack_groups, share_prefix
+
+__all__ = ["Loader", "LoaderError", "LoaderOptions"]
 
 _BRANCH_BUCKETS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024)
-
-
-class LoaderError(ValueError):
-    """The loader's settings cannot work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +89,12 @@ class LoaderOptions:
 
 
 class Loader:
-    """Gives the steps of a run from a position on, without end. Use as a context manager, or close it."""
+    """Gives the steps of a run from a position on, without end. Use as a context manager, or close it.
+
+    Attributes:
+      stream: the groups; its position is the whole state of the loader.
+      options, buckets: as given.
+    """
 
     def __init__(
         self,
@@ -130,18 +125,40 @@ class Loader:
         Raises:
           LoaderError: settings that cannot be divided, or a position inside a step.
         """
-        self._groups, self._rows = options.local(hosts)
-        if position % options.groups:
-            raise LoaderError(f"position {position} is inside a step of {options.groups} groups")
-        self.mixture, self.encoder, self.options, self.buckets = mixture, encoder, options, buckets
-        self.quarantine, self.position = quarantine, position
-        self._model, self._host, self._hosts = model, host, hosts
-        clips = [source.clips for source in mixture.sources]
-        self.order = Order(clips, mixture.rates, per_group=options.questions_per_video, seed=seed)
-        self._pending: deque[tuple[Questions, Questions, concurrent.futures.Future[Encoded]]] = deque()
-        self._asked = self._places(position)
-        self._pool: WorkerPool | None = None
-        self._barren = 0  # records in a row of which none was usable
+        _, self._rows = options.local(hosts)
+        self.options, self.buckets, self._model = options, buckets, model
+        self.stream = GroupStream(
+            mixture,
+            encoder,
+            quarantine,
+            per_group=options.questions_per_video,
+            step_groups=options.groups,
+            workers=options.workers,
+            seed=seed,
+            position=position,
+            host=host,
+            hosts=hosts,
+        )
+
+    @property
+    def position(self) -> int:
+        """Groups consumed over all hosts."""
+        return self.stream.position
+
+    @property
+    def order(self) -> Order:
+        """Which questions each group holds."""
+        return self.stream.order
+
+    @property
+    def mixture(self) -> Mixture:
+        """Where records come from."""
+        return self.stream.mixture
+
+    @property
+    def encoder(self) -> GroupEncoder:
+        """Of the mixture's sources."""
+        return self.stream.encoder
 
     def next_step(self, stop: threading.Event | None = None) -> PreparedStep | None:
         """This host's rows of the next step; None when `stop` was set before it was complete (the loader is then of no
@@ -153,24 +170,19 @@ class Loader:
           QuarantineError: too many records are unusable.
         """
         started = time.perf_counter()
-        groups: list[Group] = []
-        for n in range(self._groups):
-            taken = self._take(stop)
-            if taken is None:
-                return None
-            questions, asked, encoded = taken
-            examples = [e for e in encoded if not isinstance(e, RecordError)]
-            seen = self.order.questions_until(self.position + (n + 1) * self._hosts) / self._hosts
-            self._account(questions, asked, encoded, seen)
-            groups += share_prefix(examples, self._model.visual_token_ids) if examples else ()
-        self.position += self.options.groups
+        items = self.stream.next_groups(stop)
+        if items is None:
+            return None
+        groups = [
+            g for item in items if item.examples for g in share_prefix(item.examples, self._model.visual_token_ids)
+        ]
         rows = tuple(tuple(row) for row in pack_groups(groups, self._rows))
         return PreparedStep(
             rows=rows,
             needed=needed_sizes(rows, self._model.geometry),
             model=self._model,
             position=self.position,
-            rejected=self.quarantine.rejected,
+            rejected=self.stream.quarantine.rejected,
             load_s=time.perf_counter() - started,
         )
 
@@ -179,59 +191,9 @@ class Loader:
         step = self.next_step(stop)
         return None if step is None else step.finish(self.buckets.sizes(step.needed))
 
-    def _places(self, position: int) -> Iterator[Questions]:
-        """This host's groups from a position on."""
-        while True:
-            for n in range(self._groups):
-                yield self.order[position + self._host + n * self._hosts]
-            position += self.options.groups
-
-    def _take(self, stop: threading.Event | None) -> tuple[Questions, Questions, Encoded] | None:
-        """The next group, the part of it that was encoded, and what came of that."""
-        ahead = self._groups + 2 * self.options.workers if self.options.workers else 1
-        while len(self._pending) < ahead:
-            if stop is not None and stop.is_set():
-                return None
-            questions = next(self._asked)
-            good = tuple(i for i in questions.indices if not self.quarantine.knows(questions.source, i))
-            asked = dataclasses.replace(questions, indices=good)
-            self._pending.append((questions, asked, self._submit(asked)))
-        questions, asked, future = self._pending.popleft()
-        while True:
-            if stop is not None and stop.is_set():
-                return None
-            try:
-                return questions, asked, future.result(timeout=0.2)
-            except concurrent.futures.TimeoutError:
-                continue
-
-    def _submit(self, asked: Questions) -> concurrent.futures.Future[Encoded]:
-        if asked.indices and self.options.workers:
-            if self._pool is None:
-                limit = 60 + 4 * self.encoder.encoder.options.decode_timeout_s
-                self._pool = WorkerPool(self.encoder, self.options.workers, limit)
-            return self._pool.submit(asked)
-        done: concurrent.futures.Future[Encoded] = concurrent.futures.Future()
-        done.set_result(self.encoder(asked) if asked.indices else [])
-        return done
-
-    def _account(self, questions: Questions, asked: Questions, encoded: Encoded, seen: float) -> None:
-        """Writes down and counts what of a group could not be used."""
-        for i, result in zip(asked.indices, encoded, strict=True):
-            if isinstance(result, RecordError):
-                self.quarantine.add(questions.source, i, result)
-        usable = sum(not isinstance(result, RecordError) for result in encoded)
-        for _ in range(len(questions.indices) - usable):
-            self.quarantine.count(seen)
-        self._barren = 0 if usable else self._barren + len(questions.indices)
-        if self._barren * self._hosts > 2 * len(self.mixture):  # more than a whole epoch, wherever in one it began
-            raise QuarantineError(f"not one usable record in {self.mixture.name}; see {self.quarantine.path}")
-
     def close(self) -> None:
         """Ends the worker processes."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        self.stream.close()
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mllm4d_jax.train.logits import over_positions, pick
 
 # Finite, so that a banned token adds exactly 0 to the entropy instead of 0 times infinity.
 _BANNED = -1e30
@@ -22,8 +25,8 @@ class TokenScores(NamedTuple):
     """Per position.
 
     Attributes:
-      logprobs: f32[M] of the targets; about -1e30 for a banned target.
-      entropy: f32[M] of the distribution, nats.
+      logprobs: f32[B, M] of the targets; about -1e30 for a banned target.
+      entropy: f32[B, M] of the distribution, nats.
     """
 
     logprobs: jax.Array
@@ -51,13 +54,9 @@ def policy_logits(logits: jax.Array, temperature: float, banned_ids: Sequence[in
     return logits / temperature
 
 
-def pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Log-softmax at the targets: f32[..., V] and i32[...] -> f32[...].
-
-    A masked sum instead of a gather: it stays local when the vocabulary is sharded.
-    """
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
-    return jnp.sum(jnp.where(is_target, logits, 0.0), -1) - jax.nn.logsumexp(logits, -1)
+def target_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Log-softmax at the targets: f32[..., V] and i32[...] -> f32[...]."""
+    return pick(logits, targets) - jax.nn.logsumexp(logits, -1)
 
 
 def token_scores(
@@ -68,35 +67,23 @@ def token_scores(
     banned_ids: Sequence[int],
     *,
     chunk: int = 1024,
+    mesh: Mesh | None = None,
 ) -> TokenScores:
-    """Log-probs of the targets and entropies, `chunk` positions at a time; differentiable.
-
-    A chunk's logits are computed again in the backward pass, so that at most one `[chunk, V]` array exists.
+    """Log-probs of the targets and entropies; differentiable.
 
     Args:
-      hidden: [M, H] final hidden states that predict the targets.
+      hidden: [B, M, H] final hidden states that predict the targets.
       head: [H, V] output projection.
-      targets: i32[M].
+      targets: i32[B, M].
       temperature, banned_ids: those of the sampler (`SamplingOptions`).
-      chunk: positions per chunk; M is padded up to a multiple.
+      chunk, mesh: see `train.logits.over_positions`.
     """
-    m = hidden.shape[0]
-    chunk = min(chunk, m)
-    padding = -m % chunk
 
-    @jax.checkpoint
-    def scores(piece: tuple[jax.Array, jax.Array]) -> TokenScores:
-        logits = policy_logits(head_logits(piece[0], head), temperature, banned_ids)
-        logprobs = jax.nn.log_softmax(logits, -1)
-        return TokenScores(pick(logits, piece[1]), -jnp.sum(jnp.exp(logprobs) * logprobs, -1))
+    def scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        policy = policy_logits(logits, temperature, banned_ids)
+        whole = jax.nn.logsumexp(policy, -1, keepdims=True)
+        share = jnp.exp(policy - whole)
+        # Finite banned logits: 0 times -1e30 is 0.
+        return pick(policy, targets) - whole[..., 0], whole[..., 0] - jnp.sum(share * policy, -1)
 
-    pieces = (jnp.pad(hidden, ((0, padding), (0, 0))), jnp.pad(targets, (0, padding)))
-    out = jax.lax.map(scores, jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), pieces))
-    return TokenScores(*(x.reshape(-1)[:m] for x in out))
-
-
-def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: float, banned_ids: Sequence[int]
-) -> jax.Array:
-    """f32[M] log-probs of the targets, as `token_scores` returns them."""
-    return token_scores(hidden, head, targets, temperature, banned_ids).logprobs
+    return TokenScores(*over_positions(scores, hidden, head, (targets,), chunk=chunk, mesh=mesh))

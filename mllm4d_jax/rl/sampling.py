@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm4d_jax.processing.tokenizer import Tokenizer
-from mllm4d_jax.rl.policy import pick, policy_logits
+from mllm4d_jax.rl.policy import policy_logits, target_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def draw(
             kept = _nucleus(kept, options.top_p)
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
         tokens = jax.vmap(jax.vmap(jax.random.categorical))(fold(keys, index), kept)
-    return tokens.astype(jnp.int32), pick(policy, tokens)
+    return tokens.astype(jnp.int32), target_logprobs(policy, tokens)
 
 
 def _nucleus(logits: jax.Array, top_p: float) -> jax.Array:

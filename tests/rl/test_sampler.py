@@ -17,7 +17,7 @@ from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.processing.batch import ModelInputs
 from mllm4d_jax.rl.packing import Ladder
-from mllm4d_jax.rl.policy import token_logprobs
+from mllm4d_jax.rl.policy import token_scores
 from mllm4d_jax.rl.sampler import Sampler
 from mllm4d_jax.rl.sampling import SamplingOptions
 
@@ -118,7 +118,7 @@ def test_greedy_and_sampled_equal_teacher_forcing(name, temperature):
     with jax.default_matmul_precision("highest"):
         hidden = teacher_forced(name, inputs, out.tokens)
         hidden, head = hidden.reshape(-1, hidden.shape[-1]), model(name).head_kernel()
-        expected = token_logprobs(hidden, head, out.tokens.reshape(-1), temperature or 1.0, banned)
+        expected = token_scores(hidden[None], head, out.tokens.reshape(1, -1), temperature or 1.0, banned).logprobs[0]
     np.testing.assert_allclose(out.logprobs.reshape(-1), expected, atol=1e-4)
     assert (out.tokens[:, 0] == out.tokens[:, 1]).all() == (temperature == 0)
     if temperature == 0:

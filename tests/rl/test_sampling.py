@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from mllm4d_jax.processing.tokenizer import Tokenizer, build_byte_level_tokenizer
-from mllm4d_jax.rl.policy import policy_logits, token_logprobs, token_scores
+from mllm4d_jax.rl.policy import policy_logits, token_scores
 from mllm4d_jax.rl.sampling import SamplingOptions, banned_token_ids, branch_keys, draw, prompt_id
 
 PROBABILITIES = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
@@ -70,21 +70,27 @@ def test_keys_depend_on_seed_prompt_branch_and_index_only():
 
 def test_token_scores_and_gradients_against_float64():
     rng = np.random.default_rng(0)
-    hidden, head = rng.normal(size=(11, 6)), rng.normal(size=(6, 9))
-    targets, banned, temperature = rng.integers(2, 9, 11), (0, 1), 0.7
+    hidden, head = rng.normal(size=(12, 6)), rng.normal(size=(6, 9))
+    targets, banned, temperature = rng.integers(2, 9, 12), (0, 1), 0.7
     logits = hidden @ head / temperature
     logits[:, banned] = -np.inf
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     p = np.exp(logprobs)
-    cast = [jnp.asarray(x, jnp.float32) for x in (hidden, head)]
+    rows, weights = jnp.asarray(hidden, jnp.float32).reshape(2, 6, 6), jnp.asarray(head, jnp.float32)
+
+    def scores(rows):
+        return token_scores(rows, weights, jnp.asarray(targets).reshape(2, 6), temperature, banned, chunk=8)
+
     with jax.default_matmul_precision("highest"):
-        out = token_scores(*cast, jnp.asarray(targets), temperature, banned, chunk=4)
-        grad = jax.grad(lambda h: token_logprobs(h, cast[1], jnp.asarray(targets), temperature, banned).sum())(cast[0])
-    np.testing.assert_allclose(out.logprobs, logprobs[np.arange(11), targets], atol=1e-5)
-    np.testing.assert_allclose(out.entropy, -(p * np.where(p > 0, logprobs, 0)).sum(-1), atol=1e-5)
-    np.testing.assert_allclose(grad, (np.eye(9)[targets] - p) @ head.T / temperature, atol=1e-5)
-    entropy = jax.grad(lambda h: token_scores(h, cast[1], jnp.asarray(targets), temperature, banned).entropy.sum())
-    assert np.isfinite(entropy(cast[0])).all()
+        out, grad = scores(rows), jax.grad(lambda h: scores(h).logprobs.sum())(rows)
+        entropy_grad = jax.grad(lambda h: scores(h).entropy.sum())(rows)
+    np.testing.assert_allclose(out.logprobs.ravel(), logprobs[np.arange(12), targets], atol=1e-5)
+    finite = np.where(p > 0, logprobs, 0)
+    entropy = -(p * finite).sum(-1)
+    np.testing.assert_allclose(out.entropy.ravel(), entropy, atol=1e-5)
+    np.testing.assert_allclose(grad.reshape(12, 6), (np.eye(9)[targets] - p) @ head.T / temperature, atol=1e-5)
+    slope = -p * (finite + entropy[:, None]) @ head.T / temperature
+    np.testing.assert_allclose(entropy_grad.reshape(12, 6), slope, atol=1e-5)
 
 
 def test_policy_needs_a_temperature():
