@@ -13,6 +13,8 @@ import ml_collections
 from configs.schema import ConfigError, Key, build, did_you_mean
 from configs.tables.answering import INFER_KEYS, VERIFY_KEYS
 from configs.tables.curation import CURATE_KEYS
+from configs.tables.report import REPORT_KEYS
+from configs.tables.export import EXPORT_KEYS
 from configs.tables.training import SFT_KEYS
 
 # task -> (its keys, the module whose run(config, workdir) does it, one line for --help)
@@ -26,6 +28,8 @@ TASKS = MappingProxyType(
         ),
         "infer": (INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
         "verify": (VERIFY_KEYS, "mllm4d_jax.eval.verify", "compare a checkpoint's numbers with a recorded reference"),
+        "export": (EXPORT_KEYS, "mllm4d_jax.eval.export", "write what was trained as a PEFT adapter or a merged model"),
+        "report": (REPORT_KEYS, "mllm4d_jax.eval.report.build", "make the page of a run, or of two runs side by side"),
     }
 )
 
@@ -56,3 +60,13 @@ def verify() -> ml_collections.ConfigDict:
 def curate() -> ml_collections.ConfigDict:
     """Defaults of making questions from clips."""
     return build(CURATE_KEYS)
+
+
+def report() -> ml_collections.ConfigDict:
+    """Defaults of the page of a run."""
+    return build(REPORT_KEYS)
+
+
+def export() -> ml_collections.ConfigDict:
+    """Defaults of writing what was trained for other programs."""
+    return build(EXPORT_KEYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -91,7 +92,7 @@ class ClipSet:
             raise RecordError(f"is a {type(row).__name__}, not an object with a conversation", key=key)
         record = parse_record(row, key, self.path, self.system_prompt)
         messages = [m | {"content": _with_frames(m["content"], frames, key)} for m in record.messages]
-        return Record(key, tuple(messages))
+        return dataclasses.replace(record, messages=tuple(messages))
 
     def _frames(self, n: int, clip: Mapping[str, Any]) -> StoredFrames:
         name = f"{self.name} clip {n}"

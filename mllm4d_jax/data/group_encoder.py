@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from mllm4d_jax.data.sources import Questions, Source
 from mllm4d_jax.processing.encode import Encoder, Example, Media, Record, RecordError, media_identity
@@ -44,21 +44,22 @@ class GroupEncoder:
         sources: Sequence[Source],
         encoder: Encoder,
         cache_bytes: int = CACHE_BYTES,
-        add_generation_prompt: bool = False,
+        as_prompt: Callable[[Record], Record] | None = None,
     ) -> None:
         """
         Args:
           sources: what `Questions.source` counts.
           encoder: record -> Example.
           cache_bytes: decoded clips kept for groups to come; 0 for none.
-          add_generation_prompt: True: examples are prompts that a model answers, and may hold nothing to learn.
+          as_prompt: makes the prompt of a record, or raises RecordError; the examples then end with the header of an
+            assistant turn. A function of a module, so that it can be pickled. None encodes records to be trained on.
         """
         self.sources, self.encoder, self.cache_bytes = tuple(sources), encoder, cache_bytes
-        self.add_generation_prompt = add_generation_prompt
+        self._as_prompt = as_prompt
         self._cache = LeastRecentMedia(cache_bytes)
 
     def __reduce__(self):
-        return type(self), (self.sources, self.encoder, self.cache_bytes, self.add_generation_prompt)
+        return type(self), (self.sources, self.encoder, self.cache_bytes, self._as_prompt)
 
     def __call__(self, questions: Questions) -> Encoded:
         """An Example for each record of the group, or what is wrong with it (naming its key).
@@ -70,7 +71,7 @@ class GroupEncoder:
         by_media: dict[Hashable, dict[int, Record]] = {}
         for i in questions.indices:
             try:
-                record = source[i]
+                record = source[i] if self._as_prompt is None else self._as_prompt(source[i])
                 by_media.setdefault(media_identity(record), {})[i] = record
             except RecordError as error:
                 results[i] = error.with_key(source.key(i))
@@ -79,12 +80,12 @@ class GroupEncoder:
             # A decoder can die of a signal or of memory running out, which is no fault of the clip: one more try.
             again = {i: records[i] for i in records if _crashed(results[i])}
             results |= self._encode(again) if again else {}
-        if self.add_generation_prompt:
+        if self._as_prompt is not None:
             return [results[i] for i in questions.indices]
         return [_with_target(results[i], source.key(i)) for i in questions.indices]
 
     def _encode(self, records: dict[int, Record]) -> dict[int, Example | RecordError]:
-        more = {"add_generation_prompt": True} if self.add_generation_prompt else {}
+        more = {} if self._as_prompt is None else {"add_generation_prompt": True}
         encoded = self.encoder.encode_group(list(records.values()), cache=self._cache, **more)
         return dict(zip(records, encoded, strict=True))
 

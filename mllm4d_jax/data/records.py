@@ -136,7 +136,7 @@ def parse_record(raw: Mapping[str, Any], key: str, root: str | Path, system_prom
             )
     if system_prompt and all(m["role"] != "system" for m in messages):
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return Record(key=key, messages=tuple(messages))
+    return Record(key=key, messages=tuple(messages), solution=raw.get("solution"))
 
 
 def _turns(raw: Mapping[str, Any], key: str) -> list[tuple[str, str]]:

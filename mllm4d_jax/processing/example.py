@@ -24,10 +24,12 @@ class Record:
       messages: {"role": "system"|"user"|"assistant", "content": str or a list of parts}; a part is
         {"type": "text", "text": str}, {"type": "video", "path": str}, {"type": "video", "frames":
         stored_frames.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}.
+      solution: the record's field of that name as the file has it, None without one; rewards read it (`rl/rewards.py`).
     """
 
     key: str
     messages: tuple[Mapping[str, Any], ...]
+    solution: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

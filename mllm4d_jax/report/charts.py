@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -217,24 +218,29 @@ def lines(
     x_label: str,
     y_label: str,
     log_y: bool = False,
+    faint: Mapping[str, tuple[Sequence[float], Sequence[float]]] = MappingProxyType({}),
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = MappingProxyType({}),
+    note: str = "",
 ) -> Markup:
     """Curves with one pair of axes.
 
     Args:
       series: name -> (x, y), equally long, x ascending; y that is not finite (or, with `log_y`, not above 0) is a gap.
         A long curve is thinned to the least and greatest y of each stretch, so that no spike is lost.
+      faint: name of a series -> (x, y) drawn thinly behind it in its colour, e.g. what it is the mean of.
+      bands: name of a series -> (x, low, high), an area behind it in its colour.
 
     Raises:
-      ValueError: x and y differ in length.
+      ValueError: x and y differ in length, or a name in `faint` or `bands` is no series.
     """
-    curves = {}
-    for name, (x, y) in series.items():
-        points = np.array([np.asarray(x, np.float64), np.asarray(y, np.float64)]).T  # f64[N,2]
-        if log_y:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                points[:, 1] = np.where(points[:, 1] > 0, np.log10(points[:, 1]), np.nan)
-        curves[name] = _thinned(np.where(np.isfinite(points).all(1)[:, None], points, np.nan))
-    known = np.concatenate([np.zeros((0, 2)), *(c[np.isfinite(c[:, 0])] for c in curves.values())])
+    unknown = [name for name in (*faint, *bands) if name not in series]
+    if unknown:
+        raise ValueError(f"chart {title!r}: {unknown[0]!r} is none of its series {list(series)}")
+    curves = {name: _curve(x, y, log_y) for name, (x, y) in series.items()}
+    behind = {name: _curve(x, y, log_y) for name, (x, y) in faint.items()}
+    areas = {name: _area(x, low, high, log_y) for name, (x, low, high) in bands.items()}
+    drawn = (*curves.values(), *behind.values(), *(edge for area in areas.values() for edge in area))
+    known = np.concatenate([np.zeros((0, 2)), *(c[np.isfinite(c).all(1)] for c in drawn)])
     if not len(known):
         return empty(title)
     (x0, y0), (x1, y1) = known.min(0).tolist(), known.max(0).tolist()
@@ -242,8 +248,13 @@ def lines(
     aside = 0.0 if x1 > x0 else 0.5
     box = _Box(x0 - aside, x1 + aside, y0 - room, y1 + room)
     body = box.axes(x_label, y_label, log_y=log_y)
+    for n, name in enumerate(curves):
+        if name in areas:
+            body += _filled(*(box.place(edge) for edge in areas[name]), colour(n))
+        if name in behind:
+            body.append(polyline(box.place(behind[name]), f"{colour(n)} faint"))
     for n, (name, points) in enumerate(curves.items()):
-        place = np.column_stack([box.x(points[:, 0]), box.y(points[:, 1])])
+        place = box.place(points)
         finite = points[np.isfinite(points[:, 0]), 1]
         last = f"{name}: last {number_text(10 ** finite[-1] if log_y else finite[-1])}" if len(finite) else name
         body.append(polyline(place, colour(n), title=last, pattern=dash(n)))
@@ -251,7 +262,37 @@ def lines(
             x, y = place[np.isfinite(place[:, 0])][0].tolist()
             body.append(tag("circle", tag("title", last), cx=_n(x), cy=_n(y), r=3, class_=f"dot {colour(n)}"))
     names = legend((colour(n), name, dash(n)) for n, name in enumerate(curves)) if len(curves) > 1 else None
-    return figure(title, body, _HEIGHT, legend=names)
+    return figure(title, body, _HEIGHT, legend=names, note=note)
+
+
+def _curve(x: Sequence[float], y: Sequence[float], log_y: bool) -> np.ndarray:
+    """f64[N, 2], thinned, y as exponents of ten with `log_y`; rows of NaN are gaps."""
+    points = np.array([np.asarray(x, np.float64), np.asarray(y, np.float64)]).T
+    if log_y:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            points[:, 1] = np.where(points[:, 1] > 0, np.log10(points[:, 1]), np.nan)
+    return _thinned(np.where(np.isfinite(points).all(1)[:, None], points, np.nan))
+
+
+def _area(
+    x: Sequence[float], low: Sequence[float], high: Sequence[float], log_y: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper edge f64[N, 2] of an area, at the same places, at most `_MAX_LINE_POINTS` of them."""
+    picked = np.unique(np.linspace(0, max(len(x) - 1, 0), min(len(x), _MAX_LINE_POINTS)).round().astype(int))
+    return tuple(_curve(*(np.asarray(v, np.float64)[picked] for v in (x, edge)), log_y) for edge in (low, high))
+
+
+def _filled(low: np.ndarray, high: np.ndarray, look: str) -> list[Markup]:
+    """The area between two edges f64[N, 2] in drawing units, one piece between two gaps."""
+    known = np.isfinite(low).all(1) & np.isfinite(high).all(1)
+    pieces = np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1)
+    drawn = []
+    for piece in pieces:
+        if len(piece) > 1 and known[piece[0]]:
+            ring = np.concatenate([low[piece], high[piece][::-1]]).tolist()
+            d = "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in ring) + "Z"
+            drawn.append(tag("path", d=d, class_=f"band {look}"))
+    return drawn
 
 
 def _thinned(points: np.ndarray) -> np.ndarray:
@@ -281,6 +322,10 @@ class _Box:
 
     def y(self, value):
         return _HEIGHT - _BOTTOM - (value - self.y0) * ((_HEIGHT - _TOP - _BOTTOM) / (self.y1 - self.y0))
+
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """f64[N, 2] of data -> f64[N, 2] in drawing units."""
+        return np.column_stack([self.x(points[:, 0]), self.y(points[:, 1])])
 
     def axes(
         self, x_label: str, y_label: str, *, whole_x: bool = False, whole_y: bool = False, log_y: bool = False

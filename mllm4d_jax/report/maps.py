@@ -28,6 +28,7 @@ _LEAST_SPAN = 0.2  # of the map's unit: a still camera's rounding errors are not
 _APART = 12.0  # drawing units between two headings of a path
 _SAME = 5.0  # labelled points closer than this share a label
 _SHAPES = ("dot", "cross")
+_GUESS = "3 4"  # dash pattern
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class MapPath:
       points: f64[N, 2] (right, up on the page) in the map's unit; a row with NaN is a gap.
       headings: f64[N, 2] where it looks at each point (any length), drawn as short strokes; None for none.
       camera: drawn in the text's colour and thicker.
+      guess: dashed, in the look of the path before it: what somebody thought that one to be.
     """
 
     name: str
     points: np.ndarray
     headings: np.ndarray | None = None
     camera: bool = False
+    guess: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,11 @@ def top_map(
     """Paths with their starts (open) and ends (filled), and points with labels that keep out of each other's way.
 
     Raises:
-      ValueError: points not [N, 2], headings of another shape, an unknown shape or path number of a point.
+      ValueError: points not [N, 2], headings of another shape, an unknown shape or path number of a point, a guess
+        that comes first.
     """
+    if paths and paths[0].guess:
+        raise ValueError(f"map {title!r}: path {paths[0].name!r} is a guess, but no path comes before it")
     for path in paths:
         shapes = [path.points.shape] + ([] if path.headings is None else [path.headings.shape])
         if any(len(s) != 2 or s[1] != 2 or s[0] != len(path.points) for s in shapes):
@@ -135,6 +141,9 @@ def _looks(paths: Sequence[MapPath]) -> list[tuple[str, str, str | None]]:
     """(class, name, dash pattern) of each path; cameras take none of the colours."""
     found, used = [], 0
     for path in paths:
+        if path.guess:
+            found.append((found[-1][0], path.name, _GUESS))
+            continue
         found.append(("ink", path.name, None) if path.camera else (colour(used), path.name, dash(used)))
         used += not path.camera
     return found

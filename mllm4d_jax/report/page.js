@@ -93,7 +93,12 @@
     const keys = new Map(items.map((item) => [item, JSON.parse(item.dataset.keys ?? "{}")]));
     const names = (source) => [...new Set(items.flatMap((item) => Object.keys(source.get(item))))].sort();
     const selects = new Map();
-    const keep = (item) => [...selects].every(([name, s]) => !s.value || facets.get(item)[name] === s.value);
+    const bounds = new Map();
+    const within = (value, [from, to]) =>
+      (from.value === "" || value >= Number(from.value)) && (to.value === "" || value <= Number(to.value));
+    const keep = (item) =>
+      [...selects].every(([name, s]) => !s.value || facets.get(item)[name] === s.value) &&
+      [...bounds].every(([name, pair]) => within(keys.get(item)[name] ?? NaN, pair));
     const { bar, update } = searchable(items, list, list.getAttribute("aria-label"), keep);
     for (const name of names(facets)) {
       const values = [...new Set(items.map((item) => facets.get(item)[name]).filter((v) => v !== undefined))].sort();
@@ -102,6 +107,18 @@
       select.addEventListener("change", update);
       selects.set(name, select);
       bar.insertBefore(make("label", {}, name, select), bar.lastChild);
+    }
+    for (const name of JSON.parse(list.dataset.ranges ?? "[]")) {
+      const values = items.map((item) => keys.get(item)[name]).filter((v) => v !== undefined);
+      if (!values.length) continue;
+      const [low, high] = [Math.min(...values), Math.max(...values)];
+      const pair = [["from", low], ["to", high]].map(([word, bound]) => {
+        const input = make("input", { type: "number", step: "any", placeholder: bound });
+        input.addEventListener("input", update);
+        bar.insertBefore(make("label", {}, `${name} ${word}`, input), bar.lastChild);
+        return input;
+      });
+      bounds.set(name, pair);
     }
     if (!names(keys).length) return;
     const options = names(keys).flatMap((name) => [

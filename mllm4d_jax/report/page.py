@@ -182,8 +182,14 @@ class Card:
     tone: str = ""
 
 
-def cards(items: Sequence[Card], *, label: str) -> Markup:
-    """A list of cards with search, facets, sorting and keys; `label` names it to a screen reader."""
+def cards(items: Sequence[Card], *, label: str, ranges: Sequence[str] = (), wide: bool = False) -> Markup:
+    """A list of cards with search, facets, sorting and keys.
+
+    Args:
+      label: names the list, also to a screen reader.
+      ranges: keys of the cards that the reader can keep within bounds.
+      wide: one card under the other, instead of as many beside each other as there is room for.
+    """
     made = [
         tag(
             "article",
@@ -200,7 +206,9 @@ def cards(items: Sequence[Card], *, label: str) -> Markup:
     ]
     if not made:
         return tag("p", "Nothing to show.", class_="empty")
-    return tag("div", *made, class_="cards", role="group", aria_label=label)
+    looks = "cards wide" if wide else "cards"
+    bounds = json.dumps(list(ranges)) if ranges else None
+    return tag("div", *made, class_=looks, role="group", aria_label=label, data_ranges=bounds)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from mllm4d_jax.rl.completions import CompletionRecord, Completions, Detokenize,
 from mllm4d_jax.rl.packing import Ladder, Packing
 from mllm4d_jax.rl.policy import head_logits
 from mllm4d_jax.rl.sampling import SamplingOptions, branch_keys, draw
+from mllm4d_jax.train.state import merge_model
 
 
 class Feed(NamedTuple):
@@ -125,7 +126,7 @@ class Sampler:
         """Draws the completions. Each depends on (seed, prompt id, branch number), its prompt and the weights alone.
 
         Args:
-          weights: the states that `nnx.merge(graphdef, *weights)` takes.
+          weights: the trees that `train.state.merge_model` takes.
           inputs: plain rows, one prompt each, padded on either side; on the host, or already on the devices.
           prompt_ids: a number in [0, 2^32) for each prompt, see `sampling.prompt_id`.
           branches: completions per prompt (G).
@@ -265,7 +266,7 @@ def place_inputs(inputs: ModelInputs, mesh: Mesh | None) -> ModelInputs:
 
 def _start(graphdef, weights, inputs, features, seed, prompt_ids, numbers, *, branches: int, options: SamplingOptions):
     """Prefill and the first token of every branch: (cache, next positions, tokens [B, G, 1], log-probs [B, G, 1])."""
-    model = nnx.merge(graphdef, *weights)
+    model = merge_model(graphdef, *weights)
     prompt: Prompt = prefill(model, inputs, features)
     logits = head_logits(prompt.hidden, model.head_kernel())
     logits = jnp.broadcast_to(logits[:, None], (len(logits), branches, logits.shape[-1]))
@@ -275,14 +276,14 @@ def _start(graphdef, weights, inputs, features, seed, prompt_ids, numbers, *, br
 
 
 def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
-    return empty_branches(nnx.merge(graphdef, *weights), *shape)
+    return empty_branches(merge_model(graphdef, *weights), *shape)
 
 
 def _decode_chunk(
     graphdef, weights, cache: PromptCache, own: KVCache, feed: Feed, *, options: SamplingOptions, chunk: int
 ) -> Chunk:
     """Up to `chunk` steps; ends when every branch has ended by an end token or its limit."""
-    model = nnx.merge(graphdef, *weights)
+    model = merge_model(graphdef, *weights)
     head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
     keys = branch_keys(feed.seed, feed.prompt_ids, feed.branches)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+Row = Mapping[str, float | None]
 
 # Averaged over the steps since the last line; everything else is shown as it stands.
 _AVERAGED = ("loss", "accuracy", "grad_norm", "step_s", "data_wait_s", "padding")
@@ -37,13 +39,26 @@ class RunLog:
     `log_every` steps. In a run over several processes only the first one records.
     """
 
-    def __init__(self, workdir: str | Path, *, steps: int, start: int, log_every: int) -> None:
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        steps: int,
+        start: int,
+        log_every: int,
+        name: str = "sft",
+        summarize: Callable[[Sequence[Row]], dict[str, float]] | None = None,
+        line: Callable[[Mapping[str, float]], str] | None = None,
+    ) -> None:
         """
         Args:
           workdir: gets metrics.jsonl and tb/.
           steps: of the whole run.
           start: steps already done; what an interrupted run wrote beyond them is removed.
           log_every: steps between updates of bar and TensorBoard.
+          name: of the progress bar.
+          summarize: steps -> what TensorBoard gets; None for `summary`.
+          line: that -> what the bar says; None for fine-tuning's.
         """
         # Imported here: it takes a moment, and only a run that trains needs it.
         from tensorboardX import SummaryWriter
@@ -52,7 +67,8 @@ class RunLog:
         _keep_until(self.path, start)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(Path(workdir) / "tb"), purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, desc="sft", unit="step", dynamic_ncols=True)
+        self._summarize, self._line = summarize or summary, line or _line
+        self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
         return self
@@ -66,8 +82,9 @@ class RunLog:
         """Records one step; None is no step.
 
         Args:
-          row: what `trainer.Trainer` gives, at least "step" (from 1) and the names in `_AVERAGED` and `_SUMMED`,
-            "lr", "devices", "mfu" and "memory_gib", these two None where they are not known.
+          row: at least "step" (from 1) and what `summarize` needs. For `summary` that is what `trainer.Trainer` gives:
+            the names in `_AVERAGED` and `_SUMMED`, "lr", "devices", "mfu" and "memory_gib", these two None where they
+            are not known.
         """
         if row is None:
             return
@@ -76,17 +93,21 @@ class RunLog:
         self._window.append(row)
         self._bar.update(1)
         if row["step"] % self._every == 0 or row["step"] == self._bar.total:
-            self._show(summary(self._window), int(row["step"]))
+            self._show(self._summarize(self._window), int(row["step"]))
             self._window = []
 
     def _show(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, step)
-        used = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['qa_per_s']:.2f} QA/s, "
-            f"{values['tokens_per_s_device']:.0f} tokens/s/device{used}, waiting {values['data_wait']:.0%}"
-        )
+        self._bar.set_postfix_str(self._line(values))
+
+
+def _line(values: Mapping[str, float]) -> str:
+    used = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
+    return (
+        f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, {values['qa_per_s']:.2f} QA/s, "
+        f"{values['tokens_per_s_device']:.0f} tokens/s/device{used}, waiting {values['data_wait']:.0%}"
+    )
 
 
 class NoLog:

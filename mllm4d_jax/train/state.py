@@ -86,12 +86,12 @@ def _in_float32(x: Any) -> Any:
     return x if x.dtype == jnp.float32 else x.astype(jnp.float32)
 
 
-def merge_model(graphdef: nnx.GraphDef, trainable: Any, frozen: Any) -> nnx.Module:
+def merge_model(graphdef: nnx.GraphDef, *trees: Any) -> nnx.Module:
     """The model of the trees of `split_model`, with trained weights rounded to the dtype the model computes in.
 
     Adapters stay in float32; their layers cast them where they are used.
     """
-    model = nnx.merge(graphdef, trainable, frozen)
+    model = nnx.merge(graphdef, *trees)
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam) and node.dtype != model.dtype:
             node.set_value(node.get_value().astype(model.dtype))

@@ -82,7 +82,7 @@ def test_workers_change_nothing(world, tmp_path):
                 for a, b in zip(arrays(got), arrays(want), strict=True):
                     np.testing.assert_array_equal(a, b)
                     assert a.dtype == b.dtype
-        pids = parallel._pool.pids()
+        pids = parallel.stream._pool.pids()
         assert len(pids) == 2
     assert (tmp_path / "q0.jsonl").read_text() == (tmp_path / "q2.jsonl").read_text()
     assert len((tmp_path / "q0.jsonl").read_text().splitlines()) == 5

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class CompletionPlace:
 
 @dataclass(frozen=True)
 class PredictionPlace:
-    """Where a prediction stands, and the fields that are counted. `outcome` is as `outcomes.of_prediction` says."""
+    """Where a prediction stands, and the fields that are counted. `outcome` is as `outcome_of_prediction` says."""
 
     place: Place
     id: str
@@ -89,13 +89,8 @@ def read_run(workdir: str | Path) -> Run:
     notes: list[str] = []
     metrics = _by_step(_rows([path / METRICS], notes))
     evals = _by_step(_rows([path / EVALS], notes))
-    completions = _unique(
-        ((_identity(row, "step", "key", "branch"), CompletionPlace(place, number(row.get("step")), text(row.get("key"))))
-         for place, row in _scan([path / COMPLETIONS], notes)),
-    )  # fmt: skip
-    predictions = _unique(
-        ((_identity(row, "id"), _prediction(place, row)) for place, row in _scan(shards(path, PREDICTIONS), notes)),
-    )
+    completions = _unique(_completion(*found) for found in _scan([path / COMPLETIONS], notes))
+    predictions = _unique(_prediction(*found) for found in _scan(shards(path, PREDICTIONS), notes))
     results = _json(path / RESULTS, notes)
     if not (metrics or evals or completions or predictions or results):
         raise ReportError(
@@ -169,9 +164,18 @@ def outcome_of_prediction(row: Mapping[str, Any]) -> str:
     return "correct" if row.get("correct") is True else "wrong"
 
 
-def _prediction(place: Place, row: Row) -> PredictionPlace:
+def _completion(place: Place, row: Row) -> tuple[str | None, CompletionPlace]:
+    """(identity, value) of a line of completions."""
+    return _identity(row, "step", "key", "branch"), CompletionPlace(
+        place, number(row.get("step")), text(row.get("key"))
+    )
+
+
+def _prediction(place: Place, row: Row) -> tuple[str | None, PredictionPlace]:
+    """(identity, value) of a line of predictions."""
     names = (text(row.get(field)) for field in ("id", "benchmark", "split", "category", "subtask"))
-    return PredictionPlace(place, *names, outcome_of_prediction(row), row.get("conflict") is True)
+    value = PredictionPlace(place, *names, outcome_of_prediction(row), row.get("conflict") is True)
+    return _identity(row, "id"), value
 
 
 def _scan(paths: Sequence[Path], notes: list[str]) -> Iterator[tuple[Place, Row]]:
@@ -233,5 +237,3 @@ def _json(path: Path, notes: list[str]) -> Any:
     except (ValueError, RecursionError) as problem:
         notes.append(f"{path.name} cannot be read: {problem}")
         return None
-
-

@@ -1,0 +1,148 @@
+"""A checkpoint with trained weights and adapters merged in: the base model's files with some byte ranges replaced.
+
+Every file is copied and the tensors that changed are written over in place, one at a time, so that memory holds one
+tensor, and everything else (names, order, shards, index, untouched weights) stays byte for byte what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from mllm4d_jax.models import weight_map
+from mllm4d_jax.models.hf import TensorFiles
+from mllm4d_jax.models.peft import adapted_linears
+from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.weight_map import EXPERTS, Leaf
+
+DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_HEAD = "lm_head.weight"
+_INDEX = "model.safetensors.index.json"
+_COMPANIONS = (".json", ".txt", ".jinja", ".model")  # tokenizer, processor, templates, generation settings
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+
+# the stored tensor -> the f32 values to put in its place, in the stored layout
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+class ExportError(ValueError):
+    """Something cannot be exported, or an export is not equal to the model it was made from."""
+
+
+def find_changes(model: QwenVL, trained: Mapping[tuple, jax.Array], files: TensorFiles) -> dict[str, Change]:
+    """Tensor name -> how it changes, for everything that was trained.
+
+    Args:
+      model: with its adapters, if any.
+      trained: NNX path -> f32 value of the base parameters that were trained themselves.
+      files: the base model's.
+    """
+    table = weight_map.leaves(model)
+    linears, swapped = adapted_linears(model), _swapped_experts(table, files)
+    changes: dict[str, Change] = {}
+    for leaf in table:
+        linear = linears.get(leaf.path[:-1]) if leaf.path[-1] == "kernel" else None
+        if linear is None and leaf.path not in trained:
+            continue
+        for layer, name in enumerate(leaf.names):
+            changes[name] = _change(leaf, layer, trained.get(leaf.path), linear, leaf.path in swapped)
+    embedding = weight_map.embedding_name(model.config)
+    if model.lm_head is None and embedding in changes and _HEAD in files.location:
+        changes[_HEAD] = changes[embedding]  # a tied head that is stored all the same
+    return changes
+
+
+def _change(leaf: Leaf, layer: int, trained, linear, swapped: bool) -> Change:
+    """The change of one tensor; nothing is computed before it is called."""
+
+    def apply(stored: np.ndarray) -> np.ndarray:
+        value = stored.astype(np.float32)
+        if trained is not None:
+            value = leaf.to_published(np.asarray(trained[layer] if leaf.stacked else trained, np.float32))
+            value = np.swapaxes(value, -1, -2) if swapped else value
+        if linear is not None:
+            a, b = (np.asarray(p[layer], np.float32) for p in (linear.lora_a, linear.lora_b))
+            value = value + leaf.to_published(np.float32(linear.lora_scale) * (a @ b))
+        return value
+
+    return apply
+
+
+def _swapped_experts(table: list[Leaf], files: TensorFiles) -> set[tuple]:
+    """Paths of expert parameters that the files hold with the last two dimensions swapped (see `weight_map.EXPERTS`).
+
+    The two of a layer are swapped together, and at least one of them is not square.
+    """
+    differing = {
+        leaf.path[:-1]
+        for leaf in table
+        if leaf.layout == EXPERTS and any(files.shapes[name] != leaf.published for name in leaf.names)
+    }
+    return {leaf.path for leaf in table if leaf.layout == EXPERTS and leaf.path[:-1] in differing}
+
+
+def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Change]) -> int:
+    """Writes the whole checkpoint folder.
+
+    Args:
+      files: of the base model.
+      out: an existing empty folder.
+      changes: see `find_changes`; new values are rounded to the stored dtype once.
+
+    Returns:
+      The number of tensors that were written anew.
+
+    Raises:
+      ExportError: a changed tensor is stored in a dtype that cannot take it, or its new values are not finite there.
+    """
+    odd = sorted({files.dtypes[name] for name in changes} - set(DTYPES))
+    if odd:
+        raise ExportError(
+            f"{files.folder} stores weights that change as {', '.join(odd)}: known are {', '.join(DTYPES)}"
+        )
+    for source in sorted(files.folder.iterdir()):
+        if source.is_file() and _belongs(source.name):
+            shutil.copyfile(source, out / source.name)
+    for name in sorted(set(files.location.values())):
+        target = out / name
+        shutil.copyfile(files.folder / name, target)
+        _replace(target, {n: c for n, c in changes.items() if files.location[n] == name}, files)
+    return len(changes)
+
+
+def _belongs(name: str) -> bool:
+    if name != _INDEX and name.endswith(".index.json"):
+        return False  # of weights in another format, which are not copied
+    wanted = name.endswith(_COMPANIONS) or name.startswith(_LICENCES)
+    return wanted and not name.startswith("adapter_")
+
+
+def _replace(target: pathlib.Path, changes: Mapping[str, Change], files: TensorFiles) -> None:
+    """Writes changed tensors over their old bytes in a copy of one safetensors file.
+
+    Format (safetensors): u64 length of the header, little-endian; the header, JSON with each tensor's byte range; data.
+    """
+    with target.open("r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        for name, change in sorted(changes.items(), key=lambda item: header[item[0]]["data_offsets"]):
+            dtype = DTYPES[files.dtypes[name]]
+            with np.errstate(over="ignore"):  # looked for below
+                value = np.ascontiguousarray(change(files.read(name)).astype(dtype))
+            if not np.isfinite(value.astype(np.float32)).all():
+                raise ExportError(f"{name} has values that are not finite in the {dtype.name} of {files.folder}")
+            start, end = header[name]["data_offsets"]
+            if value.shape != files.shapes[name] or value.nbytes != end - start:
+                raise ExportError(f"{name} is {list(files.shapes[name])} in {files.folder}, {list(value.shape)} here")
+            f.seek(8 + length + start)
+            f.write(value.tobytes())

@@ -1,0 +1,316 @@
+"""The record of an evaluation: one line per answered question, only ever appended to.
+
+A run that is killed at any moment and started again answers what is not in its files yet: nothing is lost, nothing is
+asked twice. Every host of a run writes a file of its own and reads all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+from mllm4d_jax.eval.answers import EXTRACTORS, ExtractedAnswer, extract_answer
+from mllm4d_jax.eval.benchmarks import Item
+
+NAME = "predictions.jsonl"
+CONTROLS = ("", "blind", "shuffled")
+# Keys of the config on which no answer depends; a run may go on with other values of these.
+NOT_IN_ANSWERS = (
+    "workdir",
+    "distributed",
+    "mesh",
+    "limit",
+    "extractor",
+    "compare",
+    "controls",
+    "bootstrap",
+    "rescore",
+    "data.workers",
+)
+
+
+class PredictionError(ValueError):
+    """A file of predictions that cannot be used, or that belongs to another run."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answered question. Besides the question (see `benchmarks.Item`):
+
+    Attributes:
+      prompt_mode: how it was asked: "direct", "st_cot", "file"; "published" for responses that others made.
+      control: "" for an ordinary answer, "blind" without the video, "shuffled" with its frames in random order.
+      response: the raw text; tokens: how many were generated; finish: "stop", "length", "stop_string". None = not known.
+      letter, rule, conflict: what `answers.extract_answer` found by the strict rules.
+      correct: the letter is one of `truth`.
+      config: hash of the configuration that the answer depends on (`config_hash`).
+    """
+
+    id: str
+    benchmark: str
+    split: str
+    category: str | None
+    subtask: str | None
+    video: str
+    media: str | None
+    question: str
+    choices: Mapping[str, str]
+    answer: str
+    truth: tuple[str, ...]
+    prompt_mode: str
+    control: str
+    response: str
+    tokens: int | None
+    finish: str | None
+    letter: str | None
+    rule: str
+    conflict: bool
+    correct: bool
+    config: str
+
+    @classmethod
+    def of(
+        cls,
+        item: Item,
+        response: str,
+        *,
+        prompt_mode: str,
+        config: str,
+        control: str = "",
+        tokens: int | None = None,
+        finish: str | None = None,
+    ) -> Self:
+        """The prediction for a question whose response has come in."""
+        found = extract_answer(response, item.choices)
+        asked = {field: getattr(item, field) for field in _OF_ITEM}
+        return cls(
+            **asked,
+            prompt_mode=prompt_mode,
+            control=control,
+            response=response,
+            tokens=tokens,
+            finish=finish,
+            **dataclasses.asdict(found),
+            correct=found.letter in item.truth,
+            config=config,
+        )
+
+    @classmethod
+    def from_row(cls, row: Any, where: str) -> Self:
+        """A decoded line of a file. Raises PredictionError, beginning with `where`, for anything else."""
+        if not isinstance(row, Mapping):
+            raise PredictionError(f"{where}: is no object")
+        row = {"control": ""} | row
+        missing = [field for field in _FIELDS if field not in row]
+        if missing:
+            raise PredictionError(f"{where}: has no {', '.join(missing)}")
+        for field, kinds in _TYPES.items():
+            if not isinstance(row[field], kinds):
+                raise PredictionError(f"{where}: '{field}' cannot be {row[field]!r}")
+        truth, choices = row["truth"], row["choices"]
+        if not truth or any(letter not in choices for letter in truth):
+            raise PredictionError(f"{where}: 'truth' is {truth!r}, the choices are {list(choices)}")
+        values = {field: row[field] for field in _FIELDS}
+        choices = MappingProxyType({letter: str(text) for letter, text in choices.items()})
+        return cls(**(values | {"truth": tuple(truth), "choices": choices}))
+
+    def to_row(self) -> dict[str, Any]:
+        """The line for the file, as JSON values."""
+        values = {field: getattr(self, field) for field in _FIELDS}
+        return values | {"truth": list(self.truth), "choices": dict(self.choices)}
+
+    def extracted(self, extractor: str) -> ExtractedAnswer:
+        """What the response chose, worked out again."""
+        if extractor not in EXTRACTORS:
+            raise PredictionError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {extractor!r}")
+        return extract_answer(self.response, self.choices, extractor)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
+_OF_ITEM = tuple(field.name for field in dataclasses.fields(Item) if field.name in _FIELDS)
+_TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        **{field: (str,) for field in ("id", "benchmark", "split", "video", "question", "answer", "prompt_mode")},
+        **{field: (str,) for field in ("control", "response", "rule", "config")},
+        **{field: (str, type(None)) for field in ("category", "subtask", "media", "finish", "letter")},
+        "tokens": (int, type(None)),
+        "choices": (Mapping,),
+        "truth": (list, tuple),
+        "conflict": (bool,),
+        "correct": (bool,),
+    }
+)
+
+
+def config_hash(config: Mapping[str, Any], ignore: Collection[str] = NOT_IN_ANSWERS) -> str:
+    """16 hex digits that stand for a config (nested mapping of JSON values), dotted keys and groups in `ignore` aside."""
+
+    def kept(group: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        named = {name: f"{prefix}{name}" for name in group}
+        return {
+            name: kept(value, f"{named[name]}.") if isinstance(value, Mapping) else value
+            for name, value in group.items()
+            if named[name] not in ignore
+        }
+
+    text = json.dumps(kept(config, ""), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def shard_name(host: int) -> str:
+    """File name of a host's predictions."""
+    return f"predictions.{host}.jsonl" if host else NAME
+
+
+def prediction_files(path: str | Path) -> tuple[Path, ...]:
+    """A file itself; of a folder the files of all hosts. Raises PredictionError if there is none."""
+    path = Path(path)
+    if path.is_file():
+        return (path,)
+    found = tuple(sorted({*path.glob("predictions.jsonl"), *path.glob("predictions.*.jsonl")}))
+    if not found:
+        raise PredictionError(f"{path}: no such file, and no folder with a {NAME}")
+    return found
+
+
+def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
+    """The predictions of a run, in the order of the files.
+
+    Args:
+      path: a file, or a workdir with the files of all hosts. A last line that was cut off while it was written is
+        left out.
+
+    Raises:
+      PredictionError: nothing there, an unreadable line, an id twice, predictions of two configurations.
+    """
+    return _read(prediction_files(path))
+
+
+def _read(files: Iterable[Path]) -> tuple[Prediction, ...]:
+    found: dict[str, tuple[Prediction, str]] = {}
+    for file in files:
+        for number, row in _rows(file):
+            where = f"{file}, line {number}"
+            one = Prediction.from_row(row, where)
+            if one.id in found:
+                raise PredictionError(f"{where}: question {one.id!r} is also in {found[one.id][1]}")
+            first = next(iter(found.values()), None)
+            if first and first[0].config != one.config:
+                raise PredictionError(
+                    f"{where}: made with config {one.config}, {first[1]} with {first[0].config}; each run needs a "
+                    "workdir of its own"
+                )
+            found[one.id] = (one, where)
+    return tuple(one for one, _ in found.values())
+
+
+def _rows(path: Path) -> list[tuple[int, Any]]:
+    """(line number from 1, decoded line); a last line that was cut off is left out."""
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line.decode("utf-8"))))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no line break after it: its writer was killed
+                break
+            raise PredictionError(f"{path}, line {number}: not valid JSON ({error})") from None
+    return rows
+
+
+class PredictionStore:
+    """Appends predictions to the file of this host. Use it in a `with` block.
+
+    Attributes:
+      path: the file.
+      done: ids that are answered already, by any host of this run or of an earlier one with another number of hosts.
+    """
+
+    def __init__(self, folder: str | Path, config: str, *, host: int = 0) -> None:
+        """
+        Args:
+          folder: the workdir, made if needed.
+          config: hash of the configuration of this run.
+          host: number of this host, from 0.
+        """
+        self.folder, self.config = Path(folder), config
+        self.path = self.folder / shard_name(host)
+        self.done: frozenset[str] = frozenset()
+        self._ids: set[str] = set()
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        """Takes the file and reads what is there.
+
+        Raises:
+          PredictionError: another process writes to the file, it belongs to another configuration, or see
+            `read_predictions`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        try:
+            try:
+                # The kernel drops this lock when the process ends, however it ends.
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise PredictionError(f"another run is writing to {self.path}: wait for it or use another workdir") from None
+            self._repair()
+            found = _read(prediction_files(self.folder))
+            if found and found[0].config != self.config:
+                raise PredictionError(
+                    f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
+                    f"run is {self.config}): use another workdir, or delete them to start over"
+                )
+        except BaseException:
+            self._file.close()
+            raise
+        self._ids = {one.id for one in found}
+        self.done = frozenset(self._ids)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _repair(self) -> None:
+        """Cuts off what a killed writer left of a line; a whole line that lacks its line break gets it."""
+        data = self.path.read_bytes()
+        start = data.rfind(b"\n") + 1
+        if start == len(data):
+            return
+        try:
+            json.loads(data[start:].decode("utf-8"))
+        except (ValueError, RecursionError):
+            self._file.truncate(start)
+            return
+        self._file.write(b"\n")
+        self._file.flush()
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Writes predictions; once this returns, the end of the process cannot lose them.
+
+        Raises:
+          PredictionError: one of another configuration, or for a question that is answered already; then none of them
+            is written.
+        """
+        predictions = list(predictions)
+        new = [one.id for one in predictions]
+        for one in predictions:
+            if one.config != self.config:
+                raise PredictionError(f"prediction {one.id!r} has the config {one.config}, this store {self.config}")
+            if one.id in self._ids or new.count(one.id) > 1:
+                raise PredictionError(f"question {one.id!r} is answered already in {self.folder}")
+        lines = [json.dumps(one.to_row(), ensure_ascii=False, allow_nan=False) for one in predictions]
+        # Half a surrogate pair, which a sloppy decoder may produce, has no UTF-8: JSON's escape can hold it.
+        data = [line.encode("utf-8", "surrogatepass") for line in lines]
+        self._file.write(b"".join(line + b"\n" for line in data))
+        self._file.flush()
+        self._ids.update(new)

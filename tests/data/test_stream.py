@@ -1,0 +1,94 @@
+"""Groups in their global order, without rows: places, bad records, resume, hosts."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.stream import GroupStream, LoaderError
+from mllm4d_jax.processing.errors import RecordError
+from tests.data.fakes import FakeEncoder, write_records
+
+NUMBERS = [("a.mp4", 5), ("a.mp4", -1), ("b.mp4", 6), ("b.mp4", 7), ("c.mp4", 8), ("c.mp4", 9), ("c.mp4", 2)]
+
+
+def unchanged(record):
+    return record
+
+
+@pytest.fixture
+def make_stream(tmp_path):
+    source = RecordFile(write_records(tmp_path / "r.json", NUMBERS), tmp_path)
+
+    def make(encoder=None, prompts=False, name="q.jsonl", **options):
+        options = {"per_group": 1, "step_groups": 4, "workers": 0, "seed": 0} | options
+        return GroupStream(
+            Mixture([source]),
+            GroupEncoder([source], encoder or FakeEncoder(), as_prompt=unchanged if prompts else None),
+            Quarantine(tmp_path / name, 1.0, fresh=True),
+            **options,
+        )
+
+    return make
+
+
+def unchanged(record):
+    return record
+
+
+def test_items_are_the_groups_of_the_order(make_stream):
+    stream = make_stream(per_group=2)
+    items = [item for _ in range(6) for item in stream.next_groups()]
+    assert stream.position == 24 and [item.position for item in items] == list(range(24))
+    tried = set()
+    for item in items:
+        assert item.questions == stream.order[item.position]
+        asked = [i for i in item.questions.indices if i not in tried]
+        assert [i for i, _ in item.results] == asked
+        bad = {i for i, result in item.results if isinstance(result, RecordError)}
+        assert bad == {1, 6} & set(asked)  # made to fail; nothing to learn from
+        assert [e.key for e in item.examples] == [f"r.json#{i}" for i in asked if i not in bad]
+        tried |= bad
+    assert stream.quarantine.rejected == sum(len({1, 6} & set(i.questions.indices)) for i in items)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_share_each_step_and_any_step_can_be_the_first(make_stream, hosts):
+    whole = make_stream()
+    want = [whole.next_groups() for _ in range(5)]
+    parts = [make_stream(position=8, host=h, hosts=hosts, name=f"q{h}.jsonl") for h in range(hosts)]
+    for step in want[2:]:
+        found = [part.next_groups() for part in parts]
+        for host, items in enumerate(found):
+            assert [i.questions for i in items] == [i.questions for i in step[host::hosts]]
+            assert [i.position for i in items] == [i.position for i in step[host::hosts]]
+
+
+def test_prompts_need_nothing_to_learn(make_stream):
+    class Asked(FakeEncoder):
+        def encode_group(self, records, cache=None, *, add_generation_prompt=False):
+            assert add_generation_prompt
+            return super().encode_group(records, cache)
+
+    stream = make_stream(Asked(), prompts=True, step_groups=7)
+    usable = {i for item in stream.next_groups() for i, r in item.results if not isinstance(r, RecordError)}
+    assert usable == {0, 2, 3, 4, 5, 6}
+
+
+def test_a_stopped_stream_gives_nothing(make_stream):
+    stop = threading.Event()
+    stop.set()
+    stream = make_stream()
+    assert stream.next_groups(stop) is None and stream.position == 0
+
+
+def test_settings_that_cannot_work(make_stream):
+    with pytest.raises(LoaderError, match="inside a step"):
+        make_stream(position=2)
+    with pytest.raises(LoaderError, match="over 3 hosts"):
+        make_stream(hosts=3)
