@@ -3,8 +3,9 @@
 python benchmarks/resume_campaign.py [--kills=10] [--steps=48] [--devices=8] [--only=kill] [--workdir=DIR]
 
 Every run is a process of its own (`run.py`). `kill`: ended with SIGKILL at random moments, as often as asked; `term`:
-asked to stop with SIGTERM once; `mesh`: killed once and continued with another device mesh. The first two must end in
-the same bits as the unbroken run, parameters and optimiser; the last in the same losses to 1e-6. Exit code 1 if not.
+asked to stop with SIGTERM once; `mesh`: killed once it has a checkpoint and continued from that with another device
+mesh. The first two must end in the same bits as the unbroken run, parameters and optimiser; the last in the same losses
+to 1e-6. Exit code 1 if not.
 """
 
 from __future__ import annotations
@@ -75,16 +76,26 @@ class Campaign:
         if self.start(name, *more).wait():
             raise CampaignError(f"run '{name}' failed:\n{(self.folder / f'{name}.txt').read_text()[-3000:]}")
 
-    def interrupt(self, name: str, number: signal.Signals) -> tuple[int, int]:
-        """Starts a run and sends it a signal at a random moment; (last step recorded, newest checkpoint)."""
+    def interrupt(self, name: str, number: signal.Signals, after_saving: bool = False) -> tuple[int, int]:
+        """Starts a run and sends it a signal at a random moment, with `after_saving` not before its first checkpoint is
+        there; (last step recorded, newest checkpoint).
+
+        Raises:
+          CampaignError: it ended before that.
+        """
         target = self.saved(name) + self.rng.randint(1, EVERY + 2)
         file = self.folder / name / "metrics.jsonl"
         before = file.stat().st_mtime_ns if file.exists() else 0
         process = self.start(name)
         while process.poll() is None and (
-            not file.exists() or file.stat().st_mtime_ns == before or self.recorded(name) < min(target, self.steps - 1)
+            not file.exists()
+            or file.stat().st_mtime_ns == before
+            or self.recorded(name) < min(target, self.steps - 1)
+            or (after_saving and not self.saved(name))
         ):
             time.sleep(0.005)
+        if after_saving and process.poll() is not None:
+            raise CampaignError(f"run '{name}' ended before it could be interrupted behind a checkpoint")
         time.sleep(self.rng.random() * 0.4)  # somewhere in a step, a checkpoint, the loader
         process.send_signal(number)
         process.wait()
@@ -99,6 +110,15 @@ class Campaign:
         """Step of the newest complete checkpoint, 0 without one."""
         folder = self.folder / name / "checkpoints"
         return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+
+    def rows(self, name: str, last: int) -> list[dict]:
+        """Its metrics up to and with step `last`, times and all: no two runs of a step have the same."""
+        return read_metrics(self.folder / name / "metrics.jsonl", last)
+
+    def meshes(self, name: str) -> list[str]:
+        """The device mesh that each of its processes said it has."""
+        lines = (self.folder / f"{name}.txt").read_text(errors="replace").splitlines()
+        return [line.partition(", mesh ")[2] for line in lines if line.startswith("devices: ")]
 
     def state(self, name: str) -> dict[str, np.ndarray]:
         """Parameters and optimiser at the end, as they are on disk."""
@@ -137,9 +157,17 @@ def run(campaign: Campaign, kind: str, kills: int) -> tuple[str, dict[str, float
     elif kind == "term":
         moments = [campaign.interrupt(kind, signal.SIGTERM)]
     else:
-        moments = [campaign.interrupt(kind, signal.SIGKILL)]
+        moments = [campaign.interrupt(kind, signal.SIGKILL, after_saving=True)]
         more = (f"--config.mesh.fsdp={max(1, campaign.devices // 2)}", "--config.mesh.tensor=2")
+    newest = moments[-1][1]
+    before = campaign.rows(kind, newest)
     campaign.finish(kind, *more)
+    if campaign.rows(kind, newest) != before:
+        raise CampaignError(f"run '{kind}' did not go on from its checkpoint of step {newest}")
+    if kind == "mesh" and (newest < EVERY or len(set(campaign.meshes(kind))) != 2):
+        raise CampaignError(
+            f"run '{kind}' did not move a checkpoint to another mesh: {campaign.meshes(kind)}, {newest}"
+        )
     found = campaign.compare(kind)
     listed = ", ".join(f"{step}/{saved}" for step, saved in moments)
     return listed, found, found["loss"] <= TOLERANCE if kind == "mesh" else bool(found["same bits"])

@@ -29,16 +29,19 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = common.sft()
     if variant == "tiny":
         sft.tiny(config)
+        config.data.sample = ""
+        config.data.path = "runs/sft-tiny/sample/world/cold_start.json"
+        config.data.root = "runs/sft-tiny/sample/world"
         config.model.path = "runs/sft-tiny/sample/model"
-        config.data.max_tokens = 2048  # the system prompt alone is long for a vocabulary this small
-        config.data.prefix_buckets = (512, 1024, 1536, 2048)
-        config.train.steps = 40
+        config.data.questions_per_video = 4
+        config.train.batch_size = 8
+        config.train.steps = 150
     else:
         config.train.batch_size = 32  # 8 on each of 4 GPUs
         config.train.steps = 219  # one epoch of 7,000 records
         config.train.log_every = 5
         config.train.checkpoint_every = 50
     config.model.adapter = "runs/sft-tiny" if variant == "tiny" else "runs/sft"
-    config.prompt.system = "st_cot"
+    config.prompt.system = sft.TINY_PROMPT if variant == "tiny" else "st_cot"
     config.optim.warmup_ratio = 0.03
     return config

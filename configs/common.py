@@ -13,14 +13,21 @@ import ml_collections
 from configs.schema import ConfigError, Key, build, did_you_mean
 from configs.tables.answering import INFER_KEYS, VERIFY_KEYS
 from configs.tables.curation import CURATE_KEYS
-from configs.tables.report import REPORT_KEYS
+from configs.tables.evaluation import EVAL_KEYS
 from configs.tables.export import EXPORT_KEYS
+from configs.tables.reinforcement import GRPO_KEYS
+from configs.tables.report import REPORT_KEYS
 from configs.tables.training import SFT_KEYS
 
 # task -> (its keys, the module whose run(config, workdir) does it, one line for --help)
 TASKS = MappingProxyType(
     {
         "sft": (SFT_KEYS, "mllm4d_jax.train.sft", "supervised fine-tuning with LoRA on video question-answer records"),
+        "grpo": (
+            GRPO_KEYS,
+            "mllm4d_jax.rl.grpo",
+            "reinforcement learning (GRPO) on video prompts with computed rewards",
+        ),
         "curate": (
             CURATE_KEYS,
             "data_prep.curate",
@@ -28,6 +35,7 @@ TASKS = MappingProxyType(
         ),
         "infer": (INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
         "verify": (VERIFY_KEYS, "mllm4d_jax.eval.verify", "compare a checkpoint's numbers with a recorded reference"),
+        "eval": (EVAL_KEYS, "mllm4d_jax.eval.task", "score a model, or predictions that are there, on a benchmark"),
         "export": (EXPORT_KEYS, "mllm4d_jax.eval.export", "write what was trained as a PEFT adapter or a merged model"),
         "report": (REPORT_KEYS, "mllm4d_jax.eval.report.build", "make the page of a run, or of two runs side by side"),
     }
@@ -45,6 +53,11 @@ def task_keys(task: object) -> tuple[Key, ...]:
 def sft() -> ml_collections.ConfigDict:
     """Defaults of supervised fine-tuning: the paper's Qwen3-VL-8B run."""
     return build(SFT_KEYS)
+
+
+def grpo() -> ml_collections.ConfigDict:
+    """Defaults of reinforcement learning: the paper's run."""
+    return build(GRPO_KEYS)
 
 
 def infer() -> ml_collections.ConfigDict:
@@ -70,3 +83,8 @@ def report() -> ml_collections.ConfigDict:
 def export() -> ml_collections.ConfigDict:
     """Defaults of writing what was trained for other programs."""
     return build(EXPORT_KEYS)
+
+
+def eval() -> ml_collections.ConfigDict:
+    """Defaults of scoring a model on a benchmark."""
+    return build(EVAL_KEYS)

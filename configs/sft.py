@@ -26,6 +26,9 @@ VARIANTS = MappingProxyType(
     }
 )
 
+# The tiny runs' stand-in for the reasoning prompt, which is long for a vocabulary this small.
+TINY_PROMPT = "Reply as <thinking>reasoning</thinking><answer>letter</answer>."
+
 # variant -> (size as `model.published` names it, devices that share the parameters)
 _BASES = MappingProxyType(
     {

@@ -44,6 +44,12 @@ SFT_KEYS = (
         "training records: a JSON list, a JSONL file, or the version folder of a TFDS set (folder@split)",
     ),
     Key("data.root", "", "folder that the records' media paths are relative to"),
+    Key(
+        "data.eval_path",
+        "",
+        "held-out records in the same forms: their mean loss is logged as eval_loss; '' = none. Every process reads it",
+    ),
+    Key("data.eval_root", "", "folder of their media; '' = data.root"),
     Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16),
     Key(
         "data.mixture",
@@ -51,12 +57,18 @@ SFT_KEYS = (
         "several data sets in place of data.path: 'path::root::rate' each; rates are shares of the question groups",
     ),
     Key("data.questions_per_video", 1, "most questions about a clip that share its prefix; divides the batch", low=1),
-    Key("data.rows", 0, "rows of a step, over all hosts; 0 = one per group of questions", low=0),
+    Key(
+        "data.rows",
+        0,
+        "rows of a step, over all hosts; 0 = one per group of questions. Clips in one row pad each other: with about "
+        "four of them a row wastes least (benchmarks/padding.py)",
+        low=0,
+    ),
     Key("data.workers", 0, "processes that decode and encode; 0 = in the main process", low=0),
     Key("data.max_quarantine_rate", 0.01, "the run stops once a larger share of the records is unusable", low=0),
     Key(
         "data.prefix_buckets",
-        (256, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096, 6144, 8192),
+        (256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
         "padded lengths of a row's prefix region (system text and videos); one compiled step each",
     ),
     Key(
@@ -95,7 +107,15 @@ SFT_KEYS = (
     Key("train.log_every", 10, "steps between log lines", low=1),
     Key("train.checkpoint_every", 500, "steps between checkpoints", low=1),
     Key("train.keep_checkpoints", 3, "newest checkpoints kept", low=1),
-    Key("train.keep_best", 0, "checkpoints kept besides these for their training loss", low=0),
+    Key(
+        "train.keep_best",
+        0,
+        "checkpoints kept besides these for their loss: that of data.eval_path if it is set, else of training",
+        low=0,
+    ),
+    Key(
+        "train.eval_every", 500, "steps between measurements of data.eval_path; checkpoints are measured as well", low=1
+    ),
     Key("train.trace_steps", (), "steps whose device trace (XProf) is written to trace/, e.g. (10, 11)"),
     Key(
         "train.watchdog_s",

@@ -31,8 +31,8 @@ class RowBuckets:
 
     Every shape is a compilation, minutes of it for a large model, so sizes are coarse where padding is cheap: frames go
     up to the next power of two and patches per frame by at most half (the vision tower is a small part of a step), and
-    short lists of supervised tokens grow in steps of four. Slots go up by at most half. What a full step needs is given
-    as `full_*` and costs no padding.
+    short lists of supervised tokens grow in steps of four. Slots go up by at most a quarter. What a full step needs is
+    given as `full_*` and costs no padding; frames and patches that come near it (within an eighth) are made it.
 
     Attributes:
       prefix, length: allowed sizes of a row's prefix region and of a branch slot, ascending; beyond the last one, its
@@ -59,12 +59,13 @@ class RowBuckets:
         """What `needed` is padded to."""
         frames = frame_patches = 0
         if needed.frames:
-            frames = _snap(needed.frames, 1, self.full_frames)
+            frames = _snap(needed.frames, 1, self.full_frames, near=True)
             area = self.merge_area
-            frame_patches = area * _snap(-(-needed.frame_patches // area), 2, self.full_frame_patches // area)
+            most = self.full_frame_patches // area
+            frame_patches = area * _snap(-(-needed.frame_patches // area), 2, most, near=True)
         return RowSizes(
             prefix=_listed(needed.prefix, self.prefix),
-            slots=_snap(needed.slots, 2, self.full_slots),
+            slots=_snap(needed.slots, 4, self.full_slots),
             length=_listed(needed.length, self.length),
             frames=frames,
             frame_patches=frame_patches,
@@ -80,6 +81,6 @@ def _supervised(n: int) -> int:
     return next((size for size in (16, 64, 256, 1024) if size >= n), bucket(n, 2))
 
 
-def _snap(n: int, per_octave: int, full: int) -> int:
+def _snap(n: int, per_octave: int, full: int, near: bool = False) -> int:
     size = bucket(n, per_octave)
-    return full if n <= full < size else size
+    return full if n <= full and (full < size or near and full <= 1.125 * size) else size

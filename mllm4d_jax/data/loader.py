@@ -94,6 +94,7 @@ class Loader:
     Attributes:
       stream: the groups; its position is the whole state of the loader.
       options, buckets: as given.
+      facts: what the rows know about the model.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class Loader:
           LoaderError: settings that cannot be divided, or a position inside a step.
         """
         _, self._rows = options.local(hosts)
-        self.options, self.buckets, self._model = options, buckets, model
+        self.options, self.buckets, self.facts = options, buckets, model
         self.stream = GroupStream(
             mixture,
             encoder,
@@ -174,13 +175,13 @@ class Loader:
         if items is None:
             return None
         groups = [
-            g for item in items if item.examples for g in share_prefix(item.examples, self._model.visual_token_ids)
+            g for item in items if item.examples for g in share_prefix(item.examples, self.facts.visual_token_ids)
         ]
         rows = tuple(tuple(row) for row in pack_groups(groups, self._rows))
         return PreparedStep(
             rows=rows,
-            needed=needed_sizes(rows, self._model.geometry),
-            model=self._model,
+            needed=needed_sizes(rows, self.facts.geometry, self.buckets.length),
+            model=self.facts,
             position=self.position,
             rejected=self.stream.quarantine.rejected,
             load_s=time.perf_counter() - started,

@@ -1,9 +1,12 @@
 """Which questions each step takes: a pure function of the seed and the step, whatever reads them and however well.
 
 The unit is a *group*: up to N questions about one clip, which share its prefix. An epoch of a source takes each of its
-questions once: every clip's questions are shuffled and cut into groups, then all groups are shuffled. Hosts, workers
-and unusable records play no part in it, so a run can be resumed on other machines, and a record that turns out bad
-leaves its own place empty and moves no other.
+questions once: every clip's questions are shuffled and cut into groups, then all groups are shuffled. Clips differ in
+how many questions they have, and steps that differ as much would be padded to as many shapes; so every window of WINDOW
+groups is put into an order in which neighbours balance each other (`even_order`).
+
+Hosts, workers and unusable records play no part in it, so a run can be resumed on other machines, and a record that
+turns out bad leaves its own place empty and moves no other.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 from mllm4d_jax.data.sources import Questions
 
 BLOCK = 1000  # groups over which the sampling rates of a mixture hold exactly
+WINDOW = 512  # groups of a source that are put into an even order together
 
 
 class OrderError(ValueError):
@@ -42,19 +46,36 @@ class SourceOrder:
         self._first = np.concatenate([[0], np.cumsum(sizes)])  # where each clip starts in _by_clip
         self._first_group = np.concatenate([[0], np.cumsum(-(-sizes // per_group))])
         self.groups = int(self._first_group[-1])
+        self._last: tuple[int, list[int]] = (-1, [])
         # Grain adds the epoch number to its seed; hashed first, neighbouring seeds do not share epochs.
         hashed = int(np.random.SeedSequence(self._seed).generate_state(1)[0])
         self._shuffled = grain.MapDataset.range(self.groups).shuffle(seed=hashed).repeat()
 
     def __getitem__(self, position: int) -> tuple[int, ...]:
         """The records of the group at `position`, counted from the start of the run."""
-        number, epoch = int(self._shuffled[position]), position // self.groups
+        epoch, place = divmod(position, self.groups)
+        number = self._window(epoch, place // WINDOW)[place % WINDOW]
         clip = int(np.searchsorted(self._first_group, number, side="right")) - 1
         part = number - int(self._first_group[clip])
         records = self._by_clip[self._first[clip] : self._first[clip + 1]]
         if len(records) > 1:
             records = np.random.default_rng((*self._seed, epoch, clip)).permutation(records)
         return tuple(int(r) for r in records[part * self._per_group : (part + 1) * self._per_group])
+
+    def _window(self, epoch: int, window: int) -> list[int]:
+        """The numbers of the groups of a window, the last one of an epoch cut short. The last one asked for is kept."""
+        start = epoch * self.groups + window * WINDOW
+        if self._last[0] != start:
+            end = min(start + WINDOW, (epoch + 1) * self.groups)
+            numbers = np.array([self._shuffled[p] for p in range(start, end)])
+            clips = np.searchsorted(self._first_group, numbers, side="right") - 1
+            before = (numbers - self._first_group[clips]) * self._per_group
+            sizes = np.minimum(np.diff(self._first)[clips] - before, self._per_group)
+            if sizes.min() < sizes.max():
+                rng = np.random.default_rng((*self._seed, epoch, window, 1))
+                numbers = numbers[even_order(np.argsort(sizes, kind="stable"), rng)]
+            self._last = (start, numbers.tolist())
+        return self._last[1]
 
 
 class Order:
@@ -106,6 +127,22 @@ class Order:
         share = [q / BLOCK for q in self._quota]
         mean = [n / order.groups for n, order in zip(self._records, self.sources, strict=True)]
         return position * sum(s * m for s, m in zip(share, mean, strict=True))
+
+
+def even_order(ascending: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Puts items that are sorted by size into an order of which every stretch holds small and large ones alike.
+
+    Of two neighbours (places 0 and 1, 2 and 3, ...) one is of the smaller half, one of the larger; of four, one of each
+    quarter; and so on (a scrambled van der Corput sequence). Which of two comes first is drawn, so every item is as
+    likely in one place as in another where the number of items is a power of two.
+    """
+    if len(ascending) < 2:
+        return ascending
+    half = (len(ascending) + 1) // 2
+    small, large = even_order(ascending[:half], rng), even_order(ascending[half:], rng)
+    paired = len(large)
+    pairs = rng.permuted(np.stack([small[:paired], large], axis=1), axis=1)
+    return np.concatenate([pairs.ravel(), small[paired:]])
 
 
 def _quota(rates: Sequence[float]) -> list[int]:

@@ -125,24 +125,68 @@ def numeric_options(truth: float, rng: np.random.Generator) -> list[float]:
     return [round(truth * 1.25 ** (k - rank), 1) for k in range(4)]
 
 
-def questions(clip: Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """(question with its options, letter of the right one): four about a clip, two of direction and two of distance."""
+@dataclasses.dataclass(frozen=True)
+class SampleQuestion:
+    """A question about a clip.
+
+    Attributes:
+      text: with its options; letter: of the right one.
+      subject: "camera" or the shape's name; path: f64[T, 2] of it, pixels.
+      answer: text of the right option.
+    """
+
+    text: str
+    letter: str
+    subject: str
+    path: np.ndarray
+    answer: str
+
+    @property
+    def states(self) -> list[list[float]]:
+        """Where the subject is in the first and in the last frame: [x, y, z], metres; the world is flat, z is 0."""
+        return [[round(float(v) / PIXELS_PER_METRE, 1) + 0.0 for v in self.path[t]] + [0.0] for t in (0, -1)]
+
+    @property
+    def solution(self) -> dict[str, Any]:
+        """As in MLLM4D-R1-30k: the centres of what is asked about, null for the other."""
+        nothing: list[None] = [None, None]
+        camera = self.subject == "camera"
+        centers = {
+            "camera_center": self.states if camera else nothing,
+            "object_center": nothing if camera else self.states,
+        }
+        return {"answer": self.letter, **centers}
+
+    @property
+    def reasoning(self) -> str:
+        """The answer with the states that it follows from, in the form of the prompt `prompts.ST_COT`."""
+        solution, lines = self.solution, [f"The {self.subject} is asked about."]
+        for n, name in enumerate(("start", "end")):
+            lines.append(f"**Spatial State ({name} frame):**")
+            for kind in ("camera", "object"):
+                center = solution[f"{kind}_center"][n]
+                lines.append(f"- {kind.title()} Center: {'null' if center is None else center}")
+        lines.append(f"So it is {self.answer}, {self.letter}.")
+        return f"<thinking>{chr(10).join(lines)}</thinking><answer>{self.letter}</answer>"
+
+
+def questions(clip: Clip, rng: np.random.Generator) -> list[SampleQuestion]:
+    """Four questions about a clip, two of direction and two of distance."""
     i, j = 0, FRAMES - 1
     span = f"between frame {i} and frame {j} of {j}"
     asked = []
     for subject, path in (("camera", clip.camera), (clip.name, clip.target)):
         over = "" if subject == "camera" else " over the ground"
         ways = list(rng.permutation(list(DIRECTIONS)))
-        asked.append((f"Which way does the {subject} move{over} {span}?", ways, direction(path, i, j)))
+        asked.append((f"Which way does the {subject} move{over} {span}?", ways, direction(path, i, j), subject, path))
         truth = round(distance(path, i, j), 1)
         lengths = [f"{v:.1f}" for v in rng.permutation(numeric_options(truth, rng))]
-        asked.append((f"How many metres does the {subject} move{over} {span}?", lengths, f"{truth:.1f}"))
+        asked.append((f"How many metres does the {subject} move{over} {span}?", lengths, f"{truth:.1f}", subject, path))
     out = []
-    for text, options, answer in asked:
+    for question, options, answer, subject, path in asked:
         listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-        out.append(
-            (f"{text}\nOptions:\n{listed}\nAnswer with the letter of the right option.", LETTERS[options.index(answer)])
-        )
+        text = f"{question}\nOptions:\n{listed}\nAnswer with the letter of the right option."
+        out.append(SampleQuestion(text, LETTERS[options.index(answer)], subject, path, answer))
     return out
 
 
@@ -152,7 +196,8 @@ def write_sample_world(folder: str | Path, seed: int = 0, clips: int = 6) -> Pat
     An existing complete world of the same arguments is kept as it is.
 
     Args:
-      folder: becomes `records.json` (a list in the conversations layout) and `videos/*.mp4`; it is also the media root.
+      folder: becomes `records.json` (a list in the conversations layout), `cold_start.json` (the same with reasoning),
+        `r1.jsonl` (prompts with solutions, for reinforcement learning) and `videos/*.mp4`; it is also the media root.
       seed: of everything drawn.
       clips: number of clips; each has four questions.
 
@@ -167,16 +212,21 @@ def write_sample_world(folder: str | Path, seed: int = 0, clips: int = 6) -> Pat
     def write(target: Path) -> None:
         rng = np.random.default_rng(seed)
         (target / "videos").mkdir()
-        records = []
+        records, reasoned, prompts = [], [], []
         for n in range(clips):
             clip, name = make_clip(rng), f"videos/clip_{n:03d}.mp4"
             write_video(target / name, draw(clip))
-            for text, letter in questions(clip, rng):
-                turns = [{"from": "human", "value": f"<video>\n{text}"}, {"from": "gpt", "value": letter}]
-                records.append({"video": name, "conversations": turns})
-        (target / "records.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+            for asked in questions(clip, rng):
+                for rows, answer in ((records, asked.letter), (reasoned, asked.reasoning)):
+                    turns = [{"from": "human", "value": f"<video>\n{asked.text}"}, {"from": "gpt", "value": answer}]
+                    rows.append({"video": name, "conversations": turns})
+                messages = [{"role": "user", "content": f"<video>\n{asked.text}"}]
+                prompts.append({"messages": messages, "videos": [name], "solution": [asked.solution]})
+        for file, rows in (("records.json", records), ("cold_start.json", reasoned)):
+            (target / file).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        (target / "r1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
 
-    build_folder(folder, {"kind": "sample world", "version": 1, "seed": seed, "clips": clips}, write)
+    build_folder(folder, {"kind": "sample world", "version": 2, "seed": seed, "clips": clips}, write)
     return folder / "records.json"
 
 

@@ -61,7 +61,8 @@ class PreparedStep:
 
     Attributes:
       rows: groups of each row.
-      needed: the smallest sizes that hold them; the hosts pad to `RowBuckets.sizes(buckets.largest(all needed))`.
+      needed: the smallest sizes that hold them, with slots of an allowed length; the hosts pad to
+        `RowBuckets.sizes(buckets.largest(all needed))`.
       model: facts for the layout.
       position, rejected, load_s: as in `LoadedBatch`.
     """
@@ -86,6 +87,7 @@ class PreparedStep:
             self.model.geometry,
             visual_token_ids=self.model.visual_token_ids,
             patch_dim=self.model.patch_size,
+            packed_length=self.needed.length,
         )
         tokens = int(np.count_nonzero(batch.inputs.segment_ids))
         visual = int(np.count_nonzero(batch.inputs.vision_index >= 0))

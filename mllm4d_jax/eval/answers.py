@@ -32,7 +32,7 @@ _ANSWER_IS = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(?:(?:option|choice)\s
 # "The answer is A dog" names no letter: an A before a word is the article, unless a reason follows.
 _STATED = re.compile(r"\(([A-Z])\)|(?!A\s+(?!(?:because|since|as)\b)[^\W\d_])([A-Z])(?![\w'\u2019-])")
 _MAX_STATED = 64  # of the places that say "answer is", the last so many are looked at
-_MAX_CLAUSE = 400  # characters after "answer is" that are read
+_MAX_CLAUSE = 400  # characters after "answer is", or of the line after a letter, that are read
 _NEGATIONS = ("not", "no", "never", "isnt", "arent", "wasnt", "doesnt", "dont", "cannot")
 
 
@@ -119,16 +119,12 @@ class _Options:
         denied = "|".join(_NEGATIONS)
         self._mention = re.compile(rf"(?<!\S)(?:({named})|(?:{denied}) (?:{named}))(?!\S)") if named else None
 
-    def whole(self, text: str) -> str | None:
-        """The letter of the option that the text is."""
-        return self.first.get(plain_text(text))
-
-    def mentioned(self, text: str) -> str | None:
-        """The letter of the only option whose text occurs in the text."""
+    def mentioned(self, plain: str) -> str | None:
+        """The letter of the only option whose text occurs in a plain text."""
         if self._mention is None:
             return None
         found = None
-        for match in self._mention.finditer(plain_text(text)):
+        for match in self._mention.finditer(plain):
             if match[1] is None or match[1] == found:
                 continue
             if found is not None:
@@ -143,13 +139,14 @@ def _by_the_rules(part: str, options: _Options) -> ExtractedAnswer:
         letter = match[1] or match[2] or match[3]
         if letter in options.plain:
             return ExtractedAnswer(letter, "letter", _contradicts(letter, match[4], options))
-    letter = options.whole(part)
+    plain = plain_text(part)
+    letter = options.first.get(plain)
     if letter is not None:
         return ExtractedAnswer(letter, "text")
     stated = _stated(part, options)
     if stated is not None:
         return stated
-    letter = options.mentioned(part)
+    letter = options.mentioned(plain)
     return _UNPARSED if letter is None else ExtractedAnswer(letter, "mention")
 
 
@@ -164,7 +161,7 @@ def _stated(part: str, options: _Options) -> ExtractedAnswer | None:
         letter = (match[1] or match[2]) if match else None
         if letter in options.plain:
             return ExtractedAnswer(letter, "answer_is", _contradicts(letter, clause[match.end() :], options))
-        letter = options.mentioned(clause)
+        letter = options.mentioned(plain_text(clause))
         if letter is not None:
             return ExtractedAnswer(letter, "answer_is")
     return None
@@ -172,10 +169,11 @@ def _stated(part: str, options: _Options) -> ExtractedAnswer | None:
 
 def _contradicts(letter: str, rest: str, options: _Options) -> bool:
     """What follows the letter gives another answer: its first line, what it states, or the only option it mentions."""
-    said = options.whole(rest.strip().partition("\n")[0])
+    line = rest.strip().partition("\n")[0]
+    said = options.first.get(plain_text(line)) if len(line) <= _MAX_CLAUSE else None
     if said is None:
         stated = _stated_letter(rest, options)
-        said = options.mentioned(rest) if stated is None else stated
+        said = options.mentioned(plain_text(rest)) if stated is None else stated
     return said is not None and options.plain[said] != options.plain[letter]
 
 

@@ -65,6 +65,7 @@ class Item:
       truth: the letters whose option is right.
       prompt: the user's whole text as the file has it, without placeholders; None = to be composed from question and
         choices.
+      system: the system message that the file brings; None = it has none.
     """
 
     id: str
@@ -79,6 +80,7 @@ class Item:
     answer: str
     truth: tuple[str, ...]
     prompt: str | None = None
+    system: str | None = None
 
 
 ParseFn = Callable[[Mapping[str, Any], str, str, "str | None"], Item]
@@ -144,7 +146,9 @@ def record_item(raw: Mapping[str, Any], stem: str, key: str, root: str | None) -
     """
     turns = _turns(raw)
     asked = [text for role, text in turns if role == "user"]
-    prompt = re.sub("<(?:video|image)>", "", asked[-1]).strip() if asked else None
+    if len(asked) > 1:
+        raise RecordError(f"it has {len(asked)} turns of the user; a question to be scored is one turn")
+    prompt = re.sub("<(?:video|image)>", "", asked[0]).strip() if asked else None
     if "choices" in raw or "options" in raw:
         choices = _choices(raw.get("choices", raw.get("options")))
     else:
@@ -161,7 +165,7 @@ def record_item(raw: Mapping[str, Any], stem: str, key: str, root: str | None) -
     for name, value in named.items():
         if value is not None and not isinstance(value, str):
             raise RecordError(f"'{name}' must be a text, not {value!r}")
-    video = _first_media(raw)
+    video = _video(raw)
     return Item(
         id=str(raw.get("id", key)),
         benchmark="jsonl",
@@ -175,6 +179,7 @@ def record_item(raw: Mapping[str, Any], stem: str, key: str, root: str | None) -
         answer=str(answer),
         truth=truth,
         prompt=prompt,
+        system=next((text for role, text in turns if role == "system"), None),
     )
 
 
@@ -325,12 +330,12 @@ def _answer(raw: Mapping[str, Any], turns: list[tuple[str, str]]) -> Any:
     raise RecordError("there is no 'answer', no 'solution' and no turn of the assistant that gives it")
 
 
-def _first_media(raw: Mapping[str, Any]) -> str:
-    for field in ("video", "videos", "image", "images"):
-        value = raw.get(field)
-        value = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if isinstance(value, str) and value.strip():
-            return value
-        if value:
-            raise RecordError(f"'{field}' must be one path, not {value!r}")
-    raise RecordError("there is no 'video' and no 'image'")
+def _video(raw: Mapping[str, Any]) -> str:
+    """The record's one video."""
+    value = raw.get("video") or raw.get("videos")
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if not isinstance(value, str) or not value.strip():
+        raise RecordError(f"'video' must be the path of one video, not {value!r}")
+    if raw.get("image") or raw.get("images"):
+        raise RecordError("it has images; a question to be scored is about one video")
+    return value

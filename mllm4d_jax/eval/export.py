@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from flax import nnx
 
 from mllm4d_jax.eval import export_check
@@ -109,6 +108,7 @@ def load_tuned(model: QwenVL, source: Source) -> Tuned:
 
     Raises:
       PeftError, ResumeError: the parameters do not fit the model.
+      ExportError: the source has a part of the adapter alone.
     """
     if source.meta is None:
         adapter = load_peft(source.folder, model)
@@ -124,9 +124,20 @@ def load_tuned(model: QwenVL, source: Source) -> Tuned:
     del model, trainable  # so that the values before training can go
     with Checkpoints(source.folder, keep=1) as earlier:
         trainable = earlier.restore_trainable(source.step, wanted)
-    leaves = {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(trainable)}
+    leaves = _paths(trainable)
     trained = {path: x for path, x in leaves.items() if path[-1] not in _ADAPTER_LEAVES}
+    frozen_half = any(path[-1] in _ADAPTER_LEAVES for path in _paths(frozen))
+    if frozen_half and c.get("model.adapter"):
+        raise ExportError(
+            f"{source.folder} holds one part of an adapter and the other was kept as it is in {c['model.adapter']}, "
+            "which this run does not have: export cannot put them together"
+        )
     return Tuned(merge_model(graphdef, trainable, frozen), trained, float(c.get("lora.dropout", 0.0)), "")
+
+
+def _paths(tree: Any) -> dict[tuple, Any]:
+    """NNX path -> leaf of nested dicts."""
+    return {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def export_peft(tuned: Tuned, source: Source, out: pathlib.Path, base_name: str, tolerance: float) -> list[str]:
@@ -152,10 +163,10 @@ def export_peft(tuned: Tuned, source: Source, out: pathlib.Path, base_name: str,
 
 
 def export_merged(tuned: Tuned, source: Source, out: pathlib.Path, tolerance: float, rounding: float) -> list[str]:
-    """Writes the merged checkpoint to `out`, loads it and compares; returns lines for people.
+    """Writes the merged checkpoint to `out`, loads it and compares; returns lines for people. Uses the model up.
 
     What is loaded has to equal the model merged in memory and rounded to the files' dtype by `tolerance`; that one may
-    differ from the model as it was trained by `rounding` (by `tolerance`, where the files are float32).
+    differ from the model as it was trained by `rounding` (by `tolerance`, where files and comparison are float32).
 
     Raises:
       ExportError: the logits differ, or a weight cannot be stored in its dtype.
@@ -168,14 +179,14 @@ def export_merged(tuned: Tuned, source: Source, out: pathlib.Path, tolerance: fl
     export_check.merge_in_memory(model, tuned.trained, files)
     merged, dtype, attention = export_check.logits(model), model.dtype, model.backend.name
     rounded = compare(merged, ours)
-    if set(dtypes) == {"F32"}:
+    if dtypes == ["F32"] and dtype == jnp.float32:
         rounding = tolerance
     rounded.require(
         rounding,
         f"merging into {', '.join(dtypes)} changes the model",
         "Export the adapter itself (configs/export.py:peft), or raise tol.rounding if this is acceptable.",
     )
-    del model, tuned
+    export_check.release(model, tuned.trained)  # so that the next one is never there beside it
     difference = compare(export_check.logits(load_model(out, dtype=dtype, attention=attention)), merged)
     difference.require(tolerance, "the checkpoint read back is not the merged model", "Please report this.")
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -75,8 +76,15 @@ def probe(config: ModelConfig) -> ModelInputs:
 
 def logits(model: QwenVL) -> np.ndarray:
     """f32[S, V] of the prompt, with exact products whatever the device's default."""
+    graphdef, state = nnx.split(model)
     with jax.default_matmul_precision("highest"):
-        return np.asarray(model.logits(model(probe(model.config))))[0]
+        return np.asarray(_logits(graphdef, state, probe(model.config)))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all models that are built alike
+def _logits(graphdef: nnx.GraphDef, state: nnx.State, inputs: ModelInputs) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    return model.logits(model(inputs))[0]
 
 
 def is_empty(model: QwenVL) -> bool:
@@ -88,11 +96,19 @@ def is_empty(model: QwenVL) -> bool:
 def detach(model: QwenVL) -> None:
     """Takes the adapters off, in place."""
     for linear in adapted_linears(model).values():
-        linear.lora_a, linear.lora_b, linear.lora_scale = nnx.data(None), nnx.data(None), 0.0
+        linear.lora_a, linear.lora_b = nnx.data(None), nnx.data(None)
+        linear.lora_scale = linear.lora_dropout = 0.0
+
+
+def release(model: QwenVL, trained: Mapping[tuple, jax.Array]) -> None:
+    """Gives the memory of a model's arrays back, whoever still refers to them; they must not be used afterwards."""
+    for array in jax.tree.leaves((nnx.state(model), list(trained.values()))):
+        if not array.is_deleted():
+            array.delete()
 
 
 def merge_in_memory(model: QwenVL, trained: Mapping[tuple, jax.Array], files: TensorFiles) -> None:
-    """Does to the model, in place, what an export does to the files: adapters into kernels, rounded to the files' dtype.
+    """Does to the model, in place, what an export does to the files: adapters into kernels, rounded to their dtype.
 
     Computed apart from `export_merged`, on whole stacks in this model's layout, so that one can check the other.
     """

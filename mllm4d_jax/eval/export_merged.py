@@ -27,9 +27,26 @@ DTYPES: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _HEAD = "lm_head.weight"
-_INDEX = "model.safetensors.index.json"
-_COMPANIONS = (".json", ".txt", ".jinja", ".model")  # tokenizer, processor, templates, generation settings
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+# What goes along with the weights; anything else in the folder is left where it is.
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
 
 # the stored tensor -> the f32 values to put in its place, in the stored layout
 Change = Callable[[np.ndarray], np.ndarray]
@@ -110,21 +127,14 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
         raise ExportError(
             f"{files.folder} stores weights that change as {', '.join(odd)}: known are {', '.join(DTYPES)}"
         )
-    for source in sorted(files.folder.iterdir()):
-        if source.is_file() and _belongs(source.name):
-            shutil.copyfile(source, out / source.name)
+    for name in _COMPANIONS:
+        if (files.folder / name).is_file():
+            shutil.copyfile(files.folder / name, out / name)
     for name in sorted(set(files.location.values())):
         target = out / name
         shutil.copyfile(files.folder / name, target)
         _replace(target, {n: c for n, c in changes.items() if files.location[n] == name}, files)
     return len(changes)
-
-
-def _belongs(name: str) -> bool:
-    if name != _INDEX and name.endswith(".index.json"):
-        return False  # of weights in another format, which are not copied
-    wanted = name.endswith(_COMPANIONS) or name.startswith(_LICENCES)
-    return wanted and not name.startswith("adapter_")
 
 
 def _replace(target: pathlib.Path, changes: Mapping[str, Change], files: TensorFiles) -> None:

@@ -47,7 +47,8 @@ class Prediction:
     Attributes:
       prompt_mode: how it was asked: "direct", "st_cot", "file"; "published" for responses that others made.
       control: "" for an ordinary answer, "blind" without the video, "shuffled" with its frames in random order.
-      response: the raw text; tokens: how many were generated; finish: "stop", "length", "stop_string". None = not known.
+      response: the raw text.
+      tokens: how many were generated; finish: "stop", "length" or "stop_string". None = not known.
       letter, rule, conflict: what `answers.extract_answer` found by the strict rules.
       correct: the letter is one of `truth`.
       config: hash of the configuration that the answer depends on (`config_hash`).
@@ -150,7 +151,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
 
 
 def config_hash(config: Mapping[str, Any], ignore: Collection[str] = NOT_IN_ANSWERS) -> str:
-    """16 hex digits that stand for a config (nested mapping of JSON values), dotted keys and groups in `ignore` aside."""
+    """16 hex digits that stand for a config of JSON values; the dotted keys and groups in `ignore` do not count."""
 
     def kept(group: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         named = {name: f"{prefix}{name}" for name in group}
@@ -262,7 +263,9 @@ class PredictionStore:
                 # The kernel drops this lock when the process ends, however it ends.
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise PredictionError(f"another run is writing to {self.path}: wait for it or use another workdir") from None
+                raise PredictionError(
+                    f"another run is writing to {self.path}: wait for it or use another workdir"
+                ) from None
             self._repair()
             found = _read(prediction_files(self.folder))
             if found and found[0].config != self.config:
@@ -302,15 +305,21 @@ class PredictionStore:
             is written.
         """
         predictions = list(predictions)
-        new = [one.id for one in predictions]
+        new: set[str] = set()
         for one in predictions:
             if one.config != self.config:
                 raise PredictionError(f"prediction {one.id!r} has the config {one.config}, this store {self.config}")
-            if one.id in self._ids or new.count(one.id) > 1:
+            if one.id in self._ids or one.id in new:
                 raise PredictionError(f"question {one.id!r} is answered already in {self.folder}")
-        lines = [json.dumps(one.to_row(), ensure_ascii=False, allow_nan=False) for one in predictions]
-        # Half a surrogate pair, which a sloppy decoder may produce, has no UTF-8: JSON's escape can hold it.
-        data = [line.encode("utf-8", "surrogatepass") for line in lines]
-        self._file.write(b"".join(line + b"\n" for line in data))
+            new.add(one.id)
+        self._file.write(b"".join(_line(one) for one in predictions))
         self._file.flush()
         self._ids.update(new)
+
+
+def _line(prediction: Prediction) -> bytes:
+    row = prediction.to_row()
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # half a surrogate pair has no UTF-8, but JSON has an escape for it
+        return f"{json.dumps(row)}\n".encode()

@@ -158,10 +158,10 @@ def _live_pairs(row: np.ndarray, layout: RowLayout) -> int:
     prefix[0] = 0
     total = int((prefix * (prefix + 1) // 2).sum())
     slots = row[layout.prefix :].reshape(layout.slots, layout.length) if layout.slots else ()
-    for slot in slots:
-        n = int(np.count_nonzero(slot))
-        if n:
-            total += n * int(prefix[slot[0]]) + n * (n + 1) // 2
+    for slot in slots:  # a clip has at most one branch in a slot
+        branches = np.bincount(slot, minlength=len(prefix)).astype(np.int64)
+        branches[0] = 0
+        total += int((branches * prefix + branches * (branches + 1) // 2).sum())
     return total
 
 

@@ -76,8 +76,8 @@ class Adapter:
 
 
 def is_peft_folder(path: str | pathlib.Path) -> bool:
-    """Whether a path is a folder with an `adapter_config.json`."""
-    return (pathlib.Path(path) / CONFIG).is_file()
+    """Whether a path is a folder with an `adapter_config.json`; "" names nothing."""
+    return bool(str(path)) and (pathlib.Path(path) / CONFIG).is_file()
 
 
 def adapted_linears(model: QwenVL) -> dict[tuple, Linear]:
@@ -115,7 +115,8 @@ def save_peft(model: QwenVL, folder: str | pathlib.Path, *, base: str, dropout: 
             for side, value in (("A", m.lora_a), ("B", m.lora_b)):
                 tensors[f"{name}.lora_{side}.weight"] = np.ascontiguousarray(np.asarray(value[layer], np.float32).T)
     targets = sorted({path[-1] for path in linears})
-    config = _config_file(rank, scale * rank, dropout, _target_modules(model, targets), base)
+    alpha = float(f"{scale * rank:.12g}")  # what was given, without the last bits of dividing and multiplying
+    config = _config_file(rank, alpha, dropout, _target_modules(model, targets), base)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -135,7 +136,7 @@ def _config_file(rank: int, alpha: float, dropout: float, targets: list[str] | s
         init_lora_weights=True,
         layers_pattern=None,
         layers_to_transform=None,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_bias=False,
         lora_dropout=dropout,
         modules_to_save=None,
@@ -182,8 +183,8 @@ def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
       model: the base model the adapter was trained on (that it is the same one shows in the shapes alone).
 
     Raises:
-      PeftError: an option this port does not compute exactly, tensors that are missing, unknown, of another shape or not
-        finite, or another adapter on the model; everything that is wrong is in one message.
+      PeftError: an option this port does not compute exactly, tensors that are missing, unknown, of another shape or
+        not finite, or another adapter on the model; everything that is wrong is in one message.
     """
     folder = pathlib.Path(folder)
     config, problems = _read_config(folder)
@@ -230,12 +231,12 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
         return None, [f"{CONFIG} holds a {type(config).__name__}, not an object"]
     problems = list(_option_problems(config))
     if not (folder / WEIGHTS).is_file():
-        pickled = sorted(p.name for p in folder.glob("adapter_model*.bin"))
+        pickled = [p.name for p in folder.glob("adapter_model*.bin")]
         advice = (
-            f": {pickled[0]} is a pickle, which can run code when it is opened, and is not read; load it with PEFT "
+            f"and {' and '.join(pickled)}, a pickle, can run code when it is opened and is not read: load it with PEFT "
             "where you trust it and call save_pretrained(folder, safe_serialization=True)"
         )
-        problems.append(f"{WEIGHTS} is missing" + (advice if pickled else ": is the download complete?"))
+        problems.append(f"{WEIGHTS} is missing" + (f", {advice}" if pickled else ": is the download complete?"))
     if problems:
         return None, problems
     rank, alpha = config["r"], float(config["lora_alpha"])

@@ -1,11 +1,12 @@
 """Shared-prefix rows: what all questions about a clip have in common is laid out, and computed, once.
 
 A row has a prefix region of P slots and N branch slots of L tokens each. The prefix region holds the prefixes (system
-text and video) of one or more clips, one after the other. Each branch slot holds one branch (the rest of a prompt and
-its answer) of one of these clips, from the slot's first position on. `segment_ids` numbers the clips of a row from 1,
-prefix and branches of a clip alike; 0 is padding. A query sees a key of its own segment that does not come later and
-lies in the prefix region or in the query's own branch slot. Every token keeps the position it has in its own example,
-so a branch continues from its prefix and the row computes what N separate samples would.
+text and video) of one or more clips, one after the other. A branch slot holds a branch (the rest of a prompt and its
+answer) of one of these clips from its first position on, and behind it as many branches of other clips as fit.
+`segment_ids` numbers the clips of a row from 1, prefix and branches of a clip alike; 0 is padding. A query sees a key
+of its own segment that does not come later and lies in the prefix region or in the query's own branch slot; two
+branches of one clip are never in one slot. Every token keeps the position it has in its own example, so a branch
+continues from its prefix and the row computes what N separate samples would.
 
 A row is whole in itself: it has its own vision frames and its own list of loss positions, and its indices point into
 nothing else. Rows can then be split over devices and hosts, and no device needs what another one has computed.
@@ -22,6 +23,7 @@ import numpy as np
 from mllm4d_jax.processing.batch import ModelInputs, RowLayout
 from mllm4d_jax.processing.example import Example, Grid
 from mllm4d_jax.processing.grids import VisionGeometry, VisionInputs, merged_tokens, pack_vision
+from mllm4d_jax.processing.packing import Load, place_branches, spread
 
 __all__ = ["Group", "RowBatch", "RowLayout", "RowSizes", "collate_rows", "needed_sizes", "pack_groups", "share_prefix"]
 
@@ -46,9 +48,14 @@ class Group:
                 raise ValueError(f"{e.key}: a prefix of {self.shared} tokens leaves no branch of its {len(e.tokens)}")
 
     @property
+    def branches(self) -> tuple[int, ...]:
+        """Tokens of each branch."""
+        return tuple(len(e.tokens) - self.shared for e in self.examples)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest branch."""
-        return max(len(e.tokens) for e in self.examples) - self.shared
+        return max(self.branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,33 +156,31 @@ def _shared(members: Sequence[Example], floor: int) -> int:
 
 
 def pack_groups(groups: Sequence[Group], rows: int) -> list[list[Group]]:
-    """Spreads groups over `rows` rows: largest first, each into the row that is emptiest so far.
+    """Spreads groups over `rows` rows so that their common shape is small (`packing.spread`). Rows may stay empty."""
+    loads = [Load(g.shared, g.branches) for g in groups]
+    return [[groups[i] for i in row] for row in spread(loads, rows)]
 
-    A group counts with the slots it will take, its prefix and its branches at the length of the longest of all. Ties
-    go to the group and the row that come first, so the result depends on the arguments alone. Rows may stay empty.
+
+def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry, lengths: Sequence[int] = ()) -> RowSizes:
+    """The smallest sizes that hold `rows`; frame patches are whole merge blocks of `geometry` already.
+
+    Args:
+      rows: the groups of each row.
+      geometry: numbers of the vision tower.
+      lengths: allowed lengths of a branch slot, ascending. The first one that holds every branch is taken, and branches
+        are placed in slots of that length; where none does, the length of the longest branch.
     """
-    longest = max((g.longest for g in groups), default=0)
-    costs = [g.shared + len(g.examples) * longest for g in groups]
-    packed: list[list[Group]] = [[] for _ in range(rows)]
-    filled = [0] * rows
-    for i in sorted(range(len(groups)), key=lambda i: -costs[i]):
-        row = filled.index(min(filled))
-        packed[row].append(groups[i])
-        filled[row] += costs[i]
-    return packed
-
-
-def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry) -> RowSizes:
-    """The smallest sizes that hold `rows`; frame patches are whole merge blocks of `geometry` already."""
     groups = [g for row in rows for g in row]
     grids = [grid for g in groups for grid in g.examples[0].grids]
     for grid in grids:
         if grid.h % geometry.merge_size or grid.w % geometry.merge_size:
             raise ValueError(f"a grid of {grid.h}x{grid.w} patches cannot be merged in {geometry.merge_size}s")
+    longest = max([1, *(g.longest for g in groups)])
+    length = next((n for n in lengths if n >= longest), longest)
     return RowSizes(
         prefix=max([1, *(sum(g.shared for g in row) for row in rows)]),
-        slots=max([1, *(sum(len(g.examples) for g in row) for row in rows)]),
-        length=max([1, *(g.longest for g in groups)]),
+        slots=max([1, *(place_branches([g.branches for g in row], length)[1] for row in rows)]),
+        length=length,
         frames=max((sum(grid.t for g in row for grid in g.examples[0].grids) for row in rows), default=0),
         frame_patches=max((grid.h * grid.w for grid in grids), default=0),
         supervised=max([1, *(sum(len(_targets(g)) for g in row) for row in rows)]),
@@ -189,6 +194,7 @@ def collate_rows(
     *,
     visual_token_ids: Sequence[int],
     patch_dim: int | None = None,
+    packed_length: int | None = None,
 ) -> RowBatch:
     """Lays groups out as rows; the patches of each clip appear once.
 
@@ -198,6 +204,8 @@ def collate_rows(
       geometry: numbers of the vision tower.
       visual_token_ids: image and video placeholder ids.
       patch_dim: numbers per patch; needed only when `sizes` has frames and no row has media.
+      packed_length: the slot length that `needed_sizes` counted the slots for, if `sizes` has longer ones: more room in
+        a slot can make the placement of branches another one, and that one needs more slots now and then.
 
     Raises:
       ValueError: a size is too small, a branch has a visual token, or placeholders and merged patches differ in number.
@@ -211,11 +219,11 @@ def collate_rows(
     vision, merged = _pack_clips(rows, sizes, geometry, patch_dim)
     for i, row in enumerate(rows):
         used, entries = 0, []
-        for segment, (group, start, slot) in enumerate(_places(row, layout), 1):
+        places = _places(row, layout, packed_length or layout.length)
+        for segment, (group, start, branches) in enumerate(places, 1):
             visual = _visual(group, visual_token_ids, geometry)
             index[i, start + visual] = merged[i][used : used + len(visual)]
             used += len(visual)
-            branches = [layout.prefix + (slot + j) * layout.length for j in range(len(group.examples))]
             spans = [(group.examples[0], slice(0, group.shared), start)]
             spans += [(e, slice(group.shared, None), at) for e, at in zip(group.examples, branches, strict=True)]
             for e, part, at in spans:
@@ -238,20 +246,22 @@ def _named(row: Sequence[Group]) -> str:
     return f"the row that starts with {row[0].examples[0].key}"
 
 
-def _places(row: Sequence[Group], layout: RowLayout) -> Iterator[tuple[Group, int, int]]:
-    """Each group of a row with the start of its prefix and its first branch slot."""
-    start = slot = 0
+def _places(row: Sequence[Group], layout: RowLayout, length: int) -> Iterator[tuple[Group, int, list[int]]]:
+    """Each group of a row with the start of its prefix and of each of its branches."""
     for group in row:
-        for e in group.examples:
-            if len(e.tokens) - group.shared > layout.length:
-                raise ValueError(f"{e.key}: {len(e.tokens) - group.shared} branch tokens for slots of {layout.length}")
-        key = group.examples[0].key
+        for e, tokens in zip(group.examples, group.branches, strict=True):
+            if tokens > length:
+                raise ValueError(f"{e.key}: {tokens} branch tokens for slots of {length}")
+    placed, slots = place_branches([group.branches for group in row], length)
+    if slots > layout.slots:
+        raise ValueError(f"{_named(row)} needs {slots} branch slots and has {layout.slots}")
+    start = 0
+    for group, places in zip(row, placed, strict=True):
         if start + group.shared > layout.prefix:
+            key = group.examples[0].key
             raise ValueError(f"{key}: a row needs {start + group.shared} prefix tokens and has {layout.prefix}")
-        if slot + len(group.examples) > layout.slots:
-            raise ValueError(f"{key}: a row needs {slot + len(group.examples)} branch slots and has {layout.slots}")
-        yield group, start, slot
-        start, slot = start + group.shared, slot + len(group.examples)
+        yield group, start, [layout.prefix + slot * layout.length + offset for slot, offset in places]
+        start += group.shared
 
 
 def _visual(group: Group, visual_token_ids: Sequence[int], geometry: VisionGeometry) -> np.ndarray:

@@ -120,6 +120,12 @@ def _open(path: str, threads: int):
                     f"{path} is truncated, none of its frames can be decoded: {promise.damage}", "truncated_video"
                 )
             raise MediaError(f"{path} is not a video (no decoder recognises it)", "not_a_video")
+        size = (int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)))
+        if min(size) < 1:  # a decoder took other bytes for its own
+            because, reason = (
+                (promise.damage, "truncated_video") if promise.damage else ("no picture size", "not_a_video")
+            )
+            raise MediaError(f"{path} is not a video that can be read: {because}", reason)
         fps = capture.get(cv2.CAP_PROP_FPS)
         if not (math.isfinite(fps) and 0 < fps <= _MAX_FPS):
             raise MediaError(
@@ -128,7 +134,6 @@ def _open(path: str, threads: int):
             )
         declared = capture.get(cv2.CAP_PROP_FRAME_COUNT)
         known = promise.frames or (int(declared) if 0 < declared < 2**53 else None)
-        size = (int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)))
         yield capture, VideoInfo(*size, fps, known), promise
     finally:
         capture.release()

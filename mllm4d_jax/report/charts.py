@@ -39,10 +39,17 @@ def number_text(value: float, step: float = 0.0) -> str:
         return "–"
     if step <= 0:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    if step < 1e-4:
-        return f"{value:.1e}" if value else "0"
+    if step < 1e-4 or step >= 1e5:
+        return _scientific(value, step) if abs(value) > step / 2 else "0"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value + 0.0:,.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
+def _scientific(value: float, step: float) -> str:
+    """As `1.05e-6`, with the digits that tell it from its neighbours and no zeros at the end."""
+    digits = math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
+    mantissa, _, power = f"{value:.{min(max(digits, 0), 6)}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(power)}"
 
 
 def ticks(low: float, high: float, count: int = 5) -> tuple[list[float], float]:
@@ -220,6 +227,7 @@ def lines(
     log_y: bool = False,
     faint: Mapping[str, tuple[Sequence[float], Sequence[float]]] = MappingProxyType({}),
     bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = MappingProxyType({}),
+    like: Mapping[str, str] = MappingProxyType({}),
     note: str = "",
 ) -> Markup:
     """Curves with one pair of axes.
@@ -229,11 +237,12 @@ def lines(
         A long curve is thinned to the least and greatest y of each stretch, so that no spike is lost.
       faint: name of a series -> (x, y) drawn thinly behind it in its colour, e.g. what it is the mean of.
       bands: name of a series -> (x, low, high), an area behind it in its colour.
+      like: name of a series -> another one, whose colour it takes; it is dashed then.
 
     Raises:
-      ValueError: x and y differ in length, or a name in `faint` or `bands` is no series.
+      ValueError: x and y differ in length, or a name in `faint`, `bands` or `like` is no series.
     """
-    unknown = [name for name in (*faint, *bands) if name not in series]
+    unknown = [name for name in (*faint, *bands, *like, *like.values()) if name not in series]
     if unknown:
         raise ValueError(f"chart {title!r}: {unknown[0]!r} is none of its series {list(series)}")
     curves = {name: _curve(x, y, log_y) for name, (x, y) in series.items()}
@@ -244,25 +253,39 @@ def lines(
     if not len(known):
         return empty(title)
     (x0, y0), (x1, y1) = known.min(0).tolist(), known.max(0).tolist()
-    room = 0.05 * (y1 - y0) or max(abs(y1), 1.0) * 0.05
+    level = (y1 - y0) <= 1e-9 * max(abs(y0), abs(y1))  # but for rounding errors
+    room = (0.05 * abs(y1) or 0.05) if level else 0.05 * (y1 - y0)
     aside = 0.0 if x1 > x0 else 0.5
     box = _Box(x0 - aside, x1 + aside, y0 - room, y1 + room)
     body = box.axes(x_label, y_label, log_y=log_y)
-    for n, name in enumerate(curves):
+    looks = _looks(list(curves), like)
+    for name, (look, _) in looks.items():
         if name in areas:
-            body += _filled(*(box.place(edge) for edge in areas[name]), colour(n))
+            body += _filled(*(box.place(edge) for edge in areas[name]), look)
         if name in behind:
-            body.append(polyline(box.place(behind[name]), f"{colour(n)} faint"))
-    for n, (name, points) in enumerate(curves.items()):
-        place = box.place(points)
-        finite = points[np.isfinite(points[:, 0]), 1]
-        last = f"{name}: last {number_text(10 ** finite[-1] if log_y else finite[-1])}" if len(finite) else name
-        body.append(polyline(place, colour(n), title=last, pattern=dash(n)))
-        if len(finite) == 1:
-            x, y = place[np.isfinite(place[:, 0])][0].tolist()
-            body.append(tag("circle", tag("title", last), cx=_n(x), cy=_n(y), r=3, class_=f"dot {colour(n)}"))
-    names = legend((colour(n), name, dash(n)) for n, name in enumerate(curves)) if len(curves) > 1 else None
+            body.append(polyline(box.place(behind[name]), f"{look} faint"))
+    for name, points in curves.items():
+        body += _drawn(name, points, box, *looks[name], log_y)
+    names = legend((look, name, pattern) for name, (look, pattern) in looks.items()) if len(curves) > 1 else None
     return figure(title, body, _HEIGHT, legend=names, note=note)
+
+
+def _looks(names: Sequence[str], like: Mapping[str, str]) -> dict[str, tuple[str, str | None]]:
+    """Series -> (class, dash pattern)."""
+    own = {name: (colour(n), dash(n)) for n, name in enumerate(name for name in names if name not in like)}
+    return {name: own[name] if name in own else (own[like[name]][0], _DASHES[1]) for name in names}
+
+
+def _drawn(name: str, points: np.ndarray, box: _Box, look: str, pattern: str | None, log_y: bool) -> list[Markup]:
+    """One curve f64[N, 2] of data; a single point as a dot."""
+    place = box.place(points)
+    finite = points[np.isfinite(points[:, 0]), 1]
+    last = f"{name}: last {number_text(10 ** finite[-1] if log_y else finite[-1])}" if len(finite) else name
+    shapes = [polyline(place, look, title=last, pattern=pattern)]
+    if len(finite) == 1:
+        x, y = place[np.isfinite(place[:, 0])][0].tolist()
+        shapes.append(tag("circle", tag("title", last), cx=_n(x), cy=_n(y), r=3, class_=f"dot {look}"))
+    return shapes
 
 
 def _curve(x: Sequence[float], y: Sequence[float], log_y: bool) -> np.ndarray:

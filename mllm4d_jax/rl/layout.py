@@ -56,7 +56,7 @@ class CompletionRows(NamedTuple):
     Attributes:
       inputs: rows without vision inputs; `vision_index` counts within the features of the row's prompt.
       prompts: i32[R] whose features a row uses; None where row r is about prompt r, for each of the batch.
-      completions: i32[R, N] number of the completion in each branch, -1 where there is none.
+      completions: i32[R, N] number of the completion in each branch.
       loss_index: i32[R, M] positions of the hidden states that predict the completions' tokens.
       loss_target: i32[R, M] these tokens, 0 where a list is padded.
       places: i32[R, N, T] entry of each token in the row's lists; M where there is none.
@@ -182,7 +182,7 @@ def completion_rows(
     r, n, p = len(rows), len(rows[0][1]), batch.inputs.tokens.shape[1]
     numbers = np.array([chosen for _, chosen in rows], np.int32)
     prompts = np.array([prompt for prompt, _ in rows], np.int32)
-    count = np.where(numbers >= 0, lengths[numbers], 0)  # i32[R, N]
+    count = lengths[numbers]  # i32[R, N]
     if count.max() > slot or count.sum(1).max() > entries:
         raise ValueError(
             f"completions of up to {count.max()} tokens, {count.sum(1).max()} in a row, for slots of {slot} and lists "

@@ -45,8 +45,9 @@ class PromptFeatures(NamedTuple):
 
     def flat(self) -> VisionFeatures:
         """As the model and the sampler take them."""
-        width = self.merged.shape[-1]
-        return VisionFeatures(self.merged.reshape(-1, width), self.deepstack.reshape(len(self.deepstack), -1, width))
+        prompts, count, width = self.merged.shape
+        deepstack = self.deepstack.reshape(len(self.deepstack), prompts * count, width)
+        return VisionFeatures(self.merged.reshape(-1, width), deepstack)
 
 
 class Update(NamedTuple):
@@ -183,8 +184,9 @@ def _encode(
     graphdef: nnx.GraphDef, mesh: Mesh, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int
 ) -> PromptFeatures:
     found = merge_model(graphdef, trainable, frozen).encode_vision(vision)
-    merged = found.merged.reshape(prompts, -1, found.merged.shape[-1])
-    deepstack = found.deepstack.reshape(len(found.deepstack), prompts, -1, found.merged.shape[-1])
+    rows, width = found.merged.shape
+    merged = found.merged.reshape(prompts, rows // prompts, width)
+    deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
     return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1))
 
 
@@ -233,9 +235,7 @@ def _score_into(
     """`whole` f32[C, T] with the log-probs of these rows in place."""
     logprobs = scored(tree, frozen, features, rows).logprobs
     slot = logprobs.shape[-1]
-    # Branches without a completion have number -1; counted from the end it would be the last one.
-    numbers = jnp.where(rows.completions < 0, len(whole), rows.completions).reshape(-1)
-    return whole.at[numbers, :slot].set(logprobs.reshape(-1, slot), mode="drop")
+    return whole.at[rows.completions.reshape(-1), :slot].set(logprobs.reshape(-1, slot))
 
 
 def _begin(
@@ -257,16 +257,9 @@ def _begin(
 
 
 def _rows_of(batch: RolloutBatch, rows: CompletionRows) -> RolloutBatch:
-    """The completions of some rows, branch by branch; branches without one count nowhere."""
+    """The completions of some rows, branch by branch."""
     numbers, slot = rows.completions.reshape(-1), rows.places.shape[-1]
-    there = numbers >= 0
-
-    def take(x: jax.Array) -> jax.Array:
-        chosen = x[jnp.maximum(numbers, 0)]
-        return chosen[:, :slot] if x.ndim == 2 else chosen
-
-    chosen = jax.tree.map(take, batch)
-    return chosen._replace(mask=chosen.mask * there[:, None], groups=jnp.where(there, chosen.groups, -1))
+    return jax.tree.map(lambda x: x[numbers, :slot] if x.ndim == 2 else x[numbers], batch)
 
 
 def _add(

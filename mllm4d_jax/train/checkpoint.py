@@ -42,6 +42,17 @@ FREE_KEYS = frozenset(
         "train.watchdog_s",
         "train.resume",
         "train.loss_chunk",
+        "train.completions_every",
+        "rollout.buckets",
+        "rollout.prompts_at_once",
+        "rollout.chunk",
+        "rollout.ladder_ratio",
+        "rollout.tensor",
+        "learner.completions_per_row",
+        "eval.path",
+        "eval.root",
+        "eval.every",
+        "eval.limit",
     }
 )
 # Keys that name files: the content has to be the same (see `Meta.content`), the place may change.
@@ -113,7 +124,9 @@ class Checkpoints:
         """Step of the kept checkpoint with the lowest loss, None without one."""
         return self._manager.best_step()
 
-    def save(self, trainable: Any, opt_state: Any, meta: Meta, loss: float) -> None:
+    def save(
+        self, trainable: Any, opt_state: Any, meta: Meta, loss: float, pending: Mapping[str, Any] | None = None
+    ) -> None:
         """Saves as step `meta.step`; every process of the run has to call it.
 
         The checkpoint appears whole or not at all: it is written beside its place and then renamed. The arrays may be
@@ -121,20 +134,35 @@ class Checkpoints:
 
         Args:
           loss: what `keep_best` compares, the same on every process.
+          pending: JSON-able work that was begun for a later step, see `pending`.
         """
+        content = {"run": dataclasses.asdict(meta), "shapes": _shapes(trainable), "pending": pending}
         self._manager.save(
             meta.step,
             args=ocp.args.Composite(
                 trainable=ocp.args.StandardSave(trainable),
                 opt=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave({"run": dataclasses.asdict(meta), "shapes": _shapes(trainable)}),
+                meta=ocp.args.JsonSave(content),
             ),
             metrics={"loss": loss},
         )
 
+    def replace_trainable(self, step: int, trainable: Any) -> None:
+        """Saves parameters alone, in place of what there is for the step."""
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        args = ocp.args.Composite(
+            trainable=ocp.args.StandardSave(trainable), meta=ocp.args.JsonSave({"shapes": _shapes(trainable)})
+        )
+        self._manager.save(step, args=args, metrics={"loss": 0.0})
+
     def meta(self, step: int) -> Meta:
         """What `save` was given for a step."""
         return Meta(**self._json(step)["run"])
+
+    def pending(self, step: int) -> dict[str, Any] | None:
+        """What `save` was given as such for a step."""
+        return self._json(step).get("pending")
 
     def _json(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]

@@ -29,6 +29,7 @@ from mllm4d_jax.processing.grids import VisionGeometry
 from mllm4d_jax.processing.tokenizer import Tokenizer
 from mllm4d_jax.train import multihost, preflight
 from mllm4d_jax.train.checkpoint import Checkpoints, ResumeError, check_resumable, load_start
+from mllm4d_jax.train.held_out import HeldOutLoss
 from mllm4d_jax.train.metrics import write_config
 from mllm4d_jax.train.state import init_optimizer, learning_rates, make_optimizer, split_model, trained
 from mllm4d_jax.train.step import TrainStep
@@ -51,6 +52,7 @@ class Job:
       trainer: its state.
       flops: of a batch.
       facts: for the report.
+      held_out: measures the loss on data.eval_path; None without one.
     """
 
     config: ml_collections.ConfigDict
@@ -62,6 +64,7 @@ class Job:
     trainer: Trainer
     flops: FlopCounter
     facts: Mapping[str, Any]
+    held_out: HeldOutLoss | None
 
 
 def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> Job:
@@ -90,7 +93,8 @@ def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpo
     }
     loader = make_loader(config, workdir, mixture, encoder, vision_geometry(model.config), progress)
     flops = FlopCounter(model.config, tuning(config, model))
-    return Job(config, workdir, checkpoints, content, encoder, loader, trainer, flops, facts)
+    held_out = make_held_out(config, model, mesh, loader) if config.data.eval_path else None
+    return Job(config, workdir, checkpoints, content, encoder, loader, trainer, flops, facts, held_out)
 
 
 def what_is_trained(config: ml_collections.ConfigDict) -> str:
@@ -158,6 +162,17 @@ def make_loader(
     )
 
 
+def make_held_out(
+    config: ml_collections.ConfigDict, model: QwenVL, mesh: jax.sharding.Mesh, loader: Loader
+) -> HeldOutLoss:
+    """What measures the loss on data.eval_path. Raises PreflightError when there are no records there."""
+    graphdef, _, frozen = split_model(model, tuple(config.train.trainable))
+    source = preflight.open_held_out(config)
+    encoder = GroupEncoder([source], loader.encoder.encoder)
+    rows = (loader.options, loader.buckets, loader.facts)
+    return HeldOutLoss(encoder, *rows, graphdef, frozen, mesh, config.train.loss_chunk)
+
+
 def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
     """Progress of the newest checkpoint, or of a run from the start.
 
@@ -190,7 +205,9 @@ def load_trainable(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -
     model.vision_remat = config.model.vision_remat
     if needs_adapter(config):
         c, rngs = config.lora, nnx.Rngs(config.seed)
-        attach_lora(model, rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.dropout, rngs=rngs, mesh=mesh)
+        attach_lora(
+            model, rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.get("dropout", 0.0), rngs=rngs, mesh=mesh
+        )
     return model
 
 

@@ -150,6 +150,9 @@ def summary(rows: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     out["tokens_per_s_device"] = tokens / max(sum(r["step_s"] * r["devices"] for r in rows), 1e-9)
     out["visual_share"] = sum(r["visual"] for r in rows) / max(tokens, 1)
     out["data_wait"] = sum(r["data_wait_s"] for r in rows) / seconds
+    measured = [r["eval_loss"] for r in rows if "eval_loss" in r]
+    if measured:  # not at every step
+        out["eval_loss"] = measured[-1]
     known = [r for r in rows if r["mfu"] is not None]
     if known:
         out["mfu"] = sum(r["mfu"] * r["step_s"] for r in known) / max(sum(r["step_s"] for r in known), 1e-9)

@@ -12,7 +12,7 @@ import ml_collections
 
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.loader import LoaderError, LoaderOptions
-from mllm4d_jax.data.sources import Mixture, open_mixture, parse_mixture
+from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source, parse_mixture
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.processing.errors import ProcessorError
@@ -42,7 +42,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     Raises:
       PreflightError: one line per missing or impossible thing, each with what to do about it.
     """
-    problems = [*_model_problems(config), *data_problems(config), *_setting_problems(config)]
+    problems = [*model_problems(config), *data_problems(config), *prompt_problems(config), *_setting_problems(config)]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise PreflightError(
@@ -51,7 +51,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+def model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What is wrong with the base model and the adapter to start from, one line each."""
     base = BASE_MODELS[config.model.published]
     local = f"weights/{base.split('/')[1]}"
     fetch = f"`hf download {base} --local-dir {local}` (pip install huggingface_hub), then --config.model.path={local}"
@@ -66,6 +67,8 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             missing.append("*.safetensors")
         if missing:
             yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
+    if config.model.adapter and start_folder(config.model.adapter) is None:
+        yield f"model.adapter = {config.model.adapter} holds no checkpoint: name the workdir of an earlier run"
 
 
 def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
@@ -87,19 +90,24 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             "no training records (data.path is not set): --config.data.path=FILE, MLLM4D-2M.json or a JSON list or "
             f"JSONL file of your own with records like {layout}"
         )
-    if not config.data.root and not _clip_set(config.data.path):
+    if not config.data.root and not _is_clip_set(config.data.path):
         yield "no media folder (data.root is not set): --config.data.root=DIR, where the records' video paths start"
     yield from _place_problems("data.path =", config.data.path, config.data.root)
 
 
 def _place_problems(name: str, path: str, root: str) -> Iterator[str]:
-    if path and not Path(path).is_file() and not _clip_set(path):
+    if path and not is_source(path):
         yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
     if root and not Path(root).is_dir():
         yield f"data.root = {root} is not a folder"
 
 
-def _clip_set(path: str) -> bool:
+def is_source(path: str) -> bool:
+    """Whether records could be at a path: a file, or the folder of a TFDS set."""
+    return Path(path).is_file() or _is_clip_set(path)
+
+
+def _is_clip_set(path: str) -> bool:
     """Whether a path names a TFDS set, with or without its split."""
     return any((Path(p) / "features.json").is_file() for p in (path, path.rpartition("@")[0]) if p)
 
@@ -109,20 +117,40 @@ def mixture_entries(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     return tuple(config.data.get("mixture", ()))
 
 
+def system_prompt(config: ml_collections.ConfigDict) -> str:
+    """The prompt for records that bring none, '' for no prompt."""
+    return resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
+
+
 def open_data(config: ml_collections.ConfigDict) -> Mixture:
     """Opens what `data.mixture` names, or `data.path` when it names nothing.
 
     Raises:
       PreflightError: there are no records there.
     """
-    prompt = resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
     try:
-        return open_mixture(config.data.path, config.data.root, mixture_entries(config), prompt)
+        return open_mixture(config.data.path, config.data.root, mixture_entries(config), system_prompt(config))
     except RecordFileError as error:
         raise PreflightError(f"no training records: {error}") from error
 
 
-def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+def open_held_out(config: ml_collections.ConfigDict) -> Source:
+    """Opens what `data.eval_path` names; without `data.eval_root` its media are where those of training are.
+
+    Raises:
+      PreflightError: there are no records there.
+    """
+    try:
+        source = open_source(config.data.eval_path, config.data.eval_root or config.data.root, system_prompt(config))
+    except RecordFileError as error:
+        raise PreflightError(f"no held-out records: {error}") from error
+    if not len(source):
+        raise PreflightError(f"no held-out records: {source.name} holds none")
+    return source
+
+
+def prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What is wrong with the room for prompts, the system prompt and the optimiser, one line each."""
     buckets = list(config.data.prefix_buckets)
     if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
         yield f"data.prefix_buckets = {buckets} must be positive, ascending and not empty"
@@ -137,10 +165,12 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield f"prompt: {error}"
     if config.optim.clip_norm <= 0:
         yield "optim.clip_norm must be above 0: gradients are scaled down to it"
+
+
+def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     if config.lora.dropout >= 1:
         yield f"lora.dropout = {config.lora.dropout:g} would drop everything: it must be below 1"
-    if config.model.adapter and start_folder(config.model.adapter) is None:
-        yield f"model.adapter = {config.model.adapter} holds no checkpoint: name the workdir of an earlier run"
+    yield from _place_problems("data.eval_path =", config.data.eval_path, config.data.eval_root)
     yield from _division_problems(config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections import deque
 from pathlib import Path
@@ -43,6 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       ResumeError: the workdir holds a run with other settings.
       QuarantineError: too many unusable records; FeedError on the other processes of the run.
       TrainingError: loss or gradient is not finite.
+      HeldOutError: no record of data.eval_path can be used.
     """
     folder = multihost.primary_first(lambda: open_workdir(workdir))
     config = multihost.primary_first(lambda: with_sample(config, folder))
@@ -99,9 +101,16 @@ def with_sample(config: ml_collections.ConfigDict, workdir: Path) -> ml_collecti
         problems = list(preflight.data_problems(config))
         if problems:
             raise preflight.PreflightError("; ".join(problems))
-        write_tiny_model(sample / "model", record_texts(preflight.open_data(config)), config.seed)
+        write_tiny_model(sample / "model", record_texts(preflight.open_data(config)) + _reasoning(sample), config.seed)
         config.model.path = str(sample / "model")
     return config
+
+
+def _reasoning(sample: Path) -> list[str]:
+    """Answers of the sample world's cold start, so that the tokenizer of the runs to come knows their words."""
+    file = sample / "world" / "cold_start.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [row["conversations"][-1]["value"] for row in rows]
 
 
 def record_texts(mixture: Mixture) -> list[str]:
@@ -124,7 +133,7 @@ def train(job: Job, stop: StopSignal) -> None:
     """Runs steps until the last one or until asked to stop, and saves. Raises as `run`."""
     c, trainer = job.config.train, job.trainer
     saved = trainer.progress.step
-    losses = recent_losses(job)
+    losses = Losses(job)
     with (
         open_log(job) as run_log,
         Watchdog(c.watchdog_s) as watchdog,
@@ -133,10 +142,8 @@ def train(job: Job, stop: StopSignal) -> None:
         Feed(job.loader, c.accumulation, job.flops, stop, watchdog) as feed,
     ):
 
-        def record(row: dict | None) -> None:
-            if row is not None:
-                losses.append(row["loss"])
-            run_log.step(row)
+        def record(row: dict | None, measure: bool = False) -> None:
+            run_log.step(losses.note(row, watchdog) if measure else losses.note(row))
 
         while (step := trainer.progress.step + 1) <= c.steps:
             data = feed.next(last=step == c.steps)
@@ -146,9 +153,13 @@ def train(job: Job, stop: StopSignal) -> None:
                 trace.before(step)
                 record(trainer.advance(data))
                 trace.after(step, lambda: jax.block_until_ready(trainer.trainable))
-                if step % c.checkpoint_every == 0:
-                    record(trainer.finish())
-            if step % c.checkpoint_every == 0:
+            to_save, last = step % c.checkpoint_every == 0, step == c.steps
+            measure = job.held_out is not None and (to_save or last or step % c.eval_every == 0)
+            if to_save or measure:
+                with watchdog.phase(f"the devices work on step {step}"):
+                    row = trainer.finish()
+                record(row, measure)
+            if to_save:
                 save(job, losses, watchdog)
                 saved = step
         with watchdog.phase("the devices work on the last step"):
@@ -165,19 +176,45 @@ def open_log(job: Job) -> RunLog | NoLog:
     return RunLog(job.workdir, steps=c.steps, start=job.trainer.progress.step, log_every=c.log_every)
 
 
-def recent_losses(job: Job) -> deque[float]:
-    """Losses of the newest `log_every` steps; their mean is what the best checkpoints are chosen by."""
-    rows = read_metrics(job.workdir / "metrics.jsonl", job.trainer.progress.step)
-    return deque((row["loss"] for row in rows), maxlen=job.config.train.log_every)
+class Losses:
+    """What the best checkpoints are chosen by: the newest held-out loss where there are held-out records, else the mean
+    over the newest `log_every` steps.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """Goes on from the rows that an earlier part of the run recorded."""
+        rows = read_metrics(job.workdir / "metrics.jsonl", job.trainer.progress.step)
+        self._job = job
+        self._recent = deque((row["loss"] for row in rows), maxlen=job.config.train.log_every)
+        self._held_out = next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None)
+
+    def note(self, row: dict | None, watchdog: Watchdog | None = None) -> dict | None:
+        """Remembers the loss of a step; with a watchdog the held-out loss is measured and added to the row."""
+        if row is None:
+            return None
+        self._recent.append(row["loss"])
+        return row if watchdog is None else row | {"eval_loss": self._measure(watchdog)}
+
+    def value(self, watchdog: Watchdog) -> float:
+        """The one that counts; held-out records that were never looked at are measured now."""
+        if self._job.held_out is None:
+            return math.fsum(self._recent) / len(self._recent)
+        return self._measure(watchdog) if self._held_out is None else self._held_out
+
+    def _measure(self, watchdog: Watchdog) -> float:
+        with watchdog.phase("measuring the held-out loss"):
+            self._held_out = self._job.held_out(self._job.trainer.trainable)
+        self._job.trainer.restart_clock()
+        return self._held_out
 
 
-def save(job: Job, losses: deque[float], watchdog: Watchdog) -> None:
+def save(job: Job, losses: Losses, watchdog: Watchdog) -> None:
     """Saves the state after the last step."""
     meta = Meta(
         **dataclasses.asdict(job.trainer.progress), config=preflight.flat_config(job.config), content=job.content
     )
+    loss = losses.value(watchdog)
     with watchdog.phase("saving"):
-        loss = math.fsum(losses) / len(losses)
         job.checkpoints.save(job.trainer.trainable, job.trainer.opt_state, meta, loss)
 
 
@@ -192,6 +229,13 @@ def report(job: Job) -> None:
         "compiled steps": f"{rows[-1]['compiles']} since the last start, {rows[-1]['retraces']} of them retraces",
         "records skipped": rows[-1]["quarantined"],
     }
+    measured = [row for row in rows if "eval_loss" in row]
+    if measured:
+        best, last = min(measured, key=lambda row: row["eval_loss"]), measured[-1]
+        facts["held-out loss"] = (
+            f"{measured[0]['eval_loss']:.4f} after step {measured[0]['step']}, lowest {best['eval_loss']:.4f} after "
+            f"step {best['step']}, {last['eval_loss']:.4f} after step {last['step']}"
+        )
     if job.config.data.sample:
         facts["what it shows"] = (
             "that the training path works here: a sample run learns a few answers by heart and measures nothing about "

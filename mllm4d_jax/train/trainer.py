@@ -100,6 +100,10 @@ class Trainer:
         running, self._running = self._running, None
         return self._read(running) if running else None
 
+    def restart_clock(self) -> None:
+        """Leaves the time since the last results out of the next step's: something other than steps was done."""
+        self._clock = time.perf_counter()
+
     def _read(self, running: _Running) -> dict[str, float | None]:
         data, m, counts = running.data, running.metrics, running.data.counts
         loss, norm = float(m.loss), float(m.grad_norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -22,8 +24,10 @@ def test_a_full_step_is_not_padded_in_slots_and_frames():
     needed = RowSizes(prefix=900, slots=20, length=90, frames=96, frame_patches=196, supervised=300)
     assert buckets.sizes(needed) == RowSizes(1024, 20, 128, 96, 196, 1024)
     smaller = RowSizes(prefix=2049, slots=17, length=129, frames=90, frame_patches=180, supervised=1)
-    assert buckets.sizes(smaller) == RowSizes(4096, 20, 256, 96, 192, 16)
-    assert buckets.sizes(RowSizes(1, 5, 1, 0, 0, 1)) == RowSizes(1024, 6, 64, 0, 0, 16)
+    assert buckets.sizes(smaller) == RowSizes(4096, 20, 256, 96, 196, 16)
+    assert buckets.sizes(dataclasses.replace(smaller, frames=60, frame_patches=120)).frames == 64
+    assert buckets.sizes(dataclasses.replace(smaller, frames=60, frame_patches=120)).frame_patches == 128
+    assert buckets.sizes(RowSizes(1, 5, 1, 0, 0, 1)) == RowSizes(1024, 5, 64, 0, 0, 16)
 
 
 def test_every_size_holds_what_it_must_and_shapes_are_few():

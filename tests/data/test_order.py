@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mllm4d_jax.data.order import BLOCK, Order, OrderError
+from mllm4d_jax.data.order import BLOCK, Order, OrderError, even_order
 
 CLIPS = np.array([0, 0, 1, 0, 2, 0, 0, 1, 3, 0, 0], np.int32)  # clip 0 has seven questions, 1 two, 2 and 3 one
 
@@ -71,6 +71,33 @@ def test_sources_of_equal_size_do_not_share_an_order():
     taken = take(order, 0, 400)
     first, second = ([q.indices for q in taken if q.source == n][:50] for n in (0, 1))
     assert sorted(first) == sorted(second) and first != second
+
+
+def test_steps_hold_about_as_many_questions_each():
+    """Clips of 1 to 20 questions: those of a step of eight vary less than a fifth of what eight clips at random do."""
+    rng = np.random.default_rng(0)
+    clips = np.repeat(np.arange(2000), rng.integers(1, 21, 2000))
+    order = Order([clips], [1.0], per_group=20, seed=0)
+    counts = np.array([len(order[p].indices) for p in range(order.sources[0].groups)])
+    steps = counts.reshape(-1, 8).sum(1)
+    assert steps.std() < 0.2 * counts.std() * np.sqrt(8)
+    shifted = counts[3:-5].reshape(-1, 8).sum(1)  # steps need not begin where windows do
+    assert shifted.std() < 0.6 * counts.std() * np.sqrt(8)
+    # Large and small ones are in every place of a step alike.
+    means = counts.reshape(-1, 8).mean(0)
+    assert np.abs(means - counts.mean()).max() < 4 * counts.std() / np.sqrt(len(steps))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 61, 64])
+def test_an_even_order_is_a_permutation(size):
+    orders = [even_order(np.arange(size), np.random.default_rng(seed)) for seed in range(200)]
+    assert all(sorted(o) == list(range(size)) for o in orders)
+    if size in (8, 64):
+        for order in orders[:20]:
+            for part in (2, 4, 8):  # of `part` neighbours there is one of each `part`-th
+                assert all(sorted(x) == list(range(part)) for x in (order.reshape(-1, part) * part // size))
+        first = np.bincount([o[0] for o in orders], minlength=size)
+        assert (first > 0).sum() >= min(size, 50)  # each item can come first
 
 
 def test_settings_that_cannot_work():

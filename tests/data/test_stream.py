@@ -37,10 +37,6 @@ def make_stream(tmp_path):
     return make
 
 
-def unchanged(record):
-    return record
-
-
 def test_items_are_the_groups_of_the_order(make_stream):
     stream = make_stream(per_group=2)
     items = [item for _ in range(6) for item in stream.next_groups()]

@@ -203,18 +203,31 @@ def test_every_branch_equals_its_sample(name):
     compare(c.run(c.rows, EACH), c.run(c.separate, EACH))
 
 
-def test_a_branch_does_not_touch_another():
-    c = case("qwen3_vl")
+@pytest.mark.parametrize("edit", ["4 in a row of its clip alone", "24 behind another clip's", "22 before another's"])
+def test_a_branch_does_not_touch_another(edit):
+    c, changed = case("qwen3_vl"), int(edit.split()[0])
     (_, before, grads), _ = results("qwen3_vl")
-    layout = c.rows.inputs.layout
-    first = layout.prefix + 4 * layout.length  # the first token of branch 4 in row 0
-    _, after, other = c.run(edited(c.rows, first, int(c.rows.inputs.tokens[0, first]) + 1), SOME)
-    rest = np.arange(25) != 4
+    first, neighbours = first_token(c, changed)
+    assert bool(neighbours) == ("another" in edit)  # 24 is in a slot with one of the three of its row's first clip
+    token = int(c.rows.inputs.tokens.reshape(-1)[first]) + 1
+    _, after, other = c.run(edited(c.rows, first, token), SOME)
+    rest = np.arange(25) != changed
     np.testing.assert_array_equal(before[rest], after[rest])
-    assert abs(before[4] - after[4]) > 1e-3
+    assert abs(before[changed] - after[changed]) > 1e-3
+    own = SOME[:-1, changed] > 0
     for a, b in zip(grads, other, strict=True):
-        np.testing.assert_array_equal(a[[0, 2, 3, 4, 5]], b[[0, 2, 3, 4, 5]])
-        assert np.abs(a[1] - b[1]).max() > 1e-5
+        np.testing.assert_array_equal(a[:-1][~own], b[:-1][~own])
+        assert not own.any() or np.abs(a[:-1][own] - b[:-1][own]).max() > 1e-5
+
+
+def first_token(c: Case, owner: int) -> tuple[int, set[int]]:
+    """Flat position of the first token of a branch, and the other clips that its slot holds."""
+    layout, size = c.rows.inputs.layout, c.rows.inputs.tokens.shape[1]
+    row, place = divmod(int(c.rows.loss_index[c.owner == owner][-1]), size)
+    start = layout.prefix + (place - layout.prefix) // layout.length * layout.length
+    slot = c.rows.inputs.segment_ids[row, start : start + layout.length]
+    clip = slot[place - start]
+    return row * size + start + int(np.argmax(slot == clip)), set(slot.tolist()) - {0, int(clip)}
 
 
 def test_padding_changes_nothing():

@@ -22,7 +22,9 @@ SMALL = RowLayout(prefix=21, slots=6, length=9)
 
 
 def inputs(layout=SMALL, b=2, n=4, k=2, d=8, seed=0):
-    """Random heads and two clips per row: two thirds of prefix and slots for the first, padding here and there."""
+    """Random heads and two clips per row: two thirds of the prefix and of the slots for the first, padding here and
+    there, and in every other slot a branch of the other clip behind the slot's own.
+    """
     rng = np.random.default_rng(seed)
     q, key, v = (rng.normal(size=(b, layout.size, h, d)).astype(np.float32) for h in (n, k, k))
     ids = np.zeros((b, layout.size), np.int32)
@@ -30,7 +32,10 @@ def inputs(layout=SMALL, b=2, n=4, k=2, d=8, seed=0):
     ids[:, :cut], ids[:, cut : layout.prefix - 2] = 1, 2
     for slot in range(layout.slots):
         start = layout.prefix + slot * layout.length
-        ids[:, start : start + rng.integers(1, layout.length + 1)] = 1 if slot < first else 2
+        end, own = start + rng.integers(1, layout.length + 1), 1 if slot < first else 2
+        ids[:, start:end] = own
+        if slot % 2:
+            ids[:, end : start + rng.integers(1, layout.length + 1)] = 3 - own
     ids[-1, layout.prefix + layout.length : layout.prefix + 2 * layout.length] = 0  # an empty slot
     return q, key, v, ids
 

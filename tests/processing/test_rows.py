@@ -9,6 +9,7 @@ import pytest
 
 from mllm4d_jax.processing.example import Example, Grid
 from mllm4d_jax.processing.grids import VisionGeometry
+from mllm4d_jax.processing.packing import place_branches
 from mllm4d_jax.processing.rows import (
     Group,
     RowLayout,
@@ -117,17 +118,19 @@ def test_arrays_of_a_batch():
     clip, image, text = three_groups()
     rows = [[text], [clip, image], []]
     assert needed_sizes(rows, GEOMETRY) == RowSizes(6, 3, 4, frames=3, frame_patches=4, supervised=4)
-    sizes = RowSizes(7, 4, 5, frames=4, frame_patches=8, supervised=6)
+    assert needed_sizes(rows, GEOMETRY, (2, 5, 8)) == RowSizes(6, 2, 5, frames=3, frame_patches=4, supervised=4)
+    sizes = RowSizes(7, 3, 5, frames=4, frame_patches=8, supervised=6)
     batch = collate_rows(rows, sizes, GEOMETRY, visual_token_ids=IDS)
     inputs = batch.inputs
-    assert inputs.layout == RowLayout(7, 4, 5) and inputs.layout.size == 27
-    assert inputs.tokens[1].tolist() == [1, V, V, 2, 1, 8, 0] + [3, 4, 5, 0, 0] + [6, 7, 3, 5, 0] + [2, 4] + [0] * 8
-    assert inputs.segment_ids[1].tolist() == [1] * 4 + [2] * 2 + [0] + [1] * 3 + [0] * 2 + [1] * 4 + [0, 2, 2] + [0] * 8
-    assert (inputs.positions[:, 1, 7:10] == [4, 5, 6]).all() and (inputs.positions[:, 1, 17:19] == [2, 3]).all()
+    assert inputs.layout == RowLayout(7, 3, 5) and inputs.layout.size == 22
+    # The longest branch comes first; the image's fits behind the clip's other one.
+    assert inputs.tokens[1].tolist() == [1, V, V, 2, 1, 8, 0] + [6, 7, 3, 5, 0] + [3, 4, 5, 2, 4] + [0] * 5
+    assert inputs.segment_ids[1].tolist() == [1] * 4 + [2] * 2 + [0] + [1] * 4 + [0] + [1] * 3 + [2] * 2 + [0] * 5
+    assert (inputs.positions[:, 1, 12:17] == [4, 5, 6, 2, 3]).all()
     assert inputs.tokens[0, :2].tolist() == [5, 6] and inputs.tokens[0, 7:9].tolist() == [7, 0]
     assert not inputs.segment_ids[2].any() and not inputs.tokens[2].any()
     # The first branch token is predicted by its clip's last prefix position.
-    assert batch.loss_index.tolist() == [[1, 0, 0, 0, 0, 0], [7, 8, 14, 17, 0, 0], [0] * 6]
+    assert batch.loss_index.tolist() == [[1, 0, 0, 0, 0, 0], [12, 13, 9, 15, 0, 0], [0] * 6]
     assert batch.loss_target.tolist() == [[7, 0, 0, 0, 0, 0], [4, 5, 5, 4, 0, 0], [0] * 6]
     assert batch.loss_weight.tolist() == [[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [0] * 6]
     assert {x.dtype.name for x in (inputs.tokens, inputs.positions, batch.loss_index, batch.loss_target)} == {"int32"}
@@ -166,6 +169,40 @@ def test_batches_without_media_or_without_anything():
     assert needed_sizes([[]], GEOMETRY) == RowSizes(1, 1, 1, 0, 0, 1)
 
 
+def branches(key, seed, *lengths):
+    """A clip with one question of each length behind its last visual token."""
+    return share_prefix([example([*CLIP[:3], *range(10 + n, 10 + 2 * n)], seed=seed, key=key) for n in lengths], IDS)
+
+
+def test_slots_hold_branches_of_different_clips():
+    row = [g for n, lengths in enumerate([(3, 6), (11,), (8,)]) for g in branches(f"{n}", n, *lengths)]
+    placed, slots = place_branches([g.branches for g in row], 15)
+    assert slots == 2 and placed == [[(0, 11), (1, 8)], [(0, 0)], [(1, 0)]]
+    # A clip's branches stay apart, so slots of 20 are filled in another way, which takes more of them.
+    assert place_branches([g.branches for g in row], 20)[1] == 3
+    agreed = dataclasses.replace(needed_sizes([row], GEOMETRY, (15,)), length=20)
+    with pytest.raises(ValueError, match="needs 3 branch slots and has 2"):
+        collate_rows([row], agreed, GEOMETRY, visual_token_ids=IDS)
+    batch = collate_rows([row], agreed, GEOMETRY, visual_token_ids=IDS, packed_length=15)
+    slots = batch.inputs.segment_ids[0, 9:].reshape(2, 20)
+    assert [np.bincount(slot, minlength=4).tolist() for slot in slots] == [[6, 3, 11, 0], [6, 6, 0, 8]]
+
+
+def test_no_placement_takes_more_than_it_must():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        row = [rng.integers(1, 40, rng.integers(1, 9)).tolist() for _ in range(rng.integers(1, 7))]
+        length = int(rng.integers(40, 90))
+        placed, slots = place_branches(row, length)
+        used = np.zeros((slots, length), int)
+        for group, places in zip(row, placed, strict=True):
+            assert len({slot for slot, _ in places}) == len(group)
+            for n, (slot, start) in zip(group, places, strict=True):
+                used[slot, start : start + n] += 1
+        assert used.max() == 1 and used[:, 0].all() and used.sum() == sum(map(sum, row))
+        assert max(map(len, row)) <= slots <= sum(map(len, row))
+
+
 def test_packing_is_even_and_deterministic():
     rng = np.random.default_rng(0)
     groups = []
@@ -177,9 +214,9 @@ def test_packing_is_even_and_deterministic():
     assert [[g.examples[0].key for g in row] for row in pack_groups(groups, 4)] == [
         [g.examples[0].key for g in row] for row in packed
     ]
-    longest = max(g.longest for g in groups)
-    costs = [sum(g.shared + longest * len(g.examples) for g in row) for row in packed]
-    assert max(costs) - min(costs) <= max(g.shared + longest * len(g.examples) for g in groups)
+    prefixes = [sum(g.shared for g in row) for row in packed]
+    branched = [sum(sum(g.branches) for g in row) for row in packed]
+    assert max(prefixes) + max(branched) <= 1.05 * (sum(prefixes) + sum(branched)) / 4
     assert [len(row) for row in pack_groups(groups[:1], 3)] == [1, 0, 0]
 
 
@@ -187,7 +224,7 @@ def test_packing_is_even_and_deterministic():
     ("change", "message"),
     [
         (dict(prefix=5), "c: a row needs 6 prefix tokens and has 5"),
-        (dict(slots=2), "c: a row needs 3 branch slots and has 2"),
+        (dict(slots=2), "row that starts with a needs 3 branch slots and has 2"),
         (dict(length=3), "b: 4 branch tokens for slots of 3"),
         (dict(frames=2), "row that starts with a: .*2 frames x 4 patches cannot hold 3 frames"),
         (dict(frames=0), "a has images or videos and the sizes leave no frames"),

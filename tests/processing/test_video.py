@@ -171,12 +171,15 @@ def test_rotation_metadata(make_video, tmp_path):
 def test_missing_empty_and_foreign_files(make_video, tmp_path, pool):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is not a video" * 50)
+    # Noise that a decoder takes for its own: it opens, with pictures of 0 x 0.
+    (tmp_path / "noise.mp4").write_bytes(b"BBCD" + np.random.default_rng(0).bytes(20_000))
     (tmp_path / "pattern_%02d.mp4").write_text("x" * 100)
     for read in (lambda p: read_video(p, ALL), lambda p: pool.read(p, ALL), probe, pool.probe):
         assert reason(read, str(tmp_path / "none.mp4")) == "missing_file"
         assert reason(read, str(tmp_path)) == "missing_file"
         assert reason(read, str(tmp_path / "empty.mp4")) == "empty_file"
         assert reason(read, str(tmp_path / "text.mp4")) == "not_a_video"
+        assert reason(read, str(tmp_path / "noise.mp4")) == "not_a_video"
         assert reason(read, str(tmp_path / "pattern_%02d.mp4")) == "not_a_video"
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import jax
@@ -45,6 +49,8 @@ def damaged_clips(folder) -> dict[str, str]:
     (folder / "truncated.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("this is no video " * 100)
+    # Noise whose first bytes a decoder takes for its own format.
+    (folder / "noise.mp4").write_bytes(b"BBCD" + np.random.default_rng(0).bytes(20_000))
     # Whole containers that name no codec, and another one than the frames were written with.
     (folder / "no_codec.mp4").write_bytes(whole.replace(b"mp4v", b"zzzz").replace(b"esds", b"free"))
     (folder / "other_codec.mp4").write_bytes(whole.replace(b"mp4v", b"avc1").replace(b"esds", b"free"))
@@ -53,6 +59,7 @@ def damaged_clips(folder) -> dict[str, str]:
         "truncated.mp4": "truncated_video",
         "empty.mp4": "empty_file",
         "text.mp4": "not_a_video",
+        "noise.mp4": "not_a_video",
         "no_codec.mp4": "not_a_video",
         "other_codec.mp4": "truncated_video",
         "one_frame.mp4": "one_frame",
@@ -135,3 +142,54 @@ def test_a_twentieth_unusable(tiny_world, tmp_path, monkeypatch, total):
     assert len(rows) == config.train.steps and rows[-1]["quarantined"] == len(expected)
     assert sum(row["examples"] for row in rows) == total - len(expected) and rows[-1]["retraces"] == 0
     assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+CONFIG = """
+from configs import sft
+
+
+def get_config():
+    config = sft.get_config("tiny")
+    config.data.sample = ""
+    config.model.path, config.data.path, config.data.root = {model!r}, {path!r}, {root!r}
+    config.data.questions_per_video, config.data.rows = 20, 2
+    config.train.batch_size, config.train.steps, config.train.checkpoint_every = 160, {steps}, {steps}
+    return config
+"""
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_mixed_clips_compile_early_and_never_again(tiny_world, tmp_path, capsys, steps):
+    """Portrait, landscape, short and long clips with 1 to 20 questions each, as a user runs them.
+
+    Eight clips in two rows a step. Prints what it cost.
+    """
+    rng, lines = np.random.default_rng(0), []
+    for n in range(48):
+        name, (frames, height, width) = f"clip_{n}.mp4", SHAPES[n % len(SHAPES)]
+        write_clip(tmp_path / name, frames, height, width)
+        for k in range(rng.integers(1, 21)):
+            lines.append(json.dumps(record(name, f"Question {k}? " + "Look again. " * int(rng.integers(0, 4)))))
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    config = tmp_path / "mixed.py"
+    config.write_text(CONFIG.format(model=str(tiny_world[0]), path=str(path), root=str(tmp_path), steps=steps))
+    root = Path(__file__).resolve().parents[2]
+    # A process of its own has one device, not the eight of the tests.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "run.py", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    compiles = [0, *(row["compiles"] for row in rows)]
+    new = [row["step"] for row, before in zip(rows, compiles, strict=False) if row["compiles"] > before]
+    waited = sum(r["data_wait_s"] for r in rows) / sum(r["step_s"] for r in rows)
+    padding = np.mean([r["padding"] for r in rows])
+    with capsys.disabled():
+        print(
+            f"\n{len(rows)} steps: compilations at steps {new}, {rows[-1]['retraces']} retraces; "
+            f"padding {padding:.0%}; waiting for data {waited:.0%} of the time"
+        )
+    assert padding < 0.3
+    assert len(rows) == steps and rows[-1]["retraces"] == 0 and rows[-1]["quarantined"] == 0
+    assert len(new) == rows[-1]["compiles"] <= 16 and new[-1] <= 150

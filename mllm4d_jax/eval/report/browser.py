@@ -15,7 +15,7 @@ from mllm4d_jax.report import page
 from mllm4d_jax.report.page import Card, Markup, tag
 
 # Of the page's 10 MB. A picture in the page takes 4/3 of its bytes.
-PICTURE_BYTES, TEXT_BYTES = 4_500_000, 2_400_000
+PICTURE_BYTES, TEXT_BYTES = 4_000_000, 2_400_000
 _PICTURE, _TEXT = 14_000, 24_000  # at most for one picture, and for one completion
 _FIELD = 400  # bytes of a title, an option or a fact
 _SHOWN_FILES = 4  # clips of one question

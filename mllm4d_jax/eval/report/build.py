@@ -13,7 +13,7 @@ from mllm4d_jax.eval.report.curves import curve_section, overlay_section
 from mllm4d_jax.eval.report.items import completion_item, prediction_item
 from mllm4d_jax.eval.report.reading import CompletionPlace, ReportError, Run, read_at, read_run
 from mllm4d_jax.report import page
-from mllm4d_jax.report.page import Section, join, tag
+from mllm4d_jax.report.page import Section, join
 
 REPORT = "report.html"
 
@@ -53,15 +53,23 @@ def write_report(
     found = read_run(workdir)
     html = render(found, options) if other is None else render_pair(found, read_run(other), options)
     path = Path(out) if out is not None else found.path / REPORT
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(html, encoding="utf-8")
-        os.replace(part, path)
+        _write_whole(path, html)
     except OSError as problem:
-        part.unlink(missing_ok=True)
         raise ReportError(f"the report cannot be written to {path}: {problem}") from problem
     return path
+
+
+def _write_whole(path: Path, html: str) -> None:
+    """Writes beside the file, then renames, so that a page is never seen half."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        part.write_text(html, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def render(found: Run, options: BrowserOptions) -> str:
@@ -87,21 +95,19 @@ def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
     """The page of two runs side by side."""
     names = compare.labels(first, second)
     runs = dict(zip(names, (first, second), strict=True))
-    sections = []
+    sections = [Section("runs", "Runs", compare.tile_columns(runs))]
     if any(found.metrics or found.evals for found in runs.values()):
         sections.append(Section("curves", "Curves", overlay_section(runs)))
         tables = [compare.metric_columns(runs), compare.held_out_columns(runs)]
-        sections.append(Section("figures", "Figures", tag("div", *tables, class_="tables")))
-    counted, results = compare.count_columns(runs), compare.result_columns(runs)
+        sections.append(Section("figures", "Figures", join(tables)))
+    counted, results = compare.accuracy_columns(runs), compare.result_columns(runs)
     if counted or results:
-        sections.append(Section("evaluation", "Evaluation", join([counted, tag("div", *results, class_="tables")])))
+        sections.append(Section("evaluation", "Evaluation", join([counted, *results])))
     sections += _answered_by_both(first, second, names, options)
     if any(found.config for found in runs.values()):
         sections.append(Section("config", "Configuration", compare.config_columns(runs)))
     sections += _notes([first, second])
-    both = [(f"{name}: {what}", value) for name, found in runs.items() for what, value in summary.tiles(found)]
-    where = f"{first.path} and {second.path}"
-    return page.page(f"{names[0]} and {names[1]}", sections, subtitle=where, tiles=both)
+    return page.page(f"{names[0]} and {names[1]}", sections)
 
 
 def _evaluation(found: Run) -> list[Section]:
@@ -142,8 +148,8 @@ def _answered_by_both(first: Run, second: Run, names: Sequence[str], options: Br
 
 
 _MAP_NOTE = (
-    "Maps are in metres, in the frame of the question: x to the right, z up. Open circles are starts, filled ones ends; "
-    "what the model said is dashed."
+    "Maps are in metres and in the axes of the solution: x to the right, z, which is forward, up. Open circles are "
+    "starts, filled ones ends; what the model said is dashed."
 )
 
 
@@ -155,7 +161,8 @@ def _answers(
         return []
     items = [item for entry in entries for item in entry.values()]
     shown = f"All {total:,}" if len(entries) == total else f"{len(entries):,} of {total:,}, chosen {how}"
-    notes = [f"{shown}: {overview(items)}. Long texts are cut in the middle."]
+    counted = f": {overview(items)}" if len(items) == len(entries) else ""
+    notes = [f"{shown}{counted}. Long texts are cut in the middle."]
     notes += [_MAP_NOTE] if any(item.camera.truth or item.objects.truth for item in items) else []
     return [Section(anchor, title, browser(entries, options, label=title.lower()), " ".join(notes))]
 

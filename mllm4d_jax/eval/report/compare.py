@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm4d_jax.eval.report import scores, summary
 from mllm4d_jax.eval.report.reading import Place, PredictionPlace, Run
-from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
+from mllm4d_jax.report.page import Cell, Column, Markup, join, number, table, tag
 
 
 def labels(first: Run, second: Run) -> tuple[str, str]:
@@ -19,6 +19,14 @@ def labels(first: Run, second: Run) -> tuple[str, str]:
         if names[0] != names[1]:
             return names
     return f"{first.name} (1)", f"{second.name} (2)"  # a run beside itself
+
+
+def tile_columns(runs: Mapping[str, Run]) -> Markup:
+    """What a run's own page has at its top, and where the run is."""
+    found = [{**dict(summary.tiles(run)), "workdir": str(run.path)} for run in runs.values()]
+    names = list(dict.fromkeys(name for tiles in found for name in tiles))
+    rows = [[name, *(tiles.get(name, "–") for tiles in found)] for name in names]
+    return table([Column("of the whole run"), *(Column(name) for name in runs)], rows, caption="Both runs")
 
 
 def metric_columns(runs: Mapping[str, Run]) -> Markup:
@@ -36,22 +44,28 @@ def held_out_columns(runs: Mapping[str, Run]) -> Markup | None:
     return table(_heads(runs, "quantity"), rows, caption="Last evaluation on held-out prompts") if rows else None
 
 
-def count_columns(runs: Mapping[str, Run]) -> Markup | None:
-    """Accuracy of each group of predictions in columns; None if neither run has predictions."""
-    found = [{c.key: c for c in scores.counts(run.predictions)} for run in runs.values()]
-    keys = list(dict.fromkeys(key for counts in found for key in counts))
+def accuracy_columns(runs: Mapping[str, Run]) -> Markup | None:
+    """Accuracy of each group of questions in columns, None without any.
+
+    The groups are those of results.json where both runs have one, else the predictions are counted.
+    """
+    found = [scores.accuracies(run.results) for run in runs.values()]
+    heads, source = [Column("by"), Column("of")], "as results.json has it"
+    if not all(found):
+        counted = [scores.counts(run.predictions) for run in runs.values()]
+        found = [{c.key: (float(c.n), c.accuracy) for c in counts} for counts in counted]
+        heads, source = [Column("set"), *heads], "counted from the predictions"
+    keys = list(dict.fromkeys(key for groups in found for key in groups))
     if not keys:
         return None
-    heads = [Column("set"), Column("by"), Column("of"), *(Column(f"{name}, n", True) for name in runs)]
-    heads += [*(Column(f"{name}, accuracy", True) for name in runs), Column("difference", True)]
+    heads += [*(Column(f"{name}, n", True) for name in runs), *(Column(f"{name}, accuracy", True) for name in runs)]
     rows = []
     for key in keys:
-        here = [counts.get(key) for counts in found]
-        shares = [math.nan if c is None else c.accuracy for c in here]
-        cells = [Cell(f"{c.n:,}", c.n) if c else Cell("–", math.nan) for c in here]
-        percents = [Cell(f"{s:.1%}", s) if c else Cell("–", math.nan) for s, c in zip(shares, here, strict=True)]
-        rows.append([*key, *cells, *percents, _difference(shares, percent=True)])
-    return table(heads, rows, caption="Accuracy, counted from the predictions", filter=len(rows) > 8)
+        pairs = [groups.get(key, (math.nan, math.nan)) for groups in found]
+        shares = [share for _, share in pairs]
+        cells = [number(n) for n, _ in pairs] + [number(share, 1, percent=True) for share in shares]
+        rows.append([*key, *cells, _difference(shares, percent=True)])
+    return table([*heads, Column("difference", True)], rows, caption=f"Accuracy, {source}", filter=len(rows) > 8)
 
 
 def result_columns(runs: Mapping[str, Run]) -> list[Markup]:

@@ -14,10 +14,12 @@ from mllm4d_jax.report.charts import lines
 from mllm4d_jax.report.page import Markup, join, tag
 
 _SMOOTH_FROM = 50  # steps; shorter runs are drawn as they are
-_SMOOTH_PART, _SMOOTH_MOST = 25, 200  # the mean is over this part of the run, but not over more steps than that
+_SMOOTH_PART, _SMOOTH_LEAST, _SMOOTH_MOST = 25, 5, 200  # the mean is over this part of the run, within these steps
 _BLOCK = 4096  # steps averaged at once, for the sake of memory
 _NOT_CURVES = frozenset({"step", "position", "devices", "n"})
-_EXACT = frozenset({"lr", "quarantined", "memory_gib"})  # not noisy: a mean would only come late
+_EXACT = frozenset(
+    {"lr", "eval_loss", "quarantined", "memory_gib", "compiles", "retraces"}
+)  # not noisy: a mean would only come late
 HELD_OUT = "held out"
 
 
@@ -39,13 +41,13 @@ _LEARNING = (
     Panel("Gradient norm before clipping", "norm", ("grad_norm",), log=True),
 )
 _POLICY = (
-    Panel("KL divergence from the reference", "nats per token", ("kl",)),
-    Panel("Entropy", "nats per token", ("entropy",)),
+    Panel("KL divergence from the reference", "nats", ("kl",)),
+    Panel("Entropy", "nats", ("entropy",)),
     Panel("Probability ratio", "mean", ("ratio",)),
-    Panel("Clipped tokens", "share", ("clipped_low", "clipped_high")),
-    Panel("Importance of stale tokens", "mean", ("importance",)),
+    Panel("Clipped tokens", "value", ("clipped_low", "clipped_high")),
+    Panel("Importance weight", "mean", ("importance",)),
     Panel("Gap between sampler and learner", "nats", ("gap", "gap_max"), log=True),
-    Panel("Groups and completions that teach nothing", "per step", ("dead_groups", "truncated", "dropped")),
+    Panel("Groups and completions that teach nothing", "value", ("dead_groups", "truncated", "dropped")),
     Panel("Length of the completions", "tokens", ("completion_tokens", "completion_tokens_max")),
     Panel("Staleness", "updates", ("staleness",)),
 )
@@ -127,45 +129,54 @@ def _named(rows: Sequence[Row]) -> list[Row]:
 
 
 def _chart(panel: Panel, metrics: Sequence[Row], evals: Sequence[Row]) -> Markup:
-    series, faint, bands = {}, {}, {}
+    series, faint, bands, like, widest = {}, {}, {}, {}, 1
     for key in panel.keys:
         x, y = column(metrics, key)
         if len(x):
-            name, width = _short(key), _width(metrics, key)
+            name, width = _short(key), _width(len(x), key)
+            widest = max(widest, width)
             series[name] = (x, running_mean(y, width))
             faint |= {name: (x, y)} if width > 1 else {}
             bands |= _band(metrics, key, name, width)
         x, y = column(evals, key)
         if len(x):
+            like |= {f"{_short(key)}, {HELD_OUT}": _short(key)} if _short(key) in series else {}
             series[f"{_short(key)}, {HELD_OUT}"] = (x, y)
-    notes = [f"the mean of {_width(metrics)} steps, each step faint"] if faint else []
+    notes = [f"the mean of {widest} steps, each step faint"] if faint else []
     notes += ["the area is one standard deviation either way"] if bands else []
-    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log}
-    return lines(series, faint=faint, bands=bands, note="; ".join(notes), **axes)
+    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
+    return lines(series, faint=faint, bands=bands, like=like, note="; ".join(notes), **axes)
 
 
 def _overlay(panel: Panel, runs: Mapping[str, tuple[Sequence[Row], Sequence[Row]]]) -> Markup:
     """One quantity of several runs: name -> (metrics, evals). A run without it keeps its place in the legend."""
-    key, series, faint = panel.keys[0], {}, {}
+    key, series, faint, like = panel.keys[0], {}, {}, {}
     for name, (metrics, _) in runs.items():
         x, y = column(metrics, key)
-        width = _width(metrics, key)
+        width = _width(len(x), key)
         series[name] = (x, running_mean(y, width))
         faint |= {name: (x, y)} if width > 1 else {}
     for name, (_, evals) in runs.items():
         x, y = column(evals, key)
         if len(x):
             series[f"{name}, {HELD_OUT}"] = (x, y)
+            like[f"{name}, {HELD_OUT}"] = name
     note = "means over some steps, each step faint" if faint else ""
-    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log}
-    return lines(series, faint=faint, note=note, **axes)
+    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
+    return lines(series, faint=faint, like=like, note=note, **axes)
+
+
+def _is_wide(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
+    """The positive values span more than a factor of ten: less is read better on an even axis."""
+    values = np.concatenate([y for _, y in series.values()])
+    values = values[np.isfinite(values) & (values > 0)]
+    return bool(len(values)) and values.max() > 10 * values.min()
 
 
 def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows that have the key; a value that is no number is NaN."""
-    pairs = [(number(row["step"]), number(row[key])) for row in rows if key in row]
-    found = np.array(pairs, np.float64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+    found = [row for row in rows if key in row]
+    return tuple(np.array([number(row[name]) for row in found], np.float64) for name in ("step", key))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -182,11 +193,11 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return out
 
 
-def _width(rows: Sequence[Row], key: str = "") -> int:
-    """How many steps are averaged; 1 for short runs and for what is not noisy."""
-    if len(rows) < _SMOOTH_FROM or key in _EXACT:
+def _width(count: int, key: str) -> int:
+    """How many of `count` values are averaged; 1 for few values and for what is not noisy."""
+    if count < _SMOOTH_FROM or key in _EXACT:
         return 1
-    return min(max(2, len(rows) // _SMOOTH_PART), _SMOOTH_MOST)
+    return min(max(_SMOOTH_LEAST, count // _SMOOTH_PART), _SMOOTH_MOST)
 
 
 def _band(metrics: Sequence[Row], key: str, name: str, width: int) -> dict[str, tuple]:

@@ -14,6 +14,7 @@ from mllm4d_jax.eval.report.reading import Row, number, outcome_of_prediction, t
 
 Vec3 = tuple[float, float, float]
 MAX_STATES = 16  # centres of one kind that are drawn; a question has two
+MAX_PARTS = 40  # options of a question and components of a reward that are shown
 
 TONES = {"correct": "good", "wrong": "bad", "unparsed": "warn", "not judged": ""}
 
@@ -65,7 +66,7 @@ def completion_item(row: Row) -> Item:
     """A line of completions.jsonl."""
     solution = row["solution"] if isinstance(row.get("solution"), Mapping) else {}
     rewards = row["rewards"] if isinstance(row.get("rewards"), Mapping) else {}
-    scores = {name: number(value) for name, value in rewards.items()}
+    scores = {name: number(value) for name, value in list(rewards.items())[:MAX_PARTS]}
     scores |= {name: number(row.get(name)) for name in ("total", "advantage")}
     scores = {name: value for name, value in scores.items() if math.isfinite(value)}
     answer, truth, outcome = text(row.get("answer")), text(solution.get("answer")), "not judged"
@@ -99,19 +100,19 @@ def prediction_item(row: Row) -> Item:
     choices = row["choices"] if isinstance(row.get("choices"), Mapping) else {}
     truth = row.get("truth") if isinstance(row.get("truth"), list) else [row.get("answer")]
     outcome = outcome_of_prediction(row)
-    shown = ("subtask", "category", "benchmark", "split", "rule", "finish", "tokens", "prompt_mode", "video")
+    shown = ("subtask", "category", "benchmark", "split", "rule", "finish", "tokens", "prompt_mode", "control", "video")
     return Item(
         title=text(row.get("id")) or "prediction",
         question=text(row.get("question")),
         media=_paths(row.get("media")),
-        choices={letter: text(choices[letter]) for letter in sorted(choices)},
+        choices={letter: text(choices[letter]) for letter in sorted(choices)[:MAX_PARTS]},
         response=text(row.get("response")),
         outcome=outcome,
         answer=text(row.get("letter")),
         truth=tuple(text(value) for value in truth if text(value)),
         facts=_facts(row, shown)
         + ((("conflict", "several answers are given"),) if row.get("conflict") is True else ()),
-        facets=_facets(row, outcome, ("benchmark", "split", "category", "subtask", "finish", "rule")),
+        facets=_facets(row, outcome, ("benchmark", "split", "category", "subtask", "finish", "rule", "control")),
         keys=_finite({"tokens": number(row.get("tokens"))}),
     )
 

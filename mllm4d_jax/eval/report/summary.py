@@ -12,6 +12,7 @@ import numpy as np
 from mllm4d_jax.eval.report.curves import column
 from mllm4d_jax.eval.report.reading import PredictionPlace, Row, Run, number, text
 from mllm4d_jax.eval.report.said import shortened
+from mllm4d_jax.eval.report.scores import accuracies
 from mllm4d_jax.report.charts import number_text
 from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
 
@@ -35,7 +36,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     if run.completions:
         found.append(("completions", f"{len(run.completions):,}"))
     if run.predictions:
-        found += [("predictions", f"{len(run.predictions):,}"), ("accuracy", f"{accuracy(run.predictions):.1%}")]
+        found.append(("predictions", f"{len(run.predictions):,}"))
+    _, share = accuracies(run.results).get(("all", "all"), (0.0, accuracy(run.predictions)))
+    found += [("accuracy", f"{share:.1%}")] if math.isfinite(share) else []
     if run.quarantine:
         found.append(("records in quarantine", f"{len(run.quarantine):,}"))
     return found
@@ -58,8 +61,16 @@ def duration(seconds: float) -> str:
 
 def ends(rows: Sequence[Row], key: str) -> tuple[float, float]:
     """Mean of a quantity over the first and over the last tenth of the rows that have it; NaN where none has."""
+    return _ends(_known(rows, key))
+
+
+def _known(rows: Sequence[Row], key: str) -> np.ndarray:
+    """The values of a quantity that are numbers, f64[N]."""
     values = column(rows, key)[1]
-    values = values[np.isfinite(values)]
+    return values[np.isfinite(values)]
+
+
+def _ends(values: np.ndarray) -> tuple[float, float]:
     if not len(values):
         return math.nan, math.nan
     part = max(1, math.ceil(len(values) / 10))
@@ -77,9 +88,8 @@ def metric_table(run: Run) -> Markup:
     heads = [Column("quantity"), *(Column(name, True) for name in ("first tenth", "last tenth", "least", "greatest"))]
     rows = []
     for name in quantities(run.metrics):
-        values = column(run.metrics, name)[1]
-        known = values[np.isfinite(values)]
-        figures = (*ends(run.metrics, name), float(known.min()), float(known.max()))
+        known = _known(run.metrics, name)
+        figures = (*_ends(known), float(known.min()), float(known.max()))
         rows.append([name, *(figure(value) for value in figures)])
     return table(heads, rows, caption="Quantities of the training steps", filter=True)
 

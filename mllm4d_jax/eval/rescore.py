@@ -1,0 +1,106 @@
+"""Scores predictions that are there already: those of a run, or published ones. No model, no videos.
+
+A published file is a list of questions (see `benchmarks`) with a `response` each, as VLM4D results are published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.eval import scoring, tables
+from mllm4d_jax.eval.benchmarks import BenchmarkError, question_files, read_items
+from mllm4d_jax.eval.predictions import Prediction, PredictionError, prediction_files, read_predictions
+from mllm4d_jax.processing.errors import RecordError
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Scores what `config.rescore.path` names, writes results.{json,md,html} into the workdir and prints the tables.
+
+    Raises:
+      PredictionError, BenchmarkError, ScoringError, RecordFileError: files that cannot be used.
+    """
+    predictions = read_any(config.rescore.path, config.benchmark)
+    publish(
+        predictions,
+        workdir,
+        extractor=config.extractor,
+        bootstrap=scoring.Bootstrap(config.bootstrap.samples, config.seed),
+        controls=[read_any(path, config.benchmark) for path in config.controls],
+        compare=read_any(config.compare, config.benchmark) if config.compare else (),
+    )
+    return 0
+
+
+def publish(
+    predictions: Sequence[Prediction],
+    workdir: str | Path,
+    *,
+    extractor: str,
+    bootstrap: scoring.Bootstrap,
+    controls: Sequence[Sequence[Prediction]] = (),
+    compare: Sequence[Prediction] = (),
+) -> dict[str, Any]:
+    """Writes and prints the results of predictions; returns them (see `scoring.results`)."""
+    found = scoring.results(predictions, extractor=extractor, bootstrap=bootstrap, controls=controls, compare=compare)
+    tables.write_results(workdir, found, _to_browse(scoring.score(predictions, extractor)))
+    print(tables.markdown(found))
+    print(f"results.json, results.md and results.html are in {workdir}", flush=True)
+    return found
+
+
+def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
+    """Predictions of a run (a file or its workdir), or published ones (a file, or a folder of files).
+
+    Args:
+      benchmark: how the questions of published files are laid out.
+
+    Raises:
+      PredictionError: nothing there, or a published question without a response; BenchmarkError: unusable questions.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.glob("predictions*.jsonl")):
+        return read_predictions(path)
+    try:
+        files = question_files(path)
+    except BenchmarkError:
+        raise PredictionError(
+            f"{path}: no such file, and no folder with predictions*.jsonl or with published .json files"
+        ) from None
+    if len(files) == 1 and _is_of_a_run(files[0]):
+        return read_predictions(prediction_files(files[0])[0])
+    found, silent = [], []
+    for item, raw in read_items(benchmark, files, None):
+        response = raw.get("response")
+        if not isinstance(response, str):
+            silent.append(item.id)
+            continue
+        found.append(Prediction.of(item, response, prompt_mode="published", config="published"))
+    if silent:
+        raise PredictionError(
+            f"{path}: {len(silent)} questions have no text 'response', the first are {', '.join(silent[:5])}; a "
+            "question without an answer needs an empty one"
+        )
+    return tuple(found)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether the file's first readable record is a line that a run wrote."""
+    records = RecordFile(path, "")
+    for n in range(len(records)):
+        try:
+            return "truth" in (raw := records.raw(n)) and "config" in raw
+        except RecordError:
+            continue
+    return False
+
+
+def _to_browse(scored: Sequence[scoring.Scored]) -> list[Mapping[str, Any]]:
+    """Wrong, unparsed and contradictory answers for the page; unparsed ones first, they need looking at most."""
+    doubtful = [s for s in scored if not s.correct or s.found.conflict]
+    doubtful.sort(key=lambda s: (s.found.letter is not None, not s.found.conflict))
+    return [s.prediction.to_row() | {"found": s.found.letter, "rule": s.found.rule} for s in doubtful]

@@ -1,0 +1,263 @@
+"""The results of a run as Markdown, JSON and a self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm4d_jax.report import page
+from mllm4d_jax.report.charts import bars
+from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, join, tag
+
+TITLES = {"all": "All questions", "split": "By split", "category": "By category", "subtask": "By subtask"}
+EXPLANATION = {
+    "strict": "the rules of this project: the last answer block, else what follows the thinking; a letter, an option's "
+    "text, a stated answer, or the only option that is mentioned",
+    "official": "the release's own reading as far as it is known: the stripped text of the last answer block, or else "
+    "of the whole response, must be a letter and nothing more. Its final figures leave the rest to a judge that is "
+    "shown the truth; no judge is asked here",
+}
+BLANKS = "'blanks credited' counts empty responses as right, as a judge that is shown the truth may do."
+PUBLISHED = (
+    "The paper's 59.7 % on the real split are the published responses of its fine-tuned model with the blank ones "
+    "credited (819 of 1371); strictly they are 58.6 % (804)."
+)
+_MAX_CARDS = 400
+_FILES = ("results.json", "results.md", "results.html")
+
+Results = Mapping[str, Any]
+Row = list[str]
+Block = tuple[str, str, list[str], list[Row]]  # title, note, heads, rows of text
+
+
+def write_results(folder: str | Path, results: Results, wrong: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes results.json, results.md and results.html, each whole or not at all.
+
+    Args:
+      folder: the workdir, made if needed.
+      results: as `scoring.results` gives them.
+      wrong: answers to show in the page (see `html`).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = (json.dumps(results, indent=1, ensure_ascii=False) + "\n", markdown(results), html(results, wrong))
+    for name, text in zip(_FILES, texts, strict=True):
+        part = folder / f"{name}.part"
+        # Responses may hold halves of surrogate pairs; the page and the tables show them as "?".
+        part.write_bytes(text.encode("utf-8", "replace"))
+        os.replace(part, folder / name)
+
+
+def markdown(results: Results) -> str:
+    """All tables as Markdown."""
+    parts = [f"# Results: {results['benchmark']}", summary(results)]
+    for title, note, heads, rows in blocks(results):
+        lines = ["| " + " | ".join(line) + " |" for line in (heads, *map(_escaped, rows))]
+        lines.insert(1, "|" + "|".join("---" if n == 0 else "---:" for n in range(len(heads))) + "|")
+        parts += [f"## {title}", *([note] if note else []), "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Results) -> str:
+    """One paragraph: what was scored and how."""
+    whole, bootstrap = results["groups"][0], results["bootstrap"]
+    control = f" Control run: {results['control']}." if results["control"] else ""
+    macro = results["macro"]
+    mean = f" Mean over {macro['subtasks']} subtasks: {_with_interval(macro, 'accuracy')}." if macro else ""
+    return (
+        f"{whole['n']} questions about {whole['clusters']} videos, {whole['correct']} right: "
+        f"{_with_interval(whole, 'accuracy')}.{mean}{control} Extractor: {results['extractor']}. Unparsed answers are "
+        f"wrong. Brackets: {results['level']:.0%} intervals, bootstrap over videos ({bootstrap['samples']} draws, seed "
+        f"{bootstrap['seed']})."
+    )
+
+
+def blocks(results: Results) -> list[Block]:
+    """Every table as text."""
+    found = []
+    for table, title in TITLES.items():
+        groups = [group for group in results["groups"] if group["table"] == table]
+        if groups:
+            found.append(_groups_block(title, groups))
+    if results["comparison"]:
+        found.append(_comparison_block(results["comparison"]))
+    found += [_extractors_block(results), _letters_block(results["letters"])]
+    rules = [[rule, str(n)] for rule, n in results["rules"].items()]
+    return [*found, ("How answers were found", "", ["rule", "answers"], rules)]
+
+
+def _groups_block(title: str, groups: Sequence[Mapping[str, Any]]) -> Block:
+    heads = ["", "n", "videos", "right", "accuracy %", "unparsed (%)", "conflicts", "truncated"]
+    heads += ["chance %", "best letter %"]
+    kinds = [f"{control['control']} %" for control in groups[0]["controls"]]
+    rows = []
+    for group in groups:
+        counts = [str(group[name]) for name in ("n", "clusters", "correct")]
+        rows.append(
+            [
+                group["name"],
+                *counts,
+                _with_interval(group, "accuracy"),
+                f"{group['unparsed']} ({_percent(_share(group['unparsed'], group['n']))})",
+                str(group["conflicts"]),
+                str(group["truncated"]),
+                _percent(group["chance"]),
+                _percent(group["best_letter"]),
+                *(f"{_percent(control['accuracy'])} (n = {control['n']})" for control in group["controls"]),
+            ]
+        )
+    return title, "", [*heads, *kinds], rows
+
+
+def _comparison_block(comparison: Mapping[str, Any]) -> Block:
+    note = (
+        "Second (this run) less first, on the questions that both answered "
+        f"({comparison['only_in_first']} only in the first, {comparison['only_in_second']} only in the second). An "
+        "interval without 0 is a difference at the 5 % level; 'detectable' is the true difference that a comparison of "
+        "this size finds in 80 of 100 cases. McNemar's test takes questions about one video for independent."
+    )
+    heads = ["", "n", "first %", "second %", "difference", "detectable", "only first right", "only second right", "p"]
+    rows = [
+        [
+            row["name"],
+            str(row["n"]),
+            _percent(row["first"]),
+            _percent(row["second"]),
+            _with_interval(row, "difference", signed=True),
+            _percent(row["detectable"]),
+            str(row["only_first"]),
+            str(row["only_second"]),
+            f"{row['mcnemar_p']:.3g}",
+        ]
+        for row in comparison["rows"]
+    ]
+    return "Compared with the other run", note, heads, rows
+
+
+def _extractors_block(results: Results) -> Block:
+    rows = results["extractors"]
+    explained = "; ".join(f"{name}: {text}" for name, text in EXPLANATION.items())
+    differing = {row["split"]: row["differ"] for row in rows}
+    differ = ", ".join(f"{n} in {split}" for split, n in differing.items())
+    ids = [one for split in differing for row in rows if row["split"] == split for one in row["differ_ids"]]
+    named = f", among them {', '.join(list(dict.fromkeys(ids))[:5])}" if ids else ""
+    note = f"{explained}. Answers on which the two differ: {differ}{named}. {BLANKS}"
+    if results["benchmark"] == "vlm4d" and results["prompt_modes"] == ["published"]:
+        note += f" {PUBLISHED}"
+    heads = ["", "extractor", "n", "right", "accuracy %", "unparsed", "blanks credited (%)"]
+    made = []
+    for row in rows:
+        credited = f"{row['correct_with_blanks']} ({_percent(_share(row['correct_with_blanks'], row['n']), 2)})"
+        share = _percent(_share(row["correct"], row["n"]), 2)
+        counts = [str(row["n"]), str(row["correct"]), share, str(row["unparsed"])]
+        made.append([row["split"], row["extractor"], *counts, credited])
+    return "Both extractors", note, heads, made
+
+
+def _letters_block(letters: Sequence[Mapping[str, Any]]) -> Block:
+    rows = [[row["letter"], str(row["right"]), str(row["given"])] for row in letters]
+    return "Letters", "How often each letter is right, and how often it was given.", ["letter", "right", "given"], rows
+
+
+def html(results: Results, wrong: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The results as a page that loads nothing.
+
+    Args:
+      wrong: answers to browse, objects with the fields of a prediction plus `found` (letter or None) and `rule`; the
+        first 400 are shown.
+    """
+    whole = results["groups"][0]
+    tiles = [("accuracy", f"{_percent(whole['accuracy'])} %"), ("questions", f"{whole['n']:,}")]
+    if results["macro"]:
+        tiles.insert(0, ("mean over subtasks", f"{_percent(results['macro']['accuracy'])} %"))
+    tiles += [("unparsed", f"{whole['unparsed']:,}"), ("chance", f"{_percent(whole['chance'])} %")]
+    sections = [
+        Section(f"table-{n}", title, _html_table(title, heads, rows), note)
+        for n, (title, note, heads, rows) in enumerate(blocks(results))
+    ]
+    sections.insert(1, Section("chart", "Accuracy by group", _chart(results["groups"])))
+    if wrong:
+        shown = f"{min(len(wrong), _MAX_CARDS)} of {len(wrong)}."
+        cards = page.cards([_card(one) for one in wrong[:_MAX_CARDS]], label="answers")
+        sections.append(Section("answers", "Wrong, unparsed and contradictory answers", cards, shown))
+    return page.page(f"Results: {results['benchmark']}", sections, subtitle=summary(results), tiles=tiles)
+
+
+def _html_table(title: str, heads: Sequence[str], rows: Sequence[Row]) -> Markup:
+    numeric = [all(_sort_value(row[n]) is not None for row in rows) and n > 0 for n in range(len(heads))]
+    columns = [Column(head or "group", numeric=numeric[n]) for n, head in enumerate(heads)]
+    cells = [[Cell(text, _sort_value(text) if numeric[n] else None) for n, text in enumerate(row)] for row in rows]
+    return page.table(columns, cells, caption=title, filter=len(rows) > 5)
+
+
+def _sort_value(text: str) -> float | None:
+    """The number that a cell's text begins with; NaN for a dash, None for other text."""
+    if text.startswith("–"):
+        return float("nan")
+    try:
+        return float(text.split(" ", 1)[0])
+    except ValueError:
+        return None
+
+
+def _chart(groups: Sequence[Mapping[str, Any]]) -> Markup:
+    made = []
+    for table, title in TITLES.items():
+        part = [group for group in groups if group["table"] == table]
+        if part and table != "all":
+            series = {
+                "accuracy": [100 * group["accuracy"] for group in part],
+                "chance": [100 * group["chance"] for group in part],
+            }
+            made.append(bars([group["name"] for group in part], series, title=title, unit="%"))
+    if not made:
+        whole = groups[0]
+        series = {"accuracy": [100 * whole["accuracy"]], "chance": [100 * whole["chance"]]}
+        made = [bars(["all"], series, title="All questions", unit="%")]
+    return tag("div", *made, class_="charts")
+
+
+def _card(one: Mapping[str, Any]) -> Card:
+    options = []
+    for letter, text in one["choices"].items():
+        right = letter in one["truth"]
+        options.append(tag("li", f"{letter}. {text}", " ✓" if right else None, class_="good" if right else None))
+    outcome = "unparsed" if one["found"] is None else "wrong" if one["found"] not in one["truth"] else "contradictory"
+    said = one["response"] if one["response"].strip() else "(blank)"
+    body = join(
+        [
+            tag("p", one["question"]),
+            tag("ul", *options, class_="options"),
+            tag("p", f"Found: {one['found'] or 'nothing'} (rule: {one['rule']}); video: {one['video']}", class_="note"),
+            tag("pre", said[:4000]),
+        ]
+    )
+    facets = {"split": one["split"], "outcome": outcome, "rule": one["rule"]}
+    facets |= {name: one[name] for name in ("category", "subtask") if one[name]}
+    return Card(one["id"], body, facets, tone="warn" if outcome == "unparsed" else "")
+
+
+def _with_interval(values: Mapping[str, Any], name: str, *, signed: bool = False) -> str:
+    form = "+.1f" if signed else ".1f"
+    if values[name] is None:
+        return "–"
+    value = format(100 * values[name], form)
+    if values["low"] is None:
+        return value
+    return f"{value} [{format(100 * values['low'], form)}, {format(100 * values['high'], form)}]"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f}"
+
+
+def _share(part: int, n: int) -> float | None:
+    return part / n if n else None
+
+
+def _escaped(row: Row) -> Row:
+    """Cells for a Markdown table: no line breaks, no bars."""
+    return [" ".join(text.split()).replace("|", "\\|") for text in row]
