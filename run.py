@@ -28,6 +28,7 @@ from configs.schema import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent
 PLAN = {"sft": "mllm4d_jax.train.plan"}  # task -> the module whose run(config, workdir, targets) plans it
+REPORTED = ("sft", "grpo", "eval")  # tasks whose workdir gets a page at the end
 FLAG_HELP = (
     ("--config=FILE[:VARIANT]", "the run: one of the files below, or your own file with a get_config(variant)"),
     ("--workdir=DIR", "where results go (default: runs/<config>[-<variant>])"),
@@ -67,11 +68,26 @@ def main(argv: Sequence[str]) -> int:
             return int(importlib.import_module(PLAN[config.task]).run(config, str(folder), plan) or 0)
         join_processes(config.distributed)
         task = importlib.import_module(common.TASKS[config.task][1])
-        return int(task.run(config, str(folder)) or 0)
+        code = int(task.run(config, str(folder)) or 0)
+        if code == 0 and config.task in REPORTED:
+            write_page(folder)
+        return code
     except ValueError as problem:
         if not is_addressed_to_user(problem):
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
+
+
+def write_page(folder: pathlib.Path) -> None:
+    """Writes the page of a run, on the first of several processes; a run stopped before its first step has none."""
+    from mllm4d_jax.eval.report import build, reading
+    from mllm4d_jax.train import multihost
+
+    if multihost.is_primary() and folder.is_dir():
+        try:
+            print(f"report: {build.write_report(folder)}", flush=True)
+        except reading.ReportError as problem:
+            print(f"no report: {problem}", file=sys.stderr, flush=True)
 
 
 def split_flags(argv: Sequence[str]) -> tuple[str, str, str | None, bool, list[str]]:

@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.model.path = "runs/sft-tiny/sample/model"
         config.data.questions_per_video = 4
         config.train.batch_size = 8
-        config.train.steps = 150
+        config.train.steps = 300
     else:
         config.train.batch_size = 32  # 8 on each of 4 GPUs
         config.train.steps = 219  # one epoch of 7,000 records

@@ -52,9 +52,11 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.video.max_pixels = 4096
     config.lora.rank = 16
     config.lora.alpha = 32.0
+    config.lora.targets = sft.TINY_TARGETS
     config.optim.lr = 5e-4
     config.rollout.prompts = 4
     config.rollout.completions = 8
+    config.rollout.temperature = 0.5  # so small a model is unsure of every token; at 1 it says nothing it has learned
     config.rollout.max_new_tokens = 256
     config.rollout.buckets = (64, 128, 192, 256)
     config.rollout.stop = ("</answer>",)

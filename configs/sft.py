@@ -27,6 +27,7 @@ VARIANTS = MappingProxyType(
 )
 
 # The tiny runs' stand-in for the reasoning prompt, which is long for a vocabulary this small.
+TINY_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # its base is random
 TINY_PROMPT = "Reply as <thinking>reasoning</thinking><answer>letter</answer>."
 
 # variant -> (size as `model.published` names it, devices that share the parameters)
@@ -68,6 +69,7 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.video.max_pixels = 4096
     config.lora.rank = 16
     config.lora.alpha = 32.0
+    config.lora.targets = TINY_TARGETS
     config.optim.lr = 3e-3
     config.optim.warmup_ratio = 0.05
     config.train.batch_size = 4

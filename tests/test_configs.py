@@ -10,7 +10,16 @@ import pytest
 from configs import common, schema
 from configs.schema import ConfigError, Key, complete
 
-FILES = (("sft", "sft"), ("cold_start", "sft"), ("infer", "infer"), ("verify", "verify"))  # (file, task)
+FILES = (
+    ("sft", "sft"),
+    ("cold_start", "sft"),
+    ("infer", "infer"),
+    ("verify", "verify"),
+    ("grpo", "grpo"),
+    ("eval", "eval"),
+    ("export", "export"),
+    ("report", "report"),
+)  # (file, task)
 
 
 @pytest.mark.parametrize("task", common.TASKS)

@@ -26,7 +26,7 @@ SFT_KEYS = (
     Key(
         "model.adapter",
         "",
-        "start from this adapter: workdir or checkpoints folder of an earlier run; '' = a fresh one",
+        "start from this adapter: workdir or checkpoints folder of an earlier run, or a PEFT folder; '' = a fresh one",
     ),
     Key(
         "model.published",

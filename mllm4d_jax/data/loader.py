@@ -19,8 +19,6 @@ from mllm4d_jax.processing.rows import needed_sizes, pack_groups, share_prefix
 
 __all__ = ["Loader", "LoaderError", "LoaderOptions"]
 
-_BRANCH_BUCKETS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024)
-
 
 @dataclasses.dataclass(frozen=True)
 class LoaderOptions:
@@ -38,7 +36,7 @@ class LoaderOptions:
     questions_per_video: int = 1
     rows: int = 0
     prefix_buckets: tuple[int, ...] = ()
-    branch_buckets: tuple[int, ...] = _BRANCH_BUCKETS
+    branch_buckets: tuple[int, ...] = ()
     workers: int = 0
 
     @classmethod
@@ -70,7 +68,7 @@ class LoaderOptions:
         return self.groups // hosts, rows // hosts
 
     def buckets(self, hosts: int, *, merge_area: int, frames: int, frame_patches: int) -> RowBuckets:
-        """The shapes of a host's rows.
+        """The shapes of a host's rows. Raises BucketError when no lengths are given.
 
         Args:
           merge_area: patches per merged token.

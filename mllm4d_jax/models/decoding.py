@@ -3,6 +3,10 @@
 The blocks are the decoder's own; only attention differs from the training pass, because a query is one token and its
 keys lie in two places. The prompt's keys are read where prefill put them, once for all branches of the prompt; a
 branch's own keys are in a cache that a loop carries and one step writes one slot of.
+
+Branches may begin with tokens of their own (questions about one video): prefill then fills the first slots of their
+caches. Questions differ in length, so a shorter one leaves slots empty before the first new token, which are never
+seen; in return, all branches write the same slot in every step.
 """
 
 from __future__ import annotations
@@ -50,6 +54,36 @@ class Prompt(NamedTuple):
     next_position: jax.Array
 
 
+class Asked(NamedTuple):
+    """Tokens of their own that branches had before their first new one.
+
+    Attributes:
+      lengths: i32[B, G], in the first slots of each branch's cache.
+      slots: i32[] slots left for them in every branch; new tokens come after.
+    """
+
+    lengths: jax.Array
+    slots: jax.Array
+
+
+class PromptRows(NamedTuple):
+    """Result of `prefill_rows`; N branch slots of L tokens.
+
+    Attributes:
+      cache: of the prefixes.
+      own: [layers, B, N, K, L, head_dim] of what each branch was given.
+      asked: lengths i32[B, N], 0 for a slot without a branch; slots L.
+      hidden: [B, N, H] of the last token of each branch, after the final norm.
+      next_position: i32[B, N] M-RoPE position of the token that follows.
+    """
+
+    cache: PromptCache
+    own: KVCache
+    asked: Asked
+    hidden: jax.Array
+    next_position: jax.Array
+
+
 def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> Prompt:
     """Runs the prompts once.
 
@@ -58,8 +92,10 @@ def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None 
       features: vision features computed before; None encodes `inputs.vision` here.
 
     Raises:
-      ValueError: rows of the shared-prefix layout (every row must be one prompt).
+      ValueError: rows of the shared-prefix layout, which `prefill_rows` is for.
     """
+    if inputs.layout is not None:
+        raise ValueError(f"every row must be one prompt, these are shared-prefix rows ({inputs.layout})")
     out = model.forward(inputs, features=features, keep_cache=True)
     b, p = inputs.tokens.shape
     visible = inputs.segment_ids != 0
@@ -68,6 +104,42 @@ def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None 
     following = jnp.max(jnp.where(visible[None], inputs.positions, -1), (0, 2)) + 1
     cache = PromptCache(constrain_cache(out.cache, model.mesh), visible)
     return Prompt(cache, out.hidden[jnp.arange(b), last], following.astype(jnp.int32))
+
+
+def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PromptRows:
+    """Runs prefixes and the beginnings of their branches once, with the attention of training.
+
+    Args:
+      inputs: shared-prefix rows about one clip each (see `processing/rows.py`), one branch in a slot.
+      features: vision features computed before; None encodes `inputs.vision` here.
+
+    Raises:
+      ValueError: plain rows.
+    """
+    layout = inputs.layout
+    if layout is None:
+        raise ValueError("shared-prefix rows are needed, these are plain ones")
+    out = model.forward(inputs, features=features, keep_cache=True)
+    p, branches = layout.prefix, (layout.slots, layout.length)
+    real = inputs.segment_ids != 0
+    in_slots = real[:, p:].reshape(-1, *branches)  # bool[B, N, L]
+    lengths = in_slots.sum(-1, dtype=jnp.int32)
+    hidden = out.hidden[:, p:].reshape(*in_slots.shape, -1)
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[..., None, None], 2)[:, :, 0]
+    places = jnp.where(real[None], inputs.positions, -1).max(0)
+    following = jnp.maximum(places[:, :p].max(-1)[:, None], places[:, p:].reshape(in_slots.shape).max(-1)) + 1
+
+    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, N, K, L, d]
+        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1]).swapaxes(2, 3)
+
+    prefix = KVCache(*(x[..., :p, :] for x in out.cache))
+    return PromptRows(
+        PromptCache(constrain_cache(prefix, model.mesh), real[:, :p]),
+        constrain_cache(KVCache(*map(own, out.cache)), model.mesh),
+        Asked(lengths, jnp.int32(layout.length)),
+        hidden,
+        following.astype(jnp.int32),
+    )
 
 
 def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int) -> KVCache:
@@ -98,6 +170,7 @@ def decode(
     prompts: PromptCache,
     own: KVCache,
     slot: jax.Array | int,
+    asked: Asked | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Feeds one token to each branch.
 
@@ -107,6 +180,7 @@ def decode(
       prompts: of the B prompts.
       own: [layers, B, G, K, T, head_dim]; slots below `slot` hold what was fed before.
       slot: i32[] slot to write, the same for all branches.
+      asked: what the branches began with; None for branches without tokens of their own.
 
     Returns:
       (hidden [B, G, H] after the final norm, the branch cache with the slot written).
@@ -125,7 +199,7 @@ def decode(
             *(jax.lax.dynamic_update_slice(a, b[None, ..., None, :], at) for a, b in zip(own, (k, v), strict=True))
         )
         shared = KVCache(*(x[layer] for x in prompts.kv))
-        out = branch_attention(q, shared, prompts.visible, KVCache(*(x[layer] for x in own)), slot)
+        out = branch_attention(q, shared, prompts.visible, KVCache(*(x[layer] for x in own)), slot, asked)
         hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
         hidden = constrain_rows(block.feed_forward(hidden, real)[0], mesh)
         return (hidden, own), None
@@ -137,13 +211,15 @@ def decode(
     return model.text.norm(carry[0]), carry[1]
 
 
-def branch_attention(q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVCache, slot) -> jax.Array:
+def branch_attention(
+    q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVCache, slot, asked: Asked | None = None
+) -> jax.Array:
     """Attention of one token per branch to its prompt and its own branch: one maximum, one denominator, in fp32.
 
     Args:
       q: [B, G, N, d].
       prompt: k, v [B, K, P, d] with N a multiple of K; visible: bool[B, P].
-      own: k, v [B, G, K, T, d], seen up to and including `slot`.
+      own: k, v [B, G, K, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
 
     Returns:
       [B, G, N, d] in the dtype of q.
@@ -154,7 +230,12 @@ def branch_attention(q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVC
     first = jnp.einsum("bgknd,bkpd->bgknp", grouped, prompt.k, **exact) * d**-0.5
     second = jnp.einsum("bgknd,bgktd->bgknt", grouped, own.k, **exact) * d**-0.5
     first = jnp.where(visible[:, None, None, None], first, _LOWEST)
-    second = jnp.where(jnp.arange(own.k.shape[-2]) <= slot, second, _LOWEST)
+    places = jnp.arange(own.k.shape[-2])
+    seen = places <= slot
+    if asked is not None:
+        given = (places < asked.lengths[..., None]) | (places >= asked.slots)  # bool[B,G,T]
+        seen = (seen & given)[:, :, None, None]
+    second = jnp.where(seen, second, _LOWEST)
     top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
     first, second = jnp.exp(first - top), jnp.exp(second - top)
     total = first.sum(-1) + second.sum(-1)

@@ -147,17 +147,15 @@ class Decoder(nnx.Module):
           positions: i32[3, B, S].
           segment_ids: i32[B, S], 0 for padding; tokens of different segments do not see each other.
           backend: see `attention`.
-          layout: of shared-prefix rows (without a cache); None for rows that are one causal sequence.
+          layout: of shared-prefix rows; None for rows that are one causal sequence.
           deepstack: [K, B, S, H], row j added to the hidden states after layer j; zero away from visual tokens.
           keep_cache: return the keys and values too (prefill).
           collect: return layer outputs and router tensors too (parity checks).
           dropout_key: random key of the adapters' dropout; None outside training.
 
         Raises:
-          ValueError: a layout where keys are to be kept, or rows that are not as long as the layout.
+          ValueError: rows that are not as long as the layout.
         """
-        if layout is not None and keep_cache:
-            raise ValueError("a cache holds one sequence per row and cannot be filled from shared-prefix rows")
         config = self.config
         cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, positions, x.dtype)
         keep = dict(keep_cache=keep_cache, collect=collect)

@@ -17,6 +17,7 @@ from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture, open_source
 from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.models.config import ModelConfig
+from mllm4d_jax.models.peft import is_peft_folder
 from mllm4d_jax.models.qwen_vl import vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
@@ -179,7 +180,7 @@ def _start(config: ml_collections.ConfigDict, workdir: Path, trainable: Any, con
     with Checkpoints(workdir / "start", keep=1) as kept:
         if not fresh:
             return kept.restore_trainable(0, trainable)
-        if config.model.adapter:
+        if config.model.adapter and not is_peft_folder(config.model.adapter):
             trainable = load_start(config.model.adapter, trainable, preflight.flat_config(config), content)
         kept.replace_trainable(0, trainable)
     return trainable

@@ -21,6 +21,7 @@ from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
+from mllm4d_jax.models.peft import is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.processing.config import ProcessorConfig
@@ -208,6 +209,8 @@ def load_trainable(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -
         attach_lora(
             model, rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.get("dropout", 0.0), rngs=rngs, mesh=mesh
         )
+        if is_peft_folder(config.model.adapter):
+            load_peft(config.model.adapter, model)
     return model
 
 
@@ -230,7 +233,7 @@ def make_trainer(
     opt_state = init_optimizer(optimizer, trainable, mesh)
     if progress.step:
         trainable, opt_state = checkpoints.restore(progress.step, trainable, opt_state)
-    elif config.model.adapter:
+    elif config.model.adapter and not is_peft_folder(config.model.adapter):
         trainable = load_start(config.model.adapter, trainable, preflight.flat_config(config), content)
     step = TrainStep(graphdef, optimizer, trainable, opt_state, mesh, config.train.loss_chunk, config.seed)
     frozen_size = sum(x.size for x in jax.tree.leaves(frozen))

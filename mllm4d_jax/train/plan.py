@@ -13,7 +13,7 @@ import ml_collections
 from mllm4d_jax.parallel.topology import GIB, split_name
 from mllm4d_jax.train import plan_memory
 from mllm4d_jax.train.plan_compile import EFFICIENCY, FORMULA, USABLE, DevicePlan, plan_topology
-from mllm4d_jax.train.plan_step import ANSWER_TOKENS, BRANCH_TOKENS, PlanError, PlanJob, plan_job
+from mllm4d_jax.train.plan_step import PlanError, PlanJob, Texts, plan_job
 
 MEMORY = "memory"
 
@@ -25,7 +25,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
       config: every key of the "sft" task; data and weights need not exist.
       workdir: gets the two files.
       targets: separated by commas: TPU topologies such as "v5e:4x4", with "+" after it to compile other batches too
-        and see how many rows fit, or "memory" for GPUs without compiling.
+        and see how many rows fit, or "memory" for GPUs without compiling. "branch=", "answer=" and "system=" among
+        them say how many tokens the records' texts have, see `plan_step.Texts`.
 
     Returns:
       0.
@@ -33,13 +34,14 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
     Raises:
       PlanError, TopologyError, MeshError, ConfigError, LoaderError: what cannot be planned, and what to change.
     """
-    names = [name.strip() for name in targets.split(",") if name.strip()]
+    words = [word.strip() for word in targets.split(",") if word.strip()]
+    names, texts = [word for word in words if "=" not in word], parse_texts([word for word in words if "=" in word])
     if not names:
         raise PlanError("--plan needs a target: TPU topologies such as v5e:4x4,v5p:2x2x1, or memory")
     for name in names:
         if name != MEMORY:
             split_name(name.removesuffix("+"))
-    job = plan_job(config)
+    job = plan_job(config, texts)
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     plans: list[DevicePlan] = []
@@ -64,6 +66,21 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
     return 0
 
 
+def parse_texts(words: Sequence[str]) -> Texts:
+    """Lengths such as ["branch=120", "answer=8"]; the others are as they are. Raises PlanError for anything else."""
+    known = {field.name for field in dataclasses.fields(Texts)}
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known or not value.isdecimal() or not int(value):
+            raise PlanError(f"--plan: '{word}' is not one of {', '.join(f'{n}=TOKENS' for n in sorted(known))}")
+        found[name] = int(value)
+    texts = dataclasses.replace(Texts(), **found)
+    if texts.answer > texts.branch:
+        raise PlanError(f"--plan: branches of {texts.branch} tokens cannot hold answers of {texts.answer}")
+    return texts
+
+
 def heading(job: PlanJob) -> str:
     """What is planned, in words."""
     s, c = job.sizes, job.config
@@ -71,8 +88,9 @@ def heading(job: PlanJob) -> str:
         f"# Plan\n\n{c.model.published or c.model.path}, {c.model.dtype}, trained: {', '.join(c.train.trainable)}"
         f" (rank {c.lora.rank}), remat {c.model.remat}. A row: {s.prefix} prefix tokens and {s.slots} branches of "
         f"{s.length}; {s.frames} x {s.frame_patches} patches; {s.supervised} places for supervised tokens. Branches "
-        f"are taken to have {BRANCH_TOKENS} tokens, {ANSWER_TOKENS} of them supervised, clips as many frames and "
-        f"pixels as the config allows."
+        f"are taken to have {job.texts.branch} tokens, {job.texts.answer} of them supervised, and {job.texts.system} "
+        f"tokens to come before a video (other lengths: branch=, answer= and system= among the targets), clips as many "
+        f"frames and pixels as the config allows."
     )
 
 
@@ -123,6 +141,7 @@ def _job_facts(job: PlanJob) -> dict[str, Any]:
         rows=job.rows,
         questions_per_row=job.questions,
         sizes=dataclasses.asdict(job.sizes),
+        texts=dataclasses.asdict(job.texts),
         steps=job.config.train.steps,
         accumulation=job.config.train.accumulation,
     )

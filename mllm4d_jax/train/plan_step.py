@@ -27,15 +27,26 @@ from mllm4d_jax.train.state import learning_rates, make_optimizer, optimizer_pla
 from mllm4d_jax.train.step import TrainStep, batch_placement
 
 FRAME_PIXELS = 50176  # of a frame when video.max_pixels is 0: 224 x 224
-BRANCH_TOKENS = 96  # of a question with its answer
-ANSWER_TOKENS = 24  # of them supervised
-SYSTEM_TOKENS = 32  # before the video
 # Qwen3-VL writes a time before each temporal patch and markers around it: "<12.5 seconds>" is 7 tokens.
 TIME_TOKENS = 9
 
 
 class PlanError(ValueError):
     """A plan that cannot be made; the message says what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """How long the texts of the records are taken to be, which no config says: in tokens.
+
+    Attributes:
+      branch: of a question with its answer; `answer`: of them supervised.
+      system: before the video.
+    """
+
+    branch: int = 96
+    answer: int = 24
+    system: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +59,7 @@ class PlanJob:
       sizes: what a row is padded to.
       rows: of a micro-batch, over all devices.
       questions: of a row.
+      texts: what the sizes suppose.
     """
 
     config: ml_collections.ConfigDict
@@ -55,10 +67,12 @@ class PlanJob:
     sizes: RowSizes
     rows: int
     questions: int
+    texts: Texts
 
 
-def plan_job(config: ml_collections.ConfigDict) -> PlanJob:
-    """The job of a config. No file but the model's config.json is read.
+def plan_job(config: ml_collections.ConfigDict, texts: Texts | None = None) -> PlanJob:
+    """The job of a config, for texts as long as given (None: as `Texts` has it). No file but the model's config.json is
+    read.
 
     Raises:
       PlanError: no model is named.
@@ -67,9 +81,9 @@ def plan_job(config: ml_collections.ConfigDict) -> PlanJob:
     model = _model_config(config)
     options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
     groups, rows = options.local(1)
-    clips = -(-groups // rows)
-    sizes = worst_sizes(config, model, clips)
-    return PlanJob(config, model, sizes, rows, clips * options.questions_per_video)
+    clips, texts = -(-groups // rows), texts or Texts()
+    sizes = worst_sizes(config, model, clips, texts)
+    return PlanJob(config, model, sizes, rows, clips * options.questions_per_video, texts)
 
 
 def _model_config(config: ml_collections.ConfigDict) -> ModelConfig:
@@ -85,11 +99,10 @@ def _model_config(config: ml_collections.ConfigDict) -> ModelConfig:
     return dataclasses.replace(model, tied=bool(model.tied))
 
 
-def worst_sizes(config: ml_collections.ConfigDict, model: ModelConfig, clips: int) -> RowSizes:
+def worst_sizes(config: ml_collections.ConfigDict, model: ModelConfig, clips: int, texts: Texts) -> RowSizes:
     """Padded sizes of a full row: every clip as long and as large as the config lets it be.
 
     Without a pixel budget that the config knows, what bounds a clip is data.max_tokens.
-    A branch has `BRANCH_TOKENS` tokens, of which `ANSWER_TOKENS` are supervised.
     """
     v, c = model.vision, config.video
     t = -(-c.num_frames // v.temporal_patch_size)
@@ -99,12 +112,12 @@ def worst_sizes(config: ml_collections.ConfigDict, model: ModelConfig, clips: in
     if c.resize_rule == "total" and c.max_pixels:
         area //= c.num_frames
     merged = min(max(1, area // (v.patch_size * v.merge_size) ** 2), most)
-    prefix = min(t * (merged + extra) + SYSTEM_TOKENS, config.data.max_tokens)
+    prefix = min(t * (merged + extra) + texts.system, config.data.max_tokens)
     options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
     patches = merged * v.merge_size**2
     buckets = options.buckets(1, merge_area=v.merge_size**2, frames=t, frame_patches=patches)
     slots = clips * options.questions_per_video
-    needed = RowSizes(clips * prefix, slots, BRANCH_TOKENS, clips * t, patches, slots * ANSWER_TOKENS)
+    needed = RowSizes(clips * prefix, slots, texts.branch, clips * t, patches, slots * texts.answer)
     return buckets.sizes(needed)
 
 

@@ -13,6 +13,7 @@ import ml_collections
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.loader import LoaderError, LoaderOptions
 from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source, parse_mixture
+from mllm4d_jax.models.peft import is_peft_folder
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.processing.errors import ProcessorError
@@ -68,7 +69,13 @@ def model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         if missing:
             yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
     if config.model.adapter and start_folder(config.model.adapter) is None:
-        yield f"model.adapter = {config.model.adapter} holds no checkpoint: name the workdir of an earlier run"
+        if not is_peft_folder(config.model.adapter):
+            yield (
+                f"model.adapter = {config.model.adapter} holds no checkpoint and no PEFT adapter: name the workdir of "
+                "an earlier run, or a folder with adapter_config.json"
+            )
+        elif "lora" not in config.train.trainable:
+            yield "model.adapter is a PEFT adapter, but train.trainable does not train one: add 'lora' to it"
 
 
 def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:

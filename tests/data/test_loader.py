@@ -267,8 +267,8 @@ def test_settings_that_cannot_work(make_loader):
 
 
 def test_options_come_from_a_config_group():
-    group = {"path": "x", "questions_per_video": 4, "prefix_buckets": [8, 16], "workers": 2}
+    group = {"path": "x", "questions_per_video": 4, "prefix_buckets": [8, 16], "branch_buckets": [4], "workers": 2}
     options = LoaderOptions.from_mapping(group, 8)
-    assert options == LoaderOptions(8, 4, 0, (8, 16), workers=2)
+    assert options == LoaderOptions(8, 4, 0, (8, 16), (4,), workers=2)
     made = options.buckets(2, merge_area=4, frames=16, frame_patches=196)
-    assert (made.prefix, made.full_slots, made.full_frames) == ((8, 16), 4, 16)
+    assert (made.prefix, made.length, made.full_slots, made.full_frames) == ((8, 16), (4,), 4, 16)

@@ -83,6 +83,8 @@ def test_worst_sizes_of_the_paper_run():
     # 16 temporal patches of 49 tokens with their times, and the system text
     assert job.sizes == RowSizes(prefix=1024, slots=20, length=96, frames=16, frame_patches=196, supervised=1024)
     assert (job.rows, job.questions) == (16, 20)
+    long = plan_step.plan_job(config, plan.parse_texts(["branch=200", "answer=100", "system=300"])).sizes
+    assert (long.prefix, long.length, long.supervised) == (1280, 256, 2048)
     config.video.resize_rule, config.video.max_pixels = "total", 32 * 2 * 32**2
     assert plan_step.plan_job(config).sizes.frame_patches == 8
     config.video.max_pixels = 0
@@ -91,6 +93,12 @@ def test_worst_sizes_of_the_paper_run():
     config.model.published = ""
     with pytest.raises(plan_step.PlanError, match="model.published=8b"):
         plan_step.plan_job(config)
+
+
+@pytest.mark.parametrize("words", [["branch=x"], ["branch=0"], ["prefix=3"], ["branch=8", "answer=9"]])
+def test_lengths_of_texts_that_cannot_be(words):
+    with pytest.raises(plan_step.PlanError, match="--plan"):
+        plan.parse_texts(words)
 
 
 def linear(fixed: int, each: int, limit: int, seen: list[int]):
@@ -136,8 +144,9 @@ def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys):
     chip = topology.Chip(2**30, 1e12, 1e11, 1e10)
     fake = topology.Topology("v5e:1x2", chip, tuple(jax.devices()[:2]))
     monkeypatch.setattr(plan_compile, "open_topology", lambda name: fake)
-    assert plan.run(config, str(tmp_path), "v5e:1x2,memory") == 0
+    assert plan.run(config, str(tmp_path), "v5e:1x2,memory,answer=8") == 0
     out, written = capsys.readouterr().out, (tmp_path / "plan.md").read_text()
+    assert "to have 96 tokens, 8 of them supervised" in written
     assert "| v5e:1x2 | fsdp 2 | 4 | 16 |" in out and plan.table([]).splitlines()[0] in written
     found = json.loads((tmp_path / "plan.json").read_text())
     (one,) = found["plans"]
