@@ -41,7 +41,7 @@ _BUCKET = 64  # prompts are padded to the next multiple
 
 
 def vowels(completion: str, solution: Any, record: Any) -> float:
-    """Share of vowels: a reward that differs between the random texts of a random model, so that there is a gradient."""
+    """Share of vowels: a reward in which random texts of a random model differ, so that there is a gradient."""
     return sum(letter in "aeiou" for letter in completion) / max(len(completion), 1)
 
 
@@ -248,8 +248,12 @@ class Theirs:
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         self._clock = Clock(self._wait)
         interrupted: list[str] = []
+
+        def resume(*_) -> None:  # what a hook returns would take the place of the output
+            self._clock.enter(interrupted.pop())
+
         self._base.visual.register_forward_pre_hook(lambda *_: interrupted.append(self._clock.enter("vision")))
-        self._base.visual.register_forward_hook(lambda *_: self._clock.enter(interrupted.pop()) and None)
+        self._base.visual.register_forward_hook(resume)
 
     def load(self, adapter: Any) -> None:
         """Takes over our adapter: stacked over layers there, transposed here."""

@@ -118,6 +118,10 @@ class Learner:
 
         return jax.jit(counted, **options)
 
+    def lower(self, program: str, *args: Any) -> jax.stages.Lowered:
+        """A program of a step ("encode", "score", "begin", "zeros", "add", "finish") for shapes that are placed."""
+        return getattr(self, f"_{program}").lower(*args)
+
     def encode(self, trainable: Any, frozen: Any, vision: VisionInputs | None, prompts: int) -> PromptFeatures | None:
         """Features of the frames of all prompts, once for sampler, policy and reference."""
         return None if vision is None else self._encode(trainable, frozen, _place(vision, self.mesh), prompts)
@@ -303,8 +307,8 @@ def _finish(
     return apply_sums(optimizer, trainable, opt_state, Sums(grads, loss, jnp.float32(0), weight))
 
 
-def _place(tree: Any, mesh: Mesh, dims: Any = None) -> Any:
-    """Host arrays on the devices, split like the rows of a batch where every one can be, else on each whole.
+def placement(tree: Any, mesh: Mesh, dims: Any = None) -> Any:
+    """Where arrays (or shapes) go: split like the rows of a batch where every one can be, else on each device whole.
 
     Args:
       dims: the dimension of each array that counts rows (or frames, row by row); None for the first of each.
@@ -312,10 +316,19 @@ def _place(tree: Any, mesh: Mesh, dims: Any = None) -> Any:
     dims = jax.tree.map(lambda _: 0, tree) if dims is None else dims
     sizes = jax.tree.leaves(jax.tree.map(lambda x, dim: x.shape[dim], tree, dims))
     if any(size % batch_shards(mesh) for size in sizes):
-        return jax.device_put(tree, replicated(mesh))
-    return jax.device_put(tree, jax.tree.map(lambda x, dim: batch_sharding(mesh, x.ndim, dim), tree, dims))
+        return jax.tree.map(lambda _: replicated(mesh), tree)
+    return jax.tree.map(lambda x, dim: batch_sharding(mesh, x.ndim, dim), tree, dims)
+
+
+def rows_placement(rows: CompletionRows, mesh: Mesh) -> CompletionRows:
+    """`placement` of rows."""
+    dims = jax.tree.map(lambda _: 0, rows)
+    return placement(rows, mesh, dims._replace(inputs=dims.inputs._replace(positions=1)))
+
+
+def _place(tree: Any, mesh: Mesh) -> Any:
+    return jax.device_put(tree, placement(tree, mesh))
 
 
 def _place_rows(rows: CompletionRows, mesh: Mesh) -> CompletionRows:
-    dims = jax.tree.map(lambda _: 0, rows)
-    return _place(rows, mesh, dims._replace(inputs=dims.inputs._replace(positions=1)))
+    return jax.device_put(rows, rows_placement(rows, mesh))

@@ -1,5 +1,7 @@
 """Sampling G completions of each of B prompts: prefill once, then jitted chunks of decode steps with early exit.
 
+The G completions of a row answer one prompt, or (shared-prefix rows) a question each about what the row begins with.
+
 The model is the learner's own (no second implementation), and log-probs come from the functions that the learner uses
 (`rl/policy.py`). Between chunks the host reads the new tokens, ends completions and packs what goes on into smaller
 arrays. On the device are only the caches; everything else about a branch follows from numbers that the host sends
@@ -21,16 +23,39 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mllm4d_jax.models.decoding import Prompt, PromptCache, constrain_cache, decode, empty_branches, prefill
+from mllm4d_jax.models.decoding import (
+    Asked,
+    PromptCache,
+    constrain_cache,
+    decode,
+    empty_branches,
+    prefill,
+    prefill_rows,
+)
 from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.models.vision import VisionFeatures
-from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, constrain, replicated
+from mllm4d_jax.parallel.rules import batch_shards, constrain, replicated
 from mllm4d_jax.processing.batch import ModelInputs
 from mllm4d_jax.rl.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
 from mllm4d_jax.rl.packing import Ladder, Packing
 from mllm4d_jax.rl.policy import head_logits
+from mllm4d_jax.rl.sampler_inputs import Call, fill_rows, place_inputs
 from mllm4d_jax.rl.sampling import SamplingOptions, branch_keys, draw
 from mllm4d_jax.train.state import merge_model
+
+
+class KeyNumbers(NamedTuple):
+    """seed: u32[]; prompt_ids: u32[B, G]; numbers: i32[B, G] of the branches within their prompts."""
+
+    seed: Any
+    prompt_ids: Any
+    numbers: Any
+
+    def keys(self) -> jax.Array:
+        """A random key for each branch, [B, G]."""
+        return branch_keys(self.seed, self.prompt_ids.reshape(-1), self.numbers.reshape(-1, 1)).reshape(
+            self.numbers.shape
+        )
 
 
 class Feed(NamedTuple):
@@ -38,19 +63,19 @@ class Feed(NamedTuple):
 
     Attributes:
       last: i32[B, G], the token before; done: bool[B, G].
-      next_position: i32[B], M-RoPE position of each prompt's first new token.
-      seed: u32[]; prompt_ids: u32[B]; branches: i32[B, G]: what random keys are made of.
+      next_position: i32[B, G], M-RoPE position of each branch's first new token.
+      keys: what random keys are made of.
       limits: i32[B, G], longest completion.
+      asked: what branches of shared-prefix rows began with; None for plain rows.
       step: i32[], number of the first token to draw.
     """
 
     last: Any
     done: Any
     next_position: Any
-    seed: Any
-    prompt_ids: Any
-    branches: Any
+    keys: KeyNumbers
     limits: Any
+    asked: Asked | None
     step: Any
 
 
@@ -110,6 +135,10 @@ class Sampler:
 
         return jax.jit(counted, static_argnames=static, donate_argnames=donated)
 
+    def lower(self, program: str, *args: Any, **static: Any) -> jax.stages.Lowered:
+        """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
+        return getattr(self, f"_{program}").lower(*args, **static)
+
     def generate(
         self,
         weights: tuple,
@@ -127,45 +156,57 @@ class Sampler:
 
         Args:
           weights: the trees that `train.state.merge_model` takes.
-          inputs: plain rows, one prompt each, padded on either side; on the host, or already on the devices.
-          prompt_ids: a number in [0, 2^32) for each prompt, see `sampling.prompt_id`.
-          branches: completions per prompt (G).
+          inputs: on the host, or already on the devices. Plain rows, one prompt each, padded on either side; or
+            shared-prefix rows, each about one clip, with a question in each branch slot (it may have fewer: the
+            completion of an empty slot is one token that means nothing).
+          prompt_ids: a number in [0, 2^32) for each prompt, see `sampling.prompt_id`; for shared-prefix rows B x G of
+            them, one for each question, which is then what it would be as a prompt in a row of its own.
+          branches: completions per prompt (G); the slots of shared-prefix rows.
           max_new_tokens: length cap; one number, or an array that broadcasts to [B, G].
           seed: in [0, 2^32); another one gives other completions.
           features: vision features computed before; None encodes `inputs.vision`.
           detokenize: needed for `options.stop`.
 
         Raises:
-          ValueError: arguments that contradict each other, or rows of the shared-prefix layout.
+          ValueError: arguments that contradict each other, or shared-prefix rows with several clips in a row.
         """
         started = time.monotonic()
-        prompts = len(inputs.tokens)
-        limits = _limits(max_new_tokens, prompts, branches)
-        ids = _prompt_ids(prompt_ids, prompts)
-        record = CompletionRecord(limits, options, detokenize)
+        call = Call.checked(inputs, prompt_ids, branches, max_new_tokens)
+        record = CompletionRecord(call.limits, options, detokenize)
         on_device = dataclasses.replace(options, stop=())  # texts are the host's matter: no program for each
-        most = max(int(limits.max()) - 1, 1)  # the last token of a completion is never fed back
-        filled = -(-prompts // self.ladder.shards) * self.ladder.shards
-        packing = Packing.whole(prompts, filled, branches, self.ladder.slots(min(self.chunk, most), most))
-        numbers = (np.uint32(seed), ids[packing.rows], packing.branches)
-        placed = place_inputs(fill_rows(inputs, packing.rows), self.mesh)
-        cache, following, first, scores = self._start(
-            weights, placed, features, *self._everywhere(numbers), branches=branches, options=on_device
+        packing = self._first_packing(call)
+        keys = KeyNumbers(np.uint32(seed), call.prompt_ids[packing.rows], call.numbers[packing.rows])
+        filled, features = fill_rows(inputs, features, packing.rows)
+        cache, own, following, first, scores = self._start(
+            weights,
+            place_inputs(filled, self.mesh),
+            features,
+            self._everywhere(keys),
+            branches=branches,
+            options=on_device,
         )
-        following = np.asarray(following)[:prompts]
+        following = np.asarray(following)[: len(call.limits)]
         record.add(packing.row_grid, packing.branches, packing.used, np.asarray(first), np.asarray(scores), 0)
         prefill_seconds = time.monotonic() - started
-        state = _Run(record, packing, limits, ids, following, np.uint32(seed), on_device)
-        return record.result(self._continue(weights, state, cache, prefill_seconds))
+        state = _Run(record, packing, call, following, np.uint32(seed), on_device)
+        return record.result(self._continue(weights, state, cache, own, prefill_seconds))
 
-    def _continue(self, weights: tuple, run: _Run, cache: PromptCache, prefill_seconds: float) -> SamplingStatistics:
+    def _first_packing(self, call: Call) -> Packing:
+        """All branches. Those with tokens of their own have caches that are full; the others get them with room."""
+        prompts, branches = call.limits.shape
+        slots = call.slots or self.ladder.slots(min(self.chunk, call.most), call.most)
+        return Packing.whole(prompts, -(-prompts // self.ladder.shards) * self.ladder.shards, branches, slots)
+
+    def _continue(
+        self, weights: tuple, run: _Run, cache: PromptCache, own: KVCache | None, prefill_seconds: float
+    ) -> SamplingStatistics:
         """Decodes until every branch has ended."""
-        record, packing, step, computed, compactions, own = run.record, run.packing, 1, 0, 0, None
-        most, chunks = max(int(run.limits.max()) - 1, 1), []
+        record, packing, step, computed, compactions = run.record, run.packing, 1, 0, 0
+        (slots, most), chunks = (run.call.slots, run.call.most), []
         while not record.finished.all():
             started = time.monotonic()
             needed = min(step + self.chunk - 1, most)
-            wanted = self.ladder.pack(packing, ~record.finished, needed, most)
+            wanted = self.ladder.pack(packing, ~record.finished, slots + needed, slots + most)
             if own is None:
                 own = self._empty(weights, shape=packing.shape)
             if wanted is not packing:
@@ -197,82 +238,44 @@ class _Run(NamedTuple):
 
     record: CompletionRecord
     packing: Packing
-    limits: np.ndarray
-    prompt_ids: np.ndarray
+    call: Call
     next_position: np.ndarray
     seed: np.uint32
     options: SamplingOptions
 
     def feed(self, packing: Packing, step: int) -> Feed:
-        rows, branches = packing.row_grid, packing.branches
+        call, at = self.call, (packing.row_grid, packing.branches)
         return Feed(
-            last=self.record.last_tokens(rows, branches, step),
-            done=self.record.finished[rows, branches] | ~packing.used,
-            next_position=self.next_position[packing.rows],
-            seed=self.seed,
-            prompt_ids=self.prompt_ids[packing.rows],
-            branches=branches,
-            limits=self.limits[rows, branches],
+            last=self.record.last_tokens(*at, step),
+            done=self.record.finished[at] | ~packing.used,
+            next_position=self.next_position[at],
+            keys=KeyNumbers(self.seed, call.prompt_ids[at], call.numbers[at]),
+            limits=call.limits[at],
+            asked=None if call.asked is None else Asked(call.asked[at], np.int32(call.slots)),
             step=np.int32(step),
         )
 
 
-def _limits(max_new_tokens: int | np.ndarray, prompts: int, branches: int) -> np.ndarray:
-    if branches < 1 or prompts < 1:
-        raise ValueError(f"at least one prompt and one branch are required, got {prompts} and {branches}")
-    limits = np.array(np.broadcast_to(max_new_tokens, (prompts, branches)), np.int32)
-    if limits.min() < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {limits.min()}")
-    return limits
+def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches: int, options: SamplingOptions):
+    """Prefill and the first token of every branch.
 
-
-def _prompt_ids(ids: Sequence[int], prompts: int) -> np.ndarray:
-    if len(ids) != prompts:
-        raise ValueError(f"{len(ids)} prompt ids for {prompts} prompts")
-    if any(not 0 <= int(i) < 2**32 for i in ids):
-        raise ValueError(f"prompt ids must be in [0, 2^32), got {list(ids)}")
-    return np.array([int(i) for i in ids], np.uint32)
-
-
-def fill_rows(inputs: ModelInputs, rows: np.ndarray) -> ModelInputs:
-    """Rows `rows` of a batch (each prompt, then repetitions), with the vision inputs as they are."""
-    if np.array_equal(rows, np.arange(len(inputs.tokens))):
-        return inputs
-    return inputs._replace(
-        tokens=inputs.tokens[rows],
-        positions=inputs.positions[:, rows],
-        segment_ids=inputs.segment_ids[rows],
-        vision_index=inputs.vision_index[rows],
-    )
-
-
-def place_inputs(inputs: ModelInputs, mesh: Mesh | None) -> ModelInputs:
-    """Rows and frames split over the batch axes of the mesh where they can be."""
-    if mesh is None:
-        return inputs
-
-    def put(x, dim: int = 0):
-        split = x.shape[dim] % batch_shards(mesh) == 0
-        return jax.device_put(x, batch_sharding(mesh, x.ndim, dim) if split else replicated(mesh))
-
-    return inputs._replace(
-        tokens=put(inputs.tokens),
-        positions=put(inputs.positions, 1),
-        segment_ids=put(inputs.segment_ids),
-        vision_index=put(inputs.vision_index),
-        vision=jax.tree.map(put, inputs.vision),
-    )
-
-
-def _start(graphdef, weights, inputs, features, seed, prompt_ids, numbers, *, branches: int, options: SamplingOptions):
-    """Prefill and the first token of every branch: (cache, next positions, tokens [B, G, 1], log-probs [B, G, 1])."""
+    Returns:
+      (prompts' cache, branches' cache or None for plain rows, next positions [B, G], tokens [B, G, 1], log-probs
+      [B, G, 1]).
+    """
     model = merge_model(graphdef, *weights)
-    prompt: Prompt = prefill(model, inputs, features)
-    logits = head_logits(prompt.hidden, model.head_kernel())
-    logits = jnp.broadcast_to(logits[:, None], (len(logits), branches, logits.shape[-1]))
-    tokens, logprobs = draw(logits, branch_keys(seed, prompt_ids, numbers), 0, options)
-    small = (prompt.next_position, tokens[..., None], logprobs[..., None])
-    return prompt.cache, *(constrain(x, model.mesh) for x in small)
+    head = model.head_kernel()
+    if inputs.layout is None:
+        prompt, own = prefill(model, inputs, features), None
+        logits = head_logits(prompt.hidden, head)
+        logits = jnp.broadcast_to(logits[:, None], (len(logits), branches, logits.shape[-1]))
+        following = jnp.broadcast_to(prompt.next_position[:, None], logits.shape[:2])
+    else:
+        prompt = prefill_rows(model, inputs, features)
+        own, logits, following = prompt.own, head_logits(prompt.hidden, head), prompt.next_position
+    tokens, logprobs = draw(logits, numbers.keys(), 0, options)
+    small = (following, tokens[..., None], logprobs[..., None])
+    return prompt.cache, own, *(constrain(x, model.mesh) for x in small)
 
 
 def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
@@ -285,7 +288,8 @@ def _decode_chunk(
     """Up to `chunk` steps; ends when every branch has ended by an end token or its limit."""
     model = merge_model(graphdef, *weights)
     head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
-    keys = branch_keys(feed.seed, feed.prompt_ids, feed.branches)
+    keys, asked = feed.keys.keys(), feed.asked
+    first = 0 if asked is None else asked.slots  # slot of the first new token
 
     def going(carry):
         i, done, *_ = carry
@@ -294,8 +298,7 @@ def _decode_chunk(
     def body(carry):
         i, done, last, own, tokens, logprobs = carry
         index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
-        positions = jnp.broadcast_to(feed.next_position[:, None] + index - 1, last.shape)
-        hidden, own = decode(model, last, positions, cache, own, index - 1)
+        hidden, own = decode(model, last, feed.next_position + index - 1, cache, own, first + index - 1, asked)
         new, scores = draw(head_logits(hidden, head), keys, index, options)
         new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
         tokens = jax.lax.dynamic_update_slice(tokens, new[..., None], (0, 0, i))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,21 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
 
 def parse_texts(words: Sequence[str]) -> Texts:
     """Lengths such as ["branch=120", "answer=8"]; the others are as they are. Raises PlanError for anything else."""
-    known = {field.name for field in dataclasses.fields(Texts)}
+    texts = Texts(**parse_lengths(words, {field.name for field in dataclasses.fields(Texts)}))
+    if texts.answer > texts.branch:
+        raise PlanError(f"--plan: branches of {texts.branch} tokens cannot hold answers of {texts.answer}")
+    return texts
+
+
+def parse_lengths(words: Sequence[str], known: Collection[str]) -> dict[str, int]:
+    """Numbers of tokens by name, from words such as "branch=120". Raises PlanError for anything else."""
     found = {}
     for word in words:
         name, _, value = word.partition("=")
         if name not in known or not value.isdecimal() or not int(value):
             raise PlanError(f"--plan: '{word}' is not one of {', '.join(f'{n}=TOKENS' for n in sorted(known))}")
         found[name] = int(value)
-    texts = dataclasses.replace(Texts(), **found)
-    if texts.answer > texts.branch:
-        raise PlanError(f"--plan: branches of {texts.branch} tokens cannot hold answers of {texts.answer}")
-    return texts
+    return found
 
 
 def heading(job: PlanJob) -> str:

@@ -6,11 +6,14 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 from jax.sharding import Mesh
 
+from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.flops import Cost, StepFlops, padded_work, step_flops
 from mllm4d_jax.parallel import collectives as hlo
 from mllm4d_jax.parallel.mesh import make_mesh
@@ -167,22 +170,40 @@ def _guess(tried: list[Compiled], hbm: int) -> int:
 def compile_rows(job: PlanJob, mesh: Mesh, rows: int) -> Compiled:
     """Compiles the step with `rows` rows on each device."""
     step = abstract_step(job, mesh, rows * batch_shards(mesh))
+    return compile_program(step.lower, step.bytes(), lambda dtype, dims: _forbidden(job, dtype, dims), rows)[0]
+
+
+def compile_program(
+    lower: Callable[[], jax.stages.Lowered],
+    placed: dict[str, int],
+    forbidden: Callable[[str, tuple[int, ...]], bool],
+    rows: int,
+) -> tuple[Compiled, jax.stages.Compiled | None]:
+    """Compiles a program and reads what it says; (what it says, the program or None if there is no memory for it).
+
+    Args:
+      lower: traces it.
+      placed: bytes on a device of its arguments, by kind.
+      forbidden: whether an array of that dtype and those dimensions must not exist.
+      rows: on each device.
+    """
     started = time.perf_counter()
     try:
-        program = step.lower().compile()
+        program = lower().compile()
     except jax.errors.JaxRuntimeError as problem:
         wanted = _wanted(str(problem))
         if wanted is None:
             raise
-        return Compiled(rows, None, wanted, time.perf_counter() - started)
+        return Compiled(rows, None, wanted, time.perf_counter() - started), None
     seconds = time.perf_counter() - started
-    memory = memory_by_kind(step.bytes(), program.memory_analysis())
+    memory = memory_by_kind(placed, program.memory_analysis())
     text = program.as_text()
     found = hlo.collectives(text)
     gathers = [c for c in found if c.kind == "all-gather"]
     most = max(gathers, key=lambda c: c.received, default=None)
-    made = sorted({(n, f"{dtype}{list(dims)}") for _, dtype, dims, n in hlo.arrays(text)}, reverse=True)
-    return Compiled(
+    arrays = {(n, dtype, dims) for _, dtype, dims, n in hlo.arrays(text)}
+    made = sorted({(n, f"{dtype}{list(dims)}") for n, dtype, dims in arrays}, reverse=True)
+    compiled = Compiled(
         rows=rows,
         memory=memory,
         needed=memory["peak"],
@@ -191,13 +212,17 @@ def compile_rows(job: PlanJob, mesh: Mesh, rows: int) -> Compiled:
         received=hlo.received_bytes(found),
         gathered="" if most is None else " ".join(f"{d}{list(s)}" for d, s in most.shapes),
         largest=tuple(name for _, name in made[:5]),
-        whole=tuple(sorted({f"{d}{list(s)}" for _, d, s, _ in hlo.arrays(text) if _forbidden(job, d, s)})),
+        whole=tuple(sorted(f"{dtype}{list(dims)}" for _, dtype, dims in arrays if forbidden(dtype, dims))),
     )
+    return compiled, program
 
 
 def _forbidden(job: PlanJob, dtype: str, dims: tuple[int, ...]) -> bool:
-    """Logits of every position of a row, or a score for every pair of its positions."""
-    size, vocabulary = job.sizes.layout.size, job.model.text.vocab_size
+    return whole_row(job.sizes.layout.size, job.model.text.vocab_size, dtype, dims)
+
+
+def whole_row(size: int, vocabulary: int, dtype: str, dims: tuple[int, ...]) -> bool:
+    """Whether an array holds the logits of every position of a row of `size`, or a score for every pair of them."""
     logits = dtype == "f32" and vocabulary in dims and math.prod(dims) >= size * vocabulary
     return logits or dims.count(size) >= 2
 
@@ -210,7 +235,8 @@ def memory_by_kind(placed: dict[str, int], stats: Any) -> dict[str, int]:
       stats: of the compiled program (`memory_analysis`).
     """
     kinds = dict(placed)
-    kinds["layout"] = stats.argument_size_in_bytes - sum(placed.values())  # arguments padded to tiles
+    # Arguments are padded to tiles. A program is not handed those that it never reads, but they are in memory, too.
+    kinds["layout"] = max(0, stats.argument_size_in_bytes - sum(placed.values()))
     kinds["temporaries"] = stats.temp_size_in_bytes
     kinds["results"] = stats.output_size_in_bytes - stats.alias_size_in_bytes  # beyond the donated
     kinds["program"] = stats.generated_code_size_in_bytes
@@ -255,8 +281,18 @@ FORMULA = (
 
 def traffic(job: PlanJob, mesh: Mesh, rows: int) -> float:
     """Bytes a device reads and writes in a micro-batch, caches aside."""
-    t, tensor = job.model.text, mesh.shape.get("tensor", 1)
-    item = 2 if job.config.model.dtype == "bfloat16" else 4
+    passes = 2 + (job.config.model.remat == "full")
+    return passes * pass_traffic(job.model.text, itemsize(job.config), mesh, rows * job.sizes.layout.size)
+
+
+def itemsize(config: ml_collections.ConfigDict) -> int:
+    """Bytes of a weight or an activation."""
+    return 2 if config.model.dtype == "bfloat16" else 4
+
+
+def pass_traffic(t: TextConfig, item: int, mesh: Mesh, tokens: float) -> float:
+    """Bytes a device reads and writes in one pass of `tokens` tokens (its own) through the decoder."""
+    tensor = mesh.shape.get("tensor", 1)
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     shapes = [(t.hidden_size, q), (t.hidden_size, k), (t.hidden_size, k), (q, t.hidden_size)]
     inner = t.moe.intermediate_size if t.moe else t.intermediate_size
@@ -264,6 +300,4 @@ def traffic(job: PlanJob, mesh: Mesh, rows: int) -> float:
     feed = [(t.hidden_size, inner), (t.hidden_size, inner), (inner, t.hidden_size)]
     weights = sum(a * b for a, b in shapes) + experts * sum(a * b for a, b in feed)
     activations = sum(a + b for a, b in shapes) + used * sum(a + b for a, b in feed)
-    passes = 2 + (job.config.model.remat == "full")
-    per_layer = (weights + rows * job.sizes.layout.size * activations) / tensor
-    return float(passes * t.num_layers * per_layer * item)
+    return float(t.num_layers * (weights + tokens * activations) / tensor * item)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from mllm4d_jax.parallel.mesh import AXES, make_mesh
 from mllm4d_jax.parallel.rules import partition_spec
 from mllm4d_jax.parallel.topology import GIB
+from mllm4d_jax.train.plan_compile import itemsize
 from mllm4d_jax.train.plan_step import PlanJob, abstract_model
 from mllm4d_jax.train.state import trained
 
@@ -24,13 +25,14 @@ GPUS: Mapping[str, int] = MappingProxyType(
 )
 
 
-def by_kind(job: PlanJob, rows: int, shards: int, remat: str) -> dict[str, float]:
+def by_kind(job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1) -> dict[str, float]:
     """Bytes on one device.
 
     Args:
       rows: on this device.
       shards: devices along the axis fsdp; what its rules do not split is whole on each.
       remat: "none", "full" or "dots".
+      tensor: devices along the axis tensor, which also split what lies between the projections of a layer.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
     token: one hidden state a layer with "full"; with "dots" also the results of the layer's matrix products; with
@@ -39,13 +41,14 @@ def by_kind(job: PlanJob, rows: int, shards: int, remat: str) -> dict[str, float
     its vocabulary (when sharded), a chunk of logits twice in fp32 and the vision tower's widest activations.
     """
     c, t, s = job.config, job.model.text, job.sizes
-    item = 2 if c.model.dtype == "bfloat16" else 4
-    frozen, trainable, layer = _parameters(job, shards)
+    item = itemsize(c)
+    frozen, trainable, layer = parameters(job, shards, tensor)
     tokens = rows * s.layout.size
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     inner = t.moe.intermediate_size * t.moe.top_k if t.moe else t.intermediate_size
-    dots = 2 * q + 2 * k + 2 * inner + 2 * t.hidden_size
-    between = dots + q + k + inner + 4 * t.hidden_size + 2 * t.hidden_size  # the last two: fp32 halves of the norms
+    dots = (2 * q + 2 * k + 2 * inner) / tensor + 2 * t.hidden_size
+    # the last two: fp32 halves of the norms
+    between = dots + (q + k + inner) / tensor + 4 * t.hidden_size + 2 * t.hidden_size
     kept = t.hidden_size + (dots if remat == "dots" else between if remat == "none" else 0)
     v, patches = job.model.vision, rows * s.frames * s.frame_patches
     chunk = min(c.train.loss_chunk, rows * shards * s.supervised)
@@ -56,17 +59,17 @@ def by_kind(job: PlanJob, rows: int, shards: int, remat: str) -> dict[str, float
         "batch": rows * s.frames * s.frame_patches * (v.patch_dim + 9) * 4 + tokens * 24,
         "kept activations": tokens * t.num_layers * kept * item,
         "working activations": tokens * (between + len(v.deepstack) * t.hidden_size) * item,
-        "gathered layer": 2 * layer * item if shards > 1 else 0,
+        "gathered layer": 2 * layer / tensor * item if shards > 1 else 0,
         "vision": patches * (v.hidden_size * (5 + len(v.deepstack)) + v.intermediate_size) * item,
-        "logits": 2 * 4 * chunk * t.vocab_size / shards + 2 * rows * s.supervised * t.hidden_size * item,
-        "exchanged head": 2 * head / shards if shards > 1 else 0,
+        "logits": 2 * 4 * chunk * t.vocab_size / shards / tensor + 2 * rows * s.supervised * t.hidden_size * item,
+        "exchanged head": 2 * head / shards / tensor if shards > 1 else 0,
     }
 
 
-def _parameters(job: PlanJob, shards: int) -> tuple[int, int, int]:
+def parameters(job: PlanJob, shards: int, tensor: int = 1) -> tuple[int, int, int]:
     """(frozen, trained) parameters on one device, and those of one decoder layer, whole."""
     model = abstract_model(job.config, job.model, make_mesh({"data": 1}, jax.devices("cpu")[:1]))
-    mesh = AbstractMesh((1, shards, 1), AXES)
+    mesh = AbstractMesh((1, shards, tensor), AXES)
     frozen = trainable = layer = 0
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         shape = variable.get_value().shape

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -78,7 +79,7 @@ def plan_job(config: ml_collections.ConfigDict, texts: Texts | None = None) -> P
       PlanError: no model is named.
       ConfigError, LoaderError: its config.json, or a batch that cannot be divided.
     """
-    model = _model_config(config)
+    model = model_config(config)
     options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
     groups, rows = options.local(1)
     clips, texts = -(-groups // rows), texts or Texts()
@@ -86,7 +87,8 @@ def plan_job(config: ml_collections.ConfigDict, texts: Texts | None = None) -> P
     return PlanJob(config, model, sizes, rows, clips * options.questions_per_video, texts)
 
 
-def _model_config(config: ml_collections.ConfigDict) -> ModelConfig:
+def model_config(config: ml_collections.ConfigDict) -> ModelConfig:
+    """The sizes of the model that the config names. Raises PlanError when it names none."""
     if config.model.published:
         return ModelConfig.from_dict(published_config(config.model.published), config.model.published)
     if not config.model.path:
@@ -100,7 +102,18 @@ def _model_config(config: ml_collections.ConfigDict) -> ModelConfig:
 
 
 def worst_sizes(config: ml_collections.ConfigDict, model: ModelConfig, clips: int, texts: Texts) -> RowSizes:
-    """Padded sizes of a full row: every clip as long and as large as the config lets it be.
+    """Padded sizes of a full row: every clip as long and as large as the config lets it be."""
+    t, tokens, patches = clip_shape(config, model)
+    prefix = min(tokens + texts.system, config.data.max_tokens)
+    options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
+    buckets = options.buckets(1, merge_area=model.vision.merge_size**2, frames=t, frame_patches=patches)
+    slots = clips * options.questions_per_video
+    needed = RowSizes(clips * prefix, slots, texts.branch, clips * t, patches, slots * texts.answer)
+    return buckets.sizes(needed)
+
+
+def clip_shape(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[int, int, int]:
+    """(frames of the vision tower, decoder tokens, patches per frame) of the largest clip that the config allows.
 
     Without a pixel budget that the config knows, what bounds a clip is data.max_tokens.
     """
@@ -112,13 +125,7 @@ def worst_sizes(config: ml_collections.ConfigDict, model: ModelConfig, clips: in
     if c.resize_rule == "total" and c.max_pixels:
         area //= c.num_frames
     merged = min(max(1, area // (v.patch_size * v.merge_size) ** 2), most)
-    prefix = min(t * (merged + extra) + texts.system, config.data.max_tokens)
-    options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
-    patches = merged * v.merge_size**2
-    buckets = options.buckets(1, merge_area=v.merge_size**2, frames=t, frame_patches=patches)
-    slots = clips * options.questions_per_video
-    needed = RowSizes(clips * prefix, slots, texts.branch, clips * t, patches, slots * texts.answer)
-    return buckets.sizes(needed)
+    return t, t * (merged + extra), merged * v.merge_size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +148,12 @@ class AbstractStep:
 
     def bytes(self) -> dict[str, int]:
         """Bytes on one device, by tree; layouts of the devices may pad them."""
-        return {name: sum(_local_bytes(x) for x in jax.tree.leaves(tree)) for name, tree in self.trees.items()}
+        return {name: local_bytes(tree) for name, tree in self.trees.items()}
 
 
-def _local_bytes(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+def local_bytes(tree: Any) -> int:
+    """Bytes of placed shapes on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def abstract_step(job: PlanJob, mesh: Mesh, rows: int) -> AbstractStep:
@@ -153,20 +161,28 @@ def abstract_step(job: PlanJob, mesh: Mesh, rows: int) -> AbstractStep:
     c = job.config
     model = abstract_model(c, job.model, mesh)
     graphdef, trainable, frozen = split_model(model, tuple(c.train.trainable))
-    o = c.optim
-    rates = learning_rates(o.lr, c.train.steps, o.warmup_ratio, o.schedule)
-    optimizer = make_optimizer(rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
-    places = optimizer_placement(optimizer, trainable, mesh)
-    opt_state = jax.tree.map(_placed, jax.eval_shape(optimizer.init, trainable), places)
+    optimizer, opt_state = abstract_optimizer(c, trainable, mesh)
     batch = abstract_batch(job.model, job.sizes, rows)
-    batch = jax.tree.map(_placed, batch, batch_placement(batch, mesh))
+    batch = jax.tree.map(placed, batch, batch_placement(batch, mesh))
     step = TrainStep(graphdef, optimizer, trainable, opt_state, mesh, c.train.loss_chunk, c.seed)
     trees = dict(frozen=frozen, trainable=trainable, optimiser=opt_state, batch=batch)
     what = dataclasses.replace(tuning(c, model), attention=str(model.backend))
     return AbstractStep(step, what, trees)
 
 
-def _placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+def abstract_optimizer(
+    config: ml_collections.ConfigDict, trainable: Any, mesh: Mesh
+) -> tuple[optax.GradientTransformation, Any]:
+    """The run's optimiser, and the shapes of its state for the given tree of shapes."""
+    o = config.optim
+    rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
+    optimizer = make_optimizer(rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    places = optimizer_placement(optimizer, trainable, mesh)
+    return optimizer, jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), places)
+
+
+def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """The shape of an array (or a shape) on the devices."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
@@ -180,16 +196,17 @@ def abstract_model(config: ml_collections.ConfigDict, sizes: ModelConfig, mesh: 
         model = QwenVL(sizes, dtype=jnp.dtype(settings.dtype), mesh=mesh, rngs=rngs, **how)
         if needs_adapter(config):
             lora = config.lora
-            attach_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=lora.dropout, rngs=rngs)
+            rate = lora.get("dropout", 0.0)  # reinforcement learning has none
+            attach_lora(model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, dropout=rate, rngs=rngs)
         return model
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
-    placed = []
+    found = []
     for path, variable in nnx.to_flat_state(state):
         value = variable.get_value()
         sharding = parameter_sharding(variable.get_metadata("logical_axes"), value.shape, mesh)
-        placed.append((path, variable.replace(_placed(value, sharding))))
-    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+        found.append((path, variable.replace(placed(value, sharding))))
+    return nnx.merge(graphdef, nnx.from_flat_state(found))
 
 
 def abstract_batch(model: ModelConfig, sizes: RowSizes, rows: int) -> RowBatch:

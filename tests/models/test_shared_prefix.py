@@ -18,6 +18,7 @@ from flax import nnx
 
 from mllm4d_jax.models import shared_prefix, text
 from mllm4d_jax.models.attention import masked_attention
+from mllm4d_jax.models.decoding import prefill, prefill_rows
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
@@ -308,12 +309,13 @@ def test_rows_and_caches_are_checked():
     c = case("qwen3_vl")
     inputs = c.rows.inputs._replace(vision=None)
 
-    def forward(inputs, cached):
-        model = nnx.merge(c.graphdef, c.lora, c.frozen)
-        return model.forward(inputs, keep_cache=cached)
+    def model():
+        return nnx.merge(c.graphdef, c.lora, c.frozen)
 
-    with pytest.raises(ValueError, match="a cache holds one sequence per row"):
-        jax.eval_shape(lambda x: forward(x, True), inputs)
+    with pytest.raises(ValueError, match="every row must be one prompt"):
+        jax.eval_shape(lambda x: prefill(model(), x), inputs)
+    with pytest.raises(ValueError, match="shared-prefix rows are needed"):
+        jax.eval_shape(lambda x: prefill_rows(model(), x), inputs._replace(layout=None))
     with pytest.raises(ValueError, match="tokens for RowLayout"):
         wrong = dataclasses.replace(inputs.layout, slots=3)
-        jax.eval_shape(lambda x: forward(x, False), inputs._replace(layout=wrong))
+        jax.eval_shape(lambda x: model().forward(x), inputs._replace(layout=wrong))
