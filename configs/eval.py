@@ -1,6 +1,9 @@
 """Score a model on a benchmark: tables with intervals, controls and comparisons.
 
+python run.py --config=configs/eval.py --config.model.path=DIR --config.data.path=real_mc.json --config.data.root=VIDEOS
 python run.py --config=configs/eval.py:rescore --config.rescore.path=FILE
+
+Start it again with the same workdir after an interruption: it asks what is not answered yet.
 """
 
 from __future__ import annotations

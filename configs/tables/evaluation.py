@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from configs.schema import Key
 from configs.tables.shared import RUN_KEYS, video_keys
+from configs.tables.training import SFT_KEYS
 
 EVAL_KEYS = (
     Key("task", "eval", "which task the config is for", choices=("eval",)),
@@ -17,9 +18,12 @@ EVAL_KEYS = (
     ),
     Key("data.path", "", "file with the questions, or a folder whose .json and .jsonl files are all taken"),
     Key("data.root", "", "folder that the questions' video paths are relative to"),
-    Key("data.workers", 0, "processes that decode and encode; 0 = in the main process", low=0),
+    Key("data.workers", 2, "videos that are decoded and encoded at a time while the model answers others", low=1),
+    Key("data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16),
+    *(key for key in SFT_KEYS if key.name in ("data.prefix_buckets", "data.branch_buckets")),
     Key("model.path", "", "Hugging Face folder of the model"),
     Key("model.adapter", "", "adapter on top of it: workdir or checkpoints folder of a run, or a PEFT folder"),
+    Key("model.step", -1, "checkpoint of that run by its step; -1 = the newest", low=-1),
     Key("model.dtype", "bfloat16", "dtype of weights and activations", choices=("bfloat16", "float32")),
     Key(
         "model.attention",
@@ -27,9 +31,8 @@ EVAL_KEYS = (
         "attention backend; 'auto' picks for the device",
         choices=("auto", "xla", "cudnn", "splash"),
     ),
-    Key("mesh.data", -1, "devices along the data axis; -1 = all that are left", low=-1),
-    Key("mesh.fsdp", 1, "devices along the axis that shards parameters; -1 = all that are left", low=-1),
-    Key("mesh.tensor", 1, "devices along the tensor-parallel axis; -1 = all that are left", low=-1),
+    Key("mesh.data", -1, "devices of a process along the data axis; -1 = all that are left", low=-1),
+    Key("mesh.tensor", 1, "devices of a process that share the weights; -1 = all that are left", low=-1),
     *video_keys("video"),
     Key(
         "prompt.mode",
@@ -43,6 +46,8 @@ EVAL_KEYS = (
     Key(
         "questions_per_video", 8, "most questions about a video that are asked together, over one shared prefix", low=1
     ),
+    Key("prompts_at_once", 8, "videos in the model at a time, which bounds the memory of prefill and caches", low=1),
+    Key("chunk", 32, "tokens between two looks at which responses have ended", low=1),
     Key("limit", 0, "ask only this many questions; 0 = all", low=0),
     Key(
         "control",

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import ml_collections
 
-from mllm4d_jax.eval import rescore
+from mllm4d_jax.eval import evaluate, rescore
+from mllm4d_jax.eval.evaluate import EvaluationError
 
-
-class EvaluationError(ValueError):
-    """The evaluation cannot be run as configured."""
+__all__ = ["EvaluationError", "run"]
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task.
 
     Raises:
-      EvaluationError: there is nothing to score; and what `rescore.run` raises.
+      EvaluationError: there is nothing to score and no model to ask; and what `rescore.run` or `evaluate.run` raises.
     """
     if config.rescore.path:
         return rescore.run(config, workdir)
-    raise EvaluationError(
-        "rescore.path is empty: name the predictions to score with --config.rescore.path=FILE. Asking a model the "
-        "questions of a benchmark (model.path, data.path) is not built yet"
-    )
+    if not (config.model.path or config.model.adapter):
+        raise EvaluationError(
+            "model.path and rescore.path are empty: name the model to ask with --config.model.path=DIR, or predictions "
+            "to score with --config.rescore.path=FILE"
+        )
+    return evaluate.run(config, workdir)

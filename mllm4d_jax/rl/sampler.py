@@ -39,7 +39,7 @@ from mllm4d_jax.processing.batch import ModelInputs
 from mllm4d_jax.rl.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
 from mllm4d_jax.rl.packing import Ladder, Packing
 from mllm4d_jax.rl.policy import head_logits
-from mllm4d_jax.rl.sampler_inputs import Call, fill_rows, place_inputs
+from mllm4d_jax.rl.sampler_inputs import Call, features_placement, fill_rows, place_inputs
 from mllm4d_jax.rl.sampling import SamplingOptions, branch_keys, draw
 from mllm4d_jax.train.state import merge_model
 
@@ -177,6 +177,8 @@ class Sampler:
         packing = self._first_packing(call)
         keys = KeyNumbers(np.uint32(seed), call.prompt_ids[packing.rows], call.numbers[packing.rows])
         filled, features = fill_rows(inputs, features, packing.rows)
+        if features is not None and self.mesh is not None:
+            features = jax.device_put(features, features_placement(features, self.mesh))
         cache, own, following, first, scores = self._start(
             weights,
             place_inputs(filled, self.mesh),

@@ -120,6 +120,17 @@ def fill_rows(
     return filled, features
 
 
+def features_placement(features: VisionFeatures, mesh: Mesh) -> VisionFeatures:
+    """Where features (or their shapes) go on the sampler's mesh: split over the batch axes where they can be.
+
+    They come from the learner's mesh, whose devices may stand in another order (as they do on a TPU when the sampler
+    has a mesh of its own), and a program takes no arguments of two orders.
+    """
+    split = features.merged.shape[0] % batch_shards(mesh) == 0
+    merged, deepstack = (batch_sharding(mesh, 2), batch_sharding(mesh, 3, 1)) if split else [replicated(mesh)] * 2
+    return VisionFeatures(merged, deepstack)
+
+
 def place_inputs(inputs: ModelInputs, mesh: Mesh | None) -> ModelInputs:
     """Rows and frames split over the batch axes of the mesh where they can be."""
     if mesh is None:

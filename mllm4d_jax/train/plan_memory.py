@@ -8,15 +8,19 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import ml_collections
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.parallel.mesh import AXES, make_mesh
 from mllm4d_jax.parallel.rules import partition_spec
 from mllm4d_jax.parallel.topology import GIB
 from mllm4d_jax.train.plan_compile import itemsize
 from mllm4d_jax.train.plan_step import PlanJob, abstract_model
 from mllm4d_jax.train.state import trained
+
+Parameters = tuple[tuple[str, tuple[int, ...], tuple], ...]
 
 USABLE = 0.9  # a GPU also holds the CUDA context, libraries' workspaces and the allocator's gaps
 # Bytes of memory, makers' data sheets (decimal gigabytes, as sold).
@@ -25,7 +29,9 @@ GPUS: Mapping[str, int] = MappingProxyType(
 )
 
 
-def by_kind(job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1) -> dict[str, float]:
+def by_kind(
+    job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1, table: Parameters | None = None
+) -> dict[str, float]:
     """Bytes on one device.
 
     Args:
@@ -33,6 +39,7 @@ def by_kind(job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1)
       shards: devices along the axis fsdp; what its rules do not split is whole on each.
       remat: "none", "full" or "dots".
       tensor: devices along the axis tensor, which also split what lies between the projections of a layer.
+      table: from `parameter_table`, to make it once for several calls.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
     token: one hidden state a layer with "full"; with "dots" also the results of the layer's matrix products; with
@@ -42,7 +49,7 @@ def by_kind(job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1)
     """
     c, t, s = job.config, job.model.text, job.sizes
     item = itemsize(c)
-    frozen, trainable, layer = parameters(job, shards, tensor)
+    frozen, trainable, layer = parameters(job, table or parameter_table(job.config, job.model), shards, tensor)
     tokens = rows * s.layout.size
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     inner = t.moe.intermediate_size * t.moe.top_k if t.moe else t.intermediate_size
@@ -66,20 +73,27 @@ def by_kind(job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1)
     }
 
 
-def parameters(job: PlanJob, shards: int, tensor: int = 1) -> tuple[int, int, int]:
+def parameter_table(config: ml_collections.ConfigDict, sizes: ModelConfig) -> Parameters:
+    """(name, shape, logical axes) of every parameter of the run's model."""
+    model = abstract_model(config, sizes, make_mesh({"data": 1}, jax.devices("cpu")[:1]))
+    return tuple(
+        ("/".join(map(str, path)), variable.get_value().shape, variable.get_metadata("logical_axes"))
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    )
+
+
+def parameters(job: PlanJob, table: Parameters, shards: int, tensor: int = 1) -> tuple[int, int, int]:
     """(frozen, trained) parameters on one device, and those of one decoder layer, whole."""
-    model = abstract_model(job.config, job.model, make_mesh({"data": 1}, jax.devices("cpu")[:1]))
     mesh = AbstractMesh((1, shards, tensor), AXES)
     frozen = trainable = layer = 0
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        shape = variable.get_value().shape
-        split = jax.tree.leaves(tuple(partition_spec(variable.get_metadata("logical_axes"), shape, mesh)))
+    for name, shape, axes in table:
+        split = jax.tree.leaves(tuple(partition_spec(axes, shape, mesh)))
         size = math.prod(shape) // math.prod(mesh.shape[axis] for axis in split)
-        if trained("/".join(map(str, path)), tuple(job.config.train.trainable)):
+        if trained(name, tuple(job.config.train.trainable)):
             trainable += size
         else:
             frozen += size
-        layer += math.prod(shape[1:]) if path[:2] == ("text", "stacks") else 0
+        layer += math.prod(shape[1:]) if name.startswith("text/stacks/") else 0
     return frozen, trainable, layer
 
 

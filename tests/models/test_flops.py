@@ -137,7 +137,7 @@ def test_real_work_counts_visible_pairs():
     layout = RowLayout(8, 3, 4)
     segments = np.zeros((2, layout.size), np.int32)
     segments[0, :7] = [1, 1, 1, 2, 2, 0, 0]
-    segments[0, 8:12], segments[0, 12:14], segments[0, 16:19] = 1, 2, 1
+    segments[0, 8:12], segments[0, 12:14], segments[0, 16:19], segments[0, 19] = 1, 2, 1, 2  # two in the last slot
     segments[1, :4], segments[1, 8:9] = 1, 1
     q = np.arange(layout.size)
     slot = np.where(q < layout.prefix, -1, (q - layout.prefix) // layout.length)

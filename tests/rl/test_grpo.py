@@ -6,50 +6,16 @@ import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from configs import grpo as grpo_config
 from mllm4d_jax.rl import grpo
 from mllm4d_jax.rl.grpo import Loop
 from mllm4d_jax.train.checkpoint import Checkpoints
 from mllm4d_jax.train.metrics import read_metrics
 from mllm4d_jax.train.preflight import PreflightError
-
-VOWELS = frozenset("aeiou")
-
-
-def vowels(completion, solution, record):
-    """A reward that a model without any training earns a little of: the share of vowels among its characters."""
-    return sum(c in VOWELS for c in completion) / max(1, len(completion))
-
-
-def constant(completion, solution, record):
-    return 0.5
-
-
-def make_config(world, reward="vowels", **changes):
-    """A run on a random tiny model with a fresh adapter: short completions, one device."""
-    model, folder = world
-    config = grpo_config.get_config("tiny")
-    config.model.path, config.model.adapter = str(model), ""
-    config.data.path, config.data.root = str(folder / "r1.jsonl"), str(folder)
-    config.data.prefix_buckets = (512,)
-    config.mesh.data = 1
-    config.video.num_frames = 4
-    config.reward.functions = (f"{__name__}:{reward}::1.0",)
-    config.rollout.prompts, config.rollout.completions = 2, 8
-    config.rollout.max_new_tokens, config.rollout.chunk, config.rollout.buckets = 8, 8, (8,)
-    config.rollout.stop = ()
-    config.objective.beta = 0.0
-    config.optim.lr, config.optim.b2, config.optim.warmup_ratio = 5e-3, 0.99, 0.0
-    config.optim.schedule = "constant"
-    config.eval.path = ""
-    config.train.steps, config.train.checkpoint_every = 6, 2
-    with config.unlocked():
-        for name, value in changes.items():
-            group, _, key = name.partition("__")
-            config[group][key] = value
-    return config
+from tests.rl import grpo_cases
+from tests.rl.grpo_cases import final, make_config, same_bits
 
 
 @pytest.fixture(autouse=True)
@@ -57,26 +23,6 @@ def one_device(monkeypatch):
     """A run takes all devices it finds; these are about one."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: first)
-
-
-def final(folder):
-    """All arrays of the newest checkpoint, by name."""
-    import orbax.checkpoint as ocp
-
-    with Checkpoints(folder / "checkpoints", keep=9) as kept:
-        step = kept.latest()
-    found = {}
-    for part in ("trainable", "opt"):
-        tree = ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / part)
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        found |= {f"{part}{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves}
-    return step, found
-
-
-def same_bits(a, b):
-    assert a[0] == b[0] and a[1].keys() == b[1].keys()
-    for name, x in a[1].items():
-        np.testing.assert_array_equal(x, b[1][name], err_msg=name)
 
 
 class Killed(Exception):
@@ -132,21 +78,6 @@ def test_interrupted_runs_end_in_the_same_bits(tiny_world, tmp_path, monkeypatch
     assert [row["staleness"] for row in rows] == [0, *[ahead] * 5]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rewards_rise(tiny_world, tmp_path, capsys, seed):
-    """From below .4 to above .9 within two minutes on a CPU."""
-    config = make_config(tiny_world, optim__lr=1e-2)
-    config.seed, config.train.steps, config.train.checkpoint_every = seed, 250, 1000
-    assert grpo.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:5], rows[-10:]))
-    seconds = sum(row["step_s"] for row in rows)
-    with capsys.disabled():
-        print(f"\nseed {seed}: reward {first:.3f} -> {last:.3f} in {seconds:.0f} s")
-    assert first < 0.4 and last > 0.9
-
-
 def test_rewards_rise_a_little_at_once(tiny_world, tmp_path):
     config = make_config(tiny_world, optim__lr=1e-2)
     config.train.steps, config.train.checkpoint_every = 24, 1000
@@ -160,8 +91,6 @@ def test_equal_rewards_leave_the_policy_alone(tiny_world, tmp_path):
     assert grpo.run(make_config(tiny_world, reward="constant", train__steps=2), str(tmp_path)) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert all(row["dead_groups"] == 1.0 and row["grad_norm"] == 0.0 for row in rows)
-    import orbax.checkpoint as ocp
-
     before = ocp.StandardCheckpointer().restore(tmp_path / "start" / "0" / "trainable")
     _, after = final(tmp_path)
     for path, x in jax.tree_util.tree_leaves_with_path(before):
@@ -180,10 +109,6 @@ def test_dynamic_sampling_fills_a_step(tiny_world, tmp_path):
     assert all("Which way" in question for question in asked)
 
 
-def only_directions(completion, solution, record):
-    return vowels(completion, solution, record) if "Which way" in record["question"] else 0.0
-
-
 def test_what_a_run_writes(tiny_world, tmp_path):
     """Components, held-out rewards, readable completions; an unusable record is named and passed over."""
     model, folder = tiny_world
@@ -193,11 +118,18 @@ def test_what_a_run_writes(tiny_world, tmp_path):
     mixed.write_text("\n".join([lines[0], json.dumps(bad), *lines[1:]]) + "\n")
     config = make_config(tiny_world, train__steps=5, eval__path=str(folder / "r1.jsonl"), eval__every=4, eval__limit=3)
     config.data.path, config.data.max_quarantine_rate = str(mixed), 0.5
-    config.reward.functions = ("paper::0.5", f"{__name__}:vowels::0.5")
+    config.reward.functions = ("paper::0.5", f"{grpo_cases.__name__}:vowels::0.5")
     assert grpo.run(config, str(tmp_path)) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    names = {"reward/accuracy", "reward/paper", "reward_std/total", f"reward/{__name__}:vowels", "time/decode", "gap"}
+    names = {
+        "reward/accuracy",
+        "reward/paper",
+        "reward_std/total",
+        f"reward/{grpo_cases.__name__}:vowels",
+        "time/decode",
+        "gap",
+    }
     assert names <= rows[0].keys() and all(row["gap_max"] < 1e-4 for row in rows)
     evals = read_metrics(tmp_path / "evals.jsonl")
     assert [(row["step"], row["n"]) for row in evals] == [(0, 3), (4, 3), (5, 3)]

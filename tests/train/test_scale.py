@@ -152,15 +152,15 @@ def get_config():
     config = sft.get_config("tiny")
     config.data.sample = ""
     config.model.path, config.data.path, config.data.root = {model!r}, {path!r}, {root!r}
-    config.data.questions_per_video, config.data.rows = 20, 2
-    config.train.batch_size, config.train.steps, config.train.checkpoint_every = 160, {steps}, {steps}
+    config.data.questions_per_video, config.data.rows = {most}, 2
+    config.train.batch_size, config.train.steps, config.train.checkpoint_every = 8 * {most}, {steps}, {steps}
     return config
 """
 
 
-@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_mixed_clips_compile_early_and_never_again(tiny_world, tmp_path, capsys, steps):
-    """Portrait, landscape, short and long clips with 1 to 20 questions each, as a user runs them.
+@pytest.mark.parametrize(("steps", "most"), [(12, 4), pytest.param(200, 20, marks=pytest.mark.slow)])
+def test_mixed_clips_compile_early_and_never_again(tiny_world, tmp_path, capsys, steps, most):
+    """Portrait, landscape, short and long clips with 1 to `most` questions each, as a user runs them.
 
     Eight clips in two rows a step. Prints what it cost.
     """
@@ -168,12 +168,14 @@ def test_mixed_clips_compile_early_and_never_again(tiny_world, tmp_path, capsys,
     for n in range(48):
         name, (frames, height, width) = f"clip_{n}.mp4", SHAPES[n % len(SHAPES)]
         write_clip(tmp_path / name, frames, height, width)
-        for k in range(rng.integers(1, 21)):
+        for k in range(rng.integers(1, most + 1)):
             lines.append(json.dumps(record(name, f"Question {k}? " + "Look again. " * int(rng.integers(0, 4)))))
     path = tmp_path / "records.jsonl"
     path.write_text("\n".join(lines) + "\n")
     config = tmp_path / "mixed.py"
-    config.write_text(CONFIG.format(model=str(tiny_world[0]), path=str(path), root=str(tmp_path), steps=steps))
+    config.write_text(
+        CONFIG.format(model=str(tiny_world[0]), path=str(path), root=str(tmp_path), steps=steps, most=most)
+    )
     root = Path(__file__).resolve().parents[2]
     # A process of its own has one device, not the eight of the tests.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}

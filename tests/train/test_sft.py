@@ -218,13 +218,7 @@ def test_the_best_checkpoints_stay(config, tmp_path, monkeypatch):
     config.train.checkpoint_every, config.train.keep_checkpoints, config.train.keep_best = 1, 1, 1
     config.train.log_every = 1
     losses = iter([3.0, 1.0, 2.0, 1.5, 1.25, 4.0])
-    before = sft.save
-
-    def ranked(job, recent, watchdog):
-        recent[-1] = next(losses)
-        before(job, recent, watchdog)
-
-    monkeypatch.setattr(sft, "save", ranked)
+    monkeypatch.setattr(sft.Losses, "value", lambda self, watchdog: next(losses))
     train(config, tmp_path / "w")
     with Checkpoints(tmp_path / "w/checkpoints", 1, 1) as checkpoints:
         assert (checkpoints.latest(), checkpoints.best()) == (STEPS, 2)

@@ -1,0 +1,187 @@
+"""Questions -> rows that the sampler takes: who asks which, how, and which share a prefix."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm4d_jax.data.buckets import RowBuckets
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.eval.benchmarks import Item
+from mllm4d_jax.processing.batch import ModelInputs
+from mllm4d_jax.processing.encode import Encoder, RecordError
+from mllm4d_jax.processing.example import Example, Record
+from mllm4d_jax.processing.grids import VisionGeometry
+from mllm4d_jax.processing.packing import place_branches
+from mllm4d_jax.processing.rows import Group, collate_rows, needed_sizes, share_prefix
+from mllm4d_jax.processing.video import VideoClip
+from mllm4d_jax.rl.prompts import as_prompt
+
+INSTRUCTION = "Answer with the letter of the right option."
+
+
+@dataclasses.dataclass(frozen=True)
+class Manner:
+    """How questions are asked.
+
+    Attributes:
+      mode: "direct", "st_cot" or "file".
+      system: the system prompt; None = the question's own, if it has one.
+      blind: without the video.
+    """
+
+    mode: str
+    system: str | None
+    blind: bool
+
+    def text(self, item: Item) -> str:
+        """The user's text: the file's own where it has one, else question and options.
+
+        A text made here ends with the request for a letter, unless a system prompt says how to answer.
+        """
+        if item.prompt is not None:
+            return item.prompt
+        lines = [item.question, "Options:", *(f"{letter}. {option}" for letter, option in item.choices.items())]
+        return "\n".join([*lines, INSTRUCTION] if self.mode == "direct" else lines)
+
+    def record(self, item: Item) -> Record:
+        """The conversation to be continued. Raises RecordError for a question without a file where one is needed."""
+        parts = [{"type": "text", "text": self.text(item)}]
+        if not self.blind:
+            if item.media is None:
+                raise RecordError("has no video file", "missing_file", item.id)
+            parts.insert(0, {"type": "video", "path": str(Path(item.media).absolute())})
+        messages = [{"role": "user", "content": parts}]
+        system = item.system if self.system is None else self.system
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return Record(item.id, tuple(messages))
+
+
+class ItemSource:
+    """Questions as a source of records; see `data.sources.Source`."""
+
+    def __init__(self, items: Sequence[Item], manner: Manner) -> None:
+        self.items, self.manner = tuple(items), manner
+        self.name, self.digest = "the questions", ""
+        numbers: dict[str, int] = {}
+        self.clips = np.array([numbers.setdefault(item.video, len(numbers)) for item in items], np.int32)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def key(self, i: int) -> str:
+        return self.items[i].id
+
+    def __getitem__(self, i: int) -> Record:
+        return self.manner.record(self.items[i])
+
+
+class ShuffledEncoder(Encoder):
+    """Shows the frames of every clip in random order, under the times of the true order."""
+
+    def __init__(self, *args: Any, seed: int, **options: Any) -> None:
+        """`seed`: of the order; everything else as for `Encoder`."""
+        super().__init__(*args, **options)
+        self._seed = seed
+
+    def _read(self, path: str) -> VideoClip:
+        clip = super()._read(path)
+        # By the name alone: the same order on every machine and for all questions about the clip.
+        rng = np.random.default_rng([self._seed, *Path(path).name.encode()])
+        return dataclasses.replace(clip, frames=clip.frames[rng.permutation(len(clip.frames))])
+
+
+def share_of_host(items: Sequence[Item], done: Collection[str], host: int, hosts: int) -> list[tuple[int, ...]]:
+    """The questions a host has to ask, as numbers, video by video: it has every `hosts`-th video of the benchmark.
+
+    Args:
+      done: ids that are left out. Whose a video is does not depend on them.
+    """
+    videos: dict[str, list[int]] = {}
+    for i, item in enumerate(items):
+        videos.setdefault(item.video, []).append(i)
+    mine = list(videos.values())[host::hosts]
+    left = (tuple(i for i in numbers if items[i].id not in done) for numbers in mine)
+    return [numbers for numbers in left if numbers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How questions become rows.
+
+    Attributes:
+      rows: of a batch.
+      per_row: most questions of a row.
+      buckets: what rows are padded to.
+      geometry, visual_token_ids: of the model.
+    """
+
+    rows: int
+    per_row: int
+    buckets: RowBuckets
+    geometry: VisionGeometry
+    visual_token_ids: tuple[int, ...]
+
+    def groups(self, examples: Sequence[Example]) -> list[Group]:
+        """The questions about a video as rows, of nearly equal number."""
+        parts = -(-len(examples) // self.per_row)
+        chunks = (examples[len(examples) * n // parts : len(examples) * (n + 1) // parts] for n in range(parts))
+        return [group for chunk in chunks for group in share_prefix(chunk, self.visual_token_ids)]
+
+    def collate(self, groups: Sequence[Group]) -> tuple[ModelInputs, list[list[str]]]:
+        """One batch, filled up with empty rows: (inputs, key of the question in each slot, "" for none).
+
+        Raises:
+          ValueError: more groups than rows.
+        """
+        if len(groups) > self.rows:
+            raise ValueError(f"{len(groups)} groups for {self.rows} rows")
+        rows = [[group] for group in groups] + [[] for _ in range(self.rows - len(groups))]
+        sizes = self.buckets.sizes(needed_sizes(rows, self.geometry))
+        inputs = collate_rows(rows, sizes, self.geometry, visual_token_ids=self.visual_token_ids).inputs
+        keys = [[""] * sizes.slots for _ in rows]
+        for row, group in zip(keys, groups, strict=False):
+            places = place_branches([group.branches], sizes.length)[0][0]
+            for example, (slot, _) in zip(group.examples, places, strict=True):
+                row[slot] = example.key
+        return inputs, keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The questions about a video: examples, and what is wrong with the others, by number."""
+
+    examples: tuple[Example, ...]
+    refused: tuple[tuple[int, RecordError], ...]
+
+
+def encode_ahead(
+    encoder: Encoder, source: ItemSource, videos: Iterable[tuple[int, ...]], workers: int, ahead: int
+) -> Iterator[Encoded]:
+    """Encodes videos in order, `workers` at a time, while up to `ahead` wait to be taken."""
+    group_encoder = GroupEncoder([source], encoder, cache_bytes=0, as_prompt=as_prompt)
+
+    def work(numbers: tuple[int, ...]) -> Encoded:
+        found = list(zip(numbers, group_encoder(Questions(0, numbers)), strict=True))
+        examples = tuple(result for _, result in found if not isinstance(result, RecordError))
+        return Encoded(examples, tuple((i, result) for i, result in found if isinstance(result, RecordError)))
+
+    waiting: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(workers, "encoder")
+    try:
+        for numbers in videos:
+            waiting.append(pool.submit(work, numbers))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,302 @@
+"""Asks a model the questions of a benchmark, all questions about a video together, and keeps every answer at once.
+
+Every process asks about its own videos, on its own devices; they meet only at the end, when the first one makes the
+tables. What an answer is depends on its question, the model and the seed, not on which process asks it beside what.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
+
+from mllm4d_jax.data.buckets import RowBuckets
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.eval import rescore
+from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, encode_ahead, share_of_host
+from mllm4d_jax.eval.benchmarks import Item, load_items, question_files
+from mllm4d_jax.eval.loading import Choice, choose_model, load_chosen
+from mllm4d_jax.eval.predictions import (
+    NOT_IN_ANSWERS,
+    Prediction,
+    PredictionStore,
+    config_hash,
+    read_predictions,
+)
+from mllm4d_jax.eval.scoring import Bootstrap
+from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.processing.config import ProcessorConfig
+from mllm4d_jax.processing.encode import Encoder, VideoOptions
+from mllm4d_jax.processing.prompts import resolve_system_prompt
+from mllm4d_jax.processing.rows import Group
+from mllm4d_jax.processing.tokenizer import Tokenizer
+from mllm4d_jax.rl.packing import Ladder
+from mllm4d_jax.rl.sampler import Sampler
+from mllm4d_jax.rl.sampling import SamplingOptions, banned_token_ids, prompt_id
+from mllm4d_jax.train import multihost
+from mllm4d_jax.train.metrics import write_config
+
+QUARANTINE = "quarantine.jsonl"
+# Besides `NOT_IN_ANSWERS`: where and beside what a question is computed (which changes sums in the last bits).
+_LAYOUT_KEYS = ("questions_per_video", "prompts_at_once", "chunk", "video.decode_timeout_s")
+_QUIET_S = 30.0  # between two lines of progress where there is no terminal
+
+
+class EvaluationError(ValueError):
+    """The evaluation cannot be run as configured."""
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Asks what is not answered in the workdir yet, then scores everything that is.
+
+    Raises:
+      EvaluationError: nothing to ask, or another process of the run could not finish.
+      ModelError, ExportError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError: the questions;
+        PredictionError: the workdir; ProcessorError, MeshError: what they are asked with.
+    """
+    folder, bad = Path(workdir), 0
+    try:
+        bad = _ask_all(config, folder)
+    except Exception:
+        multihost.gather([1, 0])
+        raise
+    found = multihost.gather([0, bad])
+    if found[:, 0].any():
+        raise EvaluationError(
+            f"process {int(found[:, 0].argmax())} of this run could not finish, for the reason that it gives; the "
+            "answers so far are kept, start the run again to go on"
+        )
+    if multihost.is_primary():
+        if found[:, 1].sum():
+            print(f"{found[:, 1].sum()} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
+        rescore.publish(
+            read_predictions(folder),
+            folder,
+            extractor=config.extractor,
+            bootstrap=Bootstrap(config.bootstrap.samples, config.seed),
+            controls=[rescore.read_any(path, config.benchmark) for path in config.controls],
+            compare=rescore.read_any(config.compare, config.benchmark) if config.compare else (),
+            unusable=int(found[:, 1].sum()),
+        )
+    return 0
+
+
+def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
+    """Asks this process's questions; returns how many of them could not be asked, now or earlier."""
+    items, manner, choice = load_questions(config), manner_of(config), choose_model(config)
+    host, hosts = jax.process_index(), jax.process_count()
+    digest = answers_hash(config, manner, choice)
+    with PredictionStore(folder, digest, host=host) as store:
+        if multihost.is_primary():
+            write_config(folder / "config.json", config.to_dict())
+        quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host)
+        mine = [i for video in share_of_host(items, (), host, hosts) for i in video]
+        known = {items[i].id for i in mine if quarantine.knows(0, i)}
+        left = share_of_host(items, store.done | known, host, hosts)
+        asked = sum(len(video) for video in left)
+        if asked:
+            print(f"asking {asked} of {len(items)} questions about {len(left)} videos: {choice}", flush=True)
+            ask = _Asker(config, items, manner, choice, len(left))
+            progress = Progress(asked)
+            with ask.encoder:
+                for predictions in ask(left, digest, quarantine, progress):
+                    store.append(predictions)
+                    progress.add(len(predictions))
+            progress.close()
+        return sum(quarantine.knows(0, i) for i in mine)
+
+
+def load_questions(config: ml_collections.ConfigDict) -> tuple[Item, ...]:
+    """The questions of the run, the first `limit` of them.
+
+    Raises:
+      EvaluationError: nothing to ask; and what `benchmarks.load_items` raises.
+    """
+    if not config.data.path:
+        raise EvaluationError("data.path is empty: name the benchmark's questions with --config.data.path=FILE")
+    if not config.data.root and config.control != "blind":
+        raise EvaluationError("data.root is empty: name the folder of the videos with --config.data.root=DIR")
+    items = load_items(config.benchmark, config.data.path, config.data.root or None)
+    items = items[: config.limit] if config.limit else items
+    if not items:
+        raise EvaluationError(f"data.path = {config.data.path} holds no questions")
+    return items
+
+
+def manner_of(config: ml_collections.ConfigDict) -> Manner:
+    """How the config wants questions asked.
+
+    Raises:
+      EvaluationError: prompt.file and prompt.mode contradict each other; ProcessorError: the file cannot be used.
+    """
+    mode, file = config.prompt.mode, config.prompt.file
+    if bool(file) != (mode == "file"):
+        raise EvaluationError(f"prompt.mode = {mode!r} and prompt.file = {file!r}: mode 'file' and a file go together")
+    system = resolve_system_prompt(file=file) if file else resolve_system_prompt("st_cot" if mode == "st_cot" else "")
+    return Manner(mode, system, config.control == "blind")
+
+
+def answers_hash(config: ml_collections.ConfigDict, manner: Manner, choice: Choice) -> str:
+    """Hash of all that the answers depend on: files by their content, so that they may be moved."""
+    sha = hashlib.sha256()
+    for file in question_files(config.data.path):
+        sha.update(file.name.encode() + file.read_bytes())
+    plain = config.to_dict()
+    model = {name: config.model[name] for name in ("dtype", "attention")}
+    plain["model"], plain["data"] = choice.identity() | model, {"questions": sha.hexdigest()}
+    plain["prompt"] = {"mode": manner.mode, "system": manner.system}
+    return config_hash(plain, (*NOT_IN_ANSWERS, *_LAYOUT_KEYS))
+
+
+class _Asker:
+    """The model with everything around it, on the devices of this process."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        items: Sequence[Item],
+        manner: Manner,
+        choice: Choice,
+        videos: int,
+    ) -> None:
+        self._config, self._manner = config, manner
+        self._items = {item.id: item for item in items}
+        self._source = ItemSource(items, manner)
+        processor, self._tokenizer = ProcessorConfig.from_folder(choice.base), Tokenizer.from_folder(choice.base)
+        options = VideoOptions.from_mapping(config.video)
+        of = (processor, self._tokenizer, options, config.data.max_tokens)
+        self.encoder = ShuffledEncoder(*of, seed=config.seed) if config.control == "shuffled" else Encoder(*of)
+        mesh = make_mesh(dict(config.mesh), jax.local_devices())
+        model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
+        self._layout = _layout(config, self.encoder, model, mesh, videos)
+        graphdef, state = nnx.split(model)
+        self._weights = (state,)
+        self._sampler = Sampler(graphdef, mesh, chunk=config.chunk, ladder=Ladder(shards=batch_shards(mesh)))
+        self._options = SamplingOptions(
+            temperature=config.temperature,
+            eos_ids=self._tokenizer.eos_ids,
+            banned_ids=banned_token_ids(self._tokenizer, model.config.text.vocab_size),
+        )
+
+    def __call__(self, videos: Sequence[tuple[int, ...]], digest: str, quarantine: Quarantine, progress: Progress):
+        """Predictions of one batch after the other; what cannot be asked goes to quarantine."""
+        rows, waiting = self._layout.rows, collections.deque[Group]()
+        workers = self._config.data.workers
+        ahead = max(2 * rows, workers)
+        for encoded in encode_ahead(self.encoder, self._source, videos, workers, ahead):
+            for i, error in encoded.refused:
+                quarantine.add(0, i, error)
+            progress.drop(len(encoded.refused))
+            if encoded.examples:
+                waiting.extend(self._layout.groups(encoded.examples))
+            while len(waiting) >= rows:
+                yield self._answer([waiting.popleft() for _ in range(rows)], digest)
+        if waiting:
+            yield self._answer(list(waiting), digest)
+
+    def _answer(self, groups: Sequence[Group], digest: str) -> list[Prediction]:
+        inputs, keys = self._layout.collate(groups)
+        out = self._sampler.generate(
+            self._weights,
+            inputs,
+            prompt_ids=[[prompt_id(key) for key in row] for row in keys],
+            branches=inputs.layout.slots,
+            max_new_tokens=self._config.max_new_tokens,
+            options=self._options,
+            seed=self._config.seed,
+        )
+        return [
+            Prediction.of(
+                self._items[key],
+                self._tokenizer.decode(out.ids(row, slot)),
+                prompt_mode=self._manner.mode,
+                control=self._config.control,
+                config=digest,
+                tokens=int(out.lengths[row, slot]),
+                finish=out.finish_reason[row][slot],
+            )
+            for row, places in enumerate(keys)
+            for slot, key in enumerate(places)
+            if key
+        ]
+
+
+def _layout(config: ml_collections.ConfigDict, encoder: Encoder, model: QwenVL, mesh: Mesh, videos: int) -> Layout:
+    """Rows enough for all devices, but not for more than the videos there are."""
+    c, shards = encoder.config, batch_shards(mesh)
+    rows = min(config.prompts_at_once, videos)
+    buckets = RowBuckets(
+        prefix=tuple(config.data.prefix_buckets),
+        length=tuple(config.data.branch_buckets),
+        merge_area=c.merge_size**2,
+        full_slots=config.questions_per_video,
+        full_frames=-(-config.video.num_frames // c.temporal_patch_size),
+        full_frame_patches=(encoder.max_frame_pixels or 0) // c.patch_size**2,
+    )
+    return Layout(
+        rows=-(-rows // shards) * shards,
+        per_row=config.questions_per_video,
+        buckets=buckets,
+        geometry=vision_geometry(model.config),
+        visual_token_ids=(c.image_token_id, c.video_token_id),
+    )
+
+
+class Progress:
+    """How far it is, at what rate, and how long it will take: a line that changes, or now and then a new one."""
+
+    def __init__(self, total: int, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+          total: questions.
+          out: None = the standard error stream.
+        """
+        self._out, self._clock, self._total = out or sys.stderr, clock, total
+        self._done, self._shown = 0, -_QUIET_S
+        # Recent ones only: the first batch of a shape has to be compiled.
+        self._recent = collections.deque([(clock(), 0)], maxlen=16)
+
+    def add(self, questions: int) -> None:
+        """So many more are answered."""
+        self._done += questions
+        now = self._clock()
+        self._recent.append((now, self._done))
+        if self._out.isatty():
+            print(f"\r{self.line():<79}", end="", file=self._out, flush=True)
+        elif now - self._shown >= _QUIET_S:
+            self._shown = now
+            print(self.line(), file=self._out, flush=True)
+
+    def drop(self, questions: int) -> None:
+        """So many cannot be asked."""
+        self._total -= questions
+
+    def line(self) -> str:
+        """The text."""
+        (start, before), (now, done) = self._recent[0], self._recent[-1]
+        rate = (done - before) / (now - start) if now > start else 0.0
+        left = self._total - self._done
+        share = self._done / self._total if self._total else 1.0
+        text = f"{self._done} of {self._total} questions answered ({share:.0%})"
+        return f"{text}, {rate:.2f} a second, {_duration(left / rate)} left" if rate and left else text
+
+    def close(self) -> None:
+        """Shows the last state."""
+        text = self.line()
+        print(f"\r{text:<79}" if self._out.isatty() else text, file=self._out, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
