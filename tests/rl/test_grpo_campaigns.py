@@ -1,4 +1,4 @@
-"""Whole runs that take minutes, by hand: learning on three seeds, the leash of the KL term, processes that are killed."""
+"""Whole runs that take minutes: learning on three seeds, the leash of the KL term, processes that are killed."""
 
 from __future__ import annotations
 
