@@ -27,7 +27,8 @@ from configs import common, schema
 from configs.schema import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent
-PLAN = {"sft": "mllm4d_jax.train.plan"}  # task -> the module whose run(config, workdir, targets) plans it
+# task -> the module whose run(config, workdir, targets) plans it
+PLAN = {"sft": "mllm4d_jax.train.plan", "grpo": "mllm4d_jax.rl.plan"}
 REPORTED = ("sft", "grpo", "eval")  # tasks whose workdir gets a page at the end
 FLAG_HELP = (
     ("--config=FILE[:VARIANT]", "the run: one of the files below, or your own file with a get_config(variant)"),

@@ -80,11 +80,12 @@ def write_world(folder: Path, clips: int) -> Path:
 
 
 def write_weights(folder: Path, size: str, shape: Shape, records: Path) -> None:
-    """Writes a random model: of this shape for SMALL, else in the shapes of a published one."""
+    """Writes a random model: of this shape for SMALL, else a published one, or `tiny` with the vocabulary of those."""
     if size == SMALL:
         write_model(folder, shape, [records.read_text(encoding="utf-8"), ST_COT])
     else:
-        make_checkpoint.write_checkpoint(folder, published_config(size), SEED)
+        config = make_checkpoint.tiny_config() if size == "tiny" else published_config(size)
+        make_checkpoint.write_checkpoint(folder, config, SEED)
 
 
 def run_config(
@@ -168,9 +169,8 @@ class Ours:
         return Timed(phases, ended - started, time.process_time() - used)
 
     def facts(self, drawn: Drawn) -> tuple[dict[str, int], float]:
-        """(tokens of a step, FLOPs that the model needs for the update: the pass of the reference not included)."""
+        """(numbers of tokens, FLOPs that the model needs for the update: the pass of the reference not included)."""
         c, (_, parts) = self._job.config, rows_of(self._job, drawn)
-        generated = int(drawn.rollouts.lengths.sum())
         model = ModelConfig.from_dict(json.loads((Path(c.model.path) / "config.json").read_text(encoding="utf-8")))
         tuning = Tuning(rank=c.lora.rank, targets=tuple(c.lora.targets))
         flops = sum(
@@ -183,7 +183,6 @@ class Ours:
         counts = {
             "prompt": prompt,
             "visual": int((drawn.batch.inputs.vision_index[0] >= 0).sum()),
-            "generated": generated,
             "ours": sum(rows.inputs.tokens.size for rows in parts),
             "theirs": len(drawn.rollouts.lengths) * (prompt + drawn.rollouts.tokens.shape[1]),
         }

@@ -11,7 +11,7 @@ completions have the same length. Sides take turns; figures are medians. Clips a
 Theirs is the loop of a group-relative trainer. One `generate` call draws all sequences of all prompts from a cache; one
 forward pass per prompt scores its sequences under the reference (the adapter switched off: at the start it changes
 nothing), one with gradients under the policy. Every sequence is a row with prompt and clip of its own.
-In its favour: `generate` encodes a clip once for all its sequences (Transformers >= 5.2x does), logits are made at the
+In its favour: `generate` encodes a clip once for all its sequences (as of Transformers 5.23), logits are made at the
 completions alone, old log-probs are the policy's own, without a pass, clips are decoded once, tensors lie ready before
 the clock starts (ours are put together within it), and the sequences of all prompts are one batch for decoding.
 Against it: no inference engine and no attention kernels of other packages; in the two scoring passes a clip is encoded
@@ -64,17 +64,17 @@ def main() -> int:
         names = ("prompts", "completions", "tokens", "frames", "side", "dtype")
         config = sides.run_config(folder / "model", records, **{n: getattr(args, n) for n in names})
         model = shape if args.size == sides.SMALL else args.size
-        print(
-            f"{args.prompts} prompts x {args.completions} completions of {args.tokens} tokens, {args.frames} frames of"
-        )
-        print(f"{args.side} x {args.side}, {args.dtype} on {jax.devices()[0].device_kind}, {model}", flush=True)
+        work = f"{args.prompts} prompts x {args.completions} completions of {args.tokens} tokens"
+        clip = f"{args.frames} frames of {args.side} x {args.side}"
+        print(f"{work}, {clip}, {args.dtype} on {jax.devices()[0].device_kind}, {model}", flush=True)
         with sides.open_ours(config, folder / "run") as ours:
             theirs = None
             if args.sides == "both":
                 theirs = sides.Theirs(config, ours, "cuda" if args.device == "gpu" else "cpu", args.at_once)
-            agreed = compare(ours, theirs, args.dtype)
+            drawn = ours.draw(ours.prompts())
+            agreed = compare(ours, theirs, drawn, args.dtype)
             if not args.check:
-                measure(ours, theirs, args)
+                measure(ours, theirs, drawn, args)
     return 0 if agreed else 1
 
 
@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=224, help="side of a frame in pixels")
     parser.add_argument("--rounds", type=int, default=3, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=2, help="cores for both, on a CPU")
-    parser.add_argument("--size", default="small", help="small, or a published size such as 2b")
+    parser.add_argument("--size", default="small", help="small, tiny, or a published size such as 2b")
     parser.add_argument("--layers", type=int, default=6, help="of a small model's decoder and tower")
     parser.add_argument("--width", type=int, default=512, help="of a small model's decoder; the tower has half")
     parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
@@ -104,11 +104,10 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def compare(ours, theirs, dtype: str) -> bool:
+def compare(ours, theirs, drawn, dtype: str) -> bool:
     """Lets ours learn twice from the same completions; prints how far theirs is from it each time."""
     import numpy as np
 
-    drawn = ours.draw(ours.prompts())
     sampled, worst = drawn.rollouts.logprobs, 0.0
     for when in ("at the start", "after a step"):
         adapter = ours.adapter
@@ -126,7 +125,7 @@ def compare(ours, theirs, dtype: str) -> bool:
             "loss": abs(own.loss - other.loss),
             "gradient norm": abs(own.norm / other.norm - 1),
         }
-        worst = max(worst, *gaps.values())
+        worst = float(np.max([worst, *gaps.values()]))  # a NaN stays one
         listed = ", ".join(f"{name} {gap:.1e}" for name, gap in gaps.items())
         print(f"{when}: loss {own.loss:.6f}, gradient norm {own.norm:.5f}; apart: {listed}", flush=True)
     if dtype == "float32" and not worst <= TOLERANCE:
@@ -135,19 +134,18 @@ def compare(ours, theirs, dtype: str) -> bool:
     return True
 
 
-def measure(ours, theirs, args: argparse.Namespace) -> None:
+def measure(ours, theirs, drawn, args: argparse.Namespace) -> None:
     """Steps of both sides in turn, after one of each that warms up."""
     runs: dict[str, list] = {"ours": [], "theirs": []}
-    load = [os.getloadavg()[0]]
-    for _ in range(args.rounds + 1):
+    for number in range(args.rounds + 1):
         found = ours.prompts()
         runs["ours"].append(ours.step(found))
         if theirs is not None:
             runs["theirs"].append(theirs.step(found.prompts, theirs.feed(found.prompts)))
-    load.append(os.getloadavg()[0])
+        whole = ", ".join(f"{name} {steps[-1].whole:.2f} s" for name, steps in runs.items() if steps)
+        print(f"{f'round {number}' if number else 'warm-up'}: {whole}, load {os.getloadavg()[0]:.1f}", flush=True)
     table({name: steps[1:] for name, steps in runs.items() if steps}, args)
-    facts(ours, runs["ours"][1:])
-    print(f"load average {load[0]:.1f} before, {load[1]:.1f} after", flush=True)
+    facts(ours, drawn, runs["ours"][1:])
 
 
 def table(runs: dict[str, list], args: argparse.Namespace) -> None:
@@ -174,19 +172,19 @@ def table(runs: dict[str, list], args: argparse.Namespace) -> None:
     print(f"ours is {whole:.2f} times as fast ({each}), {blind:.2f} without the tower, {cpu:.2f} in CPU time")
 
 
-def facts(ours, steps: list) -> None:
+def facts(ours, drawn, steps: list) -> None:
     """Sizes of a step, and how much of the hardware our update uses."""
     import jax
 
     from mllm4d_jax.train.throughput import mfu, peak_flops, peak_memory_gib
 
-    counts, flops = ours.facts(ours.draw(ours.prompts()))
+    counts, flops = ours.facts(drawn)
     seconds = statistics.median(step.phases["update"] for step in steps)
     share = mfu(flops, seconds, 1, peak_flops(jax.devices()[0].device_kind))
     memory = peak_memory_gib()
     print(
         f"prompt of {counts['prompt']} tokens ({counts['visual']} visual); tokens of the update's rows: ours "
-        f"{counts['ours']:,}, theirs {counts['theirs']:,}; our update: {flops / 1e12:.3f} TFLOP, "
+        f"{counts['ours']:,} with padding, theirs {counts['theirs']:,}; our update: {flops / 1e12:.3f} TFLOP, "
         f"{flops / seconds / 1e12:.3f} TFLOP/s"
         + ("" if share is None else f", MFU {share:.1%} of the bfloat16 peak")
         + ("" if memory is None else f", {memory:.1f} GiB at most")

@@ -83,7 +83,7 @@ def test_help_is_quick_because_jax_is_not_imported():
         (["configs/sft.py:tiny"], "did you mean --config=configs/sft.py:tiny?"),
         (["--confg=configs/sft.py"], "unknown flag '--confg=configs/sft.py' - did you mean '--config'?"),
         ([SFT, "--plam=v5e:4x4"], "did you mean '--plan'?"),
-        (["--config=configs/infer.py", "--plan=v5e:4x4"], "--plan is for sft, not for 'infer'"),
+        (["--config=configs/infer.py", "--plan=v5e:4x4"], "--plan is for sft, grpo, not for 'infer'"),
         ([SFT, "--workdi=x"], "did you mean '--workdir'?"),
         ([SFT, "--config.optim.lrr=1"], "unknown key 'optim.lrr' - did you mean 'optim.lr'?"),
         ([SFT, "--config.steps=1"], "unknown key 'steps' - did you mean 'train.steps'?"),

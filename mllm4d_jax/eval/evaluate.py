@@ -263,7 +263,7 @@ class Progress:
           out: None = the standard error stream.
         """
         self._out, self._clock, self._total = out or sys.stderr, clock, total
-        self._done, self._shown = 0, -_QUIET_S
+        self._done, self._shown, self._last = 0, -_QUIET_S, ""
         # Recent ones only: the first batch of a shape has to be compiled.
         self._recent = collections.deque([(clock(), 0)], maxlen=16)
 
@@ -275,8 +275,8 @@ class Progress:
         if self._out.isatty():
             print(f"\r{self.line():<79}", end="", file=self._out, flush=True)
         elif now - self._shown >= _QUIET_S:
-            self._shown = now
-            print(self.line(), file=self._out, flush=True)
+            self._shown, self._last = now, self.line()
+            print(self._last, file=self._out, flush=True)
 
     def drop(self, questions: int) -> None:
         """So many cannot be asked."""
@@ -292,9 +292,13 @@ class Progress:
         return f"{text}, {rate:.2f} a second, {_duration(left / rate)} left" if rate and left else text
 
     def close(self) -> None:
-        """Shows the last state."""
+        """Shows the last state, if it was not."""
         text = self.line()
-        print(f"\r{text:<79}" if self._out.isatty() else text, file=self._out, flush=True)
+        if self._out.isatty():
+            print(f"\r{text:<79}", file=self._out, flush=True)
+        elif text != self._last:
+            self._last = text
+            print(text, file=self._out, flush=True)
 
 
 def _duration(seconds: float) -> str:

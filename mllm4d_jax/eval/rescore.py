@@ -44,9 +44,15 @@ def publish(
     bootstrap: scoring.Bootstrap,
     controls: Sequence[Sequence[Prediction]] = (),
     compare: Sequence[Prediction] = (),
+    unusable: int = 0,
 ) -> dict[str, Any]:
-    """Writes and prints the results of predictions; returns them (see `scoring.results`)."""
+    """Writes and prints the results of predictions; returns them (see `scoring.results`).
+
+    Args:
+      unusable: questions of the run that could not be asked: in no figure, but said, and in the results by this name.
+    """
     found = scoring.results(predictions, extractor=extractor, bootstrap=bootstrap, controls=controls, compare=compare)
+    found["unusable"] = unusable
     tables.write_results(workdir, found, _to_browse(scoring.score(predictions, extractor)))
     print(tables.markdown(found))
     print(f"results.json, results.md and results.html are in {workdir}", flush=True)

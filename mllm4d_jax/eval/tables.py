@@ -66,12 +66,14 @@ def summary(results: Results) -> str:
     whole, bootstrap = results["groups"][0], results["bootstrap"]
     control = f" Control run: {results['control']}." if results["control"] else ""
     macro = results["macro"]
+    missing = results.get("unusable", 0)
+    left_out = f" {missing} more could not be asked and are in no figure (see quarantine.jsonl)." if missing else ""
     mean = f" Mean over {macro['subtasks']} subtasks: {_with_interval(macro, 'accuracy')}." if macro else ""
     return (
         f"{whole['n']} questions about {whole['clusters']} videos, {whole['correct']} right: "
-        f"{_with_interval(whole, 'accuracy')}.{mean}{control} Extractor: {results['extractor']}. Unparsed answers are "
-        f"wrong. Brackets: {results['level']:.0%} intervals, bootstrap over videos ({bootstrap['samples']} draws, seed "
-        f"{bootstrap['seed']})."
+        f"{_with_interval(whole, 'accuracy')}.{left_out}{mean}{control} Extractor: {results['extractor']}. Unparsed "
+        f"answers are wrong. Brackets: {results['level']:.0%} intervals, bootstrap over videos "
+        f"({bootstrap['samples']} draws, seed {bootstrap['seed']})."
     )
 
 

@@ -140,11 +140,10 @@ class Loop:
             with self._watchdog.phase(f"drawing completions for step {step + 1}"):
                 drawn = job.actor.draw(found, weights, step, done, time.perf_counter() - started)
             kept.append(drawn)
-            job.state.progress = dataclasses.replace(
-                job.state.progress, position=drawn.rollouts.position, rejected=drawn.rollouts.rejected
-            )
             if not objective.dynamic_sampling or sum(int(d.rollouts.informative.sum()) for d in kept) >= c.prompts:
                 break
+        last = kept[-1].rollouts
+        job.state.progress = dataclasses.replace(job.state.progress, position=last.position, rejected=last.rejected)
         return kept[0] if len(kept) == 1 else self._chosen(kept)
 
     def _chosen(self, kept: list[Drawn]) -> Drawn:

@@ -103,7 +103,8 @@ def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpo
     graphdef, trainable, frozen = split_model(model, patterns)
     objective, o = settings.objective_of(config), config.optim
     rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
-    optimizer = make_optimizer(rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
+    updates = np.repeat(rates, config.objective.iterations)
+    optimizer = make_optimizer(updates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
     trainable = _start(config, workdir, trainable, content, fresh=progress.step == 0)
     reference = jax.tree.map(lambda x: x.copy(), trainable) if objective.beta > 0 else None
     opt_state = init_optimizer(optimizer, trainable, mesh)

@@ -18,6 +18,7 @@ from mllm4d_jax.rl.presets import ObjectiveConfig
 from mllm4d_jax.rl.settings import objective_of
 from mllm4d_jax.train.plan_step import PlanError, clip_shape, model_config
 
+EXPECTED = 512  # tokens of a completion with five short steps of reasoning and two blocks of centres
 LONGEST = 1.5  # the longest completion of a step is taken to have that many times the tokens of the mean one
 
 
@@ -27,11 +28,11 @@ class Lengths:
 
     Attributes:
       text: of a prompt besides its clip: system text, question, options.
-      completion: of an average completion.
+      completion: of an average completion; 0 = `EXPECTED`, or the cap if that is shorter.
     """
 
     text: int = 384
-    completion: int = 512
+    completion: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,16 @@ class GrpoJob:
     def rows(self) -> int:
         """The learner's rows of a step."""
         return self.prompts * (self.branches // self.per_row)
+
+    @property
+    def separate(self) -> bool:
+        """Whether log-probs are made before the update, see `Learner.update`."""
+        return self.parts > 1 or self.config.objective.iterations > 1
+
+    @property
+    def scored(self) -> int:
+        """How often a step's completions are scored without a gradient."""
+        return int(self.objective.beta > 0) + int(self.separate)
 
     @property
     def at_once(self) -> int:
@@ -130,9 +141,9 @@ def plan_job(config: ml_collections.ConfigDict, lengths: Lengths | None = None) 
         raise PlanError(f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time")
     if lengths.completion > c.max_new_tokens:
         raise PlanError(
-            f"completions of {lengths.completion} tokens, but rollout.max_new_tokens = {c.max_new_tokens}: name a mean "
-            f"length below it, e.g. --plan=v5e:4x4,completion={max(1, c.max_new_tokens // 2)}"
+            f"--plan: completion={lengths.completion} is longer than rollout.max_new_tokens = {c.max_new_tokens} allows"
         )
+    lengths = dataclasses.replace(lengths, completion=lengths.completion or min(EXPECTED, c.max_new_tokens))
     return GrpoJob(config, model, objective, prompt, lengths)
 
 

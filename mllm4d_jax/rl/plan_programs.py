@@ -29,6 +29,9 @@ from mllm4d_jax.train.plan_compile import Compiled, compile_program, whole_row
 from mllm4d_jax.train.plan_step import abstract_batch, abstract_model, abstract_optimizer, local_bytes, placed
 from mllm4d_jax.train.state import split_model
 
+SAMPLING = ("prefill", "growth", "decode")
+# Kinds of memory that do not grow with the prompts of a step.
+FIXED = ("weights", COPY, "adapter", "sampler's adapter", "optimiser", "reference", "gradient", "layout", "program")
 # Which token ends a text, and which are never drawn, makes no program larger.
 _END, _PAD = 0, 0
 
@@ -39,12 +42,24 @@ class Phase:
 
     Attributes:
       name: for people.
+      kind: "encode", "prefill", "growth", "decode", "score", "gradient" or "optimiser".
       compiled: what its compilation told; its memory is of everything on a device while it runs, by kind. `rows` are
         prompts of the sampler, or rows of the learner, on a device.
+      held: bytes on a device by kind, apart from what the program itself makes.
+      prompts: how many it is for, over all devices (filled-up rows of the sampler count); 0 where it does not matter.
+      mean: tokens of the completions it is for, 0 for any.
     """
 
     name: str
+    kind: str
     compiled: Compiled
+    held: dict[str, int]
+    prompts: int = 0
+    mean: int = 0
+
+    @property
+    def sampling(self) -> bool:
+        return self.kind in SAMPLING
 
 
 class Programs:
@@ -118,7 +133,16 @@ class Programs:
         yield self._finish(features)
 
     def _compile(
-        self, name: str, lower: Callable[[], Any], more: dict[str, int], *, sampling: bool, rows: int, size: int
+        self,
+        name: str,
+        kind: str,
+        lower: Callable[[], Any],
+        more: dict[str, int],
+        *,
+        rows: int,
+        size: int,
+        prompts: int = 0,
+        mean: int = 0,
     ) -> tuple[Phase, jax.stages.Compiled | None]:
         """
         Args:
@@ -126,11 +150,11 @@ class Programs:
           rows: on a device; size: positions whose logits or scores must not all exist.
         """
         vocabulary = self.job.model.text.vocab_size
-        kinds = self.held(sampling=sampling) | more
+        kinds = self.held(sampling=kind in SAMPLING) | more
         found, program = compile_program(
             lower, kinds, lambda dtype, dims: whole_row(size, vocabulary, dtype, dims), rows
         )
-        return Phase(name, found), program
+        return Phase(name, kind, found, kinds, prompts, mean), program
 
     def _encode(self) -> tuple[Phase, jax.stages.Compiled | None]:
         job, p = self.job, self.job.prompt
@@ -139,9 +163,10 @@ class Programs:
         vision = jax.tree.map(placed, vision, placement(vision, self.mesh))
         return self._compile(
             "vision encode",
+            "encode",
             lambda: self._learner.lower("encode", self._trainable, self._frozen, vision, job.prompts),
             {"batch": local_bytes(vision)},
-            sampling=False,
+            prompts=job.prompts,
             rows=-(-job.prompts // batch_shards(self.mesh)),
             size=p.length,
         )
@@ -164,8 +189,9 @@ class Programs:
         flat = jax.tree.map(placed, flat, features_placement(flat, self.sampler_mesh))
         there = {"features": local_bytes(features) + local_bytes(flat) * (self.sampler_mesh is not self.mesh)}
         inputs = self._prompts(filled)
-        how = dict(sampling=True, rows=filled // shards, size=job.prompt.length)
+        how = dict(rows=filled // shards, size=job.prompt.length, prompts=filled)
         phase, start = self._compile(
+            "prefill",
             "prefill",
             lambda: self._sampler.lower(
                 "start",
@@ -185,7 +211,7 @@ class Programs:
         cache = jax.tree.map(placed, jax.eval_shape(lambda x: x, start.out_info[0]), start.output_shardings[0])
         there["prompt cache"] = local_bytes(cache)
         rungs = [slots for slots, _ in decode_rungs(self.ladder, c.chunk, job.cap, job.cap)]
-        caches = {slots: self._branch_cache(filled, slots) for slots in rungs}
+        caches = {slots: self._branch_cache(filled, slots) for slots in {*rungs[:1], *rungs[-2:]}}
         for slots in dict.fromkeys((rungs[0], rungs[-1]) if rungs else ()):
             if slots == rungs[-1] and len(rungs) > 1:
                 yield self._growth(caches[rungs[-2]], rungs[-1], there, how)
@@ -193,6 +219,7 @@ class Programs:
             feed = self._feed(filled)
             yield self._compile(
                 f"decode, {slots} positions",
+                "decode",
                 lambda own=own, feed=feed: self._sampler.lower(
                     "decode", self._sampled, cache, own, feed, options=self._options, chunk=c.chunk
                 ),
@@ -206,6 +233,7 @@ class Programs:
         columns = self._everywhere((filled, self.job.branches), jnp.int32, self.sampler_mesh)
         return self._compile(
             f"growth to {slots} positions",
+            "growth",
             lambda: self._sampler.lower("take_branches", smaller, rows, columns, slots=slots),
             there | {"branch cache": local_bytes(smaller)},
             **how,
@@ -248,14 +276,15 @@ class Programs:
         length = rows.places.shape[-1]
         batch = self._batch(length)
         whole = batch.mask
-        separate = job.parts > 1 or job.config.objective.iterations > 1
-        begun = self._learner.lower("begin", batch, whole if separate else None).out_info
+        begun = self._learner.lower("begin", batch, whole if job.separate else None).out_info
         batch, totals, *_ = jax.tree.map(lambda x: placed(x, replicated(self.mesh)), begun)
         own = {"features": local_bytes(features), "batch": job.parts * local_bytes(rows) + local_bytes(batch)}
-        how = dict(sampling=False, rows=-(-len(rows.places) // batch_shards(self.mesh)), size=rows.inputs.layout.size)
-        if separate or job.objective.beta > 0:
+        count, size = -(-rows.places.shape[0] // batch_shards(self.mesh)), rows.inputs.layout.size
+        how = dict(rows=count, size=size, prompts=job.prompts, mean=mean)
+        if job.scored:
             yield self._compile(
                 f"score, completions of {mean}",
+                "score",
                 lambda: self._learner.lower("score", whole, self._trainable, self._frozen, features, rows),
                 own,
                 **how,
@@ -263,6 +292,7 @@ class Programs:
         grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), self._trainable)
         yield self._compile(
             f"gradient, completions of {mean}",
+            "gradient",
             lambda: self._learner.lower("add", grads, self._trainable, self._frozen, features, rows, batch, totals),
             own | {"gradient": local_bytes(grads)},
             **how,
@@ -273,9 +303,9 @@ class Programs:
         number = self._everywhere((), jnp.float32, self.mesh)
         return self._compile(
             "optimiser",
+            "optimiser",
             lambda: self._learner.lower("finish", self._trainable, self._opt_state, grads, number, number),
             {"features": local_bytes(features), "gradient": local_bytes(grads)},
-            sampling=False,
             rows=0,
             size=self.job.row_sizes(self.job.cap).layout.size,
         )[0]

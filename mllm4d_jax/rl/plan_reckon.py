@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mllm4d_jax.models.flops import Cost, Tuning, Work, padded_work, row_pairs, step_flops
+from mllm4d_jax.models.flops import Cost, Tuning, Work, padded_work, step_flops
 from mllm4d_jax.parallel.topology import GIB
 from mllm4d_jax.rl.packing import Ladder
 from mllm4d_jax.rl.plan_job import GrpoJob, candidates, decode_rungs, differences, division_problem, mesh_shape
@@ -57,7 +57,7 @@ class Flops:
     prefill: float
     score: float
     add: float
-    decode: Any
+    decode: Callable[[int], float]
 
 
 def flops(job: GrpoJob, tuning: Tuning, mean: int, data: int) -> Flops:
@@ -86,11 +86,6 @@ def flops(job: GrpoJob, tuning: Tuning, mean: int, data: int) -> Flops:
         add=cost.hardware,
         decode=decode,
     )
-
-
-def learner_pairs(job: GrpoJob, mean: int) -> int:
-    """Visible pairs of all rows of a step."""
-    return job.rows * row_pairs(job.row_sizes(mean).layout)
 
 
 def memory(job: GrpoJob, shape: dict[str, int], remat: str, table: Parameters) -> dict[str, dict[str, float]]:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from mllm4d_jax.eval.reference import build_case, read_arrays
-from mllm4d_jax.models.decoding import branch_attention, decode, empty_branches, prefill
+from mllm4d_jax.models.decoding import Asked, branch_attention, decode, empty_branches, prefill
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.text import KVCache
 
@@ -88,16 +88,21 @@ def test_branches_do_not_see_each_other():
     assert np.abs(before - after)[0, 1, 1:].max() > 0.01
 
 
-def test_attention_against_float64():
+@pytest.mark.parametrize("asked", [False, True])
+def test_attention_against_float64(asked):
+    """`asked`: 0 to 2 of the first 3 places of a branch's cache hold tokens, new ones begin after these places."""
     rng = np.random.default_rng(1)
-    b, g, n, k, p, t, d, slot = 2, 3, 4, 2, 7, 5, 8, 2
+    b, g, n, k, p, t, d, slot = 2, 3, 4, 2, 7, 5, 8, 3 if asked else 2
+    lengths = np.array([[0, 1, 2], [2, 0, 1]])
     q, pk, pv, ok, ov = (rng.normal(size=s) for s in ((b, g, n, d), *[(b, k, p, d)] * 2, *[(b, g, k, t, d)] * 2))
     visible = rng.random((b, p)) < 0.6
     cast = functools.partial(jnp.asarray, dtype=jnp.float32)
-    found = branch_attention(cast(q), KVCache(cast(pk), cast(pv)), visible, KVCache(cast(ok), cast(ov)), slot)
+    began = Asked(jnp.asarray(lengths), jnp.int32(3)) if asked else None
+    found = branch_attention(cast(q), KVCache(cast(pk), cast(pv)), visible, KVCache(cast(ok), cast(ov)), slot, began)
     for i, j, h in np.ndindex(b, g, n):
         kv = h // (n // k)
-        keys = np.concatenate([pk[i, kv][visible[i]], ok[i, j, kv, : slot + 1]])
-        values = np.concatenate([pv[i, kv][visible[i]], ov[i, j, kv, : slot + 1]])
+        own = [*range(lengths[i, j]), 3] if asked else list(range(slot + 1))
+        keys = np.concatenate([pk[i, kv][visible[i]], ok[i, j, kv, own]])
+        values = np.concatenate([pv[i, kv][visible[i]], ov[i, j, kv, own]])
         weights = np.exp(keys @ q[i, j, h] * d**-0.5)
         np.testing.assert_allclose(found[i, j, h], weights @ values / weights.sum(), atol=2e-6)

@@ -1,0 +1,326 @@
+"""Asking a model: what is asked, that nothing is lost or asked twice, and that company changes no answer."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from configs import common, schema
+from configs import sft as sft_config
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.samples import write_sample_world
+from mllm4d_jax.eval import evaluate, export, loading
+from mllm4d_jax.eval.asking import INSTRUCTION, ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
+from mllm4d_jax.eval.evaluate import EvaluationError, Progress
+from mllm4d_jax.eval.predictions import PredictionError, read_predictions
+from mllm4d_jax.processing.config import ProcessorConfig
+from mllm4d_jax.processing.encode import Encoder, VideoOptions
+from mllm4d_jax.processing.prompts import ST_COT
+from mllm4d_jax.processing.tokenizer import Tokenizer
+from mllm4d_jax.train import sft
+from mllm4d_jax.train.tiny import write_tiny_model
+from tests.eval.question_fixtures import item
+from tests.train.processes import Processes, write_config
+
+FRAMES = 4
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with model/, world/ (3 clips with 4 questions each) and asked.jsonl, whose last question has no clip."""
+    folder = tmp_path_factory.mktemp("asked")
+    records = write_sample_world(folder / "world", seed=0, clips=3)
+    write_tiny_model(folder / "model", [records.read_text()], seed=0)
+    rows = [json.loads(line) for line in (folder / "world/r1.jsonl").read_text().splitlines()]
+    (folder / "world/videos/broken.mp4").write_bytes(b"no video")
+    rows.append(rows[0] | {"videos": ["videos/broken.mp4"]})
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def make_config(folder, **values):
+    """A quick evaluation of the tiny model; keys with `__` for dots."""
+    chosen = {
+        "benchmark": "jsonl",
+        "model.path": str(folder / "model"),
+        "model.dtype": "float32",
+        "data.path": str(folder / "asked.jsonl"),
+        "data.root": str(folder / "world"),
+        "data.prefix_buckets": (128,),
+        "data.branch_buckets": (128,),
+        "video.num_frames": FRAMES,
+        "max_new_tokens": 6,
+        "bootstrap.samples": 100,
+    }
+    return schema.build(common.EVAL_KEYS, chosen | {name.replace("__", "."): v for name, v in values.items()})
+
+
+def answers(workdir):
+    return {one.id: (one.response, one.tokens, one.finish, one.letter) for one in read_predictions(workdir)}
+
+
+@pytest.fixture(scope="session")
+def asked(world, tmp_path_factory):
+    """Workdir of a finished run, 4 questions to a row."""
+    workdir = tmp_path_factory.mktemp("runs") / "together"
+    assert evaluate.run(make_config(world), str(workdir)) == 0
+    return workdir
+
+
+def test_a_run_answers_every_question_and_says_what_it_could_not_ask(asked, capsys):
+    found = answers(asked)
+    assert set(found) == {f"asked.jsonl#{i}" for i in range(12)}
+    assert len({response for response, *_ in found.values()}) > 3  # the model does not say one thing to all
+    entry = json.loads((asked / "quarantine.jsonl").read_text())
+    assert (entry["key"], entry["index"]) == ("asked.jsonl#12", 12)
+    results = json.loads((asked / "results.json").read_text())
+    assert results["unusable"] == 1 and results["groups"][0]["n"] == 12
+    assert "1 more could not be asked" in (asked / "results.md").read_text()
+    assert json.loads((asked / "config.json").read_text())["benchmark"] == "jsonl"
+
+
+def test_a_finished_run_asks_nothing_again(asked, world, tmp_path, monkeypatch):
+    workdir = tmp_path / "copy"
+    shutil.copytree(asked, workdir)
+    monkeypatch.setattr(evaluate, "load_chosen", None)  # would be called
+    before = (workdir / "predictions.jsonl").read_bytes()
+    assert evaluate.run(make_config(world, questions_per_video=2, prompts_at_once=1), str(workdir)) == 0
+    assert (workdir / "predictions.jsonl").read_bytes() == before
+    with pytest.raises(PredictionError, match="made with another configuration"):
+        evaluate.run(make_config(world, temperature=0.5), str(workdir))
+
+
+def test_one_question_at_a_time_gives_the_same_answers(asked, world, tmp_path):
+    """What a killed run left of a line is asked again, what is there is kept."""
+    kept = (asked / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    workdir = tmp_path / "one"
+    workdir.mkdir()
+    (workdir / "predictions.jsonl").write_bytes(kept[0] + kept[5][:40])
+    assert evaluate.run(make_config(world, questions_per_video=1), str(workdir)) == 0
+    assert answers(workdir) == answers(asked)
+    lines = (workdir / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    assert lines[0] == kept[0] and len(lines) == 12
+
+
+def encoders(folder):
+    of = (ProcessorConfig.from_folder(folder / "model"), Tokenizer.from_folder(folder / "model"))
+    options = VideoOptions(num_frames=FRAMES)
+    return Encoder(*of, options), ShuffledEncoder(*of, options, seed=0)
+
+
+def frames_of(example):
+    """f32[frames, ...] of a clip's patches, undone from pairs of frames."""
+    grid = example.grids[0]
+    pairs = example.patches.reshape(grid.t, grid.h * grid.w, 3, 2, -1)
+    return pairs.transpose(0, 3, 1, 2, 4).reshape(2 * grid.t, -1)
+
+
+def test_controls_change_what_the_model_sees_and_nothing_else(world):
+    asked = item(prompt="Which?", media=str(world / "world/videos/clip_000.mp4"))
+    plain, shuffled = encoders(world)
+    with plain, shuffled:
+        record = Manner("direct", None, blind=False).record(asked)
+        true, mixed, again = (e.encode(record, add_generation_prompt=True) for e in (plain, shuffled, shuffled))
+        blind = plain.encode(Manner("direct", None, blind=True).record(asked), add_generation_prompt=True)
+    a, b = frames_of(true), frames_of(mixed)
+    assert not np.array_equal(a, b) and np.array_equal(b, frames_of(again))
+    assert sorted(x.tobytes() for x in a) == sorted(x.tobytes() for x in b)
+    assert (true.text, true.timestamps, true.key) == (mixed.text, mixed.timestamps, mixed.key)
+    np.testing.assert_array_equal(true.positions, mixed.positions)
+    assert blind.grids == () and "Which?" in blind.text and "vision" not in blind.text and "vision" in true.text
+
+
+def test_manners(tmp_path):
+    asked = item(media="/v/a.mp4")
+    composed = "Where does it go?\nOptions:\nA. left\nB. right\nC. up\nD. down"
+
+    def turns(config, one=asked):
+        made = evaluate.manner_of(schema.build(common.EVAL_KEYS, config)).record(one)
+        return [(m["role"], m["content"]) for m in made.messages]
+
+    video = {"type": "video", "path": "/v/a.mp4"}
+    direct = {"type": "text", "text": f"{composed}\n{INSTRUCTION}"}
+    assert turns({}) == [("user", [video, direct])]
+    assert turns({"control": "blind"}) == [("user", [direct])]
+    (who, system), (_, parts) = turns({"prompt.mode": "st_cot"}, item(media="/v/a.mp4", system="Be brief."))
+    assert (who, system, parts[1]["text"]) == ("system", ST_COT, composed)
+    assert turns({}, item(media="/v/a.mp4", system="Be brief.", prompt="As it was."))[0] == ("system", "Be brief.")
+    file = tmp_path / "system.txt"
+    file.write_text("Think first.\n")
+    assert turns({"prompt.mode": "file", "prompt.file": str(file)})[0] == ("system", "Think first.")
+    for wrong in ({"prompt.mode": "file"}, {"prompt.file": str(file)}):
+        with pytest.raises(EvaluationError, match="mode 'file' and a file go together"):
+            turns(wrong)
+
+
+def test_hosts_share_videos_whatever_is_done():
+    items = [item(f"q{i}", video=f"{i % 5}.mp4") for i in range(13)]
+    shares = [share_of_host(items, (), host, 3) for host in range(3)]
+    assert shares[0] == [(0, 5, 10), (3, 8)] and sorted(i for s in shares for v in s for i in v) == list(range(13))
+    assert share_of_host(items, {"q5", "q3", "q8"}, 0, 3) == [(0, 10)]
+
+
+def test_rows_hold_nearly_equally_many_questions(world):
+    source = ItemSource([item(f"q{i}", prompt=f"{i}?") for i in range(9)], Manner("direct", None, blind=True))
+    plain, _ = encoders(world)
+    examples = [plain.encode(source[i], add_generation_prompt=True) for i in range(9)]
+    layout = Layout(2, 8, None, None, (1, 2))
+    assert [[e.key for e in g.examples] for g in layout.groups(examples)] == [
+        ["q0", "q1", "q2", "q3"],
+        ["q4", "q5", "q6", "q7", "q8"],
+    ]
+    with pytest.raises(ValueError, match="3 groups for 2 rows"):
+        layout.collate([None] * 3)
+
+
+def test_the_hash_is_of_what_answers_depend_on(world, tmp_path):
+    def digest(**values):
+        config = make_config(world, **values)
+        return evaluate.answers_hash(config, evaluate.manner_of(config), loading.choose_model(config))
+
+    first = digest()
+    assert digest(questions_per_video=3, prompts_at_once=1, limit=2, data__workers=1, mesh__data=2) == first
+    shutil.copytree(world / "model", tmp_path / "model")
+    shutil.copy(world / "asked.jsonl", tmp_path)
+    moved = dict(model__path=str(tmp_path / "model"), data__path=str(tmp_path / "asked.jsonl"))
+    assert digest(**moved) == first
+    (tmp_path / "asked.jsonl").write_text((world / "asked.jsonl").read_text().replace("camera", "viewer"))
+    assert digest(**moved) != first
+    for change in (dict(seed=1), dict(control="blind"), dict(prompt__mode="st_cot"), dict(video__num_frames=8)):
+        assert digest(**change) != first
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (dict(data__path=""), EvaluationError, "data.path is empty"),
+        (dict(data__root=""), EvaluationError, "data.root is empty"),
+        (dict(model__path="nowhere"), loading.ModelError, "model.path = 'nowhere' is not a model folder"),
+        (dict(model__adapter="nowhere"), loading.ModelError, "model.adapter = nowhere holds neither"),
+        (dict(model__step=3), loading.ModelError, "model.step = 3 without model.adapter"),
+    ],
+)
+def test_what_cannot_be_run_is_said(world, tmp_path, values, error, message):
+    with pytest.raises(error, match=message):
+        evaluate.run(make_config(world, **values), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_fails_stops_the_others(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_ask_all", lambda config, folder: 0)
+    monkeypatch.setattr(evaluate.multihost, "gather", lambda numbers: np.array([numbers, [1, 0]]))
+    with pytest.raises(EvaluationError, match="process 1 of this run could not finish"):
+        evaluate.run(make_config(world), str(tmp_path))
+
+
+def test_a_quarantined_question_is_not_tried_again(asked, world, tmp_path, capsys, monkeypatch):
+    shutil.copytree(asked, tmp_path / "out")
+    monkeypatch.setattr(Quarantine, "add", None)
+    assert evaluate.run(make_config(world), str(tmp_path / "out")) == 0
+    assert "1 questions could not be asked" in capsys.readouterr().out
+
+
+def test_progress():
+    now, out = [0.0], io.StringIO()
+    progress = Progress(40, out, lambda: now[0])
+    now[0] = 10.0
+    progress.add(10)
+    assert progress.line() == "10 of 40 questions answered (25%), 1.00 a second, 30 s left"
+    progress.drop(5)
+    now[0] = 20.0
+    progress.add(20)
+    assert progress.line() == "30 of 35 questions answered (86%), 1.50 a second, 3 s left"
+    progress.add(5)
+    progress.close()
+    shown = out.getvalue()
+    progress.close()
+    assert out.getvalue() == shown
+    assert shown.splitlines() == [
+        "10 of 40 questions answered (25%), 1.00 a second, 30 s left",
+        "35 of 35 questions answered (100%)",
+    ]
+
+
+@pytest.mark.slow
+def test_control_runs_answer_otherwise(asked, world, tmp_path):
+    plain = answers(asked)
+    for control in ("blind", "shuffled"):
+        assert evaluate.run(make_config(world, control=control), str(tmp_path / control)) == 0
+        found = read_predictions(tmp_path / control)
+        assert {one.control for one in found} == {control}
+        # The broken clip is no obstacle to a question that is asked without it.
+        assert len(found) == (13 if control == "blind" else 12)
+        assert any(answers(tmp_path / control)[name][0] != plain[name][0] for name in plain)
+
+
+@pytest.fixture
+def processes_config(tmp_path, monkeypatch):
+    """Returns a function of a config: its file, for processes that share their compiled programs."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    return lambda config: write_config(tmp_path / "run_config.py", config)
+
+
+@pytest.mark.slow
+def test_five_kills_lose_and_repeat_nothing(world, tmp_path, processes_config):
+    rows = [json.loads(line) for line in (world / "asked.jsonl").read_text().splitlines()]
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps(row) + "\n" for row in rows * 6))
+    config = make_config(world, data__path=str(many), questions_per_video=1, prompts_at_once=1, max_new_tokens=16)
+    workdir, moments = tmp_path / "killed", random.Random(5)
+    path, file = workdir / "predictions.jsonl", processes_config(config)
+
+    def lines():
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    for _ in range(5):
+        wanted = lines() + moments.randint(0, 6)
+        with Processes(file, workdir) as run:
+            victim, end = run.running[0], time.monotonic() + 120
+            while lines() < wanted:
+                assert victim.poll() is None and time.monotonic() < end, run.text()
+                time.sleep(0.001)
+            time.sleep(moments.random() * 0.02)
+            victim.kill()
+            assert victim.wait() == -9, run.text()
+    assert 0 < lines() < 72
+    with Processes(file, workdir) as run:
+        assert run.wait() == [0], run.text()
+    whole = make_config(world, data__path=str(many), max_new_tokens=16)
+    assert evaluate.run(whole, str(tmp_path / "whole")) == 0
+    assert len(path.read_text().splitlines()) == 72  # read_predictions refuses an id that is there twice
+    assert answers(workdir) == answers(tmp_path / "whole")
+    assert len((workdir / "quarantine.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_ask_what_one_does_of_a_model_that_a_run_has_trained(asked, world, tmp_path, processes_config):
+    training = sft_config.get_config("tiny")
+    training.data.sample, training.model.path = "", str(world / "model")
+    training.data.path, training.data.root = str(world / "world/records.json"), str(world / "world")
+    training.video.num_frames, training.train.steps, training.train.batch_size = FRAMES, 2, 8
+    training.optim.lr, training.optim.warmup_ratio, training.optim.schedule = 0.05, 0.0, "constant"
+    assert sft.run(training, str(tmp_path / "trained")) == 0
+    config = make_config(world, model__path="", model__adapter=str(tmp_path / "trained"))
+    assert evaluate.run(config, str(tmp_path / "one")) == 0
+    one = answers(tmp_path / "one")
+    assert one.keys() == answers(asked).keys() and one != answers(asked)
+    exported = {"form": "peft", "source": str(tmp_path / "trained"), "output": str(tmp_path / "peft")}
+    assert export.run(schema.build(common.EXPORT_KEYS, exported), "unused") == 0
+    assert evaluate.run(make_config(world, model__adapter=exported["output"]), str(tmp_path / "of_peft")) == 0
+    assert answers(tmp_path / "of_peft") == one
+    with Processes(processes_config(config), tmp_path / "two", count=2) as run:
+        assert run.wait() == [0, 0], run.text()
+    assert answers(tmp_path / "two") == one
+    assert sorted(p.name for p in (tmp_path / "two").glob("predictions*")) == [
+        "predictions.1.jsonl",
+        "predictions.jsonl",
+    ]
+    results = json.loads((tmp_path / "two/results.json").read_text())
+    assert (results["groups"][0]["n"], results["unusable"]) == (12, 1)
