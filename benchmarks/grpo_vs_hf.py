@@ -5,8 +5,9 @@ python benchmarks/grpo_vs_hf.py --check                          # compares the 
 python benchmarks/grpo_vs_hf.py --device=gpu --dtype=bfloat16 --size=2b --frames=32 --tokens=512
 
 Needs requirements-reference.txt. A random Qwen3-VL with a frozen tower and rank-16 adapters on q, k, v, o; the paper's
-prompt, reward and objective (KL term included) and a second reward, in which random texts differ. No end token: all
-completions have the same length. Sides take turns; figures are medians. Clips are decoded before the clock starts.
+prompt, reward and objective (KL term included), and a second reward that is noise, so that there is a gradient. No end
+token: all completions have the same length. Sides take turns; figures are medians. Clips are decoded before the clock
+starts. What remains of the ratio without the tower on both sides is printed, too.
 
 Theirs is the loop of a group-relative trainer. One `generate` call draws all sequences of all prompts from a cache; one
 forward pass per prompt scores its sequences under the reference (the adapter switched off: at the start it changes
@@ -15,7 +16,7 @@ In its favour: `generate` encodes a clip once for all its sequences (as of Trans
 completions alone, old log-probs are the policy's own, without a pass, clips are decoded once, tensors lie ready before
 the clock starts (ours are put together within it), and the sequences of all prompts are one batch for decoding.
 Against it: no inference engine and no attention kernels of other packages; in the two scoring passes a clip is encoded
-once per sequence, as trainers do. What remains without the tower on both sides is printed, too.
+once per sequence, as trainers do.
 
 Before that both sides look at the same completions twice, at the start and after our optimiser step: log-probs under
 policy and reference, loss and gradient norm have to agree to 1e-4 in float32, or the exit code is 1.
@@ -96,6 +97,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at-once", type=int, default=12, help="their sequences of a forward pass while scoring")
     parser.add_argument("--check", action="store_true", help="compare the numbers on a small model and stop")
     args = parser.parse_args()
+    if args.dtype == "bfloat16" and args.device == "cpu":
+        parser.error("--dtype=bfloat16 goes with --device=gpu: XLA's CPU backend lacks products that decoding needs")
     if args.check:
         if args.sides != "both" or args.dtype != "float32":
             parser.error("--check compares both sides in float32")
@@ -112,6 +115,8 @@ def compare(ours, theirs, drawn, dtype: str) -> bool:
     for when in ("at the start", "after a step"):
         adapter = ours.adapter
         own = ours.numbers(drawn)
+        if not own.norm > 0:
+            raise SystemExit("no gradient: all texts of a prompt are equal, give a larger --tokens or --completions")
         if when == "at the start":
             print(f"log-probs of sampler and learner apart: {np.abs(sampled - own.policy).max():.1e} nats", flush=True)
         if theirs is None:

@@ -16,7 +16,7 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
-from mllm4d_jax.data.samples import draw, make_clip, questions, write_video
+from mllm4d_jax.data.samples import SampleQuestion, draw, make_clip, questions, write_video
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.published import published_config
@@ -70,11 +70,11 @@ def write_world(folder: Path, clips: int, per_clip: int) -> Path:
         write_video(
             folder / name, np.stack([cv2.resize(f, STORED[::-1], interpolation=cv2.INTER_CUBIC) for f in frames])
         )
-        asked: list[tuple[str, str]] = []
+        asked: list[SampleQuestion] = []
         while len(asked) < per_clip:
             asked += questions(clip, rng)
-        for text, letter in asked[:per_clip]:
-            turns = [{"from": "human", "value": f"<video>\n{text}"}, {"from": "gpt", "value": letter}]
+        for one in asked[:per_clip]:
+            turns = [{"from": "human", "value": f"<video>\n{one.text}"}, {"from": "gpt", "value": one.letter}]
             records.append({"video": name, "conversations": turns})
     path = folder / "records.json"
     path.write_text(json.dumps(records), encoding="utf-8")

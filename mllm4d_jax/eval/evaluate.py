@@ -16,6 +16,7 @@ from typing import TextIO
 
 import jax
 import ml_collections
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -57,6 +58,10 @@ class EvaluationError(ValueError):
     """The evaluation cannot be run as configured."""
 
 
+class StoppedElsewhereError(EvaluationError):
+    """Another process of the run could not go on."""
+
+
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Asks what is not answered in the workdir yet, then scores everything that is.
 
@@ -65,21 +70,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       ModelError, ExportError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError: the questions;
         PredictionError: the workdir; ProcessorError, MeshError: what they are asked with.
     """
-    folder, bad = Path(workdir), 0
+    folder = Path(workdir)
     try:
         bad = _ask_all(config, folder)
-    except Exception:
-        multihost.gather([1, 0])
+    except StoppedElsewhereError:
         raise
-    found = multihost.gather([0, bad])
-    if found[:, 0].any():
-        raise EvaluationError(
-            f"process {int(found[:, 0].argmax())} of this run could not finish, for the reason that it gives; the "
-            "answers so far are kept, start the run again to go on"
-        )
+    except Exception:
+        multihost.gather([1, 0])  # the others wait in `_agree`
+        raise
+    unusable = int(_agree(bad).sum())
     if multihost.is_primary():
-        if found[:, 1].sum():
-            print(f"{found[:, 1].sum()} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
+        if unusable:
+            print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
         rescore.publish(
             read_predictions(folder),
             folder,
@@ -87,9 +89,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
             bootstrap=Bootstrap(config.bootstrap.samples, config.seed),
             controls=[rescore.read_any(path, config.benchmark) for path in config.controls],
             compare=rescore.read_any(config.compare, config.benchmark) if config.compare else (),
-            unusable=int(found[:, 1].sum()),
+            unusable=unusable,
         )
     return 0
+
+
+def _agree(number: int) -> np.ndarray:
+    """The number of every process, once all of them are here.
+
+    Raises:
+      StoppedElsewhereError: one of them failed on its way.
+    """
+    found = multihost.gather([0, number])
+    if found[:, 0].any():
+        raise StoppedElsewhereError(
+            f"process {int(found[:, 0].argmax())} of this run could not go on, for the reason that it gives; the "
+            "answers so far are kept, start the run again to go on"
+        )
+    return found[:, 1]
 
 
 def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
@@ -105,10 +122,10 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
         known = {items[i].id for i in mine if quarantine.knows(0, i)}
         left = share_of_host(items, store.done | known, host, hosts)
         asked = sum(len(video) for video in left)
-        if asked:
+        # All processes load the model or none: those that read a checkpoint do it together.
+        if _agree(asked).any():
             print(f"asking {asked} of {len(items)} questions about {len(left)} videos: {choice}", flush=True)
-            ask = _Asker(config, items, manner, choice, len(left))
-            progress = Progress(asked)
+            ask, progress = _Asker(config, items, manner, choice, len(left)), Progress(asked)
             with ask.encoder:
                 for predictions in ask(left, digest, quarantine, progress):
                     store.append(predictions)
@@ -235,7 +252,7 @@ class _Asker:
 def _layout(config: ml_collections.ConfigDict, encoder: Encoder, model: QwenVL, mesh: Mesh, videos: int) -> Layout:
     """Rows enough for all devices, but not for more than the videos there are."""
     c, shards = encoder.config, batch_shards(mesh)
-    rows = min(config.prompts_at_once, videos)
+    rows = max(1, min(config.prompts_at_once, videos))
     buckets = RowBuckets(
         prefix=tuple(config.data.prefix_buckets),
         length=tuple(config.data.branch_buckets),

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mllm4d_jax.models.products import einsum_f32
+
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 QUERY_BLOCK = 512  # queries whose scores the xla form holds at a time on an accelerator
 
@@ -153,7 +155,7 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     """
     b, s, n, d = q.shape
     grouped = q.reshape(b, s, k.shape[1], n // k.shape[1], d)
-    scores = jnp.einsum("bskgd,bktd->bkgst", grouped, k, preferred_element_type=jnp.float32) * d**-0.5
+    scores = einsum_f32("bskgd,bktd->bkgst", grouped, k) * d**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgst,bktd->bskgd", probs, v).reshape(b, s, n, d)

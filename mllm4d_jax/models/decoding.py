@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.layers import scan_layers
+from mllm4d_jax.models.products import einsum_f32
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import KVCache, run_lengths
 from mllm4d_jax.models.vision import VisionFeatures
@@ -226,9 +227,8 @@ def branch_attention(
     """
     b, g, n, d = q.shape
     grouped = q.reshape(b, g, prompt.k.shape[1], -1, d)
-    exact = dict(preferred_element_type=jnp.float32)
-    first = jnp.einsum("bgknd,bkpd->bgknp", grouped, prompt.k, **exact) * d**-0.5
-    second = jnp.einsum("bgknd,bgktd->bgknt", grouped, own.k, **exact) * d**-0.5
+    first = einsum_f32("bgknd,bkpd->bgknp", grouped, prompt.k) * d**-0.5
+    second = einsum_f32("bgknd,bgktd->bgknt", grouped, own.k) * d**-0.5
     first = jnp.where(visible[:, None, None, None], first, _LOWEST)
     places = jnp.arange(own.k.shape[-2])
     seen = places <= slot
@@ -239,6 +239,6 @@ def branch_attention(
     top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
     first, second = jnp.exp(first - top), jnp.exp(second - top)
     total = first.sum(-1) + second.sum(-1)
-    out = jnp.einsum("bgknp,bkpd->bgknd", first.astype(q.dtype), prompt.v, **exact)
-    out += jnp.einsum("bgknt,bgktd->bgknd", second.astype(q.dtype), own.v, **exact)
+    out = einsum_f32("bgknp,bkpd->bgknd", first.astype(q.dtype), prompt.v)
+    out += einsum_f32("bgknt,bgktd->bgknd", second.astype(q.dtype), own.v)
     return (out / total[..., None]).astype(q.dtype).reshape(b, g, n, d)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mllm4d_jax.models.attention import Backend, as_backend, attention, masked_attention
+from mllm4d_jax.models.products import einsum_f32
 from mllm4d_jax.processing.batch import RowLayout
 
 jax.tree_util.register_static(RowLayout)  # a layout is part of a batch's shape: one compiled step for each
@@ -136,10 +137,9 @@ def _two_parts(q, prefix_k, prefix_v, see_prefix, own_k, own_v, see_own) -> jax.
     """
     b, c, m, n, d = q.shape
     grouped = q.reshape(b, c, m, prefix_k.shape[2], -1, d)
-    exact = dict(preferred_element_type=jnp.float32)
     scores = [
-        jnp.einsum("bcmkgd,bpkd->bkgcmp", grouped, prefix_k, **exact),
-        jnp.einsum("bcmkgd,bclkd->bkgcml", grouped, own_k, **exact),
+        einsum_f32("bcmkgd,bpkd->bkgcmp", grouped, prefix_k),
+        einsum_f32("bcmkgd,bclkd->bkgcml", grouped, own_k),
     ]
     masks = (see_prefix[:, None, None], see_own[:, None, None])
     scores = [jnp.where(mask, s * d**-0.5, _LOWEST) for s, mask in zip(scores, masks, strict=True)]
@@ -147,7 +147,7 @@ def _two_parts(q, prefix_k, prefix_v, see_prefix, own_k, own_v, see_own) -> jax.
     top = jax.lax.stop_gradient(jnp.maximum(*(s.max(-1, keepdims=True) for s in scores)))
     weights = [jnp.exp(s - top) for s in scores]
     total = sum(w.sum(-1) for w in weights)  # f32[B,K,G,C,M]
-    out = jnp.einsum("bkgcmp,bpkd->bkgcmd", weights[0].astype(q.dtype), prefix_v, **exact)
-    out += jnp.einsum("bkgcml,bclkd->bkgcmd", weights[1].astype(q.dtype), own_v, **exact)
+    out = einsum_f32("bkgcmp,bpkd->bkgcmd", weights[0].astype(q.dtype), prefix_v)
+    out += einsum_f32("bkgcml,bclkd->bkgcmd", weights[1].astype(q.dtype), own_v)
     out = (out / total[..., None]).astype(q.dtype)
     return out.transpose(0, 3, 4, 1, 2, 5).reshape(b, c, m, n, d)

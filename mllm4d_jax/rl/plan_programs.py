@@ -221,7 +221,7 @@ class Programs:
                 f"decode, {slots} positions",
                 "decode",
                 lambda own=own, feed=feed: self._sampler.lower(
-                    "decode", self._sampled, cache, own, feed, options=self._options, chunk=c.chunk
+                    "decode", self._sampled, cache, own=own, feed=feed, options=self._options, chunk=c.chunk
                 ),
                 there | {"branch cache": local_bytes(own)},
                 **how,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mllm4d_jax.models.products import einsum_f32
 from mllm4d_jax.train.logits import over_positions, pick
 
 # Finite, so that a banned token adds exactly 0 to the entropy instead of 0 times infinity.
@@ -35,7 +36,7 @@ class TokenScores(NamedTuple):
 
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """[..., H] and [H, V] -> f32[..., V], summed in fp32 and not rounded to the activation dtype."""
-    return jnp.einsum("...h,hv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return einsum_f32("...h,hv->...v", hidden, head.astype(hidden.dtype))
 
 
 def policy_logits(logits: jax.Array, temperature: float, banned_ids: Sequence[int]) -> jax.Array:

@@ -135,16 +135,16 @@ class Sampler:
 
         return jax.jit(counted, static_argnames=static, donate_argnames=donated)
 
-    def lower(self, program: str, *args: Any, **static: Any) -> jax.stages.Lowered:
+    def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
         """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
-        return getattr(self, f"_{program}").lower(*args, **static)
+        return getattr(self, f"_{program}").lower(*args, **named)
 
     def generate(
         self,
         weights: tuple,
         inputs: ModelInputs,
         *,
-        prompt_ids: Sequence[int],
+        prompt_ids: Sequence[int] | Sequence[Sequence[int]],
         branches: int,
         max_new_tokens: int | np.ndarray,
         options: SamplingOptions,
@@ -214,9 +214,9 @@ class Sampler:
             if wanted is not packing:
                 cache, own = self._repack(cache, own, packing, wanted)
                 packing, compactions = wanted, compactions + 1
-            out = self._decode(
-                weights, cache, own, self._everywhere(run.feed(packing, step)), options=run.options, chunk=self.chunk
-            )
+            feed = self._everywhere(run.feed(packing, step))
+            # The cache by its name: a jitted function of any arguments donates none that comes by its place.
+            out = self._decode(weights, cache, own=own, feed=feed, options=run.options, chunk=self.chunk)
             own, n = out.own, int(out.steps)
             tokens, logprobs = np.asarray(out.tokens)[..., :n], np.asarray(out.logprobs)[..., :n]
             record.add(packing.row_grid, packing.branches, packing.used, tokens, logprobs, step)

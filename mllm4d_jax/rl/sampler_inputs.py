@@ -41,7 +41,7 @@ class Call:
     def checked(
         cls,
         inputs: ModelInputs,
-        prompt_ids: Sequence[int] | np.ndarray,
+        prompt_ids: Sequence[int] | Sequence[Sequence[int]],
         branches: int,
         max_new_tokens: int | np.ndarray,
     ) -> Self:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mllm4d_jax.models.products import einsum_f32
 from mllm4d_jax.parallel.rules import BATCH_AXES, batch_shards, constrain, constrain_rows
 
 _VOCABULARY_AXES = ("tensor", "fsdp")  # mesh axes over which the head's vocabulary is split here
@@ -60,7 +61,7 @@ def over_positions(
     @jax.checkpoint
     def body(_, piece: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         hidden, *others = (constrain(x, mesh, groups or None) for x in piece)
-        logits = jnp.einsum("bmh,hv->bmv", hidden, head, preferred_element_type=jnp.float32)
+        logits = einsum_f32("bmh,hv->bmv", hidden, head)
         logits = constrain(logits, mesh, groups or None, None, _VOCABULARY_AXES)
         return None, tuple(function(logits, *others))
 

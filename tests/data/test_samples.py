@@ -11,6 +11,7 @@ import pytest
 from mllm4d_jax.data import samples
 from mllm4d_jax.data.records import RecordFile
 from mllm4d_jax.data.samples import SampleError, draw, make_clip, questions, write_sample_world
+from mllm4d_jax.rl.rewards import score
 
 
 def shape_mask(frame: np.ndarray) -> np.ndarray:
@@ -59,8 +60,9 @@ def test_answers_agree_with_the_pictures(seed):
     ]
     asked = questions(clip, rng)
     assert len(asked) == 4
-    for (text, letter), want in zip(asked, expected, strict=True):
-        options = dict(line.split(". ", 1) for line in text.splitlines() if line[1:3] == ". ")
+    for question, want in zip(asked, expected, strict=True):
+        letter = question.letter
+        options = dict(line.split(". ", 1) for line in question.text.splitlines() if line[1:3] == ". ")
         assert sorted(options) == list("ABCD") and len(set(options.values())) == 4
         if isinstance(want, str):
             assert options[letter] == want
@@ -74,8 +76,9 @@ def test_letters_and_ranks_are_not_favoured():
     rng = np.random.default_rng(0)
     letters, ranks = [], []
     for _ in range(300):
-        for n, (text, letter) in enumerate(questions(make_clip(rng), rng)):
-            options = [line.split(". ", 1)[1] for line in text.splitlines() if line[1:3] == ". "]
+        for n, question in enumerate(questions(make_clip(rng), rng)):
+            letter = question.letter
+            options = [line.split(". ", 1)[1] for line in question.text.splitlines() if line[1:3] == ". "]
             letters.append(letter)
             if n % 2:
                 ranks.append(sorted(options, key=float).index(options["ABCD".index(letter)]))
@@ -136,3 +139,19 @@ def test_foreign_files_are_never_removed(tmp_path):
     with pytest.raises(SampleError, match="in the way"):
         write_sample_world(tmp_path / "w")
     assert (tmp_path / "w/thesis.txt").read_text() == "mine"
+
+
+def test_reasoning_and_solutions_are_the_drawn_world(tmp_path):
+    """The written reasoning earns the whole reward."""
+    folder = write_sample_world(tmp_path / "a", seed=3, clips=2).parent
+    reasoned = json.loads((folder / "cold_start.json").read_text())
+    prompts = [json.loads(line) for line in (folder / "r1.jsonl").read_text().splitlines()]
+    assert len(reasoned) == len(prompts) == 8
+    for record, prompt in zip(reasoned, prompts, strict=True):
+        assert record["conversations"][0]["value"] == prompt["messages"][0]["content"]
+        found = score(record["conversations"][1]["value"], prompt["solution"], "paper")
+        assert found["total"] == pytest.approx(1.0)
+    rng = np.random.default_rng(3)
+    clip = make_clip(rng)
+    start, end = questions(clip, rng)[0].states
+    np.testing.assert_allclose(np.subtract(end, start)[:2], (clip.camera[-1] - clip.camera[0]) / 10, atol=0.1)

@@ -215,8 +215,32 @@ def test_what_cannot_be_run_is_said(world, tmp_path, values, error, message):
 def test_a_process_that_fails_stops_the_others(world, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "_ask_all", lambda config, folder: 0)
     monkeypatch.setattr(evaluate.multihost, "gather", lambda numbers: np.array([numbers, [1, 0]]))
-    with pytest.raises(EvaluationError, match="process 1 of this run could not finish"):
+    with pytest.raises(EvaluationError, match="process 1 of this run could not go on"):
         evaluate.run(make_config(world), str(tmp_path))
+
+
+def test_the_others_are_told_of_a_failure_once(world, tmp_path, monkeypatch):
+    """However early or late it comes, so that no process waits for a message that nobody sends."""
+    sent = []
+
+    def gather(numbers, fail=False):
+        sent.append(numbers)
+        return np.array([numbers, [int(fail), 0]])
+
+    monkeypatch.setattr(evaluate.multihost, "gather", gather)
+    monkeypatch.setattr(evaluate, "load_chosen", None)  # fails when it is called
+    with pytest.raises(TypeError):
+        evaluate.run(make_config(world), str(tmp_path / "late"))
+    assert sent == [[0, 13], [1, 0]]
+    sent.clear()
+    with pytest.raises(EvaluationError):
+        evaluate.run(make_config(world, data__path=""), str(tmp_path / "early"))
+    assert sent == [[1, 0]]
+    sent.clear()
+    monkeypatch.setattr(evaluate.multihost, "gather", lambda numbers: gather(numbers, fail=True))
+    with pytest.raises(evaluate.StoppedElsewhereError):
+        evaluate.run(make_config(world), str(tmp_path / "elsewhere"))
+    assert sent == [[0, 13]]
 
 
 def test_a_quarantined_question_is_not_tried_again(asked, world, tmp_path, capsys, monkeypatch):
@@ -322,5 +346,11 @@ def test_two_processes_ask_what_one_does_of_a_model_that_a_run_has_trained(asked
         "predictions.1.jsonl",
         "predictions.jsonl",
     ]
+    # The first process has nothing left to ask, the second one lost an answer.
+    path = tmp_path / "two/predictions.1.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    with Processes(processes_config(config), tmp_path / "two", count=2) as run:
+        assert run.wait() == [0, 0], run.text()
+    assert answers(tmp_path / "two") == one
     results = json.loads((tmp_path / "two/results.json").read_text())
     assert (results["groups"][0]["n"], results["unusable"]) == (12, 1)

@@ -11,12 +11,12 @@ import orbax.checkpoint as ocp
 from configs import grpo as grpo_config
 from mllm4d_jax.train.checkpoint import Checkpoints
 
-VOWELS = frozenset("aeiou")
+FIGURES = frozenset("0123456789.")
 
 
-def vowels(completion, solution, record):
-    """A reward that a model without any training earns a little of: the share of vowels among its characters."""
-    return sum(c in VOWELS for c in completion) / max(1, len(completion))
+def figures(completion, solution, record):
+    """A reward that a model without any training earns a little of: the share of digits among its characters."""
+    return sum(c in FIGURES for c in completion) / max(1, len(completion))
 
 
 def constant(completion, solution, record):
@@ -24,10 +24,10 @@ def constant(completion, solution, record):
 
 
 def only_directions(completion, solution, record):
-    return vowels(completion, solution, record) if "Which way" in record["question"] else 0.0
+    return figures(completion, solution, record) if "Which way" in record["question"] else 0.0
 
 
-def make_config(world, reward="vowels", **changes):
+def make_config(world, reward="figures", **changes):
     """A run on a random tiny model with a fresh adapter: short completions, one device.
 
     Args:
@@ -46,7 +46,7 @@ def make_config(world, reward="vowels", **changes):
     config.rollout.max_new_tokens, config.rollout.chunk, config.rollout.buckets = 8, 8, (8,)
     config.rollout.stop = ()
     config.objective.beta = 0.0
-    config.optim.lr, config.optim.b2, config.optim.warmup_ratio = 5e-3, 0.99, 0.0
+    config.optim.lr, config.optim.b2, config.optim.warmup_ratio = 2e-3, 0.99, 0.0
     config.optim.schedule = "constant"
     config.eval.path = ""
     config.train.steps, config.train.checkpoint_every = 6, 2

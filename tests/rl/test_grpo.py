@@ -78,13 +78,13 @@ def test_interrupted_runs_end_in_the_same_bits(tiny_world, tmp_path, monkeypatch
     assert [row["staleness"] for row in rows] == [0, *[ahead] * 5]
 
 
-def test_rewards_rise_a_little_at_once(tiny_world, tmp_path):
-    config = make_config(tiny_world, optim__lr=1e-2)
-    config.train.steps, config.train.checkpoint_every = 24, 1000
+def test_rewards_rise(tiny_world, tmp_path):
+    """Three seeds of it are in test_grpo_campaigns.py."""
+    config = make_config(tiny_world, rollout__prompts=4)
+    config.train.steps, config.train.checkpoint_every = 70, 1000
     assert grpo.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
-    first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:4], rows[-4:]))
-    assert last > first + 0.1
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert np.mean(rewards[:3]) < 0.4 and np.mean(rewards[-5:]) > 0.9
 
 
 def test_equal_rewards_leave_the_policy_alone(tiny_world, tmp_path):
@@ -118,7 +118,7 @@ def test_what_a_run_writes(tiny_world, tmp_path):
     mixed.write_text("\n".join([lines[0], json.dumps(bad), *lines[1:]]) + "\n")
     config = make_config(tiny_world, train__steps=5, eval__path=str(folder / "r1.jsonl"), eval__every=4, eval__limit=3)
     config.data.path, config.data.max_quarantine_rate = str(mixed), 0.5
-    config.reward.functions = ("paper::0.5", f"{grpo_cases.__name__}:vowels::0.5")
+    config.reward.functions = ("paper::0.5", f"{grpo_cases.__name__}:figures::0.5")
     assert grpo.run(config, str(tmp_path)) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -126,7 +126,7 @@ def test_what_a_run_writes(tiny_world, tmp_path):
         "reward/accuracy",
         "reward/paper",
         "reward_std/total",
-        f"reward/{grpo_cases.__name__}:vowels",
+        f"reward/{grpo_cases.__name__}:figures",
         "time/decode",
         "gap",
     }

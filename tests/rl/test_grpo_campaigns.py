@@ -32,8 +32,8 @@ def one_device(monkeypatch):
 def test_rewards_rise(one_device, tiny_world, tmp_path, capsys, seed):
     """From below .4 to above .9 within two minutes on a CPU, compilation included."""
     started = time.perf_counter()
-    config = make_config(tiny_world, optim__lr=1e-2)
-    config.seed, config.train.steps, config.train.checkpoint_every = seed, 250, 1000
+    config = make_config(tiny_world, rollout__prompts=4)
+    config.seed, config.train.steps, config.train.checkpoint_every = seed, 150, 1000
     assert grpo.run(config, str(tmp_path)) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:5], rows[-10:]))
@@ -48,7 +48,7 @@ def test_the_kl_term_keeps_the_policy_near_its_start(one_device, tiny_world, tmp
     found = []
     for beta in (0.01, 1.0):
         folder = tmp_path / str(beta)
-        config = make_config(tiny_world, optim__lr=1e-2, objective__beta=beta)
+        config = make_config(tiny_world, rollout__prompts=4, objective__beta=beta)
         config.train.steps, config.train.checkpoint_every = 80, 1000
         assert grpo.run(config, str(folder)) == 0
         found.append(max(row["kl"] for row in read_metrics(folder / "metrics.jsonl")))

@@ -54,6 +54,14 @@ def config(tiny_world):
     return config
 
 
+@pytest.fixture
+def quick_compiles():
+    """What is looked at here does not depend on how good the code for a CPU is."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize(
     ("chunk", "longest", "cap"), [(32, 768, 4096), (7, 100, 100), (32, 1, 64), (1, 5, 600), (3, 2, 2)]
 )
@@ -236,7 +244,7 @@ def sizes_of(rows):
     return plan_job.RowSizes(layout.prefix, layout.slots, layout.length, 0, 0, rows.loss_index.shape[1])
 
 
-def test_features_from_devices_in_another_order():
+def test_features_from_devices_in_another_order(quick_compiles):
     """As on a TPU, where the meshes of learner and sampler do not list the devices alike."""
     config, graphdef, trainable, frozen, mesh = parts("qwen3_vl", 2)
     _, batch = prompts("qwen3_vl", 2)
@@ -284,12 +292,13 @@ def test_timing_of_a_step(config):
 def test_decoding_reads_the_decoder_alone(config):
     programs = plan_programs.Programs(plan_job.plan_job(config), jax.devices()[:1])
     held = programs.held(sampling=True)
-    vision = programs.vision
-    assert 0 < vision < held["weights"] and programs.job.model.tied
-    assert programs.read == held["weights"] + held["adapter"] - vision
+    text, width = programs.job.model.text, programs.job.model.text.hidden_size
+    table = 0 if programs.job.model.tied else 4 * text.vocab_size * width
+    assert 0 < programs.vision < held["weights"]
+    assert programs.read == held["weights"] + held["adapter"] - programs.vision - table
 
 
-def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys):
+def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys, quick_compiles):
     """The whole plan with two CPU devices in place of a TPU's."""
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor = 1, 2, 2
     config.rollout.max_new_tokens, config.rollout.buckets, config.rollout.chunk = 32, (32,), 8
@@ -309,11 +318,11 @@ def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys):
     _, prefill, decode, score, gradient, _ = (p["compiled"] for p in one["phases"])
     job = plan_job.plan_job(config)
     assert decode["memory"]["branch cache"] == plan_reckon.cache_bytes(job, 4, 31, 8) / 2
+    assert decode["memory"]["results"] < decode["memory"]["branch cache"]  # written in place
     visible = 4 * job.prompt.length  # which slots are real, on both devices
     assert decode["memory"]["prompt cache"] == plan_reckon.cache_bytes(job, 4, job.prompt.length) / 2 + visible
     assert prefill["memory"]["results"] >= decode["memory"]["prompt cache"]
     assert decode["received"] and gradient["received"]["all-gather"] > score["received"]["all-gather"] > 0
-    assert score["whole"] == gradient["whole"] == []
     (timing,) = one["timings"]
     assert timing["mean"] == timing["longest"] == 32
     assert one["hours"] == pytest.approx(one["step_seconds"]["32"] * config.train.steps / 3600)

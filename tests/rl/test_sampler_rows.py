@@ -107,7 +107,8 @@ def check(out, places, alone):
         assert out.finish_reason[place[0]][place[1]] == alone.finish_reason[n][0]
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl"])
+# Tests of evaluation answer greedily with a small Qwen3-VL as well.
+@pytest.mark.parametrize("name", [pytest.param("qwen3_vl", marks=pytest.mark.slow), "qwen2_5_vl"])
 def test_greedy_answers_equal_those_of_one_question_at_a_time(name):
     alone = asked_alone(name)
     assert len({tuple(t) for t in alone.tokens[:, 0].tolist()}) == 7  # no two questions have the same answer
@@ -133,12 +134,14 @@ def test_sampled_answers_too_packed_as_they_end():
     assert len(empty) == 5 and all(out.lengths[place] == 1 for place in empty)  # given up at once
 
 
+@pytest.mark.slow  # tests of evaluation run on eight devices too
 def test_eight_devices_give_the_same():
     """Three rows on eight devices: rows are repeated together with their frames."""
     mesh = make_mesh(dict(data=8))
     check(*together("qwen3_vl", mesh=mesh, **ENDING), asked_alone("qwen3_vl", **ENDING))
 
 
+@pytest.mark.slow
 def test_features_computed_before_are_used_and_repeated_with_their_rows():
     inputs, places = rows("qwen3_vl")
     with jax.default_matmul_precision("highest"):
