@@ -61,6 +61,10 @@ class GroupEncoder:
     def __reduce__(self):
         return type(self), (self.sources, self.encoder, self.cache_bytes, self._as_prompt)
 
+    def with_cache(self, cache_bytes: int) -> GroupEncoder:
+        """The same with an empty cache of another size."""
+        return type(self)(self.sources, self.encoder, cache_bytes, self._as_prompt)
+
     def __call__(self, questions: Questions) -> Encoded:
         """An Example for each record of the group, or what is wrong with it (naming its key).
 

@@ -99,7 +99,7 @@ class WorkerPool:
           limit_s: seconds that one group may take before its process is killed and the group is refused.
         """
         self.limit_s, self._encoder = limit_s, encoder
-        self._copy = GroupEncoder(encoder.sources, encoder.encoder, encoder.cache_bytes // count)
+        self._copy = encoder.with_cache(encoder.cache_bytes // count)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="loader-watch")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._all: set[_Worker] = set()

@@ -49,7 +49,7 @@ def make_loader(tiny_world, tmp_path):
         ProcessorConfig.from_folder(model), Tokenizer.from_folder(model), VideoOptions(num_frames=4, max_pixels=4096)
     )
 
-    def make(path=folder / "r1.jsonl", prompts=3, position=0):
+    def make(path=folder / "r1.jsonl", prompts=3, position=0, workers=0):
         mixture = open_mixture(str(path), str(folder), ())
         stream = GroupStream(
             mixture,
@@ -57,7 +57,7 @@ def make_loader(tiny_world, tmp_path):
             Quarantine(tmp_path / "q.jsonl", 0.9, fresh=position == 0),
             per_group=1,
             step_groups=1,
-            workers=0,
+            workers=workers,
             seed=3,
             position=position,
         )
@@ -78,6 +78,14 @@ def test_steps_follow_the_order_and_any_of_them_can_be_the_first(make_loader):
     assert prompt.example.text.endswith("<|im_start|>assistant\n") and not prompt.example.supervised.any()
     assert prompt.question.startswith(("Which way", "How many")) and prompt.media[0].endswith(".mp4")
     assert prompt.described()["solution"][0]["answer"] in "ABCD"
+
+
+def test_worker_processes_make_prompts_too(make_loader):
+    with make_loader(workers=1) as loader:
+        found = loader.next_step().prompts
+    for a, b in zip(found, make_loader().next_step().prompts, strict=True):
+        assert a.key == b.key and (a.example.tokens == b.example.tokens).all()
+    assert all(p.example.text.endswith("<|im_start|>assistant\n") for p in found)
 
 
 def test_prompts_given_before_are_given_again(make_loader):
