@@ -298,6 +298,7 @@ def test_decoding_reads_the_decoder_alone(config):
     assert programs.read == held["weights"] + held["adapter"] - programs.vision - table
 
 
+@pytest.mark.slow
 def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys, quick_compiles):
     """The whole plan with two CPU devices in place of a TPU's."""
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor = 1, 2, 2

@@ -160,7 +160,9 @@ def get_config():
 """
 
 
-@pytest.mark.parametrize(("steps", "most"), [(8, 2), pytest.param(200, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("steps", "most"), [pytest.param(8, 2, marks=pytest.mark.slow), pytest.param(200, 20, marks=pytest.mark.slow)]
+)
 def test_mixed_clips_compile_early_and_never_again(tiny_world, tmp_path, capsys, steps, most):
     """Portrait, landscape, short and long clips with 1 to `most` questions each, as a user runs them.
 

@@ -71,8 +71,16 @@ class Browser:
             raise RuntimeError(json.load(problem)["value"]["message"]) from None
 
     def open(self, path: Path) -> None:
-        """Opens a file."""
+        """Opens a file anew, whatever was open before, and waits until all of it is there."""
+        self._ask("POST", "/url", {"url": "about:blank"})
         self._ask("POST", "/url", {"url": path.resolve().as_uri()})
+        ready, deadline = (
+            "return document.readyState === 'complete' && location.protocol === 'file:'",
+            time.monotonic() + 30,
+        )
+        while not self.run(ready):
+            assert time.monotonic() < deadline, f"{path} was not loaded in 30 s"
+            time.sleep(0.05)
 
     def run(self, script: str, *arguments: Any) -> Any:
         """The value that the body of a JavaScript function returns."""
