@@ -30,16 +30,18 @@ def one_device(monkeypatch):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rewards_rise(one_device, tiny_world, tmp_path, capsys, seed):
-    """From below .4 to above .9 within two minutes on a CPU, compilation included."""
-    started = time.perf_counter()
+    """From below .4 to above .9; prints the seconds of CPU it took, compilation included."""
+    started = time.process_time()
     config = make_config(tiny_world, rollout__prompts=4)
     config.seed, config.train.steps, config.train.checkpoint_every = seed, 150, 1000
     assert grpo.run(config, str(tmp_path)) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:5], rows[-10:]))
     with capsys.disabled():
-        taken = time.perf_counter() - started
-        print(f"\nseed {seed}: reward {first:.3f} -> {last:.3f} in {len(rows)} steps, {taken:.0f} s")
+        taken, reached = time.process_time() - started, next(r["step"] for r in rows if r["reward"] > 0.9)
+        print(
+            f"\nseed {seed}: reward {first:.3f} -> {last:.3f} in {len(rows)} steps, > .9 first at {reached}; {taken:.0f} s"
+        )
     assert first < 0.4 and last > 0.9
 
 
