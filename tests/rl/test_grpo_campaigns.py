@@ -40,7 +40,8 @@ def test_rewards_rise(one_device, tiny_world, tmp_path, capsys, seed):
     with capsys.disabled():
         taken, reached = time.process_time() - started, next(r["step"] for r in rows if r["reward"] > 0.9)
         print(
-            f"\nseed {seed}: reward {first:.3f} -> {last:.3f} in {len(rows)} steps, > .9 first at {reached}; {taken:.0f} s"
+            f"\nseed {seed}: reward {first:.3f} -> {last:.3f} in {len(rows)} steps, above .9 from {reached} on, "
+            f"{taken:.0f} s of CPU"
         )
     assert first < 0.4 and last > 0.9
 
