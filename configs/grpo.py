@@ -53,8 +53,8 @@ def tiny(config: ml_collections.ConfigDict) -> None:
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.lora.targets = sft.TINY_TARGETS
-    config.optim.lr = 3e-4
-    config.rollout.prompts = 4
+    config.optim.lr = 1e-4
+    config.rollout.prompts = 8
     config.rollout.completions = 8
     config.rollout.temperature = 0.8  # so small a model is unsure of every token; at 1 it forgets what it has learned
     config.rollout.max_new_tokens = 256
