@@ -50,7 +50,7 @@ def config(tiny_world):
     model, world = tiny_world
     config = grpo_config.get_config("tiny")
     config.model.path, config.data.path, config.data.root = str(model), str(world / "r1.jsonl"), str(world)
-    config.model.adapter = ""
+    config.model.adapter, config.rollout.prompts = "", 4
     return config
 
 
