@@ -119,7 +119,11 @@ class Loop:
         drawn, self._pending = self._pending, None
         step = drawn.rollouts.step
         if self.job.config.rollout.ahead and step + 1 < self.job.config.train.steps:
-            self._pending = self._draw(step + 1)
+            following = self._draw(step + 1)
+            if following is None:  # asked to stop meanwhile: an update now would be one that they were not drawn before
+                self._pending = drawn
+                return None
+            self._pending = following
         return drawn
 
     def _draw(self, step: int) -> Drawn | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mllm4d_jax.rl.held_out import mean_rewards
 from mllm4d_jax.rl.prompts import Prompt
 from mllm4d_jax.rl.reasoning import parse
 from mllm4d_jax.rl.rollout import Rollouts
-from mllm4d_jax.train.metrics import Row, read_metrics
+from mllm4d_jax.train.metrics import Row, keep_until
 
 _RATES = ("rollouts_per_s", "tokens_per_s")
 _NOT_AVERAGED = ("step", "position", "quarantined", "compiles", "memory_gib", "lr")
@@ -80,10 +79,7 @@ class CompletionLog:
           every: steps between those that are written; 0 = none.
         """
         self._every = every
-        kept = read_metrics(path, start)
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(part, path)
+        keep_until(path, start)
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> CompletionLog:

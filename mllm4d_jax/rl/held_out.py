@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.processing.errors import RecordError
 from mllm4d_jax.rl.actor import Actor
 from mllm4d_jax.rl.prompts import Prompt, PromptStep, as_prompt
-from mllm4d_jax.train.metrics import read_metrics
+from mllm4d_jax.train.metrics import keep_until, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +37,7 @@ class HeldOut:
 
     def rewind(self, step: int) -> None:
         """Drops what an interrupted run wrote after a step."""
-        rows = read_metrics(self._path, step)
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, self._path)
+        keep_until(self._path, step)
 
     def done(self, step: int) -> bool:
         """Whether the evaluation after so many steps is in the file."""

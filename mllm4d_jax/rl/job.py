@@ -25,13 +25,15 @@ from mllm4d_jax.processing.config import ProcessorConfig
 from mllm4d_jax.processing.encode import Encoder, VideoOptions
 from mllm4d_jax.processing.tokenizer import Tokenizer
 from mllm4d_jax.rl import settings
-from mllm4d_jax.rl.actor import Actor, ModelSide
+from mllm4d_jax.rl.actor import Actor, Encode, ModelSide
+from mllm4d_jax.rl.custom_rewards import Rewards
 from mllm4d_jax.rl.held_out import HeldOut
 from mllm4d_jax.rl.learner import Learner
 from mllm4d_jax.rl.packing import Ladder
 from mllm4d_jax.rl.placement import SamplingWeights, sampling_mesh
 from mllm4d_jax.rl.prompts import PromptLoader, as_prompt, as_scored_prompt
 from mllm4d_jax.rl.sampler import Sampler
+from mllm4d_jax.rl.sampling import SamplingOptions
 from mllm4d_jax.train import preflight
 from mllm4d_jax.train.checkpoint import Checkpoints, load_start
 from mllm4d_jax.train.job import load_trainable, resume_point, what_is_trained
@@ -126,23 +128,11 @@ def build(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpo
     def encode(vision: Any, prompts: int) -> Any:
         return learner.encode(state.trainable, frozen, vision, prompts)
 
-    side, rewards = model_side(config, model.config, encoder), settings.rewards_of(config)
-    c, sampler = config.rollout, make_sampler(config, weights)
-    common = dict(max_new_tokens=c.max_new_tokens, seed=config.seed)
-    actor = Actor(
-        sampler,
-        encoder.tokenizer,
-        side,
-        encode,
-        rewards,
-        sampling,
-        branches=c.completions,
-        prompts_at_once=c.prompts_at_once,
-        **common,
-    )
+    rewards = settings.rewards_of(config)
     judged = as_prompt if rewards.builtin is None else as_scored_prompt
-    greedy = dataclasses.replace(sampling, temperature=0.0, require_exact=False)
-    tester = Actor(sampler, encoder.tokenizer, side, encode, rewards, greedy, branches=1, **common)
+    side = model_side(config, model.config, encoder)
+    actor, tester = make_actors(config, weights, encoder.tokenizer, side, encode, rewards, sampling)
+    c = config.rollout
     facts = {
         "records": f"{len(mixture):,} in {mixture.name}",
         "trained": f"{sum(x.size for x in jax.tree.leaves(trainable)):,} parameters ({what_is_trained(config)})",
@@ -205,6 +195,24 @@ def make_sampler(config: ml_collections.ConfigDict, weights: SamplingWeights) ->
     c = config.rollout
     ladder = Ladder(ratio=c.ladder_ratio, shards=batch_shards(weights.mesh))
     return Sampler(weights.graphdef, weights.mesh, chunk=c.chunk, ladder=ladder)
+
+
+def make_actors(
+    config: ml_collections.ConfigDict,
+    weights: SamplingWeights,
+    tokenizer: Tokenizer,
+    side: ModelSide,
+    encode: Encode,
+    rewards: Rewards,
+    sampling: SamplingOptions,
+) -> tuple[Actor, Actor]:
+    """The actor of the steps, and one that gives a greedy completion per held-out prompt; they share the sampler."""
+    c = config.rollout
+    shared = (make_sampler(config, weights), tokenizer, side, encode, rewards)
+    common = dict(max_new_tokens=c.max_new_tokens, seed=config.seed)
+    greedy = dataclasses.replace(sampling, temperature=0.0, require_exact=False)
+    actor = Actor(*shared, sampling, branches=c.completions, prompts_at_once=c.prompts_at_once, **common)
+    return actor, Actor(*shared, greedy, branches=1, **common)
 
 
 def make_loader(

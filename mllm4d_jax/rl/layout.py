@@ -209,14 +209,29 @@ def completion_rows(
         vision=None,
         layout=RowLayout(p, n, slot),
     )
-    # A completion's first token is predicted at the prompt's last one, every other at the token before it.
-    before = p + np.arange(n)[:, None] * slot + np.arange(slot) - 1
-    before = np.where(np.arange(slot) == 0, (batch.lengths[prompts] - 1)[:, None, None], before)
-    index, target = np.zeros((r, entries), np.int32), np.zeros((r, entries), np.int32)
+    same = np.array_equal(prompts, np.arange(len(batch.lengths)))
+    lists = _loss_lists(batch.lengths[prompts], p, text, used, entries)
+    return CompletionRows(inputs, None if same else prompts, numbers, *lists)
+
+
+def _loss_lists(
+    lengths: np.ndarray, prefix: int, text: np.ndarray, used: np.ndarray, entries: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`loss_index`, `loss_target` and `places` of `CompletionRows`.
+
+    A completion's first token is predicted at the prompt's last one, every other at the token before it.
+
+    Args:
+      lengths: i32[R] tokens of each row's prompt; prefix: slots of the prefix region.
+      text: i32[R, N, T] tokens; used: bool[R, N, T]; entries: M.
+    """
+    rows, branches, slot = text.shape
+    before = prefix + np.arange(branches)[:, None] * slot + np.arange(slot) - 1
+    before = np.where(np.arange(slot) == 0, (lengths - 1)[:, None, None], before)
+    index, target = np.zeros((rows, entries), np.int32), np.zeros((rows, entries), np.int32)
     places = np.full(used.shape, entries, np.int32)
-    for i in range(r):
-        total = int(count[i].sum())
+    for i in range(rows):
+        total = int(used[i].sum())
         index[i, :total], target[i, :total] = before[i][used[i]], text[i][used[i]]
         places[i][used[i]] = np.arange(total)
-    same = np.array_equal(prompts, np.arange(len(batch.lengths)))
-    return CompletionRows(inputs, None if same else prompts, numbers, index, target, places)
+    return index, target, places

@@ -64,7 +64,7 @@ class RunLog:
         from tensorboardX import SummaryWriter
 
         self.path, self._every, self._window = Path(workdir) / "metrics.jsonl", log_every, []
-        _keep_until(self.path, start)
+        keep_until(self.path, start)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(Path(workdir) / "tb"), purge_step=start + 1)
         self._summarize, self._line = summarize or summary, line or _line
@@ -128,7 +128,8 @@ def write_config(path: str | Path, config: Mapping[str, Any]) -> None:
     Path(path).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines of a JSON Lines file that an interrupted run wrote after a step; makes the file if need be."""
     rows = read_metrics(path, step)
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

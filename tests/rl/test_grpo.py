@@ -78,6 +78,25 @@ def test_interrupted_runs_end_in_the_same_bits(tiny_world, tmp_path, monkeypatch
     assert [row["staleness"] for row in rows] == [0, *[ahead] * 5]
 
 
+def test_a_stop_while_the_next_completions_are_drawn(tiny_world, tmp_path, monkeypatch):
+    """The step under way waits for the next start: in the unbroken run they were drawn before its update."""
+    changes = dict(rollout__ahead=1, train__checkpoint_every=2)
+    assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "whole")) == 0
+    prompts = Loop._prompts
+
+    def stopped(self):
+        self._stop._asked = self._stop._asked or self.job.state.progress.step == 3
+        return prompts(self)
+
+    monkeypatch.setattr(Loop, "_prompts", stopped)
+    assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "stopped")) == 0
+    with Checkpoints(tmp_path / "stopped/checkpoints", keep=9) as kept:
+        assert kept.latest() == 3 and kept.pending(3)["step"] == 3
+    monkeypatch.setattr(Loop, "_prompts", prompts)
+    assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "stopped")) == 0
+    same_bits(final(tmp_path / "stopped"), final(tmp_path / "whole"))
+
+
 def test_rewards_rise(tiny_world, tmp_path):
     """Three seeds of it are in test_grpo_campaigns.py."""
     config = make_config(tiny_world, rollout__prompts=4)
