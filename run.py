@@ -28,7 +28,7 @@ from configs.schema import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parent
 # task -> the module whose run(config, workdir, targets) plans it
-PLAN = {"sft": "mllm4d_jax.train.plan", "grpo": "mllm4d_jax.rl.plan"}
+PLAN = {"sft": "mllm4d_jax.plan.sft", "grpo": "mllm4d_jax.plan.grpo"}
 REPORTED = ("sft", "grpo", "eval")  # tasks whose workdir gets a page at the end
 FLAG_HELP = (
     ("--config=FILE[:VARIANT]", "the run: one of the files below, or your own file with a get_config(variant)"),
@@ -81,8 +81,8 @@ def main(argv: Sequence[str]) -> int:
 
 def write_page(folder: pathlib.Path) -> None:
     """Writes the page of a run, on the first of several processes; a run stopped before its first step has none."""
-    from mllm4d_jax.eval.report import build, reading
-    from mllm4d_jax.train import multihost
+    from mllm4d_jax.parallel import multihost
+    from mllm4d_jax.report import build, reading
 
     if multihost.is_primary() and folder.is_dir():
         try:

@@ -17,10 +17,10 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from data_prep.balance import PRESETS, select
-from data_prep.blind import baselines, letter_test
-from data_prep.questions import QuestionRules, propose
-from data_prep.random_scenes import random_scene
+from data_prep.questions.balance import PRESETS, select
+from data_prep.questions.blind import baselines, letter_test
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.scenes.random_scenes import random_scene
 
 
 def main() -> None:

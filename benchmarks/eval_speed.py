@@ -43,11 +43,11 @@ class Ours:
         from flax import nnx
 
         from configs import common
-        from mllm4d_jax.data.buckets import RowBuckets
         from mllm4d_jax.eval.asking import Layout
+        from mllm4d_jax.generate.sampler import Sampler
         from mllm4d_jax.models.hf import load_model
         from mllm4d_jax.models.qwen_vl import vision_geometry
-        from mllm4d_jax.rl.sampler import Sampler
+        from mllm4d_jax.rows.buckets import RowBuckets
 
         model, data, c = load_model(folder, dtype=jnp.float32), common.eval().data, encoder.config
         graphdef, state = nnx.split(model)
@@ -121,7 +121,7 @@ class Theirs:
 
 def options(tokenizer: Any, vocab_size: int) -> Any:
     """How both sides draw: greedily, without visual placeholders, up to an end token."""
-    from mllm4d_jax.rl.sampling import SamplingOptions, banned_token_ids
+    from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
 
     return SamplingOptions(eos_ids=tokenizer.eos_ids, banned_ids=banned_token_ids(tokenizer, vocab_size))
 
@@ -129,11 +129,12 @@ def options(tokenizer: Any, vocab_size: int) -> Any:
 def compare(folder: Path, frames: int, args: argparse.Namespace, shape: Any) -> None:
     """Runs both sides on the same videos and prints their lines."""
     from benchmarks import sft_contenders as sides
-    from mllm4d_jax.data.records import RecordFile
-    from mllm4d_jax.processing.config import ProcessorConfig
-    from mllm4d_jax.processing.encode import Encoder, VideoOptions
-    from mllm4d_jax.processing.tokenizer import Tokenizer
-    from mllm4d_jax.rl.prompts import as_prompt
+    from mllm4d_jax.data.record_file import RecordFile
+    from mllm4d_jax.encode.encoder import Encoder
+    from mllm4d_jax.encode.example import VideoOptions
+    from mllm4d_jax.encode.processor_config import ProcessorConfig
+    from mllm4d_jax.encode.tokenizer import Tokenizer
+    from mllm4d_jax.grpo.prompts import as_prompt
 
     n = args.questions
     path = sides.write_world(folder / "world", args.rounds + 1, n)

@@ -20,17 +20,17 @@ import torch
 from benchmarks.sft_contenders import STORED, Shape, write_model
 from configs import common
 from mllm4d_jax.data.samples import draw, make_clip, questions, write_video
+from mllm4d_jax.grpo import settings
+from mllm4d_jax.grpo.actor import Drawn
+from mllm4d_jax.grpo.job import Job, build
+from mllm4d_jax.grpo.prompts import Prompt, PromptStep
+from mllm4d_jax.grpo.task import rows_of
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, real_work, step_flops
 from mllm4d_jax.models.published import published_config
-from mllm4d_jax.processing.prompts import ST_COT
-from mllm4d_jax.rl import settings
-from mllm4d_jax.rl.actor import Drawn
-from mllm4d_jax.rl.grpo import rows_of
-from mllm4d_jax.rl.job import Job, build
-from mllm4d_jax.rl.layout import CompletionRows
-from mllm4d_jax.rl.prompts import Prompt, PromptStep
-from mllm4d_jax.train.checkpoint import Checkpoints
+from mllm4d_jax.qa.system_prompt import ST_COT
+from mllm4d_jax.rows.completion_rows import CompletionRows
+from mllm4d_jax.run.checkpoint import Checkpoints
 from tools import make_checkpoint
 from tools.reference import cases
 from tools.reference.tensors import tensors

@@ -21,15 +21,15 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import sft
-from mllm4d_jax.data.buckets import RowBuckets
 from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.order import Order
+from mllm4d_jax.encode.example import Example, Grid
+from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, Work, padded_work, step_flops
 from mllm4d_jax.models.published import published_config
-from mllm4d_jax.processing.example import Example, Grid
-from mllm4d_jax.processing.grids import VisionGeometry
-from mllm4d_jax.processing.rows import Group, RowSizes, needed_sizes, pack_groups
+from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.rows import Group, RowSizes, needed_sizes, pack_groups
 
 MERGE = 2
 # Height and width in merged tokens of frames of at most 224 x 224 pixels: landscape, portrait, square, 4:3.

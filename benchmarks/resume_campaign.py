@@ -29,8 +29,8 @@ import orbax.checkpoint as ocp
 
 from configs import sft as sft_config
 from mllm4d_jax.data.samples import write_sample_world
-from mllm4d_jax.train.metrics import read_metrics
-from mllm4d_jax.train.tiny import write_tiny_model
+from mllm4d_jax.run.log import read_metrics
+from mllm4d_jax.run.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = 4  # steps between checkpoints

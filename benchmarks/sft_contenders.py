@@ -18,19 +18,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs import common
 from mllm4d_jax.data.samples import SampleQuestion, draw, make_clip, questions, write_video
 from mllm4d_jax.data.steps import LoadedBatch
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer, build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import vision_geometry
+from mllm4d_jax.models.split import split_model
 from mllm4d_jax.models.weight_map import published_tensors
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.encode import Encoder, VideoOptions
-from mllm4d_jax.processing.example import Record
-from mllm4d_jax.processing.tokenizer import Tokenizer, build_byte_level_tokenizer
-from mllm4d_jax.train import job, preflight
-from mllm4d_jax.train.state import init_optimizer, learning_rates, make_optimizer, split_model
-from mllm4d_jax.train.step import TrainStep
-from mllm4d_jax.train.trainer import Progress
+from mllm4d_jax.qa.record import Record
+from mllm4d_jax.run import preflight
+from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer
+from mllm4d_jax.run.progress import Progress
+from mllm4d_jax.sft import job
+from mllm4d_jax.sft.step import TrainStep
 from tools import make_checkpoint
 from tools.reference import cases
 from tools.reference.tensors import tensors

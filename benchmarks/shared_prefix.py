@@ -24,15 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mllm4d_jax.encode.example import Example
+from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.processing.batch import collate
-from mllm4d_jax.processing.example import Example
-from mllm4d_jax.processing.grids import VisionGeometry
-from mllm4d_jax.processing.rows import Group, RowBatch, collate_rows, needed_sizes
+from mllm4d_jax.rows.batch import collate
+from mllm4d_jax.rows.rows import Group, RowBatch, collate_rows, needed_sizes
 
 WIDTH, LAYERS, HEADS, KV_HEADS, VOCABULARY = 256, 3, 4, 2, 2048
 GEOMETRY = VisionGeometry(merge_size=2, position_side=4, window=0)

@@ -28,10 +28,10 @@ if __name__ == "__main__":
 import cv2
 import numpy as np
 
-from data_prep import relations
-from data_prep.questions import SCENARIOS, QuestionRules, propose
-from data_prep.recheck import letter_from
-from data_prep.scene import Scene
+from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.recheck import letter_from
+from data_prep.scenes import relations
+from data_prep.scenes.scene import Scene
 from data_prep.stereo.disparity import StereoError
 from data_prep.stereo.stage import ObjectMasks, Reconstruction, reconstruct_clip
 from data_prep.synthetic.clip import SyntheticClip, make_clip

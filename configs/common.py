@@ -22,10 +22,10 @@ from configs.tables.training import SFT_KEYS
 # task -> (its keys, the module whose run(config, workdir) does it, one line for --help)
 TASKS = MappingProxyType(
     {
-        "sft": (SFT_KEYS, "mllm4d_jax.train.sft", "supervised fine-tuning with LoRA on video question-answer records"),
+        "sft": (SFT_KEYS, "mllm4d_jax.sft.task", "supervised fine-tuning with LoRA on video question-answer records"),
         "grpo": (
             GRPO_KEYS,
-            "mllm4d_jax.rl.grpo",
+            "mllm4d_jax.grpo.task",
             "reinforcement learning (GRPO) on video prompts with computed rewards",
         ),
         "curate": (
@@ -34,10 +34,10 @@ TASKS = MappingProxyType(
             "make training and held-out questions from clips with known geometry",
         ),
         "infer": (INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
-        "verify": (VERIFY_KEYS, "mllm4d_jax.eval.verify", "compare a checkpoint's numbers with a recorded reference"),
+        "verify": (VERIFY_KEYS, "mllm4d_jax.verify.task", "compare a checkpoint's numbers with a recorded reference"),
         "eval": (EVAL_KEYS, "mllm4d_jax.eval.task", "score a model, or predictions that are there, on a benchmark"),
-        "export": (EXPORT_KEYS, "mllm4d_jax.eval.export", "write what was trained as a PEFT adapter or a merged model"),
-        "report": (REPORT_KEYS, "mllm4d_jax.eval.report.build", "make the page of a run, or of two runs side by side"),
+        "export": (EXPORT_KEYS, "mllm4d_jax.export.task", "write what was trained as a PEFT adapter or a merged model"),
+        "report": (REPORT_KEYS, "mllm4d_jax.report.build", "make the page of a run, or of two runs side by side"),
     }
 )
 

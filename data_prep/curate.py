@@ -10,19 +10,19 @@ from typing import Any
 
 import ml_collections
 
-from data_prep.atomic import write_atomic
-from data_prep.balance import PRESETS, select
 from data_prep.cold_start.task import run_cold_start
-from data_prep.curate_report import write_curation_report
-from data_prep.dataset import write_dataset
 from data_prep.errors import SceneError
-from data_prep.export import Output, assemble, check_result
-from data_prep.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
-from data_prep.questions import QuestionRules, propose
-from data_prep.relations import Refused
+from data_prep.questions.balance import PRESETS, select
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.splits import split_of
+from data_prep.scenes.relations import Refused
 from data_prep.sources.base import Source
 from data_prep.sources.config import make_source
-from data_prep.splits import split_of
+from data_prep.store.atomic import write_atomic
+from data_prep.store.curate_report import write_curation_report
+from data_prep.store.dataset import write_dataset
+from data_prep.store.export import Output, assemble, check_result
+from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.teacher.describe import describe
 
 OUTPUTS = (

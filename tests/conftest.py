@@ -1,11 +1,86 @@
-"""Test session set-up: JAX on the CPU with eight fake devices, so that sharding is tested on any machine."""
+"""What tests share: JAX on the CPU with eight fake devices, a cache of compiled programs, processors, small videos."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could ask for eight CPU devices")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import cv2  # noqa: E402
+import jax  # noqa: E402
+
+from mllm4d_jax.encode.processor_config import ProcessorConfig  # noqa: E402
+from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden" / "processor"
+IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads a file recorded from the reference processors by its name."""
+
+    def load(name: str):
+        file = GOLDEN / name
+        return json.loads(file.read_text()) if name.endswith(".json") else np.load(file)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def qwen3() -> ProcessorConfig:
+    half = (0.5, 0.5, 0.5)
+    return ProcessorConfig("qwen3_vl", 16, 2, 2, half, half, 65536, 16777216, 4096, 25165824, 0.0, **IDS)
+
+
+@pytest.fixture(scope="session")
+def qwen2_5() -> ProcessorConfig:
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return ProcessorConfig("qwen2_5_vl", 14, 2, 2, mean, std, 3136, 12845056, 3136, 12845056, 2.0, **IDS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    texts = ["system user assistant You are a helpful assistant.", "<0.3 seconds> Describe this video. What moves?"]
+    return Tokenizer(build_byte_level_tokenizer(texts * 3, 400, QWEN_SPECIAL_IDS))
+
+
+@pytest.fixture(scope="session")
+def make_video():
+    """Writes a clip whose frame i is flat grey level `level(i)`; returns its path."""
+
+    def write(path, frames: int, h: int = 48, w: int = 64, fps: float = 10.0, codec: str = "mp4v") -> str:
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), fps, (w, h))
+        assert writer.isOpened()
+        for i in range(frames):
+            writer.write(np.full((h, w, 3), 10 + 8 * i % 240, np.uint8))
+        writer.release()
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Tests that build the same run again find its step compiled."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[1], 0.5)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

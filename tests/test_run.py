@@ -22,7 +22,7 @@ SFT = "--config=configs/sft.py"
 def task(monkeypatch, tmp_path):
     """Replaces the SFT task by one that records how it was called; `task.result` is what it returns or raises."""
     monkeypatch.chdir(tmp_path)
-    fake = types.ModuleType("mllm4d_jax.train.sft")
+    fake = types.ModuleType("mllm4d_jax.sft.task")
     fake.calls, fake.result = [], 0
 
     def call(config, workdir):
@@ -32,7 +32,7 @@ def task(monkeypatch, tmp_path):
         return fake.result
 
     fake.run = call
-    monkeypatch.setitem(sys.modules, "mllm4d_jax.train.sft", fake)
+    monkeypatch.setitem(sys.modules, "mllm4d_jax.sft.task", fake)
     return fake
 
 
@@ -152,7 +152,7 @@ def test_overrides_reach_the_task_in_any_order(task, tmp_path):
 
 
 def test_a_plan_goes_to_the_planner_and_looks_for_no_accelerator(task, monkeypatch, tmp_path):
-    planner = types.ModuleType("mllm4d_jax.train.plan")
+    planner = types.ModuleType("mllm4d_jax.plan.sft")
     calls = []
     planner.run = lambda *args: calls.append((*args, os.environ["JAX_PLATFORMS"], os.environ["TPU_SKIP_MDS_QUERY"]))
     monkeypatch.setitem(sys.modules, planner.__name__, planner)
@@ -175,7 +175,7 @@ def test_own_file_and_workdir_flag(task, tmp_path):
 
 def test_exit_codes(task, capsys):
     class OwnError(ValueError):
-        __module__ = "mllm4d_jax.processing.encode"
+        __module__ = "mllm4d_jax.encode.encoder"
 
     task.result = None
     assert run.main(["run.py", SFT]) == 0

@@ -24,10 +24,10 @@ from safetensors.numpy import save_file
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.published import SIZES, published_config
 from mllm4d_jax.models.weight_map import published_tensors
-from mllm4d_jax.processing.tokenizer import QWEN_SPECIAL_IDS, build_byte_level_tokenizer
 
 SHARD_BYTES = 1 << 30
 STD = 0.02

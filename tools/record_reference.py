@@ -107,10 +107,11 @@ def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tu
     file = {"video": args.video, "image": args.image}.get(name, "")
     if not file:
         return cases.make_case(prompts, name)
-    from mllm4d_jax.processing.config import ProcessorConfig
-    from mllm4d_jax.processing.encode import Encoder
-    from mllm4d_jax.processing.example import Record, VideoOptions
-    from mllm4d_jax.processing.tokenizer import Tokenizer
+    from mllm4d_jax.encode.encoder import Encoder
+    from mllm4d_jax.encode.example import VideoOptions
+    from mllm4d_jax.encode.processor_config import ProcessorConfig
+    from mllm4d_jax.encode.tokenizer import Tokenizer
+    from mllm4d_jax.qa.record import Record
 
     pixels = {"max_pixels": args.max_pixels, "image_max_pixels": args.max_pixels, "image_min_pixels": 784}
     options = VideoOptions(num_frames=args.num_frames, min_pixels=784, **pixels)
@@ -130,7 +131,7 @@ def position_rule(model, prompts: cases.Prompts) -> str:
         return "release"  # time is in the text; there is only one rule
     import torch
 
-    from mllm4d_jax.processing.positions import RULES, mrope_positions
+    from mllm4d_jax.encode.positions import RULES, mrope_positions
 
     probe = cases.Visual("video", 4, 2, 2, 0.6)
     row = prompts.row((cases.Text("a b"), probe, cases.Text("c d e")), np.random.default_rng(0))

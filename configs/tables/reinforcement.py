@@ -64,7 +64,7 @@ GRPO_KEYS = (
         "'name::weight' each: a preset (paper, release), a component (accuracy, format, camera, object) or the path of "
         "a function, package.module:function",
     ),
-    Key("objective.preset", "paper", "see the table in rl/presets.py; the keys below change single pieces of it"),
+    Key("objective.preset", "paper", "see the table in grpo/presets.py; the keys below change single pieces of it"),
     Key("objective.scale", "", "'' = the preset's: divisor of the advantages", choices=("", "group", "batch", "none")),
     Key(
         "objective.ratio",

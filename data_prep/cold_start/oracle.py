@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import Item
-from data_prep.parts import ClipRejected
-from data_prep.questions import SCENARIOS
-from data_prep.relations import CAMERA_DIRECTIONS, LABELS
+from data_prep.questions.propose import SCENARIOS
+from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
+from data_prep.store.parts import ClipRejected
 
 Vec3 = tuple[float, float, float]
 
@@ -84,7 +84,7 @@ def compose(item: Item, path: int, seed: int) -> str:
 
 
 def state_block(title: str, camera: Vec3 | None, thing: Vec3 | None) -> str:
-    """A spatial state as the reasoning prompt demands it (`mllm4d_jax.processing.prompts.ST_COT`). Metres."""
+    """A spatial state as the reasoning prompt demands it (`mllm4d_jax.qa.system_prompt.ST_COT`). Metres."""
     return f"**Spatial State ({title}):**\n- Camera Center: {_vector(camera)}\n- Object Center: {_vector(thing)}"
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.cold_start.r1_items import Item
-from data_prep.jpeg import encode_jpeg
+from data_prep.store.jpeg import encode_jpeg
 from data_prep.teacher.client import ChatRequest, user_message
-from mllm4d_jax.processing.decode_pool import DecodePool
-from mllm4d_jax.processing.errors import MediaError
-from mllm4d_jax.processing.prompts import ST_COT
-from mllm4d_jax.processing.resize import ResizeRule
-from mllm4d_jax.processing.sampling import SampleRule, sample_indices
-from mllm4d_jax.processing.tokenizer import QWEN_TOKENS
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule, sample_indices
+from mllm4d_jax.media.resize import ResizeRule
+from mllm4d_jax.qa.errors import MediaError
+from mllm4d_jax.qa.special_tokens import QWEN_TOKENS
+from mllm4d_jax.qa.system_prompt import ST_COT
 
 MAX_PATH_CHARS = 20_000
 MAX_TOKENS = 4096  # of a reply; as long as a completion may get in reinforcement learning

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.parts import ExportError, canonical_json
+from data_prep.store.parts import ExportError, canonical_json
 from data_prep.teacher.json_schema import SchemaError, parse_json
-from mllm4d_jax.rl.rewards import Solution
+from mllm4d_jax.qa.rewards import Solution
 
 MAX_LINE_BYTES = 2**20
 UNSPECIFIED = "unspecified"  # scenario of records that name none, as the released file's may

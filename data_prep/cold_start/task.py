@@ -21,20 +21,20 @@ from typing import Any
 import ml_collections
 from tqdm import tqdm
 
-from data_prep.atomic import remove_partials, write_atomic
 from data_prep.cold_start import oracle
 from data_prep.cold_start.path_filter import Sample, draw_order, passing, shares, take, threshold
 from data_prep.cold_start.prompt import completion_of, item_frames, path_problem, path_request
 from data_prep.cold_start.r1_items import Item, read_items
-from data_prep.export import MANIFEST, RecordWriter
-from data_prep.parts import ClipRejected, ClipResult, PartStore
+from data_prep.store.atomic import remove_partials, write_atomic
+from data_prep.store.export import MANIFEST, RecordWriter
+from data_prep.store.parts import ClipRejected, ClipResult, PartStore
 from data_prep.teacher.client import ReplyError, Teacher, TeacherError
 from data_prep.teacher.config import ENDPOINT, ORACLE, open_teacher
-from mllm4d_jax.processing.decode_pool import DecodePool
-from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.media_path import resolve_media
-from mllm4d_jax.processing.prompts import ST_COT
-from mllm4d_jax.rl.rewards import RewardWeights, resolve_weights, score
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.media_path import resolve_media
+from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
+from mllm4d_jax.qa.system_prompt import ST_COT
 
 RECORDS, REJECTED = "cold_start.json", "cold_start_rejected.jsonl"
 FORMAT = 1

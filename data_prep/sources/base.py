@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 from data_prep.errors import SceneError
-from data_prep.objects import objects_from_tracks, read_captions, read_masks
-from data_prep.parts import ClipRejected
-from data_prep.scene import Scene
+from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
+from data_prep.scenes.scene import Scene
 from data_prep.sources.frames import read_folder, write_video
-from data_prep.stereo4d import frames_size, read_stereo4d
+from data_prep.sources.stereo4d import frames_size, read_stereo4d
+from data_prep.store.parts import ClipRejected
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import SceneError
-from data_prep.objects import read_json
+from data_prep.scenes.objects import read_json
 
 _FIELDS = ("source_id", "fov_degrees", "intrinsics", "baseline", "frame_size")
 

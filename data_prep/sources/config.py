@@ -10,7 +10,7 @@ from data_prep.sources.base import Source, Stereo4DSource, SyntheticSource
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import StereoSource
 from data_prep.synthetic.worlds import SyntheticConfig
-from mllm4d_jax.processing.decode_pool import DecodePool
+from mllm4d_jax.media.decode_pool import DecodePool
 
 # What has to be in the input folder, for the message that it is not.
 _SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 
 from data_prep.errors import SceneError
-from data_prep.stereo4d import frame_files
-from mllm4d_jax.processing.decode_pool import DecodePool
-from mllm4d_jax.processing.errors import MediaError
-from mllm4d_jax.processing.sampling import SampleRule
-from mllm4d_jax.processing.video import VideoClip, read_image
+from data_prep.sources.stereo4d import frame_files
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.video import VideoClip, read_image
+from mllm4d_jax.qa.errors import MediaError
 
 CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
 

@@ -12,13 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.monocular import MAX_SPREAD, MogeDepth, metric_scale, monocular_scene, read_moge, read_spatialtracker
-from data_prep.objects import objects_from_tracks, read_captions, read_masks
-from data_prep.scene import SceneError
+from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
+from data_prep.scenes.scene import SceneError
 from data_prep.sources.base import CAPTIONS, MASKS, Clip, dropped_objects, find
 from data_prep.sources.clip_card import read_card
-from mllm4d_jax.processing.decode_pool import DecodePool
-from mllm4d_jax.processing.errors import MediaError
+from data_prep.sources.monocular_files import (
+    MAX_SPREAD,
+    MogeDepth,
+    metric_scale,
+    monocular_scene,
+    read_moge,
+    read_spatialtracker,
+)
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.qa.errors import MediaError
 
 _TRACKER = "-spatialtracker.npz"
 _OFF_CENTRE = 0.1  # share of the side by which a principal point may lie off the middle

@@ -14,15 +14,22 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
-from data_prep.parts import ClipRejected, clip_file_name
-from data_prep.scene import Scene, SceneError, load_scene, save_scene
+from data_prep.scenes.objects import (
+    Caption,
+    lift_tracks,
+    objects_from_tracks,
+    read_bootstap,
+    read_captions,
+    read_masks,
+)
+from data_prep.scenes.scene import Scene, SceneError, load_scene, save_scene
 from data_prep.sources.base import CAPTIONS, MASKS, Clip, dropped_objects, find
 from data_prep.sources.clip_card import ClipCard, read_card
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.stereo import ObjectMasks, Reconstruction, StereoError, reconstruct_clip, split_side_by_side
 from data_prep.stereo.quality import QualityLimits
-from mllm4d_jax.processing.decode_pool import DecodePool
+from data_prep.store.parts import ClipRejected, clip_file_name
+from mllm4d_jax.media.decode_pool import DecodePool
 
 PAIR = "pair"
 LAYOUTS = (PAIR, "left_right", "right_left", "top_bottom", "bottom_top")

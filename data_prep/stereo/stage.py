@@ -9,12 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scene import Scene, SceneObject, intrinsics_of
-from data_prep.stereo.disparity import (
-    StereoError,
-    depth_from_disparity,
-    match_pair,
-)
+from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of
+from data_prep.stereo.disparity import StereoError, depth_from_disparity, match_pair
 from data_prep.stereo.quality import Quality, QualityLimits, require_quality, static_drift, vertical_error
 from data_prep.stereo.tracks import PointTracks, reject_outliers, track_points
 from data_prep.stereo.trajectory import Trajectory, solve_trajectory

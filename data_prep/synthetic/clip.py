@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import SceneError
-from data_prep.objects import encode_rle
-from data_prep.scene import Scene, SceneObject, invert_poses, save_scene
+from data_prep.scenes.objects import encode_rle
+from data_prep.scenes.scene import Scene, SceneObject, invert_poses, save_scene
 from data_prep.sources.frames import CODECS, write_video
 from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.synthetic.solids import surface_points

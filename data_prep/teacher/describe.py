@@ -21,18 +21,18 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.atomic import write_atomic
 from data_prep.errors import SceneError
-from data_prep.jpeg import encode_jpeg
-from data_prep.objects import read_masks
+from data_prep.scenes.objects import read_masks
 from data_prep.sources.frames import read_all_frames
+from data_prep.store.atomic import write_atomic
+from data_prep.store.jpeg import encode_jpeg
 from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, TeacherError, user_message
 from data_prep.teacher.config import open_teacher
 from data_prep.teacher.entities import entity_request, parse_entities
-from mllm4d_jax.processing.decode_pool import DecodePool
-from mllm4d_jax.processing.errors import MediaError
-from mllm4d_jax.processing.resize import ResizeRule
-from mllm4d_jax.processing.sampling import SampleRule
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.resize import ResizeRule
+from mllm4d_jax.qa.errors import MediaError
 
 CAPTION_SCHEMA = {
     "type": "object",

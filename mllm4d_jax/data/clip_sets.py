@@ -1,4 +1,4 @@
-"""TFDS sets of clips (ArrayRecords, as `data_prep.builder` writes them) read as records: one per question."""
+"""TFDS sets of clips (ArrayRecords, as `data_prep.store.builder` writes them) read as records: one per question."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.records import parse_record
-from mllm4d_jax.processing.errors import MediaError, RecordError
-from mllm4d_jax.processing.example import Record
-from mllm4d_jax.processing.stored_frames import StoredFrames
+from mllm4d_jax.media.stored_frames import StoredFrames
+from mllm4d_jax.qa.errors import MediaError, RecordError
+from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import parse_record
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self
 
-from mllm4d_jax.data.buckets import RowBuckets
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.order import Order
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.steps import LoadedBatch, ModelFacts, PreparedStep
 from mllm4d_jax.data.stream import GroupStream, LoaderError
-from mllm4d_jax.processing.rows import needed_sizes, pack_groups, share_prefix
+from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.rows import needed_sizes, pack_groups, share_prefix
 
 __all__ = ["Loader", "LoaderError", "LoaderOptions"]
 

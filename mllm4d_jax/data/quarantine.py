@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from mllm4d_jax.processing.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError
 
 MIN_GROUPS = 20  # no verdict on a share before this many groups of questions
 

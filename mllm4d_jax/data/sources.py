@@ -12,8 +12,8 @@ import numpy as np
 
 from mllm4d_jax.data.clip_sets import DEFAULT_SPLIT, ClipSet
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.records import RecordFile
-from mllm4d_jax.processing.example import Record
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.qa.record import Record
 
 _SEPARATOR = "::"
 

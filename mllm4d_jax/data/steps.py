@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
-from mllm4d_jax.processing.grids import VisionGeometry
-from mllm4d_jax.processing.rows import Group, RowBatch, RowSizes, collate_rows
+from mllm4d_jax.encode.grids import VisionGeometry
+from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, collate_rows
 
 
 @dataclasses.dataclass(frozen=True)

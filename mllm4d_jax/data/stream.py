@@ -19,8 +19,8 @@ from mllm4d_jax.data.order import Order
 from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
 from mllm4d_jax.data.sources import Mixture, Questions
 from mllm4d_jax.data.workers import WorkerPool
-from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.example import Example
+from mllm4d_jax.encode.example import Example
+from mllm4d_jax.qa.errors import RecordError
 
 
 class LoaderError(ValueError):

@@ -11,18 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from mllm4d_jax.data.buckets import RowBuckets
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import Example
+from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.eval.benchmarks import Item
-from mllm4d_jax.processing.batch import ModelInputs
-from mllm4d_jax.processing.encode import Encoder, RecordError
-from mllm4d_jax.processing.example import Example, Record
-from mllm4d_jax.processing.grids import VisionGeometry
-from mllm4d_jax.processing.packing import place_branches
-from mllm4d_jax.processing.rows import Group, collate_rows, needed_sizes, share_prefix
-from mllm4d_jax.processing.video import VideoClip
-from mllm4d_jax.rl.prompts import as_prompt
+from mllm4d_jax.grpo.prompts import as_prompt
+from mllm4d_jax.media.video import VideoClip
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.record import Record
+from mllm4d_jax.rows.batch import ModelInputs
+from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.pack import place_branches
+from mllm4d_jax.rows.rows import Group, collate_rows, needed_sizes, share_prefix
 
 INSTRUCTION = "Answer with the letter of the right option."
 

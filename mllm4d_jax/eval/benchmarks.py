@@ -19,10 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mllm4d_jax.data.records import ROLES, RecordFile
-from mllm4d_jax.eval.answers import same_option, true_letters
-from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.media_path import resolve_media
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.qa.answers import same_option, true_letters
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.media_path import resolve_media
+from mllm4d_jax.qa.records import ROLES
 
 # The published id of the last question about a video that was filmed from outside; later ones are egocentric.
 VLM4D_LAST_EXOCENTRIC = 922

@@ -20,12 +20,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mllm4d_jax.data.buckets import RowBuckets
 from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.eval import rescore
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, encode_ahead, share_of_host
 from mllm4d_jax.eval.benchmarks import Item, load_items, question_files
-from mllm4d_jax.eval.loading import Choice, choose_model, load_chosen
 from mllm4d_jax.eval.predictions import (
     NOT_IN_ANSWERS,
     Prediction,
@@ -34,19 +36,18 @@ from mllm4d_jax.eval.predictions import (
     read_predictions,
 )
 from mllm4d_jax.eval.scoring import Bootstrap
+from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
+from mllm4d_jax.generate.sampler import Sampler
+from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.encode import Encoder, VideoOptions
-from mllm4d_jax.processing.prompts import resolve_system_prompt
-from mllm4d_jax.processing.rows import Group
-from mllm4d_jax.processing.tokenizer import Tokenizer
-from mllm4d_jax.rl.packing import Ladder
-from mllm4d_jax.rl.sampler import Sampler
-from mllm4d_jax.rl.sampling import SamplingOptions, banned_token_ids, prompt_id
-from mllm4d_jax.train import multihost
-from mllm4d_jax.train.metrics import write_config
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
+from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.rows import Group
+from mllm4d_jax.run.loading import Choice, choose_model, load_chosen
+from mllm4d_jax.run.log import write_config
 
 QUARANTINE = "quarantine.jsonl"
 # Besides `NOT_IN_ANSWERS`: where and beside what a question is computed (which changes sums in the last bits).

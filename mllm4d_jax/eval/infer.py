@@ -14,15 +14,17 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import Example, VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
+from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
-from mllm4d_jax.processing.batch import ModelInputs, collate
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.encode import Encoder, Example, Record, VideoOptions
-from mllm4d_jax.processing.prompts import resolve_system_prompt
-from mllm4d_jax.processing.tokenizer import Tokenizer
-from mllm4d_jax.rl.sampler import Sampler
-from mllm4d_jax.rl.sampling import SamplingOptions, banned_token_ids
+from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
+from mllm4d_jax.rows.batch import ModelInputs, collate
 
 _CHUNK = 16  # tokens between two looks at the answer
 _LENGTH_MULTIPLE = 128  # prompts are padded to this, so that similar prompts share one compiled program

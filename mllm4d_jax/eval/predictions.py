@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from mllm4d_jax.eval.answers import EXTRACTORS, ExtractedAnswer, extract_answer
 from mllm4d_jax.eval.benchmarks import Item
+from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
 
 NAME = "predictions.jsonl"
 CONTROLS = ("", "blind", "shuffled")

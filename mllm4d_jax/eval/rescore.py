@@ -11,11 +11,11 @@ from typing import Any
 
 import ml_collections
 
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval import scoring, tables
 from mllm4d_jax.eval.benchmarks import BenchmarkError, question_files, read_items
 from mllm4d_jax.eval.predictions import Prediction, PredictionError, prediction_files, read_predictions
-from mllm4d_jax.processing.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from mllm4d_jax.eval import statistics
-from mllm4d_jax.eval.answers import EXTRACTORS, RULES, ExtractedAnswer
 from mllm4d_jax.eval.predictions import Prediction
+from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer
 
 MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
 _SHOWN_IDS = 20

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mllm4d_jax.models.products import einsum_f32
+from mllm4d_jax.parallel.products import einsum_f32
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 QUERY_BLOCK = 512  # queries whose scores the xla form holds at a time on an accelerator

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mllm4d_jax.models.config import ModelConfig, TextConfig, VisionConfig
-from mllm4d_jax.processing.batch import ModelInputs, RowLayout
+from mllm4d_jax.rows.batch import ModelInputs, RowLayout
 
 # Score and probability products that a fused attention kernel repeats in backward, as a share of its forward: one
 # where a single kernel makes all three gradients, three where queries have a kernel of their own.

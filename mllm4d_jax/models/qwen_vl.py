@@ -7,14 +7,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mllm4d_jax.encode.grids import VisionGeometry, VisionInputs
 from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.text import Decoder, DecoderOutput
 from mllm4d_jax.models.vision import VisionFeatures, VisionTower
-from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows, partition_spec
-from mllm4d_jax.processing.batch import ModelInputs
-from mllm4d_jax.processing.grids import VisionGeometry, VisionInputs
+from mllm4d_jax.parallel.rules import (
+    BATCH_AXES,
+    RULES,
+    batch_shards,
+    constrain,
+    constrain_rows,
+    partition_spec,
+)
+from mllm4d_jax.rows.batch import ModelInputs
 
 
 def vision_geometry(config: ModelConfig) -> VisionGeometry:

@@ -1,4 +1,4 @@
-"""Attention over shared-prefix rows (see `processing/rows.py`) without an S x S array.
+"""Attention over shared-prefix rows (see `rows/rows.py`) without an S x S array.
 
 A prefix query sees the prefix; a branch query sees the prefix and its own branch slot, under one maximum and one
 denominator. Partial results are never merged by their log-sum-exp: that residual has no gradient in `jax.nn`, and the
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mllm4d_jax.models.attention import Backend, as_backend, attention, masked_attention
-from mllm4d_jax.models.products import einsum_f32
-from mllm4d_jax.processing.batch import RowLayout
+from mllm4d_jax.parallel.products import einsum_f32
+from mllm4d_jax.rows.batch import RowLayout
 
 jax.tree_util.register_static(RowLayout)  # a layout is part of a batch's shape: one compiled step for each
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh, PartitionSpec
 
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES
-from mllm4d_jax.processing.batch import RowLayout
+from mllm4d_jax.rows.batch import RowLayout
 
 _LANES = 128  # sequence blocks of the kernel are multiples of the vector lanes
 

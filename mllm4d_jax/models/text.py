@@ -1,6 +1,6 @@
 """Text decoder: one scanned stack of blocks for training and prefill, with DeepStack inside the scan.
 
-Decoding feeds the same blocks one token at a time, see `models/decoding.py`.
+Decoding feeds the same blocks one token at a time, see `generate/decoding.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mllm4d_jax.models.layers import ATTENTION, GatedMLP, Linear, RMSNorm, fold,
 from mllm4d_jax.models.moe import RouterStats, SparseMLP
 from mllm4d_jax.models.shared_prefix import row_attention
 from mllm4d_jax.parallel.rules import constrain_rows
-from mllm4d_jax.processing.batch import RowLayout
+from mllm4d_jax.rows.batch import RowLayout
 
 
 class KVCache(NamedTuple):

@@ -1,6 +1,6 @@
 """Vision towers of Qwen3-VL (position table, DeepStack taps) and Qwen2.5-VL (windows). Shape-static and jittable.
 
-The tower sees frames: [F, L] patches with host-made index arrays (`processing/grids.py`). A frame attends only to
+The tower sees frames: [F, L] patches with host-made index arrays (`encode/grids.py`). A frame attends only to
 itself, by construction of the batch dimension and by its segment ids.
 """
 
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mllm4d_jax.encode.grids import VisionInputs
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import Backend, as_backend, attention
 from mllm4d_jax.models.config import VisionConfig
 from mllm4d_jax.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm, parameter, scan_layers, stack
 from mllm4d_jax.parallel.rules import constrain, constrain_rows
-from mllm4d_jax.processing.grids import VisionInputs
 
 NORM_EPS = 1e-6  # fixed in every release, not a configuration key
 

@@ -7,7 +7,7 @@ import pytest
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import Loader, LoaderOptions
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
 from tests.data.fakes import BUCKETS, FACTS, FakeEncoder, write_records
 

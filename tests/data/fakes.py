@@ -10,12 +10,12 @@ import time
 import jax
 import numpy as np
 
-from mllm4d_jax.data.buckets import RowBuckets
 from mllm4d_jax.data.steps import ModelFacts
-from mllm4d_jax.processing.encode import media_identity
-from mllm4d_jax.processing.errors import RecordError
-from mllm4d_jax.processing.example import Example, Grid, VideoOptions
-from mllm4d_jax.processing.grids import VisionGeometry
+from mllm4d_jax.encode.example import Example, Grid, VideoOptions
+from mllm4d_jax.encode.grids import VisionGeometry
+from mllm4d_jax.encode.media_items import media_identity
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.rows.buckets import RowBuckets
 
 VIDEO, PATCH = 500, 24
 FACTS = ModelFacts(VisionGeometry(merge_size=2, position_side=4, window=0), (501, VIDEO), PATCH)

@@ -12,14 +12,16 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.builder import ClipExample, build_dataset
+from data_prep.store.builder import ClipExample, build_dataset
 from mllm4d_jax.data.clip_sets import ClipSet
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import Questions, open_source
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.encode import Encoder, RecordError, VideoOptions
-from mllm4d_jax.processing.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.qa.errors import RecordError
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = (151655, 151656, 151652, 151653)

@@ -8,14 +8,15 @@ import json
 import numpy as np
 import pytest
 
-from mllm4d_jax.data.buckets import largest
 from mllm4d_jax.data.group_encoder import GroupEncoder, LeastRecentMedia
-from mllm4d_jax.data.loader import LoaderError, LoaderOptions
+from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.quarantine import QuarantineError
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Questions
-from mllm4d_jax.processing.encode import Media
-from mllm4d_jax.processing.errors import RecordError
+from mllm4d_jax.data.stream import LoaderError
+from mllm4d_jax.encode.media_items import Media
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.rows.buckets import largest
 from tests.data.fakes import BUCKETS, PATCH, FakeEncoder, arrays, write_records
 
 # Seven clips with 1 to 7 questions of different lengths, every ninth of them bad.

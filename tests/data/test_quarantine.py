@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
-from mllm4d_jax.processing.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError
 
 
 def test_a_half_written_line_is_dropped(tmp_path):

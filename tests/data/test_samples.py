@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data import samples
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.samples import SampleError, draw, make_clip, questions, write_sample_world
-from mllm4d_jax.rl.rewards import score
+from mllm4d_jax.qa.rewards import score
 
 
 def shape_mask(frame: np.ndarray) -> np.ndarray:

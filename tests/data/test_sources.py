@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.json_index import RecordFileError, build_index
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Ingredient, Mixture, open_mixture, parse_mixture
 from tests.data.fakes import write_records
 

@@ -8,10 +8,10 @@ import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.stream import GroupStream, LoaderError
-from mllm4d_jax.processing.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError
 from tests.data.fakes import FakeEncoder, write_records
 
 NUMBERS = [("a.mp4", 5), ("a.mp4", -1), ("b.mp4", 6), ("b.mp4", 7), ("c.mp4", 8), ("c.mp4", 9), ("c.mp4", 2)]

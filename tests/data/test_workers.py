@@ -13,19 +13,21 @@ import cv2
 import numpy as np
 import pytest
 
-from mllm4d_jax.data.buckets import RowBuckets
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import Loader, LoaderOptions
 from mllm4d_jax.data.prefetch import Prefetcher
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.records import RecordFile
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture, Questions
 from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.data.workers import WorkerError, WorkerPool
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.encode import Encoder, Example, RecordError, VideoOptions
-from mllm4d_jax.processing.grids import VisionGeometry
-from mllm4d_jax.processing.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import Example, VideoOptions
+from mllm4d_jax.encode.grids import VisionGeometry
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.rows.buckets import RowBuckets
 from tests.data.fakes import DangerousEncoder, arrays, write_records
 
 IDS = (151655, 151656, 151652, 151653)

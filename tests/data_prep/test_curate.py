@@ -16,11 +16,11 @@ import tensorflow_datasets as tfds
 from configs import common
 from configs.schema import build
 from data_prep import curate
-from data_prep.builder import question_rows
-from data_prep.parts import ExportError
 from data_prep.sources.config import SourceError
-from mllm4d_jax.data.records import RecordFile
-from mllm4d_jax.rl.rewards import score
+from data_prep.store.builder import question_rows
+from data_prep.store.parts import ExportError
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.qa.rewards import score
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("train.json", "train_r1.jsonl", "bench.json", "rejected.jsonl", "chosen.json", "manifest.json", "report.html")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from data_prep.export import bench_record, conversation_record, r1_record
-from data_prep.questions import SUBTASKS as CURATED_SUBTASKS
+from data_prep.questions.propose import SUBTASKS as CURATED_SUBTASKS
+from data_prep.store.export import bench_record, conversation_record, r1_record
 from mllm4d_jax.eval.benchmarks import SUBTASKS, BenchmarkError, load_items, question_files
 from tests.eval.question_fixtures import vlm4d_rows
 

@@ -15,18 +15,21 @@ from configs import common, schema
 from configs import sft as sft_config
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.samples import write_sample_world
-from mllm4d_jax.eval import evaluate, export, loading
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.eval import evaluate
 from mllm4d_jax.eval.asking import INSTRUCTION, ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.evaluate import EvaluationError, Progress
 from mllm4d_jax.eval.predictions import PredictionError, read_predictions
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.encode import Encoder, VideoOptions
-from mllm4d_jax.processing.prompts import ST_COT
-from mllm4d_jax.processing.tokenizer import Tokenizer
-from mllm4d_jax.train import sft
-from mllm4d_jax.train.tiny import write_tiny_model
+from mllm4d_jax.export import task as export
+from mllm4d_jax.qa.system_prompt import ST_COT
+from mllm4d_jax.run import loading
+from mllm4d_jax.run.tiny import write_tiny_model
+from mllm4d_jax.sft import task as sft
 from tests.eval.question_fixtures import item
-from tests.train.processes import Processes, write_config
+from tests.processes import Processes, write_config
 
 FRAMES = 4
 

@@ -9,7 +9,7 @@ import pytest
 from configs import common
 from configs.schema import build
 from mllm4d_jax.eval import infer
-from mllm4d_jax.train.tiny import write_tiny_model
+from mllm4d_jax.run.tiny import write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.processing.batch import ModelInputs
+from mllm4d_jax.rows.batch import ModelInputs
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

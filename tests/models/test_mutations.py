@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm4d_jax.eval.verify_model import Tolerances, verify_case
 from mllm4d_jax.models import layers, moe, rope, text, vision
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.verify.model import Tolerances, verify_case
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mllm4d_jax.eval.verify_model import Tolerances, case_files, verify_case, verify_gradients
 from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.verify.model import Tolerances, case_files, verify_case, verify_gradients
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")

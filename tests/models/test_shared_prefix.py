@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mllm4d_jax.encode.example import Example, Grid
+from mllm4d_jax.encode.positions import mrope_positions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.generate.decoding import prefill, prefill_rows
 from mllm4d_jax.models import shared_prefix, text
 from mllm4d_jax.models.attention import masked_attention
-from mllm4d_jax.models.decoding import prefill, prefill_rows
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
-from mllm4d_jax.processing.batch import collate
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.example import Example, Grid
-from mllm4d_jax.processing.positions import mrope_positions
-from mllm4d_jax.processing.rows import RowBatch, collate_rows, needed_sizes, share_prefix
+from mllm4d_jax.rows.batch import collate
+from mllm4d_jax.rows.rows import RowBatch, collate_rows, needed_sizes, share_prefix
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 FAMILIES = ("qwen3_vl", "qwen2_5_vl")

@@ -16,7 +16,7 @@ from mllm4d_jax.models import attention as attention_module
 from mllm4d_jax.models.attention import QUERY_BLOCK, Backend, attention, choose_backend
 from mllm4d_jax.models.shared_prefix import row_attention
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.processing.batch import RowLayout
+from mllm4d_jax.rows.batch import RowLayout
 
 SMALL = RowLayout(prefix=21, slots=6, length=9)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import safetensors
 
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.published import SIZES, published_config
 from mllm4d_jax.models.weight_map import published_tensors
-from mllm4d_jax.processing.config import ProcessorConfig
-from mllm4d_jax.processing.tokenizer import Tokenizer
 from tools import make_checkpoint
 
 

@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from mllm4d_jax.processing.positions import RULES, mrope_positions  # noqa: E402
-from mllm4d_jax.processing.tokenizer import build_byte_level_tokenizer  # noqa: E402
+from mllm4d_jax.encode.positions import RULES, mrope_positions  # noqa: E402
+from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer  # noqa: E402
 from tools import record_reference  # noqa: E402
 from tools.reference import cases, gradients, tensors  # noqa: E402
 

@@ -14,7 +14,7 @@ from data_prep.cold_start.r1_items import parse_item
 from data_prep.cold_start.task import run_cold_start
 from data_prep.teacher.client import KEY_VARIABLE, URL_VARIABLE, TeacherError
 from mllm4d_jax.data.samples import write_video
-from mllm4d_jax.processing.prompts import ST_COT
+from mllm4d_jax.qa.system_prompt import ST_COT
 from tests.data_prep.cold_start.test_cold_start import (
     BARE,
     GOLD,

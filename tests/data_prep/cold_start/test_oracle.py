@@ -15,12 +15,12 @@ from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.oracle import compose, missing_fields
 from data_prep.cold_start.prompt import path_problem
 from data_prep.cold_start.r1_items import parse_item
-from data_prep.export import r1_record
-from data_prep.parts import ClipRejected
-from data_prep.questions import SCENARIOS, QuestionRules, propose
-from data_prep.random_scenes import random_scene
-from mllm4d_jax.processing.prompts import ST_COT
-from mllm4d_jax.rl.rewards import parse, score
+from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.scenes.random_scenes import random_scene
+from data_prep.store.export import r1_record
+from data_prep.store.parts import ClipRejected
+from mllm4d_jax.qa.rewards import parse, score
+from mllm4d_jax.qa.system_prompt import ST_COT
 
 RULES = (QuestionRules(), QuestionRules(state_axes="world", num_frames=9, per_clip=14))
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.cold_start.r1_items import UNSPECIFIED, ItemError, parse_item, read_items
-from data_prep.export import r1_record
-from data_prep.questions import QuestionRules, propose
-from data_prep.random_scenes import random_scene
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.scenes.random_scenes import random_scene
+from data_prep.store.export import r1_record
 
 RELEASED = {
     "messages": [

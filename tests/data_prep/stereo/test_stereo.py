@@ -10,7 +10,12 @@ import pytest
 
 from data_prep import stereo
 from data_prep.stereo import disparity as disparity_module
-from data_prep.stereo.disparity import StereoError, depth_from_disparity, estimate_disparity, split_side_by_side
+from data_prep.stereo.disparity import (
+    StereoError,
+    depth_from_disparity,
+    estimate_disparity,
+    split_side_by_side,
+)
 from data_prep.stereo.quality import Quality, QualityLimits, check_quality
 from tests.data_prep.stereo.stereo_world import make_clip
 

@@ -11,7 +11,7 @@ import pytest
 
 from configs import common
 from configs.schema import build
-from data_prep.objects import read_captions
+from data_prep.scenes.objects import read_captions
 from data_prep.sources.frames import write_video
 from data_prep.teacher.client import KEY_VARIABLE, URL_VARIABLE, TeacherError
 from data_prep.teacher.describe import DescribeError, caption_request, describe, find_pending

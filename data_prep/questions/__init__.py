@@ -1,0 +1,1 @@
+"""Questions about scenes, and which of them make a set."""

@@ -1,0 +1,344 @@
+"""Scene -> questions with options and answers. Deterministic by (seed, clip), whatever the order or number of workers.
+
+Seven scenarios make the six subtasks of the benchmark (the last has two). Distances and the camera's direction have
+four options; where the relation knows three outcomes there are three, because a fourth would never be right.
+
+Frames are named by their number in the clip as the model sees it (`frame_numbers`), counted from 0; the record's
+`frames` maps them to frames of the source clip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from data_prep.questions.options import LETTERS, OptionRule, label_options, numeric_options, shuffle
+from data_prep.questions.wording import ANCHORS, INSTRUCTION, PHRASINGS, object_names, question_text
+from data_prep.scenes import measure, relations
+from data_prep.scenes.relations import LABELS, Refused
+from data_prep.scenes.scene import Scene
+from mllm4d_jax.media.frame_sampling import sample_indices
+
+SCENARIOS = tuple(LABELS)
+SUBTASKS: Mapping[str, str] = {
+    **{name: name for name in SCENARIOS},
+    "object_camera_lateral_direction": "object_camera_relative_direction",
+    "object_camera_longitudinal_direction": "object_camera_relative_direction",
+}
+STATE_AXES = ("first_frame", "world")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionRules:
+    """What is asked about a clip.
+
+    Attributes:
+      num_frames: frames the model sees (32 at most in the paper); a shorter clip is seen whole.
+      per_clip: most questions proposed for one clip.
+      pairs: frame pairs tried per clip.
+      min_gap: the two frames are at least this share of the clip apart.
+      options: how distances get their options.
+      min_points, points, min_motion, dominance, tau, margin: as in `relations`.
+      state_axes: axes of the centres in `solution`: those of the camera at the first frame, which a viewer can know, or
+        the scene's world.
+    """
+
+    num_frames: int = 32
+    per_clip: int = 28
+    pairs: int = 24
+    min_gap: float = 0.1
+    options: OptionRule = dataclasses.field(default_factory=OptionRule)
+    min_points: int = relations.MIN_POINTS
+    points: str = "both"
+    min_motion: float = relations.MIN_MOTION
+    dominance: float = relations.DOMINANCE
+    tau: float = relations.TAU
+    margin: float = relations.MARGIN
+    state_axes: str = "first_frame"
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 2 or self.per_clip < 1 or self.pairs < 1 or not 0 <= self.min_gap < 1:
+            raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
+        if self.state_axes not in STATE_AXES or self.points not in measure.POINT_SETS:
+            raise ValueError(f"state_axes must be of {STATE_AXES} and points of {measure.POINT_SETS}: {self}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Question:
+    """One question.
+
+    Attributes:
+      id: "<clip_id>:<number>".
+      scenario: one of `SCENARIOS`.
+      text: the question, without options.
+      options: texts in the order of the letters.
+      answer: letter.
+      label: the true label; "" for a distance.
+      rank: of the truth among the options in ascending order; -1 for labels.
+      value: what was measured, metres.
+      motion: metres that the camera or the object asked about moved between the frames, the larger of them.
+      template: "<phrasing>.<anchor>".
+      frames: (i, j) in the clip as seen; source: the same as frame numbers of the scene.
+      count: frames the model sees.
+      object_id: "" for the camera's relations.
+      object_name: what the text calls the object ("the red box"); "" for the camera's relations.
+      camera_center, object_center: (at i, at j), metres; see `QuestionRules.state_axes`.
+    """
+
+    id: str
+    clip_id: str
+    source_id: str
+    scenario: str
+    text: str
+    options: tuple[str, ...]
+    answer: str
+    label: str
+    rank: int
+    value: float | tuple[float, ...]
+    motion: float
+    template: str
+    frames: tuple[int, int]
+    source: tuple[int, int]
+    count: int
+    object_id: str
+    object_name: str
+    camera_center: tuple
+    object_center: tuple
+
+    def record(self, video: str) -> dict[str, Any]:
+        """A released conversation record, plus fields that its readers skip.
+
+        Args:
+          video: path of the clip, relative to the data root.
+        """
+        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, self.options, strict=False)]
+        prompt = "\n".join(["<video>", self.text, "Options:", *lines, INSTRUCTION])
+        return {
+            "id": self.id,
+            "source_id": self.source_id,
+            "clip_id": self.clip_id,
+            "video": video,
+            "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": self.answer}],
+            "question_type": self.scenario,
+            "subtask": SUBTASKS[self.scenario],
+            "question": self.text,
+            "options": dict(zip(LETTERS, self.options, strict=False)),
+            "answer": self.answer,
+            "label": self.label,
+            "rank": self.rank,
+            "value": self.value,
+            "motion": self.motion,
+            "template": self.template,
+            "object_id": self.object_id,
+            "object_name": self.object_name,
+            "frames": {"seen": list(self.frames), "source": list(self.source), "count": self.count},
+            "solution": {
+                "answer": self.answer,
+                "camera_center": list(self.camera_center),
+                "object_center": list(self.object_center),
+            },
+        }
+
+
+def clip_random(seed: int, clip_id: str) -> random.Random:
+    """The clip's own random numbers: a function of seed and clip alone."""
+    digest = hashlib.sha256(f"{seed}\0{clip_id}".encode("utf-8", "surrogatepass")).digest()
+    return random.Random(int.from_bytes(digest[:16], "big"))
+
+
+def frame_numbers(total: int, num_frames: int) -> np.ndarray:
+    """Scene frames that the model sees, i64[K]: evenly spread, both ends included, as the encoder's "uniform" rule."""
+    return sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames))
+
+
+def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
+    """Up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
+
+    Only objects with a name that tells them apart and gives nothing away are asked about, and both frames must show
+    `min_points` of their points. No (scenario, object, frame pair) comes twice.
+
+    Raises:
+      Refused: "relative_scale" (metres mean nothing there), "too_few_frames".
+    """
+    if scene.scale == "relative":
+        raise Refused(f"clip {scene.clip_id}: its scale is relative, and the questions are in metres", "relative_scale")
+    if scene.num_frames < 2:
+        raise Refused(f"clip {scene.clip_id}: a single frame shows no motion", "too_few_frames")
+    rng = clip_random(seed, scene.clip_id)
+    facts = _Facts.measure(scene, rules, rng)
+    queues = {name: _in_turn(facts.cases[name], rng) for name in SCENARIOS}
+    order = list(SCENARIOS)
+    shuffle(order, rng)
+    found: list[Question] = []
+    while order and len(found) < rules.per_clip:
+        for name in tuple(order):
+            made = next(filter(None, (_ask(facts, name, case, rules, rng, len(found)) for case in queues[name])), None)
+            if made is None:
+                order.remove(name)
+            elif len(found) < rules.per_clip:
+                found.append(made)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    """Everything measured on the candidate pairs. A case is (pair, object index or -1, class, value)."""
+
+    scene: Scene
+    seen: list[int]  # scene frame of each frame the model sees
+    pairs: list[tuple[int, int]]  # in frames the model sees
+    cases: Mapping[str, list[tuple]]
+    names: list[tuple[str, str]]  # (object id, what it is called)
+    camera_motion: list[float]
+    object_motion: list[list[float]]  # [object][pair]
+    cameras: list  # centre by scene frame
+    starts: list  # [object][pair] centroid at i
+    ends: list
+
+    @classmethod
+    def measure(cls, scene: Scene, rules: QuestionRules, rng: random.Random) -> _Facts:
+        """All seven relations on randomly drawn frame pairs."""
+        seen = frame_numbers(scene.num_frames, rules.num_frames)
+        pairs = _draw_pairs(len(seen), rules, rng)
+        i, j = seen[[p[0] for p in pairs]], seen[[p[1] for p in pairs]]
+        to_state = _state_axes(scene, int(seen[0]), rules)
+        cases: dict[str, list[tuple]] = {name: [] for name in SCENARIOS}
+        moves = measure.camera_displacements(scene, i, j)
+        travelled = np.sqrt((moves**2).sum(1))
+        directions = measure.axis_classes(moves, min_motion=rules.min_motion, dominance=rules.dominance)
+        _collect(cases["camera_absolute_distance"], -1, np.zeros(len(i), int), travelled)
+        _collect(cases["camera_relative_direction"], -1, directions, moves)
+        names = sorted(object_names(scene).items())
+        motion, starts, ends = [], [], []
+        for n, (object_id, _) in enumerate(names):
+            obj = scene.object(object_id)
+            middle = measure.centroids(obj, i, j, points=rules.points, min_points=rules.min_points)
+            shifts = measure.object_shifts(scene, middle, i)
+            motion.append(np.sqrt((shifts**2).sum(1)).tolist())
+            starts.append(_rounded(to_state(middle.start)))
+            ends.append(_rounded(to_state(middle.end)))
+            for name, classes, values in _object_facts(scene, obj, i, j, shifts, rules):
+                _collect(cases[name], n, np.where(middle.seen, classes, measure.UNSEEN), values)
+        cameras = _rounded(to_state(scene.camera_centers))
+        return cls(scene, seen.tolist(), pairs, cases, names, travelled.tolist(), motion, cameras, starts, ends)
+
+
+def _object_facts(
+    scene: Scene, obj: Any, i: np.ndarray, j: np.ndarray, shifts: np.ndarray, rules: QuestionRules
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(scenario, class per pair, value per pair) of the five relations of an object."""
+    needed = {"min_points": rules.min_points}
+    threshold = {"tau": rules.tau, "margin": rules.margin}
+    # Object at j from camera i; then each from its own camera.
+    at, camera = np.concatenate([j, i, j]), np.concatenate([i, i, j])
+    across, first, second = measure.nearest_distances(scene, obj, at, camera, **needed).reshape(3, -1)
+    change = second - first
+    zeros = np.zeros(len(i), int)
+    yield "object_absolute_distance", zeros, np.sqrt((shifts**2).sum(1))
+    yield "object_camera_absolute_distance", np.where(np.isnan(across), measure.UNSEEN, zeros), across
+    yield "object_camera_relative_distance", measure.change_classes(change, **threshold), change
+    yield "object_camera_lateral_direction", measure.change_classes(shifts[:, 0], **threshold), shifts[:, 0]
+    yield "object_camera_longitudinal_direction", measure.change_classes(shifts[:, 2], **threshold), shifts[:, 2]
+
+
+def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tuple[int, int]]:
+    """Distinct frame pairs at least `min_gap` apart: uniform first frame and gap, drawn until `pairs` or 4x tries."""
+    gap = max(1, round(rules.min_gap * (count - 1)))
+    pairs: dict[tuple[int, int], None] = {}
+    for _ in range(4 * rules.pairs):
+        first, second = int(rng.random() * count), int(rng.random() * count)
+        if abs(first - second) >= gap:
+            pairs[min(first, second), max(first, second)] = None
+            if len(pairs) == rules.pairs:
+                break
+    return list(pairs) or [(0, count - 1)]
+
+
+def _state_axes(scene: Scene, first: int, rules: QuestionRules) -> Callable[[np.ndarray], np.ndarray]:
+    if rules.state_axes == "world":
+        return lambda points: points
+    pose = scene.world_to_camera[first]
+    return lambda points: points @ pose[:, :3].T + pose[:, 3]
+
+
+def _rounded(points: np.ndarray) -> list[list[float]]:
+    """Millimetres are finer than any estimate; adding 0.0 turns -0.0 into 0.0."""
+    return (points.round(3) + 0.0).tolist()
+
+
+def _collect(cases: list[tuple], obj: int, classes: np.ndarray, values: np.ndarray) -> None:
+    cases += [
+        (pair, obj, kind, value)
+        for pair, (kind, value) in enumerate(zip(classes.tolist(), values.tolist(), strict=True))
+        if kind >= 0
+    ]
+
+
+def _in_turn(cases: list[tuple], rng: random.Random) -> Iterator[tuple]:
+    """The cases in random order, taking one of each class in turn."""
+    by_class: dict[int, list[tuple]] = {}
+    for case in cases:
+        by_class.setdefault(case[2], []).append(case)
+    queues = [by_class[kind] for kind in sorted(by_class)]
+    shuffle(queues, rng)
+    while queues:
+        for queue in tuple(queues):
+            at = int(rng.random() * len(queue))
+            queue[at], queue[-1] = queue[-1], queue[at]
+            yield queue.pop()
+            if not queue:
+                queues.remove(queue)
+
+
+def _ask(
+    facts: _Facts, scenario: str, case: tuple, rules: QuestionRules, rng: random.Random, number: int
+) -> Question | None:
+    """The question of one case; None when no fair options exist for it."""
+    pair, obj, kind, value = case
+    labels = LABELS[scenario]
+    if labels:
+        label, rank = labels[kind], -1
+        texts = label_options(labels, label, rng)
+        answer = LETTERS[texts.index(label)]
+    else:
+        made = numeric_options(value, rules.options, rng)
+        if made is None:
+            return None
+        texts, rank = made
+        label, truth = "", texts[rank]
+        shuffle(texts, rng)
+        answer = LETTERS[texts.index(truth)]
+    phrasing, anchor = int(rng.random() * len(PHRASINGS[scenario])), int(rng.random() * len(ANCHORS))
+    i, j = facts.pairs[pair]
+    object_id, name = facts.names[obj] if obj >= 0 else ("", "")
+    motion = facts.camera_motion[pair]
+    centers = (None, None)
+    if obj >= 0:
+        motion = max(motion, facts.object_motion[obj][pair])
+        centers = (facts.starts[obj][pair], facts.ends[obj][pair])
+    return Question(
+        id=f"{facts.scene.clip_id}:{number:03d}",
+        clip_id=facts.scene.clip_id,
+        source_id=facts.scene.source_id,
+        scenario=scenario,
+        text=question_text(scenario, phrasing, anchor, i, j, len(facts.seen) - 1, name),
+        options=tuple(texts),
+        answer=answer,
+        label=label,
+        rank=rank,
+        value=round(value, 6) if obj >= 0 or not labels else tuple(round(v, 6) for v in value),
+        motion=round(motion, 6),
+        template=f"{phrasing}.{anchor}",
+        frames=(i, j),
+        source=(facts.seen[i], facts.seen[j]),
+        count=len(facts.seen),
+        object_id=object_id,
+        object_name=name,
+        camera_center=(facts.cameras[facts.seen[i]], facts.cameras[facts.seen[j]]),
+        object_center=centers,
+    )

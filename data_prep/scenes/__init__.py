@@ -1,0 +1,1 @@
+"""4D scenes and what holds in them."""

@@ -1,0 +1,308 @@
+"""Objects of a scene from other tools' files: masks, captions, 2D tracks; and the scene points that lie in the masks.
+
+Formats: COCO run lengths (github.com/cocodataset/cocoapi, own decoder), npz masks, `{track_id: caption}` JSON, BootsTAP
+tracks (`tracks` [N, T, 2] pixels x y, `visibles` [N, T]).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import SceneError
+from data_prep.scenes.scene import Scene, SceneObject
+from data_prep.store.npz import read_npz
+
+MAX_JSON_BYTES = 2**26  # Python objects take up to some twenty times that
+MAX_MASK_BYTES = 2**31  # all masks of a clip together, one byte a pixel
+MAX_SIDE = 1 << 14
+_RLE_TEXT = re.compile(r"[0-o]*")  # characters 48 to 111
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """What an object is called: fine-grained `description`, broad `category` ('' if unknown)."""
+
+    description: str
+    category: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """An object that got no place in the scene, and why."""
+
+    object_id: str
+    reason: str
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """COCO run lengths of a mask bool[H, W]: {"size": [H, W], "counts": list}, column-major, zeros first."""
+    flat = np.concatenate([[False], np.asarray(mask, bool).T.reshape(-1)])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
+    return {"size": [int(mask.shape[0]), int(mask.shape[1])], "counts": counts.tolist()}
+
+
+def decode_rle(rle: Any, where: str = "RLE", image_size: tuple[int, int] | None = None) -> np.ndarray:
+    """bool[H, W] of COCO run lengths, `counts` as a list or as a compressed string.
+
+    Args:
+      where: what errors call it.
+      image_size: the (H, W) it must have; None takes any up to 16384 a side. Checked before anything is allocated.
+
+    Raises:
+      SceneError: not an RLE, another size, or runs that do not add up to the size.
+    """
+    if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
+        raise SceneError(f'{where}: expected {{"size": [h, w], "counts": ...}}, got {_short(rle)}')
+    size, counts = rle["size"], rle["counts"]
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_int(n) and 0 < n <= MAX_SIDE for n in size):
+        raise SceneError(f"{where}: size must be [height, width] within {MAX_SIDE}, not {_short(size)}")
+    if image_size is not None and tuple(size) != tuple(image_size):
+        raise SceneError(f"{where}: size is {list(size)}, the images are {list(image_size)}")
+    pixels = size[0] * size[1]
+    if isinstance(counts, str):
+        counts = _decompress(counts, pixels, where)
+    if not isinstance(counts, list) or not all(_is_int(n) and 0 <= n <= pixels for n in counts):
+        raise SceneError(f"{where}: counts must be a string or a list of whole numbers of at most {pixels}")
+    if sum(counts) != pixels:
+        raise SceneError(f"{where}: the runs cover {sum(counts)} pixels of {pixels}")
+    values = np.zeros(len(counts), bool)
+    values[1::2] = True
+    return np.ascontiguousarray(np.repeat(values, counts).reshape(size[1], size[0]).T)
+
+
+def _decompress(text: str, pixels: int, where: str) -> list[int]:
+    """Run lengths of a compressed string: groups of 5 bits, lowest first, sign-extended; from the third run on
+    (counting from 0) as the difference to the run two before."""
+    if not _RLE_TEXT.fullmatch(text):
+        raise SceneError(f"{where}: the compressed counts hold a character outside '0' to 'o'")
+    counts: list[int] = []
+    value = shift = 0
+    if len(text) > 20 * (pixels + 1):
+        raise SceneError(f"{where}: {len(text)} characters of counts for {pixels} pixels")
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if shift > 40:
+            raise SceneError(f"{where}: the compressed counts hold a number of more than 40 bits")
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        if not 0 <= counts[-1] <= pixels:
+            raise SceneError(f"{where}: run {len(counts) - 1} is {counts[-1]} long, in an image of {pixels} pixels")
+        value = shift = 0
+    if shift:
+        raise SceneError(f"{where}: the compressed counts end in the middle of a number")
+    return counts
+
+
+def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Masks per object id, bool[frames, H, W], of an npz or a JSON file.
+
+    npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame.
+
+    Raises:
+      SceneError: unreadable, or masks of another length or size than the clip; naming file and id.
+    """
+    path = Path(path)
+    per_object = frames * image_size[0] * image_size[1]
+    if path.suffix == ".npz":
+        masks = read_npz(path, max_bytes=MAX_MASK_BYTES)
+        for name, array in masks.items():
+            if array.dtype != np.bool_ or array.shape != (frames, *image_size):
+                raise SceneError(
+                    f"{path}: {name} is {array.dtype}{list(array.shape)}, the clip needs bool{[frames, *image_size]}"
+                )
+        return masks
+    document = read_json(path)
+    if len(document) * per_object > MAX_MASK_BYTES:
+        raise SceneError(f"{path}: {len(document)} objects of {per_object} mask pixels exceed {MAX_MASK_BYTES} bytes")
+    masks = {}
+    for name, entries in document.items():
+        if not isinstance(entries, list) or len(entries) != frames:
+            raise SceneError(f"{path}: {name!r} must list one RLE or null for each of {frames} frames")
+        masks[name] = np.zeros((frames, *image_size), bool)
+        for t, entry in enumerate(entries):
+            if entry is not None:
+                masks[name][t] = decode_rle(entry, f"{path}: {name!r}, frame {t}", image_size)
+    return masks
+
+
+def read_captions(path: str | Path) -> dict[str, Caption]:
+    """Captions per object id: {id: "text"} or {id: {"caption": "text", "category": "text"}}.
+
+    Raises:
+      SceneError: naming file and id.
+    """
+    captions = {}
+    for name, entry in read_json(Path(path)).items():
+        fields = entry if isinstance(entry, dict) else {"caption": entry}
+        texts = (fields.get("caption"), fields.get("category", ""))
+        if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
+            raise SceneError(
+                f'{path}: {name!r} must be a caption or {{"caption": ..., "category": ...}}, not {_short(entry)}'
+            )
+        captions[name] = Caption(texts[0].strip(), texts[1].strip())
+    return captions
+
+
+def read_bootstap(path: str | Path, frames: int) -> np.ndarray:
+    """2D tracks f64[N, frames, 2], pixels (x, y), NaN = not visible, of a BootsTAP npz.
+
+    Raises:
+      SceneError: a key is missing or has another shape or type; naming file and key.
+    """
+    arrays = read_npz(path)
+    for key in ("tracks", "visibles"):
+        if key not in arrays:
+            raise SceneError(f"{path}: no {key!r}; a BootsTAP file has tracks [N, T, 2] and visibles [N, T]")
+    tracks, visible = arrays["tracks"], arrays["visibles"]
+    if tracks.dtype.kind not in "fiu" or tracks.ndim != 3 or tracks.shape[1:] != (frames, 2):
+        raise SceneError(f"{path}: tracks is {tracks.dtype}{list(tracks.shape)}, expected numbers [N, {frames}, 2]")
+    if visible.shape != tracks.shape[:2] or not (visible.dtype == bool or np.isin(visible, (0, 1)).all()):
+        raise SceneError(f"{path}: visibles must be bool{list(tracks.shape[:2])}, not {visible.dtype}{visible.shape}")
+    tracks = tracks.astype(np.float64)
+    visible = visible.astype(bool)
+    if not np.isfinite(tracks[visible]).all():
+        raise SceneError(f"{path}: tracks holds NaN or infinite positions that are marked visible")
+    tracks[~visible] = np.nan
+    return tracks
+
+
+def lift_tracks(
+    tracks: np.ndarray, depth: np.ndarray, valid: np.ndarray, intrinsics: np.ndarray, camera_to_world: np.ndarray
+) -> np.ndarray:
+    """World points f64[N, T, 3] of 2D tracks f64[N, T, 2], by the depth of their pixel; NaN where it has none.
+
+    Args:
+      depth: [T, H, W] camera z, metres. valid: bool[T, H, W].
+      intrinsics: f64[T, 3, 3]. camera_to_world: f64[T, 3, 4].
+    """
+    count, frames = tracks.shape[:2]
+    height, width = depth.shape[1:]
+    inside = (tracks >= 0).all(2) & (tracks[..., 0] < width) & (tracks[..., 1] < height)  # False for NaN
+    pixel = np.where(inside[..., None], tracks, 0).astype(np.int64)
+    at = (np.broadcast_to(np.arange(frames), (count, frames)), pixel[..., 1], pixel[..., 0])
+    z = np.where(inside & valid[at], depth[at].astype(np.float64), np.nan)
+    rays = np.concatenate([tracks, np.ones((count, frames, 1))], axis=2)
+    local = np.einsum("tij,ntj->nti", np.linalg.inv(intrinsics), rays) * z[..., None]
+    points = np.einsum("tij,ntj->nti", camera_to_world[:, :, :3], local) + camera_to_world[:, :, 3]
+    points[np.isnan(points).any(2)] = np.nan
+    return points
+
+
+def project(points: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel positions f64[N, T, 2] (x, y; centres at +0.5) and camera z f64[N, T] of world points f64[N, T, 3].
+
+    Positions are NaN for unseen points and for points at or behind the camera.
+    """
+    local = np.einsum("tij,ntj->nti", world_to_camera[:, :, :3], points) + world_to_camera[:, :, 3]
+    z = local[..., 2]
+    flat = np.einsum("tij,ntj->nti", intrinsics, local)[..., :2]
+    ahead = z > 0  # False for NaN
+    pixels = np.full(flat.shape, np.nan)
+    np.divide(flat, z[..., None], out=pixels, where=ahead[..., None])
+    return pixels, z
+
+
+def objects_from_tracks(
+    scene: Scene,
+    tracks: np.ndarray,
+    masks: Mapping[str, np.ndarray],
+    captions: Mapping[str, Caption],
+    *,
+    min_points: int = 4,
+    min_frames: int = 2,
+    min_share: float = 0.5,
+) -> tuple[tuple[SceneObject, ...], tuple[Dropped, ...]]:
+    """The objects whose masks hold enough of the scene's tracked points (paper: points that project into the mask).
+
+    A track belongs to an object if it lies in the object's mask in at least `min_share` of the frames in which it is
+    visible; in the others it is taken as not seen (it slid onto something else). A track that two masks claim goes to
+    the one that holds it more often. A frame with fewer than `min_points` points has none: a centroid of one or two
+    points says little about an object.
+
+    Args:
+      tracks: f64[N, T, 3] world, NaN = not visible.
+      masks: bool[T, H, W] per object id. captions: per object id.
+      min_frames: frames with points that an object needs.
+
+    Returns:
+      (objects in the order of `masks`, those left out with the reason).
+
+    Raises:
+      SceneError: tracks or masks do not fit the scene, or a mask has no caption.
+    """
+    height, width = scene.image_size
+    if tracks.ndim != 3 or tracks.shape[1:] != (scene.num_frames, 3):
+        raise SceneError(f"tracks are {list(tracks.shape)}, the clip needs [N, {scene.num_frames}, 3]")
+    pixels, _ = project(tracks, scene.world_to_camera, scene.intrinsics)
+    inside = (pixels >= 0).all(2) & (pixels[..., 0] < width) & (pixels[..., 1] < height)
+    visible = ~np.isnan(tracks[..., 0])
+    column, row = (np.where(inside, pixels[..., a], 0).astype(np.int64) for a in (0, 1))
+    frame = np.broadcast_to(np.arange(scene.num_frames), inside.shape)
+    hits = np.zeros((len(masks), *inside.shape), bool)
+    for n, (name, mask) in enumerate(masks.items()):
+        if mask.dtype != np.bool_ or mask.shape != (scene.num_frames, height, width):
+            raise SceneError(f"masks of {name!r} are {mask.dtype}{list(mask.shape)}, which does not fit the clip")
+        if name not in captions:
+            raise SceneError(f"no caption for the masks {name!r}; captions are for {sorted(captions)[:20]}")
+        hits[n] = inside & mask[frame, row, column]
+    share = hits.sum(2) / np.maximum(visible.sum(1), 1)  # f64[objects, N]
+    owner = np.where(share.max(0, initial=0) >= min_share, share.argmax(0), -1) if len(masks) else None
+    objects, dropped = [], []
+    for n, (name, mask) in enumerate(masks.items()):
+        members = np.flatnonzero(owner == n)
+        seen = hits[n][members]
+        seen &= seen.sum(0) >= min_points
+        members, seen = members[seen.any(1)], seen[seen.any(1)]
+        if seen.any(0).sum() < min_frames:
+            reason = (
+                "never in view" if not mask.any() else "no tracked points" if not len(members) else "too few points"
+            )
+            dropped.append(Dropped(name, f"{reason}: {int(seen.any(0).sum())} of at least {min_frames} frames"))
+            continue
+        points = np.where(seen[..., None], tracks[members], np.nan).swapaxes(0, 1)
+        caption = captions[name]
+        objects.append(SceneObject(name, caption.description, caption.category, points, mask))
+    return tuple(objects), tuple(dropped)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file of at most `MAX_JSON_BYTES`."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # Reading allocates what is asked for, so ask for what is there.
+            data = file.read(min(size, MAX_JSON_BYTES) + 1)
+    except OSError as error:
+        raise SceneError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise SceneError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        document = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SceneError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise SceneError(f"{path}: expected a JSON object with one entry per object id, got {_short(document)}")
+    return document
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,328 @@
+"""Clip results -> the released record files, a list of what was rejected, and a manifest.
+
+The files are assembled from the parts in the order of the clip ids, so their bytes depend on the results alone: not on
+the number of workers, on the order in which clips were done, or on how often the run was killed in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.store.atomic import AtomicFile, remove_partials, write_atomic
+from data_prep.store.parts import ClipResult, ExportError, PartStore
+
+MANIFEST_FORMAT = 1
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+_TEXT_FIELDS = ("id", "source_id", "video", "question", "answer", "question_type")
+_MEASURED = ("source_id", "label", "value", "object_name", "frames")
+_SPEAKERS: Mapping[str, str] = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One file to write.
+
+    Attributes:
+      name: file name; `.json` is one JSON list, `.jsonl` one object a line.
+      layout: key of `LAYOUTS`.
+      split: the rows that go into it.
+    """
+
+    name: str
+    layout: str
+    split: str
+
+
+def check_row(row: Mapping[str, Any], source_id: str) -> None:
+    """Checks a question row, as `data_prep.questions.propose.Question.record` makes it.
+
+    Fields: "id" (unique in the data set), "source_id", "video" (path relative to the media root), "question",
+    "options" (object, letter -> text, letters from A on), "answer" (letter), "question_type", "conversations" (turns
+    {"from": "system" | "human" | "gpt", "value"}; one <video>, in a human turn; the last is gpt's), "solution" (object
+    with "camera_center" and "object_center": per state, start and end, [x, y, z] in metres or null). More
+    fields may be there.
+
+    Raises:
+      ExportError: naming the row and the field.
+    """
+    key = row.get("id")
+
+    def fail(what: str) -> None:
+        raise ExportError(f"question {key!r}: {what}")
+
+    for field in _TEXT_FIELDS:
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            fail(f"'{field}' must be a text that is not empty, not {row.get(field)!r}")
+    if row["source_id"] != source_id:
+        fail(f"'source_id' is {row['source_id']!r}, its clip's is {source_id!r}")
+    video = PurePosixPath(row["video"])
+    if video.is_absolute() or ".." in video.parts or "\\" in row["video"]:
+        fail(f"'video' must be a path below the media root, with '/', not {row['video']!r}")
+    options = row.get("options")
+    if not isinstance(options, Mapping) or not 2 <= len(options) <= 26:
+        fail("'options' must be an object with 2 to 26 options")
+    if sorted(options) != list(string.ascii_uppercase[: len(options)]):
+        fail(f"'options' must have the letters from A on, not {sorted(options)}")
+    texts = list(options.values())
+    if not all(isinstance(o, str) and o.strip() for o in texts) or len(set(texts)) != len(texts):
+        fail(f"'options' must be texts that differ, not {texts!r}")
+    if row["answer"] not in options:
+        fail(f"'answer' must be the letter of one of the {len(options)} options, not {row['answer']!r}")
+    _check_turns(row.get("conversations"), fail)
+    _check_solution(row.get("solution"), row["answer"], fail)
+
+
+def _check_turns(turns: Any, fail: Callable[[str], None]) -> None:
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        fail("'conversations' must be a list of turns")
+    for turn in turns:
+        known = isinstance(turn, Mapping) and turn.get("from") in _SPEAKERS and isinstance(turn.get("value"), str)
+        if not known:
+            fail(f"'conversations' has a turn that is not {{'from': {' | '.join(_SPEAKERS)}, 'value': text}}: {turn!r}")
+    asked = "".join(turn["value"] for turn in turns if turn["from"] == "human")
+    if asked.count("<video>") != 1 or "<image>" in asked:
+        fail("'conversations' must have <video> exactly once in what the human says, and no <image>")
+    if turns[-1]["from"] != "gpt":
+        fail("'conversations' must end with a turn of gpt")
+
+
+def _check_solution(solution: Any, answer: str, fail: Callable[[str], None]) -> None:
+    if not isinstance(solution, Mapping):
+        fail("'solution' must be an object with 'camera_center' and 'object_center'")
+    if solution.get("answer", answer) != answer:
+        fail(f"'solution' says {solution['answer']!r}, 'answer' {answer!r}")
+    for field in ("camera_center", "object_center"):
+        centers = solution.get(field)
+        if not isinstance(centers, Sequence) or isinstance(centers, str):
+            fail(f"'solution.{field}' must be a list with one entry per state")
+        for center in centers:
+            if center is not None and not _is_point(center):
+                fail(f"'solution.{field}' holds {center!r}, which is neither null nor three finite numbers")
+
+
+def _is_point(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+        return False
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value)
+
+
+def check_result(result: ClipResult) -> None:
+    """Checks a clip's rows and rejections. Raises ExportError naming clip, row and field."""
+    seen = set()
+    for row in result.rows:
+        try:
+            check_row(row, result.source_id)
+        except ExportError as error:
+            raise ExportError(f"clip {result.clip_id!r}: {error}") from error
+        if row["id"] in seen:
+            raise ExportError(f"clip {result.clip_id!r}: two questions have the id {row['id']!r}")
+        seen.add(row["id"])
+    if result.rows and not (result.split and result.source_id):
+        raise ExportError(f"clip {result.clip_id!r} has questions but no split or no source_id")
+    for entry in result.rejected:
+        if not all(isinstance(entry.get(field), str) for field in ("reason", "detail")):
+            raise ExportError(f"clip {result.clip_id!r}: a rejection needs the texts 'reason' and 'detail': {entry!r}")
+
+
+def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as in MLLM4D-2M.json, plus "id" and "question_type", which its readers ignore."""
+    return {
+        "id": row["id"],
+        "video": row["video"],
+        "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in row["conversations"]],
+        "question_type": row["question_type"],
+    }
+
+
+def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as in MLLM4D-R1-30k.jsonl: the prompt as messages, without the last answer, and the solution beside.
+
+    Its readers ignore "id", "question_type" and, where the row has them, "source_id", "label", "value", "object_name"
+    and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`).
+    """
+    prompt = row["conversations"][:-1]
+    messages = [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in prompt]
+    centers = {field: row["solution"][field] for field in ("camera_center", "object_center")}
+    return {
+        "id": row["id"],
+        "messages": messages,
+        "videos": [row["video"]],
+        "solution": [{"answer": row["answer"], **centers}],
+        "question_type": row["question_type"],
+        **{field: row[field] for field in _MEASURED if field in row},
+    }
+
+
+def bench_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A question to be scored: the conversation record and its parts one by one."""
+    choices = {letter: row["options"][letter] for letter in sorted(row["options"])}
+    parts = {"question": row["question"], "choices": choices, "answer": row["answer"]}
+    return conversation_record(row) | parts | {"source_id": row["source_id"], "solution": r1_record(row)["solution"]}
+
+
+LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "conversations": conversation_record,
+    "r1": r1_record,
+    "bench": bench_record,
+}
+
+
+class RecordWriter:
+    """Streams records into a JSON list or JSONL file with the same bytes every time. A context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises ExportError unless the name ends in .json or .jsonl."""
+        self._file, self.records = AtomicFile(path), 0
+        self._list = self._file.path.suffix == ".json"
+        if self._file.path.suffix not in (".json", ".jsonl"):
+            raise ExportError(f"{path}: an output is a .json or a .jsonl file")
+
+    def __enter__(self) -> RecordWriter:
+        self._file.__enter__()
+        return self
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record. Raises ExportError for what JSON does not have (NaN, half a surrogate pair)."""
+        try:
+            data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ExportError(f"record {record.get('id')!r} cannot be written as JSON: {error}") from error
+        lead = (b",\n" if self.records else b"[\n") if self._list else b""
+        self._file.write(lead + data + (b"" if self._list else b"\n"))
+        self.records += 1
+
+    def __exit__(self, *error: Any) -> None:
+        if self._list and error[0] is None:
+            self._file.write(b"\n]\n" if self.records else b"[]\n")
+        self._file.__exit__(*error)
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest says about the file."""
+        return {"sha256": self._file.sha256, "bytes": self._file.size, "records": self.records}
+
+
+def assemble(
+    store: PartStore,
+    clip_ids: Sequence[str],
+    folder: str | Path,
+    outputs: Sequence[Output],
+    *,
+    keep: Callable[[str], bool] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes all output files, `rejected.jsonl` and, last, `manifest.json`.
+
+    Every part is read once, in the order of the sorted clip ids, and nothing but ids and counts is kept, so the size of
+    the data set does not matter. A manifest that is there means that all files it names are complete.
+
+    Args:
+      keep: question id -> whether it is written (`balance.select` chooses); None writes all.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      ExportError: a part is missing or wrong, a question id occurs twice, a source video is in two splits, a split is
+        in no output, an output has an unknown layout or an unusable name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_outputs(outputs)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    names = [output.name for output in outputs]
+    for name in (*names, REJECTED, MANIFEST):
+        remove_partials(folder, f"{name}.*")
+    tally = _Tally({output.split for output in outputs})
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(RecordWriter(folder / name)) for name in (*names, REJECTED)}
+        for result in tqdm(_results(store, clip_ids), total=len(clip_ids), unit="clip", disable=not progress):
+            if keep is not None:
+                result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
+            tally.add(result)
+            for output in outputs:
+                if output.split == result.split:
+                    for row in result.rows:
+                        writers[output.name].write(LAYOUTS[output.layout](row))
+            for entry in result.rejected:
+                writers[REJECTED].write({"clip_id": result.clip_id, "source_id": result.source_id} | dict(entry))
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "seed": store.seed,
+        "config": store.config,
+        **tally.summary(),
+        "files": {name: writer.summary() for name, writer in sorted(writers.items())},
+    }
+    text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / MANIFEST, f"{text}\n".encode())
+    return manifest
+
+
+def _results(store: PartStore, clip_ids: Sequence[str]) -> Iterator[ClipResult]:
+    if len(set(clip_ids)) != len(clip_ids):
+        raise ExportError("clip ids must be unique")
+    for clip_id in sorted(clip_ids):
+        result = store.read(clip_id)
+        check_result(result)
+        yield result
+
+
+def _check_outputs(outputs: Sequence[Output]) -> None:
+    names = [output.name for output in outputs]
+    for output in outputs:
+        if output.layout not in LAYOUTS:
+            raise ExportError(f"{output.name}: unknown layout {output.layout!r}; there are {', '.join(LAYOUTS)}")
+        if Path(output.name).name != output.name or output.name in (MANIFEST, REJECTED) or names.count(output.name) > 1:
+            raise ExportError(f"{output.name!r} is not usable as the name of an output file, or is there twice")
+
+
+class _Tally:
+    """Counts for the manifest, and the checks that need more than one clip."""
+
+    def __init__(self, splits: set[str]) -> None:
+        self._splits = splits
+        self._split_of: dict[str, str] = {}
+        self._ids: set[int] = set()  # 64 bits of a hash each: a set of the ids themselves would take gigabytes
+        self._questions: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        self._clips: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+
+    def add(self, result: ClipResult) -> None:
+        self._clips["total"] += 1
+        self._rejected.update(entry["reason"] for entry in result.rejected)
+        if not result.rows:
+            self._clips["without_questions"] += 1
+            return
+        if result.split not in self._splits:
+            raise ExportError(f"clip {result.clip_id!r} is in split {result.split!r}, which no output takes")
+        other = self._split_of.setdefault(result.source_id, result.split)
+        if other != result.split:
+            raise ExportError(
+                f"source video {result.source_id!r} is in split {other!r} and, with clip {result.clip_id!r}, in "
+                f"{result.split!r}: split by source video"
+            )
+        for row in result.rows:
+            key = int.from_bytes(hashlib.blake2b(row["id"].encode("utf-8", "surrogatepass"), digest_size=8).digest())
+            if key in self._ids:
+                raise ExportError(f"question id {row['id']!r} of clip {result.clip_id!r} occurs twice in the data set")
+            self._ids.add(key)
+            self._questions[result.split][row["question_type"]] += 1
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "clips": dict(self._clips),
+            "source_videos": dict(Counter(self._split_of.values())),
+            "questions": {split: dict(counts) for split, counts in self._questions.items()},
+            "rejected": dict(self._rejected),
+        }

@@ -1,0 +1,296 @@
+"""The unit of resumable work: one clip, one result file.
+
+Whatever is done to a clip ends in `parts/<clip_id>.json`, written whole or not at all. A run that is killed at any
+moment and started again does the clips that have no file yet; which process did a clip leaves no trace in its file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from data_prep.store.atomic import remove_partials, write_atomic
+from mllm4d_jax.qa.errors import RecordError
+
+PART_FORMAT = 1
+MAX_PART_BYTES = 2**28
+_LONGEST_NAME = 160  # leaves room for suffixes below the 255 bytes of common file systems
+
+
+class ExportError(ValueError):
+    """What is to be written, or a file of an earlier run, cannot be used; the message names clip, row or file."""
+
+
+class ClipRejected(ValueError):
+    """Raised by a work function when a clip gives nothing; the run records it and goes on.
+
+    Attributes:
+      reason: short machine word, e.g. "no_motion".
+      detail: for people.
+      source_id: the source video, '' if unknown.
+    """
+
+    def __init__(self, reason: str, detail: str, source_id: str = "") -> None:
+        super().__init__(reason, detail, source_id)  # all in `args`: survives the way back from a worker process
+        self.reason, self.detail, self.source_id = reason, detail, source_id
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipResult:
+    """What one clip gave.
+
+    Attributes:
+      clip_id: the clip.
+      source_id: its source video.
+      split: the split that all rows go to.
+      rows: question rows (`data_prep.store.export.check_row` says what is in them), in their final order.
+      rejected: what was left out, objects with at least "reason" and "detail".
+    """
+
+    clip_id: str
+    source_id: str
+    split: str
+    rows: tuple[Mapping[str, Any], ...]
+    rejected: tuple[Mapping[str, Any], ...] = ()
+
+
+WorkFn = Callable[[str], ClipResult]
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
+
+    Raises:
+      ExportError: NaN, infinity, half a surrogate pair, or something that JSON does not have.
+    """
+    try:
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ExportError(f"cannot be written as JSON: {error}") from error
+
+
+def clip_file_name(clip_id: str) -> str:
+    """A safe file name for any clip id, without suffix; different ids give different names."""
+    name = quote(clip_id, safe="") if clip_id else ""
+    if not name:
+        raise ExportError("a clip id is empty")
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:80]}~{hashlib.sha256(clip_id.encode()).hexdigest()}"
+    return name
+
+
+class PartStore:
+    """The folder with the result files of one run. Use it in a `with` block: one run at a time may hold it.
+
+    Attributes:
+      folder: holds `run.json` (what the results were made with) and `parts/`.
+      seed, config: of the run; they go into the manifest.
+    """
+
+    def __init__(self, folder: str | Path, *, seed: int, config: Mapping[str, Any]) -> None:
+        """`config` is everything besides the seed that the results depend on, as JSON values."""
+        self.folder, self.seed, self.config = Path(folder), seed, dict(config)
+        self._parts = self.folder / "parts"
+        self._lock: Any = None
+
+    def __enter__(self) -> Self:
+        """Takes the folder.
+
+        Raises:
+          ExportError: another run holds it, or its results were made with another seed or config.
+        """
+        self._parts.mkdir(parents=True, exist_ok=True)
+        # The kernel drops this lock when the process ends, however it ends; a file of ours would outlive a kill -9.
+        self._lock = open(self.folder / ".lock", "wb")
+        try:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ExportError(
+                    f"another run is writing to {self.folder}: wait for it or use another folder"
+                ) from error
+            remove_partials(self._parts)
+            self._check_run()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _check_run(self) -> None:
+        path, mine = self.folder / "run.json", canonical_json({"seed": self.seed, "config": self.config})
+        if not path.exists():
+            if any(self._parts.iterdir()):
+                raise ExportError(f"{self._parts} has results but {path} is gone: use an empty folder")
+            write_atomic(path, mine)
+        elif path.read_bytes() != mine:
+            raise ExportError(
+                f"the results in {self.folder} were made with another seed or config (see {path}): use another folder, "
+                "or delete this one to start over"
+            )
+
+    def path(self, clip_id: str) -> Path:
+        return self._parts / f"{clip_file_name(clip_id)}.json"
+
+    def has(self, clip_id: str) -> bool:
+        return self.path(clip_id).exists()
+
+    def write(self, result: ClipResult) -> None:
+        """Stores a clip's result in one step."""
+        value = {"format": PART_FORMAT} | dataclasses.asdict(result)
+        try:
+            data = canonical_json(value)
+        except ExportError as error:
+            raise ExportError(f"clip {result.clip_id!r}: {error}") from error
+        write_atomic(self.path(result.clip_id), data)
+
+    def read(self, clip_id: str) -> ClipResult:
+        """The stored result of a clip.
+
+        Raises:
+          ExportError: the file is missing, damaged, of another clip or of another format.
+        """
+        return read_part(self.path(clip_id), clip_id)
+
+
+def read_part(path: str | Path, clip_id: str | None = None) -> ClipResult:
+    """The result in a part file, checked to be that of `clip_id` unless None. Raises ExportError."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PART_BYTES + 1)
+        if len(data) > MAX_PART_BYTES:
+            raise ExportError(f"{path} has more than {MAX_PART_BYTES} bytes")
+        value = json.loads(data)
+        if value.pop("format") != PART_FORMAT:
+            raise ExportError(f"{path} has another format version than {PART_FORMAT}: made by another release")
+        result = ClipResult(**(value | {"rows": tuple(value["rows"]), "rejected": tuple(value["rejected"])}))
+    except FileNotFoundError as error:
+        raise ExportError(f"{path} is missing: run the clip first") from error
+    except ExportError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
+        raise ExportError(f"{path} is damaged ({error}): delete it and run again") from error
+    if clip_id is not None and result.clip_id != clip_id:
+        raise ExportError(f"{path} holds clip {result.clip_id!r}, not {clip_id!r}")
+    return result
+
+
+def process_clips(
+    clip_ids: Sequence[str],
+    work: WorkFn,
+    store: PartStore,
+    *,
+    workers: int = 1,
+    check: Callable[[ClipResult], None] | None = None,
+    progress: bool = False,
+) -> int:
+    """Runs `work` on every clip that has no result yet and stores what it gives.
+
+    `work` must depend on nothing but the clip id and what it was made with (seed each clip's generator from its id),
+    so that the number of workers and the order of clips leave no trace.
+
+    Args:
+      work: clip id -> ClipResult. A `ClipRejected` or a `RecordError` (unusable media) rejects the clip; anything else
+        that it raises is a bug and ends the run, finished clips kept. With several workers it must be picklable.
+      workers: processes; 1 runs in this one.
+      check: called on every result before it is stored; `data_prep.store.export.check_result` for one.
+      progress: shows a bar.
+
+    Returns:
+      How many clips were done now; the others had been done before.
+
+    Raises:
+      ExportError: a clip id twice, a result for another clip, a worker process that died, whatever `check` finds.
+    """
+    if len(set(clip_ids)) != len(clip_ids):
+        twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
+        raise ExportError(f"clip ids must be unique, these are there twice: {twice[:5]}")
+    pending = [c for c in clip_ids if not store.has(c)]
+    with tqdm(total=len(clip_ids), initial=len(clip_ids) - len(pending), unit="clip", disable=not progress) as bar:
+        if workers <= 1:
+            for clip_id in pending:
+                _do_clip(work, check, store, clip_id)
+                bar.update()
+        else:
+            _run_pool(pending, work, check, store, workers, bar)
+    return len(pending)
+
+
+def _do_clip(work: WorkFn, check: Callable[[ClipResult], None] | None, store: PartStore, clip_id: str) -> None:
+    try:
+        result = work(clip_id)
+    except ClipRejected as error:
+        result = _rejection(clip_id, error.source_id, error.reason, error.detail)
+    except RecordError as error:
+        result = _rejection(clip_id, "", error.reason, error.message)
+    if result.clip_id != clip_id:
+        raise ExportError(f"the work function was given clip {clip_id!r} and returned clip {result.clip_id!r}")
+    if check is not None:
+        check(result)
+    store.write(result)
+
+
+def _rejection(clip_id: str, source_id: str, reason: str, detail: str) -> ClipResult:
+    return ClipResult(clip_id, source_id, "", (), ({"reason": reason, "detail": detail},))
+
+
+def _run_pool(
+    pending: Iterable[str],
+    work: WorkFn,
+    check: Callable[[ClipResult], None] | None,
+    store: PartStore,
+    workers: int,
+    bar: tqdm,
+) -> None:
+    writer = PartStore(store.folder, seed=store.seed, config=store.config)  # the lock stays here, with the owner
+    running: dict[Future, str] = {}
+    todo = iter(pending)
+    # Fresh interpreters: a fork would copy the locks of whatever threads this process has.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
+        try:
+            while True:
+                while len(running) < 4 * workers and (clip_id := next(todo, None)) is not None:
+                    running[pool.submit(_do_clip, work, check, writer, clip_id)] = clip_id
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    clip_id = running[future]
+                    future.result()
+                    del running[future]
+                    bar.update()
+        except BrokenProcessPool as error:
+            raise ExportError(
+                f"a worker process died, likely for lack of memory, on one of the clips {sorted(running.values())}; "
+                "run again with fewer workers: finished clips are kept"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when its parent is gone, so that a kill -9 of the run leaves nobody writing."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

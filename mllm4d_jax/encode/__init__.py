@@ -1,0 +1,1 @@
+"""Conversation -> example: prompts, tokens, patches, positions. Never imports JAX."""

@@ -1,0 +1,181 @@
+"""Chat templates of Qwen3-VL and Qwen2.5-VL, with images and videos expanded to their placeholders.
+
+Messages are rendered to `Piece`s, never to a string that is searched afterwards: placeholders are put where an image or
+video part stands, whatever the text around it says. Wherever one of our messages is valid, the text equals what the
+published templates render (thinking variants and tools aside).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mllm4d_jax.encode.example import Grid
+from mllm4d_jax.encode.tokenizer import Piece
+from mllm4d_jax.qa.errors import PlaceholderError, RecordError
+
+QWEN2_5_DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+_PAD = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+_LABEL = {"image": "Picture", "video": "Video"}
+_START, _END = Piece("<|vision_start|>", control=True), Piece("<|vision_end|>", control=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visual:
+    """An image or video as the prompt sees it: its grid and, for a video, the seconds of each temporal patch."""
+
+    grid: Grid
+    timestamps: tuple[float, ...] = ()
+
+
+def video_timestamps(indices: np.ndarray, source_fps: float, temporal_patch_size: int) -> tuple[float, ...]:
+    """Seconds of each temporal patch: the mean of its first and last frame's times (Qwen3-VL processor).
+
+    Args:
+      indices: source frame numbers i64[T], before a short last patch is filled by repeating the last frame.
+    """
+    indices = np.asarray(indices)
+    short = -len(indices) % temporal_patch_size
+    times = np.concatenate([indices, np.repeat(indices[-1:], short)]) / source_fps
+    groups = times.reshape(-1, temporal_patch_size)
+    return tuple(((groups[:, 0] + groups[:, -1]) / 2).tolist())
+
+
+def timestamp_text(seconds: float) -> str:
+    return f"<{seconds:.1f} seconds>"
+
+
+def render_chat(
+    messages: Sequence[Mapping[str, Any]],
+    family: str,
+    *,
+    visuals: Sequence[Visual] | None = None,
+    merge_size: int = 2,
+    add_generation_prompt: bool = False,
+    add_vision_id: bool = False,
+    outer_markers: bool = False,
+) -> list[Piece]:
+    """Renders a conversation.
+
+    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised; headers are not.
+    Published Qwen3-VL templates silently drop system messages after the first message. That would hide an instruction
+    from training data, so it is an error here.
+
+    Args:
+      messages: as in `Record.messages`; media paths are not looked at.
+      family: "qwen3_vl" (no default system prompt) or "qwen2_5_vl" (has one).
+      visuals: one per image or video part, in reading order; None leaves a single placeholder for each.
+      add_generation_prompt: end with the header of an assistant turn (Instruct models).
+      add_vision_id: number images and videos ("Picture 1: ", "Video 1: ") over the whole conversation.
+      outer_markers: Qwen3-VL videos only, keep the template's own vision_start/vision_end pair around the clip.
+
+    Raises:
+      PlaceholderError: number or kind of `visuals` differs from the parts, or timestamps from the grid.
+      RecordError: empty conversation, unknown role or part, a system message that is not first, media outside a user
+        turn, text that is not valid Unicode.
+    """
+    if not messages:
+        raise RecordError("the conversation has no messages", "no_messages")
+    parts = [_parts(m, i) for i, m in enumerate(messages)]
+    kinds = [p["type"] for turn in parts for p in turn if p["type"] != "text"]
+    if visuals is not None and kinds != [v.grid.modality for v in visuals]:
+        raise PlaceholderError(
+            f"the messages hold {len(kinds)} images and videos ({', '.join(kinds) or 'none'}), "
+            f"got {len(visuals)} ({', '.join(v.grid.modality for v in visuals) or 'none'})"
+        )
+    queue: Iterator[Visual | None] = iter(visuals if visuals is not None else [None] * len(kinds))
+    seen = {"image": 0, "video": 0}
+    pieces: list[Piece] = []
+    if family == "qwen2_5_vl" and messages[0]["role"] != "system":
+        pieces += _turn("system", [Piece(QWEN2_5_DEFAULT_SYSTEM)])
+    elif family not in ("qwen3_vl", "qwen2_5_vl"):
+        raise ValueError(f"unknown family {family!r} (known: qwen3_vl, qwen2_5_vl)")
+    for message, turn_parts in zip(messages, parts, strict=True):
+        body: list[Piece] = []
+        for part in turn_parts:
+            if part["type"] == "text":
+                body.append(Piece(part["text"], supervised=message["role"] == "assistant"))
+                continue
+            seen[part["type"]] += 1
+            if add_vision_id:
+                body.append(Piece(f"{_LABEL[part['type']]} {seen[part['type']]}: "))
+            body += _visual_pieces(part["type"], next(queue), family, merge_size, outer_markers)
+        pieces += _turn(message["role"], body)
+    if add_generation_prompt:
+        pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n")]
+    return pieces
+
+
+def rendered_text(pieces: Sequence[Piece]) -> str:
+    return "".join(p.rendered for p in pieces)
+
+
+def _turn(role: str, body: list[Piece]) -> list[Piece]:
+    target = role == "assistant"
+    return [
+        Piece("<|im_start|>", control=True),
+        Piece(f"{role}\n"),
+        *body,
+        Piece("<|im_end|>", control=True, supervised=target),
+        Piece("\n", supervised=target),
+    ]
+
+
+def _parts(message: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
+    """Content of one message as a checked list of parts."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise RecordError(f"message {index} has role {role!r} (known: {', '.join(ROLES)})", "unknown_role")
+    if role == "system" and index > 0:
+        raise RecordError(
+            f"message {index} is a system message; only the first message can be one (the published templates would "
+            "drop it silently): merge it into the first or into a user message",
+            "late_system",
+        )
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        raise RecordError(
+            f"message {index} has content of type {type(content).__name__}, not text or parts", "bad_part"
+        )
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            _check_text(part["text"], index)
+            continue
+        if kind not in _PAD:
+            raise RecordError(f"message {index} has a part that is no text, image or video: {part!r:.120}", "bad_part")
+        if role != "user":
+            raise RecordError(f"message {index} ({role}) has an {kind} part; only user messages can", "bad_part")
+    return list(content)
+
+
+def _check_text(text: str, index: int) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and cannot be tokenised."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"message {index} holds text that is not valid Unicode ({error.reason})", "bad_text"
+        ) from error
+
+
+def _visual_pieces(kind: str, visual: Visual | None, family: str, merge_size: int, outer_markers: bool) -> list[Piece]:
+    pad = Piece(_PAD[kind], control=True)
+    if visual is None:
+        return [_START, pad, _END]
+    grid = visual.grid
+    if grid.h % merge_size or grid.w % merge_size:
+        raise PlaceholderError(f"a grid of {grid.h}x{grid.w} patches cannot be merged {merge_size}x{merge_size}")
+    per_frame = grid.h * grid.w // merge_size**2
+    if kind == "image" or family == "qwen2_5_vl":
+        return [_START, dataclasses.replace(pad, count=grid.t * per_frame), _END]
+    if len(visual.timestamps) != grid.t:
+        raise PlaceholderError(f"{len(visual.timestamps)} timestamps for a video of {grid.t} temporal patches")
+    pads = dataclasses.replace(pad, count=per_frame)
+    frames = [p for t in visual.timestamps for p in (Piece(timestamp_text(t)), _START, pads, _END)]
+    return [_START, *frames, _END] if outer_markers else frames

@@ -1,0 +1,355 @@
+"""Record -> Example: the one place where conversations and media become what the model sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from mllm4d_jax.encode.chat import Visual, render_chat, rendered_text, video_timestamps
+from mllm4d_jax.encode.example import Example, Grid, VideoOptions
+from mllm4d_jax.encode.media_items import Media, MediaCache, MediaItem, media_identity, media_parts
+from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.positions import mrope_positions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
+from mllm4d_jax.media.resize import ResizeRule, SizeError, image_size, resize_bicubic
+from mllm4d_jax.media.stored_frames import StoredFrames
+from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_image, read_video
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
+from mllm4d_jax.qa.record import Record
+
+__all__ = [
+    "Encoder",
+    "Example",
+    "Grid",
+    "Media",
+    "MediaCache",
+    "MediaError",
+    "PlaceholderError",
+    "ProcessorError",
+    "Record",
+    "RecordError",
+    "StoredFrames",
+    "TooLongError",
+    "VideoOptions",
+    "media_identity",
+]
+
+_MIN_FRAMES = 2
+# The paper's training: every frame between 28 x 28 and 224 x 224 pixels.
+_FRAME_BUDGET = (784, 50176)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    tokens: np.ndarray
+    supervised: np.ndarray
+    text: str
+
+
+class _Outcomes:
+    """Which records of a group are still good. `results[i]` is the error that record i met, None without one."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+        self.results: list[RecordError | None] = [None] * len(records)
+
+    @property
+    def alive(self) -> list[int]:
+        return [i for i, result in enumerate(self.results) if result is None]
+
+    def attempt(self, step: Callable[[Record], Any]) -> dict[int, Any]:
+        """What the step gives for each record that is still good, by number; a record it refuses is out."""
+        found = {}
+        for i in self.alive:
+            try:
+                found[i] = step(self.records[i])
+            except RecordError as error:
+                self.results[i] = error.with_key(self.records[i].key)
+        return found
+
+    def fail(self, error: RecordError) -> None:
+        """Every record that is still good meets this error."""
+        for i in self.alive:
+            self.results[i] = error.with_key(self.records[i].key)
+
+
+class Encoder:
+    """Encodes records for one model. Safe to call from several threads; pickles without its decoder processes."""
+
+    def __init__(
+        self,
+        config: ProcessorConfig,
+        tokenizer: Tokenizer,
+        options: VideoOptions | None = None,
+        max_tokens: int | None = None,
+        *,
+        add_vision_id: bool = False,
+        isolate_decoder: bool = True,
+    ):
+        """Checks that tokenizer, config and options belong together.
+
+        Args:
+          max_tokens: longest example; longer ones raise TooLongError before any video is decoded. None = no limit.
+          add_vision_id: number images and videos in the prompt ("Video 1: ").
+          isolate_decoder: decode in processes that are killed at `options.decode_timeout_s`. Turn it off only inside a
+            process whose owner kills it when it hangs: the time limit is not enforced then.
+
+        Raises:
+          ProcessorError: placeholder ids differ between tokenizer and config.json.
+        """
+        tokenizer.check_config(config)
+        self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
+        self.options = options or VideoOptions()
+        self._add_vision_id = add_vision_id
+        opts = self.options
+        self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads) if isolate_decoder else None
+        self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps, opts.min_frames)
+        self._resize = _resize_rule(config, opts)
+
+    @property
+    def max_frame_pixels(self) -> int | None:
+        """Most pixels of a video frame, None when the resize rule bounds something else."""
+        high = self._resize.max_pixels
+        return int(high) if self._resize.rule == "per_frame" and high is not None else None
+
+    def encode(self, record: Record, *, add_generation_prompt: bool = False) -> Example:
+        """Reads the record's media, renders and tokenises its conversation once, and computes its positions.
+
+        The number of tokens is known from the files' own headers, so a record over budget is refused before its videos
+        are decoded. Nothing is ever cut.
+
+        Args:
+          add_generation_prompt: end with the header of an assistant turn.
+
+        Raises:
+          RecordError: anything wrong with the record, naming its key; MediaError, PlaceholderError and TooLongError are
+            kinds of it.
+        """
+        result = self.encode_group([record], add_generation_prompt=add_generation_prompt)[0]
+        if isinstance(result, RecordError):
+            raise result
+        return result
+
+    def encode_group(
+        self, records: Sequence[Record], *, add_generation_prompt: bool = False, cache: MediaCache | None = None
+    ) -> list[Example | RecordError]:
+        """Encodes records about the same media, which are decoded once; all examples hold the same patches array.
+
+        A record that cannot be used costs only itself, media that cannot be read cost every record. What is returned
+        for a record is what `encode` would return or raise for it alone.
+
+        Args:
+          records: with the same images and videos in the same order.
+          add_generation_prompt: as in `encode`.
+          cache: media read before; what is read here is put into it.
+
+        Returns:
+          An Example or a RecordError (naming the key) for each record.
+
+        Raises:
+          ValueError: the records name different media.
+        """
+        out = _Outcomes(records)
+        # Renders without media first: a malformed conversation is refused before any file is opened.
+        out.attempt(lambda record: render_chat(record.messages, self.config.family))
+        parts = out.attempt(media_parts)
+        identities = {media_identity(records[i]) for i in out.alive}
+        if len(identities) > 1:
+            raise ValueError(f"{records[0].key} and its group name different media: {sorted(identities, key=str)}")
+        if not identities:
+            return out.results
+        identity = identities.pop()
+        media = cache.get(identity) if cache is not None else None
+        try:
+            prompts = None
+            if media is None:
+                plan = [self._plan(part) for part in parts[out.alive[0]]]
+                if all(item is not None for item in plan):
+                    prompts = out.attempt(lambda record: self._prompt(record, plan, add_generation_prompt))
+                if not out.alive:
+                    return out.results
+                media = self._load_all(parts[out.alive[0]], plan)
+                if [i.visual for i in media.items] != [i.visual for i in plan if i is not None]:
+                    prompts = None  # a file did not say how long it is, or not truly
+            if prompts is None:
+                prompts = out.attempt(lambda record: self._prompt(record, media.items, add_generation_prompt))
+        except RecordError as error:  # of the media: everybody's
+            out.fail(error)
+            return out.results
+        if cache is not None:
+            cache.put(identity, media)
+        numbered = iter(out.alive)
+        made = out.attempt(lambda record: self._assemble(record.key, prompts[next(numbered)], media))
+        return [made.get(i, result) for i, result in enumerate(out.results)]
+
+    def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
+        """Decodes what was planned."""
+        items, patches = [], []
+        for part, planned in zip(parts, plan, strict=True):
+            item = self._load(part, planned)
+            made, thw = patchify(item.frames, self.config)
+            if thw != item.visual.grid.thw:
+                raise PlaceholderError(
+                    f"{item.path}: pixels make a grid of {thw}, the prompt holds {item.visual.grid.thw}"
+                )
+            patches.append(made)
+            items.append(dataclasses.replace(item, frames=None))
+        c = self.config
+        empty = np.zeros((0, 3 * c.temporal_patch_size * c.patch_size**2), np.float32)
+        joined = patches[0] if len(patches) == 1 else np.concatenate(patches) if patches else empty
+        joined.setflags(write=False)
+        return Media(tuple(items), joined)
+
+    def _plan(self, part: Mapping[str, Any]) -> MediaItem | None:
+        """What an image or video will become, before a video is decoded; None when its file does not say."""
+        if part["type"] == "image":
+            return self._image_item(part["path"])
+        if "frames" in part:
+            stored: StoredFrames = part["frames"]
+            picked = stored.pick(self._sample)
+            size = stored.size(picked, self._resize)
+            indices = np.asarray(stored.indices, np.int64)[picked]
+            return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)
+        path = part["path"]
+        info = self._probe(path)
+        if info.frames is None or info.frames < _MIN_FRAMES:
+            return None  # decoding finds out what is wrong
+        try:
+            indices = self._sample.indices(info.frames, info.fps)
+            size = self._resize.size(len(indices), info.height, info.width)
+        except SamplingError as error:
+            raise MediaError(f"{path}: {error}", "too_few_frames") from error
+        except SizeError as error:
+            raise MediaError(f"{path}: {error}", "bad_size") from error
+        return self._video_item(path, indices, info.fps, info.frames, size)
+
+    def _load(self, part: Mapping[str, Any], planned: MediaItem | None) -> MediaItem:
+        """The item with its frames."""
+        if part["type"] == "image":
+            return planned
+        if "frames" in part:
+            path, clip = part["frames"].name, part["frames"].read(self._sample, self._resize)
+        else:
+            path, clip = part["path"], self._read(part["path"])
+        item = self._video_item(path, clip.indices, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
+        return dataclasses.replace(item, frames=clip.frames)
+
+    def _image_item(self, path: str) -> MediaItem:
+        image, c = read_image(path), self.config
+        low = self.options.image_min_pixels or c.image_min_pixels
+        high = self.options.image_max_pixels or c.image_max_pixels
+        try:
+            size = image_size(*image.shape[:2], c.factor, low, high)
+        except SizeError as error:
+            raise MediaError(f"{path}: {error}", "bad_size") from error
+        grid = Grid("image", 1, size[0] // c.patch_size, size[1] // c.patch_size)
+        return MediaItem(path, Visual(grid), frames=resize_bicubic(image, *size)[None])
+
+    def _video_item(self, path: str, indices: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> MediaItem:
+        c = self.config
+        if len(indices) < _MIN_FRAMES:
+            raise MediaError(
+                f"{path}: {len(indices)} of {total} frames were sampled, at least 2 are needed", "one_frame"
+            )
+        grid = Grid(
+            "video", -(-len(indices) // c.temporal_patch_size), size[0] // c.patch_size, size[1] // c.patch_size
+        )
+        timestamps = video_timestamps(indices, fps, c.temporal_patch_size)
+        sampled_fps = len(indices) / total * fps
+        return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
+
+    def _prompt(self, record: Record, items: Sequence[MediaItem], add_generation_prompt: bool) -> _Prompt:
+        pieces = render_chat(
+            record.messages,
+            self.config.family,
+            visuals=[i.visual for i in items],
+            merge_size=self.config.merge_size,
+            add_generation_prompt=add_generation_prompt,
+            add_vision_id=self._add_vision_id,
+            outer_markers=self.options.outer_markers,
+        )
+        encoding, supervised = self.tokenizer.encode_pieces(pieces)
+        if self.max_tokens is not None and len(encoding.ids) > self.max_tokens:
+            raise self._too_long(len(encoding.ids), items)
+        return _Prompt(encoding.ids, supervised, rendered_text(pieces))
+
+    def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
+        visual = sum(i.visual.grid.t * i.visual.grid.h * i.visual.grid.w for i in items) // self.config.merge_size**2
+        shapes = ", ".join(
+            f"{g.modality} {g.t}x{g.h * self.config.patch_size}x{g.w * self.config.patch_size}px"
+            for g in (i.visual.grid for i in items)
+        )
+        advice = "raise the token limit or split the conversation"
+        if visual:
+            advice = "take fewer frames (num_frames, fps), lower the pixel budget (max_pixels) or raise the token limit"
+        return TooLongError(
+            f"needs {needed} tokens ({visual} of images and videos{': ' + shapes if shapes else ''}, "
+            f"{needed - visual} of text and markers) but the limit is {self.max_tokens}: {advice}"
+        )
+
+    def _assemble(self, key: str, prompt: _Prompt, media: Media) -> Example:
+        c, items = self.config, media.items
+        grids = tuple(i.visual.grid for i in items)
+        positions, delta = mrope_positions(
+            prompt.tokens,
+            grids,
+            image_token_id=c.image_token_id,
+            video_token_id=c.video_token_id,
+            merge_size=c.merge_size,
+            family=c.family,
+            second_per_grid=[i.seconds_per_grid for i in items if i.visual.grid.modality == "video"],
+            tokens_per_second=c.tokens_per_second,
+            rule=self.options.position_rule,
+        )
+        return Example(
+            key=key,
+            tokens=prompt.tokens,
+            positions=positions,
+            rope_delta=delta,
+            supervised=prompt.supervised,
+            patches=media.patches,
+            grids=grids,
+            timestamps=tuple(i.visual.timestamps for i in items if i.visual.grid.modality == "video"),
+            text=prompt.text,
+        )
+
+    def _probe(self, path: str) -> VideoInfo:
+        return self._pool.probe(path) if self._pool else probe(path, self.options.decode_threads)
+
+    def _read(self, path: str) -> VideoClip:
+        if self._pool:
+            return self._pool.read(path, self._sample, self._resize)
+        return read_video(path, self._sample, self._resize, self.options.decode_threads)
+
+    def close(self) -> None:
+        """Ends the decoder processes; the encoder stays usable."""
+        if self._pool:
+            self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def _resize_rule(config: ProcessorConfig, options: VideoOptions) -> ResizeRule:
+    """The clip's resize rule with its own budget where the options leave it open."""
+    default: tuple[int | None, int | None]
+    if options.resize_rule == "per_frame":
+        default = _FRAME_BUDGET
+    elif options.resize_rule == "total":
+        default = (config.video_min_pixels, config.video_max_pixels)
+    else:
+        default = (None, None)
+    low = default[0] if options.min_pixels is None else options.min_pixels
+    high = default[1] if options.max_pixels is None else options.max_pixels
+    if low is not None and high is not None and low > high:
+        raise ProcessorError(f"resize rule {options.resize_rule!r}: min_pixels {low} exceeds max_pixels {high}")
+    return ResizeRule(options.resize_rule, config.factor, config.temporal_patch_size, low, high)

@@ -1,0 +1,280 @@
+"""Byte-level BPE tokenizer of the Qwen family. Control tokens enter a sequence as control tokens only on purpose.
+
+Text never turns into control tokens by its content: `<|im_end|>` typed into a question stays ordinary text and does not
+end the turn. Prompts are therefore sequences of `Piece`s; the control tokens among
+them are looked up by id, and every run of text between two of them is tokenised as a whole. That equals tokenising the
+rendered string at once, because a control token always separates the text before it from the text after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.special_tokens import QWEN_TOKENS
+
+QWEN_SPECIAL_IDS: Mapping[str, int] = {content: i for content, i, _ in QWEN_TOKENS}
+REQUIRED = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+# Words with an optional leading mark, single digits, marks with trailing line breaks, line breaks, other space.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt: ordinary text, or one control token `count` times.
+
+    Attributes:
+      text: the text, or the control token's content.
+      control: whether `text` is a control token.
+      count: repetitions (control tokens only).
+      supervised: whether its tokens are training targets.
+    """
+
+    text: str
+    control: bool = False
+    count: int = 1
+    supervised: bool = False
+
+    @property
+    def rendered(self) -> str:
+        return self.text * self.count
+
+
+class Encoding(NamedTuple):
+    """ids i32[S]; offsets i32[S, 2], the characters [start, end) of the rendered text that each token covers."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+
+class Tokenizer:
+    """A Qwen-shaped `tokenizers.Tokenizer` that keeps text and control tokens apart."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
+        """`backend` is copied; `source` names it in errors.
+
+        Raises:
+          ProcessorError: a control token that the chat format needs is not in the vocabulary.
+        """
+        self._load(backend.to_str(), source)
+
+    def _load(self, serialised: str, source: str) -> None:
+        self._backend = tokenizers.Tokenizer.from_str(serialised)
+        # Not part of the serialised form: text that spells a special token is tokenised as text.
+        self._backend.encode_special_tokens = True
+        self.source = source
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids: dict[str, int] = {t.content: i for i, t in sorted(added.items()) if t.special}
+        missing = [t for t in REQUIRED if t not in self.special_ids]
+        if missing:
+            raise ProcessorError(f"{source} has no special token {', '.join(missing)}: not a Qwen-VL tokenizer")
+        by_length = sorted(self.special_ids, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(re.escape(t) for t in by_length) + ")")
+
+    def __getstate__(self) -> tuple[str, str]:
+        return self._backend.to_str(), self.source
+
+    def __setstate__(self, state: tuple[str, str]) -> None:
+        self._load(*state)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Self:
+        """Reads `tokenizer.json`.
+
+        Raises:
+          ProcessorError: the file is missing or unreadable, or is no Qwen-VL tokenizer.
+        """
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            raise ProcessorError(
+                f"{file} not found: download tokenizer.json of the checkpoint next to its config.json "
+                f"(for example: hf download Qwen/Qwen3-VL-8B-Instruct tokenizer.json --local-dir {path})"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise ProcessorError(f"{file} cannot be read as a tokenizer ({error})") from error
+        return cls(backend, str(file))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id (ids may have gaps)."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def eos_ids(self) -> tuple[int, int]:
+        """Ids that end a generation: end of turn, end of text."""
+        return self.special_ids["<|im_end|>"], self.special_ids["<|endoftext|>"]
+
+    @property
+    def pad_id(self) -> int:
+        return self.special_ids["<|endoftext|>"]
+
+    @property
+    def vision_ids(self) -> tuple[int, ...]:
+        """Ids of markers and placeholders of images and videos; a sampler must never emit them."""
+        return tuple(self.special_ids[t] for t in VISION if t in self.special_ids)
+
+    def token_id(self, content: str) -> int:
+        """Id of a token by its exact content. Raises ProcessorError when the vocabulary lacks it."""
+        found = self._backend.token_to_id(content)
+        if found is None:
+            raise ProcessorError(f"{self.source} has no token {content!r}")
+        return found
+
+    def check_config(self, config: ProcessorConfig) -> None:
+        """Raises ProcessorError when placeholder ids of the tokenizer and of config.json differ."""
+        pairs = (
+            ("<|image_pad|>", "image_token_id"),
+            ("<|video_pad|>", "video_token_id"),
+            ("<|vision_start|>", "vision_start_token_id"),
+            ("<|vision_end|>", "vision_end_token_id"),
+        )
+        wrong = [
+            f"{content} is {self.special_ids[content]} in {self.source}, config.json has {name} {getattr(config, name)}"
+            for content, name in pairs
+            if self.special_ids[content] != getattr(config, name)
+        ]
+        if wrong:
+            raise ProcessorError("; ".join(wrong) + ": tokenizer and model do not belong together")
+
+    def encode(self, text: str, *, allow_special: bool = False) -> Encoding:
+        """Tokenises text; nothing is added in front or behind.
+
+        Args:
+          allow_special: read special tokens spelled in `text` as such. Only for text that this program wrote.
+        """
+        if not allow_special:
+            return self.encode_pieces([Piece(text)])[0]
+        split = self._special_pattern.split(text)
+        return self.encode_pieces([Piece(s, control=i % 2 == 1) for i, s in enumerate(split) if s])[0]
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[Encoding, np.ndarray]:
+        """Tokenises a prompt.
+
+        A text token is supervised when all its characters are: one that straddles the border (line breaks that open an
+        answer merge with the header's) is not, since it cannot be generated after the header.
+
+        Returns:
+          (Encoding over the concatenated `rendered` texts, supervised bool[S]).
+        """
+        ids: list[np.ndarray] = []
+        offsets: list[np.ndarray] = []
+        flags: list[np.ndarray] = []
+        position = 0
+        for control, run in groupby((p for p in pieces if p.text), key=lambda p: p.control):
+            run = list(run)
+            if control:
+                for p in run:
+                    starts = position + len(p.text) * np.arange(p.count)
+                    ids.append(np.full(p.count, self._control_id(p.text)))
+                    offsets.append(np.stack([starts, starts + len(p.text)], 1))
+                    flags.append(np.full(p.count, p.supervised))
+                    position += len(p.text) * p.count
+                continue
+            text = "".join(p.rendered for p in run)
+            encoded = self._backend.encode(text, add_special_tokens=False)
+            spans = np.array(encoded.offsets, np.int64).reshape(-1, 2)
+            unsupervised = np.repeat([not p.supervised for p in run], [len(p.rendered) for p in run])
+            before = np.concatenate([[0], np.cumsum(unsupervised)])
+            ids.append(np.array(encoded.ids, np.int64))
+            offsets.append(position + spans)
+            flags.append((before[spans[:, 1]] == before[spans[:, 0]]) & (spans[:, 1] > spans[:, 0]))
+            position += len(text)
+        if not ids:
+            return Encoding(np.zeros(0, np.int32), np.zeros((0, 2), np.int32)), np.zeros(0, bool)
+        encoding = Encoding(np.concatenate(ids).astype(np.int32), np.concatenate(offsets).astype(np.int32))
+        return encoding, np.concatenate(flags)
+
+    def _control_id(self, content: str) -> int:
+        if content not in self.special_ids:
+            raise ProcessorError(f"{self.source} has no special token {content!r}")
+        return self.special_ids[content]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of token ids; bytes that do not form a character come out as U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+
+def build_byte_level_tokenizer(
+    texts: Iterable[str], vocab_size: int, special_ids: Mapping[str, int] | None = None
+) -> tokenizers.Tokenizer:
+    """Trains a byte-level BPE tokenizer shaped like Qwen's, with all of its added tokens. Save it with `.save(path)`.
+
+    Args:
+      texts: what the merges are learned from.
+      vocab_size: at most this many tokens in all, added tokens included.
+      special_ids: fixed ids by content, for example `QWEN_SPECIAL_IDS`; ids between the last merge and these stay
+        unused. Added tokens not named take the next free ids after the last merge, in Qwen's order.
+
+    Raises:
+      ProcessorError: no room for 256 bytes plus the added tokens, or `special_ids` repeats an id, names an unknown
+        token or an id that a byte or merge has.
+    """
+    fixed = dict(special_ids or {})
+    unknown = set(fixed) - set(QWEN_SPECIAL_IDS)
+    if unknown or len(set(fixed.values())) != len(fixed):
+        raise ProcessorError(f"special_ids: unknown tokens {sorted(unknown)} or an id given twice: {fixed}")
+    bpe_size = vocab_size - len(QWEN_TOKENS)
+    if bpe_size < 256:
+        raise ProcessorError(f"vocab_size {vocab_size} is below 256 bytes + {len(QWEN_TOKENS)} added tokens")
+    trained = _qwen_shell(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=bpe_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    vocab = trained.get_vocab(with_added_tokens=False)
+    used = set(vocab.values())
+    taken = used & set(fixed.values())
+    if taken:
+        raise ProcessorError(f"special_ids: ids {sorted(taken)} belong to bytes or merges (vocab_size {vocab_size})")
+    used |= set(fixed.values())
+    free = (i for i in range(len(used) + len(QWEN_TOKENS) + 1) if i not in used)
+    ids = {content: fixed[content] if content in fixed else next(free) for content, _, _ in QWEN_TOKENS}
+    # Added tokens stand in the BPE vocabulary too: that is what lets their ids be chosen freely.
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in _merges(trained)]
+    shaped = _qwen_shell(models.BPE(vocab=vocab | ids, merges=merges))
+    shaped.add_tokens([tokenizers.AddedToken(c, normalized=False, special=s) for c, _, s in QWEN_TOKENS])
+    return shaped
+
+
+def _merges(backend: tokenizers.Tokenizer) -> list:
+    return json.loads(backend.to_str())["model"]["merges"]
+
+
+def _qwen_shell(model: models.BPE) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend

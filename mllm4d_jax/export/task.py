@@ -1,0 +1,132 @@
+"""The `export` task: what a run has trained, as a PEFT adapter or as a merged Hugging Face checkpoint.
+
+The folder is written beside its place, read back and compared with the model it was made from, and only then renamed.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mllm4d_jax.export import check as export_check
+from mllm4d_jax.export.check import Difference, compare
+from mllm4d_jax.export.merged import ExportError, find_changes, write_merged
+from mllm4d_jax.models.hf import TensorFiles, load_model
+from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
+from mllm4d_jax.run.source import Source, Tuned, find_source, load_tuned
+
+
+def export_peft(tuned: Tuned, source: Source, out: pathlib.Path, base_name: str, tolerance: float) -> list[str]:
+    """Writes the adapter to `out`, reads it back onto the base model and compares; returns lines for people.
+
+    Raises:
+      ExportError: there is no adapter, base parameters were trained as well, or the logits differ.
+    """
+    if tuned.trained:
+        names = ["/".join(map(str, path)) for path in tuned.trained]
+        raise ExportError(
+            f"a PEFT folder holds adapters alone, but {len(names)} base parameters were trained ({names[0]}, ...): "
+            "export this run with configs/export.py:merged"
+        )
+    model, ours = tuned.model, export_check.logits(tuned.model)
+    rank = next(iter(adapted_linears(model).values())).lora_a.shape[-1]
+    count = save_peft(model, out, base=base_name or tuned.base or str(source.base), dropout=tuned.dropout)
+    export_check.detach(model)
+    load_peft(out, model)
+    difference = compare(export_check.logits(model), ours)
+    difference.require(tolerance, "the adapter read back is not the model's", "Please report this.")
+    return [f"PEFT adapter of rank {rank}, {count} tensors", _reloaded(difference, tolerance)]
+
+
+def export_merged(tuned: Tuned, source: Source, out: pathlib.Path, tolerance: float, rounding: float) -> list[str]:
+    """Writes the merged checkpoint to `out`, loads it and compares; returns lines for people. Uses the model up.
+
+    What is loaded has to equal the model merged in memory and rounded to the files' dtype by `tolerance`; that one may
+    differ from the model as it was trained by `rounding` (by `tolerance`, where files and comparison are float32).
+
+    Raises:
+      ExportError: the logits differ, or a weight cannot be stored in its dtype.
+    """
+    model, files = tuned.model, TensorFiles.scan(source.base)
+    ours = export_check.logits(model)
+    changes = find_changes(model, tuned.trained, files)
+    count = write_merged(files, out, changes)
+    dtypes = sorted({files.dtypes[name] for name in changes})
+    export_check.merge_in_memory(model, tuned.trained, files)
+    merged, dtype, attention = export_check.logits(model), model.dtype, model.backend.name
+    rounded = compare(merged, ours)
+    if dtypes == ["F32"] and dtype == jnp.float32:
+        rounding = tolerance
+    rounded.require(
+        rounding,
+        f"merging into {', '.join(dtypes)} changes the model",
+        "Export the adapter itself (configs/export.py:peft), or raise tol.rounding if this is acceptable.",
+    )
+    export_check.release(model, tuned.trained)  # so that the next one is never there beside it
+    difference = compare(export_check.logits(load_model(out, dtype=dtype, attention=attention)), merged)
+    difference.require(tolerance, "the checkpoint read back is not the merged model", "Please report this.")
+    return [
+        f"merged checkpoint, {count} of {len(files.location)} tensors changed, the others byte for byte",
+        _reloaded(difference, tolerance),
+        f"merging and rounding to {', '.join(dtypes)}: logits move by up to {rounded.largest:.2g}",
+    ]
+
+
+def _reloaded(difference: Difference, tolerance: float) -> str:
+    return (
+        f"read back and compared: logits differ by up to {difference.largest:.2g} "
+        f"(allowed {tolerance * difference.scale:.2g})"
+    )
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Entry point of the task.
+
+    Raises:
+      ExportError, PeftError, ResumeError, CheckpointError: what is missing, does not fit or came out different; no
+        part of an export is left then.
+    """
+    del workdir  # the result goes to config.output
+    if jax.process_count() > 1:
+        raise ExportError("an export is the work of one process: run it with --config.distributed=off")
+    if not config.output:
+        raise ExportError("config.output is empty: name the folder to write with --config.output=DIR")
+    output = pathlib.Path(config.output).absolute()
+    if output.exists():
+        raise ExportError(f"config.output = {output} exists already: name another folder, or remove it first")
+    source = find_source(config)
+    model = load_model(source.base, dtype=jnp.dtype(config.dtype), attention=config.attention)
+    before = export_check.logits(model)
+    tuned = load_tuned(model, source)
+    del model
+    effect = compare(export_check.logits(tuned.model), before)
+    empty = not tuned.trained and export_check.is_empty(tuned.model)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    tolerance = config.tol[config.dtype]
+    try:
+        if config.form == "peft":
+            lines = export_peft(tuned, source, partial, config.base_name, tolerance)
+        else:
+            lines = export_merged(tuned, source, partial, tolerance, config.tol.rounding)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _report(output, source, lines, effect, empty)
+    return 0
+
+
+def _report(output: pathlib.Path, source: Source, lines: list[str], effect: Difference, empty: bool) -> None:
+    step = "" if source.step is None else f", step {source.step}"
+    print(f"{output}: {lines[0]}")
+    print(f"  from {source.folder}{step}; base model {source.base}")
+    for line in lines[1:]:
+        print(f"  {line}")
+    print(f"  what was trained moves the logits of the test prompt by up to {effect.largest:.2g}")
+    if empty:
+        print("  WARNING: this adapter changes nothing: in every pair of its matrices one is zero. Was it trained?")

@@ -1,0 +1,244 @@
+"""Decoding many completions of each prompt: one token per branch and step, over a prompt cache that all branches share.
+
+The blocks are the decoder's own; only attention differs from the training pass, because a query is one token and its
+keys lie in two places. The prompt's keys are read where prefill put them, once for all branches of the prompt; a
+branch's own keys are in a cache that a loop carries and one step writes one slot of.
+
+Branches may begin with tokens of their own (questions about one video): prefill then fills the first slots of their
+caches. Questions differ in length, so a shorter one leaves slots empty before the first new token, which are never
+seen; in return, all branches write the same slot in every step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mllm4d_jax.models import rope
+from mllm4d_jax.models.layers import scan_layers
+from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.text import KVCache, run_lengths
+from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.products import einsum_f32
+from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows
+from mllm4d_jax.rows.batch import ModelInputs
+
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+
+
+class PromptCache(NamedTuple):
+    """Keys and values of prompts, never written again.
+
+    Attributes:
+      kv: [layers, B, K, P, head_dim].
+      visible: bool[B, P], True where a slot holds a real token.
+    """
+
+    kv: KVCache
+    visible: jax.Array
+
+
+class Prompt(NamedTuple):
+    """Result of `prefill`.
+
+    Attributes:
+      cache: see `PromptCache`.
+      hidden: [B, H] of the last real token, after the final norm: it predicts the first token of every branch.
+      next_position: i32[B] M-RoPE position of that first token, the same on all three axes.
+    """
+
+    cache: PromptCache
+    hidden: jax.Array
+    next_position: jax.Array
+
+
+class Asked(NamedTuple):
+    """Tokens of their own that branches had before their first new one.
+
+    Attributes:
+      lengths: i32[B, G], in the first slots of each branch's cache.
+      slots: i32[] slots left for them in every branch; new tokens come after.
+    """
+
+    lengths: jax.Array
+    slots: jax.Array
+
+
+class PromptRows(NamedTuple):
+    """Result of `prefill_rows`; N branch slots of L tokens.
+
+    Attributes:
+      cache: of the prefixes.
+      own: [layers, B, N, K, L, head_dim] of what each branch was given.
+      asked: lengths i32[B, N], 0 for a slot without a branch; slots L.
+      hidden: [B, N, H] of the last token of each branch, after the final norm.
+      next_position: i32[B, N] M-RoPE position of the token that follows.
+    """
+
+    cache: PromptCache
+    own: KVCache
+    asked: Asked
+    hidden: jax.Array
+    next_position: jax.Array
+
+
+def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> Prompt:
+    """Runs the prompts once.
+
+    Args:
+      inputs: plain rows, padded on either side.
+      features: vision features computed before; None encodes `inputs.vision` here.
+
+    Raises:
+      ValueError: rows of the shared-prefix layout, which `prefill_rows` is for.
+    """
+    if inputs.layout is not None:
+        raise ValueError(f"every row must be one prompt, these are shared-prefix rows ({inputs.layout})")
+    out = model.forward(inputs, features=features, keep_cache=True)
+    b, p = inputs.tokens.shape
+    visible = inputs.segment_ids != 0
+    last = jnp.max(jnp.where(visible, jnp.arange(p), -1), -1)
+    # One more than the largest position of the prompt: an image may reach further than the text after it.
+    following = jnp.max(jnp.where(visible[None], inputs.positions, -1), (0, 2)) + 1
+    cache = PromptCache(constrain_cache(out.cache, model.mesh), visible)
+    return Prompt(cache, out.hidden[jnp.arange(b), last], following.astype(jnp.int32))
+
+
+def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PromptRows:
+    """Runs prefixes and the beginnings of their branches once, with the attention of training.
+
+    Args:
+      inputs: shared-prefix rows about one clip each (see `rows/rows.py`), one branch in a slot.
+      features: vision features computed before; None encodes `inputs.vision` here.
+
+    Raises:
+      ValueError: plain rows.
+    """
+    layout = inputs.layout
+    if layout is None:
+        raise ValueError("shared-prefix rows are needed, these are plain ones")
+    out = model.forward(inputs, features=features, keep_cache=True)
+    p, branches = layout.prefix, (layout.slots, layout.length)
+    real = inputs.segment_ids != 0
+    in_slots = real[:, p:].reshape(-1, *branches)  # bool[B, N, L]
+    lengths = in_slots.sum(-1, dtype=jnp.int32)
+    hidden = out.hidden[:, p:].reshape(*in_slots.shape, -1)
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[..., None, None], 2)[:, :, 0]
+    places = jnp.where(real[None], inputs.positions, -1).max(0)
+    following = jnp.maximum(places[:, :p].max(-1)[:, None], places[:, p:].reshape(in_slots.shape).max(-1)) + 1
+
+    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, N, K, L, d]
+        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1]).swapaxes(2, 3)
+
+    prefix = KVCache(*(x[..., :p, :] for x in out.cache))
+    return PromptRows(
+        PromptCache(constrain_cache(prefix, model.mesh), real[:, :p]),
+        constrain_cache(KVCache(*map(own, out.cache)), model.mesh),
+        Asked(lengths, jnp.int32(layout.length)),
+        hidden,
+        following.astype(jnp.int32),
+    )
+
+
+def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int) -> KVCache:
+    """A cache [layers, B, G, K, T, head_dim] of zeros for B prompts with G branches of up to T tokens."""
+    c = model.config.text
+    shape = (c.num_layers, prompts, branches, c.num_kv_heads, slots, c.head_dim)
+    zeros = jnp.zeros(shape, model.text.embed.dtype)
+    return constrain_cache(KVCache(zeros, zeros), model.mesh)
+
+
+def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """Splits rows (dimension 1) over the batch axes and key heads (third from last) as the projections' outputs are."""
+    rank = cache.k.ndim
+    if mesh is None:
+        return cache
+    axes: list = [None] * rank
+    if cache.k.shape[1] % batch_shards(mesh) == 0:
+        axes[1] = BATCH_AXES
+    if cache.k.shape[rank - 3] % mesh.shape[RULES["kv"]] == 0:
+        axes[rank - 3] = RULES["kv"]
+    return KVCache(*(constrain(x, mesh, *axes) for x in cache))
+
+
+def decode(
+    model: QwenVL,
+    tokens: jax.Array,
+    positions: jax.Array,
+    prompts: PromptCache,
+    own: KVCache,
+    slot: jax.Array | int,
+    asked: Asked | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """Feeds one token to each branch.
+
+    Args:
+      tokens: i32[B, G].
+      positions: i32[B, G], one M-RoPE position for all three axes, as for text.
+      prompts: of the B prompts.
+      own: [layers, B, G, K, T, head_dim]; slots below `slot` hold what was fed before.
+      slot: i32[] slot to write, the same for all branches.
+      asked: what the branches began with; None for branches without tokens of their own.
+
+    Returns:
+      (hidden [B, G, H] after the final norm, the branch cache with the slot written).
+    """
+    config, mesh = model.config.text, model.mesh
+    x = constrain_rows(model.text.embed[...][tokens], mesh)
+    on_axes = jnp.broadcast_to(positions, (3, *positions.shape))
+    cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, on_axes, x.dtype)
+    real = jnp.ones(tokens.shape, bool)
+
+    def step(block, carry, layer):
+        hidden, own = carry
+        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
+        at = (layer, 0, 0, 0, slot, 0)
+        own = KVCache(
+            *(jax.lax.dynamic_update_slice(a, b[None, ..., None, :], at) for a, b in zip(own, (k, v), strict=True))
+        )
+        shared = KVCache(*(x[layer] for x in prompts.kv))
+        out = branch_attention(q, shared, prompts.visible, KVCache(*(x[layer] for x in own)), slot, asked)
+        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
+        hidden = constrain_rows(block.feed_forward(hidden, real)[0], mesh)
+        return (hidden, own), None
+
+    carry = (x, own)
+    for (start, count, _), blocks in zip(run_lengths(config), model.text.stacks, strict=True):
+        # The prompt's keys are indexed, not scanned over, so that stacks of several kinds need no parts of them.
+        carry, _ = scan_layers(blocks, step, carry, start + jnp.arange(count))
+    return model.text.norm(carry[0]), carry[1]
+
+
+def branch_attention(
+    q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVCache, slot, asked: Asked | None = None
+) -> jax.Array:
+    """Attention of one token per branch to its prompt and its own branch: one maximum, one denominator, in fp32.
+
+    Args:
+      q: [B, G, N, d].
+      prompt: k, v [B, K, P, d] with N a multiple of K; visible: bool[B, P].
+      own: k, v [B, G, K, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
+
+    Returns:
+      [B, G, N, d] in the dtype of q.
+    """
+    b, g, n, d = q.shape
+    grouped = q.reshape(b, g, prompt.k.shape[1], -1, d)
+    first = einsum_f32("bgknd,bkpd->bgknp", grouped, prompt.k) * d**-0.5
+    second = einsum_f32("bgknd,bgktd->bgknt", grouped, own.k) * d**-0.5
+    first = jnp.where(visible[:, None, None, None], first, _LOWEST)
+    places = jnp.arange(own.k.shape[-2])
+    seen = places <= slot
+    if asked is not None:
+        given = (places < asked.lengths[..., None]) | (places >= asked.slots)  # bool[B,G,T]
+        seen = (seen & given)[:, :, None, None]
+    second = jnp.where(seen, second, _LOWEST)
+    top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
+    first, second = jnp.exp(first - top), jnp.exp(second - top)
+    total = first.sum(-1) + second.sum(-1)
+    out = einsum_f32("bgknp,bkpd->bgknd", first.astype(q.dtype), prompt.v)
+    out += einsum_f32("bgknt,bgktd->bgknd", second.astype(q.dtype), own.v)
+    return (out / total[..., None]).astype(q.dtype).reshape(b, g, n, d)

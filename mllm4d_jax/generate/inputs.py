@@ -1,0 +1,149 @@
+"""What one call of the sampler gets: checked, as numbers of all branches, and its rows laid out on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Self
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
+from mllm4d_jax.rows.batch import ModelInputs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """Numbers of B prompts with G branches.
+
+    Attributes:
+      limits: i32[B, G], longest completion in tokens; 1 where a slot of a shared-prefix row is empty.
+      prompt_ids: u32[B, G]; numbers: i32[B, G], of the branches within their prompts: what random keys are made of.
+      asked: i32[B, G] tokens that each branch of shared-prefix rows begins with; None for plain rows.
+      slots: places that these tokens have, 0 for plain rows.
+    """
+
+    limits: np.ndarray
+    prompt_ids: np.ndarray
+    numbers: np.ndarray
+    asked: np.ndarray | None
+    slots: int
+
+    @property
+    def most(self) -> int:
+        """New tokens that a branch's cache may have to hold; the last one of a completion is never fed back."""
+        return max(int(self.limits.max()) - 1, 1)
+
+    @classmethod
+    def checked(
+        cls,
+        inputs: ModelInputs,
+        prompt_ids: Sequence[int] | Sequence[Sequence[int]],
+        branches: int,
+        max_new_tokens: int | np.ndarray,
+    ) -> Self:
+        """From the arguments of `Sampler.generate`, which says what they are and what is refused."""
+        prompts = len(inputs.tokens)
+        limits = _limits(max_new_tokens, prompts, branches)
+        if inputs.layout is None:
+            ids = np.broadcast_to(_prompt_ids(prompt_ids, prompts)[:, None], limits.shape)
+            return cls(limits, ids, np.broadcast_to(np.arange(branches, dtype=np.int32), limits.shape), None, 0)
+        asked = _asked(inputs, branches)
+        ids = _prompt_ids(np.asarray(prompt_ids).reshape(-1), limits.size).reshape(limits.shape)
+        # Every question is a prompt of its own and its completion that prompt's first.
+        return cls(np.where(asked, limits, 1), ids, np.zeros_like(limits), asked, inputs.layout.length)
+
+
+def _asked(inputs: ModelInputs, branches: int) -> np.ndarray:
+    """i32[B, N] tokens in each branch slot."""
+    layout, segments = inputs.layout, np.asarray(inputs.segment_ids)
+    if branches != layout.slots:
+        raise ValueError(f"{branches} branches for rows of {layout.slots} branch slots: they must be equally many")
+    if segments.max() > 1:
+        row = int(np.argmax(segments.max(1) > 1))
+        raise ValueError(f"row {row} has {segments[row].max()} clips; a row to be answered is about one")
+    used = segments[:, layout.prefix :].reshape(len(segments), layout.slots, layout.length) != 0
+    if (used[..., 1:] & ~used[..., :-1]).any():
+        raise ValueError("a question must fill its branch slot from the first place on, without gaps")
+    return used.sum(-1).astype(np.int32)
+
+
+def _limits(max_new_tokens: int | np.ndarray, prompts: int, branches: int) -> np.ndarray:
+    if branches < 1 or prompts < 1:
+        raise ValueError(f"at least one prompt and one branch are required, got {prompts} and {branches}")
+    limits = np.array(np.broadcast_to(max_new_tokens, (prompts, branches)), np.int32)
+    if limits.min() < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {limits.min()}")
+    return limits
+
+
+def _prompt_ids(ids: Sequence[int] | np.ndarray, prompts: int) -> np.ndarray:
+    if len(ids) != prompts:
+        raise ValueError(f"{len(ids)} prompt ids for {prompts} prompts")
+    if any(not 0 <= int(i) < 2**32 for i in ids):
+        raise ValueError(f"prompt ids must be in [0, 2^32), got {list(ids)}")
+    return np.array([int(i) for i in ids], np.uint32)
+
+
+def fill_rows(
+    inputs: ModelInputs, features: VisionFeatures | None, rows: np.ndarray
+) -> tuple[ModelInputs, VisionFeatures | None]:
+    """Rows `rows` of a batch (each prompt, then repetitions), and the features they use.
+
+    Plain rows point into the frames (or features) of all, which stay as they are; those of a shared-prefix row are its
+    own and repeated with it.
+    """
+    count = len(inputs.tokens)
+    if np.array_equal(rows, np.arange(count)):
+        return inputs, features
+    vision = inputs.vision
+    if inputs.layout is not None:
+
+        def repeat(x, dim: int = 0):
+            before, each, after = x.shape[:dim], x.shape[dim] // count, x.shape[dim + 1 :]
+            own = x.reshape(*before, count, each, *after).take(rows, dim)
+            return own.reshape(*before, len(rows) * each, *after)
+
+        vision = jax.tree.map(repeat, vision)
+        if features is not None:
+            features = VisionFeatures(repeat(features.merged), repeat(features.deepstack, 1))
+    filled = inputs._replace(
+        tokens=inputs.tokens[rows],
+        positions=inputs.positions[:, rows],
+        segment_ids=inputs.segment_ids[rows],
+        vision_index=inputs.vision_index[rows],
+        vision=vision,
+    )
+    return filled, features
+
+
+def features_placement(features: VisionFeatures, mesh: Mesh) -> VisionFeatures:
+    """Where features (or their shapes) go on the sampler's mesh: split over the batch axes where they can be.
+
+    They come from the learner's mesh, whose devices may stand in another order (as they do on a TPU when the sampler
+    has a mesh of its own), and a program takes no arguments of two orders.
+    """
+    split = features.merged.shape[0] % batch_shards(mesh) == 0
+    merged, deepstack = (batch_sharding(mesh, 2), batch_sharding(mesh, 3, 1)) if split else [replicated(mesh)] * 2
+    return VisionFeatures(merged, deepstack)
+
+
+def place_inputs(inputs: ModelInputs, mesh: Mesh | None) -> ModelInputs:
+    """Rows and frames split over the batch axes of the mesh where they can be."""
+    if mesh is None:
+        return inputs
+
+    def put(x, dim: int = 0):
+        split = x.shape[dim] % batch_shards(mesh) == 0
+        return jax.device_put(x, batch_sharding(mesh, x.ndim, dim) if split else replicated(mesh))
+
+    return inputs._replace(
+        tokens=put(inputs.tokens),
+        positions=put(inputs.positions, 1),
+        segment_ids=put(inputs.segment_ids),
+        vision_index=put(inputs.vision_index),
+        vision=jax.tree.map(put, inputs.vision),
+    )

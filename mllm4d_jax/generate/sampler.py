@@ -1,0 +1,329 @@
+"""Sampling G completions of each of B prompts: prefill once, then jitted chunks of decode steps with early exit.
+
+The G completions of a row answer one prompt, or (shared-prefix rows) a question each about what the row begins with.
+
+The model is the learner's own (no second implementation), and log-probs come from the functions that the learner uses
+(`policy.py`). Between chunks the host reads the new tokens, ends completions and packs what goes on into smaller
+arrays. On the device are only the caches; everything else about a branch follows from numbers that the host sends
+along, so that where and beside what a branch is computed cannot change what it says (up to the rounding of matrix
+products, whose order of summation may depend on their shapes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mllm4d_jax.generate.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
+from mllm4d_jax.generate.decoding import (
+    Asked,
+    PromptCache,
+    constrain_cache,
+    decode,
+    empty_branches,
+    prefill,
+    prefill_rows,
+)
+from mllm4d_jax.generate.draw import SamplingOptions, branch_keys, draw
+from mllm4d_jax.generate.inputs import Call, features_placement, fill_rows, place_inputs
+from mllm4d_jax.generate.policy import head_logits
+from mllm4d_jax.generate.slots import Ladder, Packing
+from mllm4d_jax.models.split import merge_model
+from mllm4d_jax.models.text import KVCache
+from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.rules import batch_shards, constrain, replicated
+from mllm4d_jax.rows.batch import ModelInputs
+
+
+class KeyNumbers(NamedTuple):
+    """seed: u32[]; prompt_ids: u32[B, G]; numbers: i32[B, G] of the branches within their prompts."""
+
+    seed: Any
+    prompt_ids: Any
+    numbers: Any
+
+    def keys(self) -> jax.Array:
+        """A random key for each branch, [B, G]."""
+        return branch_keys(self.seed, self.prompt_ids.reshape(-1), self.numbers.reshape(-1, 1)).reshape(
+            self.numbers.shape
+        )
+
+
+class Feed(NamedTuple):
+    """What the host sends with every chunk.
+
+    Attributes:
+      last: i32[B, G], the token before; done: bool[B, G].
+      next_position: i32[B, G], M-RoPE position of each branch's first new token.
+      keys: what random keys are made of.
+      limits: i32[B, G], longest completion.
+      asked: what branches of shared-prefix rows began with; None for plain rows.
+      step: i32[], number of the first token to draw.
+    """
+
+    last: Any
+    done: Any
+    next_position: Any
+    keys: KeyNumbers
+    limits: Any
+    asked: Asked | None
+    step: Any
+
+
+class Chunk(NamedTuple):
+    """Result of a chunk of n steps.
+
+    Attributes:
+      own: the branch cache.
+      tokens: i32[B, G, n]; logprobs: f32[B, G, n]; only the first `steps` were computed.
+    """
+
+    own: KVCache
+    tokens: jax.Array
+    logprobs: jax.Array
+    steps: jax.Array
+
+
+class Sampler:
+    """Generates for any number of batches; keeps the compiled programs.
+
+    Attributes:
+      compiles: programs compiled so far (prefill, packing and decode chunks), counted when traced.
+    """
+
+    def __init__(
+        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, *, chunk: int = 32, ladder: Ladder | None = None
+    ) -> None:
+        """
+        Args:
+          graphdef: structure of the model, from `nnx.split`.
+          mesh: the mesh that the model was made for, None for one device.
+          chunk: decode steps between two looks of the host.
+          ladder: sizes of the device's arrays; None for powers of two that fit the mesh.
+
+        Raises:
+          ValueError: a mesh that splits weights over `fsdp`: every decode step would gather all of them.
+        """
+        if mesh is not None and mesh.shape.get("fsdp", 1) > 1:
+            raise ValueError(
+                f"sampling on a mesh with fsdp = {mesh.shape['fsdp']} gathers all weights for every token: "
+                "place the model on a mesh of data and tensor"
+            )
+        if chunk < 1:
+            raise ValueError(f"a chunk needs at least one step, got {chunk}")
+        self.mesh, self.chunk, self.compiles = mesh, chunk, 0
+        self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
+        self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options"))
+        self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape",))
+        self._decode = self._compiled(functools.partial(_decode_chunk, graphdef), ("options", "chunk"), ("own",))
+        self._take_prompts = self._compiled(functools.partial(_take_prompts, mesh))
+        self._take_branches = self._compiled(functools.partial(_take_branches, mesh), ("slots",))
+
+    def _compiled(self, function, static: tuple = (), donated: tuple = ()):
+        def counted(*args, **kwargs):
+            self.compiles += 1  # runs when traced, not when executed
+            return function(*args, **kwargs)
+
+        return jax.jit(counted, static_argnames=static, donate_argnames=donated)
+
+    def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
+        """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
+        return getattr(self, f"_{program}").lower(*args, **named)
+
+    def generate(
+        self,
+        weights: tuple,
+        inputs: ModelInputs,
+        *,
+        prompt_ids: Sequence[int] | Sequence[Sequence[int]],
+        branches: int,
+        max_new_tokens: int | np.ndarray,
+        options: SamplingOptions,
+        seed: int = 0,
+        features: VisionFeatures | None = None,
+        detokenize: Detokenize | None = None,
+    ) -> Completions:
+        """Draws the completions. Each depends on (seed, prompt id, branch number), its prompt and the weights alone.
+
+        Args:
+          weights: the trees that `models.split.merge_model` takes.
+          inputs: on the host, or already on the devices. Plain rows, one prompt each, padded on either side; or
+            shared-prefix rows, each about one clip, with a question in each branch slot (it may have fewer: the
+            completion of an empty slot is one token that means nothing).
+          prompt_ids: a number in [0, 2^32) for each prompt, see `sampling.prompt_id`; for shared-prefix rows B x G of
+            them, one for each question, which is then what it would be as a prompt in a row of its own.
+          branches: completions per prompt (G); the slots of shared-prefix rows.
+          max_new_tokens: length cap; one number, or an array that broadcasts to [B, G].
+          seed: in [0, 2^32); another one gives other completions.
+          features: vision features computed before; None encodes `inputs.vision`.
+          detokenize: needed for `options.stop`.
+
+        Raises:
+          ValueError: arguments that contradict each other, or shared-prefix rows with several clips in a row.
+        """
+        started = time.monotonic()
+        call = Call.checked(inputs, prompt_ids, branches, max_new_tokens)
+        record = CompletionRecord(call.limits, options, detokenize)
+        on_device = dataclasses.replace(options, stop=())  # texts are the host's matter: no program for each
+        packing = self._first_packing(call)
+        keys = KeyNumbers(np.uint32(seed), call.prompt_ids[packing.rows], call.numbers[packing.rows])
+        filled, features = fill_rows(inputs, features, packing.rows)
+        if features is not None and self.mesh is not None:
+            features = jax.device_put(features, features_placement(features, self.mesh))
+        cache, own, following, first, scores = self._start(
+            weights,
+            place_inputs(filled, self.mesh),
+            features,
+            self._everywhere(keys),
+            branches=branches,
+            options=on_device,
+        )
+        following = np.asarray(following)[: len(call.limits)]
+        record.add(packing.row_grid, packing.branches, packing.used, np.asarray(first), np.asarray(scores), 0)
+        prefill_seconds = time.monotonic() - started
+        state = _Run(record, packing, call, following, np.uint32(seed), on_device)
+        return record.result(self._continue(weights, state, cache, own, prefill_seconds))
+
+    def _first_packing(self, call: Call) -> Packing:
+        """All branches. Those with tokens of their own have caches that are full; the others get them with room."""
+        prompts, branches = call.limits.shape
+        slots = call.slots or self.ladder.slots(min(self.chunk, call.most), call.most)
+        return Packing.whole(prompts, -(-prompts // self.ladder.shards) * self.ladder.shards, branches, slots)
+
+    def _continue(
+        self, weights: tuple, run: _Run, cache: PromptCache, own: KVCache | None, prefill_seconds: float
+    ) -> SamplingStatistics:
+        """Decodes until every branch has ended."""
+        record, packing, step, computed, compactions = run.record, run.packing, 1, 0, 0
+        (slots, most), chunks = (run.call.slots, run.call.most), []
+        while not record.finished.all():
+            started = time.monotonic()
+            needed = min(step + self.chunk - 1, most)
+            wanted = self.ladder.pack(packing, ~record.finished, slots + needed, slots + most)
+            if own is None:
+                own = self._empty(weights, shape=packing.shape)
+            if wanted is not packing:
+                cache, own = self._repack(cache, own, packing, wanted)
+                packing, compactions = wanted, compactions + 1
+            feed = self._everywhere(run.feed(packing, step))
+            # The cache by its name: a jitted function of any arguments donates none that comes by its place.
+            out = self._decode(weights, cache, own=own, feed=feed, options=run.options, chunk=self.chunk)
+            own, n = out.own, int(out.steps)
+            tokens, logprobs = np.asarray(out.tokens)[..., :n], np.asarray(out.logprobs)[..., :n]
+            record.add(packing.row_grid, packing.branches, packing.used, tokens, logprobs, step)
+            step, computed = step + n, computed + n * packing.used.size
+            chunks.append((n, time.monotonic() - started))
+        return SamplingStatistics(step - 1, computed, 0, compactions, prefill_seconds, tuple(chunks))
+
+    def _repack(self, cache: PromptCache, own: KVCache, packing: Packing, wanted: Packing):
+        rows, columns = packing.places(wanted)
+        if wanted.rows is not packing.rows:
+            cache = self._take_prompts(cache, self._everywhere(rows))
+        return cache, self._take_branches(own, *self._everywhere((rows, columns)), slots=wanted.slots)
+
+    def _everywhere(self, tree):
+        """Host numbers on all devices."""
+        return tree if self.mesh is None else jax.device_put(tree, replicated(self.mesh))
+
+
+class _Run(NamedTuple):
+    """One call of `generate`: numbers of all prompts and branches, from which a chunk's feed is taken."""
+
+    record: CompletionRecord
+    packing: Packing
+    call: Call
+    next_position: np.ndarray
+    seed: np.uint32
+    options: SamplingOptions
+
+    def feed(self, packing: Packing, step: int) -> Feed:
+        call, at = self.call, (packing.row_grid, packing.branches)
+        return Feed(
+            last=self.record.last_tokens(*at, step),
+            done=self.record.finished[at] | ~packing.used,
+            next_position=self.next_position[at],
+            keys=KeyNumbers(self.seed, call.prompt_ids[at], call.numbers[at]),
+            limits=call.limits[at],
+            asked=None if call.asked is None else Asked(call.asked[at], np.int32(call.slots)),
+            step=np.int32(step),
+        )
+
+
+def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches: int, options: SamplingOptions):
+    """Prefill and the first token of every branch.
+
+    Returns:
+      (prompts' cache, branches' cache or None for plain rows, next positions [B, G], tokens [B, G, 1], log-probs
+      [B, G, 1]).
+    """
+    model = merge_model(graphdef, *weights)
+    head = model.head_kernel()
+    if inputs.layout is None:
+        prompt, own = prefill(model, inputs, features), None
+        logits = head_logits(prompt.hidden, head)
+        logits = jnp.broadcast_to(logits[:, None], (len(logits), branches, logits.shape[-1]))
+        following = jnp.broadcast_to(prompt.next_position[:, None], logits.shape[:2])
+    else:
+        prompt = prefill_rows(model, inputs, features)
+        own, logits, following = prompt.own, head_logits(prompt.hidden, head), prompt.next_position
+    tokens, logprobs = draw(logits, numbers.keys(), 0, options)
+    small = (following, tokens[..., None], logprobs[..., None])
+    return prompt.cache, own, *(constrain(x, model.mesh) for x in small)
+
+
+def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
+    return empty_branches(merge_model(graphdef, *weights), *shape)
+
+
+def _decode_chunk(
+    graphdef, weights, cache: PromptCache, own: KVCache, feed: Feed, *, options: SamplingOptions, chunk: int
+) -> Chunk:
+    """Up to `chunk` steps; ends when every branch has ended by an end token or its limit."""
+    model = merge_model(graphdef, *weights)
+    head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
+    keys, asked = feed.keys.keys(), feed.asked
+    first = 0 if asked is None else asked.slots  # slot of the first new token
+
+    def going(carry):
+        i, done, *_ = carry
+        return (i < chunk) & ~jnp.all(done)
+
+    def body(carry):
+        i, done, last, own, tokens, logprobs = carry
+        index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
+        hidden, own = decode(model, last, feed.next_position + index - 1, cache, own, first + index - 1, asked)
+        new, scores = draw(head_logits(hidden, head), keys, index, options)
+        new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
+        tokens = jax.lax.dynamic_update_slice(tokens, new[..., None], (0, 0, i))
+        logprobs = jax.lax.dynamic_update_slice(logprobs, scores[..., None], (0, 0, i))
+        done = done | jnp.isin(new, eos) | (index + 1 >= feed.limits)
+        return i + 1, done, new, own, tokens, logprobs
+
+    blank = jnp.full((*feed.last.shape, chunk), options.pad_id, jnp.int32)
+    carry = (jnp.int32(0), feed.done, feed.last, own, blank, jnp.zeros(blank.shape, jnp.float32))
+    steps, _, _, own, tokens, logprobs = jax.lax.while_loop(going, body, carry)
+    own = constrain_cache(own, model.mesh)
+    return Chunk(own, constrain(tokens, model.mesh), constrain(logprobs, model.mesh), steps)
+
+
+def _take_prompts(mesh: Mesh | None, cache: PromptCache, rows) -> PromptCache:
+    return PromptCache(constrain_cache(KVCache(*(x[:, rows] for x in cache.kv)), mesh), cache.visible[rows])
+
+
+def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int) -> KVCache:
+    """Branches at (row, column), each with `slots` positions (at least as many as before)."""
+
+    def take(x: jax.Array) -> jax.Array:
+        more = slots - x.shape[-2]
+        return jnp.pad(x[:, rows[:, None], columns], ((0, 0),) * 4 + ((0, more), (0, 0)))
+
+    return constrain_cache(KVCache(*(take(x) for x in own)), mesh)

@@ -1,0 +1,1 @@
+"""Reinforcement learning on completions (GRPO and its relatives)."""

@@ -1,0 +1,334 @@
+"""One optimiser step on completions: jitted functions of (trainable, opt_state, frozen, features, rows, batch).
+
+A step encodes nothing anew: prompts come with their vision features, each prompt is computed once for all of its
+completions, and log-probs are made at the completions' tokens only. Policy and reference are the same frozen weights
+with two small trees; both are scored by one compiled function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mllm4d_jax.encode.grids import VisionInputs
+from mllm4d_jax.generate.policy import TokenScores, token_scores
+from mllm4d_jax.grpo.batch import Denominators, Mean, RolloutBatch, add_means, denominators
+from mllm4d_jax.grpo.objective import objective, prepare
+from mllm4d_jax.grpo.presets import ObjectiveConfig
+from mllm4d_jax.grpo.ratios import correct_for_gap
+from mllm4d_jax.models.split import merge_model
+from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, constrain_rows, replicated
+from mllm4d_jax.rows.completion_rows import CompletionRows
+from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
+
+Scored = Callable[..., TokenScores]
+
+
+class PromptFeatures(NamedTuple):
+    """Vision features of B prompts, each with room for n merged tokens.
+
+    Attributes:
+      merged: [B, n, H]; deepstack: [K, B, n, H]; see `models.vision.VisionFeatures`.
+    """
+
+    merged: jax.Array
+    deepstack: jax.Array
+
+    def flat(self) -> VisionFeatures:
+        """As the model and the sampler take them."""
+        prompts, count, width = self.merged.shape
+        deepstack = self.deepstack.reshape(len(self.deepstack), prompts * count, width)
+        return VisionFeatures(self.merged.reshape(-1, width), deepstack)
+
+
+class Update(NamedTuple):
+    """What a step leaves besides the new trees; on the device.
+
+    Attributes:
+      step: of the last inner iteration.
+      metrics: of the rewards and of the last inner iteration, and the gap before the first.
+      gap_max: f32[].
+      advantages: f32[C].
+    """
+
+    step: StepMetrics
+    metrics: dict[str, Mean]
+    gap_max: jax.Array
+    advantages: jax.Array
+
+
+class Learner:
+    """The compiled functions of a step.
+
+    Attributes:
+      compiles: how often one of them was traced.
+      mesh: of the model.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        optimizer: optax.GradientTransformation,
+        trainable: Any,
+        opt_state: Any,
+        objective: ObjectiveConfig,
+        *,
+        temperature: float,
+        banned_ids: Sequence[int],
+        mesh: Mesh,
+        chunk: int = 1024,
+    ) -> None:
+        """
+        Args:
+          graphdef: structure of the model, from `models.split.split_model`.
+          optimizer, trainable, opt_state: as for `sft.step.TrainStep`; results are placed like these trees.
+          objective: what is minimised.
+          temperature, banned_ids: of the sampler.
+          mesh: the same as the model was made for.
+          chunk: positions whose logits exist at a time.
+        """
+        self.mesh, self.objective, self.compiles = mesh, objective, 0
+        places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
+        scalar = replicated(mesh)
+        scored = functools.partial(_scores, graphdef, float(temperature), tuple(banned_ids), chunk, mesh)
+        zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
+        add = functools.partial(_add, scored, objective)
+        finish = functools.partial(_finish, optimizer)
+        self._encode = self._compiled(functools.partial(_encode, graphdef, mesh), static_argnums=3)
+        self._score = self._compiled(functools.partial(_score_into, scored), donate_argnums=0, out_shardings=scalar)
+        self._begin = self._compiled(functools.partial(_begin, objective), out_shardings=scalar)
+        self._zeros = self._compiled(zeros, out_shardings=places[0])
+        self._add = self._compiled(add, donate_argnums=0, out_shardings=(places[0], scalar, scalar, scalar))
+        metrics = StepMetrics(*[scalar] * len(StepMetrics._fields))
+        self._finish = self._compiled(finish, donate_argnums=(0, 1), out_shardings=(*places, metrics))
+
+    def _compiled(self, function, **options):
+        def counted(*args):
+            self.compiles += 1  # runs when traced, not when executed
+            return function(*args)
+
+        return jax.jit(counted, **options)
+
+    def lower(self, program: str, *args: Any) -> jax.stages.Lowered:
+        """A program of a step ("encode", "score", "begin", "zeros", "add", "finish") for shapes that are placed."""
+        return getattr(self, f"_{program}").lower(*args)
+
+    def encode(self, trainable: Any, frozen: Any, vision: VisionInputs | None, prompts: int) -> PromptFeatures | None:
+        """Features of the frames of all prompts, once for sampler, policy and reference."""
+        return None if vision is None else self._encode(trainable, frozen, _place(vision, self.mesh), prompts)
+
+    def score(
+        self, tree: Any, frozen: Any, features: PromptFeatures | None, parts: Sequence[CompletionRows], batch: Any
+    ) -> jax.Array:
+        """f32[C, T] log-probs of all completions under the policy of a tree; 0 where there is no token.
+
+        Args:
+          tree: like the trainable tree.
+          parts: rows that hold every completion once.
+          batch: the RolloutBatch.
+        """
+        whole = jax.device_put(np.zeros(batch.mask.shape, np.float32), replicated(self.mesh))
+        for rows in parts:
+            whole = self._score(whole, tree, frozen, features, _place_rows(rows, self.mesh))
+        return whole
+
+    def update(
+        self,
+        trainable: Any,
+        opt_state: Any,
+        frozen: Any,
+        features: PromptFeatures | None,
+        parts: Sequence[CompletionRows],
+        batch: RolloutBatch,
+        *,
+        reference: Any = None,
+        iterations: int = 1,
+    ) -> tuple[Any, Any, Update]:
+        """One step; `trainable` and `opt_state` are donated.
+
+        The learner's own log-probs are compared with the sampler's before the parameters change. A step in one part
+        and one iteration finds them in the same pass that it differentiates; any other scores all parts first.
+
+        Args:
+          features: of the prompts, from `encode`.
+          parts: micro-batches; the result does not depend on how the rows are divided.
+          batch: all completions, log-probs from the sampler, on the host.
+          reference: tree of the policy that beta keeps the trained one near to; None without that term.
+          iterations: updates on these completions (mu).
+        """
+        batch = jax.device_put(jax.tree.map(np.asarray, batch), replicated(self.mesh))
+        if reference is not None:
+            scored = self.score(reference, frozen, features, parts, batch)
+            batch = batch._replace(reference_logprobs=scored)
+        first = None
+        if len(parts) > 1 or iterations > 1:
+            first = self.score(trainable, frozen, features, parts, batch)
+        batch, totals, weight, metrics, gap_max = self._begin(batch, first)
+        placed = [_place_rows(rows, self.mesh) for rows in parts]
+        for _ in range(iterations):
+            grads, loss, found = self._zeros(trainable), jnp.float32(0), []
+            for rows in placed:
+                grads, part, means, gap = self._add(grads, trainable, frozen, features, rows, batch, totals)
+                loss, gap_max = loss + part, jnp.maximum(gap_max, gap)
+                found.append(means)
+            trainable, opt_state, step = self._finish(trainable, opt_state, grads, loss, weight)
+        return trainable, opt_state, Update(step, metrics | add_means(*found), gap_max, batch.advantages)
+
+
+def _encode(
+    graphdef: nnx.GraphDef, mesh: Mesh, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int
+) -> PromptFeatures:
+    found = merge_model(graphdef, trainable, frozen).encode_vision(vision)
+    rows, width = found.merged.shape
+    merged = found.merged.reshape(prompts, rows // prompts, width)
+    deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
+    return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1))
+
+
+def _scores(
+    graphdef: nnx.GraphDef,
+    temperature: float,
+    banned_ids: tuple[int, ...],
+    chunk: int,
+    mesh: Mesh,
+    tree: Any,
+    frozen: Any,
+    features: PromptFeatures | None,
+    rows: CompletionRows,
+) -> TokenScores:
+    """Log-probs and entropies f32[R, N, T], 0 where there is no token."""
+    model = merge_model(graphdef, tree, frozen)
+    hidden = model(rows.inputs, features=_features_of_rows(features, rows.prompts, mesh))
+    chosen = jax.vmap(lambda row, index: row[index])(hidden, rows.loss_index)
+    found = token_scores(chosen, model.head_kernel(), rows.loss_target, temperature, banned_ids, chunk=chunk, mesh=mesh)
+
+    def lay_out(values: jax.Array) -> jax.Array:
+        padded = jnp.pad(values, ((0, 0), (0, 1)))  # entry M: no token
+        return jax.vmap(lambda row, index: row[index])(padded, rows.places)
+
+    return TokenScores(*map(lay_out, found))
+
+
+def _features_of_rows(features: PromptFeatures | None, prompts: jax.Array | None, mesh: Mesh) -> VisionFeatures | None:
+    """Each row's block of features, taken from its prompt's."""
+    if features is None:
+        return None
+    if prompts is None:
+        return features.flat()
+    merged, deepstack = jnp.take(features.merged, prompts, 0), jnp.take(features.deepstack, prompts, 1)
+    return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1)).flat()
+
+
+def _score_into(
+    scored: Scored,
+    whole: jax.Array,
+    tree: Any,
+    frozen: Any,
+    features: PromptFeatures | None,
+    rows: CompletionRows,
+) -> jax.Array:
+    """`whole` f32[C, T] with the log-probs of these rows in place."""
+    logprobs = scored(tree, frozen, features, rows).logprobs
+    slot = logprobs.shape[-1]
+    return whole.at[rows.completions.reshape(-1), :slot].set(logprobs.reshape(-1, slot))
+
+
+def _begin(
+    config: ObjectiveConfig, batch: RolloutBatch, first: jax.Array | None
+) -> tuple[RolloutBatch, Denominators, jax.Array, dict[str, Mean], jax.Array]:
+    """What has to be known of the whole batch before its parts: (prepared batch, denominators, weight, metrics, gap).
+
+    The weight is 0 when nothing could move the parameters: no group of different rewards and no KL term. The optimiser
+    then rests, too, instead of following its momentum.
+    """
+    metrics, gap_max = {}, jnp.float32(0)
+    if first is not None:
+        batch, gap = correct_for_gap(batch, first, bound=config.gap_bound, cap=config.importance_cap)
+        metrics, gap_max = {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
+    batch, more = prepare(batch, config)
+    pulls = jnp.any((batch.mask > 0) & (batch.advantages[:, None] != 0)) | (config.beta > 0)
+    weight = (pulls & jnp.any(batch.mask > 0)).astype(jnp.float32)
+    return batch, denominators(batch.mask), weight, metrics | more, gap_max
+
+
+def _rows_of(batch: RolloutBatch, rows: CompletionRows) -> RolloutBatch:
+    """The completions of some rows, branch by branch."""
+    numbers, slot = rows.completions.reshape(-1), rows.places.shape[-1]
+    return jax.tree.map(lambda x: x[numbers, :slot] if x.ndim == 2 else x[numbers], batch)
+
+
+def _add(
+    scored: Scored,
+    config: ObjectiveConfig,
+    total: Any,
+    trainable: Any,
+    frozen: Any,
+    features: PromptFeatures | None,
+    rows: CompletionRows,
+    batch: RolloutBatch,
+    totals: Denominators,
+) -> tuple[Any, jax.Array, dict[str, Mean], jax.Array]:
+    """(total + gradient of these rows, their loss, metrics, largest gap)."""
+
+    def loss(tree: Any) -> tuple[jax.Array, tuple[dict[str, Mean], jax.Array]]:
+        found = scored(tree, frozen, features, rows)
+        part, slot = _rows_of(batch, rows), found.logprobs.shape[-1]
+        logprobs, entropy = (x.reshape(-1, slot) for x in found)
+        metrics, gap_max = {}, jnp.float32(0)
+        if part.importance is None:
+            how = dict(bound=config.gap_bound, cap=config.importance_cap)
+            part, gap = correct_for_gap(part, jax.lax.stop_gradient(logprobs), **how)
+            metrics, gap_max = {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
+        value, more = objective(logprobs, part, totals, config, entropy)
+        return value, (metrics | more, gap_max)
+
+    (value, (metrics, gap_max)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), value, metrics, gap_max
+
+
+def _finish(
+    optimizer: optax.GradientTransformation,
+    trainable: Any,
+    opt_state: Any,
+    grads: Any,
+    loss: jax.Array,
+    weight: jax.Array,
+) -> tuple[Any, Any, StepMetrics]:
+    # The objective has divided by the step's counts already: the weight only says whether there is anything to learn.
+    return apply_sums(optimizer, trainable, opt_state, Sums(grads, loss, jnp.float32(0), weight))
+
+
+def placement(tree: Any, mesh: Mesh, dims: Any = None) -> Any:
+    """Where arrays (or shapes) go: split like the rows of a batch where every one can be, else on each device whole.
+
+    Args:
+      dims: the dimension of each array that counts rows (or frames, row by row); None for the first of each.
+    """
+    dims = jax.tree.map(lambda _: 0, tree) if dims is None else dims
+    sizes = jax.tree.leaves(jax.tree.map(lambda x, dim: x.shape[dim], tree, dims))
+    if any(size % batch_shards(mesh) for size in sizes):
+        return jax.tree.map(lambda _: replicated(mesh), tree)
+    return jax.tree.map(lambda x, dim: batch_sharding(mesh, x.ndim, dim), tree, dims)
+
+
+def rows_placement(rows: CompletionRows, mesh: Mesh) -> CompletionRows:
+    """`placement` of rows."""
+    dims = jax.tree.map(lambda _: 0, rows)
+    return placement(rows, mesh, dims._replace(inputs=dims.inputs._replace(positions=1)))
+
+
+def _place(tree: Any, mesh: Mesh) -> Any:
+    return jax.device_put(tree, placement(tree, mesh))
+
+
+def _place_rows(rows: CompletionRows, mesh: Mesh) -> CompletionRows:
+    return jax.device_put(rows, rows_placement(rows, mesh))

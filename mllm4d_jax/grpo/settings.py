@@ -1,0 +1,129 @@
+"""A config's rollout, reward and objective groups as the types that the code reads, and what cannot work among them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+
+from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
+from mllm4d_jax.generate.weights import sampling_mesh
+from mllm4d_jax.grpo.presets import ObjectiveConfig, resolve_objective
+from mllm4d_jax.models.split import trained
+from mllm4d_jax.parallel.mesh import MeshError, make_mesh
+from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.qa.custom_rewards import RewardError, Rewards, load_rewards
+from mllm4d_jax.run import preflight
+from mllm4d_jax.run.preflight import PreflightError
+
+_SEPARATOR = "::"
+# Keys of the group "objective" that take the preset's value unless they are set.
+_NUMBERS = ("eps_low", "eps_high", "beta", "gap_bound", "importance_cap")
+_NAMES = ("scale", "ratio", "surrogate", "kl", "reduction", "overlong")
+
+
+def objective_of(config: ml_collections.ConfigDict) -> ObjectiveConfig:
+    """The objective that the config asks for. Raises ValueError for values that do not go together."""
+    c, preset = config.objective, resolve_objective(config.objective.preset)
+    changed = {name: c[name] for name in _NUMBERS if c[name] >= 0} | {name: c[name] for name in _NAMES if c[name]}
+    if c.dynamic_sampling:
+        changed["dynamic_sampling"] = c.dynamic_sampling == "on"
+    return dataclasses.replace(preset, max_completion=config.rollout.max_new_tokens, **changed)
+
+
+def rewards_of(config: ml_collections.ConfigDict) -> Rewards:
+    """The rewards that the config names. Raises RewardError."""
+    spec = {}
+    for entry in config.reward.functions:
+        name, separator, weight = str(entry).rpartition(_SEPARATOR)
+        try:
+            spec[name] = float(weight)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise RewardError(f"reward.functions: {entry!r} is not of the form name::weight")
+    return load_rewards(spec)
+
+
+def sampling_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, vocab_size: int) -> SamplingOptions:
+    """How completions are drawn that are learned from."""
+    return SamplingOptions(
+        temperature=config.rollout.temperature,
+        eos_ids=tokenizer.eos_ids,
+        stop=tuple(config.rollout.stop),
+        banned_ids=banned_token_ids(tokenizer, vocab_size),
+        pad_id=tokenizer.pad_id,
+        require_exact=True,
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Looks for everything a run needs.
+
+    Raises:
+      PreflightError: one line per missing or impossible thing, each with what to do about it.
+    """
+    problems = [*preflight.model_problems(config), *preflight.data_problems(config), *preflight.prompt_problems(config)]
+    problems += [*_setting_problems(config), *_division_problems(config)]
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise PreflightError(
+            f"this run cannot start yet:\n{listed}\n"
+            "To see the whole path work without any download: python run.py --config=configs/sft.py:tiny, then "
+            "configs/cold_start.py:tiny, then configs/grpo.py:tiny"
+        )
+
+
+def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    for load in (objective_of, rewards_of):
+        try:
+            load(config)
+        except ValueError as error:
+            yield str(error)
+    buckets = list(config.rollout.buckets)
+    if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
+        yield f"rollout.buckets = {buckets} must be positive, ascending and not empty"
+    elif buckets[-1] < config.rollout.max_new_tokens:
+        yield (
+            f"the largest of rollout.buckets is {buckets[-1]}, but rollout.max_new_tokens = "
+            f"{config.rollout.max_new_tokens}: add a bucket of that size"
+        )
+    patterns = tuple(config.train.trainable)
+    if trained("vision/blocks/attn/qkv/kernel", patterns) or trained("vision/merger/fc1/kernel", patterns):
+        yield "train.trainable names the vision tower, which is frozen here: each clip is encoded once for all its uses"
+    if config.eval.path and not preflight.is_source(config.eval.path):
+        yield f"eval.path = {config.eval.path} is not a file of records, nor the folder of a TFDS set"
+
+
+def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """Completions -> rows -> micro-batches -> devices, each of which has to divide."""
+    c = config.rollout
+    if jax.process_count() > 1:
+        yield "reinforcement learning over several processes is not supported: run it on the devices of one host"
+    try:
+        mesh = make_mesh(dict(config.mesh))
+        sampling_mesh(mesh, c.tensor)
+    except MeshError as error:
+        yield f"mesh: {error}"
+        return
+    if mesh.shape["fsdp"] > 1 and not c.tensor:
+        yield (
+            f"mesh.fsdp = {mesh.shape['fsdp']} would gather all weights for every sampled token: set rollout.tensor to "
+            "the number of devices that share the weights while sampling"
+        )
+    per_row = config.learner.completions_per_row or c.completions
+    if c.completions % per_row:
+        yield f"rollout.completions = {c.completions} cannot be laid out {per_row} to a row"
+        return
+    rows, parts, shards = c.prompts * (c.completions // per_row), config.train.accumulation, batch_shards(mesh)
+    if rows % parts or (rows // parts) % shards:
+        yield (
+            f"rollout.prompts = {c.prompts} make {rows} rows, which cannot be split into train.accumulation = {parts} "
+            f"micro-batches over {shards} devices (mesh data x fsdp): change rollout.prompts or "
+            "learner.completions_per_row"
+        )
+    if c.prompts_at_once and c.prompts % c.prompts_at_once:
+        yield f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time"

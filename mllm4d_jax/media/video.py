@@ -1,0 +1,229 @@
+"""Videos and images to RGB arrays with OpenCV: read front to back, sizes reduced while decoding, never a seek.
+
+`probe` and `read_video` run the codec in this process and cannot be interrupted. Use them inside a process that may be
+killed; everyone else goes through `decode_pool.DecodePool`, which runs them in such a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+
+from mllm4d_jax.media.container import Promise, read_promise
+from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
+from mllm4d_jax.media.resize import ResizeRule, SizeError, resize_bicubic
+from mllm4d_jax.qa.errors import MediaError
+
+_MAX_FPS = 1000.0  # above this the "rate" is a clock resolution of a file that has no frame rate
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a video file says before it is decoded; rotation applied.
+
+    Attributes:
+      height, width: pixels.
+      fps: frames per second.
+      frames: promised frames; None when the file does not say. Only decoding tells the truth.
+    """
+
+    height: int
+    width: int
+    fps: float
+    frames: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoClip:
+    """Sampled frames of a video.
+
+    Attributes:
+      frames: u8[T, H, W, 3] RGB.
+      indices: i64[T], frame numbers in the source, ascending.
+      source_fps: frames per second of the source.
+      total_frames: frames the source has, counted while decoding.
+    """
+
+    frames: np.ndarray
+    indices: np.ndarray
+    source_fps: float
+    total_frames: int
+
+
+def probe(path: str, threads: int = 1) -> VideoInfo:
+    """Size, rate and promised length of a video, without decoding it.
+
+    Raises:
+      MediaError: "missing_file", "empty_file", "truncated_video", "not_a_video", "missing_fps".
+    """
+    with _open(path, threads) as (_, info, _promise):
+        return info
+
+
+def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, threads: int = 1) -> VideoClip:
+    """Decodes a video once from front to back and keeps the sampled frames.
+
+    Every frame is resized as it comes, so memory holds one source frame plus the codec's own and the resized clip: 32
+    frames of an 8K video need no more than one of them plus a few MB. The whole file is decoded because its length is
+    only known at the end. Where it differs from the promised one, frames are sampled anew from the true length and the
+    file is read a second time.
+
+    A file with fewer frames than it promises is an error, with this slack: 2 frames for an MP4/QuickTime file all of
+    whose bytes are there (rounding of edit lists; codecs that cannot show the first or last frames of a clip cut
+    between key frames), none if bytes are missing; 5 %, at least 2 frames and at most one second, for containers whose
+    promise is itself an estimate from the duration, which sound that outlasts the picture prolongs.
+
+    Rotation metadata is applied. Transparency is ignored (the codec interface drops it).
+
+    Args:
+      resize: sizes of the kept frames; None keeps the source size.
+      threads: codec threads.
+
+    Raises:
+      MediaError: as `probe`, and "zero_frames", "one_frame", "truncated_video", "too_few_frames", "bad_size",
+        "undecodable_frame", "varying_size".
+    """
+    with _open(path, threads) as (capture, info, promise):
+        guess = info.frames
+        if guess is None:
+            guess = _count(capture)
+            _check_length(path, guess, guess, info, promise)
+            clip, total = None, guess
+        else:
+            clip, total = _decode(path, capture, info, sample, resize, guess)
+            _check_length(path, total, guess, info, promise)
+    if clip is None or total != guess:
+        with _open(path, threads) as (capture, info, promise):
+            clip, again = _decode(path, capture, info, sample, resize, total)
+        if again != total:
+            raise MediaError(f"{path}: decoding it twice gave {total} and {again} frames", "truncated_video")
+    return clip
+
+
+@contextmanager
+def _open(path: str, threads: int):
+    """Yields (capture, VideoInfo, Promise) of an opened video."""
+    _check_file(path, "video")
+    promise = read_promise(path)
+    # The FFmpeg backend by name: others would take the path for a pattern of numbered images.
+    options = [cv2.CAP_PROP_N_THREADS, threads]
+    capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, options)
+    try:
+        if not capture.isOpened():
+            if promise.damage:
+                raise MediaError(
+                    f"{path} is truncated, none of its frames can be decoded: {promise.damage}", "truncated_video"
+                )
+            raise MediaError(f"{path} is not a video (no decoder recognises it)", "not_a_video")
+        size = (int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)))
+        if min(size) < 1:  # a decoder took other bytes for its own
+            because, reason = (
+                (promise.damage, "truncated_video") if promise.damage else ("no picture size", "not_a_video")
+            )
+            raise MediaError(f"{path} is not a video that can be read: {because}", reason)
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        if not (math.isfinite(fps) and 0 < fps <= _MAX_FPS):
+            raise MediaError(
+                f"{path} has no usable frame rate ({fps:g}): its frames cannot be dated; re-encode it at a fixed rate",
+                "missing_fps",
+            )
+        declared = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        known = promise.frames or (int(declared) if 0 < declared < 2**53 else None)
+        yield capture, VideoInfo(*size, fps, known), promise
+    finally:
+        capture.release()
+
+
+def _check_file(path: str, kind: str) -> None:
+    if not os.path.exists(path):
+        raise MediaError(f"{kind} file {path} does not exist", "missing_file")
+    if not os.path.isfile(path):
+        raise MediaError(f"{path} is not a regular file", "missing_file")
+    if not os.path.getsize(path):
+        raise MediaError(f"{kind} file {path} is empty (0 bytes)", "empty_file")
+
+
+def _count(capture: cv2.VideoCapture) -> int:
+    frames = 0
+    while capture.grab():
+        frames += 1
+    return frames
+
+
+def _check_length(path: str, decoded: int, promised: int, info: VideoInfo, promise: Promise) -> None:
+    if promise.frames is not None:
+        slack = 0 if promise.damage else 2
+    else:
+        slack = min(max(2.0, 0.05 * promised), max(2.0, info.fps))
+    if decoded < promised - slack:
+        because = f" ({promise.damage})" if promise.damage else ""
+        raise MediaError(
+            f"{path} is truncated or damaged: {decoded} of {promised} promised frames can be decoded{because}",
+            "truncated_video",
+        )
+    if decoded == 0:
+        raise MediaError(f"{path} holds no decodable frame", "zero_frames")
+    if decoded == 1:
+        raise MediaError(f"{path} has a single frame: give it as an image, not as a video", "one_frame")
+
+
+def _decode(
+    path: str, capture: cv2.VideoCapture, info: VideoInfo, sample: SampleRule, resize: ResizeRule | None, total: int
+) -> tuple[VideoClip | None, int]:
+    """Reads to the end of the file. Returns (clip of the frames sampled for a length of `total`, frames in the file).
+
+    The clip is None when the file ends before its last sampled frame.
+    """
+    try:
+        indices = sample.indices(total, info.fps) if total > 1 else np.zeros(1, np.int64)
+        size = (info.height, info.width)
+        if resize is not None:
+            size = resize.size(len(indices), *size)
+    except SamplingError as error:
+        raise MediaError(f"{path}: {error}", "too_few_frames") from error
+    except SizeError as error:
+        raise MediaError(f"{path}: {error}", "bad_size") from error
+    frames = np.empty((len(indices), *size, 3), np.uint8)
+    number, kept = 0, 0
+    while capture.grab():
+        if kept < len(indices) and number == indices[kept]:
+            ok, image = capture.retrieve()
+            if not ok:
+                raise MediaError(f"{path}: frame {number} of {total} cannot be decoded", "undecodable_frame")
+            if image.shape[:2] != (info.height, info.width):
+                raise MediaError(
+                    f"{path}: frame {number} is {image.shape[0]}x{image.shape[1]}, the file says "
+                    f"{info.height}x{info.width}",
+                    "varying_size",
+                )
+            small = resize_bicubic(image, *size)[..., ::-1]
+            while kept < len(indices) and number == indices[kept]:
+                frames[kept] = small
+                kept += 1
+        number += 1
+    clip = VideoClip(frames, indices, info.fps, number) if kept == len(indices) else None
+    return clip, number
+
+
+def read_image(path: str) -> np.ndarray:
+    """u8[H, W, 3] RGB of an image file, EXIF rotation applied.
+
+    Transparency is dropped, not composited, like Pillow's `convert("RGB")` that the HF image processors use: the
+    colours stored under transparent pixels show.
+
+    Raises:
+      MediaError: "missing_file", "empty_file", "not_an_image".
+    """
+    _check_file(path, "image")
+    try:
+        image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:  # larger than OpenCV's limit on pixels
+        raise MediaError(f"{path} cannot be read as an image ({error.err or error})", "not_an_image") from error
+    if image is None:
+        raise MediaError(f"{path} is not an image (or a damaged one)", "not_an_image")
+    return image[..., ::-1]

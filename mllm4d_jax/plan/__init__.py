@@ -1,0 +1,1 @@
+"""Whether a run fits the devices it is meant for, before there are any."""

@@ -1,1 +1,0 @@
-"""Record -> Example, once: media, prompts, tokens, positions. NumPy, OpenCV and tokenizers only; never imports jax."""

@@ -1,0 +1,1 @@
+"""What a record, a question, an answer and a reward are. Never imports JAX."""

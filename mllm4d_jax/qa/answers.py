@@ -1,0 +1,184 @@
+"""Which option a response chose: a fixed order of rules, no judge, and nothing in the response is trusted.
+
+The part of the response that counts is the last closed `<answer>` block; without one, what follows the last
+`</thinking>`; without that, all of it. The rules, the first that finds an option decides:
+
+1. `letter`: the part is an option's letter as in `A`, `(A)`, `A.` or `A: left`; capital letters only.
+2. `text`: the part is an option's text; case and punctuation do not count.
+3. `answer_is`: the last "answer is" or "answer:" that is followed by a letter standing alone or, up to the end of its
+   line, by the text of one option and of no other.
+4. `mention`: one option's text, and no other's, occurs in the part. "clockwise" within "counter-clockwise" is no
+   mention where both are options, and neither is "not left" one of "left".
+
+Anything else is unparsed, and a question whose answer is unparsed is wrong. The time is linear in the length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mllm4d_jax.qa.reasoning import parse
+
+EXTRACTORS = ("strict", "official")
+RULES = ("letter", "text", "answer_is", "mention", "exact", "unparsed")
+
+_WORD = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)*|[^\W\d_]+")
+_APOSTROPHES = str.maketrans({"'": None, "\u2019": None, "\u2212": "-"})
+_EMPHASIS = str.maketrans({"*": None, "`": None})
+_LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z])(?:[:)]|\.(?=\s|$))|([A-Z])$)(.*)", re.DOTALL)
+_ANSWER_IS = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(?:(?:option|choice)\s+)?", re.IGNORECASE)
+# "The answer is A dog" names no letter: an A before a word is the article, unless a reason follows.
+_STATED = re.compile(r"\(([A-Z])\)|(?!A\s+(?!(?:because|since|as)\b)[^\W\d_])([A-Z])(?![\w'\u2019-])")
+_MAX_STATED = 64  # of the places that say "answer is", the last so many are looked at
+_MAX_CLAUSE = 400  # characters after "answer is", or of the line after a letter, that are read
+_NEGATIONS = ("not", "no", "never", "isnt", "arent", "wasnt", "doesnt", "dont", "cannot")
+
+
+@dataclass(frozen=True)
+class ExtractedAnswer:
+    """What a response chose.
+
+    Attributes:
+      letter: a key of the choices; None when unparsed. Of several options with the chosen text, the first.
+      rule: one of `RULES`, the one that decided.
+      conflict: a letter was given together with the text of another option; the letter counts.
+    """
+
+    letter: str | None
+    rule: str
+    conflict: bool = False
+
+
+_UNPARSED = ExtractedAnswer(None, "unparsed")
+
+
+def extract_answer(response: str, choices: Mapping[str, object], extractor: str = "strict") -> ExtractedAnswer:
+    """The option that a response chose. Any string is accepted, nothing is raised for what it says.
+
+    Args:
+      response: the model's text.
+      choices: letter -> option; an option that is a number counts as its text.
+      extractor: "strict" goes by the rules of this module. "official" stands for the release's own evaluation, as far
+        as that is known. Known: its accuracy reward compares the stripped text inside `<answer>` exactly; the responses
+        it published are single letters or empty; its final figure comes from a language model that is shown the truth.
+        Inferred: that the published letters come from the same exact comparison, on the last `<answer>` block or else
+        the whole response. What it cannot read is left to that judge, which is not reproduced here.
+
+    Raises:
+      ValueError: unknown extractor.
+    """
+    if extractor not in EXTRACTORS:
+        raise ValueError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {extractor!r}")
+    answer = parse(response).answer if "</answer>" in response else None
+    if extractor == "official":
+        said = (response if answer is None else answer).strip()
+        return ExtractedAnswer(said, "exact") if said in choices else _UNPARSED
+    part = response.rpartition("</thinking>")[2] if answer is None else answer
+    return _by_the_rules(part.translate(_EMPHASIS).strip(), _Options(choices))
+
+
+def plain_text(value: object) -> str:
+    """A text without case and punctuation: its words and numbers, one space apart. `2` and `"2"` are the same."""
+    return " ".join(_WORD.findall(str(value).translate(_APOSTROPHES).casefold()))
+
+
+def same_option(value: object) -> str:
+    """What two options must have in common to be the same: their text, less case and white space around words."""
+    return " ".join(str(value).split()).casefold()
+
+
+def true_letters(choices: Mapping[str, object], answer: object, *, is_letter: bool) -> tuple[str, ...]:
+    """All letters whose option is the true one; () when none is.
+
+    Options are compared by their texts, so when the true option is there twice both of its letters are right.
+
+    Args:
+      answer: the truth; a letter if `is_letter`, else the text of an option.
+    """
+    if is_letter:
+        if answer not in choices:
+            return ()
+        answer = choices[answer]
+    wanted = same_option(answer)
+    return tuple(letter for letter, option in choices.items() if same_option(option) == wanted)
+
+
+class _Options:
+    """The choices, ready to be looked for."""
+
+    def __init__(self, choices: Mapping[str, object]) -> None:
+        self.plain = {letter: plain_text(option) for letter, option in choices.items()}
+        self.first: dict[str, str] = {}
+        for letter, text in self.plain.items():
+            if text:
+                self.first.setdefault(text, letter)
+        # Longest first: where one option begins with another, the longer one is meant.
+        named = "|".join(re.escape(text) for text in sorted(self.first, key=len, reverse=True))
+        denied = "|".join(_NEGATIONS)
+        self._mention = re.compile(rf"(?<!\S)(?:({named})|(?:{denied}) (?:{named}))(?!\S)") if named else None
+
+    def mentioned(self, plain: str) -> str | None:
+        """The letter of the only option whose text occurs in a plain text."""
+        if self._mention is None:
+            return None
+        found = None
+        for match in self._mention.finditer(plain):
+            if match[1] is None or match[1] == found:
+                continue
+            if found is not None:
+                return None
+            found = match[1]
+        return None if found is None else self.first[found]
+
+
+def _by_the_rules(part: str, options: _Options) -> ExtractedAnswer:
+    match = _LETTER.match(part)
+    if match:
+        letter = match[1] or match[2] or match[3]
+        if letter in options.plain:
+            return ExtractedAnswer(letter, "letter", _contradicts(letter, match[4], options))
+    plain = plain_text(part)
+    letter = options.first.get(plain)
+    if letter is not None:
+        return ExtractedAnswer(letter, "text")
+    stated = _stated(part, options)
+    if stated is not None:
+        return stated
+    letter = options.mentioned(plain)
+    return _UNPARSED if letter is None else ExtractedAnswer(letter, "mention")
+
+
+def _stated(part: str, options: _Options) -> ExtractedAnswer | None:
+    """Rule 3, from the last place backwards."""
+    places = [match.span() for match in _ANSWER_IS.finditer(part)]
+    end = len(part)
+    for start, after in reversed(places[-_MAX_STATED:]):
+        clause = part[after : min(end, after + _MAX_CLAUSE)].partition("\n")[0]
+        end = start
+        match = _STATED.match(clause)
+        letter = (match[1] or match[2]) if match else None
+        if letter in options.plain:
+            return ExtractedAnswer(letter, "answer_is", _contradicts(letter, clause[match.end() :], options))
+        letter = options.mentioned(plain_text(clause))
+        if letter is not None:
+            return ExtractedAnswer(letter, "answer_is")
+    return None
+
+
+def _contradicts(letter: str, rest: str, options: _Options) -> bool:
+    """What follows the letter gives another answer: its first line, what it states, or the only option it mentions."""
+    line = rest.strip().partition("\n")[0]
+    said = options.first.get(plain_text(line)) if len(line) <= _MAX_CLAUSE else None
+    if said is None:
+        stated = _stated_letter(rest, options)
+        said = options.mentioned(plain_text(rest)) if stated is None else stated
+    return said is not None and options.plain[said] != options.plain[letter]
+
+
+def _stated_letter(rest: str, options: _Options) -> str | None:
+    places = [match.end() for match in _ANSWER_IS.finditer(rest)]
+    match = _STATED.match(rest, places[-1]) if places else None
+    letter = (match[1] or match[2]) if match else None
+    return letter if letter in options.plain else None

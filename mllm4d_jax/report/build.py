@@ -1,0 +1,184 @@
+"""Writes the page of a run, or of two runs side by side: `report.html`, which needs nothing beside itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm4d_jax.report import compare, page, scores, summary
+from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, spread
+from mllm4d_jax.report.curves import curve_section, overlay_section
+from mllm4d_jax.report.items import completion_item, prediction_item
+from mllm4d_jax.report.page import Section, join
+from mllm4d_jax.report.reading import CompletionPlace, ReportError, Run, read_at, read_run
+
+REPORT = "report.html"
+
+
+def run(config: Any, workdir: str) -> int:
+    """The task `report`; see `configs/report.py`. Returns the exit code.
+
+    Raises:
+      ReportError: no run is named, or one of them cannot be shown.
+    """
+    if not config.run:
+        raise ReportError("config.run is not set: name the workdir of a run, as in --config.run=runs/sft-tiny")
+    options = BrowserOptions(config.answers, config.frames, config.clip_s, config.pictures_s)
+    out = config.out or (Path(workdir) / REPORT if config.other else None)
+    path = write_report(config.run, out, config.other or None, options)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def write_report(
+    workdir: str | Path,
+    out: str | Path | None = None,
+    other: str | Path | None = None,
+    options: BrowserOptions | None = None,
+) -> Path:
+    """Writes the page of a run, whole or not at all, and returns where.
+
+    Args:
+      workdir: of the run.
+      out: the file; None = `report.html` in the workdir.
+      other: workdir of a run to compare with; the page then shows both.
+
+    Raises:
+      ReportError: a workdir with nothing to show, or a file that cannot be written.
+    """
+    options = options or BrowserOptions()
+    found = read_run(workdir)
+    html = render(found, options) if other is None else render_pair(found, read_run(other), options)
+    path = Path(out) if out is not None else found.path / REPORT
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, html)
+    except OSError as problem:
+        raise ReportError(f"the report cannot be written to {path}: {problem}") from problem
+    return path
+
+
+def _write_whole(path: Path, html: str) -> None:
+    """Writes beside the file, then renames, so that a page is never seen half."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        part.write_text(html, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def render(found: Run, options: BrowserOptions) -> str:
+    """The page of one run."""
+    sections = []
+    if found.metrics or found.evals:
+        sections.append(Section("curves", "Curves", curve_section(found)))
+    sections += _evaluation(found)
+    sections += _completions(found, options)
+    sections += _predictions(found, options)
+    if found.metrics:
+        sections.append(Section("figures", "Figures", summary.metric_table(found)))
+    if found.quarantine:
+        sections.append(Section("quarantine", "Quarantine", summary.quarantine_section(found.quarantine)))
+    if found.config:
+        sections.append(Section("config", "Configuration", summary.config_table(found.config)))
+    sections += _notes([found])
+    task = str(found.config.get("task", "run"))
+    return page.page(f"{found.name} ({task})", sections, subtitle=str(found.path), tiles=summary.tiles(found))
+
+
+def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
+    """The page of two runs side by side."""
+    names = compare.labels(first, second)
+    runs = dict(zip(names, (first, second), strict=True))
+    sections = [Section("runs", "Runs", compare.tile_columns(runs))]
+    if any(found.metrics or found.evals for found in runs.values()):
+        sections.append(Section("curves", "Curves", overlay_section(runs)))
+        tables = [compare.metric_columns(runs), compare.held_out_columns(runs)]
+        sections.append(Section("figures", "Figures", join(tables)))
+    counted, results = compare.accuracy_columns(runs), compare.result_columns(runs)
+    if counted or results:
+        sections.append(Section("evaluation", "Evaluation", join([counted, *results])))
+    sections += _answered_by_both(first, second, names, options)
+    if any(found.config for found in runs.values()):
+        sections.append(Section("config", "Configuration", compare.config_columns(runs)))
+    sections += _notes([first, second])
+    return page.page(f"{names[0]} and {names[1]}", sections)
+
+
+def _evaluation(found: Run) -> list[Section]:
+    """The tables of results.json; without it they are counted from the predictions."""
+    if found.results:
+        return [Section("evaluation", "Evaluation", scores.result_tables(found.results), "As results.json has it.")]
+    if found.predictions:
+        note = "There is no results.json: these are plain counts. A response without a letter counts as wrong."
+        return [Section("evaluation", "Evaluation", scores.count_table(scores.counts(found.predictions)), note)]
+    return []
+
+
+def _completions(found: Run, options: BrowserOptions) -> list[Section]:
+    chosen = choose_completions(found.completions, options.answers)
+    entries = [{"": completion_item(read_at(one.place))} for one in chosen]
+    how = "whole groups of a prompt, evenly over the steps"
+    return _answers("completions", "Completions", entries, len(found.completions), how, options)
+
+
+def _predictions(found: Run, options: BrowserOptions) -> list[Section]:
+    chosen = [found.predictions[n] for n in spread(len(found.predictions), options.answers)]
+    entries = [{"": prediction_item(read_at(one.place))} for one in chosen]
+    return _answers("predictions", "Predictions", entries, len(found.predictions), "evenly over the file", options)
+
+
+def _answered_by_both(first: Run, second: Run, names: Sequence[str], options: BrowserOptions) -> list[Section]:
+    crossed = compare.crossed(first.predictions, second.predictions)
+    if not crossed:
+        return []
+    places = compare.differing(crossed)
+    chosen = [places[n] for n in spread(len(places), options.answers)]
+    entries = [
+        {name: prediction_item(read_at(place)) for name, place in zip(names, pair, strict=True)} for pair in chosen
+    ]
+    how = "evenly over those that one run got right and the other did not"
+    table = Section("outcomes", "Outcomes", compare.crossed_table(crossed, names))
+    return [table, *_answers("differences", "Answers that differ", entries, len(places), how, options)]
+
+
+_MAP_NOTE = (
+    "Maps are in metres and in the axes of the solution: x to the right, z, which is forward, up. Open circles are "
+    "starts, filled ones ends; what the model said is dashed."
+)
+
+
+def _answers(
+    anchor: str, title: str, entries: Sequence[Entry], total: int, how: str, options: BrowserOptions
+) -> list[Section]:
+    """The section of some answers; [] for none."""
+    if not entries:
+        return []
+    items = [item for entry in entries for item in entry.values()]
+    shown = f"All {total:,}" if len(entries) == total else f"{len(entries):,} of {total:,}, chosen {how}"
+    counted = f": {overview(items)}" if len(items) == len(entries) else ""
+    notes = [f"{shown}{counted}. Long texts are cut in the middle."]
+    notes += [_MAP_NOTE] if any(item.camera.truth or item.objects.truth for item in items) else []
+    return [Section(anchor, title, browser(entries, options, label=title.lower()), " ".join(notes))]
+
+
+def choose_completions(places: Sequence[CompletionPlace], limit: int) -> list[CompletionPlace]:
+    """At most `limit` completions: whole groups (one record in one step), evenly over all groups in order."""
+    groups: dict[tuple[float, str], list[CompletionPlace]] = {}
+    for one in places:
+        groups.setdefault((one.step, one.key), []).append(one)
+    if len(places) <= limit:
+        return [one for group in groups.values() for one in group]
+    ordered = list(groups.values())
+    size = max(len(group) for group in ordered)
+    kept = [ordered[n] for n in spread(len(ordered), max(1, limit // size))]
+    return [one for group in kept for one in group][:limit]
+
+
+def _notes(runs: Sequence[Run]) -> list[Section]:
+    notes = [note for found in runs for note in found.notes]
+    return [Section("notes", "What could not be read", summary.notes_section(notes))] if notes else []

@@ -1,0 +1,217 @@
+"""Curves of a run over its steps, or of several runs over each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from mllm4d_jax.report.charts import lines
+from mllm4d_jax.report.page import Markup, join, tag
+from mllm4d_jax.report.reading import Row, Run, number
+
+_SMOOTH_FROM = 50  # steps; shorter runs are drawn as they are
+_SMOOTH_PART, _SMOOTH_LEAST, _SMOOTH_MOST = 25, 5, 200  # the mean is over this part of the run, within these steps
+_BLOCK = 4096  # steps averaged at once, for the sake of memory
+_NOT_CURVES = frozenset({"step", "position", "devices", "n"})
+_EXACT = frozenset(
+    {"lr", "eval_loss", "quarantined", "memory_gib", "compiles", "retraces"}
+)  # not noisy: a mean would only come late
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: its title, what its y axis is, and the quantities in it (keys of a row, without a run's name)."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    log: bool = False
+
+
+# Panels of known quantities by group. What a row has besides goes to the group `_OTHER`.
+_LEARNING = (
+    Panel("Loss", "loss", ("loss", "eval_loss")),
+    Panel("Token accuracy", "share", ("accuracy",)),
+    Panel("Learning rate", "rate", ("lr",)),
+    Panel("Gradient norm before clipping", "norm", ("grad_norm",), log=True),
+)
+_POLICY = (
+    Panel("KL divergence from the reference", "nats", ("kl",)),
+    Panel("Entropy", "nats", ("entropy",)),
+    Panel("Probability ratio", "mean", ("ratio",)),
+    Panel("Clipped tokens", "value", ("clipped_low", "clipped_high")),
+    Panel("Importance weight", "mean", ("importance",)),
+    Panel("Gap between sampler and learner", "nats", ("gap", "gap_max"), log=True),
+    Panel("Groups and completions that teach nothing", "value", ("dead_groups", "truncated", "dropped")),
+    Panel("Length of the completions", "tokens", ("completion_tokens", "completion_tokens_max")),
+    Panel("Staleness", "updates", ("staleness",)),
+)
+_SPEED = (
+    Panel("Time of a step", "seconds", ("step_s", "data_wait_s")),
+    Panel("Rollouts", "per second", ("rollouts_per_s",)),
+    Panel("Tokens", "per second", ("tokens_per_s",)),
+    Panel("Model FLOPs utilisation", "share", ("mfu",)),
+    Panel("Padding", "share", ("padding",)),
+    Panel("Memory", "GiB per device", ("memory_gib",)),
+    Panel("Records in quarantine", "so far", ("quarantined",)),
+)
+_TIME, _REWARD, _STD, _TOTAL = "time/", "reward/", "reward_std/", "reward/total"
+_OTHER = "Other quantities"
+
+
+def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
+    """(group, panels) of everything these rows hold a number of."""
+    present = {key for row in rows for key, value in row.items() if math.isfinite(number(value))} - _NOT_CURVES
+    rewards = sorted((key for key in present if key.startswith(_REWARD)), key=lambda key: (key != _TOTAL, key))
+    times = tuple(sorted(key for key in present if key.startswith(_TIME)))
+    named = [
+        ("Learning", _LEARNING),
+        ("Rewards", tuple(Panel(_reward_title(key), "reward", (key,)) for key in rewards)),
+        ("Policy", _POLICY),
+        ("Speed", (*_SPEED, Panel("Phases of a step", "seconds", times))),
+    ]
+    known = {key for _, panels in named for panel in panels for key in panel.keys}
+    known |= {key for key in present if key.startswith(_STD)}
+    named.append((_OTHER, tuple(Panel(key, "value", (key,)) for key in sorted(present - known))))
+    found = []
+    for group, panels in named:
+        kept = [Panel(p.title, p.unit, tuple(k for k in p.keys if k in present), p.log) for p in panels]
+        if any(panel.keys for panel in kept):
+            found.append((group, [panel for panel in kept if panel.keys]))
+    return found
+
+
+def _reward_title(key: str) -> str:
+    return "Total reward" if key == _TOTAL else f"Reward: {key.removeprefix(_REWARD)}"
+
+
+def curve_section(run: Run) -> Markup:
+    """All charts of one run, with the held-out values where there are some."""
+    metrics, evals = _named(run.metrics), _named(run.evals)
+    parts = []
+    for group, panels in groups([*metrics, *evals]):
+        parts.append(_group(group, [_chart(panel, metrics, evals) for panel in panels]))
+    return join(parts)
+
+
+def overlay_section(runs: Mapping[str, Run]) -> Markup:
+    """Every quantity of several runs (name -> run), each in a chart of its own; a run has one colour throughout."""
+    named = {name: (_named(run.metrics), _named(run.evals)) for name, run in runs.items()}
+    parts = []
+    for group, panels in groups([row for pair in named.values() for rows in pair for row in rows]):
+        charts = []
+        for panel in panels:
+            for key in panel.keys:
+                title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {_short(key)}"
+                charts.append(_overlay(Panel(title, panel.unit, (key,), panel.log), named))
+        parts.append(_group(group, charts))
+    return join(parts)
+
+
+def _group(name: str, charts: Sequence[Markup]) -> Markup:
+    """A group of charts under its name; what has no place of its own is folded away."""
+    body = tag("div", *charts, class_="charts")
+    if name == _OTHER:
+        return tag("details", tag("summary", f"{name} ({len(charts)})"), body)
+    return join([tag("h3", name), body])
+
+
+def _named(rows: Sequence[Row]) -> list[Row]:
+    """Rows whose mean total reward has the name that its standard deviation has."""
+    return [
+        {_TOTAL if key == "reward" and _TOTAL not in row else key: value for key, value in row.items()} for row in rows
+    ]
+
+
+def _chart(panel: Panel, metrics: Sequence[Row], evals: Sequence[Row]) -> Markup:
+    series, faint, bands, like, widest = {}, {}, {}, {}, 1
+    for key in panel.keys:
+        x, y = column(metrics, key)
+        if len(x):
+            name, width = _short(key), _width(len(x), key)
+            widest = max(widest, width)
+            series[name] = (x, running_mean(y, width))
+            faint |= {name: (x, y)} if width > 1 else {}
+            bands |= _band(metrics, key, name, width)
+        x, y = column(evals, key)
+        if len(x):
+            like |= {f"{_short(key)}, {HELD_OUT}": _short(key)} if _short(key) in series else {}
+            series[f"{_short(key)}, {HELD_OUT}"] = (x, y)
+    notes = [f"the mean of {widest} steps, each step faint"] if faint else []
+    notes += ["the area is one standard deviation either way"] if bands else []
+    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
+    return lines(series, faint=faint, bands=bands, like=like, note="; ".join(notes), **axes)
+
+
+def _overlay(panel: Panel, runs: Mapping[str, tuple[Sequence[Row], Sequence[Row]]]) -> Markup:
+    """One quantity of several runs: name -> (metrics, evals). A run without it keeps its place in the legend."""
+    key, series, faint, like = panel.keys[0], {}, {}, {}
+    for name, (metrics, _) in runs.items():
+        x, y = column(metrics, key)
+        width = _width(len(x), key)
+        series[name] = (x, running_mean(y, width))
+        faint |= {name: (x, y)} if width > 1 else {}
+    for name, (_, evals) in runs.items():
+        x, y = column(evals, key)
+        if len(x):
+            series[f"{name}, {HELD_OUT}"] = (x, y)
+            like[f"{name}, {HELD_OUT}"] = name
+    note = "means over some steps, each step faint" if faint else ""
+    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
+    return lines(series, faint=faint, like=like, note=note, **axes)
+
+
+def _is_wide(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
+    """The positive values span more than a factor of ten: less is read better on an even axis."""
+    values = np.concatenate([y for _, y in series.values()])
+    values = values[np.isfinite(values) & (values > 0)]
+    return bool(len(values)) and values.max() > 10 * values.min()
+
+
+def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the rows that have the key; a value that is no number is NaN."""
+    found = [row for row in rows if key in row]
+    return tuple(np.array([number(row[name]) for row in found], np.float64) for name in ("step", key))
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the last `width` values that are numbers (fewer at the beginning), f64[N]; NaN where there are none."""
+    if width == 1:
+        return values
+    known = np.isfinite(values)
+    padded = [np.concatenate([np.zeros(width - 1), part]) for part in (np.where(known, values, 0.0), known)]
+    out = np.full(len(values), np.nan)
+    for start in range(0, len(values), _BLOCK):  # window by window: with running totals one huge value spoils the rest
+        end = min(start + _BLOCK, len(values))
+        sums, counts = (sliding_window_view(part[start : end + width - 1], width).sum(1) for part in padded)
+        out[start:end] = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    return out
+
+
+def _width(count: int, key: str) -> int:
+    """How many of `count` values are averaged; 1 for few values and for what is not noisy."""
+    if count < _SMOOTH_FROM or key in _EXACT:
+        return 1
+    return min(max(_SMOOTH_LEAST, count // _SMOOTH_PART), _SMOOTH_MOST)
+
+
+def _band(metrics: Sequence[Row], key: str, name: str, width: int) -> dict[str, tuple]:
+    """name -> (steps, mean reward less its standard deviation, and plus it), where the rows have one; {} without."""
+    std_key = key.replace(_REWARD, _STD, 1)
+    rows = [row for row in metrics if key in row and std_key in row]
+    if not key.startswith(_REWARD) or not rows:
+        return {}
+    x, mean = column(rows, key)
+    mean, std = running_mean(mean, width), running_mean(column(rows, std_key)[1], width)
+    return {name: (x, mean - std, mean + std)}
+
+
+def _short(key: str) -> str:
+    for prefix in (_REWARD, _TIME):
+        key = key.removeprefix(prefix)
+    return key.replace("_", " ")

@@ -1,0 +1,74 @@
+"""Small frames of the clips that a page shows. A clip that cannot be read gives a note in their place."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.resize import ResizeRule
+from mllm4d_jax.media.video import read_image
+from mllm4d_jax.qa.errors import MediaError
+from mllm4d_jax.report.page import thumbnail
+
+SIDE = 240  # pixels, the longer side of a small frame
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# A frame is reduced while its clip is decoded: four frames of an 8K clip would be 400 MB.
+_REDUCED = ResizeRule("per_frame", 2, 2, 256, SIDE * SIDE)
+
+
+@dataclass(frozen=True)
+class PictureRule:
+    """How the pictures are made.
+
+    Attributes:
+      frames: of a clip, evenly spaced, both ends included.
+      max_bytes: of one picture.
+      clip_s: seconds that a clip may take to decode.
+      total_s: seconds after which no further clip is begun.
+    """
+
+    frames: int
+    max_bytes: int
+    clip_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Of one file: (JPEG file, caption) per frame, or why there are none."""
+
+    frames: tuple[tuple[bytes, str], ...]
+    note: str = ""
+
+
+def read_pictures(paths: Sequence[str], rule: PictureRule) -> dict[str, Pictures]:
+    """Pictures of each file, every file read once; never raises because of a file."""
+    started = time.monotonic()
+
+    def read(path: str) -> Pictures:
+        if time.monotonic() - started > rule.total_s:
+            return Pictures((), f"{path} was not decoded: the {rule.total_s:g} s for all pictures were used up")
+        try:
+            return _image(path, rule) if path.lower().endswith(_IMAGES) else _clip(pool, path, rule)
+        except (MediaError, ValueError, OSError) as problem:
+            return Pictures((), str(problem))
+
+    wanted = list(dict.fromkeys(paths))
+    with DecodePool(rule.clip_s) as pool, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+        return dict(zip(wanted, threads.map(read, wanted), strict=True))
+
+
+def _clip(pool: DecodePool, path: str, rule: PictureRule) -> Pictures:
+    clip = pool.read(path, SampleRule("uniform", rule.frames, None), _REDUCED)
+    captions = [f"{index / clip.source_fps:.1f} s" for index in clip.indices.tolist()]
+    files = (thumbnail(frame, max_side=SIDE, max_bytes=rule.max_bytes) for frame in clip.frames)
+    return Pictures(tuple(zip(files, captions, strict=True)))
+
+
+def _image(path: str, rule: PictureRule) -> Pictures:
+    return Pictures(((thumbnail(read_image(path), max_side=SIDE, max_bytes=rule.max_bytes), "image"),))

@@ -1,1 +1,0 @@
-"""Generation and what reinforcement learning adds to training."""

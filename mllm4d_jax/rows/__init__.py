@@ -1,0 +1,1 @@
+"""Examples -> padded arrays. Never imports JAX."""

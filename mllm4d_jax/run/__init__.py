@@ -1,0 +1,1 @@
+"""What every training run needs: start, checkpoint, checks, log."""

@@ -1,0 +1,124 @@
+"""The learning-rate schedule, the optimiser and its state, and the update that it makes of a step's sums."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mllm4d_jax.parallel.rules import replicated
+
+SCHEDULES = ("cosine", "constant")
+
+
+def learning_rates(peak: float, steps: int, warmup_ratio: float, schedule: str) -> np.ndarray:
+    """Learning rate of every step: f32[steps].
+
+    The first `ceil(warmup_ratio * steps)` steps rise linearly, step k of them at `peak * k / warm-up` (so step 0 is at
+    zero); then half a cosine down to zero over the rest, or a constant. Same numbers as the Hugging Face schedules the
+    release was trained with.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r} (known: {', '.join(SCHEDULES)})")
+    k = np.arange(steps, dtype=np.float64)
+    warmup = int(np.ceil(warmup_ratio * steps))
+    share = (k - warmup) / max(1, steps - warmup)
+    after = 0.5 * (1 + np.cos(np.pi * share)) if schedule == "cosine" else np.ones(steps)
+    return (peak * np.where(k < warmup, k / max(1, warmup), after)).astype(np.float32)
+
+
+def make_optimizer(
+    rates: np.ndarray, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """AdamW on gradients clipped to a global norm.
+
+    Args:
+      rates: f32[steps] learning rate of every step; the last one holds afterwards.
+      clip_norm: largest global gradient norm.
+    """
+    table = jnp.asarray(rates)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return table[jnp.minimum(count, len(rates) - 1)]
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    )
+
+
+def optimizer_placement(optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh) -> Any:
+    """Shardings of the optimiser's state: moments like the parameters they belong to, counters on every device.
+
+    Args:
+      trainable: arrays, or shapes with shardings.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, trainable)
+    everywhere = replicated(mesh)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, s: s,
+        jax.eval_shape(optimizer.init, trainable),
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any, mesh: Mesh) -> Any:
+    """The optimiser's first state, placed as `optimizer_placement` says."""
+    return jax.jit(optimizer.init, out_shardings=optimizer_placement(optimizer, trainable, mesh))(trainable)
+
+
+class StepMetrics(NamedTuple):
+    """Scalars of one step.
+
+    Attributes:
+      loss: f32 mean negative log-likelihood of the supervised tokens (nats).
+      accuracy: f32 share of supervised tokens that are the most likely one.
+      grad_norm: f32 global norm before clipping.
+      weight: f32 sum of the loss weights. If 0, parameters and optimiser were left as they were.
+      finite: bool, loss and gradient are finite. If not, they were left as they were, too.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    grad_norm: jax.Array
+    weight: jax.Array
+    finite: jax.Array
+
+
+class Sums(NamedTuple):
+    """Sums over the supervised tokens of some micro-batches, of which a step divides by the weight at its end.
+
+    Attributes:
+      grads: gradient of `loss`, f32, like the trainable tree.
+      loss, correct, weight: see `losses.TokenLoss`.
+    """
+
+    grads: Any
+    loss: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+
+def apply_sums(
+    optimizer: optax.GradientTransformation, trainable: Any, opt_state: Any, sums: Sums
+) -> tuple[Any, Any, StepMetrics]:
+    """Means over the tokens, and the optimiser's update.
+
+    A step of which no question could be used has weight 0: no loss, no gradient and no update.
+    """
+    weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
+    grads = jax.tree.map(lambda g: g / weight, sums.grads)
+    loss, norm = sums.loss / weight, optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(sums.weight)
+    updates, new_state = optimizer.update(grads, opt_state, trainable)
+    new = (optax.apply_updates(trainable, updates), new_state)
+    # The host looks at `finite` one step later; until then a bad step must not spread.
+    good = finite & (sums.weight > 0)
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (trainable, opt_state))
+    return *kept, StepMetrics(loss, sums.correct / weight, norm, sums.weight, finite)

@@ -1,0 +1,247 @@
+"""What has to be there before a run begins: all that is missing in one error, and digests of what is there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from mllm4d_jax.data.json_index import RecordFileError
+from mllm4d_jax.data.loader import LoaderOptions
+from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source, parse_mixture
+from mllm4d_jax.data.stream import LoaderError
+from mllm4d_jax.models.peft import is_peft_folder
+from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
+from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
+from mllm4d_jax.run.checkpoint import start_folder
+
+# model.published -> where the weights of that size are; the paper's base when nothing is said
+BASE_MODELS: Mapping[str, str] = {
+    "": "Qwen/Qwen3-VL-8B-Instruct",
+    "2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "32b": "Qwen/Qwen3-VL-32B-Instruct",
+    "30b_a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
+    "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+}
+_SAMPLED = 1 << 20  # bytes read at either end of a weight file
+
+
+class PreflightError(ValueError):
+    """Something a run needs is missing; the message lists everything."""
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Looks for everything a training run needs.
+
+    Raises:
+      PreflightError: one line per missing or impossible thing, each with what to do about it.
+    """
+    problems = [*model_problems(config), *data_problems(config), *prompt_problems(config), *_setting_problems(config)]
+    if problems:
+        listed = "\n".join(f"  - {p}" for p in problems)
+        raise PreflightError(
+            f"this run cannot start yet:\n{listed}\n"
+            "To see the whole path work without any download: python run.py --config=configs/sft.py:tiny"
+        )
+
+
+def model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What is wrong with the base model and the adapter to start from, one line each."""
+    base = BASE_MODELS[config.model.published]
+    local = f"weights/{base.split('/')[1]}"
+    fetch = f"`hf download {base} --local-dir {local}` (pip install huggingface_hub), then --config.model.path={local}"
+    folder = Path(config.model.path)
+    if not config.model.path:
+        yield f"no base model (model.path is not set): {fetch}"
+    elif not folder.is_dir():
+        yield f"model.path = {folder} is not a folder: {fetch}"
+    else:
+        missing = [n for n in ("config.json", "tokenizer.json") if not (folder / n).is_file()]
+        if not any(folder.glob("*.safetensors")):
+            missing.append("*.safetensors")
+        if missing:
+            yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
+    if config.model.adapter and start_folder(config.model.adapter) is None:
+        if not is_peft_folder(config.model.adapter):
+            yield (
+                f"model.adapter = {config.model.adapter} holds no checkpoint and no PEFT adapter: name the workdir of "
+                "an earlier run, or a folder with adapter_config.json"
+            )
+        elif "lora" not in config.train.trainable:
+            yield "model.adapter is a PEFT adapter, but train.trainable does not train one: add 'lora' to it"
+
+
+def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What is wrong with the places that records and media should come from, one line each."""
+    layout = (
+        '{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>..."}, {"from": "gpt", "value": "B"}]}'
+    )
+    try:
+        parts = parse_mixture(mixture_entries(config))
+    except RecordFileError as error:
+        yield str(error)
+        return
+    if parts:
+        for part in parts:
+            yield from _place_problems("data.mixture:", part.path, part.root)
+        return
+    if not config.data.path:
+        yield (
+            "no training records (data.path is not set): --config.data.path=FILE, MLLM4D-2M.json or a JSON list or "
+            f"JSONL file of your own with records like {layout}"
+        )
+    if not config.data.root and not _is_clip_set(config.data.path):
+        yield "no media folder (data.root is not set): --config.data.root=DIR, where the records' video paths start"
+    yield from _place_problems("data.path =", config.data.path, config.data.root)
+
+
+def _place_problems(name: str, path: str, root: str) -> Iterator[str]:
+    if path and not is_source(path):
+        yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
+    if root and not Path(root).is_dir():
+        yield f"data.root = {root} is not a folder"
+
+
+def is_source(path: str) -> bool:
+    """Whether records could be at a path: a file, or the folder of a TFDS set."""
+    return Path(path).is_file() or _is_clip_set(path)
+
+
+def _is_clip_set(path: str) -> bool:
+    """Whether a path names a TFDS set, with or without its split."""
+    return any((Path(p) / "features.json").is_file() for p in (path, path.rpartition("@")[0]) if p)
+
+
+def mixture_entries(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """`data.mixture`; a config without the key has one source."""
+    return tuple(config.data.get("mixture", ()))
+
+
+def system_prompt(config: ml_collections.ConfigDict) -> str:
+    """The prompt for records that bring none, '' for no prompt."""
+    return resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
+
+
+def open_data(config: ml_collections.ConfigDict) -> Mixture:
+    """Opens what `data.mixture` names, or `data.path` when it names nothing.
+
+    Raises:
+      PreflightError: there are no records there.
+    """
+    try:
+        return open_mixture(config.data.path, config.data.root, mixture_entries(config), system_prompt(config))
+    except RecordFileError as error:
+        raise PreflightError(f"no training records: {error}") from error
+
+
+def open_held_out(config: ml_collections.ConfigDict) -> Source:
+    """Opens what `data.eval_path` names; without `data.eval_root` its media are where those of training are.
+
+    Raises:
+      PreflightError: there are no records there.
+    """
+    try:
+        source = open_source(config.data.eval_path, config.data.eval_root or config.data.root, system_prompt(config))
+    except RecordFileError as error:
+        raise PreflightError(f"no held-out records: {error}") from error
+    if not len(source):
+        raise PreflightError(f"no held-out records: {source.name} holds none")
+    return source
+
+
+def prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What is wrong with the room for prompts, the system prompt and the optimiser, one line each."""
+    buckets = list(config.data.prefix_buckets)
+    if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
+        yield f"data.prefix_buckets = {buckets} must be positive, ascending and not empty"
+    elif buckets[-1] < config.data.max_tokens:
+        yield (
+            f"the largest of data.prefix_buckets is {buckets[-1]}, but data.max_tokens lets through up to "
+            f"{config.data.max_tokens}: add a bucket of that size or lower data.max_tokens"
+        )
+    try:
+        resolve_system_prompt(config.prompt.system, config.prompt.system_file)
+    except ProcessorError as error:
+        yield f"prompt: {error}"
+    if config.optim.clip_norm <= 0:
+        yield "optim.clip_norm must be above 0: gradients are scaled down to it"
+
+
+def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    if config.lora.dropout >= 1:
+        yield f"lora.dropout = {config.lora.dropout:g} would drop everything: it must be below 1"
+    yield from _place_problems("data.eval_path =", config.data.eval_path, config.data.eval_root)
+    yield from _division_problems(config)
+
+
+def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """Questions -> micro-batches -> rows -> processes and devices, each of which has to divide."""
+    batch, parts, hosts = config.train.batch_size, config.train.accumulation, jax.process_count()
+    try:
+        mesh = make_mesh(dict(config.mesh))
+    except MeshError as error:
+        yield f"mesh: {error}"
+        return
+    if not rows_divide(mesh):
+        yield f"mesh: {hosts} processes would have to share rows of a batch: make mesh.tensor smaller"
+        return
+    if batch % parts:
+        yield f"train.batch_size = {batch} cannot be divided into train.accumulation = {parts} micro-batches"
+        return
+    try:
+        options = LoaderOptions.from_mapping(config.data, batch // parts)
+        _, rows = options.local(hosts)
+    except LoaderError as error:
+        yield str(error)
+        return
+    shards = batch_shards(mesh)
+    if rows * hosts % shards:
+        micro = f" in {parts} micro-batches" if parts > 1 else ""
+        yield (
+            f"train.batch_size = {batch}{micro} cannot be split over {shards} devices (mesh data x fsdp): it makes "
+            f"{rows * hosts} rows"
+        )
+
+
+def content_digests(config: ml_collections.ConfigDict, records: Mixture) -> Mapping[str, str]:
+    """What must be the same again when a run is resumed, whatever its path: weights, records and system prompt."""
+    return {
+        "model.path": model_digest(config.model.path),
+        "data.path": records.digest,
+        "prompt.system": hashlib.sha256(records.system_prompt.encode()).hexdigest(),
+    }
+
+
+def model_digest(folder: str | Path) -> str:
+    """Digest of a model folder: config and tokenizer whole, weights by name, size and a mebibyte at either end."""
+    sha = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+        file = Path(folder) / name
+        sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            sha.update(f.read(_SAMPLED))
+            f.seek(max(0, size - _SAMPLED))
+            sha.update(f.read(_SAMPLED))
+    return sha.hexdigest()
+
+
+def flat_config(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, in the config's own order."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            out |= flat_config(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return out

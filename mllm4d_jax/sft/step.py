@@ -1,0 +1,184 @@
+"""One optimiser step: pure jitted functions of (trainable, opt_state, frozen, rows)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mllm4d_jax.models.split import merge_model
+from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
+from mllm4d_jax.rows.rows import RowBatch
+from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
+from mllm4d_jax.sft.losses import token_cross_entropy
+
+
+class TrainStep:
+    """The compiled step. Buffers of `trainable` and `opt_state` are donated.
+
+    The random numbers of a step (dropout) follow from the seed, the number of the step and that of the micro-batch, so
+    there is no random state to save.
+
+    Attributes:
+      compiles: how often the step was traced; one per batch shape is expected.
+      retraces: traces beyond one per batch shape. Anything but 0 is a fault.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        optimizer: optax.GradientTransformation,
+        trainable: Any,
+        opt_state: Any,
+        mesh: Mesh,
+        chunk: int,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+          graphdef: structure of the model, from `state.split_model`.
+          optimizer: see `state.make_optimizer`.
+          trainable, opt_state: the trees to train, or their shapes with shardings; the results are placed like them.
+          mesh: devices, the same as the model was made for.
+          chunk: supervised positions whose logits exist at a time.
+          seed: of dropout.
+        """
+        self.mesh, self.compiles, self._shapes = mesh, 0, set()
+
+        def sums(trainable, frozen, batch, step, micro):
+            self.compiles += 1  # runs when traced, not when executed
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), micro)
+            return batch_sums(graphdef, trainable, frozen, batch, chunk, key, mesh)
+
+        def whole(trainable, opt_state, frozen, batch, step):
+            return apply_sums(optimizer, trainable, opt_state, sums(trainable, frozen, batch, step, 0))
+
+        def add(total, trainable, frozen, batch, step, micro):
+            return jax.tree.map(jnp.add, total, sums(trainable, frozen, batch, step, micro))
+
+        def zeros(trainable):
+            scalars = (jnp.zeros((), jnp.float32) for _ in range(3))
+            return Sums(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), *scalars)
+
+        def finish(trainable, opt_state, total):
+            return apply_sums(optimizer, trainable, opt_state, total)
+
+        places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
+        scalar = replicated(mesh)
+        results = (*places, StepMetrics(*[scalar] * len(StepMetrics._fields)))
+        partial = Sums(places[0], *[scalar] * 3)
+        self._whole = jax.jit(whole, donate_argnums=(0, 1), out_shardings=results)
+        self._zeros = jax.jit(zeros, out_shardings=partial)
+        self._add = jax.jit(add, donate_argnums=0, out_shardings=partial)
+        self._finish = jax.jit(finish, donate_argnums=(0, 1), out_shardings=results)
+
+    @property
+    def retraces(self) -> int:
+        return self.compiles - len(self._shapes)
+
+    def __call__(
+        self, trainable: Any, opt_state: Any, frozen: Any, batches: Sequence[RowBatch], step: int
+    ) -> tuple[Any, Any, StepMetrics]:
+        """Runs one step; returns before it has finished on the device.
+
+        Args:
+          trainable, opt_state, frozen: see `state.split_model` and `state.init_optimizer`.
+          batches: the micro-batches of this step, in any shapes; each supervised token counts the same.
+          step: number of the step, from 0.
+        """
+        number = np.int32(step)
+        if len(batches) == 1:
+            self._count(batches[0], accumulated=False)
+            return self._whole(trainable, opt_state, frozen, place_batch(batches[0], self.mesh), number)
+        total = self._zeros(trainable)
+        for i, batch in enumerate(batches):
+            self._count(batch, accumulated=True)
+            total = self._add(total, trainable, frozen, place_batch(batch, self.mesh), number, np.int32(i))
+        return self._finish(trainable, opt_state, total)
+
+    def lower(self, trainable: Any, opt_state: Any, frozen: Any, batch: RowBatch) -> jax.stages.Lowered:
+        """The step of one batch for ahead-of-time compilation, without devices or data.
+
+        Args:
+          trainable, opt_state, frozen: arrays, or shapes with shardings.
+          batch: global arrays or their shapes; where they lie is decided here.
+        """
+        self._count(batch, accumulated=False)
+
+        def abstract(x, sharding):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        shapes = jax.tree.map(abstract, batch, batch_placement(batch, self.mesh))
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
+        return self._whole.lower(trainable, opt_state, frozen, shapes, step)
+
+    def _count(self, batch: RowBatch, accumulated: bool) -> None:
+        self._shapes.add((accumulated, batch.inputs.layout, *(x.shape for x in jax.tree.leaves(batch))))
+
+
+def batch_sums(
+    graphdef: nnx.GraphDef,
+    trainable: Any,
+    frozen: Any,
+    batch: RowBatch,
+    chunk: int,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+) -> Sums:
+    """Loss and gradient of one micro-batch, summed over its supervised tokens.
+
+    Nothing is kept of the vision tower for the backward pass when none of it is trained: JAX keeps only what the
+    gradient of `trainable` depends on.
+    """
+
+    def loss(trainable: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        model = merge_model(graphdef, trainable, frozen)
+        hidden = model(batch.inputs, dropout_key=key)
+        chosen = jax.vmap(lambda row, index: row[index])(hidden, batch.loss_index)
+        out = token_cross_entropy(chosen, model.head_kernel(), batch.loss_target, batch.loss_weight, chunk, mesh)
+        return out.loss, (out.correct, out.weight)
+
+    (total, counts), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+    return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), grads), total, *counts)
+
+
+def batch_placement(batch: RowBatch, mesh: Mesh) -> RowBatch:
+    """Shardings of a global batch: rows, their frames and their loss lists over the batch axes.
+
+    Rows that do not divide are repeated on every device.
+    """
+    if batch.inputs.tokens.shape[0] % batch_shards(mesh):
+        return jax.tree.map(lambda _: replicated(mesh), batch)
+    return jax.tree.map(lambda x, dim: batch_sharding(mesh, len(x.shape), dim), batch, _row_dims(batch))
+
+
+def _row_dims(batch: RowBatch) -> RowBatch:
+    """The dimension of each array that counts rows, or frames row by row."""
+    dims = jax.tree.map(lambda _: 0, batch)
+    return dims._replace(inputs=dims.inputs._replace(positions=1))
+
+
+def place_batch(batch: RowBatch, mesh: Mesh) -> RowBatch:
+    """Puts a host's rows on the devices; of several processes each gives its part of the global rows, in their order.
+
+    Raises:
+      ValueError: the rows of several processes cannot be split evenly over the devices.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return jax.device_put(batch, batch_placement(batch, mesh))
+    rows, shards = batch.inputs.tokens.shape[0], batch_shards(mesh)
+    if rows * processes % shards or shards % processes:
+        raise ValueError(f"{processes} processes x {rows} rows cannot be split over {shards} parts (mesh data x fsdp)")
+
+    def whole(x: Any, dim: int) -> jax.Array:
+        shape = (*x.shape[:dim], x.shape[dim] * processes, *x.shape[dim + 1 :])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, dim), x, shape)
+
+    return jax.tree.map(whole, batch, _row_dims(batch))

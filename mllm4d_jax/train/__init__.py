@@ -1,1 +1,0 @@
-"""Training: one jitted step, its state, its checkpoints and its metrics."""

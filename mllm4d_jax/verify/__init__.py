@@ -1,0 +1,1 @@
+"""Comparison with what a reference implementation recorded."""

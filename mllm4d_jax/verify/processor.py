@@ -1,0 +1,296 @@
+"""Parity of the processor with recorded tables: sampling, sizes, resampling, patches, prompts, index arrays.
+
+Every table says in its own keys what was asked, so tables for other factors, budgets and patch sizes work as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mllm4d_jax.encode import grids
+from mllm4d_jax.encode.chat import Visual, render_chat, rendered_text, timestamp_text, video_timestamps
+from mllm4d_jax.encode.example import Grid
+from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.media import resize
+from mllm4d_jax.media.frame_sampling import sample_indices
+from mllm4d_jax.models.rope import frequency_axes
+from mllm4d_jax.verify.checks import Check, Comparison
+
+PATCH_TOLERANCE = 1e-6
+# Pixel statistics by patch size: the releases differ in both together.
+_STATISTICS = {
+    16: ((0.5,) * 3, (0.5,) * 3),
+    14: ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+_CHANNELS, _TEMPORAL, _MERGE = 3, 2, 2
+_REFUSED = {"error": "refused"}
+_TABLE_SIDE, _WINDOW = 48, 4  # recorded index arrays are those of the published towers
+
+
+def is_processor_folder(folder: pathlib.Path) -> bool:
+    """Whether the folder holds at least one table that `verify_processor` reads."""
+    return any((folder / name).is_file() for name in _TABLES) or any(_pixel_files(folder))
+
+
+def verify_processor(folder: pathlib.Path, label: str, tolerance: float = PATCH_TOLERANCE) -> Iterable[Check]:
+    """Checks every table found in a folder laid out like a recorded `processor/`; missing tables are not an error."""
+    for name, verify in _TABLES.items():
+        if (folder / name).is_file():
+            yield from verify(folder / name, f"{label}/{pathlib.Path(name).stem}")
+    for path in _pixel_files(folder):
+        yield from _pixels(path, f"{label}/{path.stem}", tolerance)
+
+
+def _pixel_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [p for p in sorted(folder.glob("*.npz")) if p.name not in _TABLES]
+
+
+def _rows(label: str, group: str, rows: Iterable[tuple[str, Any, Any]]) -> list[Check]:
+    """Exact comparison of (name, ours, recorded) rows, counted by row."""
+    comparison = Comparison(label, group, 0.0)
+    for name, ours, recorded in rows:
+        comparison.errors.append((name, float(ours != recorded)))
+    return comparison.check()
+
+
+def _outcome(compute: Callable[[], Any]) -> Any:
+    """The value, or {"error": ...}: the tables record a refusal by its exception, whose type is the recorder's own."""
+    try:
+        value = compute()
+    except ValueError:
+        return _REFUSED
+    return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
+
+
+def _recorded(value: Any) -> Any:
+    return _REFUSED if isinstance(value, Mapping) and "error" in value else value
+
+
+def _frame_sampling(path: pathlib.Path, label: str) -> Iterable[Check]:
+    rules = {"qwen3_vl": "qwen3_vl", "qwen2_5_vl_hf": "qwen2_5_vl", "qwen_vl_utils": "qwen_vl_utils"}
+    for table, rows in json.loads(path.read_text()).items():
+        if table not in rules:
+            continue
+
+        def ours(row: Mapping, rule: str = rules[table]) -> Any:
+            ask = {**row.get("ele", {}), **{k: row[k] for k in ("fps", "num_frames") if k in row}}
+            if rule == "qwen_vl_utils":
+                ask = {"num_frames" if k == "nframes" else k: v for k, v in ask.items()}
+                if "num_frames" not in ask:
+                    ask.setdefault("fps", 2.0)
+            found = _outcome(lambda: sample_indices(rule, row["total"], row["video_fps"], **ask))
+            if isinstance(found, Mapping) or "indices" in row:
+                return found
+            if "head" not in row:
+                return len(found)
+            n = len(row["head"])
+            return {"n": len(found), "head": found[:n], "tail": found[-n:], "sum": sum(found)}
+
+        yield from _rows(label, table, [(str(r), ours(r), _recorded_indices(r)) for r in rows])
+
+
+def _recorded_indices(row: Mapping) -> Any:
+    """Indices of a row; long lists are recorded as their ends and sum, refusals under either key."""
+    if "head" in row:
+        return {k: row[k] for k in ("n", "head", "tail", "sum")}
+    return _recorded(row["indices"] if "indices" in row else row["nframes"])
+
+
+def _smart_resize(path: pathlib.Path, label: str) -> Iterable[Check]:
+    def image(r):
+        return resize.image_size(r["h"], r["w"], r["factor"], r["min_pixels"], r["max_pixels"])
+
+    def video(r):
+        temporal = r["temporal_factor"]
+        return resize.video_size(r["t"], r["h"], r["w"], r["factor"], temporal, r["min_pixels"], r["max_pixels"])
+
+    def utils_image(r):
+        return resize.utils_image_size(r["h"], r["w"], r["factor"])
+
+    def utils_frame(r):
+        low, high = resize.utils_frame_budget(r["t"], r["factor"])
+        if (low, high) != (r["min_pixels"], r["max_pixels"]):
+            return {"budget": [low, high]}
+        return resize.utils_image_size(r["h"], r["w"], r["factor"], low, high)
+
+    tables = {
+        "image": image,
+        "video_qwen3_vl": video,
+        "image_qwen_vl_utils_default_budget": utils_image,
+        "video_frame_qwen_vl_utils_default_budget": utils_frame,
+    }
+    for table, rows in json.loads(path.read_text()).items():
+        if table in tables:
+            outcomes = [_outcome(functools.partial(tables[table], r)) for r in rows]
+            yield from _rows(
+                label, table, [(str(r), o, _recorded(r["out"])) for r, o in zip(rows, outcomes, strict=True)]
+            )
+
+
+def _prompts(path: pathlib.Path, label: str) -> Iterable[Check]:
+    recorded = json.loads(path.read_text())
+    plain, expanded, times = [], [], []
+    for c in recorded["conversations"]:
+        options = dict(add_generation_prompt=c["add_generation_prompt"], add_vision_id=c["add_vision_id"])
+        for family in ("qwen3_vl", "qwen2_5_vl"):
+            text = rendered_text(render_chat(c["messages"], family, **options))
+            plain.append((f"{c['name']} {family}", text, c[family]))
+            for key, markers in ((f"{family}_expanded_hf517", True), (f"{family}_expanded_release", False)):
+                expanded += _expanded(c, family, key, options, markers)
+            expanded += _expanded(c, family, f"{family}_expanded", options, False)
+        times += _timestamps(c["name"], c, c.get("video", {}).get("fps"), c.get("sampled_indices"))
+    for i, row in enumerate(recorded.get("timestamps", ())):
+        times += _timestamps(f"timestamps[{i}]", row, row["video_fps"], row["indices"])
+    yield from _rows(label, "templates", plain)
+    yield from _rows(label, "expanded", expanded)
+    yield from _rows(label, "timestamps", times)
+
+
+def _expanded(c: Mapping, family: str, key: str, options: Mapping, outer_markers: bool) -> list[tuple]:
+    if key not in c:
+        return []
+    visuals = _visuals(c, family)
+    pieces = render_chat(
+        c["messages"], family, visuals=visuals, merge_size=_MERGE, outer_markers=outer_markers, **options
+    )
+    return [(f"{c['name']} {key}", rendered_text(pieces), c[key])]
+
+
+def _visuals(c: Mapping, family: str) -> list[Visual]:
+    """Grids of a recorded conversation, in the reading order of its parts."""
+    queues = {m: iter(c.get(f"{family}_grids", {}).get(f"{m}_grid_thw", ())) for m in ("image", "video")}
+    visuals = []
+    for message in c["messages"]:
+        parts = message["content"] if isinstance(message["content"], list) else []
+        for part in parts:
+            if part["type"] in queues:
+                grid = Grid(part["type"], *next(queues[part["type"]]))
+                times = tuple(c.get("timestamps", ())) if part["type"] == "video" else ()
+                visuals.append(Visual(grid, times))
+    return visuals
+
+
+def _timestamps(name: str, row: Mapping, fps: float | None, indices: list[int] | None) -> list[tuple]:
+    if indices is None or "timestamps" not in row:
+        return []
+    ours = video_timestamps(np.array(indices), fps, _TEMPORAL)
+    rows = [(name, list(ours), row["timestamps"])]
+    if "text" in row:
+        rows.append((f"{name} text", [timestamp_text(t) for t in ours], row["text"]))
+    return rows
+
+
+def _mrope_axis(path: pathlib.Path, label: str) -> Iterable[Check]:
+    rows = []
+    for r in json.loads(path.read_text()):
+        for key, interleaved in (("interleaved", True), ("chunked", False)):
+            if key in r:
+                axes = frequency_axes(tuple(r["mrope_section"]), interleaved)
+                rows.append((f"{r['mrope_section']} {key}", "".join("THW"[a] for a in axes), r[key]))
+    yield from _rows(label, "axes", rows)
+
+
+def _vision_index(path: pathlib.Path, label: str) -> Iterable[Check]:
+    exact, weights = Comparison(label, "indices", 0.0), Comparison(label, "interpolation weights", PATCH_TOLERANCE)
+    with np.load(path, allow_pickle=False) as z:
+        for i in range(len(z.files)):
+            if f"grid_{i}" not in z.files:
+                break
+            thw = z[f"grid_{i}"].tolist()
+            frames = [(h, w) for t, h, w in thw for _ in range(t)]
+            taps = [grids.position_taps(h, w, _MERGE, _TABLE_SIDE) for h, w in frames]
+            index, weight = (np.concatenate(parts) for parts in zip(*taps, strict=True))
+            for suffix, step in (("", 1), ("_every37", 37)):
+                if f"interp_index_{i}{suffix}" in z.files:
+                    exact.equal(f"interp_index_{i}", index[::step], z[f"interp_index_{i}{suffix}"])
+                    weights.close(f"interp_weight_{i}", weight[::step], z[f"interp_weight_{i}{suffix}"])
+            order = np.concatenate([grids.merge_order(h, w, _MERGE) for h, w in frames])
+            exact.equal(f"rope_hw_{i}", order, z[f"rope_hw_{i}"])
+            edges = np.cumsum([0, *(h * w for h, w in frames)])
+            exact.equal(f"cu_seqlens_{i}", edges, z[f"cu_seqlens_{i}"])
+            _windows(z, i, frames, exact)
+    yield from exact.check()
+    yield from weights.check()
+
+
+def _windows(z: Mapping, i: int, frames: list[tuple[int, int]], exact: Comparison) -> None:
+    order, sizes, start = [], [], 0
+    for h, w in frames:
+        order.append(start + grids.window_order(h, w, _MERGE, _WINDOW))
+        sizes.append(np.bincount(grids.window_ids(h, w, _MERGE, _WINDOW)))
+        start += h * w // _MERGE**2
+    exact.equal(f"window_index_{i}", np.concatenate(order), z[f"window_index_{i}"])
+    edges = np.cumsum([0, *np.concatenate(sizes)])
+    exact.equal(f"cu_window_seqlens_{i}", edges, z[f"cu_window_seqlens_{i}"])
+
+
+def _resampler(path: pathlib.Path, label: str) -> Iterable[Check]:
+    exact = Comparison(label, "pixels", 0.0)
+    with np.load(path, allow_pickle=False) as z:
+        for key in z.files:
+            if key.startswith("in_"):
+                target = z[key.replace("in_", "torchvision_")]
+                exact.equal(key, resize.resize_bicubic(z[key], *target.shape[:2]), target)
+    yield from exact.check()
+
+
+def _pixels(path: pathlib.Path, label: str, tolerance: float) -> Iterable[Check]:
+    """A recorded clip or image from decoded frames to patches."""
+    with np.load(path, allow_pickle=False) as z:
+        arrays = {k: z[k] for k in z.files}
+    still = "image" in arrays
+    frames = arrays["image"][None] if still else arrays.get("frames")
+    recorded = arrays.get("pixel_values" if still else "pixel_values_videos")
+    if frames is None or recorded is None:
+        return
+    grid = arrays["image_grid_thw" if still else "video_grid_thw"][0].tolist()
+    config = _config_for(recorded.shape[1])
+    resized = arrays["resized"][None] if still else arrays["resized"]
+    exact = Comparison(label, "resize", 0.0)
+    ours = resize.resize_bicubic(frames, *resized.shape[1:3])
+    exact.equal("resized", ours, resized)
+    yield from exact.check()
+    yield from _size(arrays, frames, resized, config, label)
+    patches, thw = patchify(ours, config)
+    yield from _rows(label, "grid", [("grid_thw", list(thw), grid)])
+    close = Comparison(label, "patches", tolerance)
+    close.close("pixel_values", patches, recorded)
+    yield from close.check()
+
+
+def _size(arrays: Mapping, frames, resized, config: ProcessorConfig, label: str) -> Iterable[Check]:
+    """The frame size by the video rule, when the recording says which budget it used."""
+    if "size" not in arrays or "image" in arrays:
+        return
+    budget = sorted(int(v) for v in arrays["size"])
+    rule = resize.ResizeRule("total", config.factor, config.temporal_patch_size, *budget)
+    want = list(resized.shape[1:3])
+    yield from _rows(
+        label, "frame size", [("size", _outcome(lambda: rule.size(len(frames), *frames.shape[1:3])), want)]
+    )
+
+
+def _config_for(patch_dim: int) -> ProcessorConfig:
+    patch = round((patch_dim / (_CHANNELS * _TEMPORAL)) ** 0.5)
+    mean, std = _STATISTICS.get(patch, _STATISTICS[16])
+    blank = {f.name: 0 for f in dataclasses.fields(ProcessorConfig)}
+    sizes = dict(family="qwen3_vl", patch_size=patch, temporal_patch_size=_TEMPORAL, merge_size=_MERGE)
+    return ProcessorConfig(**{**blank, **sizes, "image_mean": mean, "image_std": std})
+
+
+_TABLES: Mapping[str, Callable[[pathlib.Path, str], Iterable[Check]]] = {
+    "frame_sampling.json": _frame_sampling,
+    "smart_resize.json": _smart_resize,
+    "prompts.json": _prompts,
+    "mrope_axis.json": _mrope_axis,
+    "vision_index.npz": _vision_index,
+    "resize_uint8_bicubic.npz": _resampler,
+}

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep.questions.options import LETTERS, OptionRule, label_options, numeric_options
+from data_prep.questions.propose import SCENARIOS, SUBTASKS, QuestionRules, frame_numbers, propose
+from data_prep.questions.wording import (
+    ANCHORS,
+    PHRASINGS,
+    TELLING,
+    object_names,
+    question_text,
+    spoken_name,
+)
+from data_prep.scenes import relations as rel
+from data_prep.scenes.random_scenes import random_scene
+from data_prep.scenes.relations import LABELS
+from data_prep.scenes.scene import Scene
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.media.frame_sampling import SampleRule
+
+RULES = QuestionRules()
+SCENES = [random_scene(seed, frames=50) for seed in range(30)]
+ASKED = [(scene, question) for scene in SCENES for question in propose(scene, RULES, 7)]
+
+
+def with_fields(scene: Scene, **changes) -> Scene:
+    return dataclasses.replace(scene, **changes)
+
+
+def renamed(scene: Scene, *names: tuple[str, str]) -> Scene:
+    objects = [
+        dataclasses.replace(o, description=d, category=c) for o, (d, c) in zip(scene.objects, names, strict=True)
+    ]
+    return with_fields(scene, objects=tuple(objects))
+
+
+def test_every_scenario_and_label_is_asked():
+    asked = {(q.scenario, q.label) for _, q in ASKED}
+    assert asked == {(name, label) for name in SCENARIOS for label in (LABELS[name] or ("",))}
+    assert set(SUBTASKS.values()) == {SUBTASKS[q.scenario] for _, q in ASKED} and len(set(SUBTASKS.values())) == 6
+    assert Counter(q.clip_id for _, q in ASKED).most_common()[-1][1] == RULES.per_clip
+
+
+def test_answers_are_those_of_the_relations():
+    for scene, q in ASKED:
+        objects = [scene.object(q.object_id)] if q.object_id else []
+        truth = getattr(rel, q.scenario)(scene, *objects, *q.source)
+        np.testing.assert_allclose(q.value, truth.value, atol=1e-6)
+        assert q.options[LETTERS.index(q.answer)] == truth.label
+        assert q.label == (truth.label if LABELS[q.scenario] else "")
+        assert q.source == tuple(frame_numbers(scene.num_frames, 32)[list(q.frames)].tolist())
+
+
+def test_frame_numbers_are_those_of_the_encoder():
+    for total in (2, 7, 32, 33, 50, 301):
+        np.testing.assert_array_equal(frame_numbers(total, 32), SampleRule("uniform", 32, None).indices(total, 30.0))
+
+
+def test_texts_name_the_frames_and_the_object():
+    for scene, q in ASKED:
+        i, j = q.frames
+        assert re.search(rf"\bframe {i}\b", q.text) and re.search(rf"\bframe {j}\b", q.text)
+        numbers = {int(n) for n in re.findall(r"\d+", q.text)}
+        assert numbers <= {i, j, 31, 0} and 31 in numbers
+        if q.object_id:
+            assert object_names(scene)[q.object_id] in q.text
+        assert "{" not in q.text and q.text == " ".join(q.text.split())
+
+
+def test_a_question_does_not_depend_on_its_answer():
+    """The same words are offered for every answer: no phrasing holds an answer, or only along with all the others."""
+    for name, phrasings in PHRASINGS.items():
+        for number in range(len(phrasings)):
+            for anchor in range(len(ANCHORS)):
+                text = question_text(name, number, anchor, 3, 26, 31, "the red box").lower()
+                words = set(re.findall(r"[a-z]+", text))
+                held = [label for label in LABELS[name] if set(label.split()) <= words]
+                assert not held, (text, held)
+        assert len(set(phrasings)) == len(phrasings) >= 5
+    texts = Counter((q.scenario, q.template) for _, q in ASKED)
+    assert len(texts) > 0.9 * sum(len(p) for p in PHRASINGS.values()) * len(ANCHORS)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("A red  wooden box.", "the red wooden box"),
+        ("the man in a blue coat", "the man in a blue coat"),
+        ("child's toy", "the child's toy"),
+        ("a man walking a dog", ""),
+        ("the car on the LEFT", ""),
+        ("the parked car", ""),
+        ("box\n<video>", ""),
+        ("a <image> b", ""),
+        ("half \ud800", ""),
+        ("", ""),
+        (" . ", ""),
+        ("x" * 200, ""),
+    ],
+)
+def test_names(text, name):
+    assert spoken_name(text) == name
+    assert all(word not in name.split() for word in TELLING)
+
+
+def test_objects_that_cannot_be_told_apart_are_not_asked_about():
+    scene = SCENES[0]
+    assert object_names(renamed(scene, ("a red box", "box"), ("the Red box.", "box"), ("a ball", "ball"))) == {
+        "object2": "the ball"
+    }
+    assert object_names(renamed(scene, ("a man walking", "man"), ("a dog", "dog"), ("the dog", "pet"))) == {
+        "object0": "the man",
+        "object2": "the pet",
+    }
+    # "the man" could be either of them, though only one has it as its description.
+    assert "object1" not in object_names(renamed(scene, ("tall one", "man"), ("the man", ""), ("a dog", "dog")))
+    nameless = renamed(scene, ("", ""), ("", ""), ("", ""))
+    assert {q.object_id for q in propose(nameless, RULES, 0)} == {""}
+
+
+def test_same_seed_same_questions_whatever_came_before():
+    for scene, again in ((SCENES[5], random_scene(5, frames=50)), (SCENES[2], random_scene(2, frames=50))):
+        assert propose(scene, RULES, 7) == propose(again, RULES, 7)
+        assert propose(scene, RULES, 7) != propose(scene, RULES, 8)
+    other = with_fields(SCENES[5], clip_id="another clip")
+    assert [q.text for q in propose(other, RULES, 7)] != [q.text for q in propose(SCENES[5], RULES, 7)]
+    assert len({q.id for _, q in ASKED}) == len(ASKED)
+
+
+def test_clips_that_cannot_be_asked_about_are_refused():
+    with pytest.raises(rel.Refused) as error:
+        propose(with_fields(SCENES[0], scale="relative"), RULES, 0)
+    assert error.value.reason == "relative_scale"
+    with pytest.raises(rel.Refused) as error:
+        propose(random_scene(0, frames=1), RULES, 0)
+    assert error.value.reason == "too_few_frames"
+    assert all(q.frames == (0, 1) for q in propose(random_scene(0, frames=2), RULES, 0))
+
+
+def test_states_are_in_the_axes_of_the_first_frame_or_the_world():
+    checked = 0
+    for scene, q in ASKED:
+        start, end = (np.array(c) for c in q.camera_center)
+        np.testing.assert_allclose(np.linalg.norm(end - start), np.linalg.norm(_move(scene, q)), atol=2e-3)
+        if q.source[0] == 0:
+            np.testing.assert_allclose(start, 0, atol=1e-3)
+            checked += 1
+        if q.scenario == "object_absolute_distance":
+            first, last = (np.array(c) for c in q.object_center)
+            np.testing.assert_allclose(np.linalg.norm(last - first), q.value, atol=2e-3)
+        assert (q.object_center == (None, None)) == (q.object_id == "")
+    assert checked
+    world = QuestionRules(state_axes="world")
+    for q in propose(SCENES[0], world, 7):
+        np.testing.assert_allclose(q.camera_center, SCENES[0].camera_centers[list(q.source)], atol=1e-3)
+
+
+def _move(scene, q):
+    return scene.camera_centers[q.source[1]] - scene.camera_centers[q.source[0]]
+
+
+@pytest.mark.parametrize("shape", ["exchangeable", "independent"])
+def test_numeric_options(shape):
+    rng = random.Random(1)
+    rule = OptionRule(shape=shape)
+    made = 0
+    for _ in range(20_000):
+        truth = 10 ** rng.uniform(-1.5, 2)
+        found = numeric_options(truth, rule, rng)
+        if found is None:
+            continue
+        made += 1
+        texts, rank = found
+        values = [float(text) for text in texts]
+        assert values == sorted(set(values)) and len(values) == 4
+        assert texts[rank] == f"{truth:.1f}" or abs(values[rank] - truth) <= 0.05 + 1e-9
+        for n, value in enumerate(values):
+            if n != rank:
+                assert 0.25 * truth - 1e-9 <= value <= 1.75 * truth + 1e-9
+        if shape == "exchangeable":  # each could be the truth, up to the rounding of two tenths
+            assert 10 * values[3] - 0.5 <= 1.75 * (10 * values[0] + 0.5)
+    assert made > 8_000
+
+
+@pytest.mark.parametrize("shape", ["exchangeable", "independent"])
+def test_ranks_are_uniform_for_large_truths(shape):
+    rng = random.Random(2)
+    ranks = Counter(numeric_options(rng.uniform(3, 30), OptionRule(shape=shape), rng)[1] for _ in range(8_000))
+    assert all(abs(ranks[rank] / 8_000 - 0.25) < 0.02 for rank in range(4))
+
+
+def test_wider_bounds_make_wider_ladders():
+    rng = random.Random(3)
+    texts, _ = numeric_options(5.0, OptionRule(low=0.2, high=5.0), rng)
+    assert float(texts[3]) / float(texts[0]) > 3
+    for bad in ({"low": 0}, {"high": 1.0}, {"shape": "odd"}):
+        with pytest.raises(ValueError, match="options need"):
+            OptionRule(**bad)
+
+
+def test_label_options_do_not_single_out_pairs():
+    rng = random.Random(4)
+    partners, letters = Counter(), Counter()
+    for _ in range(6_000):
+        options = label_options(rel.CAMERA_DIRECTIONS, "left", rng)
+        assert len(set(options)) == 4 and "left" in options
+        partners.update(options)
+        letters[options.index("left")] += 1
+    for label in rel.CAMERA_DIRECTIONS:
+        if label != "left":
+            assert abs(partners[label] / 6_000 - 0.6) < 0.03
+    assert all(abs(letters[n] / 6_000 - 0.25) < 0.03 for n in range(4))
+    assert sorted(label_options(rel.DISTANCE_CHANGES, "closer", rng)) == sorted(rel.DISTANCE_CHANGES)
+
+
+def test_records_are_read_by_the_released_format_reader(tmp_path):
+    rows = [q.record("clips/a.mp4") for _, q in ASKED]
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(rows))
+    records = RecordFile(path, tmp_path)
+    assert len(records) == len(rows)
+    for n, (row, (_, q)) in enumerate(zip(rows, ASKED, strict=True)):
+        user, assistant = records[n].messages
+        video, text = user["content"]
+        assert (video["type"], video["path"]) == ("video", str(tmp_path / "clips/a.mp4"))
+        assert text["text"].startswith(q.text) and f"\n{q.answer}. {row['options'][q.answer]}\n" in text["text"]
+        assert assistant == {"role": "assistant", "content": q.answer}
+        assert row["solution"]["answer"] == q.answer and len(row["solution"]["camera_center"]) == 2
+        assert json.loads(json.dumps(row, allow_nan=False)) == records.raw(n)

@@ -1,0 +1,134 @@
+"""The tokenizer against the `tokenizers` library on whole strings, and the safety of typed control tokens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import tokenizers
+
+from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Piece, Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.qa.errors import ProcessorError
+
+TEXT = "<|im_start|>user\nIt's at 12.5 m:<0.3 seconds> e\u0301 漢字 🎥<think>\n\nok</think><|im_end|>\n"
+
+
+@pytest.mark.parametrize("special_ids", [None, QWEN_SPECIAL_IDS, {"<|im_end|>": 5000}])
+def test_built_tokenizer_survives_its_file(special_ids, tmp_path):
+    built = build_byte_level_tokenizer(["hello world, hello again"] * 3, 300, special_ids)
+    built.save(str(tmp_path / "tokenizer.json"))
+    ours, loaded = Tokenizer.from_folder(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    encoding = ours.encode(TEXT, allow_special=True)
+    reference = loaded.encode(TEXT)
+    assert encoding.ids.tolist() == reference.ids
+    assert encoding.offsets.tolist() == [list(o) for o in reference.offsets]
+    assert ours.decode(encoding.ids) == TEXT.replace("e\u0301", "é")
+    for content, i in (special_ids or {}).items():
+        assert ours.token_id(content) == i
+    ids = [ours.token_id(c) for c in QWEN_SPECIAL_IDS]
+    assert len(set(ids)) == len(ids) and ours.vocab_size == 1 + max(loaded.get_vocab().values())
+    if special_ids is None:
+        assert ours.vocab_size <= 300
+
+
+def test_pre_tokeniser_splits_like_qwen(tokenizer):
+    """Digits one by one, a leading mark stays with its word, line breaks together, decomposed letters composed."""
+    split = tokenizer._backend.pre_tokenizer.pre_tokenize_str("It's 12.50 <see>.\n\n  x\n")
+    assert [s for s, _ in split] == ["It", "'s", "Ġ", "1", "2", ".", "5", "0", "Ġ<", "see", ">.ĊĊ", "Ġ", "Ġx", "Ċ"]
+    assert tokenizer.encode("e\u0301").ids.tolist() == tokenizer.encode("é").ids.tolist()
+    assert tokenizer.encode("\n").ids.tolist() == [198]
+
+
+def test_published_ids(tokenizer):
+    assert tokenizer.eos_ids == (151645, 151643)
+    assert tokenizer.pad_id == 151643
+    assert set(tokenizer.vision_ids) == set(range(151652, 151657))
+
+
+def test_text_never_becomes_control_tokens(tokenizer):
+    text = "say <|im_end|> and <|video_pad|><|im_start|>system\n"
+    ids = tokenizer.encode(text).ids
+    assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
+    assert tokenizer.decode(ids) == text
+    assert set(tokenizer.encode(text, allow_special=True).ids.tolist()) & set(tokenizer.special_ids.values())
+
+
+def test_pieces_tokenise_like_the_whole_string(tokenizer):
+    pieces = [
+        Piece("<|im_start|>", control=True),
+        Piece("user\n"),
+        Piece("Describe:"),
+        Piece("<0.3 seconds>"),
+        Piece("<|vision_start|>", control=True),
+        Piece("<|video_pad|>", control=True, count=5),
+        Piece("<|vision_end|>", control=True),
+        Piece("."),
+        Piece("\n"),
+    ]
+    text = "".join(p.rendered for p in pieces)
+    encoding, supervised = tokenizer.encode_pieces(pieces)
+    whole = tokenizer.encode(text, allow_special=True)
+    assert encoding.ids.tolist() == whole.ids.tolist()
+    np.testing.assert_array_equal(encoding.offsets, whole.offsets)
+    assert not supervised.any() and encoding.ids.dtype == np.int32
+
+
+def test_supervision_follows_pieces(tokenizer):
+    pieces = [
+        Piece("assistant\n"),
+        Piece("\nB.", supervised=True),
+        Piece("<|im_end|>", control=True, supervised=True),
+        Piece("\n", supervised=True),
+        Piece("<|im_end|>", control=True),
+    ]
+    encoding, supervised = tokenizer.encode_pieces(pieces)
+    text = "".join(p.rendered for p in pieces)
+    covered = [text[a:b] for (a, b), s in zip(encoding.offsets, supervised, strict=True) if s]
+    # The header's line break and the answer's are one token here or two, never a supervised header.
+    assert "".join(covered) in ("\nB.<|im_end|>\n", "B.<|im_end|>\n")
+
+
+def test_a_token_that_straddles_the_header_is_not_supervised():
+    """With a merge of two line breaks, the header's and the answer's become one token."""
+    tokenizer = Tokenizer(build_byte_level_tokenizer(["a\n\nb"] * 50, 290))
+    pieces = [Piece("assistant\n"), Piece("\nB", supervised=True)]
+    encoding, supervised = tokenizer.encode_pieces(pieces)
+    texts = [tokenizer.decode([i]) for i in encoding.ids]
+    assert texts[-2:] == ["\n\n", "B"] and supervised.tolist()[-2:] == [False, True]
+
+
+def test_empty_text(tokenizer):
+    assert tokenizer.encode("").ids.shape == (0,)
+
+
+def test_travels_between_processes(tokenizer):
+    clone = copy.deepcopy(tokenizer)
+    assert clone.encode("a<|im_end|>").ids.tolist() == tokenizer.encode("a<|im_end|>").ids.tolist()
+    assert clone.source == tokenizer.source
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(ProcessorError, match="hf download"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ProcessorError, match="tokenizer.json"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ProcessorError, match="im_start"):
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
+
+
+def test_ids_must_equal_the_models(tokenizer, qwen3):
+    tokenizer.check_config(qwen3)
+    with pytest.raises(ProcessorError, match=r"151656 .*video_token_id 77"):
+        tokenizer.check_config(dataclasses.replace(qwen3, video_token_id=77))
+
+
+def test_bad_requests_to_the_builder():
+    with pytest.raises(ProcessorError, match="below"):
+        build_byte_level_tokenizer(["a"], 270)
+    with pytest.raises(ProcessorError, match="unknown"):
+        build_byte_level_tokenizer(["a"], 300, {"<|nope|>": 4000})
+    with pytest.raises(ProcessorError, match="belong to bytes"):
+        build_byte_level_tokenizer(["a"], 300, {"<|im_end|>": 7})

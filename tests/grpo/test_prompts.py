@@ -1,0 +1,114 @@
+"""Prompts from records: the answer taken off, the solution checked, the order of the data kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.sources import open_mixture
+from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.grpo.prompts import PromptLoader, as_prompt, as_scored_prompt
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.record import Record
+
+
+def record(*turns, solution=None):
+    return Record("r#0", tuple({"role": role, "content": text} for role, text in turns), solution)
+
+
+def test_the_answer_is_taken_off():
+    prompt = as_prompt(record(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")))
+    assert [m["content"] for m in prompt.messages] == ["s", "q", "a", "q2"]
+    assert as_prompt(record(("user", "q"))).messages == record(("user", "q")).messages
+
+
+@pytest.mark.parametrize("turns", [(("system", "s"),), (("assistant", "a"),)])
+def test_nothing_asked(turns):
+    with pytest.raises(RecordError) as error:
+        as_prompt(record(*turns))
+    assert error.value.reason == "no_question" and error.value.key == "r#0"
+
+
+@pytest.mark.parametrize("solution", [None, [], [{"answer": "seven"}], [{"answer": "A", "camera_center": [1]}], "A"])
+def test_a_solution_that_rewards_cannot_read(solution):
+    with pytest.raises(RecordError) as error:
+        as_scored_prompt(record(("user", "q"), solution=solution))
+    assert error.value.reason == "bad_solution"
+
+
+@pytest.fixture
+def make_loader(tiny_world, tmp_path):
+    model, folder = tiny_world
+    encoder = Encoder(
+        ProcessorConfig.from_folder(model), Tokenizer.from_folder(model), VideoOptions(num_frames=4, max_pixels=4096)
+    )
+
+    def make(path=folder / "r1.jsonl", prompts=3, position=0, workers=0):
+        mixture = open_mixture(str(path), str(folder), ())
+        stream = GroupStream(
+            mixture,
+            GroupEncoder(mixture.sources, encoder, as_prompt=as_scored_prompt),
+            Quarantine(tmp_path / "q.jsonl", 0.9, fresh=position == 0),
+            per_group=1,
+            step_groups=1,
+            workers=workers,
+            seed=3,
+            position=position,
+        )
+        return PromptLoader(stream, prompts)
+
+    with encoder:
+        yield make
+
+
+def test_steps_follow_the_order_and_any_of_them_can_be_the_first(make_loader):
+    loader = make_loader()
+    steps = [loader.next_step() for _ in range(4)]
+    assert [s.position for s in steps] == [3, 6, 9, 12]
+    assert len({p.key for s in steps for p in s.prompts if p.position < 8}) == 8  # an epoch takes each once
+    again = make_loader(position=6).next_step()
+    assert [p.key for p in again.prompts] == [p.key for p in steps[2].prompts]
+    prompt = steps[0].prompts[0]
+    assert prompt.example.text.endswith("<|im_start|>assistant\n") and not prompt.example.supervised.any()
+    assert prompt.question.startswith(("Which way", "How many")) and prompt.media[0].endswith(".mp4")
+    assert prompt.described()["solution"][0]["answer"] in "ABCD"
+
+
+def test_worker_processes_make_prompts_too(make_loader):
+    with make_loader(workers=1) as loader:
+        found = loader.next_step().prompts
+    for a, b in zip(found, make_loader().next_step().prompts, strict=True):
+        assert a.key == b.key and (a.example.tokens == b.example.tokens).all()
+    assert all(p.example.text.endswith("<|im_start|>assistant\n") for p in found)
+
+
+def test_prompts_given_before_are_given_again(make_loader):
+    loader = make_loader()
+    given = loader.next_step().prompts
+    again = make_loader(position=5).again([p.position for p in given])
+    for a, b in zip(given, again, strict=True):
+        assert (a.key, a.position, a.record) == (b.key, b.position, b.record)
+        assert (a.example.tokens == b.example.tokens).all() and (a.example.patches == b.example.patches).all()
+
+
+def test_an_unusable_record_is_passed_over(make_loader, tiny_world, tmp_path):
+    _, folder = tiny_world
+    lines = (folder / "r1.jsonl").read_text().splitlines()
+    bad = json.loads(lines[0]) | {"solution": None}
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join([*lines[:2], json.dumps(bad), *lines[2:]]) + "\n")
+    loader = make_loader(path)
+    steps = [loader.next_step() for _ in range(3)]
+    assert all(len(step.prompts) == 3 for step in steps)
+    assert steps[-1].position > 9 and steps[-1].rejected >= 1
+    assert all(p.record.solution is not None for step in steps for p in step.prompts)
+    with pytest.raises(RecordError, match="solution"):
+        position = next(n for n in range(9) if loader._stream.order[n].indices == (2,))
+        loader.again([position])

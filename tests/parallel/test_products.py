@@ -1,0 +1,47 @@
+"""Products summed in float32: values and gradients, in loops too, for both kinds of operands."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mllm4d_jax.parallel.products import einsum_f32
+
+SHAPES = (
+    ("bgknd,bkpd->bgknp", (2, 12, 2, 2, 32), (2, 2, 40, 32)),
+    ("bgknp,bkpd->bgknd", (2, 12, 2, 2, 40), (2, 2, 40, 32)),
+    ("bmh,hv->bmv", (2, 12, 128), (128, 512)),
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("subscripts", "left", "right"), SHAPES)
+def test_values_and_gradients_against_float64(subscripts, left, right, dtype):
+    """In a loop, where a CPU has no product of mixed types; 16-bit operands are exact, only the sums are rounded."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (left, right))
+    weights = rng.normal(size=np.einsum(subscripts, np.zeros(left), np.zeros(right)).shape)
+
+    def value(a, b):
+        def body(total, scale):
+            return total + scale * einsum_f32(subscripts, a, b), None
+
+        return jax.lax.scan(body, jnp.zeros(weights.shape, jnp.float32), jnp.arange(3.0))[0]
+
+    with jax.default_matmul_precision("highest"):
+        out = jax.jit(value)(a, b)
+        grads = jax.jit(jax.grad(lambda a, b: jnp.sum(value(a, b) * weights), (0, 1)))(a, b)
+    exact = [np.asarray(x, np.float64) for x in (a, b)]
+    assert out.dtype == jnp.float32 and grads[0].dtype == dtype
+    expected = 3 * np.einsum(subscripts, *exact)
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+    inputs, result = subscripts.split("->")
+    first, second = inputs.split(",")
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2  # cotangents are rounded to the operand's dtype
+    for found, wanted in (
+        (grads[0], 3 * np.einsum(f"{result},{second}->{first}", weights, exact[1])),
+        (grads[1], 3 * np.einsum(f"{result},{first}->{second}", weights, exact[0])),
+    ):
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=tolerance * np.abs(wanted).max())

@@ -1,0 +1,158 @@
+"""One error for everything that is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import common
+from configs import sft as sft_config
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.models.published import SIZES
+from mllm4d_jax.run import preflight
+from mllm4d_jax.run.preflight import PreflightError
+from mllm4d_jax.sft.task import run, with_sample
+
+
+def complaints(config) -> str:
+    with pytest.raises(PreflightError) as caught:
+        preflight.check(config)
+    return str(caught.value)
+
+
+def complete(tiny_world):
+    config = sft_config.get_config("tiny")
+    folder, records = tiny_world
+    config.data.sample = ""
+    config.model.path, config.data.path, config.data.root = str(folder), str(records), str(records.parent)
+    config.train.batch_size = 8
+    return config
+
+
+def test_nothing_given_lists_weights_records_and_root_with_their_flags(tmp_path):
+    with pytest.raises(PreflightError) as caught:
+        run(common.sft(), str(tmp_path / "w"))
+    text = str(caught.value)
+    assert "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir" in text
+    for flag in ("--config.model.path=", "--config.data.path=", "--config.data.root="):
+        assert flag in text
+    assert "configs/sft.py:tiny" in text
+
+
+def test_a_complete_setting_passes(tiny_world):
+    preflight.check(complete(tiny_world))
+
+
+def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
+    config = complete(tiny_world)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/config.json").write_text("{}")
+    config.model.path = str(tmp_path / "half")
+    config.data.path = str(tmp_path / "absent.json")
+    config.data.root = str(tmp_path / "absent")
+    config.data.max_tokens = 10_000
+    config.prompt.system = "Be brief and exact."
+    config.prompt.system_file = "prompt.txt"
+    config.train.batch_size = 12
+    config.optim.clip_norm = 0.0
+    text = complaints(config)
+    for part in (
+        "lacks tokenizer.json, *.safetensors",
+        "absent.json is not a file",
+        "absent is not a folder",
+        "data.max_tokens lets through up to 10000",
+        "not both",
+        "train.batch_size = 12 cannot be split over 8 devices",
+        "optim.clip_norm",
+    ):
+        assert part in text, part
+    config = complete(tiny_world)
+    config.mesh.data = 3
+    config.data.prefix_buckets = (512, 64)
+    text = complaints(config)
+    assert "mesh: " in text and "ascending" in text and "model.path" not in text
+
+
+def test_a_mixture_and_the_division_of_questions_are_checked(tiny_world, tmp_path):
+    _, path = tiny_world
+    config = complete(tiny_world)
+    config.data.path, config.data.root = "", ""
+    with config.unlocked():
+        config.data.mixture = (f"{path}::{path.parent}::1", f"{tmp_path}::{tmp_path}/no::1")
+        config.data.questions_per_video = 3
+    text = complaints(config)
+    assert f"{tmp_path} is not a file of records" in text and f"{tmp_path}/no is not a folder" in text
+    assert "data.path is not set" not in text and "data.questions_per_video = 3" in text
+    config.data.questions_per_video = 2
+    assert "it makes 4 rows" in complaints(config)
+    config.data.mixture = ("records.json::videos",)
+    assert "path::root::rate" in complaints(config)
+    config.data.questions_per_video = 1
+    config.data.mixture = (f"{path}::{path.parent}::1",)
+    preflight.check(config)
+    config.train.accumulation = 3
+    assert "train.batch_size = 8 cannot be divided into train.accumulation = 3" in complaints(config)
+    config.train.accumulation = 2
+    assert "in 2 micro-batches cannot be split over 8 devices" in complaints(config)
+    config.mesh.tensor = 2
+    preflight.check(config)
+
+
+def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_there(tiny_world, tmp_path):
+    config = sft_config.get_config("qwen3_vl_30b_a3b")
+    assert "hf download Qwen/Qwen3-VL-30B-A3B-Instruct" in complaints(config)
+    assert set(preflight.BASE_MODELS) == {"", *SIZES} - {"235b_a22b"}
+    config = complete(tiny_world)
+    config.model.adapter, config.lora.dropout = str(tmp_path), 1.0
+    text = complaints(config)
+    assert f"model.adapter = {tmp_path} holds no checkpoint" in text and "lora.dropout = 1" in text
+    (tmp_path / "checkpoints/12").mkdir(parents=True)
+    config.lora.dropout = 0.5
+    preflight.check(config)
+
+
+def test_the_sample_gives_only_what_is_not_there(tiny_world, tmp_path):
+    folder, path = tiny_world
+    config = complete(tiny_world)
+    config.data.sample = "tiny"
+    assert with_sample(config, tmp_path) == config and not list(tmp_path.iterdir())
+    config.model.path = ""
+    filled = with_sample(config, tmp_path)
+    assert filled.data.path == str(path) and filled.model.path == str(tmp_path / "sample" / "model")
+    assert [p.name for p in (tmp_path / "sample").iterdir()] == ["model"]
+    config.data.path = str(tmp_path / "absent.json")
+    with pytest.raises(PreflightError, match="absent.json is not a file of records"):
+        with_sample(config, tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made_is_an_error(tiny_world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PreflightError, match="file/x' cannot be written"):
+        run(complete(tiny_world), str(tmp_path / "file" / "x"))
+
+
+def test_the_sample_fills_in_the_paths_and_leaves_the_callers_config_alone(tmp_path):
+    config = sft_config.get_config("tiny")
+    filled = with_sample(config, tmp_path)
+    assert config.model.path == "" and filled.model.path.startswith(str(tmp_path))
+    filled.train.batch_size = 8
+    preflight.check(filled)
+
+
+def test_digests_follow_content_not_place(tiny_world, tmp_path):
+    config = complete(tiny_world)
+    folder, path = tiny_world
+    first = preflight.content_digests(config, RecordFile(path, path.parent))
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(path.read_bytes())
+    assert preflight.content_digests(config, RecordFile(moved, tmp_path)) == first
+    prompted = preflight.content_digests(config, RecordFile(moved, tmp_path, "Be brief."))
+    assert {k for k in first if prompted[k] != first[k]} == {"prompt.system"}
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert preflight.model_digest(copy) == first["model.path"]
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert preflight.model_digest(copy) != first["model.path"]

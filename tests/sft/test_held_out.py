@@ -1,0 +1,96 @@
+"""The held-out loss: what it is, that it changes nothing else, and what it is used for."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mllm4d_jax.rows.batch import collate
+from mllm4d_jax.run.build import load_trainable
+from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.log import read_metrics, summary
+from mllm4d_jax.run.preflight import PreflightError, check
+from mllm4d_jax.sft import task as sft
+from mllm4d_jax.sft.held_out import HeldOutError
+
+
+@pytest.fixture
+def config(make_config, tiny_world, tmp_path):
+    """Six steps of eight questions; held out are five, one of them unusable, of two clips."""
+    config = make_config(*tiny_world)
+    records = json.loads(tiny_world[1].read_text())
+    kept = [records[i] for i in (0, 1, 2, 5)]
+    bad = {"video": "videos/absent.mp4", "conversations": records[0]["conversations"]}
+    path = tmp_path / "held_out.json"
+    path.write_text(json.dumps([*kept[:2], bad, *kept[2:]]))
+    config.data.eval_path, config.train.eval_every, config.train.checkpoint_every = str(path), 2, 3
+    return config
+
+
+def trained(config, workdir):
+    """Runs to the end; the parameters and the rows."""
+    workdir.mkdir()
+    with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best) as checkpoints:
+        job = sft.build(config, workdir, checkpoints)
+        with job.encoder:
+            sft.train(job, False)
+        return jax.tree.map(np.array, job.trainer.trainable), read_metrics(workdir / "metrics.jsonl")
+
+
+def separate_loss(config, job):
+    """Mean over the supervised tokens of the usable records, each a sample of its own; no row, no mesh, no dropout."""
+    encoder, source = job.encoder, job.held_out._encoder.sources[0]
+    model, total, count = load_trainable(config, job.trainer._step.mesh), 0.0, 0
+    for i in (0, 1, 3, 4):
+        example = encoder.encode(source[i])
+        ids = (encoder.config.image_token_id, encoder.config.video_token_id)
+        logits = model.logits(model(collate([example], job.loader.facts.geometry, visual_token_ids=ids)))
+        nll = -jax.nn.log_softmax(np.asarray(logits)[0].astype(np.float64))
+        targets = np.flatnonzero(example.supervised)
+        total += float(sum(nll[t - 1, example.tokens[t]] for t in targets))
+        count += len(targets)
+    return total / count
+
+
+def test_it_is_the_mean_over_the_tokens_of_the_usable_records(config, tmp_path):
+    """Two questions about a clip share its prefix here, and training drops out."""
+    config.data.questions_per_video, config.data.rows, config.lora.dropout = 2, 8, 0.3
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        job = sft.build(config, tmp_path, checkpoints)
+    with job.encoder:
+        measured = job.held_out(job.trainer.trainable)
+        np.testing.assert_allclose(measured, separate_loss(config, job), rtol=1e-5)
+        assert job.held_out(job.trainer.trainable) == measured
+        moved = jax.tree.map(lambda x: x + 0.05, job.trainer.trainable)
+        assert abs(job.held_out(moved) - measured) > 1e-3
+
+
+def test_measuring_changes_nothing_and_picks_the_best(config, tmp_path):
+    config.train.keep_best, config.train.keep_checkpoints = 1, 1
+    ours, rows = trained(config, tmp_path / "measured")
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert list(losses) == [2, 3, 4, 6] and losses[6] != losses[3] and all(np.isfinite(x) for x in losses.values())
+    assert summary(rows)["eval_loss"] == losses[6] and "eval_loss" not in summary(rows[:1])
+    with Checkpoints(tmp_path / "measured/checkpoints", 1, 1) as checkpoints:
+        assert checkpoints.best() == min((3, 6), key=losses.get)
+    config.data.eval_path = ""
+    theirs, plain = trained(config, tmp_path / "plain")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_cannot_be_used(config, tmp_path):
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"video": "absent.mp4", "conversations": [{"from": "human", "value": "<video>?"}]}]))
+    config.data.eval_path = str(bad)
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        job = sft.build(config, tmp_path, checkpoints)
+    with job.encoder, pytest.raises(HeldOutError, match="not one usable record"):
+        job.held_out(job.trainer.trainable)
+    config.data.eval_path = str(tmp_path / "none.json")
+    with pytest.raises(PreflightError, match="data.eval_path = .*none.json is not a file"):
+        check(config)

@@ -1,0 +1,246 @@
+"""Whole runs: exact resume, stopping, bad records and bad numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from configs import sft as sft_config
+from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.run.build import load_trainable
+from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
+from mllm4d_jax.run.log import read_metrics
+from mllm4d_jax.run.progress import Progress, StopSignal, TrainingError
+from mllm4d_jax.run.watchdog import Watchdog
+from mllm4d_jax.sft import task as sft
+from mllm4d_jax.sft.feed import Feed
+from mllm4d_jax.sft.job import make_trainer
+from mllm4d_jax.sft.trainer import Trainer
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(make_config, mixed_world):
+    return make_config(*mixed_world)
+
+
+class StopAt:
+    """Stands in for a signal that arrives during a given step."""
+
+    def __init__(self, job, step):
+        self.job, self.step = job, step
+
+    def __bool__(self):
+        return self.job.trainer.progress.step >= self.step
+
+
+def train(config, workdir, stop_at=STEPS):
+    """One part of a run; returns the adapter and optimiser state on the host."""
+    workdir.mkdir(exist_ok=True)
+    keep = config.train.keep_checkpoints, config.train.keep_best
+    with Checkpoints(workdir / "checkpoints", *keep) as checkpoints:
+        job = sft.build(config, workdir, checkpoints)
+        with job.encoder:
+            sft.train(job, StopAt(job, stop_at))
+        return jax.tree.map(np.array, (job.trainer.trainable, job.trainer.opt_state))
+
+
+@pytest.fixture(scope="module")
+def straight(make_config, mixed_world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train(make_config(*mixed_world), workdir)
+
+
+TIMES = {"step_s", "data_wait_s", "compiles"}
+
+
+def curve(workdir):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_resume_is_exact(config, straight, tmp_path):
+    """Stopped after step 3, killed after step 5 (checkpoint at 4), finished: the same bits as in one go."""
+    train(config, tmp_path / "w", stop_at=3)
+    assert [r["step"] for r in curve(tmp_path / "w")] == [1, 2, 3]
+    with Checkpoints(tmp_path / "w/checkpoints", 2) as checkpoints:
+        assert checkpoints.latest() == 3
+    train(config, tmp_path / "w", stop_at=5)
+    for part in (tmp_path / "w/checkpoints").iterdir():  # as if the process had died before it could save step 5
+        if part.name == "5":
+            part.rename(tmp_path / "lost")
+    config.train.log_every = 3  # free to change
+    resumed = train(config, tmp_path / "w")
+    workdir, want = straight
+    assert curve(tmp_path / "w") == curve(workdir)
+    assert len(curve(workdir)) == STEPS
+    assert jax.tree.all(jax.tree.map(np.array_equal, want, resumed))
+
+
+def test_eight_devices_train_like_one(config, straight, tmp_path):
+    """The run above was split over eight devices; the same batches through one device."""
+    one = make_mesh({"data": -1}, jax.devices()[:1])
+    with Checkpoints(tmp_path / "none", 1) as checkpoints:
+        job = sft.build(config, tmp_path, checkpoints)
+        trainer, _ = make_trainer(config, load_trainable(config, one), one, checkpoints, Progress(), job.content)
+    with job.encoder, Feed(job.loader, 1, job.flops, False, Watchdog(0)) as feed:
+        rows = [trainer.advance(feed.next(last=False)) for _ in range(STEPS)][1:] + [trainer.finish()]
+    workdir, (lora, _) = straight
+    for ours, theirs in zip(rows, curve(workdir), strict=True):
+        assert ours["position"] == theirs["position"]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+        np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-3)
+    # Adam divides by the gradient's own size, so that rounding grows; it stays small beside what was learned.
+    start = jax.tree.map(np.array, job.trainer.trainable)
+    for a, b, c in zip(*map(jax.tree.leaves, (lora, trainer.trainable, start)), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a - c)
+
+
+def test_bad_records_are_named_once_and_the_rest_is_used(straight):
+    workdir, _ = straight
+    entries = [json.loads(line) for line in (workdir / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted((e["key"], e["reason"]) for e in entries) == [
+        ("mixed.json#2", "missing_file"),
+        ("mixed.json#7", "unknown_role"),
+    ]
+    last = curve(workdir)[-1]
+    # 48 places over epochs of ten records, two of them bad: those places stay empty.
+    assert last["position"] == 8 * STEPS and 8 <= last["quarantined"] <= 10
+    assert sum(row["examples"] for row in curve(workdir)) == 8 * STEPS - last["quarantined"]
+    assert last["retraces"] == 0
+
+
+def test_a_finished_run_reports_and_can_be_called_again(config, straight, capsys):
+    workdir, _ = straight
+    for _ in range(2):
+        assert sft.run(config, str(workdir)) == 0
+        assert (workdir / "curve.png").stat().st_size > 10_000
+        assert f"{STEPS} steps; loss" in (workdir / "report.md").read_text()
+        assert f"{STEPS} steps done" in capsys.readouterr().out
+    assert len(curve(workdir)) == STEPS
+
+
+def test_another_config_does_not_continue_the_run(make_config, mixed_world, straight):
+    config = make_config(*mixed_world)
+    written = (straight[0] / "config.json").read_text()
+    assert json.loads(written) == json.loads(json.dumps(config.to_dict()))
+    config.optim.lr = 1.0
+    config.lora.rank = 2
+    with pytest.raises(ResumeError, match="lora.rank: was 16, is 2\n  optim.lr: was 0.003, is 1.0"):
+        sft.run(config, str(straight[0]))
+    config = make_config(*mixed_world)
+    config.train.resume = False
+    with pytest.raises(ResumeError, match="already holds step 6"):
+        sft.run(config, str(straight[0]))
+    assert (straight[0] / "config.json").read_text() == written
+
+
+def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
+    advance = Trainer.advance
+
+    def and_signal(self, *args):
+        row = advance(self, *args)
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", and_signal)
+        assert sft.run(config, str(tmp_path)) == 0
+    assert "stopped after step 2 of 6" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [r["step"] for r in curve(tmp_path)] == [1, 2]
+    with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
+        assert checkpoints.latest() == 2
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_second_interrupt_is_immediate():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_non_finite_loss_stops_naming_step_and_records(config, tmp_path, monkeypatch):
+    advance = Trainer.advance
+
+    def poisoned(self, data):
+        if self.progress.step == 4:
+            bad = [b._replace(loss_weight=b.loss_weight * np.float32("nan")) for b in data.batches]
+            data = dataclasses.replace(data, batches=tuple(bad))
+        return advance(self, data)
+
+    monkeypatch.setattr(Trainer, "advance", poisoned)
+    with pytest.raises(TrainingError, match=r"loss of step 5 is not finite.*mixed\.json#\d") as caught:
+        sft.run(config, str(tmp_path))
+    named = re.findall(r"mixed\.json#(\d)", str(caught.value))
+    assert 5 <= len(named) <= 8 and not {"2", "7"} & set(named)  # the unusable ones were not in it
+    assert [r["step"] for r in curve(tmp_path)] == [1, 2, 3, 4]
+    with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
+        assert checkpoints.latest() == 4
+
+
+def test_micro_batches_take_the_same_steps_and_resume(config, straight, tmp_path):
+    """Two micro-batches a step, begun with one: the same groups in each step, the same curve but for rounding."""
+    train(config, tmp_path / "w", stop_at=2)
+    config.train.accumulation = 2
+    config.mesh.tensor = 2
+    train(config, tmp_path / "w")
+    for ours, theirs in zip(curve(tmp_path / "w"), curve(straight[0]), strict=True):
+        exact = ("step", "position", "examples", "supervised", "tokens", "quarantined")
+        assert [ours[k] for k in exact] == [theirs[k] for k in exact]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_a_run_can_start_from_the_adapter_of_another(config, straight, tmp_path):
+    workdir, (adapter, _) = straight
+    config.model.adapter = str(workdir)
+    with Checkpoints(tmp_path / "new", 1) as checkpoints:
+        job = sft.build(config, tmp_path, checkpoints)
+    assert job.trainer.progress == Progress()
+    assert jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, job.trainer.trainable)))
+    assert not any(np.any(x) for x in jax.tree.leaves(job.trainer.opt_state))  # moments and counters begin anew
+    config.lora.alpha = 1.0
+    with pytest.raises(ResumeError, match=r"trained otherwise: lora.alpha: 32.0 there, 1.0 here"):
+        with Checkpoints(tmp_path / "other", 1) as checkpoints:
+            sft.build(config, tmp_path, checkpoints)
+
+
+def test_the_best_checkpoints_stay(config, tmp_path, monkeypatch):
+    config.train.checkpoint_every, config.train.keep_checkpoints, config.train.keep_best = 1, 1, 1
+    config.train.log_every = 1
+    losses = iter([3.0, 1.0, 2.0, 1.5, 1.25, 4.0])
+    monkeypatch.setattr(sft.Losses, "value", lambda self, watchdog: next(losses))
+    train(config, tmp_path / "w")
+    with Checkpoints(tmp_path / "w/checkpoints", 1, 1) as checkpoints:
+        assert (checkpoints.latest(), checkpoints.best()) == (STEPS, 2)
+    kept = sorted(p.name for p in (tmp_path / "w/checkpoints").iterdir() if p.name.isdigit())
+    assert kept == ["2", "6"]
+
+
+def test_chosen_steps_are_traced(config, tmp_path):
+    config.train.steps, config.train.trace_steps = 3, (2,)
+    train(config, tmp_path / "w")
+    traces = list((tmp_path / "w/trace").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_tiny_config_learns(tmp_path):
+    """The run the README begins with, on the test session's eight devices."""
+    config = sft_config.get_config("tiny")
+    config.train.batch_size = 8
+    assert sft.run(config, str(tmp_path)) == 0
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert np.mean([r["loss"] for r in rows[-20:]]) < 0.1 * np.mean([r["loss"] for r in rows[:5]])
+    assert rows[-1]["retraces"] == 0

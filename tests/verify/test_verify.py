@@ -1,0 +1,122 @@
+"""The verify task: what it finds, what it prints, and that it can fail."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from configs import common
+from configs.schema import build
+from mllm4d_jax.verify import task as verify
+from mllm4d_jax.verify.checks import Check, Comparison
+from mllm4d_jax.verify.processor import verify_processor
+from mllm4d_jax.verify.reference import RecordingError
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+
+
+def run(golden, model="", case="", **values) -> int:
+    values |= {"golden": str(golden), "model": str(model), "case": case}
+    return verify.run(build(common.VERIFY_KEYS, values), "unused")
+
+
+def test_processor_tables_all_hold_and_every_row_is_compared(capsys):
+    assert run(GOLDEN / "processor") == 0
+    out = capsys.readouterr().out
+    assert "PASSED: all 36 checks" in out and "FAIL" not in out
+    counts = {(c.case.split("/")[1], c.group): c.compared for c in verify_processor(GOLDEN / "processor", "p")}
+    sampling = json.loads((GOLDEN / "processor" / "frame_sampling.json").read_text())
+    sizes = json.loads((GOLDEN / "processor" / "smart_resize.json").read_text())
+    for table in ("qwen3_vl", "qwen2_5_vl_hf", "qwen_vl_utils"):
+        assert counts["frame_sampling", table] == len(sampling[table])
+    for table, rows in sizes.items():
+        assert counts["smart_resize", table] == len(rows)
+    assert counts["prompts", "templates"] == 14 and counts["prompts", "expanded"] == 18
+
+
+def test_a_model_folder_reports_every_stage(capsys):
+    assert run(GOLDEN / "qwen3_vl", case="image") == 0
+    out = capsys.readouterr().out
+    for stage in ("positions", "vision blocks", "decoder layers", "logits", "loss", "greedy ids"):
+        assert any(stage in line and line.startswith("ok") for line in out.splitlines()), stage
+
+
+def damaged_model(tmp_path, name: str) -> pathlib.Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "qwen3_vl" / "config.json", folder)
+    values = load_file(GOLDEN / "qwen3_vl" / "model.safetensors")
+    values[name] = values[name] + np.float32(0.01)
+    save_file(values, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tensor", "stage"),
+    [
+        ("model.visual.blocks.1.attn.proj.bias", "vision blocks (img_block_1)"),
+        ("model.language_model.layers.2.mlp.down_proj.weight", "decoder layers (layer_2_out)"),
+        ("model.language_model.norm.weight", "final norm (final_norm)"),
+    ],
+)
+def test_a_deviation_is_named_where_it_starts(tmp_path, capsys, tensor, stage):
+    assert run(GOLDEN / "qwen3_vl", model=damaged_model(tmp_path, tensor), case="image") == 1
+    out = capsys.readouterr().out
+    assert f"first stage that deviates: qwen3_vl/image: {stage}" in out
+    assert "FAILED:" in out
+
+
+def test_a_root_uses_the_given_model_where_the_configuration_matches(tmp_path):
+    model = damaged_model(tmp_path, "model.language_model.norm.weight")
+    targets = {t.folder.name: t.model for t in verify.find_targets(str(GOLDEN), str(model))}
+    assert targets["qwen3_vl"] == model
+    assert targets["qwen2_5_vl"] == GOLDEN / "qwen2_5_vl" and targets["processor"] is None
+    assert {t.model for t in verify.find_targets(str(GOLDEN), "")} == {
+        None,
+        *(GOLDEN / m for m in ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")),
+    }
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(RecordingError, match="is not a folder"):
+        run(tmp_path / "nothing")
+    with pytest.raises(RecordingError, match="holds no recorded cases"):
+        run(tmp_path)
+    with pytest.raises(RecordingError, match="no recorded case matches config.case = 'vidoe'"):
+        run(GOLDEN / "qwen3_vl", case="vidoe")
+    recording = tmp_path / "recording"
+    recording.mkdir()
+    shutil.copy(GOLDEN / "qwen3_vl" / "text.npz", recording)
+    with pytest.raises(RecordingError, match="holds no weights"):
+        run(recording)
+    (recording / "text.npz").write_bytes(b"not an npz")
+    with pytest.raises(RecordingError, match="cannot be read as an npz"):
+        run(recording, model=GOLDEN / "qwen3_vl")
+    with pytest.raises(RecordingError, match="has the configuration of none of"):
+        root = tmp_path / "root"
+        shutil.copytree(GOLDEN / "qwen2_5_vl", root / "qwen2_5_vl")
+        run(root, model=GOLDEN / "qwen3_vl")
+
+
+def test_a_table_with_a_wrong_row_fails(tmp_path):
+    table = json.loads((GOLDEN / "processor" / "smart_resize.json").read_text())
+    table["video_qwen3_vl"][40]["out"] = [32, 32]
+    (tmp_path / "smart_resize.json").write_text(json.dumps(table))
+    failed = [c for c in verify_processor(tmp_path, "p") if not c.passed]
+    assert [(c.group, c.error) for c in failed] == [("video_qwen3_vl", 1.0)]
+
+
+def test_nan_and_other_shapes_never_pass():
+    comparison = Comparison("case", "group", 1.0)
+    comparison.close("nan", np.array([np.nan]), np.zeros(1))
+    assert not comparison.check()[0].passed
+    comparison = Comparison("case", "group", 1.0)
+    comparison.close("shape", np.zeros((2, 1)), np.zeros(2))
+    assert not comparison.check()[0].passed
+    assert not Check("c", "g", float("nan"), 1e-3, 1).passed
+    assert Check("c", "g", 1e-3, 1e-3, 1).passed
