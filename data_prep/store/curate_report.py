@@ -8,8 +8,8 @@ from typing import Any
 
 import ml_collections
 
-from data_prep.questions.balance import PRESETS
 from data_prep.questions import blind
+from data_prep.questions.balance import PRESETS
 from data_prep.questions.splits import SPLITS, fraction
 from data_prep.sources.base import Source
 from data_prep.store.parts import PartStore
