@@ -12,10 +12,10 @@ from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.order import Order
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.steps import LoadedBatch, ModelFacts, PreparedStep
+from mllm4d_jax.data.steps import LoadedBatch, PreparedStep
 from mllm4d_jax.data.stream import GroupStream, LoaderError
-from mllm4d_jax.rows.buckets import RowBuckets
-from mllm4d_jax.rows.rows import needed_sizes, pack_groups, share_prefix
+from mllm4d_jax.rows.rows import pack_groups, share_prefix
+from mllm4d_jax.rows.shape import RowShape
 
 __all__ = ["Loader", "LoaderError", "LoaderOptions"]
 
@@ -28,28 +28,29 @@ class LoaderOptions:
       batch_size: places for questions in a step, over all hosts.
       questions_per_video: most questions about one clip that share its prefix, N.
       rows: rows of a step, over all hosts; 0 = one per group.
-      prefix_buckets, branch_buckets: allowed lengths of a row's prefix region and of its branch slots.
       workers: processes that encode; 0 = encode in this process.
     """
 
     batch_size: int
     questions_per_video: int = 1
     rows: int = 0
-    prefix_buckets: tuple[int, ...] = ()
-    branch_buckets: tuple[int, ...] = ()
     workers: int = 0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], batch_size: int) -> Self:
         """Options from a config group such as `config.data`; its other keys are not the loader's."""
         known = {f.name for f in dataclasses.fields(cls)} & set(values.keys())
-        chosen = {name: tuple(values[name]) if name.endswith("buckets") else values[name] for name in known}
-        return cls(batch_size, **chosen)
+        return cls(batch_size, **{name: values[name] for name in known})
 
     @property
     def groups(self) -> int:
         """Groups of a step, over all hosts."""
         return self.batch_size // self.questions_per_video
+
+    @property
+    def clips_per_row(self) -> int:
+        """Clips of a full row."""
+        return -(-self.groups // (self.rows or self.groups))
 
     def local(self, hosts: int) -> tuple[int, int]:
         """(groups, rows) of a step on each host.
@@ -67,32 +68,13 @@ class LoaderOptions:
             raise LoaderError(f"{self.groups} groups in {rows} rows cannot be split evenly over {hosts} hosts")
         return self.groups // hosts, rows // hosts
 
-    def buckets(self, hosts: int, *, merge_area: int, frames: int, frame_patches: int) -> RowBuckets:
-        """The shapes of a host's rows. Raises BucketError when no lengths are given.
-
-        Args:
-          merge_area: patches per merged token.
-          frames: most vision frames (temporal patches) of a clip, 0 when there is no limit.
-          frame_patches: most patches of a frame, 0 likewise.
-        """
-        groups, rows = self.local(hosts)
-        return RowBuckets(
-            prefix=self.prefix_buckets,
-            length=self.branch_buckets,
-            merge_area=merge_area,
-            full_slots=-(-groups // rows) * self.questions_per_video,
-            full_frames=-(-groups // rows) * frames,
-            full_frame_patches=frame_patches,
-        )
-
 
 class Loader:
     """Gives the steps of a run from a position on, without end. Use as a context manager, or close it.
 
     Attributes:
       stream: the groups; its position is the whole state of the loader.
-      options, buckets: as given.
-      facts: what the rows know about the model.
+      options, shape: as given.
     """
 
     def __init__(
@@ -100,8 +82,7 @@ class Loader:
         mixture: Mixture,
         encoder: GroupEncoder,
         options: LoaderOptions,
-        buckets: RowBuckets,
-        model: ModelFacts,
+        shape: RowShape,
         quarantine: Quarantine,
         *,
         seed: int,
@@ -114,8 +95,7 @@ class Loader:
           mixture: where records come from.
           encoder: of its sources.
           options: what a step holds.
-          buckets: what rows are padded to.
-          model: facts for the layout.
+          shape: how rows are laid out and padded.
           quarantine: where unusable records go.
           seed: of the order.
           position: groups consumed before this point of the run, a whole number of steps.
@@ -125,7 +105,7 @@ class Loader:
           LoaderError: settings that cannot be divided, or a position inside a step.
         """
         _, self._rows = options.local(hosts)
-        self.options, self.buckets, self.facts = options, buckets, model
+        self.options, self.shape = options, shape
         self.stream = GroupStream(
             mixture,
             encoder,
@@ -173,13 +153,13 @@ class Loader:
         if items is None:
             return None
         groups = [
-            g for item in items if item.examples for g in share_prefix(item.examples, self.facts.visual_token_ids)
+            g for item in items if item.examples for g in share_prefix(item.examples, self.shape.visual_token_ids)
         ]
         rows = tuple(tuple(row) for row in pack_groups(groups, self._rows))
         return PreparedStep(
             rows=rows,
-            needed=needed_sizes(rows, self.facts.geometry, self.buckets.length),
-            model=self.facts,
+            needed=self.shape.needed(rows),
+            shape=self.shape,
             position=self.position,
             rejected=self.stream.quarantine.rejected,
             load_s=time.perf_counter() - started,
@@ -188,7 +168,7 @@ class Loader:
     def next_batch(self, stop: threading.Event | None = None) -> LoadedBatch | None:
         """The next step padded at once, for a run on one host. As `next_step` otherwise."""
         step = self.next_step(stop)
-        return None if step is None else step.finish(self.buckets.sizes(step.needed))
+        return None if step is None else step.finish(self.shape.sizes(step.needed))
 
     def close(self) -> None:
         """Ends the worker processes."""

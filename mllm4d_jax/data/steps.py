@@ -7,23 +7,8 @@ import time
 
 import numpy as np
 
-from mllm4d_jax.encode.grids import VisionGeometry
-from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, collate_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFacts:
-    """What the rows must know about the model.
-
-    Attributes:
-      geometry: of the vision tower.
-      visual_token_ids: image and video placeholder ids.
-      patch_size: numbers per patch.
-    """
-
-    geometry: VisionGeometry
-    visual_token_ids: tuple[int, ...]
-    patch_size: int
+from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes
+from mllm4d_jax.rows.shape import RowShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +47,14 @@ class PreparedStep:
     Attributes:
       rows: groups of each row.
       needed: the smallest sizes that hold them, with slots of an allowed length; the hosts pad to
-        `RowBuckets.sizes(buckets.largest(all needed))`.
-      model: facts for the layout.
+        `shape.sizes(largest(all needed))`.
+      shape: how rows are laid out.
       position, rejected, load_s: as in `LoadedBatch`.
     """
 
     rows: tuple[tuple[Group, ...], ...]
     needed: RowSizes
-    model: ModelFacts
+    shape: RowShape
     position: int
     rejected: int
     load_s: float
@@ -81,14 +66,7 @@ class PreparedStep:
           ValueError: a size is too small.
         """
         started = time.perf_counter()
-        batch = collate_rows(
-            self.rows,
-            sizes,
-            self.model.geometry,
-            visual_token_ids=self.model.visual_token_ids,
-            patch_dim=self.model.patch_size,
-            packed_length=self.needed.length,
-        )
+        batch = self.shape.collate(self.rows, sizes, self.needed.length)
         tokens = int(np.count_nonzero(batch.inputs.segment_ids))
         visual = int(np.count_nonzero(batch.inputs.vision_index >= 0))
         groups = [g for row in self.rows for g in row]

@@ -17,7 +17,7 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
-from mllm4d_jax.media.resize import ResizeRule, SizeError, image_size, resize_bicubic
+from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_image, read_video
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
@@ -41,8 +41,6 @@ __all__ = [
 ]
 
 _MIN_FRAMES = 2
-# The paper's training: every frame between 28 x 28 and 224 x 224 pixels.
-_FRAME_BUDGET = (784, 50176)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +108,7 @@ class Encoder:
         opts = self.options
         self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads) if isolate_decoder else None
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps, opts.min_frames)
-        self._resize = _resize_rule(config, opts)
-
-    @property
-    def max_frame_pixels(self) -> int | None:
-        """Most pixels of a video frame, None when the resize rule bounds something else."""
-        high = self._resize.max_pixels
-        return int(high) if self._resize.rule == "per_frame" and high is not None else None
+        self._resize = opts.resize_for(config)
 
     def encode(self, record: Record, *, add_generation_prompt: bool = False) -> Example:
         """Reads the record's media, renders and tokenises its conversation once, and computes its positions.
@@ -337,19 +329,3 @@ class Encoder:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def _resize_rule(config: ProcessorConfig, options: VideoOptions) -> ResizeRule:
-    """The clip's resize rule with its own budget where the options leave it open."""
-    default: tuple[int | None, int | None]
-    if options.resize_rule == "per_frame":
-        default = _FRAME_BUDGET
-    elif options.resize_rule == "total":
-        default = (config.video_min_pixels, config.video_max_pixels)
-    else:
-        default = (None, None)
-    low = default[0] if options.min_pixels is None else options.min_pixels
-    high = default[1] if options.max_pixels is None else options.max_pixels
-    if low is not None and high is not None and low > high:
-        raise ProcessorError(f"resize rule {options.resize_rule!r}: min_pixels {low} exceeds max_pixels {high}")
-    return ResizeRule(options.resize_rule, config.factor, config.temporal_patch_size, low, high)

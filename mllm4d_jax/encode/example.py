@@ -9,10 +9,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import ProcessorError
 
 SAMPLING_RULES = ("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils")
 RESIZE_RULES = ("per_frame", "total", "qwen_vl_utils")
+# The paper's training: every frame between 28 x 28 and 224 x 224 pixels.
+FRAME_BUDGET = (784, 50176)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,23 @@ class VideoOptions:
             if name in values and not values[name]:
                 values[name] = None
         return cls(**values)
+
+    def resize_for(self, processor: ProcessorConfig) -> ResizeRule:
+        """Return the resize rule of a clip, with its own budget where the options leave it open.
+
+        Raises:
+          ProcessorError: the lower budget exceeds the upper one.
+        """
+        budget: tuple[int | None, int | None] = (None, None)
+        if self.resize_rule == "per_frame":
+            budget = FRAME_BUDGET
+        elif self.resize_rule == "total":
+            budget = (processor.video_min_pixels, processor.video_max_pixels)
+        low = budget[0] if self.min_pixels is None else self.min_pixels
+        high = budget[1] if self.max_pixels is None else self.max_pixels
+        if low is not None and high is not None and low > high:
+            raise ProcessorError(f"resize rule {self.resize_rule!r}: min_pixels {low} exceeds max_pixels {high}")
+        return ResizeRule(self.resize_rule, processor.factor, processor.temporal_patch_size, low, high)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,12 +76,32 @@ class ProcessorConfig:
         config = _read_json(folder / "config.json")
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
-        where = folder / "config.json"
+        return cls.of(config, folder, *_processor_files(folder))
+
+    @classmethod
+    def of(
+        cls,
+        config: Mapping[str, Any],
+        where: str | Path,
+        image: Mapping[str, Any] | None = None,
+        video: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Return the processor of a config.json; what it leaves open is as released with the published checkpoints.
+
+        Args:
+          config: content of config.json.
+          where: its folder, or the model's name, for messages.
+          image, video: settings of the image and the video processor; None for none.
+
+        Raises:
+          ProcessorError: as `from_folder`.
+        """
+        folder, where = where, Path(where) / "config.json"
+        image, video = image or {}, video or {}
         model_type = config.get("model_type")
         if model_type not in FAMILIES:
             raise ProcessorError(f"{where}: model_type {model_type!r} is not supported (known: {', '.join(FAMILIES)})")
         family = FAMILIES[model_type]
-        image, video = _processor_files(folder)
         published, vision = _PUBLISHED[family], config.get("vision_config")
         if not isinstance(vision, dict):
             raise ProcessorError(f"{where}: vision_config is missing")

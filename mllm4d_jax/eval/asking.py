@@ -15,16 +15,15 @@ from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
-from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.eval.benchmarks import Item
 from mllm4d_jax.grpo.prompts import as_prompt
 from mllm4d_jax.media.video import VideoClip
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.record import Record
 from mllm4d_jax.rows.batch import ModelInputs
-from mllm4d_jax.rows.buckets import RowBuckets
 from mllm4d_jax.rows.pack import place_branches
-from mllm4d_jax.rows.rows import Group, collate_rows, needed_sizes, share_prefix
+from mllm4d_jax.rows.rows import Group, share_prefix
+from mllm4d_jax.rows.shape import RowShape
 
 INSTRUCTION = "Answer with the letter of the right option."
 
@@ -122,21 +121,18 @@ class Layout:
     Attributes:
       rows: of a batch.
       per_row: most questions of a row.
-      buckets: what rows are padded to.
-      geometry, visual_token_ids: of the model.
+      shape: how they are laid out and padded.
     """
 
     rows: int
     per_row: int
-    buckets: RowBuckets
-    geometry: VisionGeometry
-    visual_token_ids: tuple[int, ...]
+    shape: RowShape
 
     def groups(self, examples: Sequence[Example]) -> list[Group]:
         """The questions about a video as rows, of nearly equal number."""
         parts = -(-len(examples) // self.per_row)
         chunks = (examples[len(examples) * n // parts : len(examples) * (n + 1) // parts] for n in range(parts))
-        return [group for chunk in chunks for group in share_prefix(chunk, self.visual_token_ids)]
+        return [group for chunk in chunks for group in share_prefix(chunk, self.shape.visual_token_ids)]
 
     def collate(self, groups: Sequence[Group]) -> tuple[ModelInputs, list[list[str]]]:
         """One batch, filled up with empty rows: (inputs, key of the question in each slot, "" for none).
@@ -147,11 +143,11 @@ class Layout:
         if len(groups) > self.rows:
             raise ValueError(f"{len(groups)} groups for {self.rows} rows")
         rows = [[group] for group in groups] + [[] for _ in range(self.rows - len(groups))]
-        sizes = self.buckets.sizes(needed_sizes(rows, self.geometry))
-        inputs = collate_rows(rows, sizes, self.geometry, visual_token_ids=self.visual_token_ids).inputs
-        keys = [[""] * sizes.slots for _ in rows]
+        inputs = self.shape.collate(rows).inputs
+        layout = inputs.layout
+        keys = [[""] * layout.slots for _ in rows]
         for row, group in zip(keys, groups, strict=False):
-            places = place_branches([group.branches], sizes.length)[0][0]
+            places = place_branches([group.branches], layout.length)[0][0]
             for example, (slot, _) in zip(group.examples, places, strict=True):
                 row[slot] = example.key
         return inputs, keys

@@ -39,15 +39,15 @@ from mllm4d_jax.eval.scoring import Bootstrap
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
-from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
-from mllm4d_jax.rows.buckets import RowBuckets
 from mllm4d_jax.rows.rows import Group
-from mllm4d_jax.run.loading import Choice, choose_model, load_chosen
+from mllm4d_jax.run.build import row_shape
 from mllm4d_jax.run.log import write_config
+from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 
 QUARANTINE = "quarantine.jsonl"
 # Besides `NOT_IN_ANSWERS`: where and beside what a question is computed (which changes sums in the last bits).
@@ -112,7 +112,11 @@ def _agree(number: int) -> np.ndarray:
 
 def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     """Asks this process's questions; returns how many of them could not be asked, now or earlier."""
-    items, manner, choice = load_questions(config), manner_of(config), choose_model(config)
+    items, manner, choice = (
+        load_questions(config),
+        manner_of(config),
+        choose_model(config.model.path, config.model.adapter, config.model.step),
+    )
     host, hosts = jax.process_index(), jax.process_count()
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:
@@ -165,7 +169,7 @@ def manner_of(config: ml_collections.ConfigDict) -> Manner:
     return Manner(mode, system, config.control == "blind")
 
 
-def answers_hash(config: ml_collections.ConfigDict, manner: Manner, choice: Choice) -> str:
+def answers_hash(config: ml_collections.ConfigDict, manner: Manner, choice: ModelChoice) -> str:
     """Hash of all that the answers depend on: files by their content, so that they may be moved."""
     sha = hashlib.sha256()
     for file in question_files(config.data.path):
@@ -185,7 +189,7 @@ class _Asker:
         config: ml_collections.ConfigDict,
         items: Sequence[Item],
         manner: Manner,
-        choice: Choice,
+        choice: ModelChoice,
         videos: int,
     ) -> None:
         self._config, self._manner = config, manner
@@ -252,23 +256,9 @@ class _Asker:
 
 def _layout(config: ml_collections.ConfigDict, encoder: Encoder, model: QwenVL, mesh: Mesh, videos: int) -> Layout:
     """Rows enough for all devices, but not for more than the videos there are."""
-    c, shards = encoder.config, batch_shards(mesh)
-    rows = max(1, min(config.prompts_at_once, videos))
-    buckets = RowBuckets(
-        prefix=tuple(config.data.prefix_buckets),
-        length=tuple(config.data.branch_buckets),
-        merge_area=c.merge_size**2,
-        full_slots=config.questions_per_video,
-        full_frames=-(-config.video.num_frames // c.temporal_patch_size),
-        full_frame_patches=(encoder.max_frame_pixels or 0) // c.patch_size**2,
-    )
-    return Layout(
-        rows=-(-rows // shards) * shards,
-        per_row=config.questions_per_video,
-        buckets=buckets,
-        geometry=vision_geometry(model.config),
-        visual_token_ids=(c.image_token_id, c.video_token_id),
-    )
+    rows, shards = max(1, min(config.prompts_at_once, videos)), batch_shards(mesh)
+    shape = row_shape(config, encoder.config, model.config)
+    return Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)
 
 
 class Progress:

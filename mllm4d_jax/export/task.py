@@ -17,10 +17,12 @@ from mllm4d_jax.export.check import Difference, compare
 from mllm4d_jax.export.merged import ExportError, find_changes, write_merged
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
-from mllm4d_jax.run.source import Source, Tuned, find_source, load_tuned
+from mllm4d_jax.run.start import ModelChoice, TunedModel, choose_model, load_tuned
 
 
-def export_peft(tuned: Tuned, source: Source, out: pathlib.Path, base_name: str, tolerance: float) -> list[str]:
+def export_peft(
+    tuned: TunedModel, source: ModelChoice, out: pathlib.Path, base_name: str, tolerance: float
+) -> list[str]:
     """Writes the adapter to `out`, reads it back onto the base model and compares; returns lines for people.
 
     Raises:
@@ -42,7 +44,9 @@ def export_peft(tuned: Tuned, source: Source, out: pathlib.Path, base_name: str,
     return [f"PEFT adapter of rank {rank}, {count} tensors", _reloaded(difference, tolerance)]
 
 
-def export_merged(tuned: Tuned, source: Source, out: pathlib.Path, tolerance: float, rounding: float) -> list[str]:
+def export_merged(
+    tuned: TunedModel, source: ModelChoice, out: pathlib.Path, tolerance: float, rounding: float
+) -> list[str]:
     """Writes the merged checkpoint to `out`, loads it and compares; returns lines for people. Uses the model up.
 
     What is loaded has to equal the model merged in memory and rounded to the files' dtype by `tolerance`; that one may
@@ -98,10 +102,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     output = pathlib.Path(config.output).absolute()
     if output.exists():
         raise ExportError(f"config.output = {output} exists already: name another folder, or remove it first")
-    source = find_source(config)
+    if not config.source:
+        raise ExportError("config.source is empty: name a workdir, its checkpoints folder or a PEFT adapter folder")
+    source = choose_model(config.model.path, config.source, config.step)
     model = load_model(source.base, dtype=jnp.dtype(config.dtype), attention=config.attention)
     before = export_check.logits(model)
-    tuned = load_tuned(model, source)
+    tuned = load_tuned(model, source.adapter)
     del model
     effect = compare(export_check.logits(tuned.model), before)
     empty = not tuned.trained and export_check.is_empty(tuned.model)
@@ -121,10 +127,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     return 0
 
 
-def _report(output: pathlib.Path, source: Source, lines: list[str], effect: Difference, empty: bool) -> None:
-    step = "" if source.step is None else f", step {source.step}"
+def _report(output: pathlib.Path, source: ModelChoice, lines: list[str], effect: Difference, empty: bool) -> None:
     print(f"{output}: {lines[0]}")
-    print(f"  from {source.folder}{step}; base model {source.base}")
+    print(f"  from {source.adapter}; base model {source.base}")
     for line in lines[1:]:
         print(f"  {line}")
     print(f"  what was trained moves the logits of the test prompt by up to {effect.largest:.2g}")

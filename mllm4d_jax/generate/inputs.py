@@ -1,4 +1,4 @@
-"""What one call of the sampler gets: checked, as numbers of all branches, and its rows laid out on the devices."""
+"""What one call of the sampler gets, checked and as numbers of all branches."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Self
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from mllm4d_jax.models.vision import VisionFeatures
-from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
 from mllm4d_jax.rows.batch import ModelInputs
 
 
@@ -118,32 +116,3 @@ def fill_rows(
         vision=vision,
     )
     return filled, features
-
-
-def features_placement(features: VisionFeatures, mesh: Mesh) -> VisionFeatures:
-    """Where features (or their shapes) go on the sampler's mesh: split over the batch axes where they can be.
-
-    They come from the learner's mesh, whose devices may stand in another order (as they do on a TPU when the sampler
-    has a mesh of its own), and a program takes no arguments of two orders.
-    """
-    split = features.merged.shape[0] % batch_shards(mesh) == 0
-    merged, deepstack = (batch_sharding(mesh, 2), batch_sharding(mesh, 3, 1)) if split else [replicated(mesh)] * 2
-    return VisionFeatures(merged, deepstack)
-
-
-def place_inputs(inputs: ModelInputs, mesh: Mesh | None) -> ModelInputs:
-    """Rows and frames split over the batch axes of the mesh where they can be."""
-    if mesh is None:
-        return inputs
-
-    def put(x, dim: int = 0):
-        split = x.shape[dim] % batch_shards(mesh) == 0
-        return jax.device_put(x, batch_sharding(mesh, x.ndim, dim) if split else replicated(mesh))
-
-    return inputs._replace(
-        tokens=put(inputs.tokens),
-        positions=put(inputs.positions, 1),
-        segment_ids=put(inputs.segment_ids),
-        vision_index=put(inputs.vision_index),
-        vision=jax.tree.map(put, inputs.vision),
-    )

@@ -34,12 +34,13 @@ from mllm4d_jax.generate.decoding import (
     prefill_rows,
 )
 from mllm4d_jax.generate.draw import SamplingOptions, branch_keys, draw
-from mllm4d_jax.generate.inputs import Call, features_placement, fill_rows, place_inputs
+from mllm4d_jax.generate.inputs import Call, fill_rows
 from mllm4d_jax.generate.policy import head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.models.vision import VisionFeatures
+from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import batch_shards, constrain, replicated
 from mllm4d_jax.rows.batch import ModelInputs
 
@@ -177,12 +178,12 @@ class Sampler:
         packing = self._first_packing(call)
         keys = KeyNumbers(np.uint32(seed), call.prompt_ids[packing.rows], call.numbers[packing.rows])
         filled, features = fill_rows(inputs, features, packing.rows)
-        if features is not None and self.mesh is not None:
-            features = jax.device_put(features, features_placement(features, self.mesh))
         cache, own, following, first, scores = self._start(
             weights,
-            place_inputs(filled, self.mesh),
-            features,
+            place_rows(filled, self.mesh),
+            # They come from the learner's mesh, whose devices may stand in another order (as they do on a TPU when the
+            # sampler has a mesh of its own), and a program takes no arguments of two orders.
+            place_rows(features, self.mesh),
             self._everywhere(keys),
             branches=branches,
             options=on_device,

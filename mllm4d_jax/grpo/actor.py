@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.completions import Completions
 from mllm4d_jax.generate.draw import SamplingOptions, prompt_id
@@ -20,42 +19,10 @@ from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.qa.custom_rewards import Rewards
-from mllm4d_jax.rows.buckets import RowBuckets
-from mllm4d_jax.rows.completion_rows import PromptBatch, PromptSizes, collate_prompts, needed_prompt_sizes
-from mllm4d_jax.rows.rows import RowSizes
+from mllm4d_jax.rows.completion_rows import PromptBatch, collate_prompts, needed_prompt_sizes
+from mllm4d_jax.rows.shape import RowShape
 
 Encode = Callable[[Any, int], PromptFeatures | None]  # (vision inputs of so many prompts, their number)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSide:
-    """What laying out prompts needs to know of the model.
-
-    Attributes:
-      geometry: of the vision tower.
-      visual_token_ids: image and video placeholder ids.
-      buckets: what prompts and completions are padded to.
-    """
-
-    geometry: VisionGeometry
-    visual_token_ids: tuple[int, ...]
-    buckets: RowBuckets
-
-    def prompt_sizes(self, prompts: Sequence[Prompt]) -> PromptSizes:
-        """Padded sizes of these prompts."""
-        needed = needed_prompt_sizes([p.example for p in prompts])
-        sizes = self.buckets.sizes(RowSizes(needed.length, 1, 1, needed.frames, needed.frame_patches, 1))
-        return PromptSizes(sizes.prefix, sizes.frames, sizes.frame_patches)
-
-    def completion_sizes(self, longest: int, entries: int) -> tuple[int, int]:
-        """Padded (tokens of a completion, tokens of a row's completions)."""
-        sizes = self.buckets.sizes(RowSizes(1, 1, longest, 0, 0, entries))
-        return sizes.length, sizes.supervised
-
-    def collate(self, prompts: Sequence[Prompt], sizes: PromptSizes | None = None) -> PromptBatch:
-        """One batch of prompts; `sizes` None for the smallest that these need."""
-        sizes = sizes or self.prompt_sizes(prompts)
-        return collate_prompts([p.example for p in prompts], sizes, self.geometry, self.visual_token_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +49,7 @@ class Actor:
         self,
         sampler: Sampler,
         tokenizer: Tokenizer,
-        side: ModelSide,
+        shape: RowShape,
         encode: Encode,
         rewards: Rewards,
         options: SamplingOptions,
@@ -100,7 +67,7 @@ class Actor:
           prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
           seed: of the whole run; each step draws from a seed of its own.
         """
-        self._sampler, self._tokenizer, self.side, self._encode = sampler, tokenizer, side, encode
+        self._sampler, self._tokenizer, self.shape, self._encode = sampler, tokenizer, shape, encode
         self._rewards, self.options, self._branches = rewards, options, branches
         self._longest, self._at_once, self._seed = max_new_tokens, prompts_at_once, seed
         self._scorer = concurrent.futures.ThreadPoolExecutor(1, "scorer")
@@ -166,7 +133,9 @@ class Actor:
 
     def prepare(self, prompts: Sequence[Prompt]) -> tuple[PromptBatch, PromptFeatures | None]:
         """The prompts as arrays, their vision features on the devices; the frames are not kept."""
-        batch = self.side.collate(prompts)
+        examples = [p.example for p in prompts]
+        sizes = self.shape.sizes(needed_prompt_sizes(examples))
+        batch = collate_prompts(examples, sizes, self.shape.geometry, self.shape.visual_token_ids)
         features = self._encode(batch.inputs.vision, len(prompts))
         return dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None)), features
 

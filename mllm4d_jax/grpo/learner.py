@@ -26,7 +26,8 @@ from mllm4d_jax.grpo.presets import ObjectiveConfig
 from mllm4d_jax.grpo.ratios import correct_for_gap
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.vision import VisionFeatures
-from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, constrain_rows, replicated
+from mllm4d_jax.parallel.place import place_rows
+from mllm4d_jax.parallel.rules import constrain_rows, replicated
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 
@@ -124,7 +125,7 @@ class Learner:
 
     def encode(self, trainable: Any, frozen: Any, vision: VisionInputs | None, prompts: int) -> PromptFeatures | None:
         """Features of the frames of all prompts, once for sampler, policy and reference."""
-        return None if vision is None else self._encode(trainable, frozen, _place(vision, self.mesh), prompts)
+        return None if vision is None else self._encode(trainable, frozen, place_rows(vision, self.mesh), prompts)
 
     def score(
         self, tree: Any, frozen: Any, features: PromptFeatures | None, parts: Sequence[CompletionRows], batch: Any
@@ -138,7 +139,7 @@ class Learner:
         """
         whole = jax.device_put(np.zeros(batch.mask.shape, np.float32), replicated(self.mesh))
         for rows in parts:
-            whole = self._score(whole, tree, frozen, features, _place_rows(rows, self.mesh))
+            whole = self._score(whole, tree, frozen, features, place_rows(rows, self.mesh))
         return whole
 
     def update(
@@ -173,7 +174,7 @@ class Learner:
         if len(parts) > 1 or iterations > 1:
             first = self.score(trainable, frozen, features, parts, batch)
         batch, totals, weight, metrics, gap_max = self._begin(batch, first)
-        placed = [_place_rows(rows, self.mesh) for rows in parts]
+        placed = [place_rows(rows, self.mesh) for rows in parts]
         for _ in range(iterations):
             grads, loss, found = self._zeros(trainable), jnp.float32(0), []
             for rows in placed:
@@ -305,30 +306,3 @@ def _finish(
 ) -> tuple[Any, Any, StepMetrics]:
     # The objective has divided by the step's counts already: the weight only says whether there is anything to learn.
     return apply_sums(optimizer, trainable, opt_state, Sums(grads, loss, jnp.float32(0), weight))
-
-
-def placement(tree: Any, mesh: Mesh, dims: Any = None) -> Any:
-    """Where arrays (or shapes) go: split like the rows of a batch where every one can be, else on each device whole.
-
-    Args:
-      dims: the dimension of each array that counts rows (or frames, row by row); None for the first of each.
-    """
-    dims = jax.tree.map(lambda _: 0, tree) if dims is None else dims
-    sizes = jax.tree.leaves(jax.tree.map(lambda x, dim: x.shape[dim], tree, dims))
-    if any(size % batch_shards(mesh) for size in sizes):
-        return jax.tree.map(lambda _: replicated(mesh), tree)
-    return jax.tree.map(lambda x, dim: batch_sharding(mesh, x.ndim, dim), tree, dims)
-
-
-def rows_placement(rows: CompletionRows, mesh: Mesh) -> CompletionRows:
-    """`placement` of rows."""
-    dims = jax.tree.map(lambda _: 0, rows)
-    return placement(rows, mesh, dims._replace(inputs=dims.inputs._replace(positions=1)))
-
-
-def _place(tree: Any, mesh: Mesh) -> Any:
-    return jax.device_put(tree, placement(tree, mesh))
-
-
-def _place_rows(rows: CompletionRows, mesh: Mesh) -> CompletionRows:
-    return jax.device_put(rows, rows_placement(rows, mesh))

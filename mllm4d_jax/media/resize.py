@@ -142,6 +142,21 @@ class ResizeRule:
             return video_size(num_frames, h, w, self.factor, self.temporal_patch_size, self.min_pixels, self.max_pixels)
         raise ValueError(f"unknown resize rule {self.rule!r} (known: per_frame, total, qwen_vl_utils)")
 
+    def largest_frame(self, num_frames: int) -> int:
+        """Return the largest area, in pixels, of a resized frame of a clip of so many frames.
+
+        It is that of frames of whole merged tokens that `size` gives; a frame may only be larger where one side has
+        shrunk to a single token (more than a hundred times longer than wide, say).
+        """
+        high = self.max_pixels
+        if self.rule == "qwen_vl_utils":
+            high = utils_frame_budget(num_frames, self.factor)[1] if high is None else high
+        elif self.rule == "total":
+            # Judged on the count rounded to temporal patches, scaled by the count itself: the smaller allows more.
+            step = self.temporal_patch_size
+            high /= max(1, min(num_frames, round(num_frames / step) * step))
+        return max(1, int(high / self.factor**2)) * self.factor**2
+
 
 def resize_bicubic(frames: np.ndarray, h: int, w: int) -> np.ndarray:
     """Resizes u8[..., H, W, C] to u8[..., h, w, C], bit-equal to torch's antialiased uint8 bicubic (C <= 4).

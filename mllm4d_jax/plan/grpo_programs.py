@@ -12,19 +12,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm4d_jax.generate.draw import SamplingOptions
-from mllm4d_jax.generate.inputs import features_placement
 from mllm4d_jax.generate.sampler import Feed, KeyNumbers, Sampler
 from mllm4d_jax.generate.weights import sampling_mesh
 from mllm4d_jax.grpo.batch import RolloutBatch
-from mllm4d_jax.grpo.learner import Learner, PromptFeatures, placement, rows_placement
+from mllm4d_jax.grpo.learner import Learner, PromptFeatures
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.parallel.place import placed, row_shardings
 from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
 from mllm4d_jax.plan.compile import Compiled, compile_program, whole_row
 from mllm4d_jax.plan.grpo_job import GrpoJob, decode_rungs
 from mllm4d_jax.plan.grpo_reckon import COPY, ladder, rows_of_sampler
-from mllm4d_jax.plan.step import abstract_batch, abstract_model, abstract_optimizer, local_bytes, placed
+from mllm4d_jax.plan.step import abstract_batch, abstract_model, abstract_optimizer, local_bytes
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.build import tuning
@@ -160,7 +160,7 @@ class Programs:
         job, p = self.job, self.job.prompt
         sizes = dataclasses.replace(job.row_sizes(job.cap), frames=p.frames, frame_patches=p.frame_patches)
         vision = abstract_batch(job.model, sizes, job.prompts).inputs.vision
-        vision = jax.tree.map(placed, vision, placement(vision, self.mesh))
+        vision = jax.tree.map(placed, vision, row_shardings(vision, self.mesh))
         return self._compile(
             "vision encode",
             "encode",
@@ -186,7 +186,7 @@ class Programs:
         filled = rows_of_sampler(job, shards)
         flat = jax.jit(lambda f: PromptFeatures(f.merged[: job.at_once], f.deepstack[:, : job.at_once]).flat())
         flat = jax.eval_shape(flat, features)
-        flat = jax.tree.map(placed, flat, features_placement(flat, self.sampler_mesh))
+        flat = jax.tree.map(placed, flat, row_shardings(flat, self.sampler_mesh))
         there = {"features": local_bytes(features) + local_bytes(flat) * (self.sampler_mesh is not self.mesh)}
         inputs = self._prompts(filled)
         how = dict(rows=filled // shards, size=job.prompt.length, prompts=filled)
@@ -337,7 +337,7 @@ class Programs:
             loss_target=ints(sizes.supervised),
             places=ints(job.per_row, sizes.length),
         )
-        return jax.tree.map(placed, rows, rows_placement(rows, self.mesh))
+        return jax.tree.map(placed, rows, row_shardings(rows, self.mesh))
 
 
 def _decoded(trees: tuple[Any, Any], tied: bool | None) -> Any:

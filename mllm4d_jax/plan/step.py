@@ -21,12 +21,13 @@ from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import split_model
+from mllm4d_jax.parallel.place import placed, row_shardings
 from mllm4d_jax.parallel.rules import parameter_sharding
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.rows import RowBatch, RowSizes
 from mllm4d_jax.run.build import needs_adapter, tuning
 from mllm4d_jax.run.optimizer import learning_rates, make_optimizer, optimizer_placement
-from mllm4d_jax.sft.step import TrainStep, batch_placement
+from mllm4d_jax.sft.step import TrainStep
 
 FRAME_PIXELS = 50176  # of a frame when video.max_pixels is 0: 224 x 224
 # Qwen3-VL writes a time before each temporal patch and markers around it: "<12.5 seconds>" is 7 tokens.
@@ -164,7 +165,7 @@ def abstract_step(job: PlanJob, mesh: Mesh, rows: int) -> AbstractStep:
     graphdef, trainable, frozen = split_model(model, tuple(c.train.trainable))
     optimizer, opt_state = abstract_optimizer(c, trainable, mesh)
     batch = abstract_batch(job.model, job.sizes, rows)
-    batch = jax.tree.map(placed, batch, batch_placement(batch, mesh))
+    batch = jax.tree.map(placed, batch, row_shardings(batch, mesh))
     step = TrainStep(graphdef, optimizer, trainable, opt_state, mesh, c.train.loss_chunk, c.seed)
     trees = dict(frozen=frozen, trainable=trainable, optimiser=opt_state, batch=batch)
     what = dataclasses.replace(tuning(c, model), attention=str(model.backend))
@@ -180,11 +181,6 @@ def abstract_optimizer(
     optimizer = make_optimizer(rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm)
     places = optimizer_placement(optimizer, trainable, mesh)
     return optimizer, jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), places)
-
-
-def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """The shape of an array (or a shape) on the devices."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def abstract_model(config: ml_collections.ConfigDict, sizes: ModelConfig, mesh: Mesh) -> QwenVL:

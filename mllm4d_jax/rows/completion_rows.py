@@ -16,21 +16,7 @@ import numpy as np
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.encode.grids import VisionGeometry, VisionInputs, pack_vision
 from mllm4d_jax.rows.batch import ModelInputs, RowLayout
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptSizes:
-    """Static sizes of a batch of prompts.
-
-    Attributes:
-      length: tokens P.
-      frames: frames F of the vision tower for each prompt, 0 when none has images or videos.
-      frame_patches: patches per frame, 0 likewise.
-    """
-
-    length: int
-    frames: int
-    frame_patches: int
+from mllm4d_jax.rows.rows import RowSizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +56,31 @@ class CompletionRows(NamedTuple):
     places: np.ndarray
 
 
-def needed_prompt_sizes(examples: Sequence[Example]) -> PromptSizes:
-    """The smallest sizes that hold these prompts."""
+def needed_prompt_sizes(examples: Sequence[Example]) -> RowSizes:
+    """Return the smallest sizes that hold these prompts: rows that are all prefix."""
     grids = [grid for e in examples for grid in e.grids]
-    return PromptSizes(
-        length=max(len(e.tokens) for e in examples),
+    return RowSizes(
+        prefix=max(len(e.tokens) for e in examples),
+        slots=1,
+        length=1,
         frames=max(sum(grid.t for grid in e.grids) for e in examples),
         frame_patches=max((grid.h * grid.w for grid in grids), default=0),
+        supervised=1,
     )
 
 
 def collate_prompts(
-    examples: Sequence[Example], sizes: PromptSizes, geometry: VisionGeometry, visual_token_ids: Sequence[int]
+    examples: Sequence[Example], sizes: RowSizes, geometry: VisionGeometry, visual_token_ids: Sequence[int]
 ) -> PromptBatch:
-    """Pads prompts to one batch.
+    """Pad prompts to one batch.
+
+    Args:
+      sizes: at least `needed_prompt_sizes`; only prefix, frames and frame patches count.
 
     Raises:
       ValueError: a size is too small, or placeholders and merged patches differ in number. Names the record.
     """
-    b, p = len(examples), sizes.length
+    b, p = len(examples), sizes.prefix
     tokens, segments = np.zeros((b, p), np.int32), np.zeros((b, p), np.int32)
     index, positions = np.full((b, p), -1, np.int32), np.zeros((3, b, p), np.int32)
     vision, merged, features = _vision(examples, sizes, geometry)
@@ -107,7 +99,7 @@ def collate_prompts(
 
 
 def _vision(
-    examples: Sequence[Example], sizes: PromptSizes, geometry: VisionGeometry
+    examples: Sequence[Example], sizes: RowSizes, geometry: VisionGeometry
 ) -> tuple[VisionInputs | None, list[np.ndarray], int]:
     """(frames of all prompts, for each prompt the feature of each visual token within its block, size of a block)."""
     if not sizes.frames:

@@ -1,75 +1,237 @@
-"""A run put together from its config."""
+"""What a run is put together from, each piece from the config in one place: mesh, encoder, records, row shape, model
+and optimiser; real, or abstract (shapes with shardings, for plans).
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+import optax
 from flax import nnx
+from jax.sharding import Mesh
 
+from mllm4d_jax.data.json_index import RecordFileError
+from mllm4d_jax.data.loader import LoaderOptions
+from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import VideoOptions
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import is_peft_folder, load_peft
-from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.split import trained
-from mllm4d_jax.run import preflight
-from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError, check_resumable
-from mllm4d_jax.run.progress import Progress
+from mllm4d_jax.models.published import published_config
+from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.models.split import split_model, trained
+from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.parallel.place import placed
+from mllm4d_jax.parallel.rules import parameter_sharding
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
+from mllm4d_jax.rows.shape import RowShape
+from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer, optimizer_placement
 
-log = logging.getLogger(__name__)
+
+class BuildError(ValueError):
+    """The config names no model or no records to build from."""
 
 
-def what_is_trained(config: ml_collections.ConfigDict) -> str:
-    """For people."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model split into what is trained and what is not, with its optimiser; arrays, or shapes with shardings.
+
+    Attributes:
+      config: of the run.
+      sizes: of the model.
+      mesh: its devices.
+      graphdef: its structure; `trainable`, `frozen`: its trees, see `models.split.split_model`.
+      optimizer, opt_state: of the trainable tree.
+      rates: f32[steps] learning rate of every step.
+      shape: of the task's rows.
+      tuning: what the FLOPs of a step depend on besides its batch.
+    """
+
+    config: ml_collections.ConfigDict
+    sizes: ModelConfig
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    trainable: Any
+    frozen: Any
+    optimizer: optax.GradientTransformation
+    opt_state: Any
+    rates: np.ndarray
+    shape: RowShape
+    tuning: Tuning
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What is trained, as `train.trainable` names it."""
+        return tuple(self.config.train.trainable)
+
+
+def build(
+    config: ml_collections.ConfigDict, *, devices: Sequence[jax.Device] | None = None, abstract: bool = False
+) -> Parts:
+    """Build the model and optimiser of a training run: base weights, a PEFT adapter or a fresh one, and fresh moments.
+
+    Args:
+      config: of the "sft" or "grpo" task.
+      devices: None for all there are.
+      abstract: shapes instead of arrays; no weights are read, and no file but config.json (none for a published size).
+
+    Raises:
+      BuildError: no model is named.
+      MeshError, ConfigError, CheckpointError, PeftError, TrainableError, ProcessorError: what cannot be built, and why.
+    """
+    mesh = make_mesh(dict(config.mesh), devices)
+    model = abstract_model(config, model_sizes(config), mesh) if abstract else load_trainable(config, mesh)
+    graphdef, trainable, frozen = split_model(model, tuple(config.train.trainable))
+    o, iterations = config.optim, config.objective.iterations if config.task == "grpo" else 1
+    rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
+    optimizer = make_optimizer(
+        np.repeat(rates, iterations),
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+    )
+    if abstract:
+        places = optimizer_placement(optimizer, trainable, mesh)
+        opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), places)
+    else:
+        opt_state = init_optimizer(optimizer, trainable, mesh)
+    return Parts(
+        config=config,
+        sizes=model.config,
+        mesh=mesh,
+        graphdef=graphdef,
+        trainable=trainable,
+        frozen=frozen,
+        optimizer=optimizer,
+        opt_state=opt_state,
+        rates=rates,
+        shape=row_shape(config, processor_of(config), model.config),
+        tuning=tuning(config, model),
+    )
+
+
+def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
+    """Return the sizes of the model that `model.published` or `model.path` names, without its weights.
+
+    Raises:
+      BuildError: neither names one.
+      ConfigError: its config.json cannot be run exactly.
+    """
+    if config.model.published:
+        return ModelConfig.from_dict(published_config(config.model.published), config.model.published)
+    if not config.model.path:
+        raise BuildError(
+            "no model is named: --config.model.path=DIR with a config.json, or for a plan a published size "
+            "(--config.model.published=8b)"
+        )
+    sizes = ModelConfig.from_folder(config.model.path)
+    # Without weights it cannot be seen whether there is a head of its own; the larger case is planned.
+    return dataclasses.replace(sizes, tied=bool(sizes.tied))
+
+
+def processor_of(config: ml_collections.ConfigDict) -> ProcessorConfig:
+    """Return the processor of the model that the config names; as released for a published size without a folder."""
+    if config.model.path:
+        return ProcessorConfig.from_folder(config.model.path)
+    return ProcessorConfig.of(published_config(config.model.published), config.model.published)
+
+
+def encoder_of(config: ml_collections.ConfigDict) -> Encoder:
+    """Return what encodes records for the model; its decoder processes have to be closed."""
+    return Encoder(
+        processor_of(config),
+        Tokenizer.from_folder(config.model.path),
+        VideoOptions.from_mapping(config.video),
+        config.data.max_tokens,
+    )
+
+
+def row_shape(config: ml_collections.ConfigDict, processor: ProcessorConfig, sizes: ModelConfig) -> RowShape:
+    """Return the shape of a task's rows, the same for its run and its plan.
+
+    A row of fine-tuning is about as many clips as `data.rows` makes it, each with its questions as branches; a row of
+    evaluation is about one clip; prompts of reinforcement learning are prefixes, with completions for branches.
+    """
+    clips = branches = 1
+    lengths = config.rollout.buckets if config.task == "grpo" else config.data.branch_buckets
+    if config.task == "sft":
+        options = loader_options(config)
+        clips, branches = options.clips_per_row, options.questions_per_video
+    elif config.task == "eval":
+        branches = config.questions_per_video
+    return RowShape.of(
+        processor,
+        vision_geometry(sizes),
+        VideoOptions.from_mapping(config.video),
+        prefix_lengths=config.data.prefix_buckets,
+        branch_lengths=lengths,
+        clips=clips,
+        branches=branches,
+    )
+
+
+def loader_options(config: ml_collections.ConfigDict) -> LoaderOptions:
+    """Return what a micro-batch of fine-tuning holds. Raises LoaderError where it cannot be divided."""
+    options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
+    options.local(1)
+    return options
+
+
+def system_prompt(config: ml_collections.ConfigDict) -> str:
+    """Return the prompt for records that bring none, '' for no prompt."""
+    return resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
+
+
+def open_records(config: ml_collections.ConfigDict) -> Mixture:
+    """Open what `data.mixture` names, or `data.path` when it names nothing. Raises BuildError without records there."""
+    try:
+        return open_mixture(config.data.path, config.data.root, tuple(config.data.mixture), system_prompt(config))
+    except RecordFileError as error:
+        raise BuildError(f"no training records: {error}") from error
+
+
+def open_held_out(config: ml_collections.ConfigDict, path: str, root: str) -> Source:
+    """Open held-out records; without a root their media are where those of training are.
+
+    Raises:
+      BuildError: there are no records there.
+    """
+    try:
+        source = open_source(path, root or config.data.root, system_prompt(config))
+    except RecordFileError as error:
+        raise BuildError(f"no held-out records: {error}") from error
+    if not len(source):
+        raise BuildError(f"no held-out records: {source.name} holds none")
+    return source
+
+
+def needs_adapter(config: ml_collections.ConfigDict) -> bool:
+    """Return whether something of an adapter is trained: a part named "lora", or a pattern that asks for its leaves."""
+    return any("lora" in pattern for pattern in config.train.trainable)
+
+
+def describe_trained(config: ml_collections.ConfigDict) -> str:
+    """Return what is trained, for people."""
     adapter = f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
     others = [pattern for pattern in config.train.trainable if pattern != "lora"]
     return ", ".join([adapter] * needs_adapter(config) + others)
 
 
-def needs_adapter(config: ml_collections.ConfigDict) -> bool:
-    """Whether something of an adapter is trained: a part named "lora", or a pattern that asks for its leaves."""
-    return any("lora" in pattern for pattern in config.train.trainable)
-
-
-def tuning(config: ml_collections.ConfigDict, model: QwenVL) -> Tuning:
-    """What the FLOPs of a step depend on besides its batch."""
-    patterns = tuple(config.train.trainable)
-    return Tuning(
-        rank=config.lora.rank if needs_adapter(config) else 0,
-        targets=tuple(config.lora.targets),
-        text=trained("text/stacks/0/mlp/down_proj/kernel", patterns),
-        vision=trained("vision/blocks/attn/qkv/kernel", patterns),
-        remat=config.model.remat,
-        vision_remat=config.model.vision_remat,
-    )
-
-
-def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
-    """Progress of the newest checkpoint, or of a run from the start.
-
-    Raises:
-      ResumeError: the checkpoint is of a run with other settings, or train.resume is off and there is one.
-    """
-    latest = checkpoints.latest()
-    if latest is None:
-        return Progress()
-    if not config.train.resume:
-        raise ResumeError(
-            f"{checkpoints.folder} already holds step {latest}: give another --workdir for a new run, or leave "
-            "train.resume on to go on with that one"
-        )
-    stored = checkpoints.meta(latest)
-    check_resumable(stored, preflight.flat_config(config), content, checkpoints.folder)
-    log.info("continuing after step %d", latest)
-    return Progress(stored.step, stored.position, stored.rejected)
-
-
-def load_trainable(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> QwenVL:
-    """The base model, with a fresh adapter if one is to be trained."""
+def load_trainable(config: ml_collections.ConfigDict, mesh: Mesh) -> QwenVL:
+    """Load the base model, with an adapter if one is to be trained: that of a PEFT folder, or a fresh one."""
     model = load_model(
         config.model.path,
         dtype=jnp.dtype(config.model.dtype),
@@ -79,10 +241,62 @@ def load_trainable(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -
     )
     model.vision_remat = config.model.vision_remat
     if needs_adapter(config):
-        c, rngs = config.lora, nnx.Rngs(config.seed)
-        attach_lora(
-            model, rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.get("dropout", 0.0), rngs=rngs, mesh=mesh
-        )
+        _attach(config, model, nnx.Rngs(config.seed), mesh)
         if is_peft_folder(config.model.adapter):
             load_peft(config.model.adapter, model)
     return model
+
+
+def abstract_model(config: ml_collections.ConfigDict, sizes: ModelConfig, mesh: Mesh) -> QwenVL:
+    """Return the model of `load_trainable` as shapes placed on `mesh`."""
+    settings = config.model
+
+    def make() -> QwenVL:
+        rngs = nnx.Rngs(0)
+        model = QwenVL(
+            sizes,
+            dtype=jnp.dtype(settings.dtype),
+            mesh=mesh,
+            rngs=rngs,
+            attention=settings.attention,
+            remat=settings.remat,
+            vision_remat=settings.vision_remat,
+        )
+        if needs_adapter(config):
+            _attach(config, model, rngs, None)
+        return model
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    shapes = []
+    for path, variable in nnx.to_flat_state(state):
+        value = variable.get_value()
+        sharding = parameter_sharding(variable.get_metadata("logical_axes"), value.shape, mesh)
+        shapes.append((path, variable.replace(placed(value, sharding))))
+    return nnx.merge(graphdef, nnx.from_flat_state(shapes))
+
+
+def _attach(config: ml_collections.ConfigDict, model: QwenVL, rngs: nnx.Rngs, mesh: Mesh | None) -> None:
+    c = config.lora
+    attach_lora(
+        model,
+        rank=c.rank,
+        alpha=c.alpha,
+        targets=c.targets,
+        dropout=c.get("dropout", 0.0),  # reinforcement learning has none
+        rngs=rngs,
+        mesh=mesh,
+    )
+
+
+def tuning(config: ml_collections.ConfigDict, model: QwenVL) -> Tuning:
+    """Return what the FLOPs of a step depend on besides its batch."""
+    patterns = tuple(config.train.trainable)
+    return Tuning(
+        rank=config.lora.rank if needs_adapter(config) else 0,
+        targets=tuple(config.lora.targets),
+        text=trained("text/stacks/0/mlp/down_proj/kernel", patterns),
+        vision=trained("vision/blocks/attn/qkv/kernel", patterns),
+        remat=config.model.remat,
+        vision_remat=config.model.vision_remat,
+        attention=str(model.backend),
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import orbax.checkpoint as ocp
 
 # Config keys that may differ between the parts of one run: they change where or how fast, not what is computed (the
@@ -62,7 +63,6 @@ FREE_KEYS = frozenset(
 CONTENT_KEYS = frozenset(
     {"model.path", "data.path", "data.root", "data.mixture", "prompt.system", "prompt.system_file"}
 )
-_ADAPTER_KEYS = ("lora.rank", "lora.alpha", "lora.targets", "train.trainable")  # what an adapter's numbers mean
 _LISTED = 5  # differences named in an error
 
 
@@ -246,44 +246,17 @@ def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[st
         )
 
 
-def start_folder(path: str | Path) -> Path | None:
-    """The folder of checkpoints that `model.adapter` names, itself or as the workdir around it; None without any."""
-    for folder in (Path(path) / "checkpoints", Path(path)):
-        if folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir()):
-            return folder
-    return None
-
-
-def load_start(path: str | Path, trainable: Any, config: Mapping[str, Any], content: Mapping[str, str]) -> Any:
-    """Parameters of the newest checkpoint of an earlier run, to start a new one from.
-
-    Args:
-      path: see `start_folder`.
-      trainable: tree with the shapes and the placement wanted.
-      config: the new run's, flat.
-      content: the new run's digests.
-
-    Raises:
-      ResumeError: nothing there, or it was trained on another base model or as another kind of adapter.
-    """
-    folder = start_folder(path)
-    if folder is None:
-        raise ResumeError(f"model.adapter = {path} holds no checkpoint: name the workdir of an earlier run")
-    with Checkpoints(folder, keep=1) as earlier:
-        step = earlier.latest()
-        stored = earlier.meta(step)
-        differing = [
-            f"{key}: {_plain(stored.config.get(key))!r} there, {_plain(config[key])!r} here"
-            for key in _ADAPTER_KEYS
-            if _plain(stored.config.get(key)) != _plain(config[key])
-        ]
-        if stored.content.get("model.path") != content["model.path"]:
-            differing.append("model.path: another base model")
-        if differing:
-            raise ResumeError(f"model.adapter: {folder} was trained otherwise: {'; '.join(differing)}")
-        return earlier.restore_trainable(step, trainable)
-
-
 def _plain(value: Any) -> Any:
     """Tuples come back from JSON as lists."""
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def flat_config(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, in the config's own order."""
+    out: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            out |= flat_config(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return out

@@ -1,25 +1,22 @@
-"""What has to be there before a run begins: all that is missing in one error, and digests of what is there."""
+"""Checks before a run begins: all that is missing or impossible in one error."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
 
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.loader import LoaderOptions
-from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source, parse_mixture
+from mllm4d_jax.data.sources import parse_mixture
 from mllm4d_jax.data.stream import LoaderError
-from mllm4d_jax.models.peft import is_peft_folder
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.errors import ProcessorError
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
-from mllm4d_jax.run.checkpoint import start_folder
+from mllm4d_jax.run.start import StartError, find_adapter
 
 # model.published -> where the weights of that size are; the paper's base when nothing is said
 BASE_MODELS: Mapping[str, str] = {
@@ -31,7 +28,6 @@ BASE_MODELS: Mapping[str, str] = {
     "30b_a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
     "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
-_SAMPLED = 1 << 20  # bytes read at either end of a weight file
 
 
 class PreflightError(ValueError):
@@ -69,13 +65,12 @@ def model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             missing.append("*.safetensors")
         if missing:
             yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
-    if config.model.adapter and start_folder(config.model.adapter) is None:
-        if not is_peft_folder(config.model.adapter):
-            yield (
-                f"model.adapter = {config.model.adapter} holds no checkpoint and no PEFT adapter: name the workdir of "
-                "an earlier run, or a folder with adapter_config.json"
-            )
-        elif "lora" not in config.train.trainable:
+    try:
+        adapter = find_adapter(config.model.adapter)
+    except StartError as error:
+        yield str(error)
+    else:
+        if adapter is not None and adapter.meta is None and "lora" not in config.train.trainable:
             yield "model.adapter is a PEFT adapter, but train.trainable does not train one: add 'lora' to it"
 
 
@@ -85,7 +80,7 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         '{"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>..."}, {"from": "gpt", "value": "B"}]}'
     )
     try:
-        parts = parse_mixture(mixture_entries(config))
+        parts = parse_mixture(config.data.mixture)
     except RecordFileError as error:
         yield str(error)
         return
@@ -118,43 +113,6 @@ def is_source(path: str) -> bool:
 def _is_clip_set(path: str) -> bool:
     """Whether a path names a TFDS set, with or without its split."""
     return any((Path(p) / "features.json").is_file() for p in (path, path.rpartition("@")[0]) if p)
-
-
-def mixture_entries(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """`data.mixture`; a config without the key has one source."""
-    return tuple(config.data.get("mixture", ()))
-
-
-def system_prompt(config: ml_collections.ConfigDict) -> str:
-    """The prompt for records that bring none, '' for no prompt."""
-    return resolve_system_prompt(config.prompt.system, config.prompt.system_file) or ""
-
-
-def open_data(config: ml_collections.ConfigDict) -> Mixture:
-    """Opens what `data.mixture` names, or `data.path` when it names nothing.
-
-    Raises:
-      PreflightError: there are no records there.
-    """
-    try:
-        return open_mixture(config.data.path, config.data.root, mixture_entries(config), system_prompt(config))
-    except RecordFileError as error:
-        raise PreflightError(f"no training records: {error}") from error
-
-
-def open_held_out(config: ml_collections.ConfigDict) -> Source:
-    """Opens what `data.eval_path` names; without `data.eval_root` its media are where those of training are.
-
-    Raises:
-      PreflightError: there are no records there.
-    """
-    try:
-        source = open_source(config.data.eval_path, config.data.eval_root or config.data.root, system_prompt(config))
-    except RecordFileError as error:
-        raise PreflightError(f"no held-out records: {error}") from error
-    if not len(source):
-        raise PreflightError(f"no held-out records: {source.name} holds none")
-    return source
 
 
 def prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
@@ -209,39 +167,3 @@ def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             f"train.batch_size = {batch}{micro} cannot be split over {shards} devices (mesh data x fsdp): it makes "
             f"{rows * hosts} rows"
         )
-
-
-def content_digests(config: ml_collections.ConfigDict, records: Mixture) -> Mapping[str, str]:
-    """What must be the same again when a run is resumed, whatever its path: weights, records and system prompt."""
-    return {
-        "model.path": model_digest(config.model.path),
-        "data.path": records.digest,
-        "prompt.system": hashlib.sha256(records.system_prompt.encode()).hexdigest(),
-    }
-
-
-def model_digest(folder: str | Path) -> str:
-    """Digest of a model folder: config and tokenizer whole, weights by name, size and a mebibyte at either end."""
-    sha = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json"):
-        file = Path(folder) / name
-        sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        size = file.stat().st_size
-        sha.update(f"{file.name} {size}".encode())
-        with file.open("rb") as f:
-            sha.update(f.read(_SAMPLED))
-            f.seek(max(0, size - _SAMPLED))
-            sha.update(f.read(_SAMPLED))
-    return sha.hexdigest()
-
-
-def flat_config(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, in the config's own order."""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            out |= flat_config(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return out

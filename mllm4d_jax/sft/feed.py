@@ -20,8 +20,8 @@ from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.prefetch import Prefetcher
 from mllm4d_jax.data.steps import LoadedBatch, PreparedStep
 from mllm4d_jax.parallel import multihost
-from mllm4d_jax.rows.buckets import largest
 from mllm4d_jax.rows.rows import RowBatch, RowSizes
+from mllm4d_jax.rows.shape import largest
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.run.watchdog import Watchdog
 
@@ -168,7 +168,7 @@ class Feed:
         parts = [range(at + i * len(_SIZES), at + (i + 1) * len(_SIZES)) for i in range(self._number)]
         sizes = [largest([RowSizes(*(row[n] for n in part)) for row in rows]) for part in parts]
         stop = any(row[0] == _STOP for row in rows)
-        return _Agreed(prepared, tuple(map(self._loader.buckets.sizes, sizes)), stop), total
+        return _Agreed(prepared, tuple(map(self._loader.shape.sizes, sizes)), stop), total
 
     def _count(self, batches: Sequence[LoadedBatch]) -> Counts:
         """Of this process alone."""

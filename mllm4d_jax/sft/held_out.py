@@ -12,15 +12,14 @@ from jax.sharding import Mesh
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.sources import Questions
-from mllm4d_jax.data.steps import ModelFacts, PreparedStep
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.rows.buckets import RowBuckets, largest
-from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, needed_sizes, pack_groups, share_prefix
+from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, pack_groups, share_prefix
+from mllm4d_jax.rows.shape import RowShape, largest
 from mllm4d_jax.sft.losses import token_cross_entropy
-from mllm4d_jax.sft.step import place_batch
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ class HeldOutLoss:
         self,
         encoder: GroupEncoder,
         options: LoaderOptions,
-        buckets: RowBuckets,
-        facts: ModelFacts,
+        shape: RowShape,
         graphdef: nnx.GraphDef,
         frozen: Any,
         mesh: Mesh,
@@ -49,12 +47,12 @@ class HeldOutLoss:
         """
         Args:
           encoder: of one source.
-          options, buckets, facts: those of the training rows, so that few more shapes are compiled.
+          options, shape: those of the training rows, so that few more shapes are compiled.
           graphdef, frozen: of the model, see `state.split_model`.
           mesh: the model's devices.
           chunk: supervised positions whose logits exist at a time.
         """
-        self._encoder, self._options, self._buckets, self._facts = encoder, options, buckets, facts
+        self._encoder, self._options, self._shape = encoder, options, shape
         self._frozen, self._mesh, self._told = frozen, mesh, False
 
         def sums(trainable: Any, frozen: Any, batch: RowBatch) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +74,7 @@ class HeldOutLoss:
         bad: list[RecordError] = []
         for start in range(0, len(self._groups), self._options.groups):
             batch = self._batch(self._groups[start : start + self._options.groups], bad)
-            loss, count = self._sums(trainable, self._frozen, place_batch(batch, self._mesh))
+            loss, count = self._sums(trainable, self._frozen, place_rows(batch, self._mesh))
             total, weight = total + float(loss), weight + float(count)
         if not weight:
             raise HeldOutError(f"data.eval_path: not one usable record; the first: {bad[0] if bad else 'none at all'}")
@@ -94,13 +92,13 @@ class HeldOutLoss:
             encoded = self._encoder(group)
             bad += [e for e in encoded if isinstance(e, RecordError)]
             examples = [e for e in encoded if not isinstance(e, RecordError)]
-            groups += share_prefix(examples, self._facts.visual_token_ids) if examples else ()
+            groups += share_prefix(examples, self._shape.visual_token_ids) if examples else ()
         _, count = self._options.local(hosts)
         rows = tuple(tuple(row) for row in pack_groups(groups, count))
-        needed = needed_sizes(rows, self._facts.geometry, self._buckets.length)
+        needed = self._shape.needed(rows)
         told = multihost.gather([getattr(needed, name) for name in RowSizes.__dataclass_fields__]).tolist()
-        sizes = self._buckets.sizes(largest([RowSizes(*row) for row in told]))
-        return PreparedStep(rows, needed, self._facts, 0, 0, 0.0).finish(sizes).batch
+        sizes = self._shape.sizes(largest([RowSizes(*row) for row in told]))
+        return self._shape.collate(rows, sizes, needed.length)
 
 
 def _groups(encoder: GroupEncoder, most: int):

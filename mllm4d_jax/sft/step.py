@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mllm4d_jax.models.split import merge_model
-from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
+from mllm4d_jax.parallel.place import place_rows, placed, row_shardings
+from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.rows import RowBatch
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 from mllm4d_jax.sft.losses import token_cross_entropy
@@ -95,11 +96,11 @@ class TrainStep:
         number = np.int32(step)
         if len(batches) == 1:
             self._count(batches[0], accumulated=False)
-            return self._whole(trainable, opt_state, frozen, place_batch(batches[0], self.mesh), number)
+            return self._whole(trainable, opt_state, frozen, place_rows(batches[0], self.mesh), number)
         total = self._zeros(trainable)
         for i, batch in enumerate(batches):
             self._count(batch, accumulated=True)
-            total = self._add(total, trainable, frozen, place_batch(batch, self.mesh), number, np.int32(i))
+            total = self._add(total, trainable, frozen, place_rows(batch, self.mesh), number, np.int32(i))
         return self._finish(trainable, opt_state, total)
 
     def lower(self, trainable: Any, opt_state: Any, frozen: Any, batch: RowBatch) -> jax.stages.Lowered:
@@ -111,10 +112,7 @@ class TrainStep:
         """
         self._count(batch, accumulated=False)
 
-        def abstract(x, sharding):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        shapes = jax.tree.map(abstract, batch, batch_placement(batch, self.mesh))
+        shapes = jax.tree.map(placed, batch, row_shardings(batch, self.mesh))
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
         return self._whole.lower(trainable, opt_state, frozen, shapes, step)
 
@@ -146,39 +144,3 @@ def batch_sums(
 
     (total, counts), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
     return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), grads), total, *counts)
-
-
-def batch_placement(batch: RowBatch, mesh: Mesh) -> RowBatch:
-    """Shardings of a global batch: rows, their frames and their loss lists over the batch axes.
-
-    Rows that do not divide are repeated on every device.
-    """
-    if batch.inputs.tokens.shape[0] % batch_shards(mesh):
-        return jax.tree.map(lambda _: replicated(mesh), batch)
-    return jax.tree.map(lambda x, dim: batch_sharding(mesh, len(x.shape), dim), batch, _row_dims(batch))
-
-
-def _row_dims(batch: RowBatch) -> RowBatch:
-    """The dimension of each array that counts rows, or frames row by row."""
-    dims = jax.tree.map(lambda _: 0, batch)
-    return dims._replace(inputs=dims.inputs._replace(positions=1))
-
-
-def place_batch(batch: RowBatch, mesh: Mesh) -> RowBatch:
-    """Puts a host's rows on the devices; of several processes each gives its part of the global rows, in their order.
-
-    Raises:
-      ValueError: the rows of several processes cannot be split evenly over the devices.
-    """
-    processes = jax.process_count()
-    if processes == 1:
-        return jax.device_put(batch, batch_placement(batch, mesh))
-    rows, shards = batch.inputs.tokens.shape[0], batch_shards(mesh)
-    if rows * processes % shards or shards % processes:
-        raise ValueError(f"{processes} processes x {rows} rows cannot be split over {shards} parts (mesh data x fsdp)")
-
-    def whole(x: Any, dim: int) -> jax.Array:
-        shape = (*x.shape[:dim], x.shape[dim] * processes, *x.shape[dim + 1 :])
-        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, dim), x, shape)
-
-    return jax.tree.map(whole, batch, _row_dims(batch))

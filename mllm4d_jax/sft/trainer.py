@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mllm4d_jax.run.optimizer import StepMetrics
-from mllm4d_jax.run.progress import Progress, TrainingError
+from mllm4d_jax.run.progress import TrainingError
 from mllm4d_jax.run.throughput import mfu, peak_memory_gib
 from mllm4d_jax.sft.feed import StepData
 from mllm4d_jax.sft.step import TrainStep
@@ -29,13 +29,13 @@ class _Running:
 
 
 class Trainer:
-    """Trained parameters, optimiser state and progress; advances them step by step.
+    """Trained parameters and optimiser state; advances them step by step.
 
     The host reads the results of a step while the device works on the next one.
 
     Attributes:
       trainable, opt_state: trees on the devices.
-      progress: of the last step sent.
+      frozen: tree that is not trained.
     """
 
     def __init__(
@@ -45,7 +45,6 @@ class Trainer:
         trainable: Any,
         opt_state: Any,
         rates: np.ndarray,
-        progress: Progress,
         peak: float | None = None,
     ) -> None:
         """
@@ -53,27 +52,23 @@ class Trainer:
           train_step: the compiled step.
           frozen, trainable, opt_state: its trees.
           rates: f32[steps] learning rate of every step.
-          progress: steps done so far.
           peak: FLOP/s of a device, None when not known.
         """
-        self.trainable, self.opt_state, self.progress = trainable, opt_state, progress
-        self._step, self._frozen, self._rates, self._peak = train_step, frozen, rates, peak
+        self.trainable, self.opt_state, self.frozen = trainable, opt_state, frozen
+        self._step, self._rates, self._peak = train_step, rates, peak
         self._running: _Running | None = None
         self._clock = time.perf_counter()
 
-    def advance(self, data: StepData) -> dict[str, float | None] | None:
-        """Starts a step and returns the results of the one before it (None for the first).
+    def advance(self, step: int, data: StepData) -> dict[str, float | None] | None:
+        """Start a step (numbered from 1) and return the results of the one before it (None for the first).
 
         Raises:
           TrainingError: loss or gradient of the step before was not finite; the trees are as they were before it.
         """
-        done = self.progress.step
         self.trainable, self.opt_state, metrics = self._step(
-            self.trainable, self.opt_state, self._frozen, data.batches, done
+            self.trainable, self.opt_state, self.frozen, data.batches, step - 1
         )
-        before = self._running
-        self._running = _Running(done + 1, data, metrics)
-        self.progress = Progress(done + 1, data.position, data.counts.rejected)
+        before, self._running = self._running, _Running(step, data, metrics)
         return self._read(before) if before else None
 
     def finish(self) -> dict[str, float | None] | None:

@@ -9,7 +9,7 @@ from mllm4d_jax.data.loader import Loader, LoaderOptions
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
-from tests.data.fakes import BUCKETS, FACTS, FakeEncoder, write_records
+from tests.data.fakes import SHAPE, FakeEncoder, write_records
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def make_loader(tmp_path):
             RecordFile(write_records(tmp_path / f"r{n or ''}.json", entries), tmp_path)
             for n, entries in enumerate(files)
         ]
-        options = LoaderOptions(**({"batch_size": 3, "prefix_buckets": (8, 16)} | options))
+        options = LoaderOptions(**({"batch_size": 3} | options))
         quarantine = Quarantine(
             tmp_path / "quarantine.jsonl",
             rate,
@@ -44,8 +44,7 @@ def make_loader(tmp_path):
             Mixture(sources, rates or [1.0] * len(sources)),
             GroupEncoder(sources, encoder or FakeEncoder()),
             options,
-            BUCKETS,
-            FACTS,
+            SHAPE,
             quarantine,
             seed=seed,
             position=position,

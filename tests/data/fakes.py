@@ -10,16 +10,14 @@ import time
 import jax
 import numpy as np
 
-from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.encode.example import Example, Grid, VideoOptions
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.media_items import media_identity
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.shape import RowShape
 
 VIDEO, PATCH = 500, 24
-FACTS = ModelFacts(VisionGeometry(merge_size=2, position_side=4, window=0), (501, VIDEO), PATCH)
-BUCKETS = RowBuckets(prefix=(8, 16, 32), length=(8, 16))
+SHAPE = RowShape(VisionGeometry(merge_size=2, position_side=4, window=0), (501, VIDEO), PATCH, (8, 16, 32), (8, 16))
 
 
 def make_example(key: str, text: int, grid: Grid | None = None, supervised: slice = slice(2, 4)) -> Example:

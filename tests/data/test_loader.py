@@ -16,8 +16,8 @@ from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.data.stream import LoaderError
 from mllm4d_jax.encode.media_items import Media
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.rows.buckets import largest
-from tests.data.fakes import BUCKETS, PATCH, FakeEncoder, arrays, write_records
+from mllm4d_jax.rows.shape import largest
+from tests.data.fakes import PATCH, SHAPE, FakeEncoder, arrays, write_records
 
 # Seven clips with 1 to 7 questions of different lengths, every ninth of them bad.
 CLIPS = [(f"c{n}.mp4", -1 if (n + i) % 9 == 0 else 4 + (3 * n + i) % 5) for n in range(1, 8) for i in range(n)]
@@ -72,7 +72,7 @@ def test_hosts_together_take_what_one_takes(make_loader, hosts):
     parts = [make_loader(CLIPS, host=h, hosts=hosts, **options) for h in range(hosts)]
     for _ in range(6):
         whole, steps = one.next_step(), [p.next_step() for p in parts]
-        sizes = BUCKETS.sizes(largest([s.needed for s in steps]))
+        sizes = SHAPE.sizes(largest([s.needed for s in steps]))
         batches = [s.finish(sizes) for s in steps]
         assert sorted(k for b in batches for k in b.keys) == sorted(
             e.key for row in whole.rows for g in row for e in g.examples
@@ -104,7 +104,7 @@ def test_a_host_without_clips_still_has_the_arrays_of_the_others(make_loader):
     parts = [make_loader(records, host=h, hosts=2, batch_size=2, fresh=True) for h in range(2)]
     for _ in range(2):
         steps = [p.next_step() for p in parts]
-        sizes = BUCKETS.sizes(largest([s.needed for s in steps]))
+        sizes = SHAPE.sizes(largest([s.needed for s in steps]))
         if sizes.frames:
             break
     shapes = [[x.shape for x in arrays(s.finish(sizes))] for s in steps]
@@ -270,6 +270,5 @@ def test_settings_that_cannot_work(make_loader):
 def test_options_come_from_a_config_group():
     group = {"path": "x", "questions_per_video": 4, "prefix_buckets": [8, 16], "branch_buckets": [4], "workers": 2}
     options = LoaderOptions.from_mapping(group, 8)
-    assert options == LoaderOptions(8, 4, 0, (8, 16), (4,), workers=2)
-    made = options.buckets(2, merge_area=4, frames=16, frame_patches=196)
-    assert (made.prefix, made.length, made.full_slots, made.full_frames) == ((8, 16), (4,), 4, 16)
+    assert options == LoaderOptions(8, 4, 0, workers=2)
+    assert options.clips_per_row == 1 and LoaderOptions(40, 4, 3).clips_per_row == 4

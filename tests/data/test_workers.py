@@ -19,7 +19,6 @@ from mllm4d_jax.data.prefetch import Prefetcher
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture, Questions
-from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.data.workers import WorkerError, WorkerPool
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example, VideoOptions
@@ -27,7 +26,7 @@ from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.shape import RowShape
 from tests.data.fakes import DangerousEncoder, arrays, write_records
 
 IDS = (151655, 151656, 151652, 151653)
@@ -63,8 +62,7 @@ def real_loader(world, tmp_path, workers):
         Mixture(sources),
         GroupEncoder(sources, encoder),
         LoaderOptions(batch_size=8, questions_per_video=4, workers=workers),
-        RowBuckets((64, 128, 256), (32, 64)),
-        ModelFacts(VisionGeometry(2, 8, 0), IDS[:2], 1536),
+        RowShape(VisionGeometry(2, 8, 0), IDS[:2], 1536, (64, 128, 256), (32, 64)),
         Quarantine(tmp_path / f"q{workers}.jsonl", 1.0),
         seed=0,
     )

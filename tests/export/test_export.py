@@ -28,7 +28,8 @@ from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import adapted_linears, load_peft
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta
-from mllm4d_jax.run.preflight import model_digest
+from mllm4d_jax.run.digest import model_digest
+from mllm4d_jax.run.start import find_adapter, load_tuned
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ADAPTER = {"lora.rank": 2, "lora.alpha": 3.0, "lora.dropout": 0.05, "lora.targets": ["q_proj", "o_proj"]}
@@ -192,8 +193,7 @@ def test_experts_keep_the_layout_of_their_files(tmp_path):
 
     base = base_folder(tmp_path, "qwen3_vl_moe", change=transpose)
     workdir = trained_run(tmp_path, base, patterns=("lora", r"text/stacks/\d/mlp/(down|gate_up)"), scale=1e-2)
-    config = schema.build(common.EXPORT_KEYS, {"source": str(workdir)})
-    tuned = export.load_tuned(load_model(base, dtype=jnp.float32), export.find_source(config))
+    tuned = load_tuned(load_model(base, dtype=jnp.float32), find_adapter(str(workdir)))
     files, out = TensorFiles.scan(base), tmp_path / "out"
     out.mkdir()
     export_merged.write_merged(files, out, export_merged.find_changes(tuned.model, tuned.trained, files))
@@ -210,8 +210,7 @@ def test_experts_keep_the_layout_of_their_files(tmp_path):
 def test_half_an_adapter_is_completed_from_the_seed_or_refused(world, tmp_path):
     base, _ = world
     half = trained_run(tmp_path / "half", base, patterns=(".*/lora_b",))
-    config = schema.build(common.EXPORT_KEYS, {"source": str(half)})
-    model = export.load_tuned(load_model(base, dtype=jnp.float32), export.find_source(config)).model
+    model = load_tuned(load_model(base, dtype=jnp.float32), find_adapter(str(half))).model
     fresh = load_model(base, dtype=jnp.float32)
     attach_lora(fresh, rank=2, alpha=3.0, targets=("q_proj", "o_proj"), rngs=nnx.Rngs(0))
     for path, linear in adapted_linears(fresh).items():
@@ -331,7 +330,7 @@ def test_not_a_number_is_no_agreement():
     ("values", "message"),
     [
         (dict(source=""), "config.source is empty"),
-        (dict(source="nowhere"), "holds neither checkpoints nor adapter_config.json"),
+        (dict(source="nowhere"), "holds no checkpoint and no PEFT adapter"),
         (dict(output=""), "config.output is empty"),
         (dict(output="."), "exists already"),
         (dict(step=4), "config.step = 4: .* holds the steps 3, 5"),

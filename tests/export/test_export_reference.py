@@ -18,7 +18,7 @@ from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
 from mllm4d_jax.rows.batch import ModelInputs
-from mllm4d_jax.run.source import Source, Tuned
+from mllm4d_jax.run.start import ModelChoice, TunedModel
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,8 +124,8 @@ def test_an_adapter_of_the_vision_tower_is_refused(tmp_path):
 def test_our_merged_checkpoint_in_transformers(name, tmp_path):
     model = ours(name, ATTENTION)
     wanted = our_logits(model, name)
-    source = Source(GOLDEN / name, None, None, GOLDEN / name)
-    export_merged(Tuned(model, {}, 0.0, ""), source, tmp_path, TOLERANCE, TOLERANCE)
+    source = ModelChoice(GOLDEN / name, None)
+    export_merged(TunedModel(model, {}), source, tmp_path, TOLERANCE, TOLERANCE)
     merged = their_logits(theirs(tmp_path), name)
     np.testing.assert_allclose(merged, wanted, atol=TOLERANCE)
     # The same weights as PEFT's own merge of the same adapter.

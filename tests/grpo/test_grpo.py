@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mllm4d_jax.grpo import task as grpo
-from mllm4d_jax.grpo.task import Loop
+from mllm4d_jax.grpo.task import Rounds
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.log import read_metrics
 from mllm4d_jax.run.preflight import PreflightError
@@ -36,36 +36,36 @@ def test_interrupted_runs_end_in_the_same_bits(tiny_world, tmp_path, monkeypatch
     whole = tmp_path / "whole"
     assert grpo.run(make_config(tiny_world, **changes), str(whole)) == 0
     expected = final(whole)
-    step = Loop._step
+    learn = grpo.learn
 
     def killed_at(last):
-        def limited(self, drawn):
+        def limited(setup, run, drawn):
             if drawn.rollouts.step == last:
                 raise Killed
-            step(self, drawn)
+            return learn(setup, run, drawn)
 
         return limited
 
     folder = tmp_path / "killed"
     for last in (3, 5):
-        monkeypatch.setattr(Loop, "_step", killed_at(last))
+        monkeypatch.setattr(grpo, "learn", killed_at(last))
         with pytest.raises(Killed):
             grpo.run(make_config(tiny_world, **changes), str(folder))
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(grpo, "learn", learn)
     assert grpo.run(make_config(tiny_world, **changes), str(folder)) == 0
     same_bits(final(folder), expected)
 
-    def stopping(self, drawn):
-        step(self, drawn)
+    def stopping(setup, run, drawn):
         if drawn.rollouts.step == 2:
-            self._stop._asked = True
+            run.stop._asked = True
+        return learn(setup, run, drawn)
 
     folder = tmp_path / "stopped"
-    monkeypatch.setattr(Loop, "_step", stopping)
+    monkeypatch.setattr(grpo, "learn", stopping)
     assert grpo.run(make_config(tiny_world, **changes), str(folder)) == 0
     with Checkpoints(folder / "checkpoints", keep=9) as kept:
         assert kept.latest() == 3 and (kept.pending(3) is not None) == bool(ahead)
-    monkeypatch.setattr(Loop, "_step", step)
+    monkeypatch.setattr(grpo, "learn", learn)
     assert grpo.run(make_config(tiny_world, **changes), str(folder)) == 0
     same_bits(final(folder), expected)
     for name in ("metrics.jsonl", "completions.jsonl"):
@@ -82,17 +82,18 @@ def test_a_stop_while_the_next_completions_are_drawn(tiny_world, tmp_path, monke
     """The step under way waits for the next start: in the unbroken run they were drawn before its update."""
     changes = dict(rollout__ahead=1, train__checkpoint_every=2)
     assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "whole")) == 0
-    prompts = Loop._prompts
+    prompts = Rounds._next_prompts
 
     def stopped(self):
-        self._stop._asked = self._stop._asked or self.job.state.progress.step == 3
+        stop = self._run.stop
+        stop._asked = stop._asked or self._run.progress.step == 3
         return prompts(self)
 
-    monkeypatch.setattr(Loop, "_prompts", stopped)
+    monkeypatch.setattr(Rounds, "_next_prompts", stopped)
     assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "stopped")) == 0
     with Checkpoints(tmp_path / "stopped/checkpoints", keep=9) as kept:
         assert kept.latest() == 3 and kept.pending(3)["step"] == 3
-    monkeypatch.setattr(Loop, "_prompts", prompts)
+    monkeypatch.setattr(Rounds, "_next_prompts", prompts)
     assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "stopped")) == 0
     same_bits(final(tmp_path / "stopped"), final(tmp_path / "whole"))
 

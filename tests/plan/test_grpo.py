@@ -19,12 +19,12 @@ from mllm4d_jax.generate.draw import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.generate.weights import SamplingWeights, sampling_mesh
-from mllm4d_jax.grpo.learner import rows_placement
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.split import merge_model, split_model
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel import topology
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh
+from mllm4d_jax.parallel.place import row_shardings
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.plan import compile as plan_compile
 from mllm4d_jax.plan import (
@@ -247,7 +247,7 @@ def test_the_planned_rows_are_those_of_a_run():
         planned = plan_programs.Programs._rows(types.SimpleNamespace(job=job, mesh=mesh), 6)
         assert jax.tree.structure(planned) == jax.tree.structure(rows)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), planned) == jax.tree.map(lambda x: (x.shape, x.dtype), rows)
-        assert jax.tree.map(lambda x: x.sharding, planned) == rows_placement(rows, mesh)
+        assert jax.tree.map(lambda x: x.sharding, planned) == row_shardings(rows, mesh)
 
 
 def sizes_of(rows):

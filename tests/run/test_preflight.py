@@ -9,8 +9,10 @@ from configs import sft as sft_config
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.models.published import SIZES
 from mllm4d_jax.run import preflight
+from mllm4d_jax.run.digest import content_digests, model_digest
 from mllm4d_jax.run.preflight import PreflightError
-from mllm4d_jax.sft.task import run, with_sample
+from mllm4d_jax.sft.sample import with_sample
+from mllm4d_jax.sft.task import run
 
 
 def complaints(config) -> str:
@@ -141,18 +143,18 @@ def test_the_sample_fills_in_the_paths_and_leaves_the_callers_config_alone(tmp_p
 def test_digests_follow_content_not_place(tiny_world, tmp_path):
     config = complete(tiny_world)
     folder, path = tiny_world
-    first = preflight.content_digests(config, RecordFile(path, path.parent))
+    first = content_digests(config.model.path, RecordFile(path, path.parent))
     moved = tmp_path / "moved.json"
     moved.write_bytes(path.read_bytes())
-    assert preflight.content_digests(config, RecordFile(moved, tmp_path)) == first
-    prompted = preflight.content_digests(config, RecordFile(moved, tmp_path, "Be brief."))
+    assert content_digests(config.model.path, RecordFile(moved, tmp_path)) == first
+    prompted = content_digests(config.model.path, RecordFile(moved, tmp_path, "Be brief."))
     assert {k for k in first if prompted[k] != first[k]} == {"prompt.system"}
     copy = tmp_path / "model"
     copy.mkdir()
     for file in folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert preflight.model_digest(copy) == first["model.path"]
+    assert model_digest(copy) == first["model.path"]
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert preflight.model_digest(copy) != first["model.path"]
+    assert model_digest(copy) != first["model.path"]

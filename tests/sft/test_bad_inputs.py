@@ -13,13 +13,12 @@ from mllm4d_jax.data.loader import Loader, LoaderOptions
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.steps import ModelFacts
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
-from mllm4d_jax.rows.buckets import RowBuckets
+from mllm4d_jax.rows.shape import RowShape
 
 
 def write_clip(path, frames: int, height: int, width: int) -> None:
@@ -93,13 +92,13 @@ def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, ro
 
     config, tokenizer = ProcessorConfig.from_folder(model), Tokenizer.from_folder(model)
     ids = (config.image_token_id, config.video_token_id)
-    model = ModelFacts(VisionGeometry(merge_size=2, position_side=8, window=0), ids, 1536)
-    options, buckets = LoaderOptions(batch_size, questions_per_video=batch_size), RowBuckets((64, 256, 1024), (64, 256))
+    shape = RowShape(VisionGeometry(merge_size=2, position_side=8, window=0), ids, 1536, (64, 256, 1024), (64, 256))
+    options = LoaderOptions(batch_size, questions_per_video=batch_size)
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_rate=1.0)
     seen = []
     with Encoder(config, tokenizer, VideoOptions(num_frames=8), max_tokens=1024) as encoder:
         mixture = Mixture([RecordFile(path, root)])
-        loader = Loader(mixture, GroupEncoder(mixture.sources, encoder), options, buckets, model, quarantine, seed=0)
+        loader = Loader(mixture, GroupEncoder(mixture.sources, encoder), options, shape, quarantine, seed=0)
         while loader.position < loader.order.sources[0].groups:
             seen += loader.next_batch().keys
     good = [f"records.jsonl#{i}" for i in range(len(lines)) if i not in expected]

@@ -15,6 +15,7 @@ from mllm4d_jax.run.log import read_metrics, summary
 from mllm4d_jax.run.preflight import PreflightError, check
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.held_out import HeldOutError
+from mllm4d_jax.sft.setup import set_up
 
 
 @pytest.fixture
@@ -33,21 +34,20 @@ def config(make_config, tiny_world, tmp_path):
 def trained(config, workdir):
     """Runs to the end; the parameters and the rows."""
     workdir.mkdir()
-    with Checkpoints(workdir / "checkpoints", config.train.keep_checkpoints, config.train.keep_best) as checkpoints:
-        job = sft.build(config, workdir, checkpoints)
-        with job.encoder:
-            sft.train(job, False)
-        return jax.tree.map(np.array, job.trainer.trainable), read_metrics(workdir / "metrics.jsonl")
+    assert sft.run(config, str(workdir)) == 0
+    with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
+        setup = set_up(config, workdir, checkpoints)
+    return jax.tree.map(np.array, setup.trainer.trainable), read_metrics(workdir / "metrics.jsonl")
 
 
-def separate_loss(config, job):
+def separate_loss(config, setup):
     """Mean over the supervised tokens of the usable records, each a sample of its own; no row, no mesh, no dropout."""
-    encoder, source = job.encoder, job.held_out._encoder.sources[0]
-    model, total, count = load_trainable(config, job.trainer._step.mesh), 0.0, 0
+    encoder, source = setup.encoder, setup.held_out._encoder.sources[0]
+    model, total, count = load_trainable(config, setup.trainer._step.mesh), 0.0, 0
     for i in (0, 1, 3, 4):
         example = encoder.encode(source[i])
         ids = (encoder.config.image_token_id, encoder.config.video_token_id)
-        logits = model.logits(model(collate([example], job.loader.facts.geometry, visual_token_ids=ids)))
+        logits = model.logits(model(collate([example], setup.loader.shape.geometry, visual_token_ids=ids)))
         nll = -jax.nn.log_softmax(np.asarray(logits)[0].astype(np.float64))
         targets = np.flatnonzero(example.supervised)
         total += float(sum(nll[t - 1, example.tokens[t]] for t in targets))
@@ -59,13 +59,13 @@ def test_it_is_the_mean_over_the_tokens_of_the_usable_records(config, tmp_path):
     """Two questions about a clip share its prefix here, and training drops out."""
     config.data.questions_per_video, config.data.rows, config.lora.dropout = 2, 8, 0.3
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
-        job = sft.build(config, tmp_path, checkpoints)
-    with job.encoder:
-        measured = job.held_out(job.trainer.trainable)
-        np.testing.assert_allclose(measured, separate_loss(config, job), rtol=1e-5)
-        assert job.held_out(job.trainer.trainable) == measured
-        moved = jax.tree.map(lambda x: x + 0.05, job.trainer.trainable)
-        assert abs(job.held_out(moved) - measured) > 1e-3
+        setup = set_up(config, tmp_path, checkpoints)
+    with setup.encoder:
+        measured = setup.held_out(setup.trainer.trainable)
+        np.testing.assert_allclose(measured, separate_loss(config, setup), rtol=1e-5)
+        assert setup.held_out(setup.trainer.trainable) == measured
+        moved = jax.tree.map(lambda x: x + 0.05, setup.trainer.trainable)
+        assert abs(setup.held_out(moved) - measured) > 1e-3
 
 
 def test_measuring_changes_nothing_and_picks_the_best(config, tmp_path):
@@ -88,9 +88,9 @@ def test_what_cannot_be_used(config, tmp_path):
     bad.write_text(json.dumps([{"video": "absent.mp4", "conversations": [{"from": "human", "value": "<video>?"}]}]))
     config.data.eval_path = str(bad)
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
-        job = sft.build(config, tmp_path, checkpoints)
-    with job.encoder, pytest.raises(HeldOutError, match="not one usable record"):
-        job.held_out(job.trainer.trainable)
+        setup = set_up(config, tmp_path, checkpoints)
+    with setup.encoder, pytest.raises(HeldOutError, match="not one usable record"):
+        setup.held_out(setup.trainer.trainable)
     config.data.eval_path = str(tmp_path / "none.json")
     with pytest.raises(PreflightError, match="data.eval_path = .*none.json is not a file"):
         check(config)

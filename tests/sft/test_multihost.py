@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.parallel import multihost
-from mllm4d_jax.parallel.mesh import make_mesh, rows_divide
-from mllm4d_jax.run.build import load_trainable
+from mllm4d_jax.parallel.mesh import rows_divide
+from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.log import read_metrics
 from mllm4d_jax.run.progress import Progress
 from mllm4d_jax.run.watchdog import Watchdog
-from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.feed import Feed
-from mllm4d_jax.sft.job import make_trainer
+from mllm4d_jax.sft.setup import make_trainer, set_up
 from tests.processes import Processes, write_config
 
 SAME = ("step", "position", "examples", "clips", "tokens", "visual", "supervised", "quarantined", "padding")
@@ -36,14 +35,13 @@ def config(make_config, mixed_world):
 
 def one_process(config, workdir, steps, progress=None, saved=None):
     """`steps` steps on one device in this process, optionally from a checkpoint: (rows, parameters)."""
-    mesh, progress = make_mesh({"data": -1}, jax.devices()[:1]), progress or Progress()
     workdir.mkdir()
     with Checkpoints(saved or workdir / "checkpoints", 1) as checkpoints:
-        job = sft.build(config, workdir, checkpoints)
-        model = load_trainable(config, mesh)
-        trainer, _ = make_trainer(config, model, mesh, checkpoints, progress, job.content)
-    with job.encoder, Feed(job.loader, config.train.accumulation, job.flops, False, Watchdog(0)) as feed:
-        rows = [trainer.advance(feed.next(last=False)) for _ in range(steps)][1:] + [trainer.finish()]
+        setup, parts = set_up(config, workdir, checkpoints), build(config, devices=jax.devices()[:1])
+        trainer = make_trainer(parts, checkpoints, progress or Progress(), setup.content)
+    first = 1 + (progress.step if progress else 0)
+    with setup.encoder, Feed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0)) as feed:
+        rows = [trainer.advance(first + n, feed.next(last=False)) for n in range(steps)][1:] + [trainer.finish()]
     return rows, jax.tree.map(np.array, trainer.trainable)
 
 

@@ -129,9 +129,9 @@ def test_a_twentieth_unusable(tiny_world, tmp_path, monkeypatch, total):
     trained = []
     advance = Trainer.advance
 
-    def and_note(self, data):
+    def and_note(self, step, data):
         trained.extend(data.keys)
-        return advance(self, data)
+        return advance(self, step, data)
 
     monkeypatch.setattr(Trainer, "advance", and_note)
     assert sft.run(config, str(tmp_path / "run")) == 0

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 from configs import sft as sft_config
-from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.run.build import load_trainable
+from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
-from mllm4d_jax.run.log import read_metrics
+from mllm4d_jax.run.log import RunLog, read_metrics
+from mllm4d_jax.run.loop import TrainingRun
 from mllm4d_jax.run.progress import Progress, StopSignal, TrainingError
+from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.feed import Feed
-from mllm4d_jax.sft.job import make_trainer
+from mllm4d_jax.sft.setup import make_trainer, set_up
 from mllm4d_jax.sft.trainer import Trainer
 
 STEPS = 6
@@ -35,22 +36,25 @@ def config(make_config, mixed_world):
 class StopAt:
     """Stands in for a signal that arrives during a given step."""
 
-    def __init__(self, job, step):
-        self.job, self.step = job, step
+    def __init__(self, step):
+        self.run, self.step = None, step
 
     def __bool__(self):
-        return self.job.trainer.progress.step >= self.step
+        return self.run is not None and self.run.progress.step >= self.step
 
 
 def train(config, workdir, stop_at=STEPS):
     """One part of a run; returns the adapter and optimiser state on the host."""
     workdir.mkdir(exist_ok=True)
-    keep = config.train.keep_checkpoints, config.train.keep_best
-    with Checkpoints(workdir / "checkpoints", *keep) as checkpoints:
-        job = sft.build(config, workdir, checkpoints)
-        with job.encoder:
-            sft.train(job, StopAt(job, stop_at))
-        return jax.tree.map(np.array, (job.trainer.trainable, job.trainer.opt_state))
+    c, stop = config.train, StopAt(stop_at)
+    with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints:
+        setup = set_up(config, workdir, checkpoints)
+        log = RunLog(workdir, steps=c.steps, start=setup.progress.step, log_every=c.log_every)
+        run = TrainingRun(config, workdir, checkpoints, setup.content, setup.progress, log, stop)
+        stop.run = run
+        with setup.encoder, run:
+            sft.train(setup, run)
+        return jax.tree.map(np.array, (setup.trainer.trainable, setup.trainer.opt_state))
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +90,18 @@ def test_resume_is_exact(config, straight, tmp_path):
 
 def test_eight_devices_train_like_one(config, straight, tmp_path):
     """The run above was split over eight devices; the same batches through one device."""
-    one = make_mesh({"data": -1}, jax.devices()[:1])
     with Checkpoints(tmp_path / "none", 1) as checkpoints:
-        job = sft.build(config, tmp_path, checkpoints)
-        trainer, _ = make_trainer(config, load_trainable(config, one), one, checkpoints, Progress(), job.content)
-    with job.encoder, Feed(job.loader, 1, job.flops, False, Watchdog(0)) as feed:
-        rows = [trainer.advance(feed.next(last=False)) for _ in range(STEPS)][1:] + [trainer.finish()]
+        setup = set_up(config, tmp_path, checkpoints)
+        trainer = make_trainer(build(config, devices=jax.devices()[:1]), checkpoints, Progress(), setup.content)
+    with setup.encoder, Feed(setup.loader, 1, setup.flops, False, Watchdog(0)) as feed:
+        rows = [trainer.advance(n, feed.next(last=False)) for n in range(1, STEPS + 1)][1:] + [trainer.finish()]
     workdir, (lora, _) = straight
     for ours, theirs in zip(rows, curve(workdir), strict=True):
         assert ours["position"] == theirs["position"]
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
         np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-3)
     # Adam divides by the gradient's own size, so that rounding grows; it stays small beside what was learned.
-    start = jax.tree.map(np.array, job.trainer.trainable)
+    start = jax.tree.map(np.array, setup.trainer.trainable)
     for a, b, c in zip(*map(jax.tree.leaves, (lora, trainer.trainable, start)), strict=True):
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a - c)
 
@@ -206,21 +209,21 @@ def test_a_run_can_start_from_the_adapter_of_another(config, straight, tmp_path)
     workdir, (adapter, _) = straight
     config.model.adapter = str(workdir)
     with Checkpoints(tmp_path / "new", 1) as checkpoints:
-        job = sft.build(config, tmp_path, checkpoints)
-    assert job.trainer.progress == Progress()
-    assert jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, job.trainer.trainable)))
-    assert not any(np.any(x) for x in jax.tree.leaves(job.trainer.opt_state))  # moments and counters begin anew
+        setup = set_up(config, tmp_path, checkpoints)
+    assert setup.progress == Progress()
+    assert jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, setup.trainer.trainable)))
+    assert not any(np.any(x) for x in jax.tree.leaves(setup.trainer.opt_state))  # moments and counters begin anew
     config.lora.alpha = 1.0
-    with pytest.raises(ResumeError, match=r"trained otherwise: lora.alpha: 32.0 there, 1.0 here"):
+    with pytest.raises(StartError, match=r"trained otherwise: lora.alpha: 32.0 there, 1.0 here"):
         with Checkpoints(tmp_path / "other", 1) as checkpoints:
-            sft.build(config, tmp_path, checkpoints)
+            set_up(config, tmp_path, checkpoints)
 
 
 def test_the_best_checkpoints_stay(config, tmp_path, monkeypatch):
     config.train.checkpoint_every, config.train.keep_checkpoints, config.train.keep_best = 1, 1, 1
     config.train.log_every = 1
     losses = iter([3.0, 1.0, 2.0, 1.5, 1.25, 4.0])
-    monkeypatch.setattr(sft.Losses, "value", lambda self, watchdog: next(losses))
+    monkeypatch.setattr(sft.Losses, "value", property(lambda self: next(losses)))
     train(config, tmp_path / "w")
     with Checkpoints(tmp_path / "w/checkpoints", 1, 1) as checkpoints:
         assert (checkpoints.latest(), checkpoints.best()) == (STEPS, 2)

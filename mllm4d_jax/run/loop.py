@@ -1,0 +1,128 @@
+"""The order of a training run, the same for every task: data, step, log, hooks, and at the end what is not saved yet.
+
+with TrainingRun(...) as run:
+    run.every(100, save, unsaved=True)
+    for step, data in run.steps(take):
+        run.record(...)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import ml_collections
+
+from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
+from mllm4d_jax.run.log import NoLog, RunLog
+from mllm4d_jax.run.progress import Progress, StopSignal
+from mllm4d_jax.run.trace import Trace
+from mllm4d_jax.run.watchdog import Watchdog
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class _Hook:
+    """Something done after some of the steps.
+
+    Attributes:
+      every: steps between.
+      call: given the number of steps done.
+      last: also after the last step of the run; unsaved: also after the last one before it ends for any reason.
+      done: step of the last call.
+    """
+
+    every: int
+    call: Callable[[int], None]
+    last: bool
+    unsaved: bool
+    done: int
+
+
+class TrainingRun:
+    """A run under way: where it is, what it records, and who watches it. Use as a context manager.
+
+    Attributes:
+      config, workdir: of the run.
+      progress: of the last step, and the data's state after it; set by the task with every step.
+      stop: true once the process was asked to stop.
+      checkpoints: where it is saved.
+      watchdog: is told what the process waits for.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        content: Mapping[str, str],
+        progress: Progress,
+        log: RunLog | NoLog,
+        stop: StopSignal,
+    ) -> None:
+        """
+        Args:
+          content: digests that a resumed run has to match, see `digest.content_digests`.
+          progress: where it begins.
+          log: of the steps.
+        """
+        c = config.train
+        self.config, self.workdir, self.progress, self.stop = config, workdir, progress, stop
+        self.checkpoints, self._content, self._log, self._start = checkpoints, content, log, progress.step
+        self.watchdog, self._trace = Watchdog(c.watchdog_s), Trace(workdir / "trace", c.trace_steps)
+        self._hooks: list[_Hook] = []
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        for part in (self._log, self.watchdog, self._trace):
+            self._open.enter_context(part)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.__exit__(*exc)
+
+    def every(self, n: int, call: Callable[[int], None], *, last: bool = False, unsaved: bool = False) -> None:
+        """Call a function after every n-th step, in the order of the calls of this method.
+
+        Args:
+          last: after the last step of the run, too.
+          unsaved: when the run ends for any reason, too, if steps were done since the last call.
+        """
+        self._hooks.append(_Hook(n, call, last, unsaved, self._start))
+
+    def steps(
+        self, take: Callable[[int], T | None], wait: Callable[[], object] = lambda: None
+    ) -> Iterator[tuple[int, T]]:
+        """Yield (number from 1, data) of every step that is left.
+
+        Args:
+          take: gives the data of a step, None once the run was asked to stop.
+          wait: returns once the devices are done; called before a trace ends.
+        """
+        total, step = self.config.train.steps, self._start
+        while step < total and (data := take(step + 1)) is not None:
+            step += 1
+            self._trace.before(step)
+            yield step, data
+            self._trace.after(step, wait)
+            self._call(step, [h for h in self._hooks if step % h.every == 0 or h.last and step == total])
+        self._call(step, [h for h in self._hooks if h.unsaved and h.done < step])
+
+    def _call(self, step: int, hooks: list[_Hook]) -> None:
+        for hook in hooks:
+            hook.call(step)
+            hook.done = step
+
+    def record(self, row: Mapping[str, float | None] | None) -> None:
+        """Log the results of a step; None is no step."""
+        self._log.step(row)
+
+    def save(self, trainable: Any, opt_state: Any, loss: float, pending: Mapping[str, Any] | None = None) -> None:
+        """Save the state after the last step; see `Checkpoints.save`."""
+        meta = Meta(**dataclasses.asdict(self.progress), config=flat_config(self.config), content=self._content)
+        with self.watchdog.phase("saving"):
+            self.checkpoints.save(trainable, opt_state, meta, loss, pending)

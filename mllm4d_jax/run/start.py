@@ -1,0 +1,271 @@
+"""Where weights come from, in this order:
+
+1. the newest checkpoint of the workdir (`resume_point`);
+2. the earlier run that `model.adapter` names (`start_from_run`);
+3. the PEFT adapter that it names (put on the model when it is built);
+4. a fresh adapter on the base model.
+
+Evaluation, export and inference put 2 and 3 to use with `choose_model` and `load_tuned`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jax.sharding import Mesh
+
+from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.models.lora import attach_lora
+from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
+from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.split import merge_model, split_model
+from mllm4d_jax.run.checkpoint import Checkpoints, Meta, ResumeError, check_resumable, flat_config
+from mllm4d_jax.run.digest import folder_digest, model_digest
+from mllm4d_jax.run.progress import Progress
+
+log = logging.getLogger(__name__)
+
+_ADAPTER_KEYS = ("lora.rank", "lora.alpha", "lora.targets", "train.trainable")  # what an adapter's numbers mean
+_ADAPTER_LEAVES = ("lora_a", "lora_b")
+
+
+class StartError(ValueError):
+    """There are no weights where the config says, or they do not belong to the base model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedAdapter:
+    """What an earlier run has trained.
+
+    Attributes:
+      folder: of checkpoints, or of a PEFT adapter.
+      step, meta: of the checkpoint; None for a PEFT adapter.
+    """
+
+    folder: Path
+    step: int | None = None
+    meta: Meta | None = None
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.step is None else f"{self.folder}, step {self.step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelChoice:
+    """Which model is asked or exported.
+
+    Attributes:
+      base: Hugging Face folder.
+      adapter: on top of it; None for the base model alone.
+    """
+
+    base: Path
+    adapter: TrainedAdapter | None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells the model from others, as JSON values: by content, so that folders may be moved."""
+        known: dict[str, Any] = {"base": model_digest(self.base), "adapter": "", "step": -1}
+        if self.adapter is None:
+            return known
+        folder, step = self.adapter.folder, self.adapter.step
+        if step is None:
+            return known | {"adapter": folder_digest(folder)}
+        return known | {"adapter": folder_digest(folder / str(step) / "trainable"), "step": step}
+
+    def __str__(self) -> str:
+        return str(self.base) if self.adapter is None else f"{self.base} with {self.adapter}"
+
+
+def checkpoint_folder(path: str | Path) -> Path | None:
+    """Return the folder of checkpoints that a path names, itself or as the workdir around it; None without any."""
+    for folder in (Path(path) / "checkpoints", Path(path)):
+        if folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir()):
+            return folder
+    return None
+
+
+def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
+    """Return what `model.adapter` and `model.step` name; None for no path. Opens nothing large.
+
+    Args:
+      path: workdir of a run, its folder of checkpoints, or a PEFT folder.
+      step: of the checkpoint; -1 for the newest.
+
+    Raises:
+      StartError: nothing there, or no such step.
+    """
+    if not path:
+        if step >= 0:
+            raise StartError(f"model.step = {step} without model.adapter: only checkpoints of a run have steps")
+        return None
+    folder = checkpoint_folder(path)
+    if folder is None:
+        if not is_peft_folder(path):
+            raise StartError(
+                f"model.adapter = {path} holds no checkpoint and no PEFT adapter: name the workdir of a run, its "
+                f"checkpoints folder, or a folder with {CONFIG}"
+            )
+        if step >= 0:
+            raise StartError(f"model.step = {step}, but {path} is a PEFT adapter, which has no steps")
+        return TrainedAdapter(Path(path))
+    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    if step >= 0 and step not in steps:
+        raise StartError(f"model.step = {step}: {folder} holds the steps {', '.join(map(str, steps))}")
+    with Checkpoints(folder, keep=1) as earlier:
+        step = step if step >= 0 else earlier.latest()
+        return TrainedAdapter(folder, step, earlier.meta(step))
+
+
+def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:
+    """Return the model that `model.path`, `model.adapter` and `model.step` name.
+
+    Args:
+      path: Hugging Face folder; '' for the base model that the adapter's run was trained on.
+
+    Raises:
+      StartError: a folder that is no model, an adapter that is none, or another base model than the adapter's.
+    """
+    found = find_adapter(adapter, step)
+    meta = None if found is None else found.meta
+    base = Path(path or ("" if meta is None else meta.config["model.path"]))
+    if not (base / "config.json").is_file() or checkpoint_folder(base) is not None:
+        hint = ""
+        if path and checkpoint_folder(path):
+            hint = "; what a run has trained is named with --config.model.adapter=DIR"
+        elif adapter:
+            hint = f": name the base model of {adapter} with --config.model.path=DIR"
+        raise StartError(f"model.path = {str(path or base)!r} is not a model folder in Hugging Face format{hint}")
+    if meta is not None and model_digest(base) != meta.content["model.path"]:
+        raise StartError(
+            f"{base} is not the base model of {found.folder}: weights, config.json or tokenizer differ from those it "
+            "was trained on; name the right folder with --config.model.path=DIR"
+        )
+    return ModelChoice(base, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedModel:
+    """A model as it was trained.
+
+    Attributes:
+      model: with adapters, if there are any.
+      trained: NNX path -> f32 value of base parameters that were trained themselves.
+      dropout: of the adapter in training.
+      base: name of its base model, "" when the adapter gives none.
+    """
+
+    model: QwenVL
+    trained: Mapping[tuple, jax.Array]
+    dropout: float = 0.0
+    base: str = ""
+
+
+def load_chosen(choice: ModelChoice, *, dtype: str, attention: str, mesh: Mesh | None = None) -> QwenVL:
+    """Load a chosen model, with what was trained on top of it, on its mesh.
+
+    Raises:
+      ConfigError, CheckpointError, PeftError, ResumeError, StartError: files that cannot be used.
+    """
+    model = load_model(choice.base, dtype=jnp.dtype(dtype), attention=attention, mesh=mesh)
+    return model if choice.adapter is None else load_tuned(model, choice.adapter).model
+
+
+def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
+    """Put what was trained into the base model; `model` itself must not be used afterwards.
+
+    Raises:
+      PeftError, ResumeError: the parameters do not fit the model.
+      StartError: the checkpoint has a part of the adapter alone.
+    """
+    if adapter.meta is None:
+        loaded = load_peft(adapter.folder, model)
+        return TunedModel(model, {}, loaded.dropout, loaded.base)
+    c = adapter.meta.config
+    patterns = tuple(c.get("train.trainable", ("lora",)))
+    if any("lora" in pattern for pattern in patterns):
+        # The run's own seed: with patterns that train one half of the adapter, the other is still as it began.
+        attach_lora(
+            model,
+            rank=c["lora.rank"],
+            alpha=c["lora.alpha"],
+            targets=tuple(c["lora.targets"]),
+            rngs=nnx.Rngs(c["seed"]),
+            mesh=model.mesh,
+        )
+    graphdef, trainable, frozen = split_model(model, patterns)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    del model, trainable  # so that the values before training can go
+    with Checkpoints(adapter.folder, keep=1) as earlier:
+        trainable = earlier.restore_trainable(adapter.step, wanted)
+    trained = {path: x for path, x in _leaves(trainable).items() if path[-1] not in _ADAPTER_LEAVES}
+    frozen_half = any(path[-1] in _ADAPTER_LEAVES for path in _leaves(frozen))
+    if frozen_half and c.get("model.adapter"):
+        raise StartError(
+            f"{adapter.folder} holds one part of an adapter and the other was kept as it is in {c['model.adapter']}, "
+            "which this run does not have: they cannot be put together"
+        )
+    return TunedModel(merge_model(graphdef, trainable, frozen), trained, float(c.get("lora.dropout", 0.0)))
+
+
+def _leaves(tree: Any) -> dict[tuple, Any]:
+    """NNX path -> leaf of nested dicts."""
+    return {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
+    """Return the progress of the workdir's newest checkpoint, or of a run from the start.
+
+    Args:
+      content: digests, see `digest.content_digests`.
+
+    Raises:
+      ResumeError: the checkpoint is of a run with other settings, or train.resume is off and there is one.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return Progress()
+    if not config.train.resume:
+        raise ResumeError(
+            f"{checkpoints.folder} already holds step {latest}: give another --workdir for a new run, or leave "
+            "train.resume on to go on with that one"
+        )
+    stored = checkpoints.meta(latest)
+    check_resumable(stored, flat_config(config), content, checkpoints.folder)
+    log.info("continuing after step %d", latest)
+    return Progress(stored.step, stored.position, stored.rejected)
+
+
+def start_from_run(config: ml_collections.ConfigDict, trainable: Any, content: Mapping[str, str]) -> Any:
+    """Return the parameters that a new run starts from: those of the earlier run that `model.adapter` names.
+
+    Args:
+      trainable: tree as the model was built: the result where `model.adapter` is empty or a PEFT folder, which the
+        model has already; else its shapes and placement.
+      content: digests of the new run.
+
+    Raises:
+      StartError: nothing there, or it was trained on another base model or as another kind of adapter.
+    """
+    adapter = find_adapter(config.model.adapter)
+    if adapter is None or adapter.meta is None:
+        return trainable
+    stored, now = adapter.meta, flat_config(config)
+    differing = [
+        f"{key}: {stored.config.get(key)!r} there, {now[key]!r} here"
+        for key in _ADAPTER_KEYS
+        if stored.config.get(key) != now[key]
+    ]
+    if stored.content.get("model.path") != content["model.path"]:
+        differing.append("model.path: another base model")
+    if differing:
+        raise StartError(f"model.adapter: {adapter.folder} was trained otherwise: {'; '.join(differing)}")
+    with Checkpoints(adapter.folder, keep=1) as earlier:
+        return earlier.restore_trainable(adapter.step, trainable)
