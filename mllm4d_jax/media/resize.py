@@ -145,8 +145,8 @@ class ResizeRule:
     def largest_frame(self, num_frames: int) -> int:
         """Return the largest area, in pixels, of a resized frame of a clip of so many frames.
 
-        It is that of frames of whole merged tokens that `size` gives; a frame may only be larger where one side has
-        shrunk to a single token (more than a hundred times longer than wide, say).
+        It is that of frames of whole merged tokens. `size` gives a larger one only where a side has shrunk to a single
+        token, or where both budgets are so near each other that enlarging, which rounds up, goes past the upper one.
         """
         high = self.max_pixels
         if self.rule == "qwen_vl_utils":

@@ -80,9 +80,9 @@ RULES = [
     dict(max_pixels=100_352),
     dict(resize_rule="total"),
     dict(resize_rule="total", max_pixels=802_816),
-    dict(resize_rule="total", max_pixels=802_816, min_pixels=802_816),
+    dict(resize_rule="total", max_pixels=802_816, min_pixels=200_704),
     dict(resize_rule="qwen_vl_utils"),
-    dict(resize_rule="qwen_vl_utils", max_pixels=150_528),
+    dict(resize_rule="qwen_vl_utils", max_pixels=401_408),
 ]
 
 
