@@ -47,15 +47,20 @@ class Ours:
         from mllm4d_jax.generate.sampler import Sampler
         from mllm4d_jax.models.hf import load_model
         from mllm4d_jax.models.qwen_vl import vision_geometry
-        from mllm4d_jax.rows.buckets import RowBuckets
+        from mllm4d_jax.rows.shape import RowShape
 
         model, data, c = load_model(folder, dtype=jnp.float32), common.eval().data, encoder.config
         graphdef, state = nnx.split(model)
         self._sampler, self._weights = Sampler(graphdef), (state,)
-        sizes = dict(full_slots=per_video, full_frames=frames // 2, full_frame_patches=(side // c.patch_size) ** 2)
-        buckets = RowBuckets(tuple(data.prefix_buckets), tuple(data.branch_buckets), c.merge_size**2, **sizes)
-        ids = (c.image_token_id, c.video_token_id)
-        self._layout = Layout(1, per_video, buckets, vision_geometry(model.config), ids)
+        shape = RowShape.of(
+            c,
+            vision_geometry(model.config),
+            encoder.options,
+            prefix_lengths=data.prefix_buckets,
+            branch_lengths=data.branch_buckets,
+            branches=per_video,
+        )
+        self._layout = Layout(1, per_video, shape)
         self._encoder, self._tokens = encoder, tokens
         self._options = options(encoder.tokenizer, model.config.text.vocab_size)
 

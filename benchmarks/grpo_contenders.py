@@ -22,8 +22,8 @@ from configs import common
 from mllm4d_jax.data.samples import draw, make_clip, questions, write_video
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
-from mllm4d_jax.grpo.job import Job, build
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
+from mllm4d_jax.grpo.setup import GrpoSetup, set_up
 from mllm4d_jax.grpo.task import rows_of
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, real_work, step_flops
@@ -111,49 +111,49 @@ def run_config(
 class Ours:
     """The actor and the learner of a run."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, config: ml_collections.ConfigDict, setup: GrpoSetup) -> None:
+        self._config, self._setup = config, setup
         # Without an end token every completion is as long as the cap, on both sides.
-        job.actor.options = dataclasses.replace(job.actor.options, eos_ids=())
-        self.banned_ids = job.actor.options.banned_ids
-        self.decode = job.encoder.tokenizer.decode
+        setup.actor.options = dataclasses.replace(setup.actor.options, eos_ids=())
+        self.banned_ids = setup.actor.options.banned_ids
+        self.decode = setup.encoder.tokenizer.decode
         self._steps = 0
 
     @property
     def adapter(self) -> Any:
         """Tree of the trained parameters on the host."""
-        return jax.tree.map(np.array, self._job.state.trainable)
+        return jax.tree.map(np.array, self._setup.state.trainable)
 
     def prompts(self) -> PromptStep:
         """Prompts of the next step."""
-        return self._job.loader.next_step()
+        return self._setup.loader.next_step()
 
     def draw(self, found: PromptStep) -> Drawn:
         """Completions of the prompts by the policy as it is."""
         self._steps += 1
-        return self._job.actor.draw(found, self._job.sampling_weights(), self._steps, self._steps)
+        return self._setup.actor.draw(found, self._setup.sampling_weights(), self._steps, self._steps)
 
     def reference(self, drawn: Drawn) -> tuple[Any, list[CompletionRows], np.ndarray]:
         """(the batch with the reference's log-probs, its rows, these log-probs)."""
-        job = self._job
-        length, parts = rows_of(job, drawn)
+        setup = self._setup
+        length, parts = rows_of(self._config, setup.actor.shape, drawn)
         batch = drawn.rollouts.batch(length)
-        scored = np.asarray(job.learner.score(job.reference, job.frozen, drawn.features, parts, batch))
+        scored = np.asarray(setup.learner.score(setup.reference, setup.frozen, drawn.features, parts, batch))
         return batch._replace(reference_logprobs=scored), parts, scored
 
     def update(self, drawn: Drawn, batch: Any, parts: list[CompletionRows]) -> tuple[float, float]:
         """One optimiser step: (loss, gradient norm) before it."""
-        job, state = self._job, self._job.state
-        state.trainable, state.opt_state, update = job.learner.update(
-            state.trainable, state.opt_state, job.frozen, drawn.features, parts, batch
+        setup, state = self._setup, self._setup.state
+        state.trainable, state.opt_state, update = setup.learner.update(
+            state.trainable, state.opt_state, setup.frozen, drawn.features, parts, batch
         )
         jax.block_until_ready(state.trainable)
         return float(update.step.loss), float(update.step.grad_norm)
 
     def numbers(self, drawn: Drawn) -> Numbers:
         """Log-probs, loss and gradient norm of the policy as it is, which then makes an optimiser step."""
-        job, (batch, parts, reference) = self._job, self.reference(drawn)
-        policy = job.learner.score(job.state.trainable, job.frozen, drawn.features, parts, batch)
+        setup, (batch, parts, reference) = self._setup, self.reference(drawn)
+        policy = setup.learner.score(setup.state.trainable, setup.frozen, drawn.features, parts, batch)
         return Numbers(np.asarray(policy), reference, *self.update(drawn, batch, parts))
 
     def step(self, found: PromptStep) -> Timed:
@@ -171,7 +171,7 @@ class Ours:
 
     def facts(self, drawn: Drawn) -> tuple[dict[str, int], float]:
         """(numbers of tokens, FLOPs that the model needs for the update: the pass of the reference not included)."""
-        c, (_, parts) = self._job.config, rows_of(self._job, drawn)
+        c, (_, parts) = self._config, rows_of(self._config, self._setup.actor.shape, drawn)
         model = ModelConfig.from_dict(json.loads((Path(c.model.path) / "config.json").read_text(encoding="utf-8")))
         tuning = Tuning(rank=c.lora.rank, targets=tuple(c.lora.targets))
         flops = sum(
@@ -195,9 +195,9 @@ def open_ours(config: ml_collections.ConfigDict, folder: Path) -> Iterator[Ours]
     """A run at its start, with its workdir in `folder`."""
     settings.check(config)
     with Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints:
-        job = build(config, folder, checkpoints)
-        with job.encoder, job.loader, job.actor:
-            yield Ours(job)
+        setup = set_up(config, folder, checkpoints)
+        with setup.encoder, setup.loader, setup.actor, setup.greedy:
+            yield Ours(config, setup)
 
 
 class Clock:

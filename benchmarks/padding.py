@@ -28,8 +28,8 @@ from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, Work, padded_work, step_flops
 from mllm4d_jax.models.published import published_config
-from mllm4d_jax.rows.buckets import RowBuckets
-from mllm4d_jax.rows.rows import Group, RowSizes, needed_sizes, pack_groups
+from mllm4d_jax.rows.rows import Group, RowSizes, pack_groups
+from mllm4d_jax.rows.shape import RowShape
 
 MERGE = 2
 # Height and width in merged tokens of frames of at most 224 x 224 pixels: landscape, portrait, square, 4:3.
@@ -111,7 +111,7 @@ def needed_work(rows: Sequence[Sequence[Group]]) -> Work:
     return Work(tokens, pairs, patches, frame_pairs, 0, supervised)
 
 
-def simulate(clips: Clips, options: LoaderOptions, buckets: RowBuckets, steps: int, seed: int) -> Result:
+def simulate(clips: Clips, options: LoaderOptions, shape: RowShape, steps: int, seed: int) -> Result:
     """Runs through `steps` steps."""
     order = Order([clips.clips], [1.0], per_group=options.questions_per_video, seed=seed)
     model = ModelConfig.from_dict(published_config("8b"), "8b")
@@ -124,7 +124,7 @@ def simulate(clips: Clips, options: LoaderOptions, buckets: RowBuckets, steps: i
         first = (step - 1) * options.groups
         groups = [clips.group(order[p].indices) for p in range(first, first + options.groups)]
         packed = pack_groups(groups, rows)
-        sizes = buckets.sizes(needed_sizes(packed, GEOMETRY, buckets.length))
+        sizes = shape.sizes(shape.needed(packed))
         last_new = last_new if seen[sizes] else step
         seen[sizes] += 1
         work = needed_work(packed)
@@ -158,15 +158,19 @@ def main() -> None:
     print(f"| clips a step | rows | padding | FLOPs beyond the needed | shapes in {args.steps} steps | last new at |")
     print("|---:|---:|---:|---:|---:|---:|")
     for rows in map(int, args.rows.split(",")):
-        options = LoaderOptions(
-            args.groups * args.per_video,
-            args.per_video,
-            rows,
+        options = LoaderOptions(args.groups * args.per_video, args.per_video, rows)
+        shape = RowShape(
+            GEOMETRY,
+            (),
+            0,
             tuple(data.prefix_buckets),
             tuple(data.branch_buckets),
+            clip_frames=16,
+            frame_patches=196,
+            clips=options.clips_per_row,
+            branches=args.per_video,
         )
-        buckets = options.buckets(1, merge_area=MERGE**2, frames=16, frame_patches=196)
-        r = simulate(clips, options, buckets, args.steps, args.seed)
+        r = simulate(clips, options, shape, args.steps, args.seed)
         print(f"| {args.groups} | {rows} | {r.padding:.1%} | {r.extra:.1%} | {r.shapes} | {r.last_new} |", flush=True)
 
 

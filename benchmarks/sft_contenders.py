@@ -19,20 +19,15 @@ from configs import common
 from mllm4d_jax.data.samples import SampleQuestion, draw, make_clip, questions, write_video
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.encode.example import VideoOptions
-from mllm4d_jax.encode.processor_config import ProcessorConfig
-from mllm4d_jax.encode.tokenizer import Tokenizer, build_byte_level_tokenizer
+from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.published import published_config
-from mllm4d_jax.models.qwen_vl import vision_geometry
-from mllm4d_jax.models.split import split_model
 from mllm4d_jax.models.weight_map import published_tensors
-from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.qa.record import Record
-from mllm4d_jax.run import preflight
-from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer
+from mllm4d_jax.run.build import build, encoder_of, open_records
+from mllm4d_jax.run.optimizer import init_optimizer
 from mllm4d_jax.run.progress import Progress
-from mllm4d_jax.sft import job
+from mllm4d_jax.sft.setup import make_loader
 from mllm4d_jax.sft.step import TrainStep
 from tools import make_checkpoint
 from tools.reference import cases
@@ -143,27 +138,14 @@ class Ours:
     """The loader and the jitted step of a run."""
 
     def __init__(self, config: ml_collections.ConfigDict, folder: Path) -> None:
-        mesh = make_mesh(dict(config.mesh))
-        model = job.load_trainable(config, mesh)
-        graphdef, lora, self._frozen = split_model(model, tuple(config.train.trainable))
-        self.adapter = jax.tree.map(np.array, _random_b(lora))
-        o = config.optim
-        rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
-        self._optimizer = make_optimizer(
-            rates, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
-        )
-        self._mesh = mesh
+        parts = build(config)
+        self._frozen, self._mesh, self._optimizer = parts.frozen, parts.mesh, parts.optimizer
+        self.adapter = jax.tree.map(np.array, _random_b(parts.trainable))
         self.restart()
-        self._step = TrainStep(graphdef, self._optimizer, self._lora, self._state, mesh, config.train.loss_chunk)
-        mixture = preflight.open_data(config)
-        self.encoder = Encoder(
-            ProcessorConfig.from_folder(config.model.path),
-            Tokenizer.from_folder(config.model.path),
-            VideoOptions.from_mapping(config.video),
-            config.data.max_tokens,
-        )
-        geometry = vision_geometry(model.config)
-        self._loader = job.make_loader(config, folder, mixture, self.encoder, geometry, Progress())
+        chunk = config.train.loss_chunk
+        self._step = TrainStep(parts.graphdef, self._optimizer, self._lora, self._state, parts.mesh, chunk)
+        self.encoder = encoder_of(config)
+        self._loader = make_loader(parts, folder, open_records(config), self.encoder, Progress())
         self._batches: list[tuple[LoadedBatch, float]] = []
 
     def load(self, steps: int) -> list[list[int]]:
