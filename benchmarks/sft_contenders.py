@@ -28,7 +28,7 @@ from mllm4d_jax.models.qwen_vl import vision_geometry
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.models.weight_map import published_tensors
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 from mllm4d_jax.run import preflight
 from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer
 from mllm4d_jax.run.progress import Progress

@@ -15,8 +15,7 @@ import numpy as np
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import MediaError, RecordError
-from mllm4d_jax.qa.record import Record
-from mllm4d_jax.qa.records import parse_record
+from mllm4d_jax.qa.records import Record, parse_record
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from mllm4d_jax.data.json_index import build_index
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
-from mllm4d_jax.qa.records import parse_record
+from mllm4d_jax.qa.records import Record, parse_record
 
 
 class RecordFile:

@@ -12,7 +12,6 @@ a function, `package.module:function` or `package.module.function`, that is call
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -22,9 +21,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from mllm4d_jax.qa.rewards import PRESETS, RewardWeights, Solution, score
+from mllm4d_jax.qa.errors import did_you_mean
+from mllm4d_jax.qa.rewards import COMPONENTS, PRESETS, RewardWeights, Solution, score
 
-COMPONENTS = ("accuracy", "format", "camera", "object")
 CustomReward = Callable[[str, Any, Any], float]
 
 
@@ -49,7 +48,7 @@ class Rewards:
     functions: Mapping[str, CustomReward]
 
     def __call__(self, completion: str, solution: Any, record: Any) -> dict[str, float]:
-        """Every reward by its name, and "total", their weighted mean; all in [0, 1].
+        """Return every reward by its name, and "total", their weighted mean; all in [0, 1].
 
         With a built-in reward the result also has all components of `rewards.score`, to be logged.
 
@@ -76,7 +75,7 @@ class Rewards:
 
 
 def load_rewards(spec: Mapping[str, float]) -> Rewards:
-    """The rewards that a spec names (see the top of this file), loaded and ready to be called.
+    """Return the rewards that a spec names (see the top of this file), loaded and ready to be called.
 
     Only the ratios of the weights matter: they are divided by their sum, so that the total stays in [0, 1]. A reward of
     weight 0 is computed and reported, but does not count. One preset at most, and no single components beside it: they
@@ -109,7 +108,7 @@ def load_rewards(spec: Mapping[str, float]) -> Rewards:
 
 
 def load_function(path: str) -> CustomReward:
-    """The function at `package.module:function` or `package.module.function`.
+    """Return the function at `package.module:function` or `package.module.function`.
 
     Raises:
       RewardError: the path is none, there is no such module or function, importing the module fails, or the function
@@ -118,16 +117,14 @@ def load_function(path: str) -> CustomReward:
     module_name, separator, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), name]):
         names = [*PRESETS, *COMPONENTS]
-        near = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
-        hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+        hint = did_you_mean(path, names) or f"; known: {', '.join(names)}"
         raise RewardError(f"reward {path!r} is neither built in nor a path like package.module:function{hint}")
     module = _import(module_name, path)
     function = getattr(module, name, None)
     if not callable(function):
-        what = "which has no such function" if function is None else f"where it is of type {type(function).__name__}"
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        hint = f", did you mean {near[0]!r}?" if near and near[0] != name else ""
-        raise RewardError(f"reward {path!r}: {name!r} is not a function of {module_name}, {what}{hint}")
+        missing = f"which has no such function{did_you_mean(name, vars(module))}"
+        what = missing if function is None else f"where it is of type {type(function).__name__}"
+        raise RewardError(f"reward {path!r}: {name!r} is not a function of {module_name}, {what}")
     _check_signature(function, path)
     return function
 

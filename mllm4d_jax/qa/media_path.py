@@ -8,7 +8,7 @@ from mllm4d_jax.qa.errors import MediaError
 
 
 def resolve_media(root: str | Path, relative: str) -> str:
-    """Absolute path of a record's media file; whether it exists is not looked at.
+    """Return the absolute path of a record's media file; whether it exists is not looked at.
 
     Records come from elsewhere, so a path may not leave its root: no absolute path, no `..` that climbs out, no
     symbolic link that points out (the root itself may be a link).

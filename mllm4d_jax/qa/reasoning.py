@@ -1,4 +1,4 @@
-"""What a completion says: thinking, answer, and the camera and object centres written in the thinking.
+"""What a completion says: thinking and answer, where they stand, and the centres written in the thinking.
 
 The text comes from a model that is rewarded for what is found in it, so nothing in it is trusted: every string is
 accepted, nothing is evaluated, and the work is linear in the length (searches only go forward, and at most
@@ -22,6 +22,33 @@ MAX_METRES = 1e6  # a centre farther away than this is no position in a video
 _MARKER = re.compile("(Camera|Object) Center:[ \t]*")
 _NUMBER_CHARS = frozenset("0123456789+-.eE")
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A closed block. `start` and `end` are those of the whole, tags included; `text` is what is inside, stripped."""
+
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a completion that count.
+
+    Attributes:
+      thinking: the first closed `<thinking>` block; None without one.
+      answers: all closed `<answer>` blocks, wherever they stand.
+    """
+
+    thinking: Block | None
+    answers: tuple[Block, ...]
+
+    @property
+    def answer(self) -> Block | None:
+        """The last closed `<answer>` block: the one that counts."""
+        return self.answers[-1] if self.answers else None
 
 
 @dataclass(frozen=True)
@@ -69,21 +96,37 @@ class ParsedReasoning:
         return not self.malformed_objects and any(c is not None for c in self.object_centers)
 
 
-def parse(completion: str) -> ParsedReasoning:
-    """Takes a completion apart; any string is accepted, in time linear in its length.
+def find_blocks(completion: str) -> Blocks:
+    """Return the thinking and the answers of a completion; any string is accepted, in time linear in its length.
 
     A block reaches from an opening tag to the next closing tag of the same name; opening tags in between are part of
-    its text, and a block that is never closed is none. Tags and markers are case-sensitive. A centre is the marker
-    `Camera Center:` or `Object Center:`, spaces, and on the same line either `null` or three numbers in square brackets
-    (`parse_center`). Centres outside the thinking do not exist.
+    its text, and a block that is never closed is none. Tags are case-sensitive.
     """
-    thinking = next(_blocks(completion, "thinking"), None)
-    answers = list(_blocks(completion, "answer"))
+    return Blocks(next(_blocks(completion, "thinking"), None), tuple(_blocks(completion, "answer")))
+
+
+def answer_part(response: str) -> str:
+    """Return what counts as the answer: the last `<answer>` block, else what follows the last `</thinking>`, else all.
+
+    The text is not stripped unless it comes from a block.
+    """
+    answer = find_blocks(response).answer
+    return response.rpartition("</thinking>")[2] if answer is None else answer.text
+
+
+def parse(completion: str) -> ParsedReasoning:
+    """Return a completion taken apart; any string is accepted, in time linear in its length.
+
+    A centre is the marker `Camera Center:` or `Object Center:`, spaces, and on the same line either `null` or three
+    numbers in square brackets (`parse_center`); markers are case-sensitive. Centres outside the thinking do not exist.
+    """
+    blocks = find_blocks(completion)
+    thinking = blocks.thinking and blocks.thinking.text
     centers, malformed = _centers(thinking or "")
     return ParsedReasoning(
         thinking=thinking,
-        answer=answers[-1] if answers else None,
-        answers_agree=len(set(answers)) <= 1,
+        answer=blocks.answer and blocks.answer.text,
+        answers_agree=len({block.text for block in blocks.answers}) <= 1,
         well_formed=_is_well_formed(completion),
         camera_centers=tuple(centers["Camera"]),
         object_centers=tuple(centers["Object"]),
@@ -120,16 +163,14 @@ def parse_number(text: str) -> float | None:
     return value if math.fabs(value) <= MAX_METRES else None
 
 
-def _blocks(text: str, name: str) -> Iterator[str]:
-    """Stripped texts of the closed blocks of this name, in order."""
+def _blocks(text: str, name: str) -> Iterator[Block]:
     opening, closing = f"<{name}>", f"</{name}>"
     start = text.find(opening)
     while start >= 0:
-        start += len(opening)
-        end = text.find(closing, start)
+        end = text.find(closing, start + len(opening))
         if end < 0:
             return
-        yield text[start:end].strip()
+        yield Block(start, end + len(closing), text[start + len(opening) : end].strip())
         start = text.find(opening, end)
 
 
