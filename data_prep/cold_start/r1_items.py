@@ -12,7 +12,7 @@ from data_prep.store.parts import ExportError, canonical_json
 from data_prep.teacher.json_schema import SchemaError, parse_json
 from mllm4d_jax.qa.errors import RecordError, shown
 from mllm4d_jax.qa.options import split_question
-from mllm4d_jax.qa.records import one_video, read_conversation, without_placeholders
+from mllm4d_jax.qa.records import one_video, read_conversation, text_field, without_placeholders
 from mllm4d_jax.qa.rewards import Solution, is_number, is_point
 
 MAX_LINE_BYTES = 2**20
@@ -110,12 +110,11 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Question:
     """Return one decoded record as a question. `where` begins the messages. Raises ItemError naming the key."""
     try:
-        video, conversation = one_video(record), read_conversation(record)
-        system, prompt = conversation.question()
+        video, (system, prompt) = one_video(record), read_conversation(record).question()
         return R1Question(
-            id=_text(record, "id", fallback_id),
-            scenario=_text(record, "question_type", UNSPECIFIED),
-            source_id=_text(record, "source_id"),
+            id=text_field(record, "id", fallback_id),
+            scenario=text_field(record, "question_type", UNSPECIFIED),
+            source_id=text_field(record, "source_id", ""),
             video=video,
             system=system or "",
             prompt=prompt,
@@ -123,19 +122,11 @@ def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Que
             solution=Solution.from_record(record.get("solution")),
             frames=_frames(record.get("frames")),
             value=_value(record.get("value")),
-            label=_text(record, "label"),
-            object_name=_text(record, "object_name"),
+            label=text_field(record, "label", ""),
+            object_name=text_field(record, "object_name", ""),
         )
     except RecordError as error:
         raise ItemError(f"{where}: {error.message}") from error
-
-
-def _text(record: Mapping[str, Any], key: str, default: str = "") -> str:
-    """Return a text of the record; one that has a default must not be empty."""
-    value = record.get(key, default)
-    if not isinstance(value, str) or (default and not value.strip()):
-        raise RecordError(f"'{key}' must be a text{' that is not empty' if default else ''}, not {shown(value)}")
-    return value
 
 
 def _frames(frames: Any) -> tuple[int, int, int] | None:

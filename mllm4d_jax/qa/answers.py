@@ -71,8 +71,8 @@ def extract_answer(response: str, choices: Mapping[str, object], extractor: str 
     if extractor not in EXTRACTORS:
         raise ValueError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {extractor!r}")
     if extractor == "official":
-        answer = find_blocks(response).answer
-        said = response.strip() if answer is None else answer.text
+        _, answers = find_blocks(response)
+        said = answers[-1].text if answers else response.strip()
         return ExtractedAnswer(said, "exact") if said in choices else _UNPARSED
     return _by_the_rules(answer_part(response).translate(_EMPHASIS).strip(), _Options(choices))
 
@@ -87,18 +87,8 @@ def same_option(value: object) -> str:
     return " ".join(str(value).split()).casefold()
 
 
-def true_letters(choices: Mapping[str, object], answer: object, *, is_letter: bool) -> tuple[str, ...]:
-    """Return all letters whose option is the true one; () when none is.
-
-    Options are compared by their texts, so when the true option is there twice both of its letters are right.
-
-    Args:
-      answer: the truth; a letter if `is_letter`, else the text of an option.
-    """
-    if is_letter:
-        if answer not in choices:
-            return ()
-        answer = choices[answer]
+def true_letters(choices: Mapping[str, object], answer: object) -> tuple[str, ...]:
+    """Return all letters whose option has the text of the true one; () when none has, two if it is there twice."""
     wanted = same_option(answer)
     return tuple(letter for letter, option in choices.items() if same_option(option) == wanted)
 

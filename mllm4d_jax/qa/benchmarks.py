@@ -24,7 +24,7 @@ from mllm4d_jax.qa.errors import RecordError, shown
 from mllm4d_jax.qa.media_path import resolve_media
 from mllm4d_jax.qa.options import split_label, split_question
 from mllm4d_jax.qa.reasoning import answer_part
-from mllm4d_jax.qa.records import LAYOUTS, Conversation, one_video, read_conversation, without_placeholders
+from mllm4d_jax.qa.records import LAYOUTS, Conversation, one_video, read_conversation, text_field, without_placeholders
 from mllm4d_jax.qa.rewards import solution_fields
 
 # The published id of the last question about a video that was filmed from outside; later ones are egocentric.
@@ -37,9 +37,9 @@ SUBTASKS: Mapping[str, str] = MappingProxyType(
         "object_absolute_distance": "object_absolute_distance",
         "object_camera_absolute_distance": "object_camera_absolute_distance",
         "object_camera_relative_distance": "object_camera_relative_distance",
+        "object_camera_relative_direction": "object_camera_relative_direction",
         "object_camera_lateral_direction": "object_camera_relative_direction",
         "object_camera_longitudinal_direction": "object_camera_relative_direction",
-        "object_camera_relative_direction": "object_camera_relative_direction",
     }
 )
 _VLM4D_PATH = re.compile(r"(?:^|[/\\])(videos_(real|synthetic))[/\\](.+)$")
@@ -96,13 +96,12 @@ def vlm4d_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None
     Raises:
       RecordError: naming what is wrong.
     """
-    name, question, choices = _text(raw, "id"), _text(raw, "question"), _choices(raw.get("choices"))
-    found = _VLM4D_PATH.search(_text(raw, "video"))
+    name, question, choices = text_field(raw, "id"), text_field(raw, "question"), _choices(raw.get("choices"))
+    found = _VLM4D_PATH.search(text_field(raw, "video"))
     if not found:
         raise RecordError(f"'video' is {raw['video']!r}, without videos_real/ or videos_synthetic/ in it")
     folder, split, rest = found[1], found[2], found[3].replace("\\", "/")
-    truth = _truth(choices, raw.get("answer"), is_letter=False)
-    answer = str(raw["answer"])
+    truth, answer = _truth(choices, raw.get("answer")), str(raw.get("answer"))
     if split == "real":
         number = re.search(r"\d+$", name)
         if not number:
@@ -150,18 +149,18 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
         question, written = split_question(without_placeholders(prompt))
         parts = {"question": question, "choices": written} | dict(parts)
     choices, answer = _choices(parts.get("choices")), _answer(raw, conversation)
-    for field in ("category", "subtask", "question_type"):
-        if not isinstance(raw.get(field), str | None):
-            raise RecordError(f"'{field}' must be a text, not {raw[field]!r}")
+    category, subtask, scenario = (
+        None if raw.get(field) is None else text_field(raw, field) for field in ("category", "subtask", "question_type")
+    )
     return BenchmarkQuestion(
         id=str(raw.get("id", key)),
         benchmark="jsonl",
         split=stem,
-        category=raw.get("category") or raw.get("question_type"),
-        subtask=raw.get("subtask"),
+        category=category or scenario,
+        subtask=subtask,
         video=video,
         media=None if root is None else resolve_media(root, video),
-        question=_text(parts, "question").strip(),
+        question=text_field(parts, "question").strip(),
         choices=choices,
         answer=str(answer),
         truth=_record_truth(choices, answer),
@@ -173,13 +172,6 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
 PARSERS: Mapping[str, ParseFn] = MappingProxyType(
     {"vlm4d": vlm4d_question, "mllm4d": bench_question, "jsonl": record_question}
 )
-
-
-def _text(raw: Mapping[str, Any], field: str) -> str:
-    value = raw.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise RecordError(f"'{field}' must be a text that is not empty, not {value!r}")
-    return value
 
 
 def _choices(value: Any) -> Mapping[str, str]:
@@ -194,8 +186,8 @@ def _choices(value: Any) -> Mapping[str, str]:
     return MappingProxyType({letter: str(option) for letter, option in value.items()})
 
 
-def _truth(choices: Mapping[str, str], answer: Any, *, is_letter: bool) -> tuple[str, ...]:
-    truth = true_letters(choices, answer, is_letter=is_letter)
+def _truth(choices: Mapping[str, str], answer: Any) -> tuple[str, ...]:
+    truth = true_letters(choices, answer)
     if not truth:
         raise RecordError(f"'answer' is {answer!r}, which is none of the options {dict(choices)}")
     return truth
@@ -205,8 +197,8 @@ def _record_truth(choices: Mapping[str, str], answer: Any) -> tuple[str, ...]:
     """Return the right letters for an answer given as a letter, as `A. text`, or as the text of an option."""
     letter, text = split_label(str(answer)) or ("", "")
     if letter in choices and (not text or same_option(text) == same_option(choices[letter])):
-        return _truth(choices, letter, is_letter=True)
-    return _truth(choices, answer, is_letter=False)
+        answer = choices[letter]
+    return _truth(choices, answer)
 
 
 def _answer(raw: Mapping[str, Any], conversation: Conversation | None) -> Any:
@@ -214,7 +206,7 @@ def _answer(raw: Mapping[str, Any], conversation: Conversation | None) -> Any:
         return raw["answer"]
     if raw.get("solution") is not None and (answer := solution_fields(raw["solution"]).get("answer")) is not None:
         return answer
-    reply = conversation.reply() if conversation else None
-    if reply is None:
+    last = conversation.turns[-1] if conversation else {"role": "user"}
+    if last["role"] != "assistant":
         raise RecordError("there is no 'answer', no 'solution' and no turn of the assistant that gives it")
-    return answer_part(reply).strip()
+    return answer_part(last["content"])

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Vec3 = tuple[float, float, float]
 
@@ -24,31 +25,12 @@ _NUMBER_CHARS = frozenset("0123456789+-.eE")
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 
 
-@dataclass(frozen=True)
-class Block:
-    """A closed block. `start` and `end` are those of the whole, tags included; `text` is what is inside, stripped."""
+class Block(NamedTuple):
+    """A closed block: where it begins and ends, tags included, and the stripped text inside."""
 
     start: int
     end: int
     text: str
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of a completion that count.
-
-    Attributes:
-      thinking: the first closed `<thinking>` block; None without one.
-      answers: all closed `<answer>` blocks, wherever they stand.
-    """
-
-    thinking: Block | None
-    answers: tuple[Block, ...]
-
-    @property
-    def answer(self) -> Block | None:
-        """The last closed `<answer>` block: the one that counts."""
-        return self.answers[-1] if self.answers else None
 
 
 @dataclass(frozen=True)
@@ -96,22 +78,20 @@ class ParsedReasoning:
         return not self.malformed_objects and any(c is not None for c in self.object_centers)
 
 
-def find_blocks(completion: str) -> Blocks:
-    """Return the thinking and the answers of a completion; any string is accepted, in time linear in its length.
-
-    A block reaches from an opening tag to the next closing tag of the same name; opening tags in between are part of
-    its text, and a block that is never closed is none. Tags are case-sensitive.
-    """
-    return Blocks(next(_blocks(completion, "thinking"), None), tuple(_blocks(completion, "answer")))
-
-
 def answer_part(response: str) -> str:
-    """Return what counts as the answer: the last `<answer>` block, else what follows the last `</thinking>`, else all.
+    """Return the text of the last `<answer>` block, else what follows the last `</thinking>`, else all; stripped."""
+    _, answers = find_blocks(response)
+    return answers[-1].text if answers else response.rpartition("</thinking>")[2].strip()
 
-    The text is not stripped unless it comes from a block.
+
+def find_blocks(completion: str) -> tuple[Block | None, list[Block]]:
+    """Return the first closed `<thinking>` block and all closed `<answer>` blocks, of which the last counts.
+
+    Any string is accepted, in time linear in its length. A block reaches from an opening tag to the next closing tag of
+    the same name; opening tags in between are part of its text, and a block that is never closed is none. Tags are
+    case-sensitive.
     """
-    answer = find_blocks(response).answer
-    return response.rpartition("</thinking>")[2] if answer is None else answer.text
+    return next(_blocks(completion, "thinking"), None), list(_blocks(completion, "answer"))
 
 
 def parse(completion: str) -> ParsedReasoning:
@@ -120,13 +100,12 @@ def parse(completion: str) -> ParsedReasoning:
     A centre is the marker `Camera Center:` or `Object Center:`, spaces, and on the same line either `null` or three
     numbers in square brackets (`parse_center`); markers are case-sensitive. Centres outside the thinking do not exist.
     """
-    blocks = find_blocks(completion)
-    thinking = blocks.thinking and blocks.thinking.text
-    centers, malformed = _centers(thinking or "")
+    thinking, answers = find_blocks(completion)
+    centers, malformed = _centers(thinking.text if thinking else "")
     return ParsedReasoning(
-        thinking=thinking,
-        answer=blocks.answer and blocks.answer.text,
-        answers_agree=len({block.text for block in blocks.answers}) <= 1,
+        thinking=thinking and thinking.text,
+        answer=answers[-1].text if answers else None,
+        answers_agree=len({block.text for block in answers}) <= 1,
         well_formed=_is_well_formed(completion),
         camera_centers=tuple(centers["Camera"]),
         object_centers=tuple(centers["Object"]),

@@ -76,10 +76,6 @@ class Conversation:
             )
         return (asked[0]["content"] if len(asked) == 2 else None), asked[-1]["content"]
 
-    def reply(self) -> str | None:
-        """Return the text of the assistant's last turn; None unless the conversation ends with it."""
-        return self.turns[-1]["content"] if self.turns[-1]["role"] == "assistant" else None
-
 
 def parse_record(raw: Mapping[str, Any], key: str, root: str | Path, system_prompt: str = "") -> Record:
     """Return one released record as a `Record`.
@@ -172,6 +168,15 @@ def media_files(raw: Mapping[str, Any], kind: str) -> list[str]:
     if found[0] != found[-1]:
         raise RecordError(f"'{kind}' and '{kind}s' are two names of one field and differ: {shown(given)}")
     return found[0]
+
+
+def text_field(raw: Mapping[str, Any], field: str, default: str | None = None) -> str:
+    """Return a text of the record. Raises RecordError for another type, or a blank unless `default` is blank."""
+    value = raw.get(field, default)
+    if not isinstance(value, str) or not (value.strip() or default == ""):
+        wanted = "a text" if default == "" else "a text that is not empty"
+        raise RecordError(f"'{field}' must be {wanted}, not {shown(value)}")
+    return value
 
 
 def one_video(raw: Mapping[str, Any]) -> str:

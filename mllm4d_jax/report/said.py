@@ -14,8 +14,9 @@ def pieces(completion: str) -> list[tuple[str, str]]:
     Marked are the blocks that the reward reads (`reasoning.find_blocks`), their tags included. An answer block inside
     the thinking is marked as the answer.
     """
-    blocks = find_blocks(completion)
-    spans = {kind: (b.start, b.end) for kind, b in (("answer", blocks.answer), ("thinking", blocks.thinking)) if b}
+    thinking, answers = find_blocks(completion)
+    blocks = (("answer", answers[-1] if answers else None), ("thinking", thinking))
+    spans = {kind: (block.start, block.end) for kind, block in blocks if block}
     edges = sorted({0, len(completion)}.union(*spans.values()))
     out: list[tuple[str, str]] = []
     for start, end in zip(edges[:-1], edges[1:], strict=True):

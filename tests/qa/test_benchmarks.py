@@ -99,8 +99,10 @@ def test_scenarios_are_those_of_curation():
     ("answer", "truth"), [("B", "B"), ("B. 12.7", "B"), ("(B)", "B"), ("12.7", "B"), (12.7, "B"), ("C.", "C")]
 )
 def test_answers_as_letter_or_text(answer, truth):
-    one = parse("jsonl", {**bench_record(ROW), "answer": answer})
-    assert one.truth == (truth,)
+    row = bench_record(ROW)
+    assert parse("jsonl", row | {"answer": answer}).truth == (truth,)
+    twins = row | {"answer": answer, "choices": {truth: OPTIONS[truth], "E": OPTIONS[truth]}}
+    assert parse("jsonl", twins).truth == (truth, "E")
 
 
 def test_an_answer_behind_its_reasoning():
