@@ -32,7 +32,7 @@ from data_prep.teacher.client import ReplyError, Teacher, TeacherError
 from data_prep.teacher.config import ENDPOINT, ORACLE, open_teacher
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.media_path import resolve_media
+from mllm4d_jax.qa.records import resolve_media
 from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
 from mllm4d_jax.qa.system_prompt import ST_COT
 

@@ -71,7 +71,7 @@ class ClipSet:
         """Record i; its video is the clip's stored frames.
 
         Raises:
-          RecordError: as `records.parse_record`, "bad_record", or MediaError "missing_fps".
+          RecordError: as `parse_record`, "bad_record", or MediaError "missing_fps".
         """
         n, key = int(self.clips[i]), self.key(i)
         if self._last is None or self._last[0] != n:  # the questions of a group come one after the other

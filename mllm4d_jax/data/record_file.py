@@ -68,8 +68,7 @@ class RecordFile:
         """Record i, media paths resolved under the root.
 
         Raises:
-          RecordError: with reason "bad_json", "bad_record", "unknown_role", "placeholder_mismatch" or
-            "path_outside_root".
+          RecordError: as `raw` and `parse_record`.
         """
         return parse_record(self.raw(i), self.key(i), self.root, self.system_prompt)
 

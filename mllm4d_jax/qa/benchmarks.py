@@ -21,10 +21,17 @@ from typing import Any
 
 from mllm4d_jax.qa.answers import same_option, true_letters
 from mllm4d_jax.qa.errors import RecordError, shown
-from mllm4d_jax.qa.media_path import resolve_media
 from mllm4d_jax.qa.options import split_label, split_question
 from mllm4d_jax.qa.reasoning import answer_part
-from mllm4d_jax.qa.records import LAYOUTS, Conversation, one_video, read_conversation, text_field, without_placeholders
+from mllm4d_jax.qa.records import (
+    LAYOUTS,
+    Conversation,
+    one_video,
+    read_conversation,
+    resolve_media,
+    text_field,
+    without_placeholders,
+)
 from mllm4d_jax.qa.rewards import solution_fields
 
 # The published id of the last question about a video that was filmed from outside; later ones are egocentric.

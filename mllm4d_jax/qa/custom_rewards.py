@@ -18,11 +18,10 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from mllm4d_jax.qa.errors import did_you_mean
-from mllm4d_jax.qa.rewards import COMPONENTS, PRESETS, RewardWeights, Solution, score
+from mllm4d_jax.qa.rewards import COMPONENTS, PRESETS, RewardWeights, score
 
 CustomReward = Callable[[str, Any, Any], float]
 
@@ -54,7 +53,7 @@ class Rewards:
 
         Args:
           completion: text of the model, without its end-of-text token.
-          solution: `Solution`, or what a record has under that name. Given to functions as it is.
+          solution: `rewards.Solution`, or what a record has under that name. Given to functions as it is.
           record: the record that the prompt came from; only functions see it.
 
         Raises:
@@ -63,8 +62,7 @@ class Rewards:
         """
         values: dict[str, float] = {}
         if self.builtin is not None:
-            known = solution if isinstance(solution, Solution) else Solution.from_record(solution)
-            values = score(completion, known, self.builtin)
+            values = score(completion, solution, self.builtin)
             if self.preset:
                 values[self.preset] = values["total"]
         for path, function in self.functions.items():
@@ -119,27 +117,23 @@ def load_function(path: str) -> CustomReward:
         names = [*PRESETS, *COMPONENTS]
         hint = did_you_mean(path, names) or f"; known: {', '.join(names)}"
         raise RewardError(f"reward {path!r} is neither built in nor a path like package.module:function{hint}")
-    module = _import(module_name, path)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = f"there is no module {error.name!r}; is its folder on the Python path (PYTHONPATH)?"
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            missing = f"module {module_name!r} needs {error.name!r}, which is missing"
+        raise RewardError(f"reward {path!r}: {missing}") from error
+    except Exception as error:
+        raise RewardError(f"reward {path!r}: importing {module_name!r} raised {_said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        missing = f"which has no such function{did_you_mean(name, vars(module))}"
-        what = missing if function is None else f"where it is of type {type(function).__name__}"
+        what = f"which has no such function{did_you_mean(name, vars(module))}"
+        if function is not None:
+            what = f"where it is of type {type(function).__name__}"
         raise RewardError(f"reward {path!r}: {name!r} is not a function of {module_name}, {what}")
     _check_signature(function, path)
     return function
-
-
-def _import(module_name: str, path: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise RewardError(
-                f"reward {path!r}: there is no module {error.name!r}; is its folder on the Python path (PYTHONPATH)?"
-            ) from error
-        raise RewardError(f"reward {path!r}: module {module_name!r} needs {error.name!r}, which is missing") from error
-    except Exception as error:
-        raise RewardError(f"reward {path!r}: importing {module_name!r} raised {_said(error)}") from error
 
 
 def _check_signature(function: CustomReward, path: str) -> None:

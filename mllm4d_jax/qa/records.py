@@ -19,8 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.qa.errors import PlaceholderError, RecordError, shown
-from mllm4d_jax.qa.media_path import resolve_media
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, shown
 from mllm4d_jax.qa.rewards import Solution
 
 ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
@@ -87,7 +86,7 @@ def parse_record(raw: Mapping[str, Any], key: str, root: str | Path, system_prom
       system_prompt: prepended when the record has no system message; '' for none.
 
     Raises:
-      RecordError: see `RecordFile.__getitem__`.
+      RecordError: with reason "bad_record", "unknown_role", "placeholder_mismatch", "path_outside_root" or "bad_path".
     """
     try:
         read = read_conversation(raw)
@@ -140,7 +139,7 @@ def read_conversation(raw: Mapping[str, Any]) -> Conversation:
         raise RecordError(f"'{layout}' must be a list of turns with one in it, not {shown(raw[layout])}")
     turns = tuple(_turn(turn, f"'{layout}', turn {n},", *LAYOUTS[layout]) for n, turn in enumerate(raw[layout]))
     files = {kind: media_files(raw, kind) for kind in ("video", "image")}
-    asked = "".join(turn["content"] for turn in turns if turn["role"] == "user")
+    asked = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
     for kind, named in files.items():
         if asked.count(f"<{kind}>") != len(named):
             raise PlaceholderError(
@@ -188,6 +187,30 @@ def one_video(raw: Mapping[str, Any]) -> str:
     if media_files(raw, "image"):
         raise RecordError("it has images; a question is about one video")
     return videos[0]
+
+
+def resolve_media(root: str | Path, relative: str) -> str:
+    """Return the absolute path of a record's media file; whether it exists is not looked at.
+
+    Records come from elsewhere, so a path may not leave its root: no absolute path, no `..` that climbs out, no
+    symbolic link that points out (the root itself may be a link).
+
+    Raises:
+      MediaError: reason "path_outside_root", or "bad_path" for an empty path or one with a NUL character.
+    """
+    if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
+        raise MediaError(f"media path {relative!r} is not a usable path", "bad_path")
+    base = Path(root).resolve()
+    try:
+        full = (base / relative).resolve()
+    except (OSError, RuntimeError, UnicodeError) as error:  # a link that loops, half a surrogate pair
+        raise MediaError(f"media path {relative!r} cannot be resolved ({error})", "bad_path") from error
+    if Path(relative).is_absolute() or not full.is_relative_to(base) or full == base:
+        raise MediaError(
+            f"media path {relative!r} leaves the media root {base}: paths must be relative to it and stay inside",
+            "path_outside_root",
+        )
+    return str(full)
 
 
 def user_content(text: str, paths: Mapping[str, Iterator[str]]) -> list[dict[str, str]]:

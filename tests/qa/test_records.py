@@ -59,6 +59,18 @@ def test_placeholders_must_match_files(tmp_path, raw):
     assert why == "placeholder_mismatch" and "k: " in text
 
 
+def test_a_path_that_is_no_unicode_is_refused(tmp_path):
+    assert (
+        reason(lambda: parse_record({"video": "\ud800.mp4", "conversations": [USER]}, "k", tmp_path))[0] == "bad_path"
+    )
+
+
+def test_placeholders_do_not_reach_across_turns(tmp_path):
+    turns = [{"from": "user", "value": "a <vid"}, {"from": "user", "value": "eo>"}]
+    why, _ = reason(lambda: parse_record({"video": "a.mp4", "conversations": turns}, "k", tmp_path))
+    assert why == "placeholder_mismatch"
+
+
 @pytest.mark.parametrize("path", ["../a.mp4", "/etc/passwd", "v/../../a.mp4"])
 def test_paths_stay_inside_the_root(tmp_path, path):
     why, text = reason(lambda: parse_record({"video": path, "conversations": [USER]}, "k#1", tmp_path / "root"))
