@@ -19,10 +19,6 @@ MAX_LINE_BYTES = 2**20
 UNSPECIFIED = "unspecified"  # scenario of records that name none, as the released file's may
 
 
-class ItemError(ValueError):
-    """A record cannot be used; the message names file, line and key."""
-
-
 @dataclasses.dataclass(frozen=True)
 class R1Question:
     """A question with its solution, and what was measured to compute it.
@@ -69,7 +65,7 @@ def read_items(path: str | Path) -> tuple[list[R1Question], int]:
     "value", "object_name", "frames", as `export.r1_record` writes them.
 
     Raises:
-      ItemError: the file cannot be read or is empty, a record is wrong, or two differ and have one id.
+      RecordError: the file cannot be read or is empty, a record is wrong, or two differ and share an id.
     """
     found: dict[str, tuple[int, bytes, R1Question]] = {}
     repeated = 0
@@ -79,16 +75,16 @@ def read_items(path: str | Path) -> tuple[list[R1Question], int]:
             record = parse_json(line.decode("utf-8"))
             content = canonical_json(record)
         except (SchemaError, UnicodeDecodeError, ExportError) as error:
-            raise ItemError(f"{where}: {error}") from error
+            raise RecordError(str(error), "bad_json", where) from error
         if not isinstance(record, dict):
-            raise ItemError(f"{where}: a record is a JSON object, not {shown(record)}")
+            raise RecordError(f"a record is a JSON object, not {shown(record)}", key=where)
         item = parse_item(record, where, fallback_id=f"r1-{hashlib.sha256(content).hexdigest()[:20]}")
         first, other, _ = found.setdefault(item.id, (number, content, item))
         if other != content:
-            raise ItemError(f"{where}: 'id' {item.id!r} is also that of line {first}, which says something else")
+            raise RecordError(f"'id' {item.id!r} is also that of line {first}, which says something else", key=where)
         repeated += first != number
     if not found:
-        raise ItemError(f"{path} holds no records")
+        raise RecordError(f"{path} holds no records")
     return [found[key][2] for key in sorted(found)], repeated
 
 
@@ -100,15 +96,15 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise ItemError(f"{path}, line {number} has more than {MAX_LINE_BYTES} bytes: is it JSONL?")
+                    raise RecordError(f"{path}, line {number} has more than {MAX_LINE_BYTES} bytes: is it JSONL?")
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise ItemError(f"records {path} cannot be read: {error.strerror or error}") from error
+        raise RecordError(f"records {path} cannot be read: {error.strerror or error}") from error
 
 
 def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Question:
-    """Return one decoded record as a question. `where` begins the messages. Raises ItemError naming the key."""
+    """Return one decoded record as a question. Raises RecordError, which begins with `where` and names the field."""
     try:
         video, (system, prompt) = one_video(record), read_conversation(record).question()
         return R1Question(
@@ -126,7 +122,7 @@ def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Que
             object_name=text_field(record, "object_name", ""),
         )
     except RecordError as error:
-        raise ItemError(f"{where}: {error.message}") from error
+        raise error.with_key(where) from None
 
 
 def _frames(frames: Any) -> tuple[int, int, int] | None:

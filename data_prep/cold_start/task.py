@@ -39,9 +39,8 @@ from mllm4d_jax.qa.system_prompt import ST_COT
 RECORDS, REJECTED = "cold_start.json", "cold_start_rejected.jsonl"
 FORMAT = 1
 NO_REPLY = "no_reply"
-WritePaths = Callable[
-    [R1Question], Sequence[str]
-]  # raises ClipRejected or RecordError for a question that gets no paths
+# raises ClipRejected or RecordError for a question that gets no paths
+WritePaths = Callable[[R1Question], Sequence[str]]
 
 
 class ColdStartError(ValueError):
@@ -172,7 +171,7 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
     Started again, a run tries questions whose video or stored reply was missing; other rejections stay.
 
     Raises:
-      ColdStartError: settings that cannot work, or not one path passed. ItemError: the records. TeacherError: the
+      ColdStartError: settings that cannot work, or not one path passed. RecordError: the records. TeacherError: the
         endpoint. ExportError: the workdir holds another run's results.
     """
     settings, teacher, weights = config.cold_start, config.teacher, check_settings(config.cold_start)
