@@ -139,7 +139,7 @@ def compare(folder: Path, frames: int, args: argparse.Namespace, shape: Any) -> 
     from mllm4d_jax.encode.example import VideoOptions
     from mllm4d_jax.encode.processor_config import ProcessorConfig
     from mllm4d_jax.encode.tokenizer import Tokenizer
-    from mllm4d_jax.grpo.prompts import as_prompt
+    from mllm4d_jax.qa.records import as_prompt
 
     n = args.questions
     path = sides.write_world(folder / "world", args.rounds + 1, n)

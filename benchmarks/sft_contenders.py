@@ -23,7 +23,7 @@ from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.weight_map import published_tensors
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 from mllm4d_jax.run.build import build, encoder_of, open_records
 from mllm4d_jax.run.optimizer import init_optimizer
 from mllm4d_jax.run.progress import Progress

@@ -11,7 +11,7 @@ import time
 
 import ml_collections
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def write_config(path: pathlib.Path, config: ml_collections.ConfigDict) -> pathlib.Path:

@@ -111,7 +111,7 @@ def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tu
     from mllm4d_jax.encode.example import VideoOptions
     from mllm4d_jax.encode.processor_config import ProcessorConfig
     from mllm4d_jax.encode.tokenizer import Tokenizer
-    from mllm4d_jax.qa.record import Record
+    from mllm4d_jax.qa.records import Record
 
     pixels = {"max_pixels": args.max_pixels, "image_max_pixels": args.max_pixels, "image_min_pixels": 784}
     options = VideoOptions(num_frames=args.num_frames, min_pixels=784, **pixels)

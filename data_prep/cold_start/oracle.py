@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 
 from data_prep.cold_start import oracle_wording as wording
-from data_prep.cold_start.r1_items import Item
+from data_prep.cold_start.r1_items import R1Question
 from data_prep.questions.propose import SCENARIOS
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
 from data_prep.store.parts import ClipRejected
@@ -26,7 +26,7 @@ STILL = 0.05  # metres; a shorter way is not worth a direction
 _TOWARDS = (("right (+X)", "left (-X)"), ("down (+Y)", "up (-Y)"), ("forward (+Z)", "backward (-Z)"))
 
 
-def missing_fields(item: Item) -> list[str]:
+def missing_fields(item: R1Question) -> list[str]:
     """Keys of the record that `compose` needs and the item does not have."""
     needs_object = item.scenario.startswith("object_")
     needed = {
@@ -40,7 +40,7 @@ def missing_fields(item: Item) -> list[str]:
     return [key for key, there in needed.items() if not there]
 
 
-def compose(item: Item, path: int, seed: int) -> str:
+def compose(item: R1Question, path: int, seed: int) -> str:
     """A whole completion for an item: five steps in the thinking, then the answer.
 
     The text is a function of (item, path, seed). Two paths with numbers below 4^5 differ in at least one sentence, the
@@ -88,7 +88,7 @@ def state_block(title: str, camera: Vec3 | None, thing: Vec3 | None) -> str:
     return f"**Spatial State ({title}):**\n- Camera Center: {_vector(camera)}\n- Object Center: {_vector(thing)}"
 
 
-def _pair(item: Item, kind: str) -> tuple[Vec3, Vec3]:
+def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:
     """Both centres of a kind, rounded as they will be written: what is computed from them must fit what is read."""
     centers = getattr(item.solution, kind)
     if len(centers) != 2 or None in centers:
@@ -97,7 +97,7 @@ def _pair(item: Item, kind: str) -> tuple[Vec3, Vec3]:
     return start, end
 
 
-def _fields(item: Item, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | None, Vec3 | None]) -> dict[str, str]:
+def _fields(item: R1Question, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | None, Vec3 | None]) -> dict[str, str]:
     """What the phrases are filled with; see `oracle_wording`."""
     travel = _minus(camera[1], camera[0])
     shift = _minus(thing[1], thing[0]) if thing[0] else None
@@ -126,7 +126,7 @@ def _fields(item: Item, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | None, Vec
     return fields
 
 
-def _check(item: Item, shown: Vec3) -> None:
+def _check(item: R1Question, shown: Vec3) -> None:
     """Raises ClipRejected unless value, label, options and displacement tell the same story."""
     scenario, value, length = item.scenario, item.value, math.hypot(*shown)
 
@@ -154,26 +154,26 @@ def _check(item: Item, shown: Vec3) -> None:
         demand(_nearest_option(item) == item.solution.answer, "the answer's option is not the nearest to the value")
 
 
-def _nearest_option(item: Item) -> str:
+def _nearest_option(item: R1Question) -> str:
     try:
         return min(item.options, key=lambda letter: abs(float(item.options[letter].split()[0]) - item.value))
     except ValueError:
         return ""
 
 
-def _option(item: Item) -> str:
+def _option(item: R1Question) -> str:
     text = item.options[item.solution.answer]
     return text if LABELS[item.scenario] or not text[-1:].isdigit() else f"{text} m"
 
 
-def _value(item: Item) -> str:
+def _value(item: R1Question) -> str:
     if isinstance(item.value, tuple):
         return _vector(item.value, 2)
     signed = item.scenario != "object_camera_absolute_distance"
     return f"{round(item.value, 2) + 0.0:{'+' if signed else ''}.2f}"
 
 
-def _sight(item: Item, travel: Vec3) -> str:
+def _sight(item: R1Question, travel: Vec3) -> str:
     if item.scenario == "camera_relative_direction":
         return wording.CAMERA_SIGHT[item.label]
     if item.scenario == "camera_absolute_distance":
@@ -183,7 +183,7 @@ def _sight(item: Item, travel: Vec3) -> str:
     return sights[item.label].format(o=item.object_name) if sights else ""
 
 
-def _verdict(item: Item) -> str:
+def _verdict(item: R1Question) -> str:
     if item.scenario == "camera_relative_direction":
         axis = CAMERA_DIRECTIONS.index(item.label) // 2
         return f"the {'xyz'[axis]} component, {item.value[axis]:+.2f}, outweighs the others: {item.label}"

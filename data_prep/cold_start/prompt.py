@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cold_start.r1_items import Item
+from data_prep.cold_start.r1_items import R1Question
 from data_prep.store.jpeg import encode_jpeg
 from data_prep.teacher.client import ChatRequest, user_message
 from mllm4d_jax.media.decode_pool import DecodePool
@@ -96,7 +96,7 @@ Reply with JSON and nothing else: {{"chain_of_thought": "<thinking>...</thinking
 
 
 def path_request(
-    item: Item, frames: Sequence[bytes], numbers: Sequence[int] | None, model: str, temperature: float, seed: int
+    item: R1Question, frames: Sequence[bytes], numbers: Sequence[int] | None, model: str, temperature: float, seed: int
 ) -> ChatRequest:
     """The request for one reasoning path.
 
@@ -112,7 +112,7 @@ def path_request(
     return ChatRequest(model, (message,), PATH_SCHEMA, temperature=temperature, max_tokens=MAX_TOKENS, seed=seed)
 
 
-def _facts(item: Item) -> str:
+def _facts(item: R1Question) -> str:
     solution = item.solution
     lines = [f"- right option: {solution.answer}"]
     for kind, centers in (("camera", solution.camera_center), ("object", solution.object_center)):
@@ -131,7 +131,7 @@ def _vector(values: Sequence[float] | None) -> str:
     return "null" if values is None else "[" + ", ".join(f"{x:.3f}" for x in values) + "]"
 
 
-def item_frames(item: Item, path: str, num_frames: int, pool: DecodePool) -> tuple[list[bytes], list[int] | None]:
+def item_frames(item: R1Question, path: str, num_frames: int, pool: DecodePool) -> tuple[list[bytes], list[int] | None]:
     """JPEG files of at most `num_frames` frames, and their numbers as the question counts them (None if unknown).
 
     Where the record says how many frames a model sees, the same ones are decoded and some of them taken, evenly spread

@@ -1,30 +1,26 @@
-"""Reads records in the layout of MLLM4D-R1-30k.jsonl as items that a teacher writes reasoning for."""
+"""Reads the records of a JSONL file like MLLM4D-R1-30k.jsonl as questions that a teacher writes reasoning for."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_prep.store.parts import ExportError, canonical_json
 from data_prep.teacher.json_schema import SchemaError, parse_json
-from mllm4d_jax.qa.rewards import Solution
+from mllm4d_jax.qa.errors import RecordError, shown
+from mllm4d_jax.qa.options import split_question
+from mllm4d_jax.qa.records import one_video, read_conversation, text_field, without_placeholders
+from mllm4d_jax.qa.rewards import Solution, is_number, is_point
 
 MAX_LINE_BYTES = 2**20
 UNSPECIFIED = "unspecified"  # scenario of records that name none, as the released file's may
-_OPTION = re.compile(r"^\s*\(?([A-Z])[.:)]\s*(\S.*?)\s*$", re.MULTILINE)
-
-
-class ItemError(ValueError):
-    """A record cannot be used; the message names file, line and key."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
+class R1Question:
     """A question with its solution, and what was measured to compute it.
 
     Attributes:
@@ -58,20 +54,20 @@ class Item:
     @property
     def question(self) -> str:
         """The prompt without its placeholder."""
-        return self.prompt.replace("<video>", "").strip()
+        return without_placeholders(self.prompt)
 
 
-def read_items(path: str | Path) -> tuple[list[Item], int]:
-    """All items of a JSONL file sorted by id, and how many lines only repeated an earlier record.
+def read_items(path: str | Path) -> tuple[list[R1Question], int]:
+    """Return all questions of a JSONL file sorted by id, and how many lines only repeated an earlier record.
 
-    Fields: "messages" (turns {"role": "system" | "user" | "assistant", "content"}; a last answer is left out; <video>
-    once), "videos" (one path, or a list with one), "solution" (see `rewards.Solution.from_record`). Optional: "id",
-    "question_type", "source_id", "label", "value", "object_name", "frames", as `export.r1_record` writes them.
+    A record is in one of the layouts of `qa.records`, with one question about one video and a "solution" (see
+    `rewards.Solution.from_record`); a last answer is left out. Optional: "id", "question_type", "source_id", "label",
+    "value", "object_name", "frames", as `export.r1_record` writes them.
 
     Raises:
-      ItemError: the file cannot be read or is empty, a record is wrong, or two differ and have one id.
+      RecordError: the file cannot be read or is empty, a record is wrong, or two differ and share an id.
     """
-    found: dict[str, tuple[int, bytes, Item]] = {}
+    found: dict[str, tuple[int, bytes, R1Question]] = {}
     repeated = 0
     for number, line in _lines(path):
         where = f"{path}, line {number}"
@@ -79,16 +75,16 @@ def read_items(path: str | Path) -> tuple[list[Item], int]:
             record = parse_json(line.decode("utf-8"))
             content = canonical_json(record)
         except (SchemaError, UnicodeDecodeError, ExportError) as error:
-            raise ItemError(f"{where}: {error}") from error
+            raise RecordError(str(error), "bad_json", where) from error
         if not isinstance(record, dict):
-            raise ItemError(f"{where}: a record is a JSON object, not {_short(record)}")
+            raise RecordError(f"a record is a JSON object, not {shown(record)}", key=where)
         item = parse_item(record, where, fallback_id=f"r1-{hashlib.sha256(content).hexdigest()[:20]}")
         first, other, _ = found.setdefault(item.id, (number, content, item))
         if other != content:
-            raise ItemError(f"{where}: 'id' {item.id!r} is also that of line {first}, which says something else")
+            raise RecordError(f"'id' {item.id!r} is also that of line {first}, which says something else", key=where)
         repeated += first != number
     if not found:
-        raise ItemError(f"{path} holds no records")
+        raise RecordError(f"{path} holds no records")
     return [found[key][2] for key in sorted(found)], repeated
 
 
@@ -100,116 +96,50 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise ItemError(f"{path}, line {number} has more than {MAX_LINE_BYTES} bytes: is it JSONL?")
+                    raise RecordError(f"{path}, line {number} has more than {MAX_LINE_BYTES} bytes: is it JSONL?")
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise ItemError(f"records {path} cannot be read: {error.strerror or error}") from error
+        raise RecordError(f"records {path} cannot be read: {error.strerror or error}") from error
 
 
-def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> Item:
-    """One decoded record. `where` begins the messages. Raises ItemError naming the key."""
-
-    def fail(key: str, what: str) -> None:
-        raise ItemError(f"{where}: '{key}' {what}, not {_short(record.get(key))}")
-
-    texts = {}
-    for key, default in (
-        ("id", fallback_id),
-        ("question_type", UNSPECIFIED),
-        ("source_id", ""),
-        ("label", ""),
-        ("object_name", ""),
-    ):
-        texts[key] = record.get(key, default)
-        if not isinstance(texts[key], str) or (default and not texts[key].strip()):
-            fail(key, "must be a text" + (" that is not empty" if default else ""))
-    system, prompt = _turns(record.get("messages"), fail)
+def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Question:
+    """Return one decoded record as a question. Raises RecordError, which begins with `where` and names the field."""
     try:
-        solution = Solution.from_record(record.get("solution"))
-    except ValueError as error:
-        raise ItemError(f"{where}: {error}") from error
-    return Item(
-        id=texts["id"],
-        scenario=texts["question_type"],
-        source_id=texts["source_id"],
-        video=_video(record.get("videos"), fail),
-        system=system,
-        prompt=prompt,
-        options=_options(prompt),
-        solution=solution,
-        frames=_frames(record.get("frames"), fail),
-        value=_value(record.get("value"), fail),
-        label=texts["label"],
-        object_name=texts["object_name"],
-    )
+        video, (system, prompt) = one_video(record), read_conversation(record).question()
+        return R1Question(
+            id=text_field(record, "id", fallback_id),
+            scenario=text_field(record, "question_type", UNSPECIFIED),
+            source_id=text_field(record, "source_id", ""),
+            video=video,
+            system=system or "",
+            prompt=prompt,
+            options=split_question(prompt)[1],
+            solution=Solution.from_record(record.get("solution")),
+            frames=_frames(record.get("frames")),
+            value=_value(record.get("value")),
+            label=text_field(record, "label", ""),
+            object_name=text_field(record, "object_name", ""),
+        )
+    except RecordError as error:
+        raise error.with_key(where) from None
 
 
-def _turns(messages: Any, fail: Callable[[str, str], None]) -> tuple[str, str]:
-    """(system prompt, user's text) of the messages."""
-    wanted = "must be a list of turns {'role': 'system' | 'user' | 'assistant', 'content': text}"
-    if not isinstance(messages, list) or not messages:
-        fail("messages", wanted)
-    for turn in messages:
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            fail("messages", wanted)
-    turns = [(turn.get("role"), turn["content"]) for turn in messages]
-    if turns[-1][0] == "assistant":
-        turns.pop()
-    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-    if [role for role, _ in turns] != ["user"]:
-        fail("messages", "must be one turn of the user, after at most one of the system")
-    prompt = turns[0][1]
-    if prompt.count("<video>") != 1 or "<image>" in prompt:
-        fail("messages", "must have <video> exactly once in what the user says, and no <image>")
-    return system, prompt
-
-
-def _video(videos: Any, fail: Callable[[str, str], None]) -> str:
-    videos = [videos] if isinstance(videos, str) else videos
-    if not isinstance(videos, list) or len(videos) != 1 or not isinstance(videos[0], str) or not videos[0].strip():
-        fail("videos", "must be a list with the path of one video")
-    return videos[0]
-
-
-def _options(prompt: str) -> dict[str, str]:
-    """Letters and texts of the lines after "Options:", as long as the letters follow each other from A."""
-    _, marker, tail = prompt.partition("Options:")
-    found: dict[str, str] = {}
-    for letter, text in _OPTION.findall(tail) if marker else ():
-        if letter == chr(ord("A") + len(found)):
-            found[letter] = text
-    return found
-
-
-def _frames(frames: Any, fail: Callable[[str, str], None]) -> tuple[int, int, int] | None:
+def _frames(frames: Any) -> tuple[int, int, int] | None:
     if frames is None:
         return None
     seen = frames.get("seen") if isinstance(frames, dict) else None
-    numbers = [*seen, frames.get("count")] if isinstance(seen, list) and len(seen) == 2 else []
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        fail("frames", "must be {'seen': [i, j], 'count': n} with whole numbers")
-    if not 0 <= numbers[0] < numbers[1] < numbers[2]:
-        fail("frames", "must have 0 <= i < j < count")
+    numbers = [*seen, frames.get("count")] if isinstance(seen, list) else []
+    whole = len(numbers) == 3 and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+    if not whole or not 0 <= numbers[0] < numbers[1] < numbers[2]:
+        wanted = "{'seen': [i, j], 'count': n}, whole numbers with 0 <= i < j < n"
+        raise RecordError(f"'frames' must be {wanted}, not {shown(frames)}")
     return tuple(numbers)
 
 
-def _value(value: Any, fail: Callable[[str, str], None]) -> float | tuple[float, ...] | None:
-    if value is None:
-        return None
-    numbers = value if isinstance(value, list) and len(value) == 3 else [value]
-    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and _finite(v) for v in numbers):
-        fail("value", "must be a number of metres, or three")
-    return float(value) if numbers == [value] else tuple(float(v) for v in numbers)
-
-
-def _finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of a double
-        return False
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _value(value: Any) -> float | tuple[float, ...] | None:
+    if value is None or is_number(value):
+        return value if value is None else float(value)
+    if not is_point(value):
+        raise RecordError(f"'value' must be a number of metres, or three, not {shown(value)}")
+    return tuple(map(float, value))

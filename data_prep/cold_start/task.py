@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_prep.cold_start import oracle
 from data_prep.cold_start.path_filter import Sample, draw_order, passing, shares, take, threshold
 from data_prep.cold_start.prompt import completion_of, item_frames, path_problem, path_request
-from data_prep.cold_start.r1_items import Item, read_items
+from data_prep.cold_start.r1_items import R1Question, read_items
 from data_prep.store.atomic import remove_partials, write_atomic
 from data_prep.store.export import MANIFEST, RecordWriter
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore
@@ -32,14 +32,15 @@ from data_prep.teacher.client import ReplyError, Teacher, TeacherError
 from data_prep.teacher.config import ENDPOINT, ORACLE, open_teacher
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.media_path import resolve_media
+from mllm4d_jax.qa.records import resolve_media
 from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
 from mllm4d_jax.qa.system_prompt import ST_COT
 
 RECORDS, REJECTED = "cold_start.json", "cold_start_rejected.jsonl"
 FORMAT = 1
 NO_REPLY = "no_reply"
-WritePaths = Callable[[Item], Sequence[str]]  # raises ClipRejected or RecordError for a question that gets no paths
+# raises ClipRejected or RecordError for a question that gets no paths
+WritePaths = Callable[[R1Question], Sequence[str]]
 
 
 class ColdStartError(ValueError):
@@ -53,7 +54,7 @@ class OracleTeacher:
     paths: int
     seed: int
 
-    def __call__(self, item: Item) -> list[str]:
+    def __call__(self, item: R1Question) -> list[str]:
         return [oracle.compose(item, path, self.seed) for path in range(self.paths)]
 
 
@@ -78,7 +79,7 @@ class ModelTeacher:
     num_frames: int
     seed: int
 
-    def __call__(self, item: Item) -> list[str]:
+    def __call__(self, item: R1Question) -> list[str]:
         """One failed path rejects the question: the best of fewer paths would lower the threshold.
 
         Raises:
@@ -103,7 +104,7 @@ class ModelTeacher:
         return written
 
 
-def judge(item: Item, write: WritePaths, root: Path, weights: RewardWeights) -> ClipResult:
+def judge(item: R1Question, write: WritePaths, root: Path, weights: RewardWeights) -> ClipResult:
     """All paths of one question: rows {"path", "completion", "rewards"}; unusable ones with reason and detail.
 
     A question rejected for something that can be repaired outside of it (its video, a stored reply that is missing) is
@@ -127,7 +128,12 @@ def judge(item: Item, write: WritePaths, root: Path, weights: RewardWeights) -> 
 
 
 def judge_all(
-    items: Sequence[Item], work: Callable[[Item], ClipResult], store: PartStore, *, threads: int, progress: bool
+    items: Sequence[R1Question],
+    work: Callable[[R1Question], ClipResult],
+    store: PartStore,
+    *,
+    threads: int,
+    progress: bool,
 ) -> int:
     """Stores a result for every item that has none, or one to be tried again; returns how many were done now.
 
@@ -165,7 +171,7 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
     Started again, a run tries questions whose video or stored reply was missing; other rejections stay.
 
     Raises:
-      ColdStartError: settings that cannot work, or not one path passed. ItemError: the records. TeacherError: the
+      ColdStartError: settings that cannot work, or not one path passed. RecordError: the records. TeacherError: the
         endpoint. ExportError: the workdir holds another run's results.
     """
     settings, teacher, weights = config.cold_start, config.teacher, check_settings(config.cold_start)
@@ -206,9 +212,9 @@ def check_settings(settings: ml_collections.ConfigDict) -> RewardWeights:
         raise ColdStartError(f"cold_start.reward: {error}") from error
 
 
-def draw(items: Sequence[Item], per_scenario: int, seed: int) -> dict[str, list[Item]]:
+def draw(items: Sequence[R1Question], per_scenario: int, seed: int) -> dict[str, list[R1Question]]:
     """scenario -> at most `per_scenario` of its items, in the order of the draw."""
-    groups: dict[str, dict[str, Item]] = defaultdict(dict)
+    groups: dict[str, dict[str, R1Question]] = defaultdict(dict)
     for item in items:
         groups[item.scenario][item.id] = item
     return {name: [group[key] for key in draw_order(group, seed)[:per_scenario]] for name, group in groups.items()}
@@ -233,7 +239,7 @@ def path_writer(config: ml_collections.ConfigDict, root: Path, folder: Path, poo
 
 def select(
     store: PartStore,
-    drawn: Mapping[str, Sequence[Item]],
+    drawn: Mapping[str, Sequence[R1Question]],
     available: Mapping[str, int],
     settings: ml_collections.ConfigDict,
     folder: Path,
@@ -309,7 +315,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def record(item: Item, completion: str, record_id: str) -> dict[str, Any]:
+def record(item: R1Question, completion: str, record_id: str) -> dict[str, Any]:
     """A record as in MLLM4D-Cold-Start-Data.json, plus "id" and "question_type", which its readers ignore.
 
     The speaker is "user", not "human": the released loader takes every role but user and system for the assistant.
@@ -323,7 +329,7 @@ def record(item: Item, completion: str, record_id: str) -> dict[str, Any]:
     }
 
 
-def rejection(item: Item, result: ClipResult, tau: float | None) -> dict[str, Any]:
+def rejection(item: R1Question, result: ClipResult, tau: float | None) -> dict[str, Any]:
     """Why a question gave no record: its own problems, "below_threshold", "no_reward", or "not_needed" (it passed, but
     the scenario's share was full). Rewards are (path number, total)."""
     rewards = [[row["path"], row["rewards"]["total"]] for row in result.rows]

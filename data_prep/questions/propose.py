@@ -18,18 +18,15 @@ from typing import Any
 import numpy as np
 
 from data_prep.questions.options import LETTERS, OptionRule, label_options, numeric_options, shuffle
-from data_prep.questions.wording import ANCHORS, INSTRUCTION, PHRASINGS, object_names, question_text
+from data_prep.questions.wording import ANCHORS, PHRASINGS, object_names, question_text
 from data_prep.scenes import measure, relations
 from data_prep.scenes.relations import LABELS, Refused
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.media.frame_sampling import sample_indices
+from mllm4d_jax.qa.benchmarks import SUBTASKS
+from mllm4d_jax.qa.options import lettered, write_question
 
 SCENARIOS = tuple(LABELS)
-SUBTASKS: Mapping[str, str] = {
-    **{name: name for name in SCENARIOS},
-    "object_camera_lateral_direction": "object_camera_relative_direction",
-    "object_camera_longitudinal_direction": "object_camera_relative_direction",
-}
 STATE_AXES = ("first_frame", "world")
 
 
@@ -116,8 +113,8 @@ class Question:
         Args:
           video: path of the clip, relative to the data root.
         """
-        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, self.options, strict=False)]
-        prompt = "\n".join(["<video>", self.text, "Options:", *lines, INSTRUCTION])
+        options = lettered(self.options)
+        prompt = f"<video>\n{write_question(self.text, options)}"
         return {
             "id": self.id,
             "source_id": self.source_id,
@@ -127,7 +124,7 @@ class Question:
             "question_type": self.scenario,
             "subtask": SUBTASKS[self.scenario],
             "question": self.text,
-            "options": dict(zip(LETTERS, self.options, strict=False)),
+            "options": options,
             "answer": self.answer,
             "label": self.label,
             "rank": self.rank,

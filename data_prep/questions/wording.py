@@ -73,7 +73,6 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 NUMBERING = "Frames are counted from 0."
-INSTRUCTION = "Answer with the letter of the correct option."
 
 # Words of a description that tell, or seem to tell, how the object or the camera moves.
 TELLING = frozenset(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +20,15 @@ from tqdm import tqdm
 
 from data_prep.store.atomic import AtomicFile, remove_partials, write_atomic
 from data_prep.store.parts import ClipResult, ExportError, PartStore
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.records import ROLES, read_conversation
+from mllm4d_jax.qa.rewards import Solution, solution_fields
 
 MANIFEST_FORMAT = 1
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 _TEXT_FIELDS = ("id", "source_id", "video", "question", "answer", "question_type")
 _MEASURED = ("source_id", "label", "value", "object_name", "frames")
-_SPEAKERS: Mapping[str, str] = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,42 +81,18 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
         fail(f"'options' must be texts that differ, not {texts!r}")
     if row["answer"] not in options:
         fail(f"'answer' must be the letter of one of the {len(options)} options, not {row['answer']!r}")
-    _check_turns(row.get("conversations"), fail)
-    _check_solution(row.get("solution"), row["answer"], fail)
-
-
-def _check_turns(turns: Any, fail: Callable[[str], None]) -> None:
-    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        fail("'conversations' must be a list of turns")
-    for turn in turns:
-        known = isinstance(turn, Mapping) and turn.get("from") in _SPEAKERS and isinstance(turn.get("value"), str)
-        if not known:
-            fail(f"'conversations' has a turn that is not {{'from': {' | '.join(_SPEAKERS)}, 'value': text}}: {turn!r}")
-    asked = "".join(turn["value"] for turn in turns if turn["from"] == "human")
-    if asked.count("<video>") != 1 or "<image>" in asked:
-        fail("'conversations' must have <video> exactly once in what the human says, and no <image>")
-    if turns[-1]["from"] != "gpt":
+    try:
+        last, solution = read_conversation(row).turns[-1], solution_fields(row.get("solution"))
+        Solution.from_record({"answer": row["answer"]} | dict(solution))
+    except RecordError as error:
+        fail(error.message)
+    if last["role"] != "assistant":
         fail("'conversations' must end with a turn of gpt")
-
-
-def _check_solution(solution: Any, answer: str, fail: Callable[[str], None]) -> None:
-    if not isinstance(solution, Mapping):
-        fail("'solution' must be an object with 'camera_center' and 'object_center'")
-    if solution.get("answer", answer) != answer:
-        fail(f"'solution' says {solution['answer']!r}, 'answer' {answer!r}")
-    for field in ("camera_center", "object_center"):
-        centers = solution.get(field)
-        if not isinstance(centers, Sequence) or isinstance(centers, str):
-            fail(f"'solution.{field}' must be a list with one entry per state")
-        for center in centers:
-            if center is not None and not _is_point(center):
-                fail(f"'solution.{field}' holds {center!r}, which is neither null nor three finite numbers")
-
-
-def _is_point(value: Any) -> bool:
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
-        return False
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in value)
+    if solution.get("answer", row["answer"]) != row["answer"]:
+        fail(f"'solution' says {solution['answer']!r}, 'answer' {row['answer']!r}")
+    missing = {"camera_center", "object_center"} - solution.keys()
+    if missing:
+        fail(f"'solution' has no {', '.join(sorted(missing))}")
 
 
 def check_result(result: ClipResult) -> None:
@@ -153,7 +130,7 @@ def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
     and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`).
     """
     prompt = row["conversations"][:-1]
-    messages = [{"role": _SPEAKERS[turn["from"]], "content": turn["value"]} for turn in prompt]
+    messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in prompt]
     centers = {field: row["solution"][field] for field in ("camera_center", "object_center")}
     return {
         "id": row["id"],

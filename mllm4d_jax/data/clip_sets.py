@@ -15,8 +15,7 @@ import numpy as np
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import MediaError, RecordError
-from mllm4d_jax.qa.record import Record
-from mllm4d_jax.qa.records import parse_record
+from mllm4d_jax.qa.records import Record, parse_record
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class ClipSet:
         """Record i; its video is the clip's stored frames.
 
         Raises:
-          RecordError: as `records.parse_record`, "bad_record", or MediaError "missing_fps".
+          RecordError: as `parse_record`, "bad_record", or MediaError "missing_fps".
         """
         n, key = int(self.clips[i]), self.key(i)
         if self._last is None or self._last[0] != n:  # the questions of a group come one after the other

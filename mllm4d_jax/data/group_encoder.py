@@ -10,7 +10,7 @@ from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.encode.media_items import Media, media_identity
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 
 CACHE_BYTES = 256 << 20
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from mllm4d_jax.data.json_index import build_index
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
-from mllm4d_jax.qa.records import parse_record
+from mllm4d_jax.qa.records import Record, parse_record
 
 
 class RecordFile:
@@ -69,8 +68,7 @@ class RecordFile:
         """Record i, media paths resolved under the root.
 
         Raises:
-          RecordError: with reason "bad_json", "bad_record", "unknown_role", "placeholder_mismatch" or
-            "path_outside_root".
+          RecordError: as `raw` and `parse_record`.
         """
         return parse_record(self.raw(i), self.key(i), self.root, self.system_prompt)
 

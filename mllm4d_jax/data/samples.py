@@ -19,6 +19,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mllm4d_jax.qa.options import lettered, write_question
+
 SIZE = 64  # pixels, both sides of a clip
 FRAMES = 16
 FPS = 8.0
@@ -27,7 +29,6 @@ RADIUS = 7  # pixels, half the side of a shape
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 80, 230), "yellow": (235, 215, 40)}  # RGB
 SHAPES = ("square", "circle", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-LETTERS = "ABCD"
 _MARKER = "complete.json"
 _MARGIN = 40  # pixels of ground around the window's start, more than any camera travels
 
@@ -184,9 +185,9 @@ def questions(clip: Clip, rng: np.random.Generator) -> list[SampleQuestion]:
         asked.append((f"How many metres does the {subject} move{over} {span}?", lengths, f"{truth:.1f}", subject, path))
     out = []
     for question, options, answer, subject, path in asked:
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True))
-        text = f"{question}\nOptions:\n{listed}\nAnswer with the letter of the right option."
-        out.append(SampleQuestion(text, LETTERS[options.index(answer)], subject, path, answer))
+        choices = lettered(options)
+        letter = next(letter for letter, option in choices.items() if option == answer)
+        out.append(SampleQuestion(write_question(question, choices), letter, subject, path, answer))
     return out
 
 
@@ -226,7 +227,7 @@ def write_sample_world(folder: str | Path, seed: int = 0, clips: int = 6) -> Pat
             (target / file).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         (target / "r1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts), encoding="utf-8")
 
-    build_folder(folder, {"kind": "sample world", "version": 2, "seed": seed, "clips": clips}, write)
+    build_folder(folder, {"kind": "sample world", "version": 3, "seed": seed, "clips": clips}, write)
     return folder / "records.json"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from mllm4d_jax.data.clip_sets import DEFAULT_SPLIT, ClipSet
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 
 _SEPARATOR = "::"
 

@@ -11,7 +11,7 @@ import numpy as np
 from mllm4d_jax.encode.chat import Visual
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import PlaceholderError
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 
 
 @dataclasses.dataclass(frozen=True)

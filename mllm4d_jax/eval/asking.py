@@ -15,17 +15,15 @@ from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
-from mllm4d_jax.eval.benchmarks import Item
-from mllm4d_jax.grpo.prompts import as_prompt
 from mllm4d_jax.media.video import VideoClip
+from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.options import INSTRUCTION, write_question
+from mllm4d_jax.qa.records import Record, as_prompt, user_content
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import Group, share_prefix
 from mllm4d_jax.rows.shape import RowShape
-
-INSTRUCTION = "Answer with the letter of the right option."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,23 +40,23 @@ class Manner:
     system: str | None
     blind: bool
 
-    def text(self, item: Item) -> str:
-        """The user's text: the file's own where it has one, else question and options.
+    def record(self, item: BenchmarkQuestion) -> Record:
+        """Return the conversation to be continued: the file's own text if it has one, else question and options.
 
         A text made here ends with the request for a letter, unless a system prompt says how to answer.
-        """
-        if item.prompt is not None:
-            return item.prompt
-        lines = [item.question, "Options:", *(f"{letter}. {option}" for letter, option in item.choices.items())]
-        return "\n".join([*lines, INSTRUCTION] if self.mode == "direct" else lines)
 
-    def record(self, item: Item) -> Record:
-        """The conversation to be continued. Raises RecordError for a question without a file where one is needed."""
-        parts = [{"type": "text", "text": self.text(item)}]
-        if not self.blind:
-            if item.media is None:
-                raise RecordError("has no video file", "missing_file", item.id)
-            parts.insert(0, {"type": "video", "path": str(Path(item.media).absolute())})
+        Raises:
+          RecordError: the question has no file and is not asked blind.
+        """
+        if item.media is None and not self.blind:
+            raise RecordError("has no video file", "missing_file", item.id)
+        video = "" if item.media is None else str(Path(item.media).absolute())
+        if item.prompt is None:
+            text = write_question(item.question, item.choices, INSTRUCTION if self.mode == "direct" else "")
+            parts = [{"type": "video", "path": video}, {"type": "text", "text": text}]
+        else:
+            parts = user_content(item.prompt, {"video": iter([video])})
+        parts = [part for part in parts if part["type"] == "text" or not self.blind]
         messages = [{"role": "user", "content": parts}]
         system = item.system if self.system is None else self.system
         if system is not None:
@@ -69,7 +67,7 @@ class Manner:
 class ItemSource:
     """Questions as a source of records; see `data.sources.Source`."""
 
-    def __init__(self, items: Sequence[Item], manner: Manner) -> None:
+    def __init__(self, items: Sequence[BenchmarkQuestion], manner: Manner) -> None:
         self.items, self.manner = tuple(items), manner
         self.name, self.digest = "the questions", ""
         numbers: dict[str, int] = {}
@@ -100,7 +98,9 @@ class ShuffledEncoder(Encoder):
         return dataclasses.replace(clip, frames=clip.frames[rng.permutation(len(clip.frames))])
 
 
-def share_of_host(items: Sequence[Item], done: Collection[str], host: int, hosts: int) -> list[tuple[int, ...]]:
+def share_of_host(
+    items: Sequence[BenchmarkQuestion], done: Collection[str], host: int, hosts: int
+) -> list[tuple[int, ...]]:
     """The questions a host has to ask, as numbers, video by video: it has every `hosts`-th video of the benchmark.
 
     Args:

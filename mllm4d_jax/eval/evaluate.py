@@ -27,7 +27,6 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.eval import rescore
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, encode_ahead, share_of_host
-from mllm4d_jax.eval.benchmarks import Item, load_items, question_files
 from mllm4d_jax.eval.predictions import (
     NOT_IN_ANSWERS,
     Prediction,
@@ -35,6 +34,7 @@ from mllm4d_jax.eval.predictions import (
     config_hash,
     read_predictions,
 )
+from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.scoring import Bootstrap
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
@@ -43,6 +43,7 @@ from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import row_shape
@@ -139,17 +140,17 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
         return sum(quarantine.knows(0, i) for i in mine)
 
 
-def load_questions(config: ml_collections.ConfigDict) -> tuple[Item, ...]:
+def load_questions(config: ml_collections.ConfigDict) -> tuple[BenchmarkQuestion, ...]:
     """The questions of the run, the first `limit` of them.
 
     Raises:
-      EvaluationError: nothing to ask; and what `benchmarks.load_items` raises.
+      EvaluationError: nothing to ask; and what `questions.load_benchmark` raises.
     """
     if not config.data.path:
         raise EvaluationError("data.path is empty: name the benchmark's questions with --config.data.path=FILE")
     if not config.data.root and config.control != "blind":
         raise EvaluationError("data.root is empty: name the folder of the videos with --config.data.root=DIR")
-    items = load_items(config.benchmark, config.data.path, config.data.root or None)
+    items = load_benchmark(config.benchmark, config.data.path, config.data.root or None)
     items = items[: config.limit] if config.limit else items
     if not items:
         raise EvaluationError(f"data.path = {config.data.path} holds no questions")
@@ -187,7 +188,7 @@ class _Asker:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        items: Sequence[Item],
+        items: Sequence[BenchmarkQuestion],
         manner: Manner,
         choice: ModelChoice,
         videos: int,

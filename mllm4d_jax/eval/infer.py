@@ -22,7 +22,7 @@ from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.batch import ModelInputs, collate
 

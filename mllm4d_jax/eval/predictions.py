@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
-from mllm4d_jax.eval.benchmarks import Item
 from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
+from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 
 NAME = "predictions.jsonl"
 CONTROLS = ("", "blind", "shuffled")
@@ -42,7 +42,7 @@ class PredictionError(ValueError):
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answered question. Besides the question (see `benchmarks.Item`):
+    """One answered question. Besides the question (see `BenchmarkQuestion`):
 
     Attributes:
       prompt_mode: how it was asked: "direct", "st_cot", "file"; "published" for responses that others made.
@@ -79,7 +79,7 @@ class Prediction:
     @classmethod
     def of(
         cls,
-        item: Item,
+        item: BenchmarkQuestion,
         response: str,
         *,
         prompt_mode: str,
@@ -135,7 +135,7 @@ class Prediction:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
-_OF_ITEM = tuple(field.name for field in dataclasses.fields(Item) if field.name in _FIELDS)
+_OF_ITEM = tuple(field.name for field in dataclasses.fields(BenchmarkQuestion) if field.name in _FIELDS)
 _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         **{field: (str,) for field in ("id", "benchmark", "split", "video", "question", "answer", "prompt_mode")},

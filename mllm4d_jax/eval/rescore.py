@@ -1,6 +1,6 @@
 """Scores predictions that are there already: those of a run, or published ones. No model, no videos.
 
-A published file is a list of questions (see `benchmarks`) with a `response` each, as VLM4D results are published.
+A published file is a list of questions (see `qa.benchmarks`) with a `response` each, as VLM4D results are published.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import ml_collections
 
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval import scoring, tables
-from mllm4d_jax.eval.benchmarks import BenchmarkError, question_files, read_items
 from mllm4d_jax.eval.predictions import Prediction, PredictionError, prediction_files, read_predictions
+from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.qa.errors import RecordError
 
 
@@ -80,7 +80,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
     if len(files) == 1 and _is_of_a_run(files[0]):
         return read_predictions(prediction_files(files[0])[0])
     found, silent = [], []
-    for item, raw in read_items(benchmark, files, None):
+    for item, raw in read_benchmark(benchmark, files, None):
         response = raw.get("response")
         if not isinstance(response, str):
             silent.append(item.id)

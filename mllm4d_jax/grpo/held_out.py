@@ -14,8 +14,9 @@ from tqdm import tqdm
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.grpo.actor import Actor
-from mllm4d_jax.grpo.prompts import Prompt, PromptStep, as_prompt
+from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.run.log import keep_until, read_metrics
 
 log = logging.getLogger(__name__)

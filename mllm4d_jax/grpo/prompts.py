@@ -10,36 +10,7 @@ from typing import Any, Self
 from mllm4d_jax.data.stream import GroupStream, StreamItem
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
-from mllm4d_jax.qa.rewards import Solution, SolutionError
-
-
-def as_prompt(record: Record) -> Record:
-    """The record without the assistant's last turns, if it has any.
-
-    Raises:
-      RecordError: reason "no_question": nothing is asked.
-    """
-    messages = list(record.messages)
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages or messages[-1]["role"] != "user":
-        raise RecordError("does not end with a user's turn, so there is nothing to answer", "no_question", record.key)
-    return dataclasses.replace(record, messages=tuple(messages))
-
-
-def as_scored_prompt(record: Record) -> Record:
-    """`as_prompt` for rewards that compare with the record's solution, which must be of the form that they read.
-
-    Raises:
-      RecordError: as `as_prompt`, or reason "bad_solution".
-    """
-    prompt = as_prompt(record)
-    try:
-        Solution.from_record(prompt.solution)
-    except SolutionError as error:
-        raise RecordError(str(error), "bad_solution", record.key) from error
-    return prompt
+from mllm4d_jax.qa.records import Record, as_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +77,7 @@ class PromptLoader:
     def __init__(self, stream: GroupStream, prompts: int) -> None:
         """
         Args:
-          stream: of single questions, one at a time, encoded with one of the functions above.
+          stream: of single questions, one at a time, encoded with `records.as_prompt` or `as_scored_prompt`.
           prompts: given at a time.
         """
         self._stream, self._number = stream, prompts

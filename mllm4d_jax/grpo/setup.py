@@ -24,8 +24,9 @@ from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Actor
 from mllm4d_jax.grpo.held_out import HeldOut
 from mllm4d_jax.grpo.learner import Learner
-from mllm4d_jax.grpo.prompts import PromptLoader, as_prompt, as_scored_prompt
+from mllm4d_jax.grpo.prompts import PromptLoader
 from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.qa.records import as_prompt, as_scored_prompt
 from mllm4d_jax.run.build import Parts, build, describe_trained, encoder_of, open_held_out, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.digest import content_digests

@@ -1,7 +1,6 @@
 """Which option a response chose: a fixed order of rules, no judge, and nothing in the response is trusted.
 
-The part of the response that counts is the last closed `<answer>` block; without one, what follows the last
-`</thinking>`; without that, all of it. The rules, the first that finds an option decides:
+The part of the response that counts is `reasoning.answer_part`. The rules, the first that finds an option decides:
 
 1. `letter`: the part is an option's letter as in `A`, `(A)`, `A.` or `A: left`; capital letters only.
 2. `text`: the part is an option's text; case and punctuation do not count.
@@ -19,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mllm4d_jax.qa.reasoning import parse
+from mllm4d_jax.qa.reasoning import answer_part, find_blocks
 
 EXTRACTORS = ("strict", "official")
 RULES = ("letter", "text", "answer_is", "mention", "exact", "unparsed")
@@ -55,7 +54,7 @@ _UNPARSED = ExtractedAnswer(None, "unparsed")
 
 
 def extract_answer(response: str, choices: Mapping[str, object], extractor: str = "strict") -> ExtractedAnswer:
-    """The option that a response chose. Any string is accepted, nothing is raised for what it says.
+    """Return the option that a response chose. Any string is accepted, nothing is raised for what it says.
 
     Args:
       response: the model's text.
@@ -71,36 +70,25 @@ def extract_answer(response: str, choices: Mapping[str, object], extractor: str 
     """
     if extractor not in EXTRACTORS:
         raise ValueError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {extractor!r}")
-    answer = parse(response).answer if "</answer>" in response else None
     if extractor == "official":
-        said = (response if answer is None else answer).strip()
+        _, answers = find_blocks(response)
+        said = answers[-1].text if answers else response.strip()
         return ExtractedAnswer(said, "exact") if said in choices else _UNPARSED
-    part = response.rpartition("</thinking>")[2] if answer is None else answer
-    return _by_the_rules(part.translate(_EMPHASIS).strip(), _Options(choices))
+    return _by_the_rules(answer_part(response).translate(_EMPHASIS).strip(), _Options(choices))
 
 
 def plain_text(value: object) -> str:
-    """A text without case and punctuation: its words and numbers, one space apart. `2` and `"2"` are the same."""
+    """Return the words and numbers of a text, one space apart, without case. `2` and `"2"` are the same."""
     return " ".join(_WORD.findall(str(value).translate(_APOSTROPHES).casefold()))
 
 
 def same_option(value: object) -> str:
-    """What two options must have in common to be the same: their text, less case and white space around words."""
+    """Return what two options that are the same have in common: their text, less case and white space around words."""
     return " ".join(str(value).split()).casefold()
 
 
-def true_letters(choices: Mapping[str, object], answer: object, *, is_letter: bool) -> tuple[str, ...]:
-    """All letters whose option is the true one; () when none is.
-
-    Options are compared by their texts, so when the true option is there twice both of its letters are right.
-
-    Args:
-      answer: the truth; a letter if `is_letter`, else the text of an option.
-    """
-    if is_letter:
-        if answer not in choices:
-            return ()
-        answer = choices[answer]
+def true_letters(choices: Mapping[str, object], answer: object) -> tuple[str, ...]:
+    """Return all letters whose option has the text of the true one; () when none has, two if it is there twice."""
     wanted = same_option(answer)
     return tuple(letter for letter, option in choices.items() if same_option(option) == wanted)
 
@@ -157,10 +145,9 @@ def _stated(part: str, options: _Options) -> ExtractedAnswer | None:
     for start, after in reversed(places[-_MAX_STATED:]):
         clause = part[after : min(end, after + _MAX_CLAUSE)].partition("\n")[0]
         end = start
-        match = _STATED.match(clause)
-        letter = (match[1] or match[2]) if match else None
-        if letter in options.plain:
-            return ExtractedAnswer(letter, "answer_is", _contradicts(letter, clause[match.end() :], options))
+        letter, rest = _stated_letter(clause, options)
+        if letter is not None:
+            return ExtractedAnswer(letter, "answer_is", _contradicts(letter, rest, options))
         letter = options.mentioned(plain_text(clause))
         if letter is not None:
             return ExtractedAnswer(letter, "answer_is")
@@ -172,13 +159,14 @@ def _contradicts(letter: str, rest: str, options: _Options) -> bool:
     line = rest.strip().partition("\n")[0]
     said = options.first.get(plain_text(line)) if len(line) <= _MAX_CLAUSE else None
     if said is None:
-        stated = _stated_letter(rest, options)
+        places = [match.end() for match in _ANSWER_IS.finditer(rest)]
+        stated = _stated_letter(rest[places[-1] :], options)[0] if places else None
         said = options.mentioned(plain_text(rest)) if stated is None else stated
     return said is not None and options.plain[said] != options.plain[letter]
 
 
-def _stated_letter(rest: str, options: _Options) -> str | None:
-    places = [match.end() for match in _ANSWER_IS.finditer(rest)]
-    match = _STATED.match(rest, places[-1]) if places else None
+def _stated_letter(clause: str, options: _Options) -> tuple[str | None, str]:
+    """The letter of an option with which a clause begins, None without one, and what follows it."""
+    match = _STATED.match(clause)
     letter = (match[1] or match[2]) if match else None
-    return letter if letter in options.plain else None
+    return (letter, clause[match.end() :]) if letter in options.plain else (None, clause)

@@ -12,19 +12,17 @@ a function, `package.module:function` or `package.module.function`, that is call
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-from mllm4d_jax.qa.rewards import PRESETS, RewardWeights, Solution, score
+from mllm4d_jax.qa.errors import did_you_mean
+from mllm4d_jax.qa.rewards import COMPONENTS, PRESETS, RewardWeights, score
 
-COMPONENTS = ("accuracy", "format", "camera", "object")
 CustomReward = Callable[[str, Any, Any], float]
 
 
@@ -49,13 +47,13 @@ class Rewards:
     functions: Mapping[str, CustomReward]
 
     def __call__(self, completion: str, solution: Any, record: Any) -> dict[str, float]:
-        """Every reward by its name, and "total", their weighted mean; all in [0, 1].
+        """Return every reward by its name, and "total", their weighted mean; all in [0, 1].
 
         With a built-in reward the result also has all components of `rewards.score`, to be logged.
 
         Args:
           completion: text of the model, without its end-of-text token.
-          solution: `Solution`, or what a record has under that name. Given to functions as it is.
+          solution: `rewards.Solution`, or what a record has under that name. Given to functions as it is.
           record: the record that the prompt came from; only functions see it.
 
         Raises:
@@ -64,8 +62,7 @@ class Rewards:
         """
         values: dict[str, float] = {}
         if self.builtin is not None:
-            known = solution if isinstance(solution, Solution) else Solution.from_record(solution)
-            values = score(completion, known, self.builtin)
+            values = score(completion, solution, self.builtin)
             if self.preset:
                 values[self.preset] = values["total"]
         for path, function in self.functions.items():
@@ -76,7 +73,7 @@ class Rewards:
 
 
 def load_rewards(spec: Mapping[str, float]) -> Rewards:
-    """The rewards that a spec names (see the top of this file), loaded and ready to be called.
+    """Return the rewards that a spec names (see the top of this file), loaded and ready to be called.
 
     Only the ratios of the weights matter: they are divided by their sum, so that the total stays in [0, 1]. A reward of
     weight 0 is computed and reported, but does not count. One preset at most, and no single components beside it: they
@@ -109,7 +106,7 @@ def load_rewards(spec: Mapping[str, float]) -> Rewards:
 
 
 def load_function(path: str) -> CustomReward:
-    """The function at `package.module:function` or `package.module.function`.
+    """Return the function at `package.module:function` or `package.module.function`.
 
     Raises:
       RewardError: the path is none, there is no such module or function, importing the module fails, or the function
@@ -118,31 +115,25 @@ def load_function(path: str) -> CustomReward:
     module_name, separator, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), name]):
         names = [*PRESETS, *COMPONENTS]
-        near = difflib.get_close_matches(path, names, n=1, cutoff=0.6)
-        hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+        hint = did_you_mean(path, names) or f"; known: {', '.join(names)}"
         raise RewardError(f"reward {path!r} is neither built in nor a path like package.module:function{hint}")
-    module = _import(module_name, path)
-    function = getattr(module, name, None)
-    if not callable(function):
-        what = "which has no such function" if function is None else f"where it is of type {type(function).__name__}"
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        hint = f", did you mean {near[0]!r}?" if near and near[0] != name else ""
-        raise RewardError(f"reward {path!r}: {name!r} is not a function of {module_name}, {what}{hint}")
-    _check_signature(function, path)
-    return function
-
-
-def _import(module_name: str, path: str) -> ModuleType:
     try:
-        return importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise RewardError(
-                f"reward {path!r}: there is no module {error.name!r}; is its folder on the Python path (PYTHONPATH)?"
-            ) from error
-        raise RewardError(f"reward {path!r}: module {module_name!r} needs {error.name!r}, which is missing") from error
+        missing = f"there is no module {error.name!r}; is its folder on the Python path (PYTHONPATH)?"
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            missing = f"module {module_name!r} needs {error.name!r}, which is missing"
+        raise RewardError(f"reward {path!r}: {missing}") from error
     except Exception as error:
         raise RewardError(f"reward {path!r}: importing {module_name!r} raised {_said(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        what = f"which has no such function{did_you_mean(name, vars(module))}"
+        if function is not None:
+            what = f"where it is of type {type(function).__name__}"
+        raise RewardError(f"reward {path!r}: {name!r} is not a function of {module_name}, {what}")
+    _check_signature(function, path)
+    return function
 
 
 def _check_signature(function: CustomReward, path: str) -> None:

@@ -1,9 +1,11 @@
-"""Errors of the processing layer: a bad record is told apart from a bad setup."""
+"""Errors of records and setups, which are told apart, and what their messages have in common."""
 
 from __future__ import annotations
 
 import copy
-from typing import Self
+import difflib
+from collections.abc import Iterable
+from typing import Any, Self
 
 
 class ProcessorError(ValueError):
@@ -29,7 +31,7 @@ class RecordError(ValueError):
         return f"{self.key}: {self.message}" if self.key else self.message
 
     def with_key(self, key: str) -> Self:
-        """The same error naming `key`; an error that already names its record is returned unchanged."""
+        """Return the same error naming `key`; an error that already names its record is returned unchanged."""
         if self.key:
             return self
         named = copy.copy(self)
@@ -50,7 +52,25 @@ class PlaceholderError(RecordError):
     default_reason = "placeholder_mismatch"
 
 
+class SolutionError(RecordError):
+    """The solution of a record cannot be used."""
+
+    default_reason = "bad_solution"
+
+
 class TooLongError(RecordError):
     """The record needs more tokens than the budget; nothing is ever cut."""
 
     default_reason = "too_long"
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: its repr, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" for the known name that is nearest, '' if none is near."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""What a completion says: thinking, answer, and the camera and object centres written in the thinking.
+"""What a completion says: thinking and answer, where they stand, and the centres written in the thinking.
 
 The text comes from a model that is rewarded for what is found in it, so nothing in it is trusted: every string is
 accepted, nothing is evaluated, and the work is linear in the length (searches only go forward, and at most
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Vec3 = tuple[float, float, float]
 
@@ -22,6 +23,14 @@ MAX_METRES = 1e6  # a centre farther away than this is no position in a video
 _MARKER = re.compile("(Camera|Object) Center:[ \t]*")
 _NUMBER_CHARS = frozenset("0123456789+-.eE")
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
+
+
+class Block(NamedTuple):
+    """A closed block: where it begins and ends, tags included, and the stripped text inside."""
+
+    start: int
+    end: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -69,21 +78,34 @@ class ParsedReasoning:
         return not self.malformed_objects and any(c is not None for c in self.object_centers)
 
 
-def parse(completion: str) -> ParsedReasoning:
-    """Takes a completion apart; any string is accepted, in time linear in its length.
+def answer_part(response: str) -> str:
+    """Return the text of the last `<answer>` block, else what follows the last `</thinking>`, else all; stripped."""
+    _, answers = find_blocks(response)
+    return answers[-1].text if answers else response.rpartition("</thinking>")[2].strip()
 
-    A block reaches from an opening tag to the next closing tag of the same name; opening tags in between are part of
-    its text, and a block that is never closed is none. Tags and markers are case-sensitive. A centre is the marker
-    `Camera Center:` or `Object Center:`, spaces, and on the same line either `null` or three numbers in square brackets
-    (`parse_center`). Centres outside the thinking do not exist.
+
+def find_blocks(completion: str) -> tuple[Block | None, list[Block]]:
+    """Return the first closed `<thinking>` block and all closed `<answer>` blocks, of which the last counts.
+
+    Any string is accepted, in time linear in its length. A block reaches from an opening tag to the next closing tag of
+    the same name; opening tags in between are part of its text, and a block that is never closed is none. Tags are
+    case-sensitive.
     """
-    thinking = next(_blocks(completion, "thinking"), None)
-    answers = list(_blocks(completion, "answer"))
-    centers, malformed = _centers(thinking or "")
+    return next(_blocks(completion, "thinking"), None), list(_blocks(completion, "answer"))
+
+
+def parse(completion: str) -> ParsedReasoning:
+    """Return a completion taken apart; any string is accepted, in time linear in its length.
+
+    A centre is the marker `Camera Center:` or `Object Center:`, spaces, and on the same line either `null` or three
+    numbers in square brackets (`parse_center`); markers are case-sensitive. Centres outside the thinking do not exist.
+    """
+    thinking, answers = find_blocks(completion)
+    centers, malformed = _centers(thinking.text if thinking else "")
     return ParsedReasoning(
-        thinking=thinking,
-        answer=answers[-1] if answers else None,
-        answers_agree=len(set(answers)) <= 1,
+        thinking=thinking and thinking.text,
+        answer=answers[-1].text if answers else None,
+        answers_agree=len({block.text for block in answers}) <= 1,
         well_formed=_is_well_formed(completion),
         camera_centers=tuple(centers["Camera"]),
         object_centers=tuple(centers["Object"]),
@@ -120,16 +142,14 @@ def parse_number(text: str) -> float | None:
     return value if math.fabs(value) <= MAX_METRES else None
 
 
-def _blocks(text: str, name: str) -> Iterator[str]:
-    """Stripped texts of the closed blocks of this name, in order."""
+def _blocks(text: str, name: str) -> Iterator[Block]:
     opening, closing = f"<{name}>", f"</{name}>"
     start = text.find(opening)
     while start >= 0:
-        start += len(opening)
-        end = text.find(closing, start)
+        end = text.find(closing, start + len(opening))
         if end < 0:
             return
-        yield text[start:end].strip()
+        yield Block(start, end + len(closing), text[start + len(opening) : end].strip())
         start = text.find(opening, end)
 
 

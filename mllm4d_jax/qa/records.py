@@ -1,4 +1,4 @@
-"""The released record formats, read into `Record`.
+"""What a record is, and the one parser of the released formats: for training, evaluation and cold start.
 
 Two layouts are accepted, in a JSON list or as JSONL:
 
@@ -13,23 +13,71 @@ assistant text is kept to the letter. That loader took every role besides "user"
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.qa.errors import PlaceholderError, RecordError
-from mllm4d_jax.qa.media_path import resolve_media
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, shown
+from mllm4d_jax.qa.rewards import Solution
 
 ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
-
-
+LAYOUTS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 _PLACEHOLDER = re.compile("(<video>|<image>)")
+
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One conversation, media paths already resolved.
+
+    Attributes:
+      key: "file.json#17"; every error about the record names it.
+      messages: {"role": "system"|"user"|"assistant", "content": str or a list of parts}; a part is
+        {"type": "text", "text": str}, {"type": "video", "path": str}, {"type": "video", "frames":
+        stored_frames.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}.
+      solution: the record's field of that name as the file has it, None without one; rewards read it (`qa/rewards.py`).
+    """
+
+    key: str
+    messages: tuple[Message, ...]
+    solution: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """The turns of a record and its files, as it has them in either layout.
+
+    Attributes:
+      layout: the field that they were in, a key of `LAYOUTS`.
+      turns: {"role": as in `Record`, "content": text}.
+      files: "video" and "image" -> paths, as many as there are placeholders in what the user says.
+    """
+
+    layout: str
+    turns: tuple[Message, ...]
+    files: Mapping[str, Sequence[str]]
+
+    def question(self) -> tuple[str | None, str]:
+        """Return (system message, the user's text) of a record that asks one thing; a last answer is left out.
+
+        Raises:
+          RecordError: other turns than one of the user behind at most one of the system.
+        """
+        asked = unanswered(self.turns)
+        roles = [turn["role"] for turn in asked]
+        if roles not in (["user"], ["system", "user"]):
+            raise RecordError(
+                f"'{self.layout}' asks in the turns {roles}; a question is one turn of the user, after at most one of "
+                "the system"
+            )
+        return (asked[0]["content"] if len(asked) == 2 else None), asked[-1]["content"]
 
 
 def parse_record(raw: Mapping[str, Any], key: str, root: str | Path, system_prompt: str = "") -> Record:
-    """One released record as a `Record`.
+    """Return one released record as a `Record`.
 
     Args:
       raw: the decoded JSON object, in either layout.
@@ -38,82 +86,166 @@ def parse_record(raw: Mapping[str, Any], key: str, root: str | Path, system_prom
       system_prompt: prepended when the record has no system message; '' for none.
 
     Raises:
-      RecordError: see `RecordFile.__getitem__`.
+      RecordError: with reason "bad_record", "unknown_role", "placeholder_mismatch", "path_outside_root" or "bad_path".
     """
-    turns = _turns(raw, key)
-    files = {"video": _files(raw, "video", key), "image": _files(raw, "image", key)}
-    wanted = {"video": 0, "image": 0}
-    messages = []
-    for role, text in turns:
-        if role != "user":
-            messages.append({"role": role, "content": text})
-            continue
-        parts = []
-        for piece in _PLACEHOLDER.split(text):
-            if piece in ("<video>", "<image>"):
-                kind = piece[1:-1]
-                if wanted[kind] < len(files[kind]):
-                    parts.append({"type": kind, "path": _resolve(root, files[kind][wanted[kind]], key)})
-                wanted[kind] += 1
-            elif piece.strip():
-                parts.append({"type": "text", "text": piece.strip()})
-        messages.append({"role": role, "content": parts})
-    for kind, count in wanted.items():
-        if count != len(files[kind]):
-            raise PlaceholderError(
-                f"{count} <{kind}> in the user's text but {len(files[kind])} {kind} file(s) {files[kind]}; "
-                f"each file needs one <{kind}> where it belongs",
-                key=key,
-            )
+    try:
+        read = read_conversation(raw)
+        paths = {kind: iter([resolve_media(root, file) for file in files]) for kind, files in read.files.items()}
+    except RecordError as error:
+        raise error.with_key(key) from None
+    messages = [t | {"content": user_content(t["content"], paths)} if t["role"] == "user" else t for t in read.turns]
     if system_prompt and all(m["role"] != "system" for m in messages):
         messages.insert(0, {"role": "system", "content": system_prompt})
     return Record(key=key, messages=tuple(messages), solution=raw.get("solution"))
 
 
-def _turns(raw: Mapping[str, Any], key: str) -> list[tuple[str, str]]:
-    """(role, text) of every turn, roles by their standard names."""
-    layouts = {"conversations": ("from", "value"), "messages": ("role", "content")}
-    layout = next((name for name in layouts if name in raw), None)
-    if layout is None:
-        raise RecordError(f"neither 'conversations' nor 'messages' among its fields {sorted(raw)}", key=key)
-    who, what = layouts[layout]
-    if not isinstance(raw[layout], list) or not raw[layout]:
-        raise RecordError(f"'{layout}' must be a list with a turn in it", key=key)
-    turns = []
-    for n, turn in enumerate(raw[layout]):
-        if not isinstance(turn, dict) or not isinstance(turn.get(who), str) or not isinstance(turn.get(what), str):
-            raise RecordError(f"turn {n} of '{layout}' must be an object with strings '{who}' and '{what}'", key=key)
-        if turn[who] not in ROLES:
-            known = ", ".join(ROLES)
-            raise RecordError(f"turn {n} has the role {turn[who]!r}; known roles are {known}", "unknown_role", key)
-        if not _is_unicode(turn[what]):
-            raise RecordError(f"turn {n} holds half a surrogate pair (\\uD800-\\uDFFF), which is no text", key=key)
-        turns.append((ROLES[turn[who]], turn[what]))
-    return turns
+def as_prompt(record: Record) -> Record:
+    """Return the record without the assistant's last turns, if it has any.
+
+    Raises:
+      RecordError: reason "no_question": nothing is asked.
+    """
+    messages = unanswered(record.messages)
+    if not messages or messages[-1]["role"] != "user":
+        raise RecordError("does not end with a user's turn, so there is nothing to answer", "no_question", record.key)
+    return dataclasses.replace(record, messages=messages)
 
 
-def _is_unicode(text: str) -> bool:
+def as_scored_prompt(record: Record) -> Record:
+    """Return `as_prompt` of a record whose solution has the form that the built-in rewards read.
+
+    Raises:
+      RecordError: as `as_prompt`, or SolutionError.
+    """
+    prompt = as_prompt(record)
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        Solution.from_record(prompt.solution)
+    except RecordError as error:
+        raise error.with_key(record.key) from None
+    return prompt
 
 
-def _files(raw: Mapping[str, Any], kind: str, key: str) -> list[str]:
-    """The record's files of one kind, given under 'video' or 'videos' (a string, a list, or null for none)."""
-    files: list[str] = []
+def read_conversation(raw: Mapping[str, Any]) -> Conversation:
+    """Return the turns and files of a record in either layout.
+
+    Raises:
+      RecordError: neither layout or both, a turn that is none, or other files than placeholders; names the field.
+    """
+    layouts = [name for name in LAYOUTS if name in raw]
+    if len(layouts) != 1:
+        raise RecordError(f"'conversations' or 'messages', one of them, must be among its fields {sorted(raw)}")
+    layout = layouts[0]
+    if not isinstance(raw[layout], list) or not raw[layout]:
+        raise RecordError(f"'{layout}' must be a list of turns with one in it, not {shown(raw[layout])}")
+    turns = tuple(_turn(turn, f"'{layout}', turn {n},", *LAYOUTS[layout]) for n, turn in enumerate(raw[layout]))
+    files = {kind: media_files(raw, kind) for kind in ("video", "image")}
+    asked = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
+    for kind, named in files.items():
+        if asked.count(f"<{kind}>") != len(named):
+            raise PlaceholderError(
+                f"'{layout}' has {asked.count(f'<{kind}>')} <{kind}> in the user's text for {len(named)} {kind} "
+                f"file(s) {named}; each file needs one <{kind}> where it belongs"
+            )
+    return Conversation(layout, turns, files)
+
+
+def media_files(raw: Mapping[str, Any], kind: str) -> list[str]:
+    """Return a record's files of one kind, given under 'video' or 'videos': a path, a list, or null for none.
+
+    Raises:
+      RecordError: something else, or both fields are given and differ.
+    """
+    given: dict[str, list[str]] = {}
     for field in (kind, kind + "s"):
         value = raw.get(field)
         entries = [] if value is None else [value] if isinstance(value, str) else value
-        if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):
-            raise RecordError(f"'{field}' must be a path or a list of paths, not {value!r}", key=key)
-        files += entries
-    return files
+        if not isinstance(entries, list) or not all(isinstance(entry, str) and entry.strip() for entry in entries):
+            raise RecordError(f"'{field}' must be a path or a list of paths, not {shown(value)}")
+        if entries:
+            given[field] = entries
+    found = list(given.values()) or [[]]
+    if found[0] != found[-1]:
+        raise RecordError(f"'{kind}' and '{kind}s' are two names of one field and differ: {shown(given)}")
+    return found[0]
 
 
-def _resolve(root: str | Path, relative: str, key: str) -> str:
+def text_field(raw: Mapping[str, Any], field: str, default: str | None = None) -> str:
+    """Return a text of the record. Raises RecordError for another type, or a blank unless `default` is blank."""
+    value = raw.get(field, default)
+    if not isinstance(value, str) or not (value.strip() or default == ""):
+        wanted = "a text" if default == "" else "a text that is not empty"
+        raise RecordError(f"'{field}' must be {wanted}, not {shown(value)}")
+    return value
+
+
+def one_video(raw: Mapping[str, Any]) -> str:
+    """Return the path of a question's video. Raises RecordError unless there is one, and no image."""
+    videos = media_files(raw, "video")
+    if len(videos) != 1:
+        field = "videos" if "videos" in raw else "video"
+        raise RecordError(f"'{field}' must be the path of one video, not {shown(raw.get(field))}")
+    if media_files(raw, "image"):
+        raise RecordError("it has images; a question is about one video")
+    return videos[0]
+
+
+def resolve_media(root: str | Path, relative: str) -> str:
+    """Return the absolute path of a record's media file; whether it exists is not looked at.
+
+    Records come from elsewhere, so a path may not leave its root: no absolute path, no `..` that climbs out, no
+    symbolic link that points out (the root itself may be a link).
+
+    Raises:
+      MediaError: reason "path_outside_root", or "bad_path" for an empty path or one with a NUL character.
+    """
+    if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
+        raise MediaError(f"media path {relative!r} is not a usable path", "bad_path")
+    base = Path(root).resolve()
     try:
-        return str(resolve_media(root, relative))
-    except RecordError as error:
-        raise error.with_key(key) from None
+        full = (base / relative).resolve()
+    except (OSError, RuntimeError, UnicodeError) as error:  # a link that loops, half a surrogate pair
+        raise MediaError(f"media path {relative!r} cannot be resolved ({error})", "bad_path") from error
+    if Path(relative).is_absolute() or not full.is_relative_to(base) or full == base:
+        raise MediaError(
+            f"media path {relative!r} leaves the media root {base}: paths must be relative to it and stay inside",
+            "path_outside_root",
+        )
+    return str(full)
+
+
+def user_content(text: str, paths: Mapping[str, Iterator[str]]) -> list[dict[str, str]]:
+    """Return the parts of a user's text, each placeholder replaced by the next path of its kind."""
+    pieces = (piece.strip() for piece in _PLACEHOLDER.split(text))
+    return [
+        {"type": piece[1:-1], "path": next(paths[piece[1:-1]])}
+        if _PLACEHOLDER.fullmatch(piece)
+        else {"type": "text", "text": piece}
+        for piece in pieces
+        if piece
+    ]
+
+
+def without_placeholders(text: str) -> str:
+    """Return a user's text without its placeholders, stripped."""
+    return _PLACEHOLDER.sub("", text).strip()
+
+
+def unanswered(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages without the assistant's turns at their end."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return tuple(messages[:end])
+
+
+def _turn(turn: Any, where: str, who: str, what: str) -> Message:
+    """Return a turn of a file with its role by the standard name."""
+    if not isinstance(turn, dict) or not isinstance(turn.get(who), str) or not isinstance(turn.get(what), str):
+        raise RecordError(f"{where} must be an object with strings '{who}' and '{what}', not {shown(turn)}")
+    if turn[who] not in ROLES:
+        raise RecordError(f"{where} has the role {turn[who]!r}; known roles are {', '.join(ROLES)}", "unknown_role")
+    try:
+        turn[what].encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecordError(f"{where} holds half a surrogate pair (\\uD800-\\uDFFF), which is no text") from None
+    return {"role": ROLES[turn[who]], "content": turn[what]}

@@ -16,32 +16,17 @@ Plain Python without JAX, so that data preparation scores reasoning paths with t
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from mllm4d_jax.qa.errors import SolutionError, did_you_mean, shown
+from mllm4d_jax.qa.options import split_label
 from mllm4d_jax.qa.reasoning import ParsedReasoning, Vec3, parse
 
-__all__ = [
-    "PRESETS",
-    "ParsedReasoning",
-    "RewardWeights",
-    "Solution",
-    "SolutionError",
-    "parse",
-    "resolve_weights",
-    "score",
-    "score_parsed",
-]
-
-_LETTER = re.compile(r"\(([A-Z])\).*|([A-Z])(?:[.:)].*)?", re.DOTALL)
-
-
-class SolutionError(ValueError):
-    """The solution of a record cannot be used."""
+COMPONENTS = ("accuracy", "format", "camera", "object")  # of the total, by the names of their shares
+FORMAT_PARTS = ("tags", "centers", "length")
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class Solution:
 
     @classmethod
     def from_record(cls, value: Mapping[str, Any] | Sequence[Any]) -> Self:
-        """The `solution` field of a record: `{"answer", "camera_center", "object_center"}`, or a list of one such.
+        """Return the `solution` field of a record: `{"answer", "camera_center", "object_center"}`, or a list of one.
 
         `answer` is a capital letter, or begins with one as in "A. text", "A: text" or "(A) text". A field of centres is
         a list of `[x, y, z]` or null per state, a single `[x, y, z]`, null or missing.
@@ -69,17 +54,14 @@ class Solution:
         Raises:
           SolutionError: anything else; says which field and what it holds.
         """
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-            if len(value) != 1:
-                raise SolutionError(f"'solution' must be one object, or a list of one; it has {len(value)} entries")
-            value = value[0]
-        if not isinstance(value, Mapping):
-            raise SolutionError(f"'solution' must be an object with 'answer', not {_shown(value)}")
-        return cls(
-            _letter(value.get("answer")),
-            _states("camera_center", value.get("camera_center")),
-            _states("object_center", value.get("object_center")),
-        )
+        fields = solution_fields(value)
+        answer = fields.get("answer")
+        labelled = split_label(answer) if isinstance(answer, str) else None
+        if labelled is None:
+            raise SolutionError(
+                f"'solution.answer' must be a capital letter or begin as in 'A. text', not {shown(answer)}"
+            )
+        return cls(labelled[0], _states(fields, "camera_center"), _states(fields, "object_center"))
 
 
 @dataclass(frozen=True)
@@ -109,11 +91,11 @@ class RewardWeights:
 
     def __post_init__(self) -> None:
         """Raises ValueError for shares that would take the total out of [0, 1]."""
-        for names in (("accuracy", "format", "camera", "object"), ("tags", "centers", "length")):
-            shares = [getattr(self, name) for name in names]
-            if not all(math.isfinite(s) and s >= 0 for s in shares) or math.fsum(shares) > 1 + 1e-9:
-                shown = ", ".join(f"{n}={s}" for n, s in zip(names, shares, strict=True))
-                raise ValueError(f"reward weights must not be negative and sum to at most 1: {shown}")
+        for names in (COMPONENTS, FORMAT_PARTS):
+            shares = {name: getattr(self, name) for name in names}
+            if not all(math.isfinite(s) and s >= 0 for s in shares.values()) or math.fsum(shares.values()) > 1 + 1e-9:
+                listed = ", ".join(f"{name}={share}" for name, share in shares.items())
+                raise ValueError(f"reward weights must not be negative and sum to at most 1: {listed}")
 
 
 PRESETS: Mapping[str, RewardWeights] = {
@@ -125,13 +107,11 @@ PRESETS: Mapping[str, RewardWeights] = {
 
 
 def resolve_weights(preset: str | RewardWeights) -> RewardWeights:
-    """Weights by the name of a preset; weights are passed through. Raises ValueError for an unknown name."""
+    """Return weights by the name of a preset; weights are passed through. Raises ValueError for an unknown name."""
     if isinstance(preset, RewardWeights):
         return preset
     if preset not in PRESETS:
-        near = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no reward preset {preset!r} (known: {', '.join(PRESETS)}){hint}")
+        raise ValueError(f"no reward preset {preset!r} (known: {', '.join(PRESETS)}){did_you_mean(preset, PRESETS)}")
     return PRESETS[preset]
 
 
@@ -140,7 +120,7 @@ def score(
     solution: Solution | Mapping[str, Any] | Sequence[Any],
     preset: str | RewardWeights = "paper",
 ) -> dict[str, float]:
-    """Reward of a completion, each value in [0, 1]: accuracy, format, camera, object, total; tags, centers, length.
+    """Return rewards in [0, 1]: accuracy, format, camera, object, total; tags, centers, length.
 
     - accuracy: the stripped text of `<answer>` equals the solution's answer, character by character, in both presets:
       "A.", "(A)", "a" and "A. left" are wrong for "A", since the prompt asks for the letter only. Several answer
@@ -158,7 +138,7 @@ def score(
 
 
 def score_parsed(parsed: ParsedReasoning, solution: Solution, weights: RewardWeights) -> dict[str, float]:
-    """`score` for a completion that is already taken apart."""
+    """Return `score` of a completion that is already taken apart."""
     tags = parsed.well_formed if weights.strict_tags else parsed.has_thinking and parsed.has_answer
     nulls = weights.null_counts
     camera, camera_written = _kind(parsed.camera_centers, parsed.malformed_cameras, solution.camera_center, nulls)
@@ -171,8 +151,8 @@ def score_parsed(parsed: ParsedReasoning, solution: Solution, weights: RewardWei
         "centers": float(camera_written and object_written),
         "length": float(len(parsed.thinking or "") > weights.min_thinking_chars),
     }
-    parts["format"] = _weighted(parts, weights, ("tags", "centers", "length"))
-    parts["total"] = _weighted(parts, weights, ("accuracy", "format", "camera", "object"))
+    parts["format"] = _weighted(parts, weights, FORMAT_PARTS)
+    parts["total"] = _weighted(parts, weights, COMPONENTS)
     return parts
 
 
@@ -208,40 +188,43 @@ def _values(centers: Sequence[Vec3 | None]) -> list[Vec3]:
     return [center for center in centers if center is not None]
 
 
-def _letter(answer: Any) -> str:
-    match = _LETTER.fullmatch(answer.strip()) if isinstance(answer, str) else None
-    if not match:
-        raise SolutionError(
-            f"'solution.answer' must be a capital letter or begin as in 'A. text', not {_shown(answer)}"
-        )
-    return match[1] or match[2]
+def solution_fields(value: Any) -> Mapping[str, Any]:
+    """Return the object in a record's `solution`, which is it or a list of it. Raises SolutionError for others."""
+    if _is_list(value):
+        if len(value) != 1:
+            raise SolutionError(f"'solution' must be one object, or a list of one; it has {len(value)} entries")
+        value = value[0]
+    if not isinstance(value, Mapping):
+        raise SolutionError(f"'solution' must be an object with 'answer', not {shown(value)}")
+    return value
 
 
-def _states(field: str, centers: Any) -> tuple[Vec3 | None, ...]:
-    if centers is None:
-        return ()
-    if not isinstance(centers, Sequence) or isinstance(centers, str | bytes):
-        raise SolutionError(f"'solution.{field}' must be a list with one entry per state, not {_shown(centers)}")
-    if _is_point(centers):
-        centers = [centers]
-    for center in centers:
-        if center is not None and not _is_point(center):
-            raise SolutionError(
-                f"'solution.{field}' holds {_shown(center)}, which is neither null nor three finite numbers"
-            )
-    return tuple(center if center is None else tuple(float(x) for x in center) for center in centers)
-
-
-def _is_point(value: Any) -> bool:
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) != 3:
-        return False
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number that a float can hold."""
     try:
-        return all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond the range of floats
         return False
 
 
-def _shown(value: Any) -> str:
-    """A value for a message, cut to a readable length."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def is_point(value: Any) -> bool:
+    """Return whether a JSON value is a list of three numbers."""
+    return _is_list(value) and len(value) == 3 and all(map(is_number, value))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _states(solution: Mapping[str, Any], field: str) -> tuple[Vec3 | None, ...]:
+    centers = solution.get(field)
+    if centers is None:
+        return ()
+    if not _is_list(centers):
+        raise SolutionError(f"'solution.{field}' must be a list with one entry per state, not {shown(centers)}")
+    if is_point(centers):
+        centers = [centers]
+    wrong = next((center for center in centers if center is not None and not is_point(center)), None)
+    if wrong is not None:
+        raise SolutionError(f"'solution.{field}' holds {shown(wrong)}, which is neither null nor three finite numbers")
+    return tuple(center if center is None else tuple(float(x) for x in center) for center in centers)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
-from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.errors import ProcessorError, did_you_mean
 
 ST_COT = """\
 You answer multiple-choice questions about how objects and the camera move in a video. Positions are in \
@@ -34,7 +33,7 @@ PRESETS: Mapping[str, str] = {"st_cot": ST_COT}
 
 
 def load_system_prompt(path: str | Path) -> str:
-    """Text of a UTF-8 file, without line breaks at its very end.
+    """Return the text of a UTF-8 file, without line breaks at its very end.
 
     Raises:
       ProcessorError: missing, not UTF-8, or blank.
@@ -51,7 +50,7 @@ def load_system_prompt(path: str | Path) -> str:
 
 
 def resolve_system_prompt(system: str = "", file: str = "") -> str | None:
-    """The configured system prompt: None when nothing is set, a preset by its name, literal text, or a file's text.
+    """Return the configured system prompt: a preset by its name, literal text or a file's text; None without any.
 
     Raises:
       ProcessorError: both are set, or `system` is a single word that is no preset (a typing error, not a prompt).
@@ -65,7 +64,6 @@ def resolve_system_prompt(system: str = "", file: str = "") -> str | None:
     if system in PRESETS:
         return PRESETS[system]
     if len(system.split()) == 1:
-        near = difflib.get_close_matches(system, PRESETS, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(system, PRESETS)
         raise ProcessorError(f"no system prompt preset {system!r} (known: {', '.join(PRESETS)}){hint}")
     return system

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mllm4d_jax.report import centers, page
-from mllm4d_jax.report.items import TONES, Item
+from mllm4d_jax.report.items import TONES, ShownAnswer
 from mllm4d_jax.report.page import Card, Markup, tag
 from mllm4d_jax.report.pictures import PictureRule, Pictures, read_pictures
 from mllm4d_jax.report.said import said, shortened
@@ -19,7 +19,7 @@ _PICTURE, _TEXT = 14_000, 24_000  # at most for one picture, and for one complet
 _FIELD = 400  # bytes of a title, an option or a fact
 _SHOWN_FILES = 4  # clips of one question
 
-Entry = Mapping[str, Item]  # run -> what it answered to one question; the run is '' where there is only one
+Entry = Mapping[str, ShownAnswer]  # run -> what it answered to one question; the run is '' where there is only one
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _card(entry: Entry, pictures: Mapping[str, Pictures], max_text: int) -> Card
     return Card(item.title[:_FIELD], body, {name: value[:_FIELD] for name, value in facets.items()}, item.keys, tone)
 
 
-def _answer(name: str, item: Item, max_text: int) -> list[Markup | None]:
+def _answer(name: str, item: ShownAnswer, max_text: int) -> list[Markup | None]:
     """What one run answered, and what came of it."""
     return [
         tag("h4", name) if name else None,
@@ -103,7 +103,7 @@ def strip(pictures: Pictures, path: str) -> Markup:
     return tag("div", *shown, class_="strip", title=name)
 
 
-def verdict(item: Item) -> Markup:
+def verdict(item: ShownAnswer) -> Markup:
     """The outcome, what was extracted, and what is right."""
     extracted = tag("b", shortened(item.answer, _FIELD)) if item.answer else "nothing"
     truth = shortened(", ".join(item.truth), _FIELD) if item.truth else "not known"
@@ -124,7 +124,7 @@ def _scores(scores: Mapping[str, float]) -> Markup:
     return tag("ul", *shown, class_="scores")
 
 
-def _options(item: Item, entry: Entry) -> Markup:
+def _options(item: ShownAnswer, entry: Entry) -> Markup:
     lines = []
     for letter, text in item.choices.items():
         right = letter in item.truth
@@ -135,7 +135,7 @@ def _options(item: Item, entry: Entry) -> Markup:
     return tag("ul", *lines, class_="options")
 
 
-def overview(items: Sequence[Item]) -> str:
+def overview(items: Sequence[ShownAnswer]) -> str:
     """How many of the shown items came out how."""
     counts = {outcome: sum(item.outcome == outcome for item in items) for outcome in TONES}
     return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)

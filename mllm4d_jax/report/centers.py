@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm4d_jax.report.items import Centers, Item, Vec3
+from mllm4d_jax.report.items import Centers, ShownAnswer, Vec3
 from mllm4d_jax.report.maps import MapPath, top_map
 from mllm4d_jax.report.page import Markup
 
-KINDS = (("camera", "camera"), ("objects", "object"))  # (field of an Item, what it is called)
+KINDS = (("camera", "camera"), ("objects", "object"))  # (field of a ShownAnswer, what it is called)
 
 
 def distances(centers: Centers) -> list[float]:
@@ -20,7 +20,7 @@ def distances(centers: Centers) -> list[float]:
     return [math.dist(a, b) for a, b in both if a is not None and b is not None]
 
 
-def facts(item: Item) -> list[tuple[str, str]]:
+def facts(item: ShownAnswer) -> list[tuple[str, str]]:
     """What is to be said of the centres: (name, text) pairs."""
     found = []
     for name, called in KINDS:
@@ -37,7 +37,7 @@ def facts(item: Item) -> list[tuple[str, str]]:
     return found
 
 
-def center_map(item: Item, title: str) -> Markup | None:
+def center_map(item: ShownAnswer, title: str) -> Markup | None:
     """Map of the true and the predicted centres; None where neither are known."""
     paths = []
     for name, called in KINDS:

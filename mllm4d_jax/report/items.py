@@ -28,7 +28,7 @@ class Centers:
 
 
 @dataclass(frozen=True)
-class Item:
+class ShownAnswer:
     """A question, what the model said, and what came of it.
 
     Attributes:
@@ -62,7 +62,7 @@ class Item:
     objects: Centers = Centers()
 
 
-def completion_item(row: Row) -> Item:
+def completion_item(row: Row) -> ShownAnswer:
     """A line of completions.jsonl."""
     solution = row["solution"] if isinstance(row.get("solution"), Mapping) else {}
     rewards = row["rewards"] if isinstance(row.get("rewards"), Mapping) else {}
@@ -77,7 +77,7 @@ def completion_item(row: Row) -> Item:
     step, branch = text(row.get("step")), text(row.get("branch"))
     named = (("step", step), ("", text(row.get("key"))), ("branch", branch))
     keys = {"step": number(row.get("step")), "tokens": number(row.get("tokens")), **scores}
-    return Item(
+    return ShownAnswer(
         title=", ".join(f"{name} {value}".strip() for name, value in named if value) or "completion",
         question=text(row.get("question")),
         media=_paths(row.get("media")),
@@ -95,13 +95,13 @@ def completion_item(row: Row) -> Item:
     )
 
 
-def prediction_item(row: Row) -> Item:
+def prediction_item(row: Row) -> ShownAnswer:
     """A line of predictions.jsonl."""
     choices = row["choices"] if isinstance(row.get("choices"), Mapping) else {}
     truth = row.get("truth") if isinstance(row.get("truth"), list) else [row.get("answer")]
     outcome = outcome_of_prediction(row)
     shown = ("subtask", "category", "benchmark", "split", "rule", "finish", "tokens", "prompt_mode", "control", "video")
-    return Item(
+    return ShownAnswer(
         title=text(row.get("id")) or "prediction",
         question=text(row.get("question")),
         media=_paths(row.get("media")),

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+from mllm4d_jax.qa.reasoning import find_blocks
 from mllm4d_jax.report.page import Markup, escape, join, tag
 
 _LOOKS = {"thinking": "thought", "answer": "answer", "": None}
 
 
 def pieces(completion: str) -> list[tuple[str, str]]:
-    """(kind, text) in order, together the whole text; kind is "thinking", "answer" or "".
+    """Return (kind, text) in order, together the whole text; kind is "thinking", "answer" or "".
 
-    Marked are what the reward reads: the first closed thinking block and the last closed answer block, their tags
-    included. An answer block inside the thinking is marked as the answer.
+    Marked are the blocks that the reward reads (`reasoning.find_blocks`), their tags included. An answer block inside
+    the thinking is marked as the answer.
     """
-    thinking = next(_blocks(completion, "thinking"), (0, 0))
-    answer = (0, 0)
-    for found in _blocks(completion, "answer"):
-        answer = found
-    edges = sorted({0, len(completion), *thinking, *answer})
+    thinking, answers = find_blocks(completion)
+    blocks = (("answer", answers[-1] if answers else None), ("thinking", thinking))
+    spans = {kind: (block.start, block.end) for kind, block in blocks if block}
+    edges = sorted({0, len(completion)}.union(*spans.values()))
     out: list[tuple[str, str]] = []
     for start, end in zip(edges[:-1], edges[1:], strict=True):
-        inside = [kind for kind, (a, b) in (("answer", answer), ("thinking", thinking)) if a <= start < b]
-        out.append((inside[0] if inside else "", completion[start:end]))
+        kind = next((kind for kind, (a, b) in spans.items() if a <= start < b), "")
+        out.append((kind, completion[start:end]))
     return out
-
-
-def _blocks(text: str, name: str) -> Iterator[tuple[int, int]]:
-    """(start, end) of the closed blocks, tags included: from an opening tag to the next closing one."""
-    opening, closing = f"<{name}>", f"</{name}>"
-    start = text.find(opening)
-    while start >= 0:
-        end = text.find(closing, start + len(opening))
-        if end < 0:
-            return
-        yield start, end + len(closing)
-        start = text.find(opening, end)
 
 
 def shortened(text: str, max_bytes: int) -> Markup:

@@ -14,7 +14,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import image_size, resize_bicubic
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 
 ARRAYS = ("tokens", "positions", "supervised", "patches")
 

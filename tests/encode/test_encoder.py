@@ -19,7 +19,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule, image_size, resize_bicubic
 from mllm4d_jax.media.video import read_image, read_video
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
-from mllm4d_jax.qa.record import Record
+from mllm4d_jax.qa.records import Record
 
 
 def ask(path, answer: str | None = "B", question: str = "What moves?", kind: str = "video") -> Record:

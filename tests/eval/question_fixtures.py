@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from mllm4d_jax.eval.benchmarks import Item
 from mllm4d_jax.eval.predictions import Prediction
+from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 
 ELSEWHERE = "/home/somebody/data"
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "questions.json") -> Path:
+    """Writes a JSON list, or JSONL if the name says so."""
+    text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
 
 
 def vlm4d_rows() -> list[dict]:
@@ -32,9 +43,9 @@ def vlm4d_rows() -> list[dict]:
     ]
 
 
-def item(name: str = "q1", **changes) -> Item:
+def item(name: str = "q1", **changes) -> BenchmarkQuestion:
     """A question."""
-    made = Item(
+    made = BenchmarkQuestion(
         id=name,
         benchmark="jsonl",
         split="test",

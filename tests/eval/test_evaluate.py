@@ -20,10 +20,11 @@ from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.eval import evaluate
-from mllm4d_jax.eval.asking import INSTRUCTION, ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
+from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.evaluate import EvaluationError, Progress
 from mllm4d_jax.eval.predictions import PredictionError, read_predictions
 from mllm4d_jax.export import task as export
+from mllm4d_jax.qa.options import INSTRUCTION
 from mllm4d_jax.qa.system_prompt import ST_COT
 from mllm4d_jax.run import loading
 from mllm4d_jax.run.tiny import write_tiny_model
@@ -125,7 +126,7 @@ def frames_of(example):
 
 
 def test_controls_change_what_the_model_sees_and_nothing_else(world):
-    asked = item(prompt="Which?", media=str(world / "world/videos/clip_000.mp4"))
+    asked = item(prompt="<video>\nWhich?", media=str(world / "world/videos/clip_000.mp4"))
     plain, shuffled = encoders(world)
     with plain, shuffled:
         record = Manner("direct", None, blind=False).record(asked)
@@ -153,7 +154,10 @@ def test_manners(tmp_path):
     assert turns({"control": "blind"}) == [("user", [direct])]
     (who, system), (_, parts) = turns({"prompt.mode": "st_cot"}, item(media="/v/a.mp4", system="Be brief."))
     assert (who, system, parts[1]["text"]) == ("system", ST_COT, composed)
-    assert turns({}, item(media="/v/a.mp4", system="Be brief.", prompt="As it was."))[0] == ("system", "Be brief.")
+    assert turns({}, item(media="/v/a.mp4", system="Be brief.", prompt="As it was: <video>."))[0] == (
+        "system",
+        "Be brief.",
+    )
     file = tmp_path / "system.txt"
     file.write_text("Think first.\n")
     assert turns({"prompt.mode": "file", "prompt.file": str(file)})[0] == ("system", "Think first.")

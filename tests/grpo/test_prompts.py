@@ -1,4 +1,4 @@
-"""Prompts from records: the answer taken off, the solution checked, the order of the data kept."""
+"""Prompts from records: the order of the data kept, unusable ones passed over."""
 
 from __future__ import annotations
 
@@ -14,33 +14,9 @@ from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
-from mllm4d_jax.grpo.prompts import PromptLoader, as_prompt, as_scored_prompt
+from mllm4d_jax.grpo.prompts import PromptLoader
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.record import Record
-
-
-def record(*turns, solution=None):
-    return Record("r#0", tuple({"role": role, "content": text} for role, text in turns), solution)
-
-
-def test_the_answer_is_taken_off():
-    prompt = as_prompt(record(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "q2"), ("assistant", "a2")))
-    assert [m["content"] for m in prompt.messages] == ["s", "q", "a", "q2"]
-    assert as_prompt(record(("user", "q"))).messages == record(("user", "q")).messages
-
-
-@pytest.mark.parametrize("turns", [(("system", "s"),), (("assistant", "a"),)])
-def test_nothing_asked(turns):
-    with pytest.raises(RecordError) as error:
-        as_prompt(record(*turns))
-    assert error.value.reason == "no_question" and error.value.key == "r#0"
-
-
-@pytest.mark.parametrize("solution", [None, [], [{"answer": "seven"}], [{"answer": "A", "camera_center": [1]}], "A"])
-def test_a_solution_that_rewards_cannot_read(solution):
-    with pytest.raises(RecordError) as error:
-        as_scored_prompt(record(("user", "q"), solution=solution))
-    assert error.value.reason == "bad_solution"
+from mllm4d_jax.qa.records import as_scored_prompt
 
 
 @pytest.fixture

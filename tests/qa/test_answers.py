@@ -188,12 +188,11 @@ def test_an_unknown_extractor_is_refused():
 
 
 def test_truth_goes_by_the_text():
-    assert true_letters(TWINS, "away from the camera", is_letter=False) == ("C", "D")
-    assert true_letters(TWINS, "C", is_letter=True) == ("C", "D")
-    assert true_letters(COUNTS, 0, is_letter=False) == true_letters(COUNTS, "0", is_letter=False) == ("D",)
-    assert true_letters({"A": "up ", "B": "down"}, " Up", is_letter=False) == ("A",)
-    assert true_letters(MOVES, "up", is_letter=False) == true_letters(MOVES, "E", is_letter=True) == ()
-    assert true_letters({"A": "B", "B": "A"}, "A", is_letter=False) == ("B",)
+    assert true_letters(TWINS, "away from the camera") == ("C", "D")
+    assert true_letters(COUNTS, 0) == true_letters(COUNTS, "0") == ("D",)
+    assert true_letters({"A": "up ", "B": "down"}, " Up") == ("A",)
+    assert true_letters(MOVES, "up") == ()
+    assert true_letters({"A": "B", "B": "A"}, "A") == ("B",)
 
 
 def test_plain_text():

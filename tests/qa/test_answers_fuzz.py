@@ -88,5 +88,5 @@ def test_every_option_reads_back(choices):
         found = extract_answer(str(option), choices)
         if found.rule == "text":
             assert plain_text(choices[found.letter]) == plain_text(str(option).translate({42: None, 96: None}))
-        for answer in true_letters(choices, option, is_letter=False):
+        for answer in true_letters(choices, option):
             assert answer in choices

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mllm4d_jax.report import centers
 from mllm4d_jax.report.browser import BrowserOptions, browser
-from mllm4d_jax.report.items import Centers, Item, completion_item, prediction_item
+from mllm4d_jax.report.items import Centers, ShownAnswer, completion_item, prediction_item
 from tests.report.reading import read
 
 COMPLETION = {
@@ -76,12 +76,12 @@ def test_the_map_has_truth_and_what_was_said_from_above():
     assert "ink" in looks[0] and "ink" in looks[1]
     (x0, y0), (x1, y1) = (re.findall(r"[\d.]+", step) for step in re.findall(r"[ML][\d. ]+", _truth_path()))
     assert (float(y0) - float(y1)) / (float(x1) - float(x0)) == pytest.approx(5 / 3, abs=0.02)
-    assert centers.center_map(Item("", "", (), {}, "", "wrong", "", ()), "t") is None
+    assert centers.center_map(ShownAnswer("", "", (), {}, "", "wrong", "", ()), "t") is None
 
 
 def _truth_path() -> str:
     """The drawn path of a camera that moved 3 m to the right, 2 m down and 5 m forward."""
-    item = Item("", "", (), {}, "", "wrong", "", (), camera=Centers(((0, 0, 0), (3, 2, 5))))
+    item = ShownAnswer("", "", (), {}, "", "wrong", "", (), camera=Centers(((0, 0, 0), (3, 2, 5))))
     return read(centers.center_map(item, "t")).all("path")[0].attributes["d"]
 
 

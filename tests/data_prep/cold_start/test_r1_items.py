@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.cold_start.r1_items import UNSPECIFIED, ItemError, parse_item, read_items
+from data_prep.cold_start.r1_items import UNSPECIFIED, parse_item, read_items
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.scenes.random_scenes import random_scene
 from data_prep.store.export import r1_record
+from mllm4d_jax.qa.errors import RecordError
 
 RELEASED = {
     "messages": [
@@ -90,7 +91,7 @@ def test_ids_come_from_the_content_and_repeated_records_count_once(tmp_path):
 )
 def test_a_wrong_field_is_named_with_its_line(tmp_path, bad, key):
     path = write(tmp_path, RELEASED, RELEASED | bad)
-    with pytest.raises(ItemError) as caught:
+    with pytest.raises(RecordError) as caught:
         read_items(path)
     assert f"{path}, line 2" in str(caught.value) and key in str(caught.value)
 
@@ -99,21 +100,21 @@ def test_a_wrong_field_is_named_with_its_line(tmp_path, bad, key):
     "line", ["{", "[]", "3", '{"id": NaN}', '{"id": "a", "id": "a"}', '{"id": "\\ud800"}', "[" * 9999]
 )
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
-    with pytest.raises(ItemError, match="line 2: "):
+    with pytest.raises(RecordError, match="line 2: "):
         read_items(write(tmp_path, RELEASED, line))
 
 
 def test_two_records_with_one_id_name_both_lines(tmp_path):
-    with pytest.raises(ItemError, match="line 3: 'id' 'q' is also that of line 1"):
+    with pytest.raises(RecordError, match="line 3: 'id' 'q' is also that of line 1"):
         read_items(write(tmp_path, RELEASED | {"id": "q"}, RELEASED, RELEASED | {"id": "q", "label": "x"}))
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ItemError, match="cannot be read"):
+    with pytest.raises(RecordError, match="cannot be read"):
         read_items(tmp_path / "none.jsonl")
-    with pytest.raises(ItemError, match="holds no records"):
+    with pytest.raises(RecordError, match="holds no records"):
         read_items(write(tmp_path, " "))
-    with pytest.raises(ItemError, match="line 1 has more than"):
+    with pytest.raises(RecordError, match="line 1 has more than"):
         read_items(write(tmp_path, "x" * 2**20))
 
 
@@ -129,7 +130,7 @@ VALUES = st.recursive(
 def test_any_fields_give_an_item_or_a_clear_error(changes):
     try:
         item = parse_item(RELEASED | changes, "here", "fallback")
-    except ItemError as error:
+    except RecordError as error:
         assert str(error).startswith("here: '")
     else:
         assert item.id and item.video and item.solution.answer

@@ -185,13 +185,16 @@ CENTERS = {"camera_center": [None], "object_center": [None]}
         ({"answer": "AB"}, "letter of one of the 4 options"),
         ({"conversations": []}, "list of turns"),
         ({"conversations": [TURN]}, "end with a turn of gpt"),
-        ({"conversations": [TURN, TURN, {"from": "gpt", "value": "A"}]}, "exactly once"),
-        ({"conversations": [TURN, {"from": "bot", "value": "A"}]}, "has a turn that is not"),
+        (
+            {"conversations": [TURN, TURN, {"from": "gpt", "value": "A"}]},
+            "2 <video> in the user's text for 1",
+        ),
+        ({"conversations": [TURN, {"from": "bot", "value": "A"}]}, "has the role 'bot'"),
         ({"solution": None}, "'solution' must be an object"),
         ({"solution": CENTERS | {"answer": "C"}}, "'solution' says 'C', 'answer' 'A'"),
         ({"solution": CENTERS | {"camera_center": [[0, 1]]}}, "neither null nor three finite"),
         ({"solution": CENTERS | {"object_center": [[0, 1, float("nan")]]}}, "neither null nor three finite"),
-        ({"solution": {"camera_center": []}}, "solution.object_center"),
+        ({"solution": {"camera_center": []}}, "'solution' has no object_center"),
     ],
 )
 def test_bad_rows_are_named(changes, says):

@@ -1,0 +1,81 @@
+"""Opens the files of a benchmark, JSON lists or JSONL; all broken questions of all files are reported together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.qa.benchmarks import PARSERS, BenchmarkQuestion, ParseFn
+from mllm4d_jax.qa.errors import RecordError
+
+_MAX_SHOWN = 20
+
+
+class BenchmarkError(ValueError):
+    """Question files that cannot be used; names every file and question that is wrong."""
+
+
+def question_files(path: str | Path) -> tuple[Path, ...]:
+    """Return a file itself, or all .json and .jsonl files of a folder by name. Raises BenchmarkError without any."""
+    path = Path(path)
+    if path.is_file():
+        return (path,)
+    found = tuple(sorted(p for p in path.glob("*.json*") if p.suffix in (".json", ".jsonl"))) if path.is_dir() else ()
+    if not found:
+        raise BenchmarkError(f"{path}: no such file, and no folder with .json or .jsonl files")
+    return found
+
+
+def read_benchmark(
+    benchmark: str, files: Iterable[Path], root: str | None
+) -> Iterator[tuple[BenchmarkQuestion, Mapping[str, Any]]]:
+    """Yield (question, its record as the file has it) in the order of the files.
+
+    Args:
+      benchmark: key of `PARSERS`.
+      root: folder of the videos, which must then exist; None = videos are not needed.
+
+    Raises:
+      BenchmarkError: after the last question, if any was wrong: all of them, with file, number and id. Also for an
+        id that occurs twice.
+      RecordFileError: a file that is missing, or neither a JSON list nor JSONL.
+    """
+    if benchmark not in PARSERS:
+        raise BenchmarkError(f"benchmark must be one of {', '.join(PARSERS)}, not {benchmark!r}")
+    problems, seen = [], {}
+    for path in files:
+        source = RecordFile(path, root or "")
+        for n in range(len(source)):
+            key = source.key(n)
+            try:
+                raw = source.raw(n)
+                question = _question(PARSERS[benchmark], raw, path.stem, key, root)
+                if question.id in seen:
+                    raise RecordError(f"the id {question.id!r} is also that of {seen[question.id]}", key=key)
+            except RecordError as error:
+                problems.append(str(error))
+                continue
+            seen[question.id] = key
+            yield question, raw
+    if problems:
+        more = f"\nand {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+        listed = "\n".join(problems[:_MAX_SHOWN])
+        raise BenchmarkError(f"{len(problems)} of {len(problems) + len(seen)} questions are unusable:\n{listed}{more}")
+
+
+def load_benchmark(benchmark: str, path: str | Path, root: str | None) -> tuple[BenchmarkQuestion, ...]:
+    """Return all questions of a file or folder. Arguments and errors: see `read_benchmark`."""
+    return tuple(question for question, _ in read_benchmark(benchmark, question_files(path), root))
+
+
+def _question(parse: ParseFn, raw: Mapping[str, Any], stem: str, key: str, root: str | None) -> BenchmarkQuestion:
+    """The parser's result; errors name the question by key and id, and a video must exist."""
+    try:
+        question = parse(raw, stem, key, root)
+        if question.media is not None and not Path(question.media).is_file():
+            raise RecordError(f"there is no video {question.media}; data.root must be the folder it is in")
+    except RecordError as error:
+        raise error.with_key(f"{key} (id {raw['id']!r})" if isinstance(raw.get("id"), str) else key) from None
+    return question
