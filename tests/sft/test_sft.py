@@ -148,9 +148,9 @@ def test_another_config_does_not_continue_the_run(make_config, mixed_world, stra
 def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
     advance = Trainer.advance
 
-    def and_signal(self, *args):
-        row = advance(self, *args)
-        if self.progress.step == 2:
+    def and_signal(self, step, data):
+        row = advance(self, step, data)
+        if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return row
 
@@ -177,11 +177,11 @@ def test_second_interrupt_is_immediate():
 def test_non_finite_loss_stops_naming_step_and_records(config, tmp_path, monkeypatch):
     advance = Trainer.advance
 
-    def poisoned(self, data):
-        if self.progress.step == 4:
+    def poisoned(self, step, data):
+        if step == 5:
             bad = [b._replace(loss_weight=b.loss_weight * np.float32("nan")) for b in data.batches]
             data = dataclasses.replace(data, batches=tuple(bad))
-        return advance(self, data)
+        return advance(self, step, data)
 
     monkeypatch.setattr(Trainer, "advance", poisoned)
     with pytest.raises(TrainingError, match=r"loss of step 5 is not finite.*mixed\.json#\d") as caught:
