@@ -100,7 +100,7 @@ def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
       step: of the checkpoint; -1 for the newest.
 
     Raises:
-      StartError: nothing there, or no such step.
+      StartError: nothing there, no such step, or a damaged checkpoint.
     """
     if not path:
         if step >= 0:
@@ -121,7 +121,10 @@ def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
         raise StartError(f"model.step = {step}: {folder} holds the steps {', '.join(map(str, steps))}")
     with Checkpoints(folder, keep=1) as earlier:
         step = step if step >= 0 else earlier.latest()
-        return TrainedAdapter(folder, step, earlier.meta(step))
+        try:
+            return TrainedAdapter(folder, step, earlier.meta(step))
+        except (KeyError, ValueError, OSError) as error:
+            raise StartError(f"{folder / str(step)} is not a checkpoint of a run, or a part of it is missing") from error
 
 
 def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:

@@ -108,7 +108,8 @@ def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_the
     text = complaints(config)
     assert f"model.adapter = {tmp_path} holds no checkpoint" in text and "lora.dropout = 1" in text
     (tmp_path / "checkpoints/12").mkdir(parents=True)
-    config.lora.dropout = 0.5
+    assert "12 is not a checkpoint of a run" in complaints(config)
+    config.model.adapter, config.lora.dropout = "", 0.5
     preflight.check(config)
 
 
