@@ -124,7 +124,7 @@ def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
         try:
             return TrainedAdapter(folder, step, earlier.meta(step))
         except (KeyError, ValueError, OSError) as error:
-            raise StartError(f"{folder / str(step)} is not a checkpoint of a run, or a part of it is missing") from error
+            raise StartError(f"{folder / str(step)} is not a checkpoint of a run, or not all of one") from error
 
 
 def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:
