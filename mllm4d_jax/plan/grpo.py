@@ -11,8 +11,9 @@ from typing import Any
 
 import ml_collections
 
+from mllm4d_jax.parallel.chips import GIB, Chip
 from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.parallel.topology import GIB, Chip, open_topology, split_name
+from mllm4d_jax.parallel.topology import open_topology, split_name
 from mllm4d_jax.plan.compile import EFFICIENCY, USABLE, fits, itemsize, pass_traffic
 from mllm4d_jax.plan.grpo_job import LONGEST, GrpoJob, Lengths, decode_rungs, plan_job
 from mllm4d_jax.plan.grpo_programs import FIXED, Phase, Programs

@@ -10,7 +10,8 @@ from typing import Any
 
 import ml_collections
 
-from mllm4d_jax.parallel.topology import GIB, split_name
+from mllm4d_jax.parallel.chips import GIB
+from mllm4d_jax.parallel.topology import split_name
 from mllm4d_jax.plan import memory as plan_memory
 from mllm4d_jax.plan.compile import EFFICIENCY, FORMULA, USABLE, DevicePlan, plan_topology
 from mllm4d_jax.plan.step import PlanError, PlanJob, Texts, plan_job
