@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mllm4d_jax.models.attention import Backend, as_backend, attention, masked_attention
+from mllm4d_jax.models.attention import Backend, attention, masked_attention
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.rows.batch import RowLayout
 
@@ -26,7 +26,7 @@ def row_attention(
     *,
     segment_ids: jax.Array,
     layout: RowLayout,
-    backend: str | Backend,
+    backend: Backend,
 ) -> jax.Array:
     """Softmax attention of shared-prefix rows; scale head_dim^-0.5, softmax in fp32.
 
@@ -44,13 +44,10 @@ def row_attention(
     """
     if q.shape[1] != layout.size:
         raise ValueError(f"rows of {q.shape[1]} tokens for {layout}, which has {layout.size}")
-    backend = as_backend(backend)
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
-        ids = dict(q_segments=segment_ids, kv_segments=segment_ids)
-        how = dict(mesh=backend.mesh, interpret=backend.interpret)
-        return splash_attention(q, k, v, **ids, causal=True, layout=layout, **how)
+        return splash_attention(q, k, v, segment_ids, segment_ids, backend, causal=True, layout=layout)
     p = layout.prefix
     prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
     if backend.name == "cudnn":

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
+from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES
 from mllm4d_jax.rows.batch import RowLayout
 
@@ -49,13 +50,12 @@ def splash_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
     q_segments: jax.Array,
     kv_segments: jax.Array,
+    backend: Backend,
+    *,
     causal: bool,
     layout: RowLayout | None = None,
-    mesh: Mesh | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """Attention within segments, as `attention.attention` describes; with a layout, as `shared_prefix` does.
 
@@ -64,14 +64,13 @@ def splash_attention(
 
     Args:
       q: [B, S, N, d]; k, v: [B, T, K, d]; q_segments: i32[B, S]; kv_segments: i32[B, T].
+      backend: its mesh is that of the devices over which the arrays are split.
       causal: implied by a layout.
-      mesh: devices over which the arrays are split; None for one device.
-      interpret: run in the Pallas interpreter (tests on CPU).
 
     Returns:
       [B, S, N, d] in the dtype of q.
     """
-    s, d = q.shape[1], q.shape[3]
+    mesh, s, d = backend.mesh, q.shape[1], q.shape[3]
     # Padding gets segment -1: it is seen by nothing real and its own rows are cut off below.
     q, q_segments = _pad(q, 0), _pad(q_segments, -1)
     k, v, kv_segments = _pad(k, 0), _pad(v, 0), _pad(kv_segments, -1)
@@ -82,7 +81,7 @@ def splash_attention(
     else:
         mask = masks.CausalMask(size) if causal else masks.FullMask(size)
     local_heads = q.shape[2] // (mesh.shape[heads] if mesh is not None and heads else 1)
-    attend = _make_kernel(mask, local_heads, interpret)
+    attend = _make_kernel(mask, local_heads, backend.interpret)
 
     def run(q, k, v, q_segments, kv_segments):
         return jax.vmap(attend)(q, k, v, segment_ids=kernel.SegmentIds(q=q_segments, kv=kv_segments))

@@ -61,6 +61,7 @@ _PREFIX = {
     "qwen3_vl": {"vision": "model.visual.", "text": "model.language_model."},
     "qwen2_5_vl": {"vision": "visual.", "text": "model."},
 }
+HEAD = "lm_head.weight"
 # How the published layout of one tensor becomes ours.
 COPY, TRANSPOSE, CONV, EXPERTS = "copy", "transpose", "conv", "experts"
 
