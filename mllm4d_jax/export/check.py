@@ -13,7 +13,7 @@ from flax import nnx
 
 from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.encode.positions import mrope_positions
-from mllm4d_jax.export.merged import DTYPES, ExportError
+from mllm4d_jax.export.merged import DTYPES, ModelExportError
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import TensorFiles
@@ -39,9 +39,9 @@ class Difference:
     scale: float
 
     def require(self, tolerance: float, what: str, advice: str) -> None:
-        """Raises ExportError above `tolerance * scale`, and for values that are not finite."""
+        """Raises ModelExportError above `tolerance * scale`, and for values that are not finite."""
         if not self.largest <= tolerance * self.scale:
-            raise ExportError(
+            raise ModelExportError(
                 f"{what}: logits differ by up to {self.largest:.3g}, allowed are {tolerance * self.scale:.3g} "
                 f"({tolerance:g} of the largest logit, at least 1). Nothing was written. {advice}"
             )

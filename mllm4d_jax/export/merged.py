@@ -51,7 +51,7 @@ _COMPANIONS = (
 Change = Callable[[np.ndarray], np.ndarray]
 
 
-class ExportError(ValueError):
+class ModelExportError(ValueError):
     """Something cannot be exported, or an export is not equal to the model it was made from."""
 
 
@@ -106,11 +106,11 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
       The number of tensors that were written anew.
 
     Raises:
-      ExportError: a changed tensor is stored in a dtype that cannot take it, or its new values are not finite there.
+      ModelExportError: a changed tensor is stored in a dtype that cannot take it, or new values are not finite there.
     """
     odd = sorted({files.dtypes[name] for name in changes} - set(DTYPES))
     if odd:
-        raise ExportError(
+        raise ModelExportError(
             f"{files.folder} stores weights that change as {', '.join(odd)}: known are {', '.join(DTYPES)}"
         )
     for name in _COMPANIONS:
@@ -136,9 +136,11 @@ def _replace(target: pathlib.Path, changes: Mapping[str, Change], files: TensorF
             with np.errstate(over="ignore"):  # looked for below
                 value = np.ascontiguousarray(change(files.read(name)).astype(dtype))
             if not np.isfinite(value.astype(np.float32)).all():
-                raise ExportError(f"{name} has values that are not finite in the {dtype.name} of {files.folder}")
+                raise ModelExportError(f"{name} has values that are not finite in the {dtype.name} of {files.folder}")
             start, end = header[name]["data_offsets"]
             if value.shape != files.shapes[name] or value.nbytes != end - start:
-                raise ExportError(f"{name} is {list(files.shapes[name])} in {files.folder}, {list(value.shape)} here")
+                raise ModelExportError(
+                    f"{name} is {list(files.shapes[name])} in {files.folder}, {list(value.shape)} here"
+                )
             f.seek(8 + length + start)
             f.write(value.tobytes())

@@ -61,24 +61,33 @@ def row_attention(
 def _prefix_queries(q: jax.Array, prefix: tuple, block: int | None) -> jax.Array:
     """Causal attention of the prefix region, `block` queries at a time."""
     k, v, segments = prefix
-    b, p, n, d = q.shape
-    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    p, keys, values = q.shape[1], k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def attend(q, ids, index):
         mask = (ids[:, :, None] == segments[:, None, :]) & (jnp.arange(p) <= index[:, None])
         return masked_attention(q, keys, values, mask)
 
-    if block is None or p <= block:
-        return attend(q, segments, jnp.arange(p))
-    count = -(-p // block)
-    pad = count * block - p
-    # Added queries see nothing or padding; what they compute is cut off.
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, count, block, n, d)
-    ids = jnp.pad(segments, ((0, 0), (0, pad))).reshape(b, count, block)
+    return _in_blocks(attend, q, segments, block, axis=1)
+
+
+def _in_blocks(attend, q: jax.Array, ids: jax.Array, block: int | None, axis: int) -> jax.Array:
+    """Apply `attend(q, ids, index)` to all queries of q (along dimension `axis`), or to a block of them at a time."""
+    length = q.shape[axis]
+    if block is None or length <= block:
+        return attend(q, ids, jnp.arange(length))
+    count = -(-length // block)
+
+    def pieces(x: jax.Array) -> jax.Array:
+        # Added queries see nothing or padding; what they compute is cut off.
+        x = jnp.pad(x, [(0, count * block - length if d == axis else 0) for d in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis, 0)
+
     index = jnp.arange(count * block).reshape(count, block)
     # Scores of a block are computed again in the backward pass, else the blocks would add up to P x P.
-    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (q.swapaxes(0, 1), ids.swapaxes(0, 1), index))
-    return out.swapaxes(0, 1).reshape(b, count * block, n, d)[:, :p]
+    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (pieces(q), pieces(ids), index))
+    out = jnp.moveaxis(out, 0, axis)
+    whole = out.reshape(*out.shape[:axis], count * block, *out.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
 
 
 def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) -> jax.Array:
@@ -102,23 +111,14 @@ def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) 
 
 def _in_slots(q, k, v, ids, prefix_k, prefix_v, prefix_ids, block: int | None = None) -> jax.Array:
     """Queries [B, C, L, N, d] of C slots over the prefix and their own slot; `block` queries of a slot at a time."""
-    b, c, length, n, d = q.shape
+    length = q.shape[2]
 
     def attend(q, q_ids, index):
         see_prefix = q_ids[..., None] == prefix_ids[:, None, None, :]  # bool[B,C,M,P]
         see_own = (q_ids[..., None] == ids[:, :, None, :]) & (jnp.arange(length) <= index[:, None])  # bool[B,C,M,L]
         return _two_parts(q, prefix_k, prefix_v, see_prefix, k, v, see_own)
 
-    if block is None or length <= block:
-        return attend(q, ids, jnp.arange(length))
-    count = -(-length // block)
-    pad = count * block - length
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, c, count, block, n, d)
-    q_ids = jnp.pad(ids, ((0, 0), (0, 0), (0, pad))).reshape(b, c, count, block)
-    index = jnp.arange(count * block).reshape(count, block)
-    pieces = (jnp.moveaxis(q, 2, 0), jnp.moveaxis(q_ids, 2, 0), index)
-    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), pieces)
-    return jnp.moveaxis(out, 0, 2).reshape(b, c, count * block, n, d)[:, :, :length]
+    return _in_blocks(attend, q, ids, block, axis=2)
 
 
 def _two_parts(q, prefix_k, prefix_v, see_prefix, own_k, own_v, see_own) -> jax.Array:

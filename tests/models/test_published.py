@@ -8,7 +8,7 @@ import math
 import pytest
 
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.config import ConfigError, ModelConfig
+from mllm4d_jax.models.config import ModelConfig, ModelConfigError
 from mllm4d_jax.models.published import SIZES, published_config
 
 # parameters, of which vision, tensors in the checkpoint
@@ -65,5 +65,5 @@ def test_every_name_is_used_once_and_shapes_add_up(size):
 
 
 def test_unknown_size_lists_the_known():
-    with pytest.raises(ConfigError, match="known: 2b"):
+    with pytest.raises(ModelConfigError, match="known: 2b"):
         published_config("3b")
