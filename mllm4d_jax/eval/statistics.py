@@ -17,9 +17,19 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-SAMPLES = 10_000
 POWER = 0.8
 _CELLS = 4_000_000  # of the matrix of draws that exist at a time
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Number of draws of an interval, and their seed."""
+
+    samples: int = 10_000
+    seed: int = 0
+
+
+DEFAULT = Bootstrap()
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class McNemar:
     p: float
 
 
-def accuracy(correct: Sequence[bool], clusters: Sequence[str], *, samples: int = SAMPLES, seed: int = 0) -> Estimate:
+def accuracy(correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT) -> Estimate:
     """Return the share of right answers with its interval.
 
     When all answers are right, or all wrong, draws do not differ; the interval's inner end is then the share at which
@@ -59,34 +69,23 @@ def accuracy(correct: Sequence[bool], clusters: Sequence[str], *, samples: int =
 
     Args:
       correct: bool[N]; clusters: the video of each question.
-      samples: draws; seed: theirs.
     """
-    return macro_accuracy(correct, clusters, [""] * len(correct), samples=samples, seed=seed)
+    return macro_accuracy(correct, clusters, [""] * len(correct), bootstrap)
 
 
 def macro_accuracy(
-    correct: Sequence[bool],
-    clusters: Sequence[str],
-    groups: Sequence[str],
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    correct: Sequence[bool], clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
     """Return the mean of the groups' accuracies, each group counting the same; groups may share videos.
 
     Args:
       groups: str[N], the group of each question. The other arguments are those of `accuracy`.
     """
-    return _estimate(np.asarray(correct, dtype=float), 0.0, clusters, groups, samples, seed)
+    return _estimate(np.asarray(correct, dtype=float), 0.0, clusters, groups, bootstrap)
 
 
 def paired_difference(
-    first: Sequence[bool],
-    second: Sequence[bool],
-    clusters: Sequence[str],
-    *,
-    samples: int = SAMPLES,
-    seed: int = 0,
+    first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
     """Return the accuracy of the second run less that of the first on the same questions, with its interval.
 
@@ -96,7 +95,7 @@ def paired_difference(
       first, second: bool[N], question by question. The other arguments are those of `accuracy`.
     """
     change = _change(first, second)
-    return _estimate(change, -1.0, clusters, [""] * len(change), samples, seed)
+    return _estimate(change, -1.0, clusters, [""] * len(change), bootstrap)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
@@ -121,7 +120,7 @@ def detectable_difference(first: Sequence[bool], second: Sequence[bool], cluster
 
 
 def _estimate(
-    values: np.ndarray, least: float, clusters: Sequence[str], groups: Sequence[str], samples: int, seed: int
+    values: np.ndarray, least: float, clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap
 ) -> Estimate:
     """Return the mean over groups of the means of values f64[N], which lie in [least, 1], with its interval."""
     if values.ndim != 1:
@@ -138,7 +137,7 @@ def _estimate(
         bound = 1 - (0.5 - LEVEL / 2) ** (1 / count)
         return Estimate(value, max(value - bound, least), min(value + bound, 1.0), len(values), count)
     means = []
-    for weights in _draws(count, samples, seed):
+    for weights in _draws(count, bootstrap):
         n = weights @ asked
         with np.errstate(invalid="ignore"):
             shares = np.where(n > 0, (weights @ total) / n, np.nan)  # a draw may miss a small group
@@ -162,11 +161,11 @@ def _change(first: Sequence[bool], second: Sequence[bool]) -> np.ndarray:
     return b.astype(float) - a.astype(float)
 
 
-def _draws(count: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """f64[B, C] blocks, `samples` rows in all: how often each cluster is in a draw of as many as there are."""
-    rng, block = np.random.default_rng(seed), max(1, _CELLS // count)
-    for start in range(0, samples, block):
-        rows = min(block, samples - start)
+def _draws(count: int, bootstrap: Bootstrap) -> Iterator[np.ndarray]:
+    """f64[B, C] blocks, one row a sample: how often each cluster is in a draw of as many as there are."""
+    rng, block = np.random.default_rng(bootstrap.seed), max(1, _CELLS // count)
+    for start in range(0, bootstrap.samples, block):
+        rows = min(block, bootstrap.samples - start)
         drawn = rng.integers(0, count, (rows, count)) + np.arange(rows)[:, None] * count
         yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(float)
 

@@ -54,12 +54,8 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 
 def probe(config: ModelConfig) -> ModelInputs:
     """The prompt: an image of fixed noise between its markers, then ids spread over the vocabulary."""
-    special = (
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    )
+    ids = (config.image_token_id, config.video_token_id)
+    special = (*ids, config.vision_start_token_id, config.vision_end_token_id)
     words = np.linspace(0, config.text.vocab_size - 1, _WORDS).astype(np.int32)
     words = words[~np.isin(words, special)]
     image = np.full(_SIDE**2, config.image_token_id)
@@ -81,7 +77,6 @@ def probe(config: ModelConfig) -> ModelInputs:
     )
     nothing = np.zeros(len(tokens), bool)
     example = Example("probe", tokens.astype(np.int32), positions, delta, nothing, pixels, (grid,), (), "")
-    ids = (config.image_token_id, config.video_token_id)
     return collate([example], vision_geometry(config), visual_token_ids=ids)
 
 
@@ -123,9 +118,7 @@ def merge_in_memory(model: QwenVL, trained: Mapping[tuple, jax.Array], files: Te
 
     Computed apart from `export_merged`, on whole stacks in this model's layout, so that one can check the other.
     """
-    stored = {
-        leaf.path: DTYPES[files.dtypes[leaf.names[0]]] for leaf in weight_map.leaves(model) if _is_stored(leaf, files)
-    }
+    stored = {leaf.path: DTYPES.get(files.dtypes.get(leaf.names[0])) for leaf in weight_map.leaves(model)}
     variables = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     linears = adapted_linears(model)
     for path in sorted({*trained, *((*p, "kernel") for p in linears)}, key=str):
@@ -144,12 +137,7 @@ def _merged(kernel: jax.Array, linear: Linear) -> jax.Array:
     return kernel.astype(jnp.float32) + linear.lora_scale * product
 
 
-def _is_stored(leaf: weight_map.Leaf, files: TensorFiles) -> bool:
-    return files.dtypes.get(leaf.names[0]) in DTYPES
-
-
 def _parameter(model: QwenVL, path: tuple) -> nnx.Param:
-    node = model
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node
+    return functools.reduce(
+        lambda node, part: node[part] if isinstance(part, int) else getattr(node, part), path, model
+    )

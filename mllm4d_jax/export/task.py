@@ -103,7 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     if output.exists():
         raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
     if not config.source:
-        raise ModelExportError("config.source is empty: name a workdir, its checkpoints folder or a PEFT adapter folder")
+        raise ModelExportError("config.source is empty: name a workdir, its checkpoints or a PEFT adapter folder")
     source = choose_model(config.model.path, config.source, config.step)
     model = load_model(source.base, dtype=jnp.dtype(config.dtype), attention=config.attention)
     before = export_check.logits(model)

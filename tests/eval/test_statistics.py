@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.eval.statistics import (
+    Bootstrap,
     accuracy,
     detectable_difference,
     macro_accuracy,
@@ -29,7 +30,7 @@ def coverage(trials, videos, samples, seed):
     rng, hits = np.random.default_rng(seed), 0
     for trial in range(trials):
         index, chance = draw_world(rng, videos)
-        found = accuracy(rng.random(len(index)) < chance[index], index, samples=samples, seed=trial)
+        found = accuracy(rng.random(len(index)) < chance[index], index, Bootstrap(samples, trial))
         hits += found.low <= 0.6 <= found.high
     return hits / trials
 
@@ -42,7 +43,7 @@ def false_positives(trials, videos, samples, seed):
         own = rng.beta(0.2, 0.4 / 3, videos)  # half of the videos the second model sees in its own way
         other = np.where(rng.random(videos) < 0.5, chance, own)
         first, second = rng.random(len(index)) < chance[index], rng.random(len(index)) < other[index]
-        change = paired_difference(first, second, index, samples=samples, seed=trial)
+        change = paired_difference(first, second, index, Bootstrap(samples, trial))
         found += not change.low <= 0 <= change.high
     return found / trials
 
@@ -67,14 +68,14 @@ def test_drawing_questions_instead_of_videos_would_fail():
     rng, hits = np.random.default_rng(5), 0
     for trial in range(300):
         index, chance = draw_world(rng, 80)
-        found = accuracy(rng.random(len(index)) < chance[index], np.arange(len(index)), samples=300, seed=trial)
+        found = accuracy(rng.random(len(index)) < chance[index], np.arange(len(index)), Bootstrap(300, trial))
         hits += found.low <= 0.6 <= found.high
     assert hits / 300 < 0.88
 
 
 def test_independent_answers_give_the_binomial_interval():
     correct = np.arange(1000) % 10 < 7
-    found = accuracy(correct, np.arange(1000), samples=20000)
+    found = accuracy(correct, np.arange(1000), Bootstrap(20000))
     half = 1.96 * math.sqrt(0.7 * 0.3 / 1000)
     assert (found.value, found.n, found.clusters) == (0.7, 1000, 1000)
     assert found.low == pytest.approx(0.7 - half, abs=0.002) and found.high == pytest.approx(0.7 + half, abs=0.002)
@@ -82,8 +83,8 @@ def test_independent_answers_give_the_binomial_interval():
 
 def test_copies_of_a_question_add_nothing():
     correct = np.arange(200) % 5 < 3
-    once = accuracy(correct, np.arange(200), seed=7)
-    copied = accuracy(np.repeat(correct, 6), np.repeat(np.arange(200), 6), seed=7)
+    once = accuracy(correct, np.arange(200), Bootstrap(seed=7))
+    copied = accuracy(np.repeat(correct, 6), np.repeat(np.arange(200), 6), Bootstrap(seed=7))
     assert (copied.value, copied.low, copied.high) == pytest.approx((once.value, once.low, once.high), abs=1e-12)
     assert copied.n == 1200 and copied.clusters == 200
 
@@ -92,12 +93,12 @@ def test_draws_are_seeded_and_blocks_do_not_matter(monkeypatch):
     from mllm4d_jax.eval import statistics
 
     correct, videos = np.arange(90) % 4 == 0, np.arange(90) // 3
-    first = accuracy(correct, videos, samples=500, seed=1)
-    assert first == accuracy(correct, videos, samples=500, seed=1)
-    assert first != accuracy(correct, videos, samples=500, seed=2)
+    first = accuracy(correct, videos, Bootstrap(500, 1))
+    assert first == accuracy(correct, videos, Bootstrap(500, 1))
+    assert first != accuracy(correct, videos, Bootstrap(500, 2))
     monkeypatch.setattr(statistics, "_CELLS", 30 * 7)
-    assert accuracy(correct, videos, samples=500, seed=1).value == first.value
-    assert accuracy(correct, videos, samples=500, seed=1) == first
+    assert accuracy(correct, videos, Bootstrap(500, 1)).value == first.value
+    assert accuracy(correct, videos, Bootstrap(500, 1)) == first
 
 
 def test_edges():
@@ -116,7 +117,7 @@ def test_edges():
 def test_the_mean_over_groups():
     groups = np.repeat(["a", "b"], [90, 10])
     correct = np.concatenate([np.ones(90), np.arange(10) < 5]).astype(bool)
-    found = macro_accuracy(correct, np.arange(100), groups, seed=3)
+    found = macro_accuracy(correct, np.arange(100), groups, Bootstrap(seed=3))
     assert found.value == 0.75
     half = 1.96 * math.sqrt(0.25 / 10) / 2  # only the second group varies, and it counts half
     assert found.low == pytest.approx(0.75 - half, abs=0.02) and found.high == pytest.approx(0.75 + half, abs=0.02)
@@ -186,7 +187,7 @@ def test_the_detectable_difference_is_found_in_80_of_100_cases():
         # Better by 0.24 * (0.69 - 0.5) = 0.0456, and the standard error of that is 0.0162.
         second = np.where(rng.random(len(index)) < 0.24, rng.random(len(index)) < 0.69, first)
         claimed.append(detectable_difference(first, second, index))
-        change = paired_difference(first, second, index, samples=400, seed=trial)
+        change = paired_difference(first, second, index, Bootstrap(400, trial))
         found += change.low > 0
     assert np.mean(claimed) == pytest.approx(0.0456, abs=0.001)
     assert found / 400 == pytest.approx(0.8, abs=0.06)
