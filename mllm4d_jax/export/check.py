@@ -118,14 +118,14 @@ def merge_in_memory(model: QwenVL, trained: Mapping[tuple, jax.Array], files: Te
 
     Computed apart from `export_merged`, on whole stacks in this model's layout, so that one can check the other.
     """
-    stored = {leaf.path: DTYPES.get(files.dtypes.get(leaf.names[0])) for leaf in weight_map.leaves(model)}
+    stored = {leaf.path: leaf.names[0] for leaf in weight_map.leaves(model)}
     variables = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     linears = adapted_linears(model)
     for path in sorted({*trained, *((*p, "kernel") for p in linears)}, key=str):
         value = trained.get(path, variables[path].get_value())
         if path[:-1] in linears and path[-1] == "kernel":
             value = _merged(value, linears[path[:-1]])
-        rounded = value.astype(stored[path]).astype(model.dtype)
+        rounded = value.astype(DTYPES[files.dtypes[stored[path]]]).astype(model.dtype)
         _parameter(model, path).set_value(rounded)
     detach(model)
 
@@ -138,6 +138,4 @@ def _merged(kernel: jax.Array, linear: Linear) -> jax.Array:
 
 
 def _parameter(model: QwenVL, path: tuple) -> nnx.Param:
-    return functools.reduce(
-        lambda node, part: node[part] if isinstance(part, int) else getattr(node, part), path, model
-    )
+    return functools.reduce(lambda node, key: node[key] if isinstance(key, int) else getattr(node, key), path, model)
