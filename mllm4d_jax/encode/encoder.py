@@ -20,7 +20,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
 from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_image, read_video
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
 
 _MIN_FRAMES = 2
