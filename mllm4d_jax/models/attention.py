@@ -109,7 +109,8 @@ def attention(
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
-        return splash_attention(q, k, v, q_segments, kv_segments, backend, causal=causal)
+        where = dict(mesh=backend.mesh, interpret=backend.interpret)
+        return splash_attention(q, k, v, q_segments, kv_segments, causal=causal, **where)
     mask = q_segments[:, :, None] == kv_segments[:, None, :]  # bool[B,S,T]
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))

@@ -47,7 +47,8 @@ def row_attention(
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
-        return splash_attention(q, k, v, segment_ids, segment_ids, backend, causal=True, layout=layout)
+        where = dict(mesh=backend.mesh, interpret=backend.interpret)
+        return splash_attention(q, k, v, segment_ids, segment_ids, causal=True, layout=layout, **where)
     p = layout.prefix
     prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
     if backend.name == "cudnn":

@@ -13,7 +13,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
-from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES
 from mllm4d_jax.rows.batch import RowLayout
 
@@ -52,9 +51,10 @@ def splash_attention(
     v: jax.Array,
     q_segments: jax.Array,
     kv_segments: jax.Array,
-    backend: Backend,
     *,
     causal: bool,
+    mesh: Mesh | None,
+    interpret: bool,
     layout: RowLayout | None = None,
 ) -> jax.Array:
     """Attention within segments, as `attention.attention` describes; with a layout, as `shared_prefix` does.
@@ -64,13 +64,13 @@ def splash_attention(
 
     Args:
       q: [B, S, N, d]; k, v: [B, T, K, d]; q_segments: i32[B, S]; kv_segments: i32[B, T].
-      backend: its mesh is that of the devices over which the arrays are split.
       causal: implied by a layout.
+      mesh, interpret: as in `attention.Backend`.
 
     Returns:
       [B, S, N, d] in the dtype of q.
     """
-    mesh, s, d = backend.mesh, q.shape[1], q.shape[3]
+    s, d = q.shape[1], q.shape[3]
     # Padding gets segment -1: it is seen by nothing real and its own rows are cut off below.
     q, q_segments = _pad(q, 0), _pad(q_segments, -1)
     k, v, kv_segments = _pad(k, 0), _pad(v, 0), _pad(kv_segments, -1)
@@ -81,7 +81,7 @@ def splash_attention(
     else:
         mask = masks.CausalMask(size) if causal else masks.FullMask(size)
     local_heads = q.shape[2] // (mesh.shape[heads] if mesh is not None and heads else 1)
-    attend = _make_kernel(mask, local_heads, backend.interpret)
+    attend = _make_kernel(mask, local_heads, interpret)
 
     def run(q, k, v, q_segments, kv_segments):
         return jax.vmap(attend)(q, k, v, segment_ids=kernel.SegmentIds(q=q_segments, kv=kv_segments))
