@@ -181,7 +181,8 @@ def facts(ours, drawn, steps: list) -> None:
     """Sizes of a step, and how much of the hardware our update uses."""
     import jax
 
-    from mllm4d_jax.run.throughput import mfu, peak_flops, peak_memory_gib
+    from mllm4d_jax.parallel.chips import peak_flops
+    from mllm4d_jax.run.throughput import mfu, peak_memory_gib
 
     counts, flops = ours.facts(drawn)
     seconds = statistics.median(step.phases["update"] for step in steps)

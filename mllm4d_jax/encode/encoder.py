@@ -20,25 +20,8 @@ from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
 from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_image, read_video
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
-
-__all__ = [
-    "Encoder",
-    "Example",
-    "Grid",
-    "Media",
-    "MediaCache",
-    "MediaError",
-    "PlaceholderError",
-    "ProcessorError",
-    "Record",
-    "RecordError",
-    "StoredFrames",
-    "TooLongError",
-    "VideoOptions",
-    "media_identity",
-]
 
 _MIN_FRAMES = 2
 
@@ -87,14 +70,12 @@ class Encoder:
         options: VideoOptions | None = None,
         max_tokens: int | None = None,
         *,
-        add_vision_id: bool = False,
         isolate_decoder: bool = True,
     ):
         """Checks that tokenizer, config and options belong together.
 
         Args:
           max_tokens: longest example; longer ones raise TooLongError before any video is decoded. None = no limit.
-          add_vision_id: number images and videos in the prompt ("Video 1: ").
           isolate_decoder: decode in processes that are killed at `options.decode_timeout_s`. Turn it off only inside a
             process whose owner kills it when it hangs: the time limit is not enforced then.
 
@@ -104,7 +85,6 @@ class Encoder:
         tokenizer.check_config(config)
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.options = options or VideoOptions()
-        self._add_vision_id = add_vision_id
         opts = self.options
         self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads) if isolate_decoder else None
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps, opts.min_frames)
@@ -263,7 +243,6 @@ class Encoder:
             visuals=[i.visual for i in items],
             merge_size=self.config.merge_size,
             add_generation_prompt=add_generation_prompt,
-            add_vision_id=self._add_vision_id,
             outer_markers=self.options.outer_markers,
         )
         encoding, supervised = self.tokenizer.encode_pieces(pieces)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -92,8 +91,6 @@ class Tokenizer:
         missing = [t for t in REQUIRED if t not in self.special_ids]
         if missing:
             raise ProcessorError(f"{source} has no special token {', '.join(missing)}: not a Qwen-VL tokenizer")
-        by_length = sorted(self.special_ids, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(re.escape(t) for t in by_length) + ")")
 
     def __getstate__(self) -> tuple[str, str]:
         return self._backend.to_str(), self.source
@@ -139,13 +136,6 @@ class Tokenizer:
         """Ids of markers and placeholders of images and videos; a sampler must never emit them."""
         return tuple(self.special_ids[t] for t in VISION if t in self.special_ids)
 
-    def token_id(self, content: str) -> int:
-        """Id of a token by its exact content. Raises ProcessorError when the vocabulary lacks it."""
-        found = self._backend.token_to_id(content)
-        if found is None:
-            raise ProcessorError(f"{self.source} has no token {content!r}")
-        return found
-
     def check_config(self, config: ProcessorConfig) -> None:
         """Raises ProcessorError when placeholder ids of the tokenizer and of config.json differ."""
         pairs = (
@@ -161,17 +151,6 @@ class Tokenizer:
         ]
         if wrong:
             raise ProcessorError("; ".join(wrong) + ": tokenizer and model do not belong together")
-
-    def encode(self, text: str, *, allow_special: bool = False) -> Encoding:
-        """Tokenises text; nothing is added in front or behind.
-
-        Args:
-          allow_special: read special tokens spelled in `text` as such. Only for text that this program wrote.
-        """
-        if not allow_special:
-            return self.encode_pieces([Piece(text)])[0]
-        split = self._special_pattern.split(text)
-        return self.encode_pieces([Piece(s, control=i % 2 == 1) for i, s in enumerate(split) if s])[0]
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[Encoding, np.ndarray]:
         """Tokenises a prompt.

@@ -35,7 +35,7 @@ from mllm4d_jax.eval.predictions import (
     read_predictions,
 )
 from mllm4d_jax.eval.questions import load_benchmark, question_files
-from mllm4d_jax.eval.scoring import Bootstrap
+from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder

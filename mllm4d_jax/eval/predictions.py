@@ -20,7 +20,6 @@ from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 
 NAME = "predictions.jsonl"
-CONTROLS = ("", "blind", "shuffled")
 # Keys of the config on which no answer depends; a run may go on with other values of these.
 NOT_IN_ANSWERS = (
     "workdir",

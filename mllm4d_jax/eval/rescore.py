@@ -15,6 +15,7 @@ from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval import scoring, tables
 from mllm4d_jax.eval.predictions import Prediction, PredictionError, prediction_files, read_predictions
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
+from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.qa.errors import RecordError
 
 
@@ -29,7 +30,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         predictions,
         workdir,
         extractor=config.extractor,
-        bootstrap=scoring.Bootstrap(config.bootstrap.samples, config.seed),
+        bootstrap=Bootstrap(config.bootstrap.samples, config.seed),
         controls=[read_any(path, config.benchmark) for path in config.controls],
         compare=read_any(config.compare, config.benchmark) if config.compare else (),
     )
@@ -41,7 +42,7 @@ def publish(
     workdir: str | Path,
     *,
     extractor: str,
-    bootstrap: scoring.Bootstrap,
+    bootstrap: Bootstrap,
     controls: Sequence[Sequence[Prediction]] = (),
     compare: Sequence[Prediction] = (),
     unusable: int = 0,

@@ -17,6 +17,7 @@ import numpy as np
 
 from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import Prediction
+from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer
 
 MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
@@ -39,14 +40,6 @@ class Scored:
         return self.found.letter in self.prediction.truth
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """Draws of the intervals and their seed."""
-
-    samples: int = statistics.SAMPLES
-    seed: int = 0
-
-
 def score(predictions: Iterable[Prediction], extractor: str = "strict") -> list[Scored]:
     """What an extractor makes of each prediction. Raises PredictionError for an unknown extractor."""
     return [Scored(one, one.extracted(extractor)) for one in predictions]
@@ -55,7 +48,7 @@ def score(predictions: Iterable[Prediction], extractor: str = "strict") -> list[
 def figures(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
     """The figure of a group of answers; see the module."""
     right, videos = _right(scored), _videos(scored)
-    estimate = statistics.accuracy(right, videos, samples=bootstrap.samples, seed=bootstrap.seed)
+    estimate = statistics.accuracy(right, videos, bootstrap)
     asked = [s.prediction for s in scored]
     letters = Counter(letter for one in asked for letter in one.truth)
     return {
@@ -74,7 +67,7 @@ def results(
     predictions: Sequence[Prediction],
     *,
     extractor: str = "strict",
-    bootstrap: Bootstrap | None = None,
+    bootstrap: Bootstrap = statistics.DEFAULT,
     controls: Sequence[Sequence[Prediction]] = (),
     compare: Sequence[Prediction] = (),
 ) -> dict[str, Any]:
@@ -83,7 +76,6 @@ def results(
     Args:
       predictions: of one run.
       extractor: one of `answers.EXTRACTORS`; the official one's figures stand beside in any case.
-      bootstrap: None = the defaults.
       controls: predictions of runs without the video or with its frames shuffled, shown beside for the questions that
         both have.
       compare: predictions of another run, taken for the first of the two.
@@ -93,7 +85,6 @@ def results(
     """
     if not predictions:
         raise ScoringError("there are no predictions to score")
-    bootstrap = bootstrap or Bootstrap()
     scored = score(predictions, extractor)
     named = {s.prediction.id: s for s in scored}
     beside = [score(control, extractor) for control in controls]
@@ -171,7 +162,7 @@ def comparison(
     for table, name, group in grouped(later):
         a, b = _right([earlier[s.prediction.id] for s in group]), _right(group)
         videos = _videos(group)
-        change = statistics.paired_difference(a, b, videos, samples=bootstrap.samples, seed=bootstrap.seed)
+        change = statistics.paired_difference(a, b, videos, bootstrap)
         test = statistics.mcnemar(a, b)
         rows.append(
             {
@@ -196,9 +187,7 @@ def comparison(
 
 def _macro(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
     subtasks = [str(s.prediction.subtask) for s in scored]
-    estimate = statistics.macro_accuracy(
-        _right(scored), _videos(scored), subtasks, samples=bootstrap.samples, seed=bootstrap.seed
-    )
+    estimate = statistics.macro_accuracy(_right(scored), _videos(scored), subtasks, bootstrap)
     return {"subtasks": len(set(subtasks)), **_interval(estimate)}
 
 

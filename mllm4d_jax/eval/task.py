@@ -7,8 +7,6 @@ import ml_collections
 from mllm4d_jax.eval import evaluate, rescore
 from mllm4d_jax.eval.evaluate import EvaluationError
 
-__all__ = ["EvaluationError", "run"]
-
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task.

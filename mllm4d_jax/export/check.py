@@ -13,7 +13,7 @@ from flax import nnx
 
 from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.encode.positions import mrope_positions
-from mllm4d_jax.export.merged import DTYPES, ExportError
+from mllm4d_jax.export.merged import DTYPES, ModelExportError
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import TensorFiles
@@ -39,9 +39,9 @@ class Difference:
     scale: float
 
     def require(self, tolerance: float, what: str, advice: str) -> None:
-        """Raises ExportError above `tolerance * scale`, and for values that are not finite."""
+        """Raises ModelExportError above `tolerance * scale`, and for values that are not finite."""
         if not self.largest <= tolerance * self.scale:
-            raise ExportError(
+            raise ModelExportError(
                 f"{what}: logits differ by up to {self.largest:.3g}, allowed are {tolerance * self.scale:.3g} "
                 f"({tolerance:g} of the largest logit, at least 1). Nothing was written. {advice}"
             )
@@ -54,12 +54,8 @@ def compare(a: np.ndarray, b: np.ndarray) -> Difference:
 
 def probe(config: ModelConfig) -> ModelInputs:
     """The prompt: an image of fixed noise between its markers, then ids spread over the vocabulary."""
-    special = (
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    )
+    ids = (config.image_token_id, config.video_token_id)
+    special = (*ids, config.vision_start_token_id, config.vision_end_token_id)
     words = np.linspace(0, config.text.vocab_size - 1, _WORDS).astype(np.int32)
     words = words[~np.isin(words, special)]
     image = np.full(_SIDE**2, config.image_token_id)
@@ -81,7 +77,6 @@ def probe(config: ModelConfig) -> ModelInputs:
     )
     nothing = np.zeros(len(tokens), bool)
     example = Example("probe", tokens.astype(np.int32), positions, delta, nothing, pixels, (grid,), (), "")
-    ids = (config.image_token_id, config.video_token_id)
     return collate([example], vision_geometry(config), visual_token_ids=ids)
 
 
@@ -123,16 +118,14 @@ def merge_in_memory(model: QwenVL, trained: Mapping[tuple, jax.Array], files: Te
 
     Computed apart from `export_merged`, on whole stacks in this model's layout, so that one can check the other.
     """
-    stored = {
-        leaf.path: DTYPES[files.dtypes[leaf.names[0]]] for leaf in weight_map.leaves(model) if _is_stored(leaf, files)
-    }
+    stored = {leaf.path: leaf.names[0] for leaf in weight_map.leaves(model)}
     variables = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     linears = adapted_linears(model)
     for path in sorted({*trained, *((*p, "kernel") for p in linears)}, key=str):
         value = trained.get(path, variables[path].get_value())
         if path[:-1] in linears and path[-1] == "kernel":
             value = _merged(value, linears[path[:-1]])
-        rounded = value.astype(stored[path]).astype(model.dtype)
+        rounded = value.astype(DTYPES[files.dtypes[stored[path]]]).astype(model.dtype)
         _parameter(model, path).set_value(rounded)
     detach(model)
 
@@ -144,12 +137,5 @@ def _merged(kernel: jax.Array, linear: Linear) -> jax.Array:
     return kernel.astype(jnp.float32) + linear.lora_scale * product
 
 
-def _is_stored(leaf: weight_map.Leaf, files: TensorFiles) -> bool:
-    return files.dtypes.get(leaf.names[0]) in DTYPES
-
-
 def _parameter(model: QwenVL, path: tuple) -> nnx.Param:
-    node = model
-    for part in path:
-        node = node[part] if isinstance(part, int) else getattr(node, part)
-    return node
+    return functools.reduce(lambda node, key: node[key] if isinstance(key, int) else getattr(node, key), path, model)

@@ -16,17 +16,16 @@ import ml_dtypes
 import numpy as np
 
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.hf import TensorFiles
+from mllm4d_jax.models.hf import TensorFiles, transposed_experts
 from mllm4d_jax.models.peft import adapted_linears
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.weight_map import EXPERTS, Leaf
+from mllm4d_jax.models.weight_map import HEAD, Leaf
 
 DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_HEAD = "lm_head.weight"
 # What goes along with the weights; anything else in the folder is left where it is.
 _COMPANIONS = (
     "config.json",
@@ -52,7 +51,7 @@ _COMPANIONS = (
 Change = Callable[[np.ndarray], np.ndarray]
 
 
-class ExportError(ValueError):
+class ModelExportError(ValueError):
     """Something cannot be exported, or an export is not equal to the model it was made from."""
 
 
@@ -65,7 +64,7 @@ def find_changes(model: QwenVL, trained: Mapping[tuple, jax.Array], files: Tenso
       files: the base model's.
     """
     table = weight_map.leaves(model)
-    linears, swapped = adapted_linears(model), _swapped_experts(table, files)
+    linears, swapped = adapted_linears(model), transposed_experts(files, table)
     changes: dict[str, Change] = {}
     for leaf in table:
         linear = linears.get(leaf.path[:-1]) if leaf.path[-1] == "kernel" else None
@@ -74,8 +73,8 @@ def find_changes(model: QwenVL, trained: Mapping[tuple, jax.Array], files: Tenso
         for layer, name in enumerate(leaf.names):
             changes[name] = _change(leaf, layer, trained.get(leaf.path), linear, leaf.path in swapped)
     embedding = weight_map.embedding_name(model.config)
-    if model.lm_head is None and embedding in changes and _HEAD in files.location:
-        changes[_HEAD] = changes[embedding]  # a tied head that is stored all the same
+    if model.lm_head is None and embedding in changes and HEAD in files.location:
+        changes[HEAD] = changes[embedding]  # a tied head that is stored all the same
     return changes
 
 
@@ -95,19 +94,6 @@ def _change(leaf: Leaf, layer: int, trained, linear, swapped: bool) -> Change:
     return apply
 
 
-def _swapped_experts(table: list[Leaf], files: TensorFiles) -> set[tuple]:
-    """Paths of expert parameters that the files hold with the last two dimensions swapped (see `weight_map.EXPERTS`).
-
-    The two of a layer are swapped together, and at least one of them is not square.
-    """
-    differing = {
-        leaf.path[:-1]
-        for leaf in table
-        if leaf.layout == EXPERTS and any(files.shapes[name] != leaf.published for name in leaf.names)
-    }
-    return {leaf.path for leaf in table if leaf.layout == EXPERTS and leaf.path[:-1] in differing}
-
-
 def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Change]) -> int:
     """Writes the whole checkpoint folder.
 
@@ -120,11 +106,11 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
       The number of tensors that were written anew.
 
     Raises:
-      ExportError: a changed tensor is stored in a dtype that cannot take it, or its new values are not finite there.
+      ModelExportError: a changed tensor is stored in a dtype that cannot take it, or new values are not finite there.
     """
     odd = sorted({files.dtypes[name] for name in changes} - set(DTYPES))
     if odd:
-        raise ExportError(
+        raise ModelExportError(
             f"{files.folder} stores weights that change as {', '.join(odd)}: known are {', '.join(DTYPES)}"
         )
     for name in _COMPANIONS:
@@ -150,9 +136,11 @@ def _replace(target: pathlib.Path, changes: Mapping[str, Change], files: TensorF
             with np.errstate(over="ignore"):  # looked for below
                 value = np.ascontiguousarray(change(files.read(name)).astype(dtype))
             if not np.isfinite(value.astype(np.float32)).all():
-                raise ExportError(f"{name} has values that are not finite in the {dtype.name} of {files.folder}")
+                raise ModelExportError(f"{name} has values that are not finite in the {dtype.name} of {files.folder}")
             start, end = header[name]["data_offsets"]
             if value.shape != files.shapes[name] or value.nbytes != end - start:
-                raise ExportError(f"{name} is {list(files.shapes[name])} in {files.folder}, {list(value.shape)} here")
+                raise ModelExportError(
+                    f"{name} is {list(files.shapes[name])} in {files.folder}, {list(value.shape)} here"
+                )
             f.seek(8 + length + start)
             f.write(value.tobytes())

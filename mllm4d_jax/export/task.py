@@ -14,7 +14,7 @@ import ml_collections
 
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
-from mllm4d_jax.export.merged import ExportError, find_changes, write_merged
+from mllm4d_jax.export.merged import ModelExportError, find_changes, write_merged
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
 from mllm4d_jax.run.start import ModelChoice, TunedModel, choose_model, load_tuned
@@ -26,11 +26,11 @@ def export_peft(
     """Writes the adapter to `out`, reads it back onto the base model and compares; returns lines for people.
 
     Raises:
-      ExportError: there is no adapter, base parameters were trained as well, or the logits differ.
+      ModelExportError: there is no adapter, base parameters were trained as well, or the logits differ.
     """
     if tuned.trained:
         names = ["/".join(map(str, path)) for path in tuned.trained]
-        raise ExportError(
+        raise ModelExportError(
             f"a PEFT folder holds adapters alone, but {len(names)} base parameters were trained ({names[0]}, ...): "
             "export this run with configs/export.py:merged"
         )
@@ -53,7 +53,7 @@ def export_merged(
     differ from the model as it was trained by `rounding` (by `tolerance`, where files and comparison are float32).
 
     Raises:
-      ExportError: the logits differ, or a weight cannot be stored in its dtype.
+      ModelExportError: the logits differ, or a weight cannot be stored in its dtype.
     """
     model, files = tuned.model, TensorFiles.scan(source.base)
     ours = export_check.logits(model)
@@ -91,19 +91,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task.
 
     Raises:
-      ExportError, PeftError, ResumeError, CheckpointError: what is missing, does not fit or came out different; no
+      ModelExportError, PeftError, ResumeError, CheckpointError: what is missing, does not fit or came out different; no
         part of an export is left then.
     """
     del workdir  # the result goes to config.output
     if jax.process_count() > 1:
-        raise ExportError("an export is the work of one process: run it with --config.distributed=off")
+        raise ModelExportError("an export is the work of one process: run it with --config.distributed=off")
     if not config.output:
-        raise ExportError("config.output is empty: name the folder to write with --config.output=DIR")
+        raise ModelExportError("config.output is empty: name the folder to write with --config.output=DIR")
     output = pathlib.Path(config.output).absolute()
     if output.exists():
-        raise ExportError(f"config.output = {output} exists already: name another folder, or remove it first")
+        raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
     if not config.source:
-        raise ExportError("config.source is empty: name a workdir, its checkpoints folder or a PEFT adapter folder")
+        raise ModelExportError("config.source is empty: name a workdir, its checkpoints or a PEFT adapter folder")
     source = choose_model(config.model.path, config.source, config.step)
     model = load_model(source.base, dtype=jnp.dtype(config.dtype), attention=config.attention)
     before = export_check.logits(model)

@@ -41,7 +41,7 @@ class PromptCache(NamedTuple):
     visible: jax.Array
 
 
-class Prompt(NamedTuple):
+class PrefilledPrompts(NamedTuple):
     """Result of `prefill`.
 
     Attributes:
@@ -85,7 +85,7 @@ class PromptRows(NamedTuple):
     next_position: jax.Array
 
 
-def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> Prompt:
+def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PrefilledPrompts:
     """Runs the prompts once.
 
     Args:
@@ -104,7 +104,7 @@ def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None 
     # One more than the largest position of the prompt: an image may reach further than the text after it.
     following = jnp.max(jnp.where(visible[None], inputs.positions, -1), (0, 2)) + 1
     cache = PromptCache(constrain_cache(out.cache, model.mesh), visible)
-    return Prompt(cache, out.hidden[jnp.arange(b), last], following.astype(jnp.int32))
+    return PrefilledPrompts(cache, out.hidden[jnp.arange(b), last], following.astype(jnp.int32))
 
 
 def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PromptRows:

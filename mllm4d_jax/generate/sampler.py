@@ -59,7 +59,7 @@ class KeyNumbers(NamedTuple):
         )
 
 
-class Feed(NamedTuple):
+class ChunkInputs(NamedTuple):
     """What the host sends with every chunk.
 
     Attributes:
@@ -246,9 +246,9 @@ class _Run(NamedTuple):
     seed: np.uint32
     options: SamplingOptions
 
-    def feed(self, packing: Packing, step: int) -> Feed:
+    def feed(self, packing: Packing, step: int) -> ChunkInputs:
         call, at = self.call, (packing.row_grid, packing.branches)
-        return Feed(
+        return ChunkInputs(
             last=self.record.last_tokens(*at, step),
             done=self.record.finished[at] | ~packing.used,
             next_position=self.next_position[at],
@@ -286,7 +286,7 @@ def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
 
 
 def _decode_chunk(
-    graphdef, weights, cache: PromptCache, own: KVCache, feed: Feed, *, options: SamplingOptions, chunk: int
+    graphdef, weights, cache: PromptCache, own: KVCache, feed: ChunkInputs, *, options: SamplingOptions, chunk: int
 ) -> Chunk:
     """Up to `chunk` steps; ends when every branch has ended by an end token or its limit."""
     model = merge_model(graphdef, *weights)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 class RolloutBatch(NamedTuple):
@@ -88,55 +87,3 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
 def add_means(*parts: dict[str, Mean]) -> dict[str, Mean]:
     """Metrics of the whole from those of its parts, which must have the same names."""
     return jax.tree.map(lambda *sums: sum(sums), *parts)
-
-
-def micro_batches(batch: RolloutBatch, count: int) -> list[RolloutBatch]:
-    """Cuts the rows into `count` equal parts, in order.
-
-    Advantages and importance weights must be there already: a part does not see its whole groups.
-
-    Raises:
-      ValueError: the rows cannot be divided equally, or advantages are missing.
-    """
-    rows = batch.mask.shape[0]
-    if count < 1 or rows % count:
-        raise ValueError(f"{rows} completions cannot be cut into {count} equal micro-batches")
-    if batch.advantages is None:
-        raise ValueError("compute the advantages (objective.prepare) before cutting the batch: groups may be torn")
-    size = rows // count
-    return [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch) for i in range(count)]
-
-
-def check_batch(batch: RolloutBatch) -> None:
-    """Looks at a batch on the host before it goes to the devices.
-
-    Raises:
-      ValueError: a shape does not fit, the mask is not 0/1, or a number that counts is not finite. Names the field and
-        the first bad row.
-    """
-    shape = batch.mask.shape
-    if len(shape) != 2:
-        raise ValueError(f"mask: expected [completions, tokens], got shape {shape}")
-    expected = {"tokens": shape, "old_logprobs": shape, "reference_logprobs": shape, "importance": shape}
-    expected |= {"groups": shape[:1], "rewards": shape[:1], "truncated": shape[:1]}
-    for name, wanted in expected.items():
-        value = getattr(batch, name)
-        if value is not None and value.shape != wanted:
-            raise ValueError(f"{name}: shape {value.shape} does not fit a mask of {shape}, expected {wanted}")
-    if batch.advantages is not None and batch.advantages.shape not in (shape[:1], shape):
-        raise ValueError(f"advantages: shape {batch.advantages.shape}, expected {shape[:1]} or {shape}")
-    mask = np.asarray(batch.mask)
-    _first_bad("mask", ~np.isin(mask, (0, 1)), "is neither 0 nor 1")
-    _first_bad("groups", (np.asarray(batch.groups) < 0) & (mask > 0).any(1), "is negative in a row with tokens")
-    for name in ("old_logprobs", "reference_logprobs", "importance", "advantages"):
-        value = getattr(batch, name)
-        if value is not None:
-            counts = mask > 0 if value.ndim == 2 else np.asarray(batch.groups) >= 0
-            _first_bad(name, ~np.isfinite(np.asarray(value)) & counts, "is not finite")
-    _first_bad("rewards", ~np.isfinite(np.asarray(batch.rewards)), "is not finite")
-
-
-def _first_bad(name: str, bad: np.ndarray, what: str) -> None:
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{name}[{', '.join(map(str, where))}] {what} ({int(bad.sum())} such values in the batch)")

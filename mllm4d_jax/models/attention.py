@@ -43,62 +43,41 @@ class Backend:
         return self.name
 
 
-def as_backend(backend: str | Backend) -> Backend:
-    """A bare name means one device and everything at once."""
-    return Backend(backend) if isinstance(backend, str) else backend
-
-
 def choose_backend(requested: str, dtype, mesh: Mesh | None = None) -> Backend:
-    """Chooses the attention backend for the devices of `mesh`, or for this process without one.
+    """Choose the attention backend for the devices of `mesh`, or for this process without one.
 
     The mesh may be of devices that are not here: a program compiled ahead of time for a TPU gets the TPU's kernel.
 
     Args:
-      requested, dtype: see `resolve_backend`, which also says what is raised.
-    """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    name = resolve_backend(requested, dtype, platform)
-    # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
-    return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK)
-
-
-def resolve_backend(requested: str, dtype, platform: str | None = None) -> str:
-    """Chooses the attention backend for this process.
-
-    Args:
-      requested: "auto", or one of "xla", "cudnn", "splash" to insist.
+      requested: "xla", "cudnn" or "splash" to insist; "auto" is splash on TPU, cudnn on GPUs of compute capability 8.0
+        or more for 16-bit activations, xla elsewhere.
       dtype: activation dtype.
-      platform: "cpu", "gpu" or "tpu"; None asks JAX.
-
-    Returns:
-      "xla", "cudnn" or "splash". "auto" is splash on TPU, cudnn on GPUs of compute capability 8.0 or more for 16-bit
-      activations, xla elsewhere.
 
     Raises:
       BackendError: unknown name, or a backend that this platform or dtype cannot run.
     """
-    if requested not in BACKENDS:
-        raise BackendError(f"unknown attention backend {requested!r} (known: {', '.join(BACKENDS)})")
-    platform = platform or jax.default_backend()
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    name = requested
     if requested == "auto":
-        if platform == "tpu":
-            return "splash"
-        return "cudnn" if platform == "gpu" and half and _compute_capability() >= 8.0 else "xla"
-    if requested == "splash" and platform != "tpu":
+        fused = platform == "gpu" and half and _compute_capability() >= 8.0
+        name = "splash" if platform == "tpu" else "cudnn" if fused else "xla"
+    elif requested not in BACKENDS:
+        raise BackendError(f"unknown attention backend {requested!r} (known: {', '.join(BACKENDS)})")
+    elif requested == "splash" and platform != "tpu":
         raise BackendError(
             f"attention='splash' is a TPU kernel and this process runs on {platform}: use 'auto' or 'xla'"
         )
-    if requested == "cudnn":
-        if platform != "gpu":
-            raise BackendError(
-                f"attention='cudnn' needs an NVIDIA GPU and this process runs on {platform}: use 'auto' or 'xla'"
-            )
-        if not half:
-            raise BackendError(f"attention='cudnn' needs bfloat16 or float16 activations, got {jnp.dtype(dtype)}")
-        if _compute_capability() < 8.0:
-            raise BackendError("attention='cudnn' needs a GPU of compute capability 8.0 or more: use 'xla'")
-    return requested
+    elif requested == "cudnn" and platform != "gpu":
+        raise BackendError(
+            f"attention='cudnn' needs an NVIDIA GPU and this process runs on {platform}: use 'auto' or 'xla'"
+        )
+    elif requested == "cudnn" and not half:
+        raise BackendError(f"attention='cudnn' needs bfloat16 or float16 activations, got {jnp.dtype(dtype)}")
+    elif requested == "cudnn" and _compute_capability() < 8.0:
+        raise BackendError("attention='cudnn' needs a GPU of compute capability 8.0 or more: use 'xla'")
+    # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
+    return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK)
 
 
 def _compute_capability() -> float:
@@ -113,8 +92,7 @@ def attention(
     q_segments: jax.Array,
     kv_segments: jax.Array,
     causal: bool,
-    backend: str | Backend,
-    interpret: bool = False,
+    backend: Backend,
 ) -> jax.Array:
     """Softmax attention within segments; scale head_dim^-0.5, softmax in fp32.
 
@@ -123,19 +101,16 @@ def attention(
       k, v: [B, T, K, d] with N a multiple of K; key head j serves query heads j*N/K .. (j+1)*N/K - 1.
       q_segments, kv_segments: i32[B, S] and i32[B, T].
       causal: position s sees positions t <= s (needs S == T).
-      backend: from `choose_backend`, or a name returned by `resolve_backend`.
-      interpret: as in `Backend`.
+      backend: from `choose_backend`.
 
     Returns:
       [B, S, N, d] in the dtype of q.
     """
-    backend = as_backend(backend)
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
-        ids = dict(q_segments=q_segments, kv_segments=kv_segments)
-        how = dict(mesh=backend.mesh, interpret=interpret or backend.interpret)
-        return splash_attention(q, k, v, **ids, causal=causal, **how)
+        where = dict(mesh=backend.mesh, interpret=backend.interpret)
+        return splash_attention(q, k, v, q_segments, kv_segments, causal=causal, **where)
     mask = q_segments[:, :, None] == kv_segments[:, None, :]  # bool[B,S,T]
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))

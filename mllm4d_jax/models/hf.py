@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,10 @@ from safetensors.numpy import save_file
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.weight_map import EXPERTS, Leaf
+from mllm4d_jax.models.weight_map import EXPERTS, HEAD, Leaf
 from mllm4d_jax.parallel.rules import parameter_sharding
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
 _ROWS = 1 << 14  # rows of a matrix compared at a time
 _LISTED = 12  # offending tensors shown per kind in an error
 
@@ -122,7 +121,7 @@ def load_model(
       attention, remat: see `QwenVL`.
 
     Raises:
-      ConfigError: config.json cannot be run exactly.
+      ModelConfigError: config.json cannot be run exactly.
       CheckpointError: missing, unexpected or misshapen tensors (all of them in one message), or damaged files.
     """
     config = ModelConfig.from_folder(path)
@@ -147,10 +146,10 @@ def _resolve_tying(config: ModelConfig, files: TensorFiles) -> tuple[ModelConfig
     A stored head that differs from the embedding wins over `tie_word_embeddings`, as in transformers 5; without the
     key, the presence of a stored head decides.
     """
-    if _HEAD not in files.location:
+    if HEAD not in files.location:
         return (config if config.tied is False else dataclasses.replace(config, tied=True)), files
-    if config.tied and _equal(files, _HEAD, weight_map.embedding_name(config)):
-        location = {name: file for name, file in files.location.items() if name != _HEAD}
+    if config.tied and _equal(files, HEAD, weight_map.embedding_name(config)):
+        location = {name: file for name, file in files.location.items() if name != HEAD}
         return config, dataclasses.replace(files, location=location)
     return dataclasses.replace(config, tied=False), files
 
@@ -165,27 +164,16 @@ def _equal(files: TensorFiles, a: str, b: str) -> bool:
 
 
 def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
-    """Verifies names and shapes; returns the paths of expert parameters stored transposed (transformers 5 layout)."""
+    """Verify names and shapes; return `transposed_experts`."""
     wanted = {name: leaf for leaf in table for name in leaf.names}
-    missing = sorted(set(wanted) - set(files.location))
-    unexpected = sorted(set(files.location) - set(wanted))
-    swapped, misshapen = set(), []
-    experts = [leaf for leaf in table if leaf.layout == EXPERTS]
-    stacks = {leaf.path[:-1] for leaf in experts}
-    for parent in stacks:
-        group = [leaf for leaf in experts if leaf.path[:-1] == parent]
-        if _stored_transposed(group, files):
-            swapped |= {leaf.path for leaf in group}
+    swapped, misshapen = transposed_experts(files, table), []
     for name, leaf in wanted.items():
         shape = files.shapes.get(name)
         want = _swap(leaf.published) if leaf.path in swapped else leaf.published
         if shape is not None and shape != want:
             misshapen.append(f"{name} {list(shape)}, expected {list(want)}")
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
+    missing, unexpected = set(wanted) - set(files.location), set(files.location) - set(wanted)
+    problems = counted({"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
     if problems:
         raise CheckpointError(
             f"{files.folder}: tensors do not match config.json. "
@@ -195,14 +183,34 @@ def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
     return swapped
 
 
+def counted(offending: Mapping[str, Collection[str]]) -> list[str]:
+    """Return "3 KIND: a, b, c" for every kind of tensors that there are, the first names of each."""
+    return [
+        f"{len(names)} {kind}: {', '.join(sorted(names)[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
+        for kind, names in offending.items()
+        if names
+    ]
+
+
 def _swap(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def _stored_transposed(group: Sequence[Leaf], files: TensorFiles) -> bool:
-    """gate_up and down of one stack are judged together: at most one of them can be square."""
-    pairs = [(files.shapes.get(name), leaf.published) for leaf in group for name in leaf.names]
-    return all(have == _swap(want) for have, want in pairs) and any(have != want for have, want in pairs)
+def transposed_experts(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
+    """Return the paths of expert parameters that the files hold with the last two dimensions swapped (transformers 5).
+
+    gate_up and down of one stack are judged together: at most one of them can be square.
+    """
+    stacks: dict[tuple, list[Leaf]] = {}
+    for leaf in table:
+        if leaf.layout == EXPERTS:
+            stacks.setdefault(leaf.path[:-1], []).append(leaf)
+    swapped = set()
+    for group in stacks.values():
+        pairs = [(files.shapes.get(name), leaf.published) for leaf in group for name in leaf.names]
+        if all(have == _swap(want) for have, want in pairs) and any(have != want for have, want in pairs):
+            swapped |= {leaf.path for leaf in group}
+    return swapped
 
 
 def _load_leaf(leaf: Leaf, files: TensorFiles, dtype, mesh: Mesh | None, swapped: bool) -> jax.Array:
@@ -268,17 +276,23 @@ def save_model(model: QwenVL, path: str | pathlib.Path, *, max_shard_bytes: int 
     for number, shard in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for leaf, layer in shard:
+        for name, leaf, layer in shard:
             value = values[leaf.path].get_value()
-            name = leaf.names[layer if leaf.stacked else 0]
             tensors[name] = leaf.to_published(np.asarray(value[layer] if leaf.stacked else value))
             weights[name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod((folder / "config.json").stat().st_mode)  # the library's own mode is owner-only
+        write_tensors(tensors, folder / file)
     if len(shards) > 1:
         total = itemsize * sum(int(np.prod(leaf.shape)) for leaf in table)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
         (folder / _INDEX).write_text(json.dumps(index, indent=1))
+
+
+def write_tensors(tensors: Mapping[str, np.ndarray], file: pathlib.Path) -> None:
+    """Write a safetensors file with the rights of an ordinary new file; the library's own mode is owner-only."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _config_of(model: QwenVL) -> dict:
@@ -289,16 +303,16 @@ def _config_of(model: QwenVL) -> dict:
     return config | {"tie_word_embeddings": model.lm_head is None}
 
 
-def _plan_shards(table: Sequence[Leaf], itemsize: int, limit: int) -> list[list[tuple[Leaf, int]]]:
-    """(leaf, layer) items in name order, cut into shards of at most `limit` bytes (one tensor may exceed it)."""
+def _plan_shards(table: Sequence[Leaf], itemsize: int, limit: int) -> list[list[tuple[str, Leaf, int]]]:
+    """(name, leaf, layer) of every tensor by name, cut into shards of at most `limit` bytes (one may exceed it)."""
     items = sorted(((name, leaf, i) for leaf in table for i, name in enumerate(leaf.names)), key=lambda t: t[0])
-    shards: list[list[tuple[Leaf, int]]] = [[]]
+    shards: list[list[tuple[str, Leaf, int]]] = [[]]
     filled = 0
-    for _, leaf, layer in items:
-        size = itemsize * int(np.prod(leaf.published))
+    for item in items:
+        size = itemsize * int(np.prod(item[1].published))
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
-        shards[-1].append((leaf, layer))
+        shards[-1].append(item)
         filled += size
     return shards

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 import safetensors
 from flax import nnx
-from safetensors.numpy import save_file
 
 from mllm4d_jax.models import weight_map
+from mllm4d_jax.models.hf import counted, write_tensors
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL
@@ -29,7 +29,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."
 _PREFIXES = ("model.language_model.", "model.")  # of the decoder; the first is written, each is read
 _TENSOR = re.compile(re.escape(_WRAPPER) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_LISTED = 12  # tensors shown per kind in an error
 # Options that do not change what a loaded adapter computes, or that are read below. Every other one, known to this
 # version of PEFT or not, must be off.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias"}
@@ -120,8 +119,7 @@ def save_peft(model: QwenVL, folder: str | pathlib.Path, *, base: str, dropout: 
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # the library's own mode is owner-only
+    write_tensors(tensors, folder / WEIGHTS)
     return len(tensors)
 
 
@@ -290,15 +288,13 @@ def _read_tensors(file: pathlib.Path, places: Mapping) -> tuple[dict[tuple[str, 
                     found[module, match["side"]] = np.asarray(f.get_tensor(name), np.float32)
     except safetensors.SafetensorError as error:
         return {}, [f"{WEIGHTS} is damaged or cut short ({error})"]
-    kinds = (
-        (
-            "of the vision tower, which carries no adapter here: train without it, or merge the adapter with PEFT",
-            vision,
-        ),
-        ("that name no linear layer of this model's decoder", unknown),
-        ("that are there under another name as well", twice),
-    )
-    problems = [f"{len(names)} tensors {kind}: {_listed(names)}" for kind, names in kinds if names]
+    advice = "which carries no adapter here: train without it, or merge the adapter with PEFT"
+    offending = {
+        f"tensors of the vision tower, {advice}": vision,
+        "tensors that name no linear layer of this model's decoder": unknown,
+        "tensors that are there under another name as well": twice,
+    }
+    problems = counted(offending)
     return found, problems if found or problems else [f"{WEIGHTS} holds no tensors"]
 
 
@@ -306,10 +302,6 @@ def _without_prefix(module: str, places: Mapping) -> str | None:
     """`layers.3...` of a module that the model has."""
     bare = (module.removeprefix(prefix) for prefix in _PREFIXES if module.startswith(prefix))
     return next((name for name in bare if name in places), None)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
 
 
 def _shape_problems(stored: Mapping, places: Mapping, adapter: Adapter, modules: Mapping) -> list[str]:
@@ -328,12 +320,13 @@ def _shape_problems(stored: Mapping, places: Mapping, adapter: Adapter, modules:
                 misshapen.append(f"{name} {list(value.shape)}, expected {list(want)}")
             elif not np.isfinite(value).all():
                 infinite.append(name)
-    kinds = (
-        ("missing (a kind of module has to be adapted in every layer)", missing),
-        (f"of another shape than r = {adapter.rank} and the model ask for", misshapen),
-        ("with values that are not finite", infinite),
+    return counted(
+        {
+            "tensors missing (a kind of module has to be adapted in every layer)": missing,
+            f"tensors of another shape than r = {adapter.rank} and the model ask for": misshapen,
+            "tensors with values that are not finite": infinite,
+        }
     )
-    return [f"{len(names)} tensors {kind}: {_listed(names)}" for kind, names in kinds if names]
 
 
 def _fit_problems(model: QwenVL, adapter: Adapter) -> list[str]:

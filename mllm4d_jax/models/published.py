@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mllm4d_jax.models.config import ConfigError
+from mllm4d_jax.models.config import ModelConfigError
 
 # size: H, layers, heads, kv heads, intermediate, tied, ViT (depth, D, I, taps), MoE (experts, top-k, I) or None
 _SMALL_VIT = (24, 1024, 4096, (5, 11, 17))
@@ -31,12 +31,12 @@ def published_config(size: str) -> dict[str, Any]:
       size: one of `SIZES`.
 
     Raises:
-      ConfigError: unknown size.
+      ModelConfigError: unknown size.
     """
     if size == "qwen2_5_vl_7b":
         return _qwen2_5_vl_7b()
     if size not in _QWEN3:
-        raise ConfigError(f"unknown published size {size!r} (known: {', '.join(SIZES)})")
+        raise ModelConfigError(f"unknown published size {size!r} (known: {', '.join(SIZES)})")
     *_, tied, _, moe = _QWEN3[size]
     kind = "qwen3_vl_moe" if moe else "qwen3_vl"
     return dict(

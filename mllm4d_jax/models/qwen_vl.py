@@ -42,7 +42,7 @@ class QwenVL(nnx.Module):
     Args:
       config: from the checkpoint's config.json.
       dtype: parameter and activation dtype.
-      attention: "auto" or a backend name, see `models.attention.resolve_backend`.
+      attention: "auto" or a backend name, see `models.attention.choose_backend`.
       remat: what the decoder keeps for the backward pass, see `models.layers.scan_layers`.
       vision_remat: the same for the vision tower; without effect unless the tower is trained, because nothing of a
         frozen tower is kept.

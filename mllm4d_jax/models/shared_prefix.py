@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mllm4d_jax.models.attention import Backend, as_backend, attention, masked_attention
+from mllm4d_jax.models.attention import Backend, attention, masked_attention
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.rows.batch import RowLayout
 
@@ -26,7 +26,7 @@ def row_attention(
     *,
     segment_ids: jax.Array,
     layout: RowLayout,
-    backend: str | Backend,
+    backend: Backend,
 ) -> jax.Array:
     """Softmax attention of shared-prefix rows; scale head_dim^-0.5, softmax in fp32.
 
@@ -44,13 +44,11 @@ def row_attention(
     """
     if q.shape[1] != layout.size:
         raise ValueError(f"rows of {q.shape[1]} tokens for {layout}, which has {layout.size}")
-    backend = as_backend(backend)
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
-        ids = dict(q_segments=segment_ids, kv_segments=segment_ids)
-        how = dict(mesh=backend.mesh, interpret=backend.interpret)
-        return splash_attention(q, k, v, **ids, causal=True, layout=layout, **how)
+        where = dict(mesh=backend.mesh, interpret=backend.interpret)
+        return splash_attention(q, k, v, segment_ids, segment_ids, causal=True, layout=layout, **where)
     p = layout.prefix
     prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
     if backend.name == "cudnn":
@@ -64,24 +62,33 @@ def row_attention(
 def _prefix_queries(q: jax.Array, prefix: tuple, block: int | None) -> jax.Array:
     """Causal attention of the prefix region, `block` queries at a time."""
     k, v, segments = prefix
-    b, p, n, d = q.shape
-    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    p, keys, values = q.shape[1], k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def attend(q, ids, index):
         mask = (ids[:, :, None] == segments[:, None, :]) & (jnp.arange(p) <= index[:, None])
         return masked_attention(q, keys, values, mask)
 
-    if block is None or p <= block:
-        return attend(q, segments, jnp.arange(p))
-    count = -(-p // block)
-    pad = count * block - p
-    # Added queries see nothing or padding; what they compute is cut off.
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, count, block, n, d)
-    ids = jnp.pad(segments, ((0, 0), (0, pad))).reshape(b, count, block)
+    return _in_blocks(attend, q, segments, block, axis=1)
+
+
+def _in_blocks(attend, q: jax.Array, ids: jax.Array, block: int | None, axis: int) -> jax.Array:
+    """Apply `attend(q, ids, index)` to all queries of q (along dimension `axis`), or to a block of them at a time."""
+    length = q.shape[axis]
+    if block is None or length <= block:
+        return attend(q, ids, jnp.arange(length))
+    count = -(-length // block)
+
+    def pieces(x: jax.Array) -> jax.Array:
+        # Added queries see nothing or padding; what they compute is cut off.
+        x = jnp.pad(x, [(0, count * block - length if d == axis else 0) for d in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis, 0)
+
     index = jnp.arange(count * block).reshape(count, block)
     # Scores of a block are computed again in the backward pass, else the blocks would add up to P x P.
-    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (q.swapaxes(0, 1), ids.swapaxes(0, 1), index))
-    return out.swapaxes(0, 1).reshape(b, count * block, n, d)[:, :p]
+    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (pieces(q), pieces(ids), index))
+    out = jnp.moveaxis(out, 0, axis)
+    whole = out.reshape(*out.shape[:axis], count * block, *out.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
 
 
 def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) -> jax.Array:
@@ -105,23 +112,14 @@ def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) 
 
 def _in_slots(q, k, v, ids, prefix_k, prefix_v, prefix_ids, block: int | None = None) -> jax.Array:
     """Queries [B, C, L, N, d] of C slots over the prefix and their own slot; `block` queries of a slot at a time."""
-    b, c, length, n, d = q.shape
+    length = q.shape[2]
 
     def attend(q, q_ids, index):
         see_prefix = q_ids[..., None] == prefix_ids[:, None, None, :]  # bool[B,C,M,P]
         see_own = (q_ids[..., None] == ids[:, :, None, :]) & (jnp.arange(length) <= index[:, None])  # bool[B,C,M,L]
         return _two_parts(q, prefix_k, prefix_v, see_prefix, k, v, see_own)
 
-    if block is None or length <= block:
-        return attend(q, ids, jnp.arange(length))
-    count = -(-length // block)
-    pad = count * block - length
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, c, count, block, n, d)
-    q_ids = jnp.pad(ids, ((0, 0), (0, 0), (0, pad))).reshape(b, c, count, block)
-    index = jnp.arange(count * block).reshape(count, block)
-    pieces = (jnp.moveaxis(q, 2, 0), jnp.moveaxis(q_ids, 2, 0), index)
-    out = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), pieces)
-    return jnp.moveaxis(out, 0, 2).reshape(b, c, count * block, n, d)[:, :, :length]
+    return _in_blocks(attend, q, ids, block, axis=2)
 
 
 def _two_parts(q, prefix_k, prefix_v, see_prefix, own_k, own_v, see_own) -> jax.Array:

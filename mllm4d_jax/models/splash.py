@@ -49,13 +49,13 @@ def splash_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
     q_segments: jax.Array,
     kv_segments: jax.Array,
+    *,
     causal: bool,
+    mesh: Mesh | None,
+    interpret: bool,
     layout: RowLayout | None = None,
-    mesh: Mesh | None = None,
-    interpret: bool = False,
 ) -> jax.Array:
     """Attention within segments, as `attention.attention` describes; with a layout, as `shared_prefix` does.
 
@@ -65,8 +65,7 @@ def splash_attention(
     Args:
       q: [B, S, N, d]; k, v: [B, T, K, d]; q_segments: i32[B, S]; kv_segments: i32[B, T].
       causal: implied by a layout.
-      mesh: devices over which the arrays are split; None for one device.
-      interpret: run in the Pallas interpreter (tests on CPU).
+      mesh, interpret: as in `attention.Backend`.
 
     Returns:
       [B, S, N, d] in the dtype of q.

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import Backend, as_backend, attention
+from mllm4d_jax.models.attention import Backend, attention
 from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.layers import ATTENTION, GatedMLP, Linear, RMSNorm, fold, scan_layers, stack
 from mllm4d_jax.models.moe import RouterStats, SparseMLP
@@ -132,7 +131,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array,
         *,
-        backend: str | Backend,
+        backend: Backend,
         layout: RowLayout | None = None,
         deepstack: jax.Array | None = None,
         keep_cache: bool = False,
@@ -180,7 +179,7 @@ class _LayerPass:
     cos: jax.Array
     sin: jax.Array
     segment_ids: jax.Array
-    backend: str | Backend
+    backend: Backend
     layout: RowLayout | None
     deepstack: jax.Array | None
     dropout_key: jax.Array | None
@@ -196,12 +195,8 @@ class _LayerPass:
         if self.deepstack is not None and len(self.deepstack):
             taps = len(self.deepstack)
             hidden = raw + jnp.where(layer < taps, self.deepstack[jnp.minimum(layer, taps - 1)], 0)
-        hidden = constrain_rows(hidden, self.mesh)
+        hidden = constrain_rows(hidden, self.backend.mesh)
         return hidden, (stats, kept, (raw, hidden, routed) if self.collect else None)
-
-    @property
-    def mesh(self) -> Mesh | None:
-        return as_backend(self.backend).mesh
 
     def _attend(self, block: DecoderBlock, hidden: jax.Array, key: jax.Array | None):
         q, k, v = block.attn.project(block.input_norm(hidden), self.cos, self.sin, key)

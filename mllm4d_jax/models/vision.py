@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.encode.grids import VisionInputs
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import Backend, as_backend, attention
+from mllm4d_jax.models.attention import Backend, attention
 from mllm4d_jax.models.config import VisionConfig
 from mllm4d_jax.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm, parameter, scan_layers, stack
 from mllm4d_jax.parallel.rules import constrain, constrain_rows
@@ -64,7 +64,9 @@ class VisionBlock(nnx.Module):
             self.mlp = GatedMLP(d, config.intermediate_size, bias=True, **kw)
         self.num_heads = config.num_heads
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, backend: str) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, backend: Backend
+    ) -> jax.Array:
         f, n, d = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(f, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -120,10 +122,10 @@ class VisionTower(nnx.Module):
         self.deepstack_mergers = nnx.List([Merger(config, norm_after=True, **kw) for _ in config.deepstack])
         self.config = config
 
-    def __call__(self, inputs: VisionInputs, backend: str | Backend, *, remat: str = "none", collect: bool = False):
+    def __call__(self, inputs: VisionInputs, backend: Backend, *, remat: str = "none", collect: bool = False):
         config = self.config
         dtype = self.patch_embed.kernel.dtype
-        mesh = as_backend(backend).mesh  # frames lie row by row, so they are split like rows
+        mesh = backend.mesh  # frames lie row by row, so they are split like rows
         x = embedded = constrain_rows(self.patch_embed(inputs.patches.astype(dtype)), mesh)
         if self.pos_embed is not None:
             x = x + self._positions(inputs, mesh).astype(dtype)
@@ -155,7 +157,7 @@ class VisionTower(nnx.Module):
             return features
         return features, dict(patch_embed=embedded, block_in=block_in, rope_cos=cos, rope_sin=sin, blocks=outputs)
 
-    def blocks_from(self, hidden: jax.Array, inputs: VisionInputs, backend: str) -> jax.Array:
+    def blocks_from(self, hidden: jax.Array, inputs: VisionInputs, backend: Backend) -> jax.Array:
         """Every block on an input of its own, [depth, F, L, D] -> [depth, F, L, D] (parity checks).
 
         Rounding errors then do not compound, so a deviating block is told apart from its successors.

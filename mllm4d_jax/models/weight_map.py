@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -62,6 +61,7 @@ _PREFIX = {
     "qwen3_vl": {"vision": "model.visual.", "text": "model.language_model."},
     "qwen2_5_vl": {"vision": "visual.", "text": "model."},
 }
+HEAD = "lm_head.weight"
 # How the published layout of one tensor becomes ours.
 COPY, TRANSPOSE, CONV, EXPERTS = "copy", "transpose", "conv", "experts"
 
@@ -162,9 +162,3 @@ def published_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and published shape of every tensor of a checkpoint (no memory is allocated)."""
     model = abstract_model(config, attention="xla")
     return {name: leaf.published for leaf in leaves(model) for name in leaf.names}
-
-
-def parameter_count(config: ModelConfig, part: str | None = None) -> int:
-    """Number of parameters, of the whole model or of "vision" / "text"."""
-    state = nnx.to_flat_state(nnx.state(abstract_model(config, attention="xla"), nnx.Param))
-    return sum(int(np.prod(jax.typeof(v.get_value()).shape)) for p, v in state if part in (None, p[0]))

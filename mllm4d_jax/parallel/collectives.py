@@ -38,7 +38,7 @@ class Instruction:
       name, opcode: e.g. "add.3" and "add".
       shapes: (dtype, dimensions) of the result, several for a tuple.
       operands: names.
-      rest: what follows the operands.
+      rest: the operands in brackets and what follows them.
       root: it is the computation's result.
     """
 
@@ -48,11 +48,6 @@ class Instruction:
     operands: tuple[str, ...]
     rest: str
     root: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Of the result on one device, all parts of a tuple."""
-        return sum(_size(shape) for shape in self.shapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +108,7 @@ def _instruction(line: str) -> Instruction | None:
     close = _closing(after)
     shapes = tuple((d, tuple(int(n) for n in dims.split(",") if n)) for d, dims in _SHAPE.findall(kind))
     operands = tuple(re.findall(r"%([\w.\-]+)", after[: close + 1]))
-    return Instruction(
-        name[2], rest[end:opened].strip(), shapes, operands, after[: close + 1] + after[close + 1 :], bool(name[1])
-    )
+    return Instruction(name[2], rest[end:opened].strip(), shapes, operands, after, bool(name[1]))
 
 
 def _closing(text: str) -> int:

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.flops import Cost, StepFlops, padded_work, step_flops
 from mllm4d_jax.parallel import collectives as hlo
+from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.parallel.topology import Chip, open_topology
+from mllm4d_jax.parallel.topology import open_topology
 from mllm4d_jax.plan.step import AbstractStep, PlanJob, abstract_step
 
 USABLE = 0.95  # of the memory; the rest is the runtime's, and what fragmentation leaves

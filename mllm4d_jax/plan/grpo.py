@@ -11,8 +11,9 @@ from typing import Any
 
 import ml_collections
 
+from mllm4d_jax.parallel.chips import GIB, Chip
 from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.parallel.topology import GIB, Chip, open_topology, split_name
+from mllm4d_jax.parallel.topology import open_topology, split_name
 from mllm4d_jax.plan.compile import EFFICIENCY, USABLE, fits, itemsize, pass_traffic
 from mllm4d_jax.plan.grpo_job import LONGEST, GrpoJob, Lengths, decode_rungs, plan_job
 from mllm4d_jax.plan.grpo_programs import FIXED, Phase, Programs
@@ -115,7 +116,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
       0.
 
     Raises:
-      PlanError, TopologyError, MeshError, ConfigError: what cannot be planned, and what to change.
+      PlanError, TopologyError, MeshError, ModelConfigError: what cannot be planned, and what to change.
     """
     words = [word.strip() for word in targets.split(",") if word.strip()]
     names, known = [word for word in words if "=" not in word], {f.name for f in dataclasses.fields(Lengths)}

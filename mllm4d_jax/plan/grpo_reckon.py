@@ -9,7 +9,7 @@ from typing import Any
 
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.flops import Cost, Tuning, Work, padded_work, step_flops
-from mllm4d_jax.parallel.topology import GIB
+from mllm4d_jax.parallel.chips import GIB
 from mllm4d_jax.plan.compile import itemsize
 from mllm4d_jax.plan.grpo_job import (
     GrpoJob,

@@ -14,19 +14,16 @@ from jax.sharding import AbstractMesh
 
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.split import trained
+from mllm4d_jax.parallel.chips import CHIPS, GIB
 from mllm4d_jax.parallel.mesh import AXES, make_mesh
 from mllm4d_jax.parallel.rules import partition_spec
-from mllm4d_jax.parallel.topology import GIB
 from mllm4d_jax.plan.compile import itemsize
 from mllm4d_jax.plan.step import PlanJob, abstract_model
 
 Parameters = tuple[tuple[str, tuple[int, ...], tuple], ...]
 
 USABLE = 0.9  # a GPU also holds the CUDA context, libraries' workspaces and the allocator's gaps
-# Bytes of memory, makers' data sheets (decimal gigabytes, as sold).
-GPUS: Mapping[str, int] = MappingProxyType(
-    {"A100 40 GB": 40 * 10**9, "A100 80 GB": 80 * 10**9, "H100 80 GB": 80 * 10**9, "H200 141 GB": 141 * 10**9}
-)
+GPUS: Mapping[str, int] = MappingProxyType({name: chip.hbm for name, chip in CHIPS.items() if chip.reckoned})
 
 
 def by_kind(

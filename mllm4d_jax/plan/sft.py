@@ -10,7 +10,8 @@ from typing import Any
 
 import ml_collections
 
-from mllm4d_jax.parallel.topology import GIB, split_name
+from mllm4d_jax.parallel.chips import GIB
+from mllm4d_jax.parallel.topology import split_name
 from mllm4d_jax.plan import memory as plan_memory
 from mllm4d_jax.plan.compile import EFFICIENCY, FORMULA, USABLE, DevicePlan, plan_topology
 from mllm4d_jax.plan.step import PlanError, PlanJob, Texts, plan_job
@@ -32,7 +33,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
       0.
 
     Raises:
-      PlanError, TopologyError, MeshError, ConfigError, LoaderError: what cannot be planned, and what to change.
+      PlanError, TopologyError, MeshError, ModelConfigError, LoaderError: what cannot be planned, and what to change.
     """
     words = [word.strip() for word in targets.split(",") if word.strip()]
     names, texts = [word for word in words if "=" not in word], parse_texts([word for word in words if "=" in word])

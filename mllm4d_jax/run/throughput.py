@@ -7,32 +7,6 @@ import jax
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, real_work, step_flops
-from mllm4d_jax.parallel.topology import CHIPS
-
-# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets; the first entry whose name is part of the
-# device's kind counts. TPUs that can be planned for have their figures in `parallel.topology`.
-_PEAKS = (
-    ("tpu v4", 275e12),
-    ("tpu v5 lite", CHIPS["v5e"].flops),
-    ("tpu v5e", CHIPS["v5e"].flops),
-    ("tpu v5", CHIPS["v5p"].flops),  # v5p calls itself "TPU v5" or "TPU v5p"
-    ("tpu v6", CHIPS["v6e"].flops),
-    ("tpu7x", CHIPS["tpu7x"].flops),
-    ("b200", 2250e12),
-    ("h200", 989.5e12),
-    ("h100 pcie", 756e12),
-    ("h100", 989.5e12),
-    ("a100", 312e12),
-    ("l40s", 362e12),
-    ("l4", 121e12),
-    ("v100", 125e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device, None for a kind that is not in the table, such as a CPU."""
-    kind = device_kind.lower()
-    return next((peak for name, peak in _PEAKS if name in kind), None)
 
 
 class FlopCounter:

@@ -16,6 +16,7 @@ from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.parallel.chips import peak_flops
 from mllm4d_jax.run.build import (
     Parts,
     build,
@@ -30,7 +31,7 @@ from mllm4d_jax.run.digest import content_digests
 from mllm4d_jax.run.log import write_config
 from mllm4d_jax.run.progress import Progress
 from mllm4d_jax.run.start import resume_point, start_from_run
-from mllm4d_jax.run.throughput import FlopCounter, peak_flops
+from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.sft.held_out import HeldOutLoss
 from mllm4d_jax.sft.step import TrainStep
 from mllm4d_jax.sft.trainer import Trainer

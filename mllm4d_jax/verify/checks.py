@@ -1,8 +1,9 @@
-"""One comparison of the parity report."""
+"""The comparisons of the parity report."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,9 @@ class Comparison:
     errors: list[tuple[str, float]] = dataclasses.field(default_factory=list)
 
     def close(self, name: str, ours, recorded) -> None:
-        """Adds the largest absolute difference of two arrays; different shapes or NaN count as infinite."""
+        """Add the largest absolute difference; infinite for other shapes or NaN, nothing where None is recorded."""
+        if recorded is None:
+            return
         ours, recorded = np.asarray(ours, np.float64), np.asarray(recorded, np.float64)
         if ours.shape != recorded.shape:
             self.errors.append((f"{name} has shape {list(ours.shape)}, recorded {list(recorded.shape)}", np.inf))
@@ -60,10 +63,16 @@ class Comparison:
         self.errors.append((name, np.inf if np.isnan(error) else error))
 
     def equal(self, name: str, ours, recorded) -> None:
-        """Adds the number of differing elements (all of them if the shapes differ)."""
+        """Add the number of differing elements, all if the shapes differ; nothing where None is recorded."""
+        if recorded is None:
+            return
         ours, recorded = np.asarray(ours), np.asarray(recorded)
         differ = int((ours != recorded).sum()) if ours.shape == recorded.shape else max(ours.size, recorded.size, 1)
         self.errors.append((name, float(differ)))
+
+    def same(self, name: str, ours: Any, recorded: Any) -> None:
+        """Add a table row: one difference unless both values are equal."""
+        self.errors.append((name, float(ours != recorded)))
 
     def check(self) -> list[Check]:
         """[Check], or [] when nothing was compared."""
@@ -73,3 +82,19 @@ class Comparison:
         worst = beyond[0] if beyond else max(self.errors, key=lambda e: e[1])[0]
         error = max(e for _, e in self.errors) if self.tolerance else sum(e for _, e in self.errors)
         return [Check(self.case, self.group, error, self.tolerance, len(self.errors), worst)]
+
+
+class CaseChecks:
+    """Collects what is compared of one case, by group."""
+
+    def __init__(self, case: str) -> None:
+        self._case = case
+        self._groups: dict[str, Comparison] = {}
+
+    def group(self, name: str, tolerance: float = 0.0) -> Comparison:
+        """Return the group of that name; the first call makes it and decides its tolerance and its place."""
+        return self._groups.setdefault(name, Comparison(self._case, name, tolerance))
+
+    def checks(self) -> list[Check]:
+        """Return a Check for every group in which something was compared."""
+        return [check for group in self._groups.values() for check in group.check()]

@@ -18,8 +18,9 @@ from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.moe import load_balancing_loss
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import DecoderOutput
+from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.rows.batch import ModelInputs
-from mllm4d_jax.verify.checks import Check, Comparison
+from mllm4d_jax.verify.checks import CaseChecks, Check, Comparison
 from mllm4d_jax.verify.reference import VARIANTS, Case, RecordingError, build_case, read_arrays
 
 _NO_GRADIENT = 1e-6  # of the largest gradient: a norm below is rounding of an exact zero (the router at top-1)
@@ -59,11 +60,12 @@ def verify_case(model: QwenVL, path: pathlib.Path, label: str, tol: Tolerances, 
     for variant in variants:
         named = variant.removeprefix("_")
         case = _choose_rule(path.stem, arrays, model, named or rule, variant)
-        shown = label if model.config.family != "qwen2_5_vl" else f"{label}[{case.rule}]"
-        yield from _positions(case, shown, variant)
-        yield from _forward(model, case, shown, tol, variant)
+        found = CaseChecks(label if model.config.family != "qwen2_5_vl" else f"{label}[{case.rule}]")
+        _positions(case, found, variant)
+        _forward(model, case, found, tol, variant)
         if "gen_ids" in arrays and not variant:
-            yield from _generation(model, case, shown, tol)
+            _generation(model, case, found, tol)
+        yield from found.checks()
 
 
 def _choose_rule(name: str, arrays: Mapping, model: QwenVL, rule: str, variant: str) -> Case:
@@ -76,33 +78,22 @@ def _choose_rule(name: str, arrays: Mapping, model: QwenVL, rule: str, variant: 
     return next((c for c in cases if np.array_equal(c.inputs.positions[:, mask], recorded[:, mask])), cases[0])
 
 
-def _positions(case: Case, label: str, variant: str) -> list[Check]:
-    group = Comparison(label, "positions", 0.0)
-    mask = case.mask
-    group.equal("position_ids", case.inputs.positions[:, mask], case.arrays[f"position_ids{variant}"][:, mask])
-    recorded = case.arrays.get(f"rope_deltas{variant}")
-    if recorded is not None:
+def _positions(case: Case, found: CaseChecks, variant: str) -> None:
+    group, mask, arrays = found.group("positions"), case.mask, case.arrays
+    group.equal("position_ids", case.inputs.positions[:, mask], arrays[f"position_ids{variant}"][:, mask])
+    if f"rope_deltas{variant}" in arrays:
         # Some releases count the delta from the padded length; both give the same decode positions.
-        padded = mask.shape[1] - mask.sum(1)
-        same = recorded.reshape(-1) == case.deltas
-        group.equal("rope_deltas", np.where(same, case.deltas, case.deltas - padded), recorded.reshape(-1))
-    return group.check()
+        recorded, padded = arrays[f"rope_deltas{variant}"].reshape(-1), mask.shape[1] - mask.sum(1)
+        group.equal("rope_deltas", np.where(recorded == case.deltas, case.deltas, case.deltas - padded), recorded)
 
 
-def _forward(model: QwenVL, case: Case, label: str, tol: Tolerances, variant: str) -> Iterable[Check]:
+def _forward(model: QwenVL, case: Case, found: CaseChecks, tol: Tolerances, variant: str) -> None:
     vision, out, logits, loss = jax.device_get(_run(model, case))
-    yield from _vision(model, case, label, tol, vision)
-    yield from _text(case, label, tol, out)
-    group = Comparison(label, "logits", tol.logits)
-    recorded = case.arrays.get(f"logits{variant}")
-    if recorded is not None:
-        group.close("logits", logits[case.mask], recorded[case.mask])
-    yield from group.check()
-    group = Comparison(label, "loss", tol.loss)
-    recorded = case.arrays.get(f"loss{variant}")
-    if recorded is not None:
-        group.close("loss", loss, recorded)
-    yield from group.check()
+    if vision is not None:
+        _vision(model, case, found, tol, *vision)
+    _text(case, found, tol, out)
+    found.group("logits", tol.logits).close("logits", case.at_real_tokens(logits), case.real(f"logits{variant}"))
+    found.group("loss", tol.loss).close("loss", loss, case.arrays.get(f"loss{variant}"))
 
 
 def _run(model: QwenVL, case: Case):
@@ -156,78 +147,63 @@ def _shifted_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.where(used, picked, 0)) / jnp.maximum(used.sum(), 1)
 
 
-def _vision(model: QwenVL, case: Case, label: str, tol: Tolerances, vision) -> Iterable[Check]:
-    if vision is None:
-        return
-    features, collected = vision
-    arrays, config = case.arrays, model.config
-    groups = {n: Comparison(label, n, tol.vision) for n in ("patch embedding", "vision blocks", "vision features")}
-
-    def compare(group: str, name: str, ours: np.ndarray) -> None:
-        if name in arrays:
-            groups[group].close(name, ours, arrays[name])
-
+def _vision(
+    model: QwenVL, case: Case, found: CaseChecks, tol: Tolerances, features: VisionFeatures, collected: Mapping
+) -> None:
+    names = ("patch embedding", "vision blocks", "vision features")
+    embedding, blocks, merged = (found.group(name, tol.vision) for name in names)
     for modality, rows in case.patch_rows.items():
-        short, windowed = _SHORT[modality], case.patch_rows_windowed[modality]
+        windowed, index = (
+            case.patch_rows_windowed[modality],
+            case.inputs.vision_index[case.visual_places(modality, model.config)],
+        )
+
+        def add(group: Comparison, name: str, ours: np.ndarray, short: str = _SHORT[modality]) -> None:
+            group.close(f"{short}_{name}", ours, case.arrays.get(f"{short}_{name}"))
+
         flat = {k: v.reshape(-1, v.shape[-1]) for k, v in collected.items() if k != "blocks"}
         for name in ("patch_embed", "rope_cos", "rope_sin"):
-            compare("patch embedding", f"{short}_{name}", flat[name][rows])
-        compare("patch embedding", f"{short}_block_in", flat["block_in"][windowed])
+            add(embedding, name, flat[name][rows])
+        add(embedding, "block_in", flat["block_in"][windowed])
         for i, block in enumerate(collected["blocks"]):
-            compare("vision blocks", f"{short}_block_{i}", block.reshape(-1, block.shape[-1])[windowed])
-        index = case.inputs.vision_index[case.visual_places(modality, config)]
-        compare("vision features", f"{short}_merged", features.merged[index])
+            add(blocks, f"block_{i}", block.reshape(-1, block.shape[-1])[windowed])
+        add(merged, "merged", features.merged[index])
         for j, taps in enumerate(features.deepstack):
-            compare("vision features", f"{short}_deepstack_{j}", taps[index])
-    for group in groups.values():
-        yield from group.check()
+            add(merged, f"deepstack_{j}", taps[index])
 
 
-def _text(case: Case, label: str, tol: Tolerances, out: DecoderOutput) -> Iterable[Check]:
-    arrays, mask, collected = case.arrays, case.mask, out.collected
-    groups = {n: Comparison(label, n, tol.hidden) for n in ("embeddings", "decoder layers", "router", "final norm")}
+def _text(case: Case, found: CaseChecks, tol: Tolerances, out: DecoderOutput) -> None:
+    collected = out.collected
 
-    def compare(group: str, name: str, ours: np.ndarray) -> None:
-        if name in arrays:
-            groups[group].close(name, ours[mask], arrays[name].reshape(ours.shape)[mask])
+    def add(group: str, name: str, ours: np.ndarray) -> None:
+        found.group(group, tol.hidden).close(name, case.at_real_tokens(ours), case.real(name))
 
     for name in ("inputs_embeds", "text_cos", "text_sin"):
-        compare("embeddings", name, collected[name])
+        add("embeddings", name, collected[name])
     for i, (raw, after) in enumerate(zip(collected["layers"], collected["layers_deepstack"], strict=True)):
-        compare("decoder layers", f"layer_{i}_out", raw)
-        compare("decoder layers", f"layer_{i}_out_ds", after)
-    chosen = Comparison(label, "router choice", 0.0)
-    sparse = [i for i in range(len(collected["layers"])) if f"router_{i}_logits" in arrays]
+        add("decoder layers", f"layer_{i}_out", raw)
+        add("decoder layers", f"layer_{i}_out_ds", after)
+    sparse = [i for i in range(len(collected["layers"])) if f"router_{i}_logits" in case.arrays]
     for row, i in enumerate(sparse):
-        shape = (*mask.shape, -1)
-        compare("router", f"router_{i}_logits", collected["router_logits"][row].reshape(shape))
-        compare("router", f"router_{i}_weights", collected["router_weights"][row].reshape(shape))
-        index = f"router_{i}_index"
-        if index in arrays:
-            ours = collected["router_index"][row].reshape(shape)
-            chosen.equal(index, ours[mask], arrays[index].reshape(shape)[mask])
-    compare("final norm", "final_norm", out.hidden)
-    for group in (groups["embeddings"], groups["decoder layers"], groups["router"], chosen, groups["final norm"]):
-        yield from group.check()
+        add("router", f"router_{i}_logits", collected["router_logits"][row])
+        add("router", f"router_{i}_weights", collected["router_weights"][row])
+        chosen = case.at_real_tokens(collected["router_index"][row])
+        found.group("router choice").equal(f"router_{i}_index", chosen, case.real(f"router_{i}_index"))
+    add("final norm", "final_norm", out.hidden)
 
 
-def _generation(model: QwenVL, case: Case, label: str, tol: Tolerances) -> Iterable[Check]:
-    """Greedy decoding on the prompt's cache, fed with the recorded tokens; end tokens do not stop the recorded rows.
+def _generation(model: QwenVL, case: Case, found: CaseChecks, tol: Tolerances) -> None:
+    """Decode greedily on the prompt's cache, fed with the recorded tokens; end tokens do not stop the recorded rows.
 
     What is likeliest after every recorded beginning is the recorded token if and only if free greedy decoding gives the
     recorded tokens, and the logits of later steps stay comparable where an earlier one differs.
     """
     recorded = case.arrays["gen_ids"]
     logits, first = jax.device_get(_decode_recorded(model, case.inputs, recorded))
-    group = Comparison(label, "greedy ids", 0.0)
-    group.equal("gen_ids", logits.argmax(-1), recorded)
-    if "gen_position" in case.arrays:
-        group.equal("gen_position", first[:, None] + np.arange(recorded.shape[1]), case.arrays["gen_position"])
-    yield from group.check()
-    group = Comparison(label, "greedy logits", tol.logits)
-    if "gen_logits" in case.arrays:
-        group.close("gen_logits", logits, case.arrays["gen_logits"])
-    yield from group.check()
+    ids = found.group("greedy ids")
+    ids.equal("gen_ids", logits.argmax(-1), recorded)
+    ids.equal("gen_position", first[:, None] + np.arange(recorded.shape[1]), case.arrays.get("gen_position"))
+    found.group("greedy logits", tol.logits).close("gen_logits", logits, case.arrays.get("gen_logits"))
 
 
 def _decode_recorded(model: QwenVL, inputs: ModelInputs, recorded: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -264,26 +240,24 @@ def verify_gradients(model: QwenVL, folder: pathlib.Path, path: pathlib.Path, la
     arrays = read_arrays(folder / f"{recorded['case']}.npz")
     case = _choose_rule(recorded["case"], arrays, model, rule, "")
     loss, aux, grads = _gradients(model, case)
-    group = Comparison(label, "loss", tol.loss)
-    group.close("loss", loss, recorded["loss"])
-    if recorded.get("aux_loss") is not None:
-        group.close("aux_loss", aux, recorded["aux_loss"])
-    checks = group.check()
-    group = Comparison(label, "gradients", tol.grad_rel)
-    none = set(recorded.get("no_grad", ()))
+    checks = CaseChecks(label)
+    checks.group("loss", tol.loss).close("loss", loss, recorded["loss"])
+    checks.group("loss", tol.loss).close("aux_loss", aux, recorded.get("aux_loss"))
+    errors = checks.group("gradients", tol.grad_rel).errors
     zero = _NO_GRADIENT * max((abs(norm) for norm, _ in recorded["grads"].values()), default=0.0)
     for name, (norm, product) in recorded["grads"].items():
         if name not in grads:
-            group.errors.append((f"{name} (no such parameter)", np.inf))
+            errors.append((f"{name} (no such parameter)", np.inf))
             continue
         ours = grads.pop(name)
         if abs(norm) <= zero and abs(ours[0]) <= zero:
-            group.errors.append((name, 0.0))
+            errors.append((name, 0.0))
             continue
         error = max(abs(ours[0] - norm), abs(ours[1] - product)) / max(abs(norm), 1e-8)
-        group.errors.append((name, np.inf if np.isnan(error) else error))
-    group.errors += [(f"{name} (not recorded)", np.inf) for name in grads if name not in none]
-    return checks + group.check()
+        errors.append((name, np.inf if np.isnan(error) else error))
+    none = set(recorded.get("no_grad", ()))
+    errors += [(f"{name} (not recorded)", np.inf) for name in grads if name not in none]
+    return checks.checks()
 
 
 def _gradients(model: QwenVL, case: Case) -> tuple[float, float | None, dict[str, tuple[float, float]]]:

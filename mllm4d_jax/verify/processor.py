@@ -22,7 +22,7 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.media import resize
 from mllm4d_jax.media.frame_sampling import sample_indices
 from mllm4d_jax.models.rope import frequency_axes
-from mllm4d_jax.verify.checks import Check, Comparison
+from mllm4d_jax.verify.checks import CaseChecks, Check, Comparison
 
 PATCH_TOLERANCE = 1e-6
 # Pixel statistics by patch size: the releases differ in both together.
@@ -44,21 +44,17 @@ def verify_processor(folder: pathlib.Path, label: str, tolerance: float = PATCH_
     """Checks every table found in a folder laid out like a recorded `processor/`; missing tables are not an error."""
     for name, verify in _TABLES.items():
         if (folder / name).is_file():
-            yield from verify(folder / name, f"{label}/{pathlib.Path(name).stem}")
+            found = CaseChecks(f"{label}/{pathlib.Path(name).stem}")
+            verify(folder / name, found)
+            yield from found.checks()
     for path in _pixel_files(folder):
-        yield from _pixels(path, f"{label}/{path.stem}", tolerance)
+        found = CaseChecks(f"{label}/{path.stem}")
+        _pixels(path, found, tolerance)
+        yield from found.checks()
 
 
 def _pixel_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [p for p in sorted(folder.glob("*.npz")) if p.name not in _TABLES]
-
-
-def _rows(label: str, group: str, rows: Iterable[tuple[str, Any, Any]]) -> list[Check]:
-    """Exact comparison of (name, ours, recorded) rows, counted by row."""
-    comparison = Comparison(label, group, 0.0)
-    for name, ours, recorded in rows:
-        comparison.errors.append((name, float(ours != recorded)))
-    return comparison.check()
 
 
 def _outcome(compute: Callable[[], Any]) -> Any:
@@ -74,27 +70,27 @@ def _recorded(value: Any) -> Any:
     return _REFUSED if isinstance(value, Mapping) and "error" in value else value
 
 
-def _frame_sampling(path: pathlib.Path, label: str) -> Iterable[Check]:
+def _frame_sampling(path: pathlib.Path, found: CaseChecks) -> None:
     rules = {"qwen3_vl": "qwen3_vl", "qwen2_5_vl_hf": "qwen2_5_vl", "qwen_vl_utils": "qwen_vl_utils"}
     for table, rows in json.loads(path.read_text()).items():
-        if table not in rules:
-            continue
+        for row in rows if table in rules else ():
+            found.group(table).same(str(row), _sampled(row, rules[table]), _recorded_indices(row))
 
-        def ours(row: Mapping, rule: str = rules[table]) -> Any:
-            ask = {**row.get("ele", {}), **{k: row[k] for k in ("fps", "num_frames") if k in row}}
-            if rule == "qwen_vl_utils":
-                ask = {"num_frames" if k == "nframes" else k: v for k, v in ask.items()}
-                if "num_frames" not in ask:
-                    ask.setdefault("fps", 2.0)
-            found = _outcome(lambda: sample_indices(rule, row["total"], row["video_fps"], **ask))
-            if isinstance(found, Mapping) or "indices" in row:
-                return found
-            if "head" not in row:
-                return len(found)
-            n = len(row["head"])
-            return {"n": len(found), "head": found[:n], "tail": found[-n:], "sum": sum(found)}
 
-        yield from _rows(label, table, [(str(r), ours(r), _recorded_indices(r)) for r in rows])
+def _sampled(row: Mapping, rule: str) -> Any:
+    """Our indices of a row, as far as the row records them."""
+    ask = {**row.get("ele", {}), **{k: row[k] for k in ("fps", "num_frames") if k in row}}
+    if rule == "qwen_vl_utils":
+        ask = {"num_frames" if k == "nframes" else k: v for k, v in ask.items()}
+        if "num_frames" not in ask:
+            ask.setdefault("fps", 2.0)
+    indices = _outcome(lambda: sample_indices(rule, row["total"], row["video_fps"], **ask))
+    if isinstance(indices, Mapping) or "indices" in row:
+        return indices
+    if "head" not in row:
+        return len(indices)
+    n = len(row["head"])
+    return {"n": len(indices), "head": indices[:n], "tail": indices[-n:], "sum": sum(indices)}
 
 
 def _recorded_indices(row: Mapping) -> Any:
@@ -104,7 +100,7 @@ def _recorded_indices(row: Mapping) -> Any:
     return _recorded(row["indices"] if "indices" in row else row["nframes"])
 
 
-def _smart_resize(path: pathlib.Path, label: str) -> Iterable[Check]:
+def _smart_resize(path: pathlib.Path, found: CaseChecks) -> None:
     def image(r):
         return resize.image_size(r["h"], r["w"], r["factor"], r["min_pixels"], r["max_pixels"])
 
@@ -128,40 +124,26 @@ def _smart_resize(path: pathlib.Path, label: str) -> Iterable[Check]:
         "video_frame_qwen_vl_utils_default_budget": utils_frame,
     }
     for table, rows in json.loads(path.read_text()).items():
-        if table in tables:
-            outcomes = [_outcome(functools.partial(tables[table], r)) for r in rows]
-            yield from _rows(
-                label, table, [(str(r), o, _recorded(r["out"])) for r, o in zip(rows, outcomes, strict=True)]
-            )
+        for row in rows if table in tables else ():
+            found.group(table).same(str(row), _outcome(functools.partial(tables[table], row)), _recorded(row["out"]))
 
 
-def _prompts(path: pathlib.Path, label: str) -> Iterable[Check]:
+def _prompts(path: pathlib.Path, found: CaseChecks) -> None:
     recorded = json.loads(path.read_text())
-    plain, expanded, times = [], [], []
     for c in recorded["conversations"]:
         options = dict(add_generation_prompt=c["add_generation_prompt"], add_vision_id=c["add_vision_id"])
         for family in ("qwen3_vl", "qwen2_5_vl"):
             text = rendered_text(render_chat(c["messages"], family, **options))
-            plain.append((f"{c['name']} {family}", text, c[family]))
-            for key, markers in ((f"{family}_expanded_hf517", True), (f"{family}_expanded_release", False)):
-                expanded += _expanded(c, family, key, options, markers)
-            expanded += _expanded(c, family, f"{family}_expanded", options, False)
-        times += _timestamps(c["name"], c, c.get("video", {}).get("fps"), c.get("sampled_indices"))
+            found.group("templates").same(f"{c['name']} {family}", text, c[family])
+            for form, outer_markers in (("_hf517", True), ("_release", False), ("", False)):
+                key = f"{family}_expanded{form}"
+                if key in c:
+                    visual = dict(visuals=_visuals(c, family), merge_size=_MERGE, outer_markers=outer_markers)
+                    text = rendered_text(render_chat(c["messages"], family, **visual, **options))
+                    found.group("expanded").same(f"{c['name']} {key}", text, c[key])
+        _timestamps(c["name"], c, c.get("video", {}).get("fps"), c.get("sampled_indices"), found)
     for i, row in enumerate(recorded.get("timestamps", ())):
-        times += _timestamps(f"timestamps[{i}]", row, row["video_fps"], row["indices"])
-    yield from _rows(label, "templates", plain)
-    yield from _rows(label, "expanded", expanded)
-    yield from _rows(label, "timestamps", times)
-
-
-def _expanded(c: Mapping, family: str, key: str, options: Mapping, outer_markers: bool) -> list[tuple]:
-    if key not in c:
-        return []
-    visuals = _visuals(c, family)
-    pieces = render_chat(
-        c["messages"], family, visuals=visuals, merge_size=_MERGE, outer_markers=outer_markers, **options
-    )
-    return [(f"{c['name']} {key}", rendered_text(pieces), c[key])]
+        _timestamps(f"timestamps[{i}]", row, row["video_fps"], row["indices"], found)
 
 
 def _visuals(c: Mapping, family: str) -> list[Visual]:
@@ -178,28 +160,25 @@ def _visuals(c: Mapping, family: str) -> list[Visual]:
     return visuals
 
 
-def _timestamps(name: str, row: Mapping, fps: float | None, indices: list[int] | None) -> list[tuple]:
+def _timestamps(name: str, row: Mapping, fps: float | None, indices: list[int] | None, found: CaseChecks) -> None:
     if indices is None or "timestamps" not in row:
-        return []
+        return
     ours = video_timestamps(np.array(indices), fps, _TEMPORAL)
-    rows = [(name, list(ours), row["timestamps"])]
+    found.group("timestamps").same(name, list(ours), row["timestamps"])
     if "text" in row:
-        rows.append((f"{name} text", [timestamp_text(t) for t in ours], row["text"]))
-    return rows
+        found.group("timestamps").same(f"{name} text", [timestamp_text(t) for t in ours], row["text"])
 
 
-def _mrope_axis(path: pathlib.Path, label: str) -> Iterable[Check]:
-    rows = []
+def _mrope_axis(path: pathlib.Path, found: CaseChecks) -> None:
     for r in json.loads(path.read_text()):
         for key, interleaved in (("interleaved", True), ("chunked", False)):
             if key in r:
-                axes = frequency_axes(tuple(r["mrope_section"]), interleaved)
-                rows.append((f"{r['mrope_section']} {key}", "".join("THW"[a] for a in axes), r[key]))
-    yield from _rows(label, "axes", rows)
+                axes = "".join("THW"[a] for a in frequency_axes(tuple(r["mrope_section"]), interleaved))
+                found.group("axes").same(f"{r['mrope_section']} {key}", axes, r[key])
 
 
-def _vision_index(path: pathlib.Path, label: str) -> Iterable[Check]:
-    exact, weights = Comparison(label, "indices", 0.0), Comparison(label, "interpolation weights", PATCH_TOLERANCE)
+def _vision_index(path: pathlib.Path, found: CaseChecks) -> None:
+    exact, weights = found.group("indices"), found.group("interpolation weights", PATCH_TOLERANCE)
     with np.load(path, allow_pickle=False) as z:
         for i in range(len(z.files)):
             if f"grid_{i}" not in z.files:
@@ -209,16 +188,13 @@ def _vision_index(path: pathlib.Path, label: str) -> Iterable[Check]:
             taps = [grids.position_taps(h, w, _MERGE, _TABLE_SIDE) for h, w in frames]
             index, weight = (np.concatenate(parts) for parts in zip(*taps, strict=True))
             for suffix, step in (("", 1), ("_every37", 37)):
-                if f"interp_index_{i}{suffix}" in z.files:
-                    exact.equal(f"interp_index_{i}", index[::step], z[f"interp_index_{i}{suffix}"])
-                    weights.close(f"interp_weight_{i}", weight[::step], z[f"interp_weight_{i}{suffix}"])
+                exact.equal(f"interp_index_{i}", index[::step], z.get(f"interp_index_{i}{suffix}"))
+                weights.close(f"interp_weight_{i}", weight[::step], z.get(f"interp_weight_{i}{suffix}"))
             order = np.concatenate([grids.merge_order(h, w, _MERGE) for h, w in frames])
             exact.equal(f"rope_hw_{i}", order, z[f"rope_hw_{i}"])
             edges = np.cumsum([0, *(h * w for h, w in frames)])
             exact.equal(f"cu_seqlens_{i}", edges, z[f"cu_seqlens_{i}"])
             _windows(z, i, frames, exact)
-    yield from exact.check()
-    yield from weights.check()
 
 
 def _windows(z: Mapping, i: int, frames: list[tuple[int, int]], exact: Comparison) -> None:
@@ -232,18 +208,16 @@ def _windows(z: Mapping, i: int, frames: list[tuple[int, int]], exact: Compariso
     exact.equal(f"cu_window_seqlens_{i}", edges, z[f"cu_window_seqlens_{i}"])
 
 
-def _resampler(path: pathlib.Path, label: str) -> Iterable[Check]:
-    exact = Comparison(label, "pixels", 0.0)
+def _resampler(path: pathlib.Path, found: CaseChecks) -> None:
     with np.load(path, allow_pickle=False) as z:
         for key in z.files:
             if key.startswith("in_"):
                 target = z[key.replace("in_", "torchvision_")]
-                exact.equal(key, resize.resize_bicubic(z[key], *target.shape[:2]), target)
-    yield from exact.check()
+                found.group("pixels").equal(key, resize.resize_bicubic(z[key], *target.shape[:2]), target)
 
 
-def _pixels(path: pathlib.Path, label: str, tolerance: float) -> Iterable[Check]:
-    """A recorded clip or image from decoded frames to patches."""
+def _pixels(path: pathlib.Path, found: CaseChecks, tolerance: float) -> None:
+    """Compare a recorded clip or image from decoded frames to patches."""
     with np.load(path, allow_pickle=False) as z:
         arrays = {k: z[k] for k in z.files}
     still = "image" in arrays
@@ -251,31 +225,19 @@ def _pixels(path: pathlib.Path, label: str, tolerance: float) -> Iterable[Check]
     recorded = arrays.get("pixel_values" if still else "pixel_values_videos")
     if frames is None or recorded is None:
         return
-    grid = arrays["image_grid_thw" if still else "video_grid_thw"][0].tolist()
     config = _config_for(recorded.shape[1])
     resized = arrays["resized"][None] if still else arrays["resized"]
-    exact = Comparison(label, "resize", 0.0)
     ours = resize.resize_bicubic(frames, *resized.shape[1:3])
-    exact.equal("resized", ours, resized)
-    yield from exact.check()
-    yield from _size(arrays, frames, resized, config, label)
+    found.group("resize").equal("resized", ours, resized)
+    if "size" in arrays and not still:  # the recording says which budget the video rule had
+        budget = sorted(int(v) for v in arrays["size"])
+        rule = resize.ResizeRule("total", config.factor, config.temporal_patch_size, *budget)
+        size = _outcome(lambda: rule.size(len(frames), *frames.shape[1:3]))
+        found.group("frame size").same("size", size, list(resized.shape[1:3]))
     patches, thw = patchify(ours, config)
-    yield from _rows(label, "grid", [("grid_thw", list(thw), grid)])
-    close = Comparison(label, "patches", tolerance)
-    close.close("pixel_values", patches, recorded)
-    yield from close.check()
-
-
-def _size(arrays: Mapping, frames, resized, config: ProcessorConfig, label: str) -> Iterable[Check]:
-    """The frame size by the video rule, when the recording says which budget it used."""
-    if "size" not in arrays or "image" in arrays:
-        return
-    budget = sorted(int(v) for v in arrays["size"])
-    rule = resize.ResizeRule("total", config.factor, config.temporal_patch_size, *budget)
-    want = list(resized.shape[1:3])
-    yield from _rows(
-        label, "frame size", [("size", _outcome(lambda: rule.size(len(frames), *frames.shape[1:3])), want)]
-    )
+    grid = arrays["image_grid_thw" if still else "video_grid_thw"][0].tolist()
+    found.group("grid").same("grid_thw", list(thw), grid)
+    found.group("patches", tolerance).close("pixel_values", patches, recorded)
 
 
 def _config_for(patch_dim: int) -> ProcessorConfig:
@@ -286,7 +248,7 @@ def _config_for(patch_dim: int) -> ProcessorConfig:
     return ProcessorConfig(**{**blank, **sizes, "image_mean": mean, "image_std": std})
 
 
-_TABLES: Mapping[str, Callable[[pathlib.Path, str], Iterable[Check]]] = {
+_TABLES: Mapping[str, Callable[[pathlib.Path, CaseChecks], None]] = {
     "frame_sampling.json": _frame_sampling,
     "smart_resize.json": _smart_resize,
     "prompts.json": _prompts,

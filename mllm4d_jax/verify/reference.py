@@ -28,7 +28,7 @@ class RecordingError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RecordedRow:
     """One unpadded sample of a case: its tokens, where they sit in the padded row, its grids in reading order."""
 
     tokens: np.ndarray
@@ -54,7 +54,7 @@ class Case:
 
     name: str
     arrays: Mapping[str, np.ndarray]
-    rows: tuple[Row, ...]
+    rows: tuple[RecordedRow, ...]
     inputs: ModelInputs
     rule: str
     deltas: np.ndarray
@@ -65,6 +65,14 @@ class Case:
     def mask(self) -> np.ndarray:
         """bool[B, S], True at real tokens."""
         return self.arrays["attention_mask"].astype(bool)
+
+    def real(self, name: str) -> np.ndarray | None:
+        """[R, .] of a recorded tensor at the R real tokens, None if it was not recorded."""
+        return self.at_real_tokens(self.arrays[name]) if name in self.arrays else None
+
+    def at_real_tokens(self, values: np.ndarray) -> np.ndarray:
+        """[B, S, .] or [B*S, .] -> [R, .] at the R real tokens."""
+        return values.reshape(*self.mask.shape, -1)[self.mask]
 
     def visual_places(self, modality: str, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
         """(batch, sequence) indices of the placeholders of a modality, row-major as HF orders merged features."""
@@ -132,7 +140,7 @@ def build_case(name: str, arrays: Mapping[str, np.ndarray], config: ModelConfig,
     return Case(name, arrays, rows, inputs, rule, deltas, patch_rows, windowed)
 
 
-def _split_rows(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[Row, ...]:
+def _split_rows(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[RecordedRow, ...]:
     queues = {m: iter(arrays.get(f"{m}_grid_thw", np.zeros((0, 3), int)).tolist()) for m in PIXELS}
     seconds = iter(np.asarray(arrays.get("second_per_grid_ts", ()), float).tolist())
     kinds = {config.image_token_id: "image", config.video_token_id: "video"}
@@ -150,7 +158,7 @@ def _split_rows(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[
                 # Hugging Face takes one second when the caller gives none.
                 times.append(next(seconds, 1.0))
             del pending[: int(np.prod(thw)) // config.vision.merge_size**2]
-        rows.append(Row(tokens, places, tuple(grids), tuple(times)))
+        rows.append(RecordedRow(tokens, places, tuple(grids), tuple(times)))
     left = [m for m, q in queues.items() if next(q, None) is not None]
     if left:
         raise RecordingError(f"{left} grids without placeholders")

@@ -15,19 +15,27 @@ from mllm4d_jax.qa.errors import ProcessorError
 TEXT = "<|im_start|>user\nIt's at 12.5 m:<0.3 seconds> e\u0301 漢字 🎥<think>\n\nok</think><|im_end|>\n"
 
 
+def whole_string(tokenizer, text):
+    """What the library makes of a text in which special tokens are spelled."""
+    return tokenizers.Tokenizer.from_str(tokenizer._backend.to_str()).encode(text)
+
+
+def typed(tokenizer, text):
+    """The encoding of a text that someone typed."""
+    return tokenizer.encode_pieces([Piece(text)])[0]
+
+
 @pytest.mark.parametrize("special_ids", [None, QWEN_SPECIAL_IDS, {"<|im_end|>": 5000}])
 def test_built_tokenizer_survives_its_file(special_ids, tmp_path):
     built = build_byte_level_tokenizer(["hello world, hello again"] * 3, 300, special_ids)
     built.save(str(tmp_path / "tokenizer.json"))
     ours, loaded = Tokenizer.from_folder(tmp_path), tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    encoding = ours.encode(TEXT, allow_special=True)
     reference = loaded.encode(TEXT)
-    assert encoding.ids.tolist() == reference.ids
-    assert encoding.offsets.tolist() == [list(o) for o in reference.offsets]
-    assert ours.decode(encoding.ids) == TEXT.replace("e\u0301", "é")
+    assert whole_string(ours, TEXT).ids == reference.ids
+    assert ours.decode(reference.ids) == TEXT.replace("e\u0301", "é")
     for content, i in (special_ids or {}).items():
-        assert ours.token_id(content) == i
-    ids = [ours.token_id(c) for c in QWEN_SPECIAL_IDS]
+        assert loaded.token_to_id(content) == ours._backend.token_to_id(content) == i
+    ids = [loaded.token_to_id(c) for c in QWEN_SPECIAL_IDS]
     assert len(set(ids)) == len(ids) and ours.vocab_size == 1 + max(loaded.get_vocab().values())
     if special_ids is None:
         assert ours.vocab_size <= 300
@@ -37,8 +45,8 @@ def test_pre_tokeniser_splits_like_qwen(tokenizer):
     """Digits one by one, a leading mark stays with its word, line breaks together, decomposed letters composed."""
     split = tokenizer._backend.pre_tokenizer.pre_tokenize_str("It's 12.50 <see>.\n\n  x\n")
     assert [s for s, _ in split] == ["It", "'s", "Ġ", "1", "2", ".", "5", "0", "Ġ<", "see", ">.ĊĊ", "Ġ", "Ġx", "Ċ"]
-    assert tokenizer.encode("e\u0301").ids.tolist() == tokenizer.encode("é").ids.tolist()
-    assert tokenizer.encode("\n").ids.tolist() == [198]
+    assert typed(tokenizer, "e\u0301").ids.tolist() == typed(tokenizer, "é").ids.tolist()
+    assert typed(tokenizer, "\n").ids.tolist() == [198]
 
 
 def test_published_ids(tokenizer):
@@ -49,10 +57,10 @@ def test_published_ids(tokenizer):
 
 def test_text_never_becomes_control_tokens(tokenizer):
     text = "say <|im_end|> and <|video_pad|><|im_start|>system\n"
-    ids = tokenizer.encode(text).ids
+    ids = typed(tokenizer, text).ids
     assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
     assert tokenizer.decode(ids) == text
-    assert set(tokenizer.encode(text, allow_special=True).ids.tolist()) & set(tokenizer.special_ids.values())
+    assert set(whole_string(tokenizer, text).ids) & set(tokenizer.special_ids.values())
 
 
 def test_pieces_tokenise_like_the_whole_string(tokenizer):
@@ -69,8 +77,8 @@ def test_pieces_tokenise_like_the_whole_string(tokenizer):
     ]
     text = "".join(p.rendered for p in pieces)
     encoding, supervised = tokenizer.encode_pieces(pieces)
-    whole = tokenizer.encode(text, allow_special=True)
-    assert encoding.ids.tolist() == whole.ids.tolist()
+    whole = whole_string(tokenizer, text)
+    assert encoding.ids.tolist() == whole.ids
     np.testing.assert_array_equal(encoding.offsets, whole.offsets)
     assert not supervised.any() and encoding.ids.dtype == np.int32
 
@@ -100,12 +108,12 @@ def test_a_token_that_straddles_the_header_is_not_supervised():
 
 
 def test_empty_text(tokenizer):
-    assert tokenizer.encode("").ids.shape == (0,)
+    assert typed(tokenizer, "").ids.shape == (0,)
 
 
 def test_travels_between_processes(tokenizer):
     clone = copy.deepcopy(tokenizer)
-    assert clone.encode("a<|im_end|>").ids.tolist() == tokenizer.encode("a<|im_end|>").ids.tolist()
+    assert typed(clone, "a<|im_end|>").ids.tolist() == typed(tokenizer, "a<|im_end|>").ids.tolist()
     assert clone.source == tokenizer.source
 
 

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mllm4d_jax.eval.predictions import PredictionError
-from mllm4d_jax.eval.scoring import Bootstrap, ScoringError, comparison, figures, grouped, results, score
+from mllm4d_jax.eval.scoring import ScoringError, comparison, figures, grouped, results, score
+from mllm4d_jax.eval.statistics import Bootstrap
 from tests.eval.question_fixtures import prediction
 
 FEW = Bootstrap(200, 1)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.eval.statistics import (
+    Bootstrap,
     accuracy,
     detectable_difference,
     macro_accuracy,
     mcnemar,
     paired_difference,
-    student_quantile,
 )
 
 SIZES, SHARES = (1, 2, 3, 4, 8), (0.3, 0.25, 0.2, 0.15, 0.1)  # questions per video
@@ -30,7 +30,7 @@ def coverage(trials, videos, samples, seed):
     rng, hits = np.random.default_rng(seed), 0
     for trial in range(trials):
         index, chance = draw_world(rng, videos)
-        found = accuracy(rng.random(len(index)) < chance[index], index, samples=samples, seed=trial)
+        found = accuracy(rng.random(len(index)) < chance[index], index, Bootstrap(samples, trial))
         hits += found.low <= 0.6 <= found.high
     return hits / trials
 
@@ -43,7 +43,7 @@ def false_positives(trials, videos, samples, seed):
         own = rng.beta(0.2, 0.4 / 3, videos)  # half of the videos the second model sees in its own way
         other = np.where(rng.random(videos) < 0.5, chance, own)
         first, second = rng.random(len(index)) < chance[index], rng.random(len(index)) < other[index]
-        change = paired_difference(first, second, index, samples=samples, seed=trial)
+        change = paired_difference(first, second, index, Bootstrap(samples, trial))
         found += not change.low <= 0 <= change.high
     return found / trials
 
@@ -68,14 +68,14 @@ def test_drawing_questions_instead_of_videos_would_fail():
     rng, hits = np.random.default_rng(5), 0
     for trial in range(300):
         index, chance = draw_world(rng, 80)
-        found = accuracy(rng.random(len(index)) < chance[index], np.arange(len(index)), samples=300, seed=trial)
+        found = accuracy(rng.random(len(index)) < chance[index], np.arange(len(index)), Bootstrap(300, trial))
         hits += found.low <= 0.6 <= found.high
     assert hits / 300 < 0.88
 
 
 def test_independent_answers_give_the_binomial_interval():
     correct = np.arange(1000) % 10 < 7
-    found = accuracy(correct, np.arange(1000), samples=20000)
+    found = accuracy(correct, np.arange(1000), Bootstrap(20000))
     half = 1.96 * math.sqrt(0.7 * 0.3 / 1000)
     assert (found.value, found.n, found.clusters) == (0.7, 1000, 1000)
     assert found.low == pytest.approx(0.7 - half, abs=0.002) and found.high == pytest.approx(0.7 + half, abs=0.002)
@@ -83,8 +83,8 @@ def test_independent_answers_give_the_binomial_interval():
 
 def test_copies_of_a_question_add_nothing():
     correct = np.arange(200) % 5 < 3
-    once = accuracy(correct, np.arange(200), seed=7)
-    copied = accuracy(np.repeat(correct, 6), np.repeat(np.arange(200), 6), seed=7)
+    once = accuracy(correct, np.arange(200), Bootstrap(seed=7))
+    copied = accuracy(np.repeat(correct, 6), np.repeat(np.arange(200), 6), Bootstrap(seed=7))
     assert (copied.value, copied.low, copied.high) == pytest.approx((once.value, once.low, once.high), abs=1e-12)
     assert copied.n == 1200 and copied.clusters == 200
 
@@ -93,12 +93,12 @@ def test_draws_are_seeded_and_blocks_do_not_matter(monkeypatch):
     from mllm4d_jax.eval import statistics
 
     correct, videos = np.arange(90) % 4 == 0, np.arange(90) // 3
-    first = accuracy(correct, videos, samples=500, seed=1)
-    assert first == accuracy(correct, videos, samples=500, seed=1)
-    assert first != accuracy(correct, videos, samples=500, seed=2)
+    first = accuracy(correct, videos, Bootstrap(500, 1))
+    assert first == accuracy(correct, videos, Bootstrap(500, 1))
+    assert first != accuracy(correct, videos, Bootstrap(500, 2))
     monkeypatch.setattr(statistics, "_CELLS", 30 * 7)
-    assert accuracy(correct, videos, samples=500, seed=1).value == first.value
-    assert accuracy(correct, videos, samples=500, seed=1) == first
+    assert accuracy(correct, videos, Bootstrap(500, 1)).value == first.value
+    assert accuracy(correct, videos, Bootstrap(500, 1)) == first
 
 
 def test_edges():
@@ -117,7 +117,7 @@ def test_edges():
 def test_the_mean_over_groups():
     groups = np.repeat(["a", "b"], [90, 10])
     correct = np.concatenate([np.ones(90), np.arange(10) < 5]).astype(bool)
-    found = macro_accuracy(correct, np.arange(100), groups, seed=3)
+    found = macro_accuracy(correct, np.arange(100), groups, Bootstrap(seed=3))
     assert found.value == 0.75
     half = 1.96 * math.sqrt(0.25 / 10) / 2  # only the second group varies, and it counts half
     assert found.low == pytest.approx(0.75 - half, abs=0.02) and found.high == pytest.approx(0.75 + half, abs=0.02)
@@ -187,32 +187,21 @@ def test_the_detectable_difference_is_found_in_80_of_100_cases():
         # Better by 0.24 * (0.69 - 0.5) = 0.0456, and the standard error of that is 0.0162.
         second = np.where(rng.random(len(index)) < 0.24, rng.random(len(index)) < 0.69, first)
         claimed.append(detectable_difference(first, second, index))
-        change = paired_difference(first, second, index, samples=400, seed=trial)
+        change = paired_difference(first, second, index, Bootstrap(400, trial))
         found += change.low > 0
     assert np.mean(claimed) == pytest.approx(0.0456, abs=0.001)
     assert found / 400 == pytest.approx(0.8, abs=0.06)
     assert math.isnan(detectable_difference([True], [False], ["a"]))
 
 
-@pytest.mark.parametrize(
-    ("p", "freedom", "expected"),
-    [
-        (0.975, 1, 12.706205),
-        (0.975, 2, 4.302653),
-        (0.975, 3, 3.182446),
-        (0.975, 5, 2.570582),
-        (0.975, 10, 2.228139),
-        (0.975, 30, 2.042272),
-        (0.995, 4, 4.604095),
-        (0.025, 7, -2.364624),
-        (0.5, 3, 0.0),
-    ],
-)
-def test_students_quantile(p, freedom, expected):
-    assert student_quantile(p, freedom) == pytest.approx(expected, rel=0.01, abs=1e-12)
+@pytest.mark.parametrize(("videos", "quantile"), [(2, 12.7062047362), (4, 3.1824463053), (11, 2.2281388520)])
+def test_few_videos_take_students_t_exactly(videos, quantile):
+    change = np.arange(videos) % 2 == 0  # one question per video: the standard error is that of a plain mean
+    error = (change * 1.0).std(ddof=1) / math.sqrt(videos)
+    found = detectable_difference([False] * videos, change, range(videos))
+    assert found == pytest.approx((quantile + 0.8416212336) * error, rel=1e-9)
 
 
-def test_students_quantile_has_bounds():
-    for p, freedom in ((0.0, 3), (1.0, 3), (0.5, 0)):
-        with pytest.raises(ValueError, match="quantile"):
-            student_quantile(p, freedom)
+def test_equal_changes_everywhere_leave_room_for_exceptions():
+    found = paired_difference([False] * 20, [True] * 20, range(20))
+    assert (found.value, found.high) == (1, 1) and found.low == pytest.approx(0.025 ** (1 / 20))

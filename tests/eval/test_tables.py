@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mllm4d_jax.eval import tables
-from mllm4d_jax.eval.scoring import Bootstrap, results
+from mllm4d_jax.eval.scoring import results
+from mllm4d_jax.eval.statistics import Bootstrap
 from tests.eval.question_fixtures import prediction
 from tests.report.reading import assert_nothing_external, read
 

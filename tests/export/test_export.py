@@ -22,14 +22,14 @@ from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export import merged as export_merged
 from mllm4d_jax.export import task as export
 from mllm4d_jax.export.check import Difference
-from mllm4d_jax.export.merged import ExportError
+from mllm4d_jax.export.merged import ModelExportError
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import adapted_linears, load_peft
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta
 from mllm4d_jax.run.digest import model_digest
-from mllm4d_jax.run.start import find_adapter, load_tuned
+from mllm4d_jax.run.start import StartError, find_adapter, load_tuned
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ADAPTER = {"lora.rank": 2, "lora.alpha": 3.0, "lora.dropout": 0.05, "lora.targets": ["q_proj", "o_proj"]}
@@ -152,7 +152,7 @@ def test_a_peft_folder_is_merged_too(world, tmp_path, capsys):
     base, workdir = world
     run("peft", workdir, tmp_path / "adapter")
     run("merged", workdir, tmp_path / "a")
-    with pytest.raises(ExportError, match="model.path = '' is not the folder of a model"):
+    with pytest.raises(StartError, match="is not a model folder.*: name the base model of"):
         run("merged", tmp_path / "adapter", tmp_path / "b")
     run("merged", tmp_path / "adapter", tmp_path / "b", **{"model.path": str(base)})
     assert "adapter_config.json" not in {p.name for p in (tmp_path / "b").iterdir()}
@@ -173,7 +173,7 @@ def test_full_fine_tuning_of_a_tied_model_that_stores_its_head(tmp_path):
 
     base = base_folder(tmp_path, change=store_head)
     workdir = trained_run(tmp_path, base, patterns=("full", "vision/merger/.*"), scale=1e-3)
-    with pytest.raises(ExportError, match="base parameters were trained.*configs/export.py:merged"):
+    with pytest.raises(ModelExportError, match="base parameters were trained.*configs/export.py:merged"):
         run("peft", workdir, tmp_path / "out")
     assert left_behind(tmp_path) == []
     run("merged", workdir, tmp_path / "out")
@@ -217,7 +217,7 @@ def test_half_an_adapter_is_completed_from_the_seed_or_refused(world, tmp_path):
         np.testing.assert_array_equal(linear.lora_a[...], adapted_linears(model)[path].lora_a[...])
         assert np.abs(adapted_linears(model)[path].lora_b[...]).max() > 0.1
     later = trained_run(tmp_path / "later", base, patterns=(".*/lora_b",), **{"model.adapter": "runs/first"})
-    with pytest.raises(ExportError, match="holds one part of an adapter and the other was kept as it is in runs/first"):
+    with pytest.raises(StartError, match="holds one part of an adapter and the other was kept as it is in runs/first"):
         run("peft", later, tmp_path / "out")
     assert left_behind(tmp_path) == ["half", "later"]
 
@@ -252,7 +252,7 @@ def test_an_adapter_that_does_nothing_is_called_that(world, tmp_path, capsys):
 def test_weights_that_do_not_fit_the_dtype_of_the_files(tmp_path):
     base = base_folder(tmp_path, dtype=np.float16)
     workdir = trained_run(tmp_path, base, scale=1e4)
-    with pytest.raises(ExportError, match="has values that are not finite in the float16"):
+    with pytest.raises(ModelExportError, match="has values that are not finite in the float16"):
         run("merged", workdir, tmp_path / "out")
     assert left_behind(tmp_path) == []
 
@@ -261,7 +261,7 @@ def test_a_dtype_that_cannot_take_the_sum(world, tmp_path):
     files = TensorFiles.scan(world[0])
     name = LAYER.format(0, "q_proj")
     files = dataclasses.replace(files, dtypes=dict(files.dtypes) | {name: "F8_E4M3"})
-    with pytest.raises(ExportError, match="stores weights that change as F8_E4M3: known are F32, F16, BF16"):
+    with pytest.raises(ModelExportError, match="stores weights that change as F8_E4M3: known are F32, F16, BF16"):
         export_merged.write_merged(files, tmp_path, {name: lambda stored: stored})
     assert not list(tmp_path.iterdir())
 
@@ -275,7 +275,7 @@ def test_a_merge_that_goes_wrong_is_caught_and_removed(world, tmp_path, monkeypa
         return changes
 
     monkeypatch.setattr(export, "find_changes", forgets_one)
-    with pytest.raises(ExportError, match="the checkpoint read back is not the merged model: logits differ"):
+    with pytest.raises(ModelExportError, match="the checkpoint read back is not the merged model: logits differ"):
         run("merged", world[1], tmp_path / "out")
     assert left_behind(tmp_path) == []
 
@@ -288,7 +288,7 @@ def test_both_merges_wrong_in_the_same_way_is_caught(world, tmp_path, monkeypatc
 
     monkeypatch.setattr(export, "find_changes", changes_nothing)
     monkeypatch.setattr(export.export_check, "_merged", lambda kernel, linear: kernel.astype(jnp.float32))
-    with pytest.raises(ExportError, match="merging into BF16 changes the model"):
+    with pytest.raises(ModelExportError, match="merging into BF16 changes the model"):
         run("merged", world[1], tmp_path / "out")
     assert left_behind(tmp_path) == []
 
@@ -305,7 +305,7 @@ def test_an_adapter_that_comes_back_otherwise_is_caught_and_removed(world, tmp_p
         return count
 
     monkeypatch.setattr(export, "save_peft", swapped_layers)
-    with pytest.raises(ExportError, match="the adapter read back is not the model's: logits differ"):
+    with pytest.raises(ModelExportError, match="the adapter read back is not the model's: logits differ"):
         run("peft", world[1], tmp_path / "out")
     assert left_behind(tmp_path) == []
 
@@ -319,27 +319,27 @@ def test_what_was_left_by_a_killed_export_is_replaced(world, tmp_path):
 
 
 def test_not_a_number_is_no_agreement():
-    with pytest.raises(ExportError, match="up to nan"):
+    with pytest.raises(ModelExportError, match="up to nan"):
         Difference(float("nan"), 1.0).require(1e-4, "x", "y")
     Difference(9e-5, 1.0).require(1e-4, "x", "y")
-    with pytest.raises(ExportError):
+    with pytest.raises(ModelExportError):
         Difference(1.1e-4, 1.0).require(1e-4, "x", "y")
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "error", "message"),
     [
-        (dict(source=""), "config.source is empty"),
-        (dict(source="nowhere"), "holds no checkpoint and no PEFT adapter"),
-        (dict(output=""), "config.output is empty"),
-        (dict(output="."), "exists already"),
-        (dict(step=4), "config.step = 4: .* holds the steps 3, 5"),
-        ({"model.path": str(GOLDEN / "qwen2_5_vl")}, "is not the base model of"),
-        ({"model.path": "nowhere"}, "model.path = 'nowhere' is not the folder of a model"),
+        (dict(source=""), ModelExportError, "config.source is empty"),
+        (dict(source="nowhere"), StartError, "holds no checkpoint and no PEFT adapter"),
+        (dict(output=""), ModelExportError, "config.output is empty"),
+        (dict(output="."), ModelExportError, "exists already"),
+        (dict(step=4), StartError, "model.step = 4: .* holds the steps 3, 5"),
+        ({"model.path": str(GOLDEN / "qwen2_5_vl")}, StartError, "is not the base model of"),
+        ({"model.path": "nowhere"}, StartError, "model.path = 'nowhere' is not a model folder"),
     ],
 )
-def test_refusals(world, tmp_path, values, message):
+def test_refusals(world, tmp_path, values, error, message):
     values = {"source": str(world[1]), "output": str(tmp_path / "out"), **values}
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(error, match=message):
         run("peft", **values)
     assert left_behind(tmp_path) == []

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm4d_jax.grpo.batch import RolloutBatch, add_means, denominators, micro_batches
+from mllm4d_jax.grpo.batch import RolloutBatch, add_means, denominators
 from mllm4d_jax.grpo.objective import kl, objective, prepare
 from mllm4d_jax.grpo.presets import PRESETS, ObjectiveConfig
 from mllm4d_jax.grpo.ratios import truncated_importance
@@ -243,10 +243,6 @@ def test_what_is_missing_is_said():
     totals = denominators(batch.mask)
     with pytest.raises(ValueError, match="pass the whole batch through `prepare`"):
         objective(logprobs, batch, totals, PRESETS["paper"])
-    with pytest.raises(ValueError, match="groups may be torn"):
-        micro_batches(batch, 2)
     ready = prepare(batch, PRESETS["paper"])[0]
-    with pytest.raises(ValueError, match="16 completions cannot be cut into 3"):
-        micro_batches(ready, 3)
     with pytest.raises(ValueError, match="beta = 0.1 needs the log-probs of the reference"):
         objective(logprobs, ready._replace(reference_logprobs=None), totals, PRESETS["paper"])

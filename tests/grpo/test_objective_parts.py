@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mllm4d_jax.grpo.batch import RolloutBatch, add_means, denominators, micro_batches
+from mllm4d_jax.grpo.batch import RolloutBatch, add_means, denominators
 from mllm4d_jax.grpo.objective import objective, prepare
 from mllm4d_jax.grpo.presets import PRESETS
 from mllm4d_jax.parallel.mesh import make_mesh
@@ -23,10 +23,11 @@ value_and_gradient = jax.jit(uncompiled, static_argnames="config")
 def test_micro_batches_add_up(case, count):
     batch, logprobs, totals, _ = prepared(case)
     config, size = config_of(case), len(logprobs) // count
+    slices = [slice(i * size, (i + 1) * size) for i in range(count)]
     (_, metrics), whole = value_and_gradient(logprobs, batch, totals, config)
     parts = [
-        value_and_gradient(logprobs[i * size : (i + 1) * size], part, totals, config)
-        for i, part in enumerate(micro_batches(batch, count))
+        value_and_gradient(logprobs[rows], jax.tree.map(lambda x, rows=rows: x[rows], batch), totals, config)
+        for rows in slices
     ]
     gradient = np.concatenate([g for _, g in parts])
     assert_close(sum(float(loss) for (loss, _), _ in parts), gradient, case)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm4d_jax.models.attention import BackendError, attention, masked_attention, resolve_backend
+from mllm4d_jax.models.attention import Backend, BackendError, attention, choose_backend, masked_attention
 
 
 def inputs(b=2, s=70, n=4, k=2, d=16, seed=0):
@@ -41,7 +43,7 @@ def test_equals_float64(backend, causal):
     q, k, v, segments = inputs()
     with jax.default_matmul_precision("highest"):
         out = attention(
-            q, k, v, q_segments=segments, kv_segments=segments, causal=causal, backend=backend, interpret=True
+            q, k, v, q_segments=segments, kv_segments=segments, causal=causal, backend=Backend(backend, interpret=True)
         )
     real = segments > 0
     np.testing.assert_allclose(np.asarray(out)[real], reference(q, k, v, segments, causal)[real], atol=2e-6)
@@ -54,7 +56,9 @@ def test_splash_gradients_equal_xla(causal):
     real = jnp.asarray(segments > 0)[..., None, None]
 
     def loss(backend, *qkv):
-        out = attention(*qkv, q_segments=segments, kv_segments=segments, causal=causal, backend=backend, interpret=True)
+        out = attention(
+            *qkv, q_segments=segments, kv_segments=segments, causal=causal, backend=Backend(backend, interpret=True)
+        )
         return jnp.sum(jnp.sin(out) * real)
 
     with jax.default_matmul_precision("highest"):
@@ -70,7 +74,7 @@ def test_nothing_leaks_from_another_segment(backend):
 
     def run(k, v):
         out = attention(
-            q, k, v, q_segments=segments, kv_segments=segments, causal=False, backend=backend, interpret=True
+            q, k, v, q_segments=segments, kv_segments=segments, causal=False, backend=Backend(backend, interpret=True)
         )
         return np.asarray(out)[segments == 1]
 
@@ -85,9 +89,13 @@ def test_cache_attention_equals_plain_attention():
     q, k, v, segments = inputs()
     mask = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((70, 70), bool))
     with jax.default_matmul_precision("highest"):
-        whole = attention(q, k, v, q_segments=segments, kv_segments=segments, causal=True, backend="xla")
+        whole = attention(q, k, v, q_segments=segments, kv_segments=segments, causal=True, backend=Backend("xla"))
         one = masked_attention(q[:, 40:41], k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, 40:41])
     np.testing.assert_allclose(one[:, 0], whole[:, 40], atol=1e-6)
+
+
+def mesh_of(platform):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
 
 
 @pytest.mark.parametrize(
@@ -102,10 +110,10 @@ def test_cache_attention_equals_plain_attention():
 )
 def test_a_backend_that_cannot_run_is_refused(requested, dtype, platform, message):
     with pytest.raises(BackendError, match=message):
-        resolve_backend(requested, dtype, platform)
+        choose_backend(requested, dtype, mesh_of(platform))
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", "xla"), ("tpu", "splash")])
 def test_automatic_choice(platform, expected):
-    assert resolve_backend("auto", jnp.bfloat16, platform) == expected
-    assert resolve_backend("xla", jnp.bfloat16, platform) == "xla"
+    assert choose_backend("auto", jnp.bfloat16, mesh_of(platform)).name == expected
+    assert choose_backend("xla", jnp.bfloat16, mesh_of(platform)).name == "xla"

@@ -132,7 +132,9 @@ def test_splash_of_frames_on_a_mesh():
     call = functools.partial(attention, q, k, v, q_segments=ids, kv_segments=ids, causal=False)
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(
-            jax.jit(lambda: call(backend=Backend("splash", mesh, interpret=True)))(), call(backend="xla"), atol=2e-5
+            jax.jit(lambda: call(backend=Backend("splash", mesh, interpret=True)))(),
+            call(backend=Backend("xla")),
+            atol=2e-5,
         )
 
 

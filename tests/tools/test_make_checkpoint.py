@@ -77,7 +77,7 @@ def test_the_project_loads_it(sharded):
     config, tokenizer = ProcessorConfig.from_folder(folder), Tokenizer.from_folder(folder)
     tokenizer.check_config(config)
     assert config.video_max_pixels == 24576 * 32 * 32 and config.image_min_pixels == 65536
-    assert tokenizer.token_id("<|im_end|>") == 151645
+    assert tokenizer.special_ids["<|im_end|>"] == 151645
 
 
 def test_the_seed_decides_the_bytes(sharded):
