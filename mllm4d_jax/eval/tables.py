@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.report import page
 from mllm4d_jax.report.charts import bars
 from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, join, tag
@@ -45,10 +45,8 @@ def write_results(folder: str | Path, results: Results, wrong: Sequence[Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     texts = (json.dumps(results, indent=1, ensure_ascii=False) + "\n", markdown(results), html(results, wrong))
     for name, text in zip(_FILES, texts, strict=True):
-        part = folder / f"{name}.part"
         # Responses may hold halves of surrogate pairs; the page and the tables show them as "?".
-        part.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(part, folder / name)
+        write_atomic(folder / name, text.encode("utf-8", "replace"))
 
 
 def markdown(results: Results) -> str:
