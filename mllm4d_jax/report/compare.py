@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm4d_jax.report import scores, summary
+from mllm4d_jax.report.columns import over, quantities, tenths
 from mllm4d_jax.report.page import Cell, Column, Markup, join, number, table, tag
 from mllm4d_jax.report.reading import Place, PredictionPlace, Run
 
@@ -22,8 +23,11 @@ def labels(first: Run, second: Run) -> tuple[str, str]:
 
 
 def tile_columns(runs: Mapping[str, Run]) -> Markup:
-    """What a run's own page has at its top, and where the run is."""
-    found = [{**dict(summary.tiles(run)), "workdir": str(run.path)} for run in runs.values()]
+    """What a run's own page has at its top, what is said about it, and where the run is."""
+    found = [
+        dict(summary.tiles(run)) | run.facts | summary.findings(run) | {"workdir": str(run.path)}
+        for run in runs.values()
+    ]
     names = list(dict.fromkeys(name for tiles in found for name in tiles))
     rows = [[name, *(tiles.get(name, "–") for tiles in found)] for name in names]
     return table([Column("of the whole run"), *(Column(name) for name in runs)], rows, caption="Both runs")
@@ -31,16 +35,17 @@ def tile_columns(runs: Mapping[str, Run]) -> Markup:
 
 def metric_columns(runs: Mapping[str, Run]) -> Markup:
     """Every quantity of the training steps over the last tenth of each run, and the difference."""
-    names = list(dict.fromkeys(name for run in runs.values() for name in summary.quantities(run.metrics)))
-    rows = [[name, *_figures([summary.ends(run.metrics, name)[1] for run in runs.values()])] for name in names]
+    last = [tenths(run.metrics)[-1] if run.metrics else () for run in runs.values()]
+    names = list(dict.fromkeys(name for run in runs.values() for name in quantities(run.metrics)))
+    rows = [[name, *_figures([over(part, name) for part in last])] for name in names]
     return table(_heads(runs, "quantity"), rows, caption="Last tenth of the steps", filter=True)
 
 
 def held_out_columns(runs: Mapping[str, Run]) -> Markup | None:
     """The last held-out evaluation of each run; None if neither has one."""
-    last = [run.evals[-1] if run.evals else {} for run in runs.values()]
-    names = list(dict.fromkeys(name for row in last for name in summary.quantities([row])))
-    rows = [[name, *_figures([summary.number(row.get(name)) for row in last])] for name in names]
+    last = [run.evals[-1:] for run in runs.values()]
+    names = list(dict.fromkeys(name for part in last for name in quantities(part)))
+    rows = [[name, *_figures([over(part, name) for part in last])] for name in names]
     return table(_heads(runs, "quantity"), rows, caption="Last evaluation on held-out prompts") if rows else None
 
 

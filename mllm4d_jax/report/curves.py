@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,17 +9,15 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mllm4d_jax.report.charts import lines
+from mllm4d_jax.report.columns import column, quantities, quantity
 from mllm4d_jax.report.page import Markup, join, tag
-from mllm4d_jax.report.reading import Row, Run, number
+from mllm4d_jax.report.reading import Row, Run
 
 _SMOOTH_FROM = 50  # steps; shorter runs are drawn as they are
 _SMOOTH_PART, _SMOOTH_LEAST, _SMOOTH_MOST = 25, 5, 200  # the mean is over this part of the run, within these steps
 _BLOCK = 4096  # steps averaged at once, for the sake of memory
-_NOT_CURVES = frozenset({"step", "position", "devices", "n"})
-_EXACT = frozenset(
-    {"lr", "eval_loss", "quarantined", "memory_gib", "compiles", "retraces"}
-)  # not noisy: a mean would only come late
 HELD_OUT = "held out"
+Evolution = tuple[Sequence[Row], Sequence[Row]]  # rows of a run's training steps and of its held-out evaluations
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ _OTHER = "Other quantities"
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
     """(group, panels) of everything these rows hold a number of."""
-    present = {key for row in rows for key, value in row.items() if math.isfinite(number(value))} - _NOT_CURVES
+    present = {key for key in quantities(rows) if key != "n"}  # which is the same at every evaluation
     rewards = sorted((key for key in present if key.startswith(_REWARD)), key=lambda key: (key != _TOTAL, key))
     times = tuple(sorted(key for key in present if key.startswith(_TIME)))
     named = [
@@ -90,27 +87,24 @@ def _reward_title(key: str) -> str:
     return "Total reward" if key == _TOTAL else f"Reward: {key.removeprefix(_REWARD)}"
 
 
-def curve_section(run: Run) -> Markup:
-    """All charts of one run, with the held-out values where there are some."""
-    metrics, evals = _named(run.metrics), _named(run.evals)
-    parts = []
-    for group, panels in groups([*metrics, *evals]):
-        parts.append(_group(group, [_chart(panel, metrics, evals) for panel in panels]))
-    return join(parts)
+def curve_section(runs: Mapping[str, Run]) -> Markup:
+    """Return the charts of a run (name -> run), or of several over each other, with the held-out values there are.
 
-
-def overlay_section(runs: Mapping[str, Run]) -> Markup:
-    """Every quantity of several runs (name -> run), each in a chart of its own; a run has one colour throughout."""
+    A quantity of several runs has a chart of its own, and each run one colour throughout.
+    """
     named = {name: (_named(run.metrics), _named(run.evals)) for name, run in runs.items()}
     parts = []
     for group, panels in groups([row for pair in named.values() for rows in pair for row in rows]):
-        charts = []
-        for panel in panels:
-            for key in panel.keys:
-                title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {_short(key)}"
-                charts.append(_overlay(Panel(title, panel.unit, (key,), panel.log), named))
-        parts.append(_group(group, charts))
+        if len(runs) > 1:
+            panels = [part for panel in panels for part in _split(panel)]
+        parts.append(_group(group, [_chart(panel, named) for panel in panels]))
     return join(parts)
+
+
+def _split(panel: Panel) -> list[Panel]:
+    """A panel for each of its quantities."""
+    titles = [panel.title if len(panel.keys) == 1 else f"{panel.title}: {_short(key)}" for key in panel.keys]
+    return [Panel(title, panel.unit, (key,), panel.log) for title, key in zip(titles, panel.keys, strict=True)]
 
 
 def _group(name: str, charts: Sequence[Markup]) -> Markup:
@@ -128,42 +122,30 @@ def _named(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _chart(panel: Panel, metrics: Sequence[Row], evals: Sequence[Row]) -> Markup:
-    series, faint, bands, like, widest = {}, {}, {}, {}, 1
-    for key in panel.keys:
+def _chart(panel: Panel, runs: Mapping[str, Evolution]) -> Markup:
+    """Some quantities of one run, or one quantity of several; a run without it keeps its place in the legend."""
+    series, faint, bands, like, widths = {}, {}, {}, {}, set()
+    alone = len(runs) == 1
+    named = [(_short(key) if alone else run, key, *rows) for run, rows in runs.items() for key in panel.keys]
+    for name, key, metrics, _ in named:
         x, y = column(metrics, key)
-        if len(x):
-            name, width = _short(key), _width(len(x), key)
-            widest = max(widest, width)
+        width = _width(len(x), key)
+        if len(x) or not alone:
             series[name] = (x, running_mean(y, width))
-            faint |= {name: (x, y)} if width > 1 else {}
-            bands |= _band(metrics, key, name, width)
+        if width > 1:
+            faint[name] = (x, y)
+            widths.add(width)
+        bands |= _band(metrics, key, name, width) if alone else {}
+    for name, key, _, evals in named:
         x, y = column(evals, key)
         if len(x):
-            like |= {f"{_short(key)}, {HELD_OUT}": _short(key)} if _short(key) in series else {}
-            series[f"{_short(key)}, {HELD_OUT}"] = (x, y)
-    notes = [f"the mean of {widest} steps, each step faint"] if faint else []
+            like |= {f"{name}, {HELD_OUT}": name} if name in series else {}
+            series[f"{name}, {HELD_OUT}"] = (x, y)
+    means = f"the mean of {max(widths, default=1)} steps" if alone else "means over some steps"
+    notes = [f"{means}, each step faint"] if faint else []
     notes += ["the area is one standard deviation either way"] if bands else []
     axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
     return lines(series, faint=faint, bands=bands, like=like, note="; ".join(notes), **axes)
-
-
-def _overlay(panel: Panel, runs: Mapping[str, tuple[Sequence[Row], Sequence[Row]]]) -> Markup:
-    """One quantity of several runs: name -> (metrics, evals). A run without it keeps its place in the legend."""
-    key, series, faint, like = panel.keys[0], {}, {}, {}
-    for name, (metrics, _) in runs.items():
-        x, y = column(metrics, key)
-        width = _width(len(x), key)
-        series[name] = (x, running_mean(y, width))
-        faint |= {name: (x, y)} if width > 1 else {}
-    for name, (_, evals) in runs.items():
-        x, y = column(evals, key)
-        if len(x):
-            series[f"{name}, {HELD_OUT}"] = (x, y)
-            like[f"{name}, {HELD_OUT}"] = name
-    note = "means over some steps, each step faint" if faint else ""
-    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
-    return lines(series, faint=faint, like=like, note=note, **axes)
 
 
 def _is_wide(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
@@ -171,12 +153,6 @@ def _is_wide(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
     values = np.concatenate([y for _, y in series.values()])
     values = values[np.isfinite(values) & (values > 0)]
     return bool(len(values)) and values.max() > 10 * values.min()
-
-
-def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the rows that have the key; a value that is no number is NaN."""
-    found = [row for row in rows if key in row]
-    return tuple(np.array([number(row[name]) for row in found], np.float64) for name in ("step", key))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -195,7 +171,7 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 def _width(count: int, key: str) -> int:
     """How many of `count` values are averaged; 1 for few values and for what is not noisy."""
-    if count < _SMOOTH_FROM or key in _EXACT:
+    if count < _SMOOTH_FROM or quantity(key).kind == "last":
         return 1
     return min(max(_SMOOTH_LEAST, count // _SMOOTH_PART), _SMOOTH_MOST)
 

@@ -33,7 +33,7 @@ def sections(root) -> list[str]:
 
 def test_the_page_of_a_fine_tuning_run(tmp_path):
     root = page(write_sft(tmp_path, steps=60))
-    assert sections(root) == ["curves", "figures", "quarantine", "config"]
+    assert sections(root) == ["curves", "figures", "quarantine", "files", "config"]
     assert root.all("h1")[0].text == f"{tmp_path.name} (sft)"
     keys = [e.text for e in root.all("section")[-1].all("code")]
     assert keys[keys.index("optim.lr") + 1] == "2e-05"
@@ -43,7 +43,7 @@ def test_the_page_of_a_fine_tuning_run(tmp_path):
 
 def test_the_page_of_a_grpo_run(tmp_path):
     root = page(write_grpo(tmp_path, steps=60, groups=3, branches=4), options=BrowserOptions(frames=3))
-    assert sections(root) == ["curves", "completions", "figures", "config"]
+    assert sections(root) == ["curves", "completions", "figures", "files", "config"]
     cards = root.all("article")
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(cards) == len(rows) == 12
@@ -60,7 +60,7 @@ def test_the_page_of_a_grpo_run(tmp_path):
 
 def test_the_page_of_an_evaluation(tmp_path):
     root = page(write_eval(tmp_path, clips=2))
-    assert sections(root) == ["evaluation", "predictions", "config"]
+    assert sections(root) == ["evaluation", "predictions", "files", "config"]
     assert "There is no results.json" in root.text and len(root.all("article")) == 8
     (tmp_path / "results.json").write_text('{"groups": [{"table": "all", "name": "all", "n": 8, "accuracy": 0.125}]}')
     root = page(tmp_path)

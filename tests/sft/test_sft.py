@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from configs import sft as sft_config
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
-from mllm4d_jax.run.log import RunLog, read_metrics
+from mllm4d_jax.run.log import RunLog
 from mllm4d_jax.run.loop import TrainingRun
 from mllm4d_jax.run.progress import Progress, StopSignal, TrainingError
 from mllm4d_jax.run.start import StartError
@@ -49,7 +50,7 @@ def train(config, workdir, stop_at=STEPS):
     c, stop = config.train, StopAt(stop_at)
     with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints:
         setup = set_up(config, workdir, checkpoints)
-        log = RunLog(workdir, steps=c.steps, start=setup.progress.step, log_every=c.log_every)
+        log = RunLog(workdir, sft.DISPLAY, steps=c.steps, start=setup.progress.step, log_every=c.log_every)
         run = TrainingRun(config, workdir, checkpoints, setup.content, setup.progress, log, stop)
         stop.run = run
         with setup.encoder, run:
@@ -67,7 +68,7 @@ TIMES = {"step_s", "data_wait_s", "compiles"}
 
 
 def curve(workdir):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_steps(workdir / "metrics.jsonl")]
 
 
 def test_resume_is_exact(config, straight, tmp_path):
@@ -244,6 +245,6 @@ def test_the_tiny_config_learns(tmp_path):
     config = sft_config.get_config("tiny")
     config.train.batch_size = 8
     assert sft.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_steps(tmp_path / "metrics.jsonl")
     assert np.mean([r["loss"] for r in rows[-20:]]) < 0.1 * np.mean([r["loss"] for r in rows[:5]])
     assert rows[-1]["retraces"] == 0
