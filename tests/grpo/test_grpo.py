@@ -12,10 +12,12 @@ import pytest
 from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.grpo import task as grpo
 from mllm4d_jax.grpo.task import Rounds
+from mllm4d_jax.report.build import close_run
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.preflight import PreflightError
 from tests.grpo import grpo_cases
 from tests.grpo.grpo_cases import final, make_config, same_bits
+from tests.report.reading import read
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +166,15 @@ def test_what_a_run_writes(tiny_world, tmp_path):
     assert all(abs(sum(values)) < 1e-3 for values in groups.values())
     bad_rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["index"], row["reason"]) for row in bad_rows] == [(1, "bad_solution")]
-    assert (tmp_path / "report.md").read_text().count("| 5 | 3 |") == 1 and (tmp_path / "curve.png").stat().st_size > 0
+    said = close_run(tmp_path)
+    assert f"held-out reward: {evals[0]['reward']:.3f} after step 0, highest " in said and "rollouts/s" in said
+    root = read((tmp_path / "report.html").read_text())
+    tables = {table.all("caption")[0].text: table for table in root.all("table")}
+    rows = [[cell.text for cell in row.all("td")] for row in tables["Held-out prompts"].all("tbody")[0].all("tr")]
+    assert [row[:2] for row in rows] == [["0", "3"], ["4", "3"], ["5", "3"]]
+    phases = [cell.text for cell in tables["Phases of a step, mean after the first tenth"].all("th")]
+    assert phases == ["seconds", "data", "vision", "prefill", "decode", "score", "update"]
+    assert "completions of a step" in tables["The run"].text
 
 
 @pytest.mark.parametrize(
