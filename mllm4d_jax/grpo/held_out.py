@@ -74,7 +74,7 @@ class HeldOut:
 
 
 def mean_rewards(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """ "reward" (the total) and "reward/NAME": means over completions."""
-    names = list(dict.fromkeys(name for values in rewards for name in values))
-    means = {f"reward/{name}": float(np.mean([values[name] for values in rewards])) for name in names}
-    return {"reward": means["reward/total"], **means}
+    """Return the means over completions: "reward", which is the total, and "reward/NAME" of every component."""
+    names = dict.fromkeys(name for values in rewards for name in values)
+    means = {name: float(np.mean([values[name] for values in rewards])) for name in names}
+    return {"reward": means.pop("total"), **{f"reward/{name}": mean for name, mean in means.items()}}

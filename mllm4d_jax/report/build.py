@@ -101,8 +101,7 @@ def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
     sections = [Section("runs", "Runs", compare.tile_columns(runs))]
     if any(found.metrics or found.evals for found in runs.values()):
         sections.append(Section("curves", "Curves", curve_section(runs)))
-        tables = [compare.metric_columns(runs), compare.held_out_columns(runs)]
-        sections.append(Section("figures", "Figures", join(tables)))
+        sections.append(Section("figures", "Figures", join(compare.figure_columns(runs))))
     counted, results = compare.accuracy_columns(runs), compare.result_columns(runs)
     if counted or results:
         sections.append(Section("evaluation", "Evaluation", join([counted, *results])))

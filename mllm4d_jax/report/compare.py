@@ -23,7 +23,7 @@ def labels(first: Run, second: Run) -> tuple[str, str]:
 
 
 def tile_columns(runs: Mapping[str, Run]) -> Markup:
-    """What a run's own page has at its top, what is said about it, and where the run is."""
+    """Return what a run's own page has at its top, what is said about it, and where the run is."""
     found = [
         dict(summary.tiles(run)) | run.facts | summary.findings(run) | {"workdir": str(run.path)}
         for run in runs.values()
@@ -33,20 +33,19 @@ def tile_columns(runs: Mapping[str, Run]) -> Markup:
     return table([Column("of the whole run"), *(Column(name) for name in runs)], rows, caption="Both runs")
 
 
-def metric_columns(runs: Mapping[str, Run]) -> Markup:
-    """Every quantity of the training steps over the last tenth of each run, and the difference."""
-    last = [tenths(run.metrics)[-1] if run.metrics else () for run in runs.values()]
-    names = list(dict.fromkeys(name for run in runs.values() for name in quantities(run.metrics)))
-    rows = [[name, *_figures([over(part, name) for part in last])] for name in names]
-    return table(_heads(runs, "quantity"), rows, caption="Last tenth of the steps", filter=True)
-
-
-def held_out_columns(runs: Mapping[str, Run]) -> Markup | None:
-    """The last held-out evaluation of each run; None if neither has one."""
-    last = [run.evals[-1:] for run in runs.values()]
-    names = list(dict.fromkeys(name for part in last for name in quantities(part)))
-    rows = [[name, *_figures([over(part, name) for part in last])] for name in names]
-    return table(_heads(runs, "quantity"), rows, caption="Last evaluation on held-out prompts") if rows else None
+def figure_columns(runs: Mapping[str, Run]) -> list[Markup]:
+    """Return every quantity over the last tenth of each run's steps, and of its last held-out evaluation."""
+    parts = {
+        "Last tenth of the steps": [tenths(run.metrics)[-1] if run.metrics else () for run in runs.values()],
+        "Last evaluation on held-out prompts": [run.evals[-1:] for run in runs.values()],
+    }
+    heads = [Column("quantity"), *(Column(name, True) for name in runs), Column("difference", True)]
+    made = []
+    for caption, rows in parts.items():
+        values = {name: [over(part, name) for part in rows] for part in rows for name in quantities(part)}
+        cells = [[name, *map(summary.figure, two), _difference(two)] for name, two in values.items()]
+        made += [table(heads, cells, caption=caption, filter=len(cells) > 8)] if cells else []
+    return made
 
 
 def accuracy_columns(runs: Mapping[str, Run]) -> Markup | None:
@@ -83,7 +82,7 @@ def config_columns(runs: Mapping[str, Run]) -> Markup:
     configs = [run.config for run in runs.values()]
     missing = object()
     keys = sorted({key for config in configs for key in config})
-    differing = [key for key in keys if len({_frozen(config.get(key, missing)) for config in configs}) > 1]
+    differing = [key for key in keys if len({repr(config.get(key, missing)) for config in configs}) > 1]
     rows = [
         [tag("code", key), *(tag("code", summary.value_text(c[key])) if key in c else "–" for c in configs)]
         for key in differing
@@ -115,21 +114,9 @@ def differing(found: Mapping[tuple[str, str], Sequence[tuple[Place, Place]]]) ->
     return [pair for outcomes, places in sorted(found.items()) if outcomes.count("correct") == 1 for pair in places]
 
 
-def _heads(runs: Mapping[str, Run], first: str) -> list[Column]:
-    return [Column(first), *(Column(name, True) for name in runs), Column("difference", True)]
-
-
-def _figures(values: Sequence[float]) -> list[Cell]:
-    return [*(summary.figure(value) for value in values), _difference(values)]
-
-
 def _difference(values: Sequence[float], *, percent: bool = False) -> Cell:
     """Second less first; a dash where one is missing."""
     change = values[1] - values[0]
     if not math.isfinite(change):
         return Cell("–", math.nan)
     return Cell(f"{100 * change:+.1f} points" if percent else f"{change:+.4g}", change)
-
-
-def _frozen(value: Any) -> str:
-    return repr(value)

@@ -17,7 +17,6 @@ _SMOOTH_FROM = 50  # steps; shorter runs are drawn as they are
 _SMOOTH_PART, _SMOOTH_LEAST, _SMOOTH_MOST = 25, 5, 200  # the mean is over this part of the run, within these steps
 _BLOCK = 4096  # steps averaged at once, for the sake of memory
 HELD_OUT = "held out"
-Evolution = tuple[Sequence[Row], Sequence[Row]]  # rows of a run's training steps and of its held-out evaluations
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,19 @@ _SPEED = (
     Panel("Memory", "GiB per device", ("memory_gib",)),
     Panel("Records in quarantine", "so far", ("quarantined",)),
 )
-_TIME, _REWARD, _STD, _TOTAL = "time/", "reward/", "reward_std/", "reward/total"
+_TIME, _REWARD, _STD = "time/", "reward/", "reward_std/"
 _OTHER = "Other quantities"
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
     """(group, panels) of everything these rows hold a number of."""
     present = {key for key in quantities(rows) if key != "n"}  # which is the same at every evaluation
-    rewards = sorted((key for key in present if key.startswith(_REWARD)), key=lambda key: (key != _TOTAL, key))
+    rewards = sorted(key for key in present if key.startswith(_REWARD))
+    components = (Panel(f"Reward: {key.removeprefix(_REWARD)}", "reward", (key,)) for key in rewards)
     times = tuple(sorted(key for key in present if key.startswith(_TIME)))
     named = [
         ("Learning", _LEARNING),
-        ("Rewards", tuple(Panel(_reward_title(key), "reward", (key,)) for key in rewards)),
+        ("Rewards", (Panel("Total reward", "reward", ("reward",)), *components)),
         ("Policy", _POLICY),
         ("Speed", (*_SPEED, Panel("Phases of a step", "seconds", times))),
     ]
@@ -83,21 +83,16 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
     return found
 
 
-def _reward_title(key: str) -> str:
-    return "Total reward" if key == _TOTAL else f"Reward: {key.removeprefix(_REWARD)}"
-
-
 def curve_section(runs: Mapping[str, Run]) -> Markup:
     """Return the charts of a run (name -> run), or of several over each other, with the held-out values there are.
 
     A quantity of several runs has a chart of its own, and each run one colour throughout.
     """
-    named = {name: (_named(run.metrics), _named(run.evals)) for name, run in runs.items()}
     parts = []
-    for group, panels in groups([row for pair in named.values() for rows in pair for row in rows]):
+    for group, panels in groups([row for run in runs.values() for row in (*run.metrics, *run.evals)]):
         if len(runs) > 1:
             panels = [part for panel in panels for part in _split(panel)]
-        parts.append(_group(group, [_chart(panel, named) for panel in panels]))
+        parts.append(_group(group, [_chart(panel, runs) for panel in panels]))
     return join(parts)
 
 
@@ -115,29 +110,22 @@ def _group(name: str, charts: Sequence[Markup]) -> Markup:
     return join([tag("h3", name), body])
 
 
-def _named(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose mean total reward has the name that its standard deviation has."""
-    return [
-        {_TOTAL if key == "reward" and _TOTAL not in row else key: value for key, value in row.items()} for row in rows
-    ]
-
-
-def _chart(panel: Panel, runs: Mapping[str, Evolution]) -> Markup:
+def _chart(panel: Panel, runs: Mapping[str, Run]) -> Markup:
     """Some quantities of one run, or one quantity of several; a run without it keeps its place in the legend."""
     series, faint, bands, like, widths = {}, {}, {}, {}, set()
     alone = len(runs) == 1
-    named = [(_short(key) if alone else run, key, *rows) for run, rows in runs.items() for key in panel.keys]
-    for name, key, metrics, _ in named:
-        x, y = column(metrics, key)
+    named = [(_short(key) if alone else name, key, run) for name, run in runs.items() for key in panel.keys]
+    for name, key, run in named:
+        x, y = column(run.metrics, key)
         width = _width(len(x), key)
         if len(x) or not alone:
             series[name] = (x, running_mean(y, width))
         if width > 1:
             faint[name] = (x, y)
             widths.add(width)
-        bands |= _band(metrics, key, name, width) if alone else {}
-    for name, key, _, evals in named:
-        x, y = column(evals, key)
+        bands |= _band(run.metrics, key, name, width) if alone else {}
+    for name, key, run in named:
+        x, y = column(run.evals, key)
         if len(x):
             like |= {f"{name}, {HELD_OUT}": name} if name in series else {}
             series[f"{name}, {HELD_OUT}"] = (x, y)
@@ -178,9 +166,9 @@ def _width(count: int, key: str) -> int:
 
 def _band(metrics: Sequence[Row], key: str, name: str, width: int) -> dict[str, tuple]:
     """name -> (steps, mean reward less its standard deviation, and plus it), where the rows have one; {} without."""
-    std_key = key.replace(_REWARD, _STD, 1)
+    std_key = f"{_STD}{'total' if key == 'reward' else key.removeprefix(_REWARD)}"
     rows = [row for row in metrics if key in row and std_key in row]
-    if not key.startswith(_REWARD) or not rows:
+    if not rows:
         return {}
     x, mean = column(rows, key)
     mean, std = running_mean(mean, width), running_mean(column(rows, std_key)[1], width)

@@ -21,6 +21,8 @@ CONFIG, FACTS, METRICS, EVALS, RESULTS = "config.json", "facts.json", "metrics.j
 COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"
 SHOWN = (METRICS, EVALS, COMPLETIONS, PREDICTIONS, RESULTS)  # one of them makes a report
 
+MAX_DEPTH = 8  # levels of a JSON value that are told apart
+
 Place = tuple[Path, int]  # file and byte at which a line starts
 
 
@@ -143,13 +145,13 @@ def text(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf."""
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
+def flat(value: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf of an object; objects below `MAX_DEPTH` levels and lists are leaves."""
+    for name, part in value.items():
+        if isinstance(part, Mapping) and part and depth < MAX_DEPTH:
+            yield from flat(part, f"{prefix}{name}.", depth + 1)
         else:
-            yield f"{prefix}{name}", value
+            yield f"{prefix}{name}", part
 
 
 def outcome_of_prediction(row: Mapping[str, Any]) -> str:

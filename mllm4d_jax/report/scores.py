@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
 from mllm4d_jax.report.page import number as number_cell
-from mllm4d_jax.report.reading import PredictionPlace, number, text
+from mllm4d_jax.report.reading import MAX_DEPTH, PredictionPlace, flat, number, text
 from mllm4d_jax.report.said import shortened
 
 _MAX_ROWS = 2000  # of one table of results.json
 # Fields of results.json that are shares, which are shown in percent; `low` and `high` are the ends of their interval.
 _SHARES = frozenset({"accuracy", "chance", "best_letter", "first", "second", "difference", "detectable", "level"})
 _FIELD = 600  # bytes of a value
-_DEEP = 8  # levels of results.json
 
 
 @dataclass(frozen=True)
@@ -94,38 +93,31 @@ def result_tables(results: Any) -> Markup:
     return join([_table(name, rows) for name, rows in named_rows(results)])
 
 
-def named_rows(value: Any) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """(name, rows of plain values) of the tables in a JSON value.
+def named_rows(results: Any) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Return (name, rows of plain values) of the tables in a JSON value.
 
     A list of objects is a table with a row each, and so is an object of objects, with their names in front. All plain
     values elsewhere make one more table of names and values, the last.
     """
     tables: list[tuple[str, list[Mapping[str, Any]]]] = []
-    plain: dict[str, Any] = {}
-    _collect(value, "", 0, tables, plain)
-    if plain:
-        tables.append(("further values", [{"name": name, "value": shown(part, name)} for name, part in plain.items()]))
-    return tables
+    plain: list[Mapping[str, Any]] = []
 
-
-def _collect(value: Any, path: str, depth: int, tables: list, plain: dict[str, Any]) -> None:
-    """Adds what is found at `path` to the tables and to the plain values."""
-    if isinstance(value, list):
-        rows = [dict(_leaves(row)) for row in value if isinstance(row, Mapping)]
+    def collect(value: Any, path: str, depth: int) -> None:
+        members = value if isinstance(value, list) else []
+        rows = [dict(flat(row)) for row in members if isinstance(row, Mapping)]
+        nested = isinstance(value, Mapping) and depth <= MAX_DEPTH
+        if nested and len(value) > 1 and all(isinstance(part, Mapping) for part in value.values()):
+            rows = [{"name": name, **dict(flat(part))} for name, part in value.items()]
         if rows:
             tables.append((path or "results", rows))
-        elif value:
-            plain[path or "results"] = "; ".join(_in_line(part) for part in value)
-    elif not isinstance(value, Mapping):
-        if value not in (None, ""):
-            plain[path or "results"] = value
-    elif depth > _DEEP:
-        plain[path] = text(value)
-    elif len(value) > 1 and all(isinstance(part, Mapping) for part in value.values()):
-        tables.append((path or "results", [{"name": key, **dict(_leaves(part))} for key, part in value.items()]))
-    else:
-        for key, part in value.items():
-            _collect(part, f"{path}.{key}" if path else key, depth + 1, tables, plain)
+        elif nested:
+            for name, part in value.items():
+                collect(part, f"{path}.{name}" if path else name, depth + 1)
+        elif value not in (None, "", []):
+            plain.append({"name": path or "results", "value": shown(value, path)})
+
+    collect(results, "", 0)
+    return [*tables, *([("further values", plain)] if plain else [])]
 
 
 def accuracies(results: Any) -> dict[tuple[str, str], tuple[float, float]]:
@@ -136,24 +128,6 @@ def accuracies(results: Any) -> dict[tuple[str, str], tuple[float, float]]:
         (text(group.get("table")), text(group.get("name"))): (number(group.get("n")), number(group.get("accuracy")))
         for group in found
     }
-
-
-def _leaves(row: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Dotted name -> plain value of an object; what lists hold becomes text."""
-    for key, value in row.items():
-        if isinstance(value, Mapping) and depth < _DEEP:
-            yield from _leaves(value, f"{prefix}{key}.", depth + 1)
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", "; ".join(_in_line(part) for part in value)
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _in_line(value: Any) -> str:
-    """A member of a list as text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {shown(part, key)}" for key, part in value.items())
-    return shown(value)
 
 
 def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,11 +166,19 @@ def _cell(value: Any, key: str) -> Cell:
 
 
 def shown(value: Any, key: str = "") -> Markup:
-    """A plain value as text: whole numbers in full, shares in percent, others with four digits."""
+    """Return a value as text: whole numbers in full, shares in percent, others with four digits, lists in one line."""
+    return shortened(_said(value, key), _FIELD)
+
+
+def _said(value: Any, key: str = "") -> str:
     if isinstance(value, bool) or value is None:
-        return shortened({True: "yes", False: "no", None: "–"}[value], _FIELD)
+        return {True: "yes", False: "no", None: "–"}[value]
     if key.rpartition(".")[2] in _SHARES and math.isfinite(number(value)):
-        return shortened(f"{number(value):.1%}", _FIELD)
-    if isinstance(value, int):
-        return shortened(f"{value:,}", _FIELD)
-    return shortened(f"{value:.4g}" if isinstance(value, float) else text(value), _FIELD)
+        return f"{number(value):.1%}"
+    if isinstance(value, (int, float)):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, list):
+        return "; ".join(map(_said, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_said(part, name)}" for name, part in value.items())
+    return text(value)

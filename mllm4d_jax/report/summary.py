@@ -22,7 +22,7 @@ _MAX_ROWS = 500  # of the table of quarantined records
 _FIELD = 600  # bytes of a value
 _SPEED = ("step_s", "qa_per_s", "rollouts_per_s", "tokens_per_s_device", "mfu", "padding", "data_wait", "memory_gib")
 _LEARNING = ("loss", "accuracy", "completion_tokens", "truncated", "dead_groups", "kl", "entropy", "gap", "lr")
-_TIME, _REWARD, _TOTAL = "time/", "reward/", "reward/total"
+_TIME, _REWARD = "time/", "reward/"
 _FILES = {
     reading.METRICS: "one line per step; tb/: the same for TensorBoard (tensorboard --logdir tb)",
     reading.EVALS: "one line per evaluation on held-out prompts",
@@ -126,7 +126,7 @@ def steps_table(rows: Sequence[Row]) -> Markup | None:
     """Return the steps in ten parts; None without any."""
     parts = tenths(rows)
     means = [summary(part) for part in parts]
-    rewards = [key for key in means[0] if key.startswith(_REWARD) and key != _TOTAL] if means else []
+    rewards = [key for key in means[0] if key.startswith(_REWARD)] if means else []
     shown = [key for key in ("reward", *rewards, *_LEARNING, *_SPEED) if any(key in mean for mean in means)]
     spans = [f"{written(part[0], 'step')}-{written(part[-1], 'step')}" for part in parts]
     return _course_table("steps", spans, means, shown, "Steps in ten parts")
@@ -136,8 +136,7 @@ def evals_table(rows: Sequence[Row]) -> Markup | None:
     """Return every evaluation on held-out prompts; None without any."""
     steps = [written(row, "step") for row in rows]
     known = [{key: number(row.get(key)) for key in quantities([row])} for row in rows]
-    shown = [key for key in quantities(rows) if key != _TOTAL]
-    return _course_table("after step", steps, known, shown, "Held-out prompts")
+    return _course_table("after step", steps, known, quantities(rows), "Held-out prompts")
 
 
 def _course_table(

@@ -61,7 +61,7 @@ def test_a_grpo_run_has_every_reward_with_its_spread_and_the_held_out_values(tmp
     assert all(figures[title].all("path", "band") for title in rewards)
     assert not figures["Loss"].all("path", "band")
     total = [e.text for e in figures["Total reward"].all("ul")[0].all("span")]
-    assert total == ["total", "total, held out"]
+    assert total == ["reward", "reward, held out"]
     assert [e.text for e in figures["Phases of a step"].all("ul")[0].all("span")] == [
         "data", "decode", "prefill", "score", "update", "vision"]  # fmt: skip
     assert "Other quantities" not in root.text
