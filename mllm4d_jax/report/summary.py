@@ -117,7 +117,7 @@ def figure_tables(run: Run) -> Markup:
     """Return everything there is about a run in numbers."""
     said = dict(run.facts) | findings(run)
     about = [[name, shortened(value, _FIELD)] for name, value in said.items()]
-    tables = [table([Column("about the run"), Column("")], about, caption="The run")] if about else []
+    tables = [table([Column("about the run"), Column("value")], about, caption="The run")] if about else []
     tables += [steps_table(run.metrics), phases_table(run.metrics), evals_table(run.evals), metric_table(run.metrics)]
     return join(tables)
 
