@@ -42,12 +42,19 @@ class Line(NamedTuple):
 def append(path: str | Path, rows: Iterable[Row]) -> None:
     """Append rows to a file, made if need be; once this returns, the end of the process cannot lose them.
 
-    Everything but ASCII is escaped, so that no reader finds a line break inside a row. A file that a killed run may
-    have left has to be taken up with `rewind` first.
+    A file that a killed run may have left has to be taken up with `rewind` first.
     """
-    data = "".join(f"{json.dumps(row)}\n" for row in rows).encode("ascii")
+    data = encoded(rows)
     with open(path, "ab") as file:
         file.write(data)
+
+
+def encoded(rows: Iterable[Row]) -> bytes:
+    """Return rows as lines of a file.
+
+    Everything but ASCII is escaped, so that no reader finds a line break inside a row.
+    """
+    return "".join(f"{json.dumps(row)}\n" for row in rows).encode("ascii")
 
 
 def scan(path: str | Path) -> Iterator[Line]:

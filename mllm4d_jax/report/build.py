@@ -12,7 +12,7 @@ from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, 
 from mllm4d_jax.report.curves import curve_section
 from mllm4d_jax.report.items import completion_item, prediction_item
 from mllm4d_jax.report.page import Section, join
-from mllm4d_jax.report.reading import CompletionPlace, ReportError, Run, read_at, read_run
+from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError, Run, read_at, read_run
 
 REPORT = "report.html"
 
@@ -130,9 +130,10 @@ def _completions(found: Run, options: BrowserOptions) -> list[Section]:
 
 
 def _predictions(found: Run, options: BrowserOptions) -> list[Section]:
-    chosen = [found.predictions[n] for n in spread(len(found.predictions), options.answers)]
+    chosen = choose_predictions(found.predictions, options.answers)
     entries = [{"": prediction_item(read_at(one.place))} for one in chosen]
-    return _answers("predictions", "Predictions", entries, len(found.predictions), "evenly over the file", options)
+    how = "evenly over the file, those first that are wrong, unparsed or contradictory"
+    return _answers("predictions", "Predictions", entries, len(found.predictions), how, options)
 
 
 def _answered_by_both(first: Run, second: Run, names: Sequence[str], options: BrowserOptions) -> list[Section]:
@@ -180,6 +181,16 @@ def choose_completions(places: Sequence[CompletionPlace], limit: int) -> list[Co
     size = max(len(group) for group in ordered)
     kept = [ordered[n] for n in spread(len(ordered), max(1, limit // size))]
     return [one for group in kept for one in group][:limit]
+
+
+def choose_predictions(places: Sequence[PredictionPlace], limit: int) -> list[PredictionPlace]:
+    """At most `limit` predictions in order: evenly over the doubtful ones, and what is left of it over the others."""
+    kinds: tuple[list[int], list[int]] = [], []
+    for n, one in enumerate(places):
+        kinds[one.outcome == "correct" and not one.conflict].append(n)
+    kept = [kinds[0][n] for n in spread(len(kinds[0]), limit)]
+    kept += [kinds[1][n] for n in spread(len(kinds[1]), limit - len(kept))]
+    return [places[n] for n in sorted(kept)]
 
 
 def _notes(runs: Sequence[Run]) -> list[Section]:

@@ -19,9 +19,8 @@ from mllm4d_jax.files.jsonl import Row
 
 CONFIG, FACTS, METRICS, EVALS, RESULTS = "config.json", "facts.json", "metrics.jsonl", "evals.jsonl", "results.json"
 COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"
+SCORED = "scored.jsonl"  # predictions as the newest scoring read them; shown in their place
 SHOWN = (METRICS, EVALS, COMPLETIONS, PREDICTIONS, RESULTS)  # one of them makes a report
-
-MAX_DEPTH = 8  # levels of a JSON value that are told apart
 
 Place = tuple[Path, int]  # file and byte at which a line starts
 
@@ -95,7 +94,8 @@ def read_run(workdir: str | Path) -> Run:
     notes: list[str] = []
     metrics, evals = (_by_step(row for _, row in _scan(path / name, notes)) for name in (METRICS, EVALS))
     completions = _unique(_completion(*found) for found in _scan(path / COMPLETIONS, notes))
-    predictions = _unique(_prediction(*found) for found in _scan(path / PREDICTIONS, notes))
+    answers = SCORED if (path / SCORED).is_file() else PREDICTIONS
+    predictions = _unique(_prediction(*found) for found in _scan(path / answers, notes))
     results = _json(path / RESULTS, notes)
     if not (metrics or evals or completions or predictions or results):
         raise ReportError(
@@ -145,13 +145,13 @@ def text(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def flat(value: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of every leaf of an object; objects below `MAX_DEPTH` levels and lists are leaves."""
-    for name, part in value.items():
-        if isinstance(part, Mapping) and part and depth < MAX_DEPTH:
-            yield from flat(part, f"{prefix}{name}.", depth + 1)
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of every leaf."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", part
+            yield f"{prefix}{name}", value
 
 
 def outcome_of_prediction(row: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ import pytest
 import run as cli
 from mllm4d_jax.data.samples import write_video
 from mllm4d_jax.report.browser import BrowserOptions, spread
-from mllm4d_jax.report.build import choose_completions, write_report
-from mllm4d_jax.report.reading import CompletionPlace, ReportError
+from mllm4d_jax.report.build import choose_completions, choose_predictions, write_report
+from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError
 from tests.report.reading import assert_nothing_external, read
 from tests.report.workdirs import NASTY, write_eval, write_grpo, write_lines, write_sft
 
@@ -136,6 +136,18 @@ def test_too_many_completions_are_sampled_in_whole_groups_over_all_steps():
     assert steps[0] == 0 and steps[-1] == 99 and np.diff(steps).max() < 10
     assert choose_completions(places[:200], 200) == places[:200]
     assert len(choose_completions(places[:12], 5)) == 5
+
+
+def test_doubtful_predictions_are_shown_first():
+    outcomes = ["correct", "wrong", "correct", "unparsed"] * 25
+    places = [PredictionPlace((None, n), str(n), "", "", "", "", o, n % 20 == 0) for n, o in enumerate(outcomes)]
+    doubtful = [one for one in places if one.outcome != "correct" or one.conflict]
+    assert len(doubtful) == 55 and choose_predictions(places, 55) == doubtful
+    some = choose_predictions(places, 20)
+    assert len(some) == 20 and set(some) <= set(doubtful) and places[99] in some and places[0] in some
+    most = choose_predictions(places, 70)
+    assert len(most) == 70 and set(doubtful) <= set(most) and most == sorted(most, key=lambda one: one.place[1])
+    assert choose_predictions(places, 200) == places
 
 
 def test_the_page_says_that_it_shows_a_part(tmp_path):
