@@ -80,13 +80,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_page(folder: pathlib.Path) -> None:
-    """Writes the page of a run, on the first of several processes; a run stopped before its first step has none."""
+    """Write the page of a run and say its figures, on the first of several processes; without a step it has none."""
     from mllm4d_jax.parallel import multihost
     from mllm4d_jax.report import build, reading
 
     if multihost.is_primary() and folder.is_dir():
         try:
-            print(f"report: {build.write_report(folder)}", flush=True)
+            print(build.close_run(folder), flush=True)
         except reading.ReportError as problem:
             print(f"no report: {problem}", file=sys.stderr, flush=True)
 

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from configs import sft as sft_config
 from mllm4d_jax.data.samples import write_sample_world
-from mllm4d_jax.run.log import read_metrics
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.run.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ class Campaign:
 
     def recorded(self, name: str) -> int:
         """Steps in metrics.jsonl."""
-        rows = read_metrics(self.folder / name / "metrics.jsonl")
+        rows = read_steps(self.folder / name / "metrics.jsonl")
         return rows[-1]["step"] if rows else 0
 
     def saved(self, name: str) -> int:
@@ -113,7 +113,7 @@ class Campaign:
 
     def rows(self, name: str, last: int) -> list[dict]:
         """Its metrics up to and with step `last`, times and all: no two runs of a step have the same."""
-        return read_metrics(self.folder / name / "metrics.jsonl", last)
+        return read_steps(self.folder / name / "metrics.jsonl", last)
 
     def meshes(self, name: str) -> list[str]:
         """The device mesh that each of its processes said it has."""
@@ -141,7 +141,7 @@ class Campaign:
         keys = [k for k in theirs if k.startswith("trainable")]
         apart = sum(float(np.sum((ours[k].astype(np.float64) - theirs[k]) ** 2)) for k in keys)
         size = sum(float(np.sum(theirs[k].astype(np.float64) ** 2)) for k in keys)
-        curves = [[row["loss"] for row in read_metrics(self.folder / n / "metrics.jsonl")] for n in (name, "unbroken")]
+        curves = [[row["loss"] for row in read_steps(self.folder / n / "metrics.jsonl")] for n in (name, "unbroken")]
         if any(len(curve) != self.steps for curve in curves):
             raise CampaignError(f"run '{name}' recorded {len(curves[0])} of {self.steps} steps")
         loss = np.max(np.abs(np.subtract(*curves)) / np.abs(curves[1]))

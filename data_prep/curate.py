@@ -18,12 +18,12 @@ from data_prep.questions.splits import split_of
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import Source
 from data_prep.sources.config import make_source
-from data_prep.store.atomic import write_atomic
 from data_prep.store.curate_report import write_curation_report
 from data_prep.store.dataset import write_dataset
 from data_prep.store.export import Output, assemble, check_result
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.teacher.describe import describe
+from mllm4d_jax.files.atomic import write_atomic
 
 OUTPUTS = (
     Output("train.json", "conversations", "train"),

@@ -13,6 +13,7 @@ PACKAGE = "mllm4d_jax"
 # The rooms from the lowest to the highest; a room may import those of the lines below its own, and of its own line
 # nothing but itself.
 ORDER = (
+    {"files"},
     {"qa"},
     {"media"},
     {"encode"},
@@ -23,10 +24,11 @@ ORDER = (
     {"sft", "grpo"},
     {"eval", "export", "verify", "plan"},
 )
-WITHOUT_MODEL = {"qa", "media"}
+WITHOUT_MODEL = {"files", "qa", "media"}
 REPORT = "report"  # pages of all kinds: knows files and clips, and no program that made them
 MAY_IMPORT = {room: set().union(*ORDER[:n]) | {REPORT} for n, line in enumerate(ORDER) for room in line}
 MAY_IMPORT |= {
+    "files": set(),
     "qa": set(),
     "media": {"qa"},
     "encode": {"qa", "media"},
@@ -34,7 +36,8 @@ MAY_IMPORT |= {
     "parallel": set(),
 }
 MAY_IMPORT |= {REPORT: WITHOUT_MODEL, "data_prep": WITHOUT_MODEL | {REPORT}, "configs": set()}
-WITHOUT_JAX = ("qa", "media", "encode", "rows", REPORT, "data_prep", "configs")
+MAY_IMPORT |= {room: MAY_IMPORT[room] | {"files"} for room in ("qa", "media", "encode", "rows", "parallel")}
+WITHOUT_JAX = ("files", "qa", "media", "encode", "rows", REPORT, "data_prep", "configs")
 ENTRY_POINTS = {"run.py", "tools", "tests", "benchmarks"}  # may import anything of the project; nothing imports them
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "grain"}
 TORCH = {"torch", "torchvision", "torchaudio", "transformers", "accelerate", "peft"}
@@ -183,6 +186,8 @@ def test_no_import_cycles():
         ("data_prep/x.py", "from flax import nnx", "data_prep may not import flax"),
         ("data_prep/x.py", "from mllm4d_jax.models import hf", "data_prep may not import models"),
         ("data_prep/x.py", "from mllm4d_jax.generate.sampler import generate", "data_prep may not import generate"),
+        ("mllm4d_jax/files/x.py", "import jax", "files may not import jax"),
+        ("mllm4d_jax/files/x.py", "from mllm4d_jax.qa import records", "files may not import qa"),
         ("mllm4d_jax/qa/rewards.py", "import jax", "qa may not import jax"),
         ("mllm4d_jax/report/x.py", "import jax", "report may not import jax"),
         ("mllm4d_jax/models/x.py", "import torch", "may import torch"),

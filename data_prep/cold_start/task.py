@@ -25,11 +25,11 @@ from data_prep.cold_start import oracle
 from data_prep.cold_start.path_filter import Sample, draw_order, passing, shares, take, threshold
 from data_prep.cold_start.prompt import completion_of, item_frames, path_problem, path_request
 from data_prep.cold_start.r1_items import R1Question, read_items
-from data_prep.store.atomic import remove_partials, write_atomic
 from data_prep.store.export import MANIFEST, RecordWriter
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore
 from data_prep.teacher.client import ReplyError, Teacher, TeacherError
 from data_prep.teacher.config import ENDPOINT, ORACLE, open_teacher
+from mllm4d_jax.files.atomic import remove_partials, write_atomic
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import resolve_media

@@ -23,8 +23,8 @@ from typing import Any, Self
 import numpy as np
 
 from data_prep.errors import SceneError
-from data_prep.store.atomic import write_atomic
 from data_prep.store.npz import MAX_NPZ_BYTES, read_npz
+from mllm4d_jax.files.atomic import write_atomic
 
 # How far the metres can be trusted: measured with a known baseline; with an assumed one (Stereo4D's 63 mm); not at all.
 SCALES = ("metric", "assumed_baseline", "relative")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import cv2
@@ -10,6 +9,7 @@ import numpy as np
 
 from data_prep.errors import SceneError
 from data_prep.sources.stereo4d import frame_files
+from mllm4d_jax.files.atomic import replacing
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.video import VideoClip, read_image
@@ -68,12 +68,11 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, codec: str) ->
     path = Path(path)
     if codec not in CODECS:
         raise SceneError(f"codec {codec!r} unknown; there are {', '.join(CODECS)}")
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")  # the writer needs the ending
     size = (frames.shape[2], frames.shape[1])
-    writer = cv2.VideoWriter(str(partial), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*CODECS[codec]), fps, size)
-    if not writer.isOpened():
-        raise SceneError(f"{path}: this OpenCV cannot write {codec} video; try the other of {[*CODECS]}")
-    for frame in frames:
-        writer.write(np.ascontiguousarray(frame[..., ::-1]))
-    writer.release()
-    os.replace(partial, path)
+    with replacing(path, path.suffix) as partial:
+        writer = cv2.VideoWriter(str(partial), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*CODECS[codec]), fps, size)
+        if not writer.isOpened():
+            raise SceneError(f"{path}: this OpenCV cannot write {codec} video; try the other of {[*CODECS]}")
+        for frame in frames:
+            writer.write(np.ascontiguousarray(frame[..., ::-1]))
+        writer.release()

@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.store.atomic import AtomicFile, remove_partials, write_atomic
 from data_prep.store.parts import ClipResult, ExportError, PartStore
+from mllm4d_jax.files.atomic import open_atomic, remove_partials, write_atomic
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import ROLES, read_conversation
 from mllm4d_jax.qa.rewards import Solution, solution_fields
@@ -161,13 +161,14 @@ class RecordWriter:
 
     def __init__(self, path: str | Path) -> None:
         """Raises ExportError unless the name ends in .json or .jsonl."""
-        self._file, self.records = AtomicFile(path), 0
-        self._list = self._file.path.suffix == ".json"
-        if self._file.path.suffix not in (".json", ".jsonl"):
+        self._opening, self._file = open_atomic(path), None
+        self._hash, self._bytes, self.records = hashlib.sha256(), 0, 0
+        self._list = Path(path).suffix == ".json"
+        if Path(path).suffix not in (".json", ".jsonl"):
             raise ExportError(f"{path}: an output is a .json or a .jsonl file")
 
     def __enter__(self) -> RecordWriter:
-        self._file.__enter__()
+        self._file = self._opening.__enter__()
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -177,17 +178,22 @@ class RecordWriter:
         except (TypeError, ValueError, RecursionError) as error:
             raise ExportError(f"record {record.get('id')!r} cannot be written as JSON: {error}") from error
         lead = (b",\n" if self.records else b"[\n") if self._list else b""
-        self._file.write(lead + data + (b"" if self._list else b"\n"))
+        self._put(lead + data + (b"" if self._list else b"\n"))
         self.records += 1
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += len(data)
 
     def __exit__(self, *error: Any) -> None:
         if self._list and error[0] is None:
-            self._file.write(b"\n]\n" if self.records else b"[]\n")
-        self._file.__exit__(*error)
+            self._put(b"\n]\n" if self.records else b"[]\n")
+        self._opening.__exit__(*error)
 
     def summary(self) -> dict[str, Any]:
         """What the manifest says about the file."""
-        return {"sha256": self._file.sha256, "bytes": self._file.size, "records": self.records}
+        return {"sha256": self._hash.hexdigest(), "bytes": self._bytes, "records": self.records}
 
 
 def assemble(

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from data_prep.store.atomic import remove_partials, write_atomic
+from mllm4d_jax.files.atomic import remove_partials, write_atomic
 from mllm4d_jax.qa.errors import RecordError
 
 PART_FORMAT = 1

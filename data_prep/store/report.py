@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.scenes.relations import LABELS
 from data_prep.scenes.scene import Scene, SceneObject
-from data_prep.store.atomic import write_atomic
+from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.report import page
 from mllm4d_jax.report.charts import bars, histogram
 from mllm4d_jax.report.maps import MapPath, MapPoint, top_map

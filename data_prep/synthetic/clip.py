@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from data_prep.sources.frames import CODECS, write_video
 from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.synthetic.solids import surface_points
 from data_prep.synthetic.worlds import Named, SyntheticConfig, make_world
+from mllm4d_jax.files.atomic import open_atomic, write_atomic
 
 MASK_FORMATS = ("npz", "rle")
 _HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
@@ -226,12 +226,9 @@ def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
+    with open_atomic(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def _write_json(path: Path, document: dict) -> None:
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())

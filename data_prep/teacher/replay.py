@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.store.atomic import write_atomic
+from mllm4d_jax.files.atomic import write_atomic
 
 REPLY_FORMAT = 1
 MAX_REPLY_FILE_BYTES = 2**26

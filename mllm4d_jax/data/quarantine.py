@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.qa.errors import RecordError
 
 MIN_GROUPS = 20  # no verdict on a share before this many groups of questions
 
 
 class QuarantineError(ValueError):
-    """Too many records are unusable to go on."""
+    """Too many records are unusable to go on, or the list of them cannot be read."""
 
 
 class Quarantine:
@@ -20,7 +20,7 @@ class Quarantine:
 
     A record named there is skipped without being tried again, so that a resumed run sees the same examples as the
     first one; delete the file to try all records again. With several hosts each writes a file of its own
-    (`quarantine-1.jsonl`, ...) and skips what any of them knows.
+    (`quarantine.1.jsonl`, ...) and skips what any of them knows.
 
     Attributes:
       path: this host's file.
@@ -46,17 +46,17 @@ class Quarantine:
           fresh: True forgets this host's file (a run from the start).
           host: number of this host.
           per_group: questions that a bad clip takes out together.
+
+        Raises:
+          JsonLinesError: a line is damaged; QuarantineError: it names no record.
         """
-        first = Path(path)
-        self.path = first.with_name(f"{first.stem}-{host}{first.suffix}") if host else first
+        self.path = jsonl.of_host(path, host)
         self.max_rate, self.rejected, self._per_group = max_rate, rejected, per_group
         if fresh:
             self.path.unlink(missing_ok=True)
-        self._known: set[tuple[int, int]] = set()
-        if not fresh:
-            others = first.parent.glob(f"{first.stem}-*{first.suffix}") if first.parent.is_dir() else ()
-            for file in {self.path, first, *others}:
-                self._known |= _read(file, repair=file == self.path)
+        jsonl.rewind(self.path)
+        files = () if fresh else jsonl.of_all_hosts(path)
+        self._known = {_record(file, line) for file in files for line in jsonl.read(file)}
 
     def knows(self, source: int, index: int) -> bool:
         """Whether record `index` of source `source` is unusable."""
@@ -68,8 +68,7 @@ class Quarantine:
             return
         self._known.add((source, index))
         entry = {"source": source, "index": index, "key": error.key, "reason": error.reason, "message": error.message}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        jsonl.append(self.path, [entry])
 
     def count(self, seen: float) -> None:
         """Counts one skipped record among the first `seen` of the run (on this host).
@@ -91,14 +90,12 @@ class Quarantine:
             )
 
 
-def _read(path: Path, repair: bool) -> set[tuple[int, int]]:
-    """The records a file names; `repair` cuts off a line that its process died while writing."""
-    if not path.exists():
-        return set()
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        if repair:
-            path.write_bytes(b"".join(lines))
-    entries = [json.loads(line) for line in lines]
-    return {(entry.get("source", 0), entry["index"]) for entry in entries}
+def _record(path: Path, line: jsonl.Line) -> tuple[int, int]:
+    """Return the source and the index that a line names."""
+    found = line.row.get("source", 0), line.row.get("index")
+    if not all(isinstance(number, int) for number in found):
+        raise QuarantineError(
+            f"{path}, line {line.number}: 'source' and 'index' name no record. Delete this line, or the whole file to "
+            "try all records again"
+        )
+    return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mllm4d_jax.files.atomic import new_folder
 from mllm4d_jax.qa.options import lettered, write_question
 
 SIZE = 64  # pixels, both sides of a clip
@@ -267,15 +267,10 @@ def build_folder(folder: Path, spec: Mapping[str, Any], write: Callable[[Path], 
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise SampleError(f"{folder} is in the way: it holds files that were not written by this program")
-    staging = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    write(staging)
-    listing = {"spec": dict(spec), "files": _sizes(staging)}
-    (staging / _MARKER).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    staging.rename(folder)
+    with new_folder(folder) as staging:
+        write(staging)
+        listing = {"spec": dict(spec), "files": _sizes(staging)}
+        (staging / _MARKER).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
     return True
 
 

@@ -36,6 +36,7 @@ from mllm4d_jax.eval.predictions import (
 )
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.statistics import Bootstrap
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -45,9 +46,9 @@ from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
+from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import row_shape
-from mllm4d_jax.run.log import write_config
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 
 QUARANTINE = "quarantine.jsonl"
@@ -122,7 +123,7 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:
         if multihost.is_primary():
-            write_config(folder / "config.json", config.to_dict())
+            write_json(folder / CONFIG, config.to_dict())
         quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host)
         mine = [i for video in share_of_host(items, (), host, hosts) for i in video]
         known = {items[i].id for i in mine if quarantine.knows(0, i)}

@@ -16,10 +16,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.report.reading import PREDICTIONS
 
-NAME = "predictions.jsonl"
+CONTROLS = ("", "blind", "shuffled")
 # Keys of the config on which no answer depends; a run may go on with other values of these.
 NOT_IN_ANSWERS = (
     "workdir",
@@ -103,10 +105,8 @@ class Prediction:
         )
 
     @classmethod
-    def from_row(cls, row: Any, where: str) -> Self:
-        """A decoded line of a file. Raises PredictionError, beginning with `where`, for anything else."""
-        if not isinstance(row, Mapping):
-            raise PredictionError(f"{where}: is no object")
+    def from_row(cls, row: Mapping[str, Any], where: str) -> Self:
+        """Return the prediction of a file's line. Raises PredictionError, beginning with `where`, for anything else."""
         row = {"control": ""} | row
         missing = [field for field in _FIELDS if field not in row]
         if missing:
@@ -164,19 +164,14 @@ def config_hash(config: Mapping[str, Any], ignore: Collection[str] = NOT_IN_ANSW
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def shard_name(host: int) -> str:
-    """File name of a host's predictions."""
-    return f"predictions.{host}.jsonl" if host else NAME
-
-
 def prediction_files(path: str | Path) -> tuple[Path, ...]:
     """A file itself; of a folder the files of all hosts. Raises PredictionError if there is none."""
     path = Path(path)
     if path.is_file():
         return (path,)
-    found = tuple(sorted({*path.glob("predictions.jsonl"), *path.glob("predictions.*.jsonl")}))
+    found = tuple(jsonl.of_all_hosts(path / PREDICTIONS))
     if not found:
-        raise PredictionError(f"{path}: no such file, and no folder with a {NAME}")
+        raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
     return found
 
 
@@ -188,7 +183,8 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
         left out.
 
     Raises:
-      PredictionError: nothing there, an unreadable line, an id twice, predictions of two configurations.
+      PredictionError: nothing there, a line that is no prediction, an id twice, predictions of two configurations;
+        JsonLinesError: a damaged line.
     """
     return _read(prediction_files(path))
 
@@ -196,9 +192,9 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
 def _read(files: Iterable[Path]) -> tuple[Prediction, ...]:
     found: dict[str, tuple[Prediction, str]] = {}
     for file in files:
-        for number, row in _rows(file):
-            where = f"{file}, line {number}"
-            one = Prediction.from_row(row, where)
+        for line in jsonl.read(file):
+            where = f"{file}, line {line.number}"
+            one = Prediction.from_row(line.row, where)
             if one.id in found:
                 raise PredictionError(f"{where}: question {one.id!r} is also in {found[one.id][1]}")
             first = next(iter(found.values()), None)
@@ -209,22 +205,6 @@ def _read(files: Iterable[Path]) -> tuple[Prediction, ...]:
                 )
             found[one.id] = (one, where)
     return tuple(one for one, _ in found.values())
-
-
-def _rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number from 1, decoded line); a last line that was cut off is left out."""
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, json.loads(line.decode("utf-8"))))
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no line break after it: its writer was killed
-                break
-            raise PredictionError(f"{path}, line {number}: not valid JSON ({error})") from None
-    return rows
 
 
 class PredictionStore:
@@ -243,29 +223,29 @@ class PredictionStore:
           host: number of this host, from 0.
         """
         self.folder, self.config = Path(folder), config
-        self.path = self.folder / shard_name(host)
+        self.path = jsonl.of_host(self.folder / PREDICTIONS, host)
         self.done: frozenset[str] = frozenset()
         self._ids: set[str] = set()
-        self._file: Any = None
+        self._lock: Any = None
 
     def __enter__(self) -> Self:
         """Takes the file and reads what is there.
 
         Raises:
-          PredictionError: another process writes to the file, it belongs to another configuration, or see
-            `read_predictions`.
+          PredictionError, JsonLinesError: another process writes to the file, it belongs to another configuration, or
+            see `read_predictions`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._lock = self.path.open("ab")
         try:
             try:
                 # The kernel drops this lock when the process ends, however it ends.
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise PredictionError(
                     f"another run is writing to {self.path}: wait for it or use another workdir"
                 ) from None
-            self._repair()
+            jsonl.rewind(self.path)
             found = _read(prediction_files(self.folder))
             if found and found[0].config != self.config:
                 raise PredictionError(
@@ -273,28 +253,14 @@ class PredictionStore:
                     f"run is {self.config}): use another workdir, or delete them to start over"
                 )
         except BaseException:
-            self._file.close()
+            self._lock.close()
             raise
         self._ids = {one.id for one in found}
         self.done = frozenset(self._ids)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def _repair(self) -> None:
-        """Cuts off what a killed writer left of a line; a whole line that lacks its line break gets it."""
-        data = self.path.read_bytes()
-        start = data.rfind(b"\n") + 1
-        if start == len(data):
-            return
-        try:
-            json.loads(data[start:].decode("utf-8"))
-        except (ValueError, RecursionError):
-            self._file.truncate(start)
-            return
-        self._file.write(b"\n")
-        self._file.flush()
+        self._lock.close()
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions; once this returns, the end of the process cannot lose them.
@@ -311,14 +277,5 @@ class PredictionStore:
             if one.id in self._ids or one.id in new:
                 raise PredictionError(f"question {one.id!r} is answered already in {self.folder}")
             new.add(one.id)
-        self._file.write(b"".join(_line(one) for one in predictions))
-        self._file.flush()
+        jsonl.append(self.path, [one.to_row() for one in predictions])
         self._ids.update(new)
-
-
-def _line(prediction: Prediction) -> bytes:
-    row = prediction.to_row()
-    try:
-        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # half a surrogate pair has no UTF-8, but JSON has an escape for it
-        return f"{json.dumps(row)}\n".encode()

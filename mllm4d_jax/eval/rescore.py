@@ -5,7 +5,8 @@ A published file is a list of questions (see `qa.benchmarks`) with a `response` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from mllm4d_jax.eval import scoring, tables
 from mllm4d_jax.eval.predictions import Prediction, PredictionError, prediction_files, read_predictions
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.eval.statistics import Bootstrap
+from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.report.reading import SCORED
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Scores what `config.rescore.path` names, writes results.{json,md,html} into the workdir and prints the tables.
+    """Scores what `config.rescore.path` names, writes what `publish` does into the workdir and prints the tables.
 
     Raises:
       PredictionError, BenchmarkError, ScoringError, RecordFileError: files that cannot be used.
@@ -47,16 +51,20 @@ def publish(
     compare: Sequence[Prediction] = (),
     unusable: int = 0,
 ) -> dict[str, Any]:
-    """Writes and prints the results of predictions; returns them (see `scoring.results`).
+    """Write results.json, results.md and scored.jsonl; print the results and return them (see `scoring.results`).
+
+    scored.jsonl has the predictions with what the extractor made of them, for the page of the run.
 
     Args:
       unusable: questions of the run that could not be asked: in no figure, but said, and in the results by this name.
     """
     found = scoring.results(predictions, extractor=extractor, bootstrap=bootstrap, controls=controls, compare=compare)
     found["unusable"] = unusable
-    tables.write_results(workdir, found, _to_browse(scoring.score(predictions, extractor)))
-    print(tables.markdown(found))
-    print(f"results.json, results.md and results.html are in {workdir}", flush=True)
+    tables.write_results(workdir, found)
+    scored = scoring.score(predictions, extractor)
+    rows = (one.prediction.to_row() | asdict(one.found) | {"correct": one.correct} for one in scored)
+    write_atomic(Path(workdir) / SCORED, jsonl.encoded(rows))
+    print(tables.markdown(found), flush=True)
     return found
 
 
@@ -104,10 +112,3 @@ def _is_of_a_run(path: Path) -> bool:
         except RecordError:
             continue
     return False
-
-
-def _to_browse(scored: Sequence[scoring.Scored]) -> list[Mapping[str, Any]]:
-    """Wrong, unparsed and contradictory answers for the page; unparsed ones first, they need looking at most."""
-    doubtful = [s for s in scored if not s.correct or s.found.conflict]
-    doubtful.sort(key=lambda s: (s.found.letter is not None, not s.found.conflict))
-    return [s.prediction.to_row() | {"found": s.found.letter, "rule": s.found.rule} for s in doubtful]

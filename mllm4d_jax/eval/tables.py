@@ -1,16 +1,14 @@
-"""The results of a run as Markdown, JSON and a self-contained HTML page."""
+"""The results of an evaluation as tables of text: in Markdown, and in results.json for the page of the run."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.report import page
-from mllm4d_jax.report.charts import bars
-from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, join, tag
+from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.report.reading import RESULTS
 
 TITLES = {"all": "All questions", "split": "By split", "category": "By category", "subtask": "By subtask"}
 EXPLANATION = {
@@ -25,30 +23,27 @@ PUBLISHED = (
     "The paper's 59.7 % on the real split are the published responses of its fine-tuned model with the blank ones "
     "credited (819 of 1371); strictly they are 58.6 % (804)."
 )
-_MAX_CARDS = 400
-_FILES = ("results.json", "results.md", "results.html")
 
 Results = Mapping[str, Any]
 Row = list[str]
 Block = tuple[str, str, list[str], list[Row]]  # title, note, heads, rows of text
 
 
-def write_results(folder: str | Path, results: Results, wrong: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Writes results.json, results.md and results.html, each whole or not at all.
+def write_results(folder: str | Path, results: Results) -> None:
+    """Write results.json, with its tables as text beside the figures, and results.md, each whole or not at all.
 
     Args:
       folder: the workdir, made if needed.
       results: as `scoring.results` gives them.
-      wrong: answers to show in the page (see `html`).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = (json.dumps(results, indent=1, ensure_ascii=False) + "\n", markdown(results), html(results, wrong))
-    for name, text in zip(_FILES, texts, strict=True):
-        part = folder / f"{name}.part"
-        # Responses may hold halves of surrogate pairs; the page and the tables show them as "?".
-        part.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(part, folder / name)
+    tables = [dict(zip(("title", "note", "heads", "rows"), block, strict=True)) for block in blocks(results)]
+    whole = {**results, "summary": summary(results), "tables": tables}
+    texts = {RESULTS: json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "results.md": markdown(results)}
+    for name, text in texts.items():
+        # Responses may hold halves of surrogate pairs; the tables show them as "?".
+        write_atomic(folder / name, text.encode("utf-8", "replace"))
 
 
 def markdown(results: Results) -> str:
@@ -162,84 +157,6 @@ def _extractors_block(results: Results) -> Block:
 def _letters_block(letters: Sequence[Mapping[str, Any]]) -> Block:
     rows = [[row["letter"], str(row["right"]), str(row["given"])] for row in letters]
     return "Letters", "How often each letter is right, and how often it was given.", ["letter", "right", "given"], rows
-
-
-def html(results: Results, wrong: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The results as a page that loads nothing.
-
-    Args:
-      wrong: answers to browse, objects with the fields of a prediction plus `found` (letter or None) and `rule`; the
-        first 400 are shown.
-    """
-    whole = results["groups"][0]
-    tiles = [("accuracy", f"{_percent(whole['accuracy'])} %"), ("questions", f"{whole['n']:,}")]
-    if results["macro"]:
-        tiles.insert(0, ("mean over subtasks", f"{_percent(results['macro']['accuracy'])} %"))
-    tiles += [("unparsed", f"{whole['unparsed']:,}"), ("chance", f"{_percent(whole['chance'])} %")]
-    sections = [
-        Section(f"table-{n}", title, _html_table(title, heads, rows), note)
-        for n, (title, note, heads, rows) in enumerate(blocks(results))
-    ]
-    sections.insert(1, Section("chart", "Accuracy by group", _chart(results["groups"])))
-    if wrong:
-        shown = f"{min(len(wrong), _MAX_CARDS)} of {len(wrong)}."
-        cards = page.cards([_card(one) for one in wrong[:_MAX_CARDS]], label="answers")
-        sections.append(Section("answers", "Wrong, unparsed and contradictory answers", cards, shown))
-    return page.page(f"Results: {results['benchmark']}", sections, subtitle=summary(results), tiles=tiles)
-
-
-def _html_table(title: str, heads: Sequence[str], rows: Sequence[Row]) -> Markup:
-    numeric = [all(_sort_value(row[n]) is not None for row in rows) and n > 0 for n in range(len(heads))]
-    columns = [Column(head or "group", numeric=numeric[n]) for n, head in enumerate(heads)]
-    cells = [[Cell(text, _sort_value(text) if numeric[n] else None) for n, text in enumerate(row)] for row in rows]
-    return page.table(columns, cells, caption=title, filter=len(rows) > 5)
-
-
-def _sort_value(text: str) -> float | None:
-    """The number that a cell's text begins with; NaN for a dash, None for other text."""
-    if text.startswith("–"):
-        return float("nan")
-    try:
-        return float(text.split(" ", 1)[0])
-    except ValueError:
-        return None
-
-
-def _chart(groups: Sequence[Mapping[str, Any]]) -> Markup:
-    made = []
-    for table, title in TITLES.items():
-        part = [group for group in groups if group["table"] == table]
-        if part and table != "all":
-            series = {
-                "accuracy": [100 * group["accuracy"] for group in part],
-                "chance": [100 * group["chance"] for group in part],
-            }
-            made.append(bars([group["name"] for group in part], series, title=title, unit="%"))
-    if not made:
-        whole = groups[0]
-        series = {"accuracy": [100 * whole["accuracy"]], "chance": [100 * whole["chance"]]}
-        made = [bars(["all"], series, title="All questions", unit="%")]
-    return tag("div", *made, class_="charts")
-
-
-def _card(one: Mapping[str, Any]) -> Card:
-    options = []
-    for letter, text in one["choices"].items():
-        right = letter in one["truth"]
-        options.append(tag("li", f"{letter}. {text}", " ✓" if right else None, class_="good" if right else None))
-    outcome = "unparsed" if one["found"] is None else "wrong" if one["found"] not in one["truth"] else "contradictory"
-    said = one["response"] if one["response"].strip() else "(blank)"
-    body = join(
-        [
-            tag("p", one["question"]),
-            tag("ul", *options, class_="options"),
-            tag("p", f"Found: {one['found'] or 'nothing'} (rule: {one['rule']}); video: {one['video']}", class_="note"),
-            tag("pre", said[:4000]),
-        ]
-    )
-    facets = {"split": one["split"], "outcome": outcome, "rule": one["rule"]}
-    facets |= {name: one[name] for name in ("category", "subtask") if one[name]}
-    return Card(one["id"], body, facets, tone="warn" if outcome == "unparsed" else "")
 
 
 def _with_interval(values: Mapping[str, Any], name: str, *, signed: bool = False) -> str:

@@ -6,7 +6,6 @@ The folder is written beside its place, read back and compared with the model it
 from __future__ import annotations
 
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import ml_collections
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
 from mllm4d_jax.export.merged import ModelExportError, find_changes, write_merged
+from mllm4d_jax.files.atomic import new_folder
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
 from mllm4d_jax.run.start import ModelChoice, TunedModel, choose_model, load_tuned
@@ -111,18 +111,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     del model
     effect = compare(export_check.logits(tuned.model), before)
     empty = not tuned.trained and export_check.is_empty(tuned.model)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
     tolerance = config.tol[config.dtype]
-    try:
+    with new_folder(output) as folder:
         if config.form == "peft":
-            lines = export_peft(tuned, source, partial, config.base_name, tolerance)
+            lines = export_peft(tuned, source, folder, config.base_name, tolerance)
         else:
-            lines = export_merged(tuned, source, partial, tolerance, config.tol.rounding)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            lines = export_merged(tuned, source, folder, tolerance, config.tol.rounding)
     _report(output, source, lines, effect, empty)
     return 0
 

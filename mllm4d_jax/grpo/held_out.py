@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,11 @@ from tqdm import tqdm
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo.actor import Actor
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import as_prompt
-from mllm4d_jax.run.log import keep_until, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +35,9 @@ class HeldOut:
         self._path, self._encoder, self._actor, self._at_once = path, encoder, actor, at_once
         self._number = min(limit, len(encoder.sources[0]))
 
-    def rewind(self, step: int) -> None:
-        """Drops what an interrupted run wrote after a step."""
-        keep_until(self._path, step)
-
     def done(self, step: int) -> bool:
         """Whether the evaluation after so many steps is in the file."""
-        return any(row["step"] == step for row in read_metrics(self._path))
+        return any(row["step"] == step for row in jsonl.read_steps(self._path))
 
     def run(self, weights: tuple, step: int) -> dict[str, Any]:
         """Evaluates the policy after `step` steps and adds a row to the file: means of all rewards.
@@ -64,8 +59,7 @@ class HeldOut:
             raise RecordError("not one of the held-out prompts can be used", "no_prompt", self._encoder.sources[0].name)
         row = {"step": step, "n": len(found), "unusable": unusable, **mean_rewards([values for values, _ in found])}
         row["completion_tokens"] = float(np.mean([length for _, length in found]))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        jsonl.append(self._path, [row])
         return row
 
     def _prompts(self, numbers: Sequence[int]) -> list[Prompt]:
@@ -80,7 +74,7 @@ class HeldOut:
 
 
 def mean_rewards(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """ "reward" (the total) and "reward/NAME": means over completions."""
-    names = list(dict.fromkeys(name for values in rewards for name in values))
-    means = {f"reward/{name}": float(np.mean([values[name] for values in rewards])) for name in names}
-    return {"reward": means["reward/total"], **means}
+    """Return the means over completions: "reward", which is the total, and "reward/NAME" of every component."""
+    names = dict.fromkeys(name for values in rewards for name in values)
+    means = {name: float(np.mean([values[name] for values in rewards])) for name in names}
+    return {"reward": means.pop("total"), **{f"reward/{name}": mean for name, mean in means.items()}}

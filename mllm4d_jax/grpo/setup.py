@@ -16,6 +16,7 @@ from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.draw import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -27,10 +28,10 @@ from mllm4d_jax.grpo.learner import Learner
 from mllm4d_jax.grpo.prompts import PromptLoader
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.records import as_prompt, as_scored_prompt
+from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.run.build import Parts, build, describe_trained, encoder_of, open_held_out, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.digest import content_digests
-from mllm4d_jax.run.log import write_config
 from mllm4d_jax.run.progress import Progress
 from mllm4d_jax.run.start import resume_point, start_from_run
 
@@ -86,7 +87,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     mixture = open_records(config)
     content = content_digests(config.model.path, mixture)
     progress = resume_point(config, content, checkpoints)
-    write_config(workdir / "config.json", config.to_dict())
+    write_json(workdir / CONFIG, config.to_dict())
     parts, objective = build(config), settings.objective_of(config)
     trainable, opt_state = _start(config, workdir, parts.trainable, content, progress), parts.opt_state
     reference = jax.tree.map(lambda x: x.copy(), trainable) if objective.beta > 0 else None

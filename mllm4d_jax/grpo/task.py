@@ -12,22 +12,23 @@ import ml_collections
 import numpy as np
 
 from mllm4d_jax.data.prefetch import Prefetcher
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
 from mllm4d_jax.grpo.learner import Update
-from mllm4d_jax.grpo.log import CompletionLog, line, step_row, summary
+from mllm4d_jax.grpo.log import DISPLAY, completion_lines, step_row
 from mllm4d_jax.grpo.prompts import PromptStep
-from mllm4d_jax.grpo.report import report
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.setup import GrpoSetup, set_up
+from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
 from mllm4d_jax.rows.shape import RowShape
-from mllm4d_jax.run.checkpoint import Checkpoints, flat_config
-from mllm4d_jax.run.log import RunLog, read_metrics
+from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.log import RunLog
 from mllm4d_jax.run.loop import TrainingRun
 from mllm4d_jax.run.progress import StopSignal, TrainingError
 from mllm4d_jax.run.throughput import peak_memory_gib
-from mllm4d_jax.run.workdir import open_workdir, say
+from mllm4d_jax.run.workdir import open_workdir, say, write_facts
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -36,7 +37,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     Args:
       config: every key of the "grpo" task.
       workdir: gets config.json, checkpoints/, start/ (the policy at the start), metrics.jsonl, completions.jsonl,
-        evals.jsonl, tb/, trace/, quarantine.jsonl, curve.png and report.md.
+        evals.jsonl, facts.json, tb/, trace/ and quarantine.jsonl.
 
     Returns:
       0, also when it was asked to stop (SIGINT, SIGTERM): the state is saved and the same command goes on.
@@ -53,11 +54,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     c = config.train
     with Checkpoints(folder / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
         setup = set_up(config, folder, checkpoints)
-        say("\n".join(f"{name}: {value}" for name, value in setup.facts.items()))
+        write_facts(folder, setup.facts)
         done = setup.progress.step
         if done < c.steps:
-            how = dict(steps=c.steps, start=done, log_every=c.log_every, name="grpo", summarize=summary, line=line)
-            log = RunLog(folder, **how)
+            log = RunLog(folder, DISPLAY, steps=c.steps, start=done, log_every=c.log_every)
             under_way = TrainingRun(config, folder, checkpoints, setup.content, setup.progress, log, stop)
             with setup.encoder, under_way:
                 train(setup, under_way)
@@ -65,8 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     if done < c.steps:
         say(f"stopped after step {done} of {c.steps} and saved; the same command goes on from there")
         return 0
-    report(folder, flat_config(config), setup.facts)
-    say(f"{done} steps done: see {folder / 'report.md'}")
+    say(f"{done} steps done")
     return 0
 
 
@@ -162,9 +161,10 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     """Run steps until the last one or until asked to stop, and save. Raises as `task.run`."""
     c, state, start = run.config, setup.state, run.progress.step
     # Of the newest steps; the best checkpoints are chosen by them.
-    rewards = deque((row["reward"] for row in read_metrics(run.workdir / "metrics.jsonl", start)), maxlen=10)
+    rewards = deque((row["reward"] for row in jsonl.read_steps(run.workdir / METRICS, start)), maxlen=10)
+    for name in (EVALS, COMPLETIONS):
+        jsonl.rewind(run.workdir / name, start)
     with (
-        CompletionLog(run.workdir / "completions.jsonl", start, c.train.completions_every) as texts,
         setup.loader,
         setup.actor,
         setup.greedy,
@@ -184,7 +184,6 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
             say(f"held-out after step {step}: reward {row['reward']:.3f} on {row['n']} prompts")
 
         if setup.held_out is not None:
-            setup.held_out.rewind(start)
             run.every(c.eval.every, evaluate, last=True)
             if start % c.eval.every == 0:
                 evaluate(start)
@@ -196,7 +195,9 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
             row = step_row(drawn.rollouts, time.perf_counter() - rounds.started, **values)
             run.record(row)
             rewards.append(row["reward"])
-            texts.write(drawn.prompts, drawn.rollouts, np.asarray(update.advantages))
+            if c.train.completions_every and drawn.rollouts.step % c.train.completions_every == 0:
+                rows = completion_lines(drawn.prompts, drawn.rollouts, np.asarray(update.advantages))
+                jsonl.append(run.workdir / COMPLETIONS, rows)
 
 
 def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dict[str, float | None]]:

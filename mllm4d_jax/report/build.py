@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.report import compare, page, scores, summary
 from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, spread
-from mllm4d_jax.report.curves import curve_section, overlay_section
+from mllm4d_jax.report.curves import curve_section
 from mllm4d_jax.report.items import completion_item, prediction_item
 from mllm4d_jax.report.page import Section, join
-from mllm4d_jax.report.reading import CompletionPlace, ReportError, Run, read_at, read_run
+from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError, Run, read_at, read_run
 
 REPORT = "report.html"
 
@@ -38,7 +38,7 @@ def write_report(
     other: str | Path | None = None,
     options: BrowserOptions | None = None,
 ) -> Path:
-    """Writes the page of a run, whole or not at all, and returns where.
+    """Write the page of a run, whole or not at all, and return where.
 
     Args:
       workdir: of the run.
@@ -51,38 +51,42 @@ def write_report(
     options = options or BrowserOptions()
     found = read_run(workdir)
     html = render(found, options) if other is None else render_pair(found, read_run(other), options)
-    path = Path(out) if out is not None else found.path / REPORT
+    return _write(Path(out) if out is not None else found.path / REPORT, html)
+
+
+def close_run(workdir: str | Path) -> str:
+    """Write the page of a run that has ended; return its figures in a few lines for a terminal, and where the page is.
+
+    Raises:
+      ReportError: see `write_report`.
+    """
+    found = read_run(workdir)
+    path = _write(found.path / REPORT, render(found, BrowserOptions()))
+    return "\n".join([*(f"{name}: {said}" for name, said in summary.findings(found).items()), f"report: {path}"])
+
+
+def _write(path: Path, html: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, html)
+        write_atomic(path, html.encode("utf-8"))
     except OSError as problem:
         raise ReportError(f"the report cannot be written to {path}: {problem}") from problem
     return path
-
-
-def _write_whole(path: Path, html: str) -> None:
-    """Writes beside the file, then renames, so that a page is never seen half."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        part.write_text(html, encoding="utf-8")
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def render(found: Run, options: BrowserOptions) -> str:
     """The page of one run."""
     sections = []
     if found.metrics or found.evals:
-        sections.append(Section("curves", "Curves", curve_section(found)))
+        sections.append(Section("curves", "Curves", curve_section({found.name: found})))
     sections += _evaluation(found)
     sections += _completions(found, options)
     sections += _predictions(found, options)
-    if found.metrics:
-        sections.append(Section("figures", "Figures", summary.metric_table(found)))
+    if found.metrics or found.evals or found.facts:
+        sections.append(Section("figures", "Figures", summary.figure_tables(found)))
     if found.quarantine:
         sections.append(Section("quarantine", "Quarantine", summary.quarantine_section(found.quarantine)))
+    sections.append(Section("files", "Files", summary.file_table(found)))
     if found.config:
         sections.append(Section("config", "Configuration", summary.config_table(found.config)))
     sections += _notes([found])
@@ -96,9 +100,8 @@ def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
     runs = dict(zip(names, (first, second), strict=True))
     sections = [Section("runs", "Runs", compare.tile_columns(runs))]
     if any(found.metrics or found.evals for found in runs.values()):
-        sections.append(Section("curves", "Curves", overlay_section(runs)))
-        tables = [compare.metric_columns(runs), compare.held_out_columns(runs)]
-        sections.append(Section("figures", "Figures", join(tables)))
+        sections.append(Section("curves", "Curves", curve_section(runs)))
+        sections.append(Section("figures", "Figures", join(compare.figure_columns(runs))))
     counted, results = compare.accuracy_columns(runs), compare.result_columns(runs)
     if counted or results:
         sections.append(Section("evaluation", "Evaluation", join([counted, *results])))
@@ -127,9 +130,10 @@ def _completions(found: Run, options: BrowserOptions) -> list[Section]:
 
 
 def _predictions(found: Run, options: BrowserOptions) -> list[Section]:
-    chosen = [found.predictions[n] for n in spread(len(found.predictions), options.answers)]
+    chosen = choose_predictions(found.predictions, options.answers)
     entries = [{"": prediction_item(read_at(one.place))} for one in chosen]
-    return _answers("predictions", "Predictions", entries, len(found.predictions), "evenly over the file", options)
+    how = "evenly over the file, those first that are wrong, unparsed or contradictory"
+    return _answers("predictions", "Predictions", entries, len(found.predictions), how, options)
 
 
 def _answered_by_both(first: Run, second: Run, names: Sequence[str], options: BrowserOptions) -> list[Section]:
@@ -177,6 +181,16 @@ def choose_completions(places: Sequence[CompletionPlace], limit: int) -> list[Co
     size = max(len(group) for group in ordered)
     kept = [ordered[n] for n in spread(len(ordered), max(1, limit // size))]
     return [one for group in kept for one in group][:limit]
+
+
+def choose_predictions(places: Sequence[PredictionPlace], limit: int) -> list[PredictionPlace]:
+    """At most `limit` predictions in order: evenly over the doubtful ones, and what is left of it over the others."""
+    kinds: tuple[list[int], list[int]] = [], []
+    for n, one in enumerate(places):
+        kinds[one.outcome == "correct" and not one.conflict].append(n)
+    kept = [kinds[0][n] for n in spread(len(kinds[0]), limit)]
+    kept += [kinds[1][n] for n in spread(len(kinds[1]), limit - len(kept))]
+    return [places[n] for n in sorted(kept)]
 
 
 def _notes(runs: Sequence[Run]) -> list[Section]:

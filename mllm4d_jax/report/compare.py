@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm4d_jax.report import scores, summary
+from mllm4d_jax.report.columns import over, quantities, tenths
 from mllm4d_jax.report.page import Cell, Column, Markup, join, number, table, tag
 from mllm4d_jax.report.reading import Place, PredictionPlace, Run
 
@@ -22,26 +23,29 @@ def labels(first: Run, second: Run) -> tuple[str, str]:
 
 
 def tile_columns(runs: Mapping[str, Run]) -> Markup:
-    """What a run's own page has at its top, and where the run is."""
-    found = [{**dict(summary.tiles(run)), "workdir": str(run.path)} for run in runs.values()]
+    """Return what a run's own page has at its top, what is said about it, and where the run is."""
+    found = [
+        dict(summary.tiles(run)) | run.facts | summary.findings(run) | {"workdir": str(run.path)}
+        for run in runs.values()
+    ]
     names = list(dict.fromkeys(name for tiles in found for name in tiles))
     rows = [[name, *(tiles.get(name, "–") for tiles in found)] for name in names]
     return table([Column("of the whole run"), *(Column(name) for name in runs)], rows, caption="Both runs")
 
 
-def metric_columns(runs: Mapping[str, Run]) -> Markup:
-    """Every quantity of the training steps over the last tenth of each run, and the difference."""
-    names = list(dict.fromkeys(name for run in runs.values() for name in summary.quantities(run.metrics)))
-    rows = [[name, *_figures([summary.ends(run.metrics, name)[1] for run in runs.values()])] for name in names]
-    return table(_heads(runs, "quantity"), rows, caption="Last tenth of the steps", filter=True)
-
-
-def held_out_columns(runs: Mapping[str, Run]) -> Markup | None:
-    """The last held-out evaluation of each run; None if neither has one."""
-    last = [run.evals[-1] if run.evals else {} for run in runs.values()]
-    names = list(dict.fromkeys(name for row in last for name in summary.quantities([row])))
-    rows = [[name, *_figures([summary.number(row.get(name)) for row in last])] for name in names]
-    return table(_heads(runs, "quantity"), rows, caption="Last evaluation on held-out prompts") if rows else None
+def figure_columns(runs: Mapping[str, Run]) -> list[Markup]:
+    """Return every quantity over the last tenth of each run's steps, and of its last held-out evaluation."""
+    parts = {
+        "Last tenth of the steps": [tenths(run.metrics)[-1] if run.metrics else () for run in runs.values()],
+        "Last evaluation on held-out prompts": [run.evals[-1:] for run in runs.values()],
+    }
+    heads = [Column("quantity"), *(Column(name, True) for name in runs), Column("difference", True)]
+    made = []
+    for caption, rows in parts.items():
+        values = {name: [over(part, name) for part in rows] for part in rows for name in quantities(part)}
+        cells = [[name, *map(summary.figure, two), _difference(two)] for name, two in values.items()]
+        made += [table(heads, cells, caption=caption, filter=len(cells) > 8)] if cells else []
+    return made
 
 
 def accuracy_columns(runs: Mapping[str, Run]) -> Markup | None:
@@ -78,7 +82,7 @@ def config_columns(runs: Mapping[str, Run]) -> Markup:
     configs = [run.config for run in runs.values()]
     missing = object()
     keys = sorted({key for config in configs for key in config})
-    differing = [key for key in keys if len({_frozen(config.get(key, missing)) for config in configs}) > 1]
+    differing = [key for key in keys if len({repr(config.get(key, missing)) for config in configs}) > 1]
     rows = [
         [tag("code", key), *(tag("code", summary.value_text(c[key])) if key in c else "–" for c in configs)]
         for key in differing
@@ -110,21 +114,9 @@ def differing(found: Mapping[tuple[str, str], Sequence[tuple[Place, Place]]]) ->
     return [pair for outcomes, places in sorted(found.items()) if outcomes.count("correct") == 1 for pair in places]
 
 
-def _heads(runs: Mapping[str, Run], first: str) -> list[Column]:
-    return [Column(first), *(Column(name, True) for name in runs), Column("difference", True)]
-
-
-def _figures(values: Sequence[float]) -> list[Cell]:
-    return [*(summary.figure(value) for value in values), _difference(values)]
-
-
 def _difference(values: Sequence[float], *, percent: bool = False) -> Cell:
     """Second less first; a dash where one is missing."""
     change = values[1] - values[0]
     if not math.isfinite(change):
         return Cell("–", math.nan)
     return Cell(f"{100 * change:+.1f} points" if percent else f"{change:+.4g}", change)
-
-
-def _frozen(value: Any) -> str:
-    return repr(value)

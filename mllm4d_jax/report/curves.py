@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,16 +9,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mllm4d_jax.report.charts import lines
+from mllm4d_jax.report.columns import column, quantities, quantity
 from mllm4d_jax.report.page import Markup, join, tag
-from mllm4d_jax.report.reading import Row, Run, number
+from mllm4d_jax.report.reading import Row, Run
 
 _SMOOTH_FROM = 50  # steps; shorter runs are drawn as they are
 _SMOOTH_PART, _SMOOTH_LEAST, _SMOOTH_MOST = 25, 5, 200  # the mean is over this part of the run, within these steps
 _BLOCK = 4096  # steps averaged at once, for the sake of memory
-_NOT_CURVES = frozenset({"step", "position", "devices", "n"})
-_EXACT = frozenset(
-    {"lr", "eval_loss", "quarantined", "memory_gib", "compiles", "retraces"}
-)  # not noisy: a mean would only come late
 HELD_OUT = "held out"
 
 
@@ -60,18 +56,19 @@ _SPEED = (
     Panel("Memory", "GiB per device", ("memory_gib",)),
     Panel("Records in quarantine", "so far", ("quarantined",)),
 )
-_TIME, _REWARD, _STD, _TOTAL = "time/", "reward/", "reward_std/", "reward/total"
+_TIME, _REWARD, _STD = "time/", "reward/", "reward_std/"
 _OTHER = "Other quantities"
 
 
 def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
     """(group, panels) of everything these rows hold a number of."""
-    present = {key for row in rows for key, value in row.items() if math.isfinite(number(value))} - _NOT_CURVES
-    rewards = sorted((key for key in present if key.startswith(_REWARD)), key=lambda key: (key != _TOTAL, key))
+    present = {key for key in quantities(rows) if key != "n"}  # which is the same at every evaluation
+    rewards = sorted(key for key in present if key.startswith(_REWARD))
+    components = (Panel(f"Reward: {key.removeprefix(_REWARD)}", "reward", (key,)) for key in rewards)
     times = tuple(sorted(key for key in present if key.startswith(_TIME)))
     named = [
         ("Learning", _LEARNING),
-        ("Rewards", tuple(Panel(_reward_title(key), "reward", (key,)) for key in rewards)),
+        ("Rewards", (Panel("Total reward", "reward", ("reward",)), *components)),
         ("Policy", _POLICY),
         ("Speed", (*_SPEED, Panel("Phases of a step", "seconds", times))),
     ]
@@ -86,31 +83,23 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
     return found
 
 
-def _reward_title(key: str) -> str:
-    return "Total reward" if key == _TOTAL else f"Reward: {key.removeprefix(_REWARD)}"
+def curve_section(runs: Mapping[str, Run]) -> Markup:
+    """Return the charts of a run (name -> run), or of several over each other, with the held-out values there are.
 
-
-def curve_section(run: Run) -> Markup:
-    """All charts of one run, with the held-out values where there are some."""
-    metrics, evals = _named(run.metrics), _named(run.evals)
+    A quantity of several runs has a chart of its own, and each run one colour throughout.
+    """
     parts = []
-    for group, panels in groups([*metrics, *evals]):
-        parts.append(_group(group, [_chart(panel, metrics, evals) for panel in panels]))
+    for group, panels in groups([row for run in runs.values() for row in (*run.metrics, *run.evals)]):
+        if len(runs) > 1:
+            panels = [part for panel in panels for part in _split(panel)]
+        parts.append(_group(group, [_chart(panel, runs) for panel in panels]))
     return join(parts)
 
 
-def overlay_section(runs: Mapping[str, Run]) -> Markup:
-    """Every quantity of several runs (name -> run), each in a chart of its own; a run has one colour throughout."""
-    named = {name: (_named(run.metrics), _named(run.evals)) for name, run in runs.items()}
-    parts = []
-    for group, panels in groups([row for pair in named.values() for rows in pair for row in rows]):
-        charts = []
-        for panel in panels:
-            for key in panel.keys:
-                title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {_short(key)}"
-                charts.append(_overlay(Panel(title, panel.unit, (key,), panel.log), named))
-        parts.append(_group(group, charts))
-    return join(parts)
+def _split(panel: Panel) -> list[Panel]:
+    """A panel for each of its quantities."""
+    titles = [panel.title if len(panel.keys) == 1 else f"{panel.title}: {_short(key)}" for key in panel.keys]
+    return [Panel(title, panel.unit, (key,), panel.log) for title, key in zip(titles, panel.keys, strict=True)]
 
 
 def _group(name: str, charts: Sequence[Markup]) -> Markup:
@@ -121,49 +110,30 @@ def _group(name: str, charts: Sequence[Markup]) -> Markup:
     return join([tag("h3", name), body])
 
 
-def _named(rows: Sequence[Row]) -> list[Row]:
-    """Rows whose mean total reward has the name that its standard deviation has."""
-    return [
-        {_TOTAL if key == "reward" and _TOTAL not in row else key: value for key, value in row.items()} for row in rows
-    ]
-
-
-def _chart(panel: Panel, metrics: Sequence[Row], evals: Sequence[Row]) -> Markup:
-    series, faint, bands, like, widest = {}, {}, {}, {}, 1
-    for key in panel.keys:
-        x, y = column(metrics, key)
-        if len(x):
-            name, width = _short(key), _width(len(x), key)
-            widest = max(widest, width)
+def _chart(panel: Panel, runs: Mapping[str, Run]) -> Markup:
+    """Some quantities of one run, or one quantity of several; a run without it keeps its place in the legend."""
+    series, faint, bands, like, widths = {}, {}, {}, {}, set()
+    alone = len(runs) == 1
+    named = [(_short(key) if alone else name, key, run) for name, run in runs.items() for key in panel.keys]
+    for name, key, run in named:
+        x, y = column(run.metrics, key)
+        width = _width(len(x), key)
+        if len(x) or not alone:
             series[name] = (x, running_mean(y, width))
-            faint |= {name: (x, y)} if width > 1 else {}
-            bands |= _band(metrics, key, name, width)
-        x, y = column(evals, key)
+        if width > 1:
+            faint[name] = (x, y)
+            widths.add(width)
+        bands |= _band(run.metrics, key, name, width) if alone else {}
+    for name, key, run in named:
+        x, y = column(run.evals, key)
         if len(x):
-            like |= {f"{_short(key)}, {HELD_OUT}": _short(key)} if _short(key) in series else {}
-            series[f"{_short(key)}, {HELD_OUT}"] = (x, y)
-    notes = [f"the mean of {widest} steps, each step faint"] if faint else []
+            like |= {f"{name}, {HELD_OUT}": name} if name in series else {}
+            series[f"{name}, {HELD_OUT}"] = (x, y)
+    means = f"the mean of {max(widths, default=1)} steps" if alone else "means over some steps"
+    notes = [f"{means}, each step faint"] if faint else []
     notes += ["the area is one standard deviation either way"] if bands else []
     axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
     return lines(series, faint=faint, bands=bands, like=like, note="; ".join(notes), **axes)
-
-
-def _overlay(panel: Panel, runs: Mapping[str, tuple[Sequence[Row], Sequence[Row]]]) -> Markup:
-    """One quantity of several runs: name -> (metrics, evals). A run without it keeps its place in the legend."""
-    key, series, faint, like = panel.keys[0], {}, {}, {}
-    for name, (metrics, _) in runs.items():
-        x, y = column(metrics, key)
-        width = _width(len(x), key)
-        series[name] = (x, running_mean(y, width))
-        faint |= {name: (x, y)} if width > 1 else {}
-    for name, (_, evals) in runs.items():
-        x, y = column(evals, key)
-        if len(x):
-            series[f"{name}, {HELD_OUT}"] = (x, y)
-            like[f"{name}, {HELD_OUT}"] = name
-    note = "means over some steps, each step faint" if faint else ""
-    axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
-    return lines(series, faint=faint, like=like, note=note, **axes)
 
 
 def _is_wide(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
@@ -171,12 +141,6 @@ def _is_wide(series: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> bool:
     values = np.concatenate([y for _, y in series.values()])
     values = values[np.isfinite(values) & (values > 0)]
     return bool(len(values)) and values.max() > 10 * values.min()
-
-
-def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the rows that have the key; a value that is no number is NaN."""
-    found = [row for row in rows if key in row]
-    return tuple(np.array([number(row[name]) for row in found], np.float64) for name in ("step", key))
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -195,16 +159,16 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 def _width(count: int, key: str) -> int:
     """How many of `count` values are averaged; 1 for few values and for what is not noisy."""
-    if count < _SMOOTH_FROM or key in _EXACT:
+    if count < _SMOOTH_FROM or quantity(key).kind == "last":
         return 1
     return min(max(_SMOOTH_LEAST, count // _SMOOTH_PART), _SMOOTH_MOST)
 
 
 def _band(metrics: Sequence[Row], key: str, name: str, width: int) -> dict[str, tuple]:
     """name -> (steps, mean reward less its standard deviation, and plus it), where the rows have one; {} without."""
-    std_key = key.replace(_REWARD, _STD, 1)
+    std_key = f"{_STD}{'total' if key == 'reward' else key.removeprefix(_REWARD)}"
     rows = [row for row in metrics if key in row and std_key in row]
-    if not key.startswith(_REWARD) or not rows:
+    if not rows:
         return {}
     x, mean = column(rows, key)
     mean, std = running_mean(mean, width), running_mean(column(rows, std_key)[1], width)

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm4d_jax.report.reading import Row, number, outcome_of_prediction, text
+from mllm4d_jax.files.jsonl import Row
+from mllm4d_jax.report.reading import number, outcome_of_prediction, text
 
 Vec3 = tuple[float, float, float]
 MAX_STATES = 16  # centres of one kind that are drawn; a question has two

@@ -1,24 +1,27 @@
 """Reads what a run left in its workdir. Rows are checked for being JSON objects and for nothing else.
 
-Runs are killed and files are edited, so a line that cannot be read is counted and left out; the page says how many.
-Files of completions and predictions may be larger than memory: of them only positions are kept, and what a caller
-picks of each line.
+A page is made of what there is: a line that cannot be read is counted and left out, and the page says how many. Files
+of completions and predictions may be larger than memory: of them only positions are kept, and what a caller picks of
+each line.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CONFIG, METRICS, EVALS, RESULTS = "config.json", "metrics.jsonl", "evals.jsonl", "results.json"
-COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"
-USABLE = (METRICS, EVALS, COMPLETIONS, PREDICTIONS, RESULTS)  # one of them makes a report
+from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.jsonl import Row
 
-Row = dict[str, Any]
+CONFIG, FACTS, METRICS, EVALS, RESULTS = "config.json", "facts.json", "metrics.jsonl", "evals.jsonl", "results.json"
+COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"
+SCORED = "scored.jsonl"  # predictions as the newest scoring read them; shown in their place
+SHOWN = (METRICS, EVALS, COMPLETIONS, PREDICTIONS, RESULTS)  # one of them makes a report
+
 Place = tuple[Path, int]  # file and byte at which a line starts
 
 
@@ -34,6 +37,7 @@ class Run:
       path: the workdir.
       name: its folder's name.
       config: the resolved config, flat: dotted name -> value; {} without one.
+      facts: what the run said of itself when it began: name -> text; {} if it said nothing.
       metrics: rows of the training steps, by step, each step once.
       evals: rows of the held-out evaluations, likewise.
       completions, predictions: the places of their lines, repeats left out.
@@ -45,6 +49,7 @@ class Run:
     path: Path
     name: str
     config: Mapping[str, Any]
+    facts: Mapping[str, str]
     metrics: tuple[Row, ...]
     evals: tuple[Row, ...]
     completions: tuple[CompletionPlace, ...]
@@ -87,27 +92,28 @@ def read_run(workdir: str | Path) -> Run:
     if not path.is_dir():
         raise ReportError(f"{path} is not a folder: name the workdir of a run")
     notes: list[str] = []
-    metrics = _by_step(_rows([path / METRICS], notes))
-    evals = _by_step(_rows([path / EVALS], notes))
-    completions = _unique(_completion(*found) for found in _scan([path / COMPLETIONS], notes))
-    predictions = _unique(_prediction(*found) for found in _scan(shards(path, PREDICTIONS), notes))
+    metrics, evals = (_by_step(row for _, row in _scan(path / name, notes)) for name in (METRICS, EVALS))
+    completions = _unique(_completion(*found) for found in _scan(path / COMPLETIONS, notes))
+    answers = SCORED if (path / SCORED).is_file() else PREDICTIONS
+    predictions = _unique(_prediction(*found) for found in _scan(path / answers, notes))
     results = _json(path / RESULTS, notes)
     if not (metrics or evals or completions or predictions or results):
         raise ReportError(
-            f"{path} holds nothing to report on: none of {', '.join(USABLE)} is there with anything in it that can be "
+            f"{path} holds nothing to report on: none of {', '.join(SHOWN)} is there with anything in it that can be "
             "read" + ("".join(f"; {note}" for note in notes))
         )
-    config = _json(path / CONFIG, notes)
+    config, facts = (_json(path / name, notes) for name in (CONFIG, FACTS))
     return Run(
         path=path,
         name=path.resolve().name,
         config=dict(flat(config)) if isinstance(config, Mapping) else {},
+        facts={name: text(value) for name, value in facts.items()} if isinstance(facts, Mapping) else {},
         metrics=metrics,
         evals=evals,
         completions=completions,
         predictions=predictions,
         results=results,
-        quarantine=tuple(_rows(shards(path, QUARANTINE, "-"), notes)),
+        quarantine=tuple(row for _, row in _scan(path / QUARANTINE, notes)),
         notes=tuple(notes),
     )
 
@@ -118,17 +124,6 @@ def read_at(place: Place) -> Row:
     with path.open("rb") as file:
         file.seek(offset)
         return json.loads(file.readline())
-
-
-def shards(path: Path, name: str, mark: str = ".") -> list[Path]:
-    """The file `name` and those that further hosts wrote beside it (`name` with a mark and the host's number)."""
-    stem, _, suffix = name.partition(".")
-    numbered = {}
-    for file in path.glob(f"{stem}{mark}*.{suffix}"):
-        host = file.name[len(stem) + len(mark) : -len(suffix) - 1]
-        if host.isdecimal():
-            numbered[int(host)] = file
-    return [path / name, *(numbered[n] for n in sorted(numbered))]
 
 
 def number(value: Any) -> float:
@@ -151,7 +146,7 @@ def text(value: Any) -> str:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf."""
+    """Yield (dotted name, value) of every leaf."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{name}.")
@@ -180,37 +175,20 @@ def _prediction(place: Place, row: Row) -> tuple[str | None, PredictionPlace]:
     return _identity(row, "id"), value
 
 
-def _scan(paths: Sequence[Path], notes: list[str]) -> Iterator[tuple[Place, Row]]:
-    """Every object of the files and its place; what is none is counted in `notes`, but for a half-written last line."""
-    for path in paths:
-        if not path.is_file():
-            continue
-        bad, offset = 0, 0
-        with path.open("rb") as file:
-            for line in file:
-                row = _object(line)
-                if row is not None:
-                    yield (path, offset), row
-                elif line.endswith(b"\n") and line.strip():
-                    bad += 1
-                offset += len(line)
+def _scan(path: Path, notes: list[str]) -> Iterator[tuple[Place, Row]]:
+    """Yield the place and the row of every line, all hosts' files; others are counted, but for a half-written last."""
+    for file in jsonl.of_all_hosts(path):
+        bad = 0
+        for line in jsonl.scan(file):
+            if line.row is not None:
+                yield (file, line.start), line.row
+            else:
+                bad += line.ended
         if bad:
-            notes.append(f"{path.name}: {bad:,} lines are not JSON objects and were left out")
+            notes.append(f"{file.name}: {bad:,} lines are not JSON objects and were left out")
 
 
-def _object(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _rows(paths: Sequence[Path], notes: list[str]) -> list[Row]:
-    return [row for _, row in _scan(paths, notes)]
-
-
-def _by_step(rows: Sequence[Row]) -> tuple[Row, ...]:
+def _by_step(rows: Iterable[Row]) -> tuple[Row, ...]:
     """Rows with a step, in its order; of a step that a resumed run repeated, the last."""
     steps = {number(row.get("step")): row for row in rows}
     return tuple(steps[step] for step in sorted(step for step in steps if math.isfinite(step)))
@@ -223,7 +201,7 @@ def _identity(row: Row, *fields: str) -> str | None:
     return json.dumps([row[field] for field in fields])
 
 
-def _unique(found: Iterator[tuple[str | None, Any]]) -> tuple[Any, ...]:
+def _unique(found: Iterable[tuple[str | None, Any]]) -> tuple[Any, ...]:
     """The values, of those with the same identity the last one, at the place of the first."""
     kept: dict[Any, Any] = {}
     for identity, value in found:

@@ -1,22 +1,21 @@
-"""Evaluation tables: those of results.json as they stand, or, without that file, counted from the predictions."""
+"""Evaluation tables: those of results.json, or, without that file, counted from the predictions."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm4d_jax.report.charts import bars
 from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
 from mllm4d_jax.report.page import number as number_cell
 from mllm4d_jax.report.reading import PredictionPlace, number, text
 from mllm4d_jax.report.said import shortened
 
 _MAX_ROWS = 2000  # of one table of results.json
-# Fields of results.json that are shares, which are shown in percent; `low` and `high` are the ends of their interval.
-_SHARES = frozenset({"accuracy", "chance", "best_letter", "first", "second", "difference", "detectable", "level"})
-_FIELD = 600  # bytes of a value
-_DEEP = 8  # levels of results.json
+_FIELD, _LONG = 600, 20_000  # bytes of a value, and of what is not in a table
 
 
 @dataclass(frozen=True)
@@ -90,113 +89,60 @@ def count_table(found: Sequence[Count]) -> Markup:
 
 
 def result_tables(results: Any) -> Markup:
-    """Every table that can be read out of results.json, in its order, under the names it has there."""
-    return join([_table(name, rows) for name, rows in named_rows(results)])
+    """Return what results.json says, its tables and a chart of its groups; another layout is shown as it is."""
+    tables = results.get("tables") if isinstance(results, Mapping) else None
+    if not isinstance(tables, list):
+        return tag("pre", shortened(json.dumps(results, indent=1, ensure_ascii=False), _LONG))
+    charts = tag("div", *_group_charts(results), class_="charts")
+    return join([tag("p", shortened(text(results.get("summary")), _LONG)), charts, *map(_text_table, tables)])
 
 
-def named_rows(value: Any) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """(name, rows of plain values) of the tables in a JSON value.
+def _text_table(block: Any) -> Markup | None:
+    """A table of texts {"title", "note", "heads", "rows"}; None for anything else."""
+    block = block if isinstance(block, Mapping) else {}
+    heads, rows = (block.get(name) if isinstance(block.get(name), list) else [] for name in ("heads", "rows"))
+    rows = [[text(cell) for cell in row] for row in rows if isinstance(row, list) and len(row) == len(heads)]
+    if not (heads and rows):
+        return None
+    numeric = [n > 0 and all(_leading(row[n]) is not None for row in rows) for n in range(len(heads))]
+    columns = [Column(text(head) or "group", numeric[n]) for n, head in enumerate(heads)]
+    cells = [
+        [Cell(shortened(cell, _FIELD), _leading(cell) if numeric[n] else None) for n, cell in enumerate(row)]
+        for row in rows[:_MAX_ROWS]
+    ]
+    made = table(columns, cells, caption=text(block.get("title")), filter=len(rows) > 8)
+    return join([made, tag("p", shortened(text(block.get("note")), _LONG), class_="note")])
 
-    A list of objects is a table with a row each, and so is an object of objects, with their names in front. All plain
-    values elsewhere make one more table of names and values, the last.
-    """
-    tables: list[tuple[str, list[Mapping[str, Any]]]] = []
-    plain: dict[str, Any] = {}
-    _collect(value, "", 0, tables, plain)
-    if plain:
-        tables.append(("further values", [{"name": name, "value": shown(part, name)} for name, part in plain.items()]))
-    return tables
+
+def _leading(cell: str) -> float | None:
+    """The number that a text begins with; NaN for a dash, None for other text."""
+    if cell.startswith("–"):
+        return math.nan
+    try:
+        return float(cell.split(" ", 1)[0])
+    except ValueError:
+        return None
 
 
-def _collect(value: Any, path: str, depth: int, tables: list, plain: dict[str, Any]) -> None:
-    """Adds what is found at `path` to the tables and to the plain values."""
-    if isinstance(value, list):
-        rows = [dict(_leaves(row)) for row in value if isinstance(row, Mapping)]
-        if rows:
-            tables.append((path or "results", rows))
-        elif value:
-            plain[path or "results"] = "; ".join(_in_line(part) for part in value)
-    elif not isinstance(value, Mapping):
-        if value not in (None, ""):
-            plain[path or "results"] = value
-    elif depth > _DEEP:
-        plain[path] = text(value)
-    elif len(value) > 1 and all(isinstance(part, Mapping) for part in value.values()):
-        tables.append((path or "results", [{"name": key, **dict(_leaves(part))} for key, part in value.items()]))
-    else:
-        for key, part in value.items():
-            _collect(part, f"{path}.{key}" if path else key, depth + 1, tables, plain)
+def _group_charts(results: Mapping[str, Any]) -> Iterator[Markup]:
+    """Accuracy beside chance, one chart for each way in which the questions are grouped."""
+    for by in dict.fromkeys(by for by, _ in accuracies(results) if by != "all"):
+        part = [group for group in _groups(results) if text(group.get("table")) == by]
+        series = {
+            key: [100 * value if 0 <= (value := number(group.get(key))) <= 1 else math.nan for group in part]
+            for key in ("accuracy", "chance")
+        }
+        yield bars([text(group.get("name")) for group in part], series, title=f"Accuracy by {by}", unit="%")
 
 
 def accuracies(results: Any) -> dict[tuple[str, str], tuple[float, float]]:
-    """(table, name) -> (number of questions, accuracy) of the groups in results.json; {} where it has none."""
-    groups = results.get("groups") if isinstance(results, Mapping) else None
-    found = [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []
+    """Return (table, name) -> (number of questions, accuracy) of the groups in results.json; {} where it has none."""
     return {
         (text(group.get("table")), text(group.get("name"))): (number(group.get("n")), number(group.get("accuracy")))
-        for group in found
+        for group in _groups(results)
     }
 
 
-def _leaves(row: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Dotted name -> plain value of an object; what lists hold becomes text."""
-    for key, value in row.items():
-        if isinstance(value, Mapping) and depth < _DEEP:
-            yield from _leaves(value, f"{prefix}{key}.", depth + 1)
-        elif isinstance(value, list):
-            yield f"{prefix}{key}", "; ".join(_in_line(part) for part in value)
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _in_line(value: Any) -> str:
-    """A member of a list as text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {shown(part, key)}" for key, part in value.items())
-    return shown(value)
-
-
-def _with_interval(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with the two ends of its interval as one text."""
-    if not {"low", "high"} <= row.keys():
-        return dict(row)
-    known = all(math.isfinite(number(row[end])) for end in ("low", "high"))
-    joined = f"[{number(row['low']):.1%}, {number(row['high']):.1%}]" if known else "–"
-    return {
-        "interval" if key == "low" else key: joined if key == "low" else v for key, v in row.items() if key != "high"
-    }
-
-
-def _table(name: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
-    rows = [_with_interval(row) for row in rows[:_MAX_ROWS]]
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    names = [key for key in names if any(row.get(key) not in (None, "") for row in rows)]
-    numeric = {key: all(math.isfinite(number(row[key])) for row in rows if row.get(key) is not None) for key in names}
-    columns = [Column(key.replace("_", " "), numeric[key]) for key in names]
-    cells = [[_cell(row.get(key), key) for key in names] for row in rows]
-    made = table(columns, cells, caption=_words(name), filter=len(rows) > 8)
-    if len(rows) < _MAX_ROWS:
-        return made
-    return join([made, tag("p", f"No more than {_MAX_ROWS:,} rows are shown.", class_="note")])
-
-
-def _words(name: str) -> str:
-    """A dotted name as a heading."""
-    words = name.replace("_", " ").replace(".", ", ")
-    return words[:1].upper() + words[1:]
-
-
-def _cell(value: Any, key: str) -> Cell:
-    amount = number(value)
-    return Cell(shown(value, key), amount if math.isfinite(amount) or value is None else None)
-
-
-def shown(value: Any, key: str = "") -> Markup:
-    """A plain value as text: whole numbers in full, shares in percent, others with four digits."""
-    if isinstance(value, bool) or value is None:
-        return shortened({True: "yes", False: "no", None: "–"}[value], _FIELD)
-    if key.rpartition(".")[2] in _SHARES and math.isfinite(number(value)):
-        return shortened(f"{number(value):.1%}", _FIELD)
-    if isinstance(value, int):
-        return shortened(f"{value:,}", _FIELD)
-    return shortened(f"{value:.4g}" if isinstance(value, float) else text(value), _FIELD)
+def _groups(results: Any) -> list[Mapping[str, Any]]:
+    groups = results.get("groups") if isinstance(results, Mapping) else None
+    return [group for group in groups if isinstance(group, Mapping)] if isinstance(groups, list) else []

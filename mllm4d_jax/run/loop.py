@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import ml_collections
 
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
-from mllm4d_jax.run.log import NoLog, RunLog
+from mllm4d_jax.run.log import RunLog
 from mllm4d_jax.run.progress import Progress, StopSignal
 from mllm4d_jax.run.trace import Trace
 from mllm4d_jax.run.watchdog import Watchdog
@@ -61,7 +61,7 @@ class TrainingRun:
         checkpoints: Checkpoints,
         content: Mapping[str, str],
         progress: Progress,
-        log: RunLog | NoLog,
+        log: RunLog,
         stop: StopSignal,
     ) -> None:
         """

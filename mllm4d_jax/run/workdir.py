@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.report.reading import FACTS
 from mllm4d_jax.run import preflight
 
 
@@ -12,6 +15,13 @@ def say(text: str) -> None:
     """Prints, once per run."""
     if multihost.is_primary():
         print(text, flush=True)
+
+
+def write_facts(folder: Path, facts: Mapping[str, object]) -> None:
+    """Print what a run is, and write it down for its page, once per run."""
+    if multihost.is_primary():
+        write_json(folder / FACTS, facts)
+    say("\n".join(f"{name}: {value}" for name, value in facts.items()))
 
 
 def open_workdir(workdir: str) -> Path:

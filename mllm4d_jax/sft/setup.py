@@ -15,8 +15,10 @@ from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.chips import peak_flops
+from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.run.build import (
     Parts,
     build,
@@ -28,7 +30,6 @@ from mllm4d_jax.run.build import (
 )
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.digest import content_digests
-from mllm4d_jax.run.log import write_config
 from mllm4d_jax.run.progress import Progress
 from mllm4d_jax.run.start import resume_point, start_from_run
 from mllm4d_jax.run.throughput import FlopCounter
@@ -67,7 +68,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     content = content_digests(config.model.path, mixture)
     progress = resume_point(config, content, checkpoints)
     if multihost.is_primary():
-        write_config(workdir / "config.json", config.to_dict())
+        write_json(workdir / CONFIG, config.to_dict())
     parts = build(config)
     encoder = encoder_of(config)
     loader = make_loader(parts, workdir, mixture, encoder, progress)

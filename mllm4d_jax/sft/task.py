@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from pathlib import Path
 
 import jax
 import ml_collections
 
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.report.reading import METRICS
 from mllm4d_jax.run import preflight
-from mllm4d_jax.run.checkpoint import Checkpoints, flat_config
-from mllm4d_jax.run.log import NoLog, RunLog, read_metrics, write_curve, write_report
+from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.log import Display, RunLog
 from mllm4d_jax.run.loop import TrainingRun
 from mllm4d_jax.run.progress import Progress, StopSignal
-from mllm4d_jax.run.workdir import open_workdir, say
+from mllm4d_jax.run.workdir import open_workdir, say, write_facts
 from mllm4d_jax.sft.feed import Feed
 from mllm4d_jax.sft.sample import with_sample
 from mllm4d_jax.sft.setup import SftSetup, set_up
+
+DISPLAY = Display("sft", ("loss", "lr", "qa_per_s", "tokens_per_s_device", "mfu", "data_wait"))
+_SAMPLE = {
+    "what it shows": "that the training path works here: a sample run learns a few answers by heart and measures "
+    "nothing about understanding video"
+}
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -28,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 
     Args:
       config: every key of the "sft" task.
-      workdir: gets config.json, checkpoints/, metrics.jsonl, tb/, trace/, quarantine.jsonl, curve.png and report.md.
+      workdir: gets config.json, checkpoints/, facts.json, metrics.jsonl, tb/, trace/ and quarantine.jsonl.
 
     Returns:
       0, also when it was asked to stop (SIGINT, SIGTERM): the state is saved and the same command goes on.
@@ -47,10 +54,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     c = config.train
     with Checkpoints(folder / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
         setup = set_up(config, folder, checkpoints)
-        say("\n".join(f"{name}: {value}" for name, value in setup.facts.items()))
+        write_facts(folder, setup.facts | (_SAMPLE if config.data.sample else {}))
         done = setup.progress.step
         if done < c.steps:
-            log = _log(folder, c, done)
+            log = RunLog(folder, DISPLAY, steps=c.steps, start=done, log_every=c.log_every)
             under_way = TrainingRun(config, folder, checkpoints, setup.content, setup.progress, log, stop)
             with setup.encoder, under_way:
                 train(setup, under_way)
@@ -58,17 +65,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     if done < c.steps:
         say(f"stopped after step {done} of {c.steps} and saved; the same command goes on from there")
         return 0
-    if multihost.is_primary():
-        report(config, folder, setup)
-    say(f"{done} steps done: see {folder / 'report.md'}")
+    say(f"{done} steps done")
     return 0
-
-
-def _log(folder: Path, c: ml_collections.ConfigDict, start: int) -> RunLog | NoLog:
-    """Where the steps are recorded: on the first process."""
-    if not multihost.is_primary():
-        return NoLog()
-    return RunLog(folder, steps=c.steps, start=start, log_every=c.log_every)
 
 
 def train(setup: SftSetup, run: TrainingRun) -> None:
@@ -122,7 +120,7 @@ class Losses:
 
     def __init__(self, run: TrainingRun, held_out: bool) -> None:
         """Go on from the rows that an earlier part of the run recorded. `held_out`: there are held-out records."""
-        rows = read_metrics(run.workdir / "metrics.jsonl", run.progress.step)
+        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step)
         self._recent = deque((row["loss"] for row in rows), maxlen=run.config.train.log_every)
         measured = (row["eval_loss"] for row in reversed(rows) if "eval_loss" in row)
         self.held_out: float | None = next(measured, None) if held_out else None
@@ -138,29 +136,3 @@ class Losses:
     def value(self) -> float:
         """The loss that counts."""
         return math.fsum(self._recent) / len(self._recent) if self.held_out is None else self.held_out
-
-
-def report(config: ml_collections.ConfigDict, workdir: Path, setup: SftSetup) -> None:
-    """Write curve.png and report.md from metrics.jsonl."""
-    rows = read_metrics(workdir / "metrics.jsonl")
-    write_curve(workdir / "curve.png", rows, f"SFT, {rows[-1]['step']} steps")
-    seconds = sum(r["step_s"] for r in rows)
-    facts = {
-        **setup.facts,
-        "time in steps": f"{seconds:.0f} s, of which {sum(r['data_wait_s'] for r in rows):.0f} s waiting for data",
-        "compiled steps": f"{rows[-1]['compiles']} since the last start, {rows[-1]['retraces']} of them retraces",
-        "records skipped": rows[-1]["quarantined"],
-    }
-    measured = [row for row in rows if "eval_loss" in row]
-    if measured:
-        best, last = min(measured, key=lambda row: row["eval_loss"]), measured[-1]
-        facts["held-out loss"] = (
-            f"{measured[0]['eval_loss']:.4f} after step {measured[0]['step']}, lowest {best['eval_loss']:.4f} after "
-            f"step {best['step']}, {last['eval_loss']:.4f} after step {last['step']}"
-        )
-    if config.data.sample:
-        facts["what it shows"] = (
-            "that the training path works here: a sample run learns a few answers by heart and measures nothing about "
-            "understanding video"
-        )
-    write_report(workdir / "report.md", rows, flat_config(config), facts)

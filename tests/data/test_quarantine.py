@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
+from mllm4d_jax.files.jsonl import JsonLinesError
 from mllm4d_jax.qa.errors import RecordError
 
 
@@ -26,10 +27,24 @@ def test_a_half_written_line_is_dropped(tmp_path):
     assert entries[-1] == {"source": 1, "index": 4, "key": "other#4", "reason": "r", "message": "m"}
 
 
+def test_a_damaged_line_is_named_and_says_what_to_do(tmp_path):
+    path = tmp_path / "q.jsonl"
+    good = '{"source": 0, "index": 3, "key": "k", "reason": "r", "message": "m"}\n'
+    path.write_text(f'{good}{{"source": 0, "ind\n{good}')
+    for host in (0, 1):
+        with pytest.raises(JsonLinesError, match=r"q.jsonl, line 2: not a JSON object\. .* delete it"):
+            Quarantine(path, 0.5, host=host)
+    for entry in ('{"source": 0}', '{"source": "a", "index": 1}', '{"index": null}'):
+        path.write_text(f"{good}{entry}\n")
+        with pytest.raises(QuarantineError, match=r"q.jsonl, line 2: .* name no record\. Delete this line"):
+            Quarantine(path, 0.5)
+    assert not Quarantine(path, 0.5, fresh=True).knows(0, 3)
+
+
 def test_hosts_write_their_own_file_and_know_what_all_found(tmp_path):
     for host in (0, 1):
         Quarantine(tmp_path / "q.jsonl", 0.5, host=host).add(0, host, RecordError("m", "r", "k"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["q-1.jsonl", "q.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.1.jsonl", "q.jsonl"]
     for host in (0, 1, 2):
         quarantine = Quarantine(tmp_path / "q.jsonl", 0.5, host=host)
         assert quarantine.knows(0, 0) and quarantine.knows(0, 1)

@@ -17,8 +17,8 @@ from mllm4d_jax.eval.predictions import (
     PredictionStore,
     config_hash,
     read_predictions,
-    shard_name,
 )
+from mllm4d_jax.files.jsonl import JsonLinesError
 from tests.eval.question_fixtures import item, prediction
 
 IDS = [f"q{n}" for n in range(40)]
@@ -99,10 +99,10 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path):
 
 
 def test_hosts_write_files_of_their_own(tmp_path):
-    assert [shard_name(host) for host in (0, 3)] == ["predictions.jsonl", "predictions.3.jsonl"]
     for host in range(2):
         with PredictionStore(tmp_path, "c0", host=host) as store:
             store.append([prediction(name) for name in IDS[host::2]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.1.jsonl", "predictions.jsonl"]
     merged = read_predictions(tmp_path)
     assert sorted(one.id for one in merged) == sorted(IDS)
     with PredictionStore(tmp_path, "c0") as store:  # the same work, now on one host: nothing is left to do
@@ -167,12 +167,12 @@ def test_unusable_lines_are_named(tmp_path, change, message):
 def test_damage_before_the_last_line_is_an_error(tmp_path):
     path = tmp_path / "predictions.jsonl"
     good = json.dumps(prediction("q0").to_row())
-    path.write_text(f"{good[:50]}\n{good}\n")
-    with pytest.raises(PredictionError, match="line 1: not valid JSON"):
-        read_predictions(path)
-    path.write_text(f"[]\n{good}\n")
-    with pytest.raises(PredictionError, match="line 1: is no object"):
-        read_predictions(path)
+    for text in (good[:50], "[]"):
+        path.write_text(f"{text}\n{good}\n")
+        with pytest.raises(JsonLinesError, match="line 1: not a JSON object.*delete it"):
+            read_predictions(path)
+        with pytest.raises(JsonLinesError, match="line 1: not a JSON object"), PredictionStore(tmp_path, "c0"):
+            pass
     path.write_text('{"id": "q0"}\n')
     with pytest.raises(PredictionError, match="line 1: has no benchmark"):
         read_predictions(path)

@@ -15,6 +15,7 @@ from mllm4d_jax.eval.predictions import PredictionError, PredictionStore
 from mllm4d_jax.eval.rescore import read_any
 from mllm4d_jax.eval.task import run as run_task
 from tests.eval.question_fixtures import prediction, vlm4d_rows
+from tests.report.reading import read
 
 FAST = "--config.bootstrap.samples=200"
 PUBLISHED = os.environ.get("MLLM4D_VLM4D_PREDICTIONS", "")
@@ -47,7 +48,10 @@ def test_published_files(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("# Results: vlm4d") and "(819 of 1371)" in said
     assert said.startswith((tmp_path / "out" / "results.md").read_text(encoding="utf-8"))
-    assert "(blank)" in (tmp_path / "out" / "results.html").read_text(encoding="utf-8")
+    page = read((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    outcomes = [json.loads(card.attributes["data-facets"])["outcome"] for card in page.all("article")]
+    assert sorted(outcomes) == ["correct"] * 5 + ["unparsed"] + ["wrong"] * 2
+    assert "The completion is empty." in page.text and "Both extractors" in page.text
 
 
 @pytest.mark.parametrize("extractor", ["strict", "official"])
@@ -73,7 +77,7 @@ def test_files_of_several_hosts_are_one_run(tmp_path):
     for host in range(2):
         with PredictionStore(tmp_path, "c0", host=host) as store:
             store.append([prediction(f"q{host}")])
-    assert [one.id for one in read_any(tmp_path, "jsonl")] == ["q1", "q0"]
+    assert [one.id for one in read_any(tmp_path, "jsonl")] == ["q0", "q1"]
     assert [one.id for one in read_any(tmp_path / "predictions.jsonl", "jsonl")] == ["q0"]
 
 

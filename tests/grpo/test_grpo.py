@@ -9,13 +9,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.grpo import task as grpo
 from mllm4d_jax.grpo.task import Rounds
+from mllm4d_jax.report.build import close_run
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import read_metrics
 from mllm4d_jax.run.preflight import PreflightError
 from tests.grpo import grpo_cases
 from tests.grpo.grpo_cases import final, make_config, same_bits
+from tests.report.reading import read
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +71,12 @@ def test_interrupted_runs_end_in_the_same_bits(tiny_world, tmp_path, monkeypatch
     assert grpo.run(make_config(tiny_world, **changes), str(folder)) == 0
     same_bits(final(folder), expected)
     for name in ("metrics.jsonl", "completions.jsonl"):
-        found, wanted = (read_metrics(place / name) for place in (folder, whole))
+        found, wanted = (read_steps(place / name) for place in (folder, whole))
         assert len(found) == len(wanted) == 6 * (1 if name[0] == "m" else 16)
         for a, b in zip(found, wanted, strict=True):
             timed = {key for key in a if key.startswith("time/") or key.endswith(("_s", "compiles"))}
             assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
-    rows = read_metrics(whole / "metrics.jsonl")
+    rows = read_steps(whole / "metrics.jsonl")
     assert [row["staleness"] for row in rows] == [0, *[ahead] * 5]
 
 
@@ -103,13 +105,13 @@ def test_rewards_rise(tiny_world, tmp_path):
     config = make_config(tiny_world, rollout__prompts=4)
     config.train.steps, config.train.checkpoint_every = 70, 1000
     assert grpo.run(config, str(tmp_path)) == 0
-    rewards = [row["reward"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    rewards = [row["reward"] for row in read_steps(tmp_path / "metrics.jsonl")]
     assert np.mean(rewards[:3]) < 0.4 and np.mean(rewards[-5:]) > 0.9
 
 
 def test_equal_rewards_leave_the_policy_alone(tiny_world, tmp_path):
     assert grpo.run(make_config(tiny_world, reward="constant", train__steps=2), str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_steps(tmp_path / "metrics.jsonl")
     assert all(row["dead_groups"] == 1.0 and row["grad_norm"] == 0.0 for row in rows)
     before = ocp.StandardCheckpointer().restore(tmp_path / "start" / "0" / "trainable")
     _, after = final(tmp_path)
@@ -122,10 +124,10 @@ def test_dynamic_sampling_fills_a_step(tiny_world, tmp_path):
     config = make_config(tiny_world, reward="only_directions", objective__dynamic_sampling="on", rollout__max_rounds=8)
     config.train.steps = 2
     assert grpo.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_steps(tmp_path / "metrics.jsonl")
     assert all(row["dead_groups"] == 0.0 and row["dropped"] == 0.0 for row in rows)
     assert rows[-1]["position"] > 2 * 2
-    asked = {row["question"] for row in read_metrics(tmp_path / "completions.jsonl")}
+    asked = {row["question"] for row in read_steps(tmp_path / "completions.jsonl")}
     assert all("Which way" in question for question in asked)
 
 
@@ -140,7 +142,7 @@ def test_what_a_run_writes(tiny_world, tmp_path):
     config.data.path, config.data.max_quarantine_rate = str(mixed), 0.5
     config.reward.functions = ("paper::0.5", f"{grpo_cases.__name__}:figures::0.5")
     assert grpo.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_steps(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     names = {
         "reward/accuracy",
@@ -151,9 +153,9 @@ def test_what_a_run_writes(tiny_world, tmp_path):
         "gap",
     }
     assert names <= rows[0].keys() and all(row["gap_max"] < 1e-4 for row in rows)
-    evals = read_metrics(tmp_path / "evals.jsonl")
+    evals = read_steps(tmp_path / "evals.jsonl")
     assert [(row["step"], row["n"]) for row in evals] == [(0, 3), (4, 3), (5, 3)]
-    completions = read_metrics(tmp_path / "completions.jsonl")
+    completions = read_steps(tmp_path / "completions.jsonl")
     assert len(completions) == 5 * 16
     one = completions[0]
     assert one["question"].startswith(("Which way", "How many")) and one["media"][0].endswith(".mp4")
@@ -164,7 +166,15 @@ def test_what_a_run_writes(tiny_world, tmp_path):
     assert all(abs(sum(values)) < 1e-3 for values in groups.values())
     bad_rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(row["index"], row["reason"]) for row in bad_rows] == [(1, "bad_solution")]
-    assert (tmp_path / "report.md").read_text().count("| 5 | 3 |") == 1 and (tmp_path / "curve.png").stat().st_size > 0
+    said = close_run(tmp_path)
+    assert f"held-out reward: {evals[0]['reward']:.3f} after step 0, highest " in said and "rollouts/s" in said
+    root = read((tmp_path / "report.html").read_text())
+    tables = {table.all("caption")[0].text: table for table in root.all("table")}
+    rows = [[cell.text for cell in row.all("td")] for row in tables["Held-out prompts"].all("tbody")[0].all("tr")]
+    assert [row[:2] for row in rows] == [["0", "3"], ["4", "3"], ["5", "3"]]
+    phases = [cell.text for cell in tables["Phases of a step, mean after the first tenth"].all("th")]
+    assert phases == ["seconds", "data", "vision", "prefill", "decode", "score", "update"]
+    assert "completions of a step" in tables["The run"].text
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.grpo import task as grpo
-from mllm4d_jax.run.log import read_metrics
 from tests.grpo.grpo_cases import final, make_config, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def test_rewards_rise(one_device, tiny_world, tmp_path, capsys, seed):
     config = make_config(tiny_world, rollout__prompts=4)
     config.seed, config.train.steps, config.train.checkpoint_every = seed, 150, 1000
     assert grpo.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_steps(tmp_path / "metrics.jsonl")
     first, last = (np.mean([row["reward"] for row in part]) for part in (rows[:5], rows[-10:]))
     with capsys.disabled():
         taken, reached = time.process_time() - started, next(r["step"] for r in rows if r["reward"] > 0.9)
@@ -54,7 +54,7 @@ def test_the_kl_term_keeps_the_policy_near_its_start(one_device, tiny_world, tmp
         config = make_config(tiny_world, rollout__prompts=4, objective__beta=beta)
         config.train.steps, config.train.checkpoint_every = 80, 1000
         assert grpo.run(config, str(folder)) == 0
-        found.append(max(row["kl"] for row in read_metrics(folder / "metrics.jsonl")))
+        found.append(max(row["kl"] for row in read_steps(folder / "metrics.jsonl")))
     with capsys.disabled():
         print(f"\nlargest KL in 80 steps: {found[0]:.3f} nats a token at beta .01, {found[1]:.3f} at beta 1")
     assert found[1] < 0.2 and found[0] > 2 * found[1]
@@ -78,9 +78,9 @@ def test_killed_processes_end_in_the_same_bits(tiny_world, tmp_path, ahead):
     assert whole.wait(600) == 0, whole.stderr.read().decode()[-3000:]
     rng, folder, kills = random.Random(ahead), tmp_path / "killed", 0
     while kills < 5:
-        process, began = start(folder), len(read_metrics(folder / "metrics.jsonl"))
+        process, began = start(folder), len(read_steps(folder / "metrics.jsonl"))
         deadline = time.monotonic() + 300
-        while len(read_metrics(folder / "metrics.jsonl")) < min(began + 3, 22) and time.monotonic() < deadline:
+        while len(read_steps(folder / "metrics.jsonl")) < min(began + 3, 22) and time.monotonic() < deadline:
             assert process.poll() is None, process.stderr.read().decode()[-3000:]
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 0.5))
@@ -105,7 +105,7 @@ def test_several_devices_take_the_same_steps(tiny_world, tmp_path, monkeypatch, 
         config.rollout.tensor = 2 if chosen.get("fsdp", 1) > 1 else 0
         config.train.steps = 3
         assert grpo.run(config, str(tmp_path / str(n))) == 0
-        rows.append(read_metrics(tmp_path / str(n) / "metrics.jsonl"))
+        rows.append(read_steps(tmp_path / str(n) / "metrics.jsonl"))
     for a, b in zip(*rows, strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-5) and b["gap_max"] < 1e-3
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)

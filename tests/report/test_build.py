@@ -12,8 +12,8 @@ import pytest
 import run as cli
 from mllm4d_jax.data.samples import write_video
 from mllm4d_jax.report.browser import BrowserOptions, spread
-from mllm4d_jax.report.build import choose_completions, write_report
-from mllm4d_jax.report.reading import CompletionPlace, ReportError
+from mllm4d_jax.report.build import choose_completions, choose_predictions, write_report
+from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError
 from tests.report.reading import assert_nothing_external, read
 from tests.report.workdirs import NASTY, write_eval, write_grpo, write_lines, write_sft
 
@@ -33,7 +33,7 @@ def sections(root) -> list[str]:
 
 def test_the_page_of_a_fine_tuning_run(tmp_path):
     root = page(write_sft(tmp_path, steps=60))
-    assert sections(root) == ["curves", "figures", "quarantine", "config"]
+    assert sections(root) == ["curves", "figures", "quarantine", "files", "config"]
     assert root.all("h1")[0].text == f"{tmp_path.name} (sft)"
     keys = [e.text for e in root.all("section")[-1].all("code")]
     assert keys[keys.index("optim.lr") + 1] == "2e-05"
@@ -43,7 +43,7 @@ def test_the_page_of_a_fine_tuning_run(tmp_path):
 
 def test_the_page_of_a_grpo_run(tmp_path):
     root = page(write_grpo(tmp_path, steps=60, groups=3, branches=4), options=BrowserOptions(frames=3))
-    assert sections(root) == ["curves", "completions", "figures", "config"]
+    assert sections(root) == ["curves", "completions", "figures", "files", "config"]
     cards = root.all("article")
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
     assert len(cards) == len(rows) == 12
@@ -60,7 +60,7 @@ def test_the_page_of_a_grpo_run(tmp_path):
 
 def test_the_page_of_an_evaluation(tmp_path):
     root = page(write_eval(tmp_path, clips=2))
-    assert sections(root) == ["evaluation", "predictions", "config"]
+    assert sections(root) == ["evaluation", "predictions", "files", "config"]
     assert "There is no results.json" in root.text and len(root.all("article")) == 8
     (tmp_path / "results.json").write_text('{"groups": [{"table": "all", "name": "all", "n": 8, "accuracy": 0.125}]}')
     root = page(tmp_path)
@@ -136,6 +136,18 @@ def test_too_many_completions_are_sampled_in_whole_groups_over_all_steps():
     assert steps[0] == 0 and steps[-1] == 99 and np.diff(steps).max() < 10
     assert choose_completions(places[:200], 200) == places[:200]
     assert len(choose_completions(places[:12], 5)) == 5
+
+
+def test_doubtful_predictions_are_shown_first():
+    outcomes = ["correct", "wrong", "correct", "unparsed"] * 25
+    places = [PredictionPlace((None, n), str(n), "", "", "", "", o, n % 20 == 0) for n, o in enumerate(outcomes)]
+    doubtful = [one for one in places if one.outcome != "correct" or one.conflict]
+    assert len(doubtful) == 55 and choose_predictions(places, 55) == doubtful
+    some = choose_predictions(places, 20)
+    assert len(some) == 20 and set(some) <= set(doubtful) and places[99] in some and places[0] in some
+    most = choose_predictions(places, 70)
+    assert len(most) == 70 and set(doubtful) <= set(most) and most == sorted(most, key=lambda one: one.place[1])
+    assert choose_predictions(places, 200) == places
 
 
 def test_the_page_says_that_it_shows_a_part(tmp_path):

@@ -45,7 +45,7 @@ def test_files_of_all_hosts_are_read_and_no_id_twice(tmp_path):
     for name, ids in (("predictions.jsonl", "ab"), ("predictions.10.jsonl", "e"), ("predictions.2.jsonl", "bcd")):
         write_lines(tmp_path / name, [{"id": i, "letter": "A", "correct": True} for i in ids])
     write_lines(tmp_path / "predictions.old.jsonl", [{"id": "z"}])
-    write_lines(tmp_path / "quarantine-1.jsonl", [{"key": "k"}])
+    write_lines(tmp_path / "quarantine.1.jsonl", [{"key": "k"}])
     run = read_run(tmp_path)
     assert [one.id for one in run.predictions] == list("abcde")
     assert run.quarantine == ({"key": "k"},)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,17 @@ from tests.report.workdirs import predictions, write_eval, write_lines
 
 CLIPS = [("a.mp4", "Which?", letter) for letter in "ABCD" * 15]
 RESULTS = {
-    "benchmark": "vlm4d",
-    "level": 0.95,
-    "macro": None,
     "groups": [
-        {"table": "all", "name": "all", "n": 10, "accuracy": 0.5, "low": 0.25, "high": 0.75, "controls": []},
-        {"table": "split", "name": "real", "n": 4, "accuracy": 0.25, "low": None, "high": None,
-         "controls": [{"control": "blind", "n": 4, "accuracy": 0.1}]},
+        {"table": "all", "name": "all", "n": 10, "accuracy": 0.5, "chance": 0.25},
+        {"table": "split", "name": "real", "n": 4, "accuracy": 0.25, "chance": 0.25},
+        {"table": "split", "name": "odd", "n": 4, "accuracy": math.inf, "chance": "x"},
     ],
-    "rules": {"tags": 6, "phrase": 4},
-    "by_model": {"x": {"n": 1}, "y": {"n": 2}},
+    "summary": "10 questions",
+    "tables": [
+        {"title": "By split", "note": "a note", "heads": ["", "n", "accuracy %"], "rows": [["real", "4", "25.0 [1, 2]"],
+         ["odd", "4", "–"], ["too short"], 3]},
+        {"title": "no rows", "heads": ["a"], "rows": []}, 7, {"heads": 3, "rows": [[]]},
+    ],
 }  # fmt: skip
 
 
@@ -47,18 +49,21 @@ def test_counts_are_those_of_a_plain_loop(tmp_path):
     assert sum(c.n for c in found.values() if c.part == "category") == sum(bool(r["category"]) for r in rows)
 
 
-def test_tables_of_results_are_shown_with_shares_in_percent():
-    made = scores.result_tables(RESULTS)
-    captions = [e.text for e in read(made).all("caption")]
-    assert captions == ["Groups", "By model", "Further values"]
-    assert cells(made)[0] == ["all", "all", "10", "50.0%", "[25.0%, 75.0%]", ""]
-    assert cells(made)[1] == ["split", "real", "4", "25.0%", "–", "control blind, n 4, accuracy 10.0%"]
-    facts = [[c.text for c in row.all("td")] for row in read(made).all("tbody")[2].all("tr")]
-    assert ["level", "95.0%"] in facts and ["rules.tags", "6"] in facts and ["benchmark", "vlm4d"] in facts
-    assert not any(name == "macro" for name, _ in facts)
+def test_tables_of_results_are_shown_and_sorted_by_their_figures():
+    root = read(scores.result_tables(RESULTS))
+    assert (
+        [e.text for e in root.all("caption")] == ["By split"] and "10 questions" in root.text and "a note" in root.text
+    )
+    assert [e.text for e in root.all("th")] == ["group", "n", "accuracy %"]
+    assert cells(scores.result_tables(RESULTS)) == [["real", "4", "25.0 [1, 2]"], ["odd", "4", "–"]]
+    assert [e.attributes["data-sort"] for e in root.all("td") if "data-sort" in e.attributes] == ["4", "25", "4", ""]
+    (chart,) = root.all("figure")
+    assert chart.all("figcaption")[0].text == "Accuracy by split" and "25%" in chart.text
 
 
-@pytest.mark.parametrize("results", [[], {}, 3, "text", [[1, 2], "a"], {"a": {"b": {"c": [{"d": {"e": [1]}}]}}}])
+@pytest.mark.parametrize(
+    "results", [[], {}, 3, "text", [[1, 2], "a"], {"tables": [[], {}]}, {"tables": [], "groups": 3}]
+)
 def test_results_of_any_shape_can_be_shown(results):
     read(scores.result_tables(results))
 

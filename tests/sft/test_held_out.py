@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from mllm4d_jax.files.jsonl import read_steps
+from mllm4d_jax.report.columns import summary
 from mllm4d_jax.rows.batch import collate
 from mllm4d_jax.run.build import load_trainable
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import read_metrics, summary
 from mllm4d_jax.run.preflight import PreflightError, check
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.held_out import HeldOutError
@@ -37,7 +38,7 @@ def trained(config, workdir):
     assert sft.run(config, str(workdir)) == 0
     with Checkpoints(workdir / "checkpoints", 1) as checkpoints:
         setup = set_up(config, workdir, checkpoints)
-    return jax.tree.map(np.array, setup.trainer.trainable), read_metrics(workdir / "metrics.jsonl")
+    return jax.tree.map(np.array, setup.trainer.trainable), read_steps(workdir / "metrics.jsonl")
 
 
 def separate_loss(config, setup):

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import rows_divide
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import read_metrics
 from mllm4d_jax.run.progress import Progress
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft.feed import Feed
@@ -60,8 +60,8 @@ def stop_one(config, tmp_path, count, steps, victim):
         run.wait_for_steps(workdir, steps)
         run.running[victim].send_signal(signal.SIGTERM)
         assert run.wait() == [0] * count, run.text()
-        assert f"stopped after step {read_metrics(workdir / 'metrics.jsonl')[-1]['step']} of" in run.text()
-    return workdir, read_metrics(workdir / "metrics.jsonl")
+        assert f"stopped after step {read_steps(workdir / 'metrics.jsonl')[-1]['step']} of" in run.text()
+    return workdir, read_steps(workdir / "metrics.jsonl")
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_four_processes_with_micro_batches_and_groups(config, tmp_path):
         run.wait_for_steps(workdir, len(want))
         run.running[0].send_signal(signal.SIGTERM)
         assert run.wait() == [0, 0], run.text()
-    assert_same_curve(read_metrics(workdir / "metrics.jsonl")[: len(want)], want)
+    assert_same_curve(read_steps(workdir / "metrics.jsonl")[: len(want)], want)
 
 
 @pytest.mark.slow

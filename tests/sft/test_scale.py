@@ -16,7 +16,7 @@ import pytest
 from configs import sft as sft_config
 from mllm4d_jax.data.order import Order
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.run.log import read_metrics
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.trainer import Trainer
 
@@ -138,7 +138,7 @@ def test_a_twentieth_unusable(tiny_world, tmp_path, monkeypatch, total):
     assert sorted(trained) == sorted(f"records.jsonl#{n}" for n in range(total) if n not in expected)
     entries = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
     assert {e["index"]: e["reason"] for e in entries} == expected and len(entries) == len(expected)
-    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    rows = read_steps(tmp_path / "run/metrics.jsonl")
     assert len(rows) == config.train.steps and rows[-1]["quarantined"] == len(expected)
     assert sum(row["examples"] for row in rows) == total - len(expected) and rows[-1]["retraces"] == 0
     assert all(np.isfinite(row["loss"]) for row in rows)
@@ -186,7 +186,7 @@ def test_mixed_clips_compile_early_and_never_again(tiny_world, tmp_path, capsys,
     command = [sys.executable, "run.py", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    rows = read_steps(tmp_path / "run/metrics.jsonl")
     compiles = [0, *(row["compiles"] for row in rows)]
     new = [row["step"] for row, before in zip(rows, compiles, strict=False) if row["compiles"] > before]
     waited = sum(r["data_wait_s"] for r in rows) / sum(r["step_s"] for r in rows)

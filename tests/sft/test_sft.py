@@ -6,16 +6,19 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
 
+import run as cli
 from configs import sft as sft_config
+from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
-from mllm4d_jax.run.log import RunLog, read_metrics
+from mllm4d_jax.run.log import RunLog
 from mllm4d_jax.run.loop import TrainingRun
 from mllm4d_jax.run.progress import Progress, StopSignal, TrainingError
 from mllm4d_jax.run.start import StartError
@@ -49,7 +52,7 @@ def train(config, workdir, stop_at=STEPS):
     c, stop = config.train, StopAt(stop_at)
     with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints:
         setup = set_up(config, workdir, checkpoints)
-        log = RunLog(workdir, steps=c.steps, start=setup.progress.step, log_every=c.log_every)
+        log = RunLog(workdir, sft.DISPLAY, steps=c.steps, start=setup.progress.step, log_every=c.log_every)
         run = TrainingRun(config, workdir, checkpoints, setup.content, setup.progress, log, stop)
         stop.run = run
         with setup.encoder, run:
@@ -67,7 +70,7 @@ TIMES = {"step_s", "data_wait_s", "compiles"}
 
 
 def curve(workdir):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(workdir / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_steps(workdir / "metrics.jsonl")]
 
 
 def test_resume_is_exact(config, straight, tmp_path):
@@ -122,12 +125,39 @@ def test_bad_records_are_named_once_and_the_rest_is_used(straight):
 
 def test_a_finished_run_reports_and_can_be_called_again(config, straight, capsys):
     workdir, _ = straight
+    first, last = (row["loss"] for row in (curve(workdir)[0], curve(workdir)[-1]))
     for _ in range(2):
         assert sft.run(config, str(workdir)) == 0
-        assert (workdir / "curve.png").stat().st_size > 10_000
-        assert f"{STEPS} steps; loss" in (workdir / "report.md").read_text()
-        assert f"{STEPS} steps done" in capsys.readouterr().out
+        cli.write_page(workdir)
+        said = capsys.readouterr().out
+        assert f"{STEPS} steps done" in said and f"report: {workdir / 'report.html'}" in said
+        assert f"loss: {first:.4f} -> {last:.4f} (means of the first 1 and the last 1 steps)" in said
+        page = (workdir / "report.html").read_text()
+        assert all(text in page for text in ("trainable parameters", "compilations 1", "Steps in ten parts", "1-1"))
     assert len(curve(workdir)) == STEPS
+
+
+def test_a_finished_run_that_lost_its_metrics_says_so(config, straight, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    shutil.copytree(straight[0], workdir)
+    for text in ("", None):
+        (workdir / "metrics.jsonl").unlink() if text is None else (workdir / "metrics.jsonl").write_text(text)
+        assert sft.run(config, str(workdir)) == 0
+        cli.write_page(workdir)
+        found = capsys.readouterr()
+        assert f"{STEPS} steps done" in found.out and "no report: " in found.err and "metrics.jsonl" in found.err
+
+
+def test_a_damaged_line_of_the_metrics_ends_the_next_start(config, tmp_path):
+    """It used to lose every later row, without a word."""
+    train(config, tmp_path, stop_at=3)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = "".join([lines[0], "{}}\n", lines[2]])
+    path.write_text(damaged)
+    with pytest.raises(JsonLinesError, match="metrics.jsonl, line 2: not a JSON object"):
+        train(config, tmp_path)
+    assert path.read_text() == damaged
 
 
 def test_another_config_does_not_continue_the_run(make_config, mixed_world, straight):
@@ -163,7 +193,6 @@ def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
     assert [r["step"] for r in curve(tmp_path)] == [1, 2]
     with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
         assert checkpoints.latest() == 2
-    assert not (tmp_path / "report.md").exists()
 
 
 def test_second_interrupt_is_immediate():
@@ -244,6 +273,6 @@ def test_the_tiny_config_learns(tmp_path):
     config = sft_config.get_config("tiny")
     config.train.batch_size = 8
     assert sft.run(config, str(tmp_path)) == 0
-    rows = read_metrics(tmp_path / "metrics.jsonl")
+    rows = read_steps(tmp_path / "metrics.jsonl")
     assert np.mean([r["loss"] for r in rows[-20:]]) < 0.1 * np.mean([r["loss"] for r in rows[:5]])
     assert rows[-1]["retraces"] == 0

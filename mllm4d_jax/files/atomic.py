@@ -1,0 +1,76 @@
+"""Files and folders that are either there whole or not there: written beside their name, flushed to disk, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PARTIAL = ".partial"  # part of the name of everything that is still being written
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, ending: str = "") -> Iterator[Path]:
+    """Yield a free name beside `path`; the file written there becomes `path` when the block ends without an error.
+
+    Args:
+      path: the final name; a file that is there is replaced.
+      ending: of the free name, for writers that choose a format by it, e.g. ".mp4".
+    """
+    path = Path(path)
+    # Process and thread make the name unique among the writers of this machine that race for one file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{ending}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a binary file to write to, which appears as `path` when the block ends without an error."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write a small file whole; readers see the old content or the new one, never a mixture."""
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as a JSON file, keys sorted, whole or not at all."""
+    write_atomic(path, f"{json.dumps(value, indent=1, sort_keys=True)}\n".encode())
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is renamed to `path` when the block ends without an error.
+
+    `path` must not exist then, or be empty. What an earlier writer left when it was killed is removed first, so that
+    there may be one writer at a time.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partials(folder: Path, pattern: str = "*") -> None:
+    """Delete what killed writers of files left. Only for a caller who knows that nobody is writing there."""
+    for path in folder.glob(f"{pattern}{PARTIAL}*"):
+        path.unlink(missing_ok=True)
