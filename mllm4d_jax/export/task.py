@@ -102,10 +102,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     output = pathlib.Path(config.output).absolute()
     if output.exists():
         raise ExportError(f"config.output = {output} exists already: name another folder, or remove it first")
-    if not config.source:
-        raise ExportError("config.source is empty: name a workdir, its checkpoints folder or a PEFT adapter folder")
-    source = choose_model(config.model.path, config.source, config.step)
-    model = load_model(source.base, dtype=jnp.dtype(config.dtype), attention=config.attention)
+    if not config.model.adapter:
+        raise ExportError("model.adapter is empty: name a workdir, its checkpoints folder or a PEFT adapter folder")
+    source = choose_model(config.model.path, config.model.adapter, config.model.step)
+    model = load_model(source.base, dtype=jnp.dtype(config.model.dtype), attention=config.model.attention)
     before = export_check.logits(model)
     tuned = load_tuned(model, source.adapter)
     del model
@@ -114,7 +114,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
-    tolerance = config.tol[config.dtype]
+    tolerance = config.tol[config.model.dtype]
     try:
         if config.form == "peft":
             lines = export_peft(tuned, source, partial, config.base_name, tolerance)

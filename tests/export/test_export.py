@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from configs import common, schema
+from configs import common
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export import merged as export_merged
 from mllm4d_jax.export import task as export
@@ -29,7 +29,7 @@ from mllm4d_jax.models.peft import adapted_linears, load_peft
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta
 from mllm4d_jax.run.digest import model_digest
-from mllm4d_jax.run.start import find_adapter, load_tuned
+from mllm4d_jax.run.start import StartError, find_adapter, load_tuned
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 ADAPTER = {"lora.rank": 2, "lora.alpha": 3.0, "lora.dropout": 0.05, "lora.targets": ["q_proj", "o_proj"]}
@@ -78,8 +78,8 @@ def trained_run(tmp_path, base, patterns=("lora",), scale=0.1, steps=(3,), **opt
 
 
 def run(form, source, output, **values) -> int:
-    values = {"form": form, "source": str(source), "output": str(output), **values}
-    return export.run(schema.build(common.EXPORT_KEYS, values), "unused")
+    values = {"form": form, "model.adapter": str(source), "output": str(output), **values}
+    return export.run(common.config("export", values), "unused")
 
 
 def tensors(folder) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def test_an_adapter_is_written_and_found_equal(world, tmp_path, capsys):
 
 def test_a_merged_checkpoint_has_the_sum_in_place_and_all_else_untouched(world, tmp_path, capsys):
     base, workdir = world
-    assert run("merged", workdir / "checkpoints", tmp_path / "out", step=3) == 0
+    assert run("merged", workdir / "checkpoints", tmp_path / "out", **{"model.step": 3}) == 0
     assert "8 of 115 tensors changed" in capsys.readouterr().out
     adapter, before, after = stored_adapter(workdir, base, 3), tensors(base), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -152,7 +152,7 @@ def test_a_peft_folder_is_merged_too(world, tmp_path, capsys):
     base, workdir = world
     run("peft", workdir, tmp_path / "adapter")
     run("merged", workdir, tmp_path / "a")
-    with pytest.raises(ExportError, match="model.path = '' is not the folder of a model"):
+    with pytest.raises(StartError, match="model.path = '' is not a model folder"):
         run("merged", tmp_path / "adapter", tmp_path / "b")
     run("merged", tmp_path / "adapter", tmp_path / "b", **{"model.path": str(base)})
     assert "adapter_config.json" not in {p.name for p in (tmp_path / "b").iterdir()}
@@ -162,8 +162,8 @@ def test_a_peft_folder_is_merged_too(world, tmp_path, capsys):
 
 @pytest.mark.slow  # compiles the model three times more
 def test_comparing_in_bfloat16(world, tmp_path):
-    run("merged", world[1], tmp_path / "merged", dtype="bfloat16")
-    run("peft", world[1], tmp_path / "peft", dtype="bfloat16")
+    run("merged", world[1], tmp_path / "merged", **{"model.dtype": "bfloat16"})
+    run("peft", world[1], tmp_path / "peft", **{"model.dtype": "bfloat16"})
     assert left_behind(tmp_path) == ["merged", "peft"]
 
 
@@ -217,7 +217,7 @@ def test_half_an_adapter_is_completed_from_the_seed_or_refused(world, tmp_path):
         np.testing.assert_array_equal(linear.lora_a[...], adapted_linears(model)[path].lora_a[...])
         assert np.abs(adapted_linears(model)[path].lora_b[...]).max() > 0.1
     later = trained_run(tmp_path / "later", base, patterns=(".*/lora_b",), **{"model.adapter": "runs/first"})
-    with pytest.raises(ExportError, match="holds one part of an adapter and the other was kept as it is in runs/first"):
+    with pytest.raises(StartError, match="holds one part of an adapter and the other was kept as it is in runs/first"):
         run("peft", later, tmp_path / "out")
     assert left_behind(tmp_path) == ["half", "later"]
 
@@ -329,17 +329,17 @@ def test_not_a_number_is_no_agreement():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(source=""), "config.source is empty"),
-        (dict(source="nowhere"), "holds no checkpoint and no PEFT adapter"),
+        ({"model.adapter": ""}, "model.adapter is empty"),
+        ({"model.adapter": "nowhere"}, "holds no checkpoint and no PEFT adapter"),
         (dict(output=""), "config.output is empty"),
         (dict(output="."), "exists already"),
-        (dict(step=4), "config.step = 4: .* holds the steps 3, 5"),
+        ({"model.step": 4}, "model.step = 4: .* holds the steps 3, 5"),
         ({"model.path": str(GOLDEN / "qwen2_5_vl")}, "is not the base model of"),
-        ({"model.path": "nowhere"}, "model.path = 'nowhere' is not the folder of a model"),
+        ({"model.path": "nowhere"}, "model.path = 'nowhere' is not a model folder"),
     ],
 )
 def test_refusals(world, tmp_path, values, message):
-    values = {"source": str(world[1]), "output": str(tmp_path / "out"), **values}
-    with pytest.raises(ExportError, match=message):
-        run("peft", **values)
+    values = {"form": "peft", "model.adapter": str(world[1]), "output": str(tmp_path / "out"), **values}
+    with pytest.raises((ExportError, StartError), match=message):
+        export.run(common.config("export", values), "unused")
     assert left_behind(tmp_path) == []

@@ -6,9 +6,10 @@ import collections
 
 import pytest
 
+from configs.published import SIZES, published_config
+from configs.schema import ConfigError
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.config import ConfigError, ModelConfig
-from mllm4d_jax.models.published import SIZES, published_config
+from mllm4d_jax.models.config import ModelConfig
 
 # parameters, of which vision, tensors in the checkpoint
 COUNTS = {
