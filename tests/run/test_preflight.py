@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import pytest
 
 from configs import common
 from configs import sft as sft_config
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.run import preflight
+from mllm4d_jax.run.checkpoint import Checkpoints, Meta
 from mllm4d_jax.run.digest import content_digests, model_digest
 from mllm4d_jax.run.preflight import PreflightError
 from mllm4d_jax.sft.sample import with_sample
@@ -105,7 +107,8 @@ def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_the
     config.model.adapter, config.lora.dropout = str(tmp_path), 1.0
     text = complaints(config)
     assert f"model.adapter = {tmp_path} holds no checkpoint" in text and "lora.dropout = 1" in text
-    (tmp_path / "checkpoints/12").mkdir(parents=True)
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save({"a": jnp.zeros(1)}, {"n": jnp.zeros(1)}, Meta(12, 0, 0, {}, {}), 1.0)
     config.lora.dropout = 0.5
     preflight.check(config)
 
