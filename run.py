@@ -1,8 +1,8 @@
 """The one command of the project: `python run.py --config=FILE[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
 Reads the flags (no other file does), loads the config, checks every key against the task's table and hands config and
-workdir to the task. Exit codes: 0 success, 1 the task found a problem the user
-can act on, 2 the command line or the config is wrong. Anything unforeseen keeps its traceback.
+workdir to the task. Exit codes: 0 success, 1 the task found a problem the user can act on, 2 the command line or the
+config is wrong. Anything unforeseen keeps its traceback.
 """
 
 from __future__ import annotations

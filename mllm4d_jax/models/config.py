@@ -22,7 +22,7 @@ FAMILIES = {
 }
 
 
-class ConfigError(ValueError):
+class ModelConfigError(ValueError):
     """A model configuration that this port cannot run exactly. The message names the key and what to do."""
 
 
@@ -140,15 +140,15 @@ class ModelConfig:
         """Reads `folder/config.json`.
 
         Raises:
-          ConfigError: the file is absent, not JSON, or describes something this port does not run.
+          ModelConfigError: the file is absent, not JSON, or describes something this port does not run.
         """
         path = pathlib.Path(folder) / "config.json"
         if not path.is_file():
-            raise ConfigError(f"{path} does not exist: point the model path at a folder in Hugging Face format")
+            raise ModelConfigError(f"{path} does not exist: point the model path at a folder in Hugging Face format")
         try:
             raw = json.loads(path.read_text())
         except json.JSONDecodeError as e:
-            raise ConfigError(f"{path} is not valid JSON: {e}") from e
+            raise ModelConfigError(f"{path} is not valid JSON: {e}") from e
         return cls.from_dict(raw, where=str(path))
 
     @classmethod
@@ -156,23 +156,25 @@ class ModelConfig:
         """Builds a configuration from the parsed content of a `config.json`.
 
         Raises:
-          ConfigError: unknown `model_type`, missing key, or an option that is not supported.
+          ModelConfigError: unknown `model_type`, missing key, or an option that is not supported.
         """
         model_type = raw.get("model_type")
         if model_type not in FAMILIES:
-            raise ConfigError(f"{where}: model_type {model_type!r} is not supported (known: {', '.join(FAMILIES)})")
+            raise ModelConfigError(
+                f"{where}: model_type {model_type!r} is not supported (known: {', '.join(FAMILIES)})"
+            )
         vision_raw = raw.get("vision_config")
         if not isinstance(vision_raw, Mapping):
-            raise ConfigError(f"{where}: 'vision_config' is missing")
+            raise ModelConfigError(f"{where}: 'vision_config' is missing")
         # Qwen2.5-VL was released flat; transformers 5 nests the text keys on re-saving.
         text_raw = raw.get("text_config", raw if model_type == "qwen2_5_vl" else None)
         if not isinstance(text_raw, Mapping):
-            raise ConfigError(f"{where}: 'text_config' is missing")
+            raise ModelConfigError(f"{where}: 'text_config' is missing")
         reader = _Reader(text_raw, f"{where}: text_config" if "text_config" in raw else where)
         text = _read_text(reader, model_type)
         vision = _read_vision(_Reader(vision_raw, f"{where}: vision_config"), model_type)
         if vision.out_hidden_size != text.hidden_size:
-            raise ConfigError(
+            raise ModelConfigError(
                 f"{where}: vision out_hidden_size {vision.out_hidden_size} differs from text hidden_size "
                 f"{text.hidden_size}"
             )
@@ -206,19 +208,19 @@ class _Reader:
             if self.raw.get(name) is not None:
                 return self.raw[name]
         if default is None:
-            raise ConfigError(f"{self.where}: key {' / '.join(map(repr, names))} is missing")
+            raise ModelConfigError(f"{self.where}: key {' / '.join(map(repr, names))} is missing")
         return default
 
     def int(self, *names: str, default: int | None = None) -> int:
         value = self.get(*names, default=default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self.where}: key {names[0]!r} must be an integer, got {value!r}")
+            raise ModelConfigError(f"{self.where}: key {names[0]!r} must be an integer, got {value!r}")
         return value
 
     def require(self, name: str, allowed: tuple, default: Any) -> Any:
         value = self.raw.get(name, default)
         if value not in allowed:
-            raise ConfigError(f"{self.where}: {name} = {value!r} is not supported (supported: {list(allowed)})")
+            raise ModelConfigError(f"{self.where}: {name} = {value!r} is not supported (supported: {list(allowed)})")
         return value
 
 
@@ -227,25 +229,25 @@ def _read_rope(r: _Reader, head_dim: int, interleaved: bool) -> RopeConfig:
     scaling = r.raw.get("rope_scaling") or r.raw.get("rope_parameters") or {}
     theta = scaling.get("rope_theta") or r.raw.get("rope_theta")
     if theta is None:
-        raise ConfigError(
+        raise ModelConfigError(
             f"{r.where}: rope_theta is absent (neither 'rope_theta' nor 'rope_parameters.rope_theta'); add the value "
             "the model was trained with: released Qwen3-VL uses 5000000, Qwen2.5-VL 1000000"
         )
     if scaling.get("partial_rotary_factor", r.raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ConfigError(f"{r.where}: a partial_rotary_factor other than 1 is not supported")
+        raise ModelConfigError(f"{r.where}: a partial_rotary_factor other than 1 is not supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     sections = scaling.get("mrope_section")
     if sections is None:
-        raise ConfigError(f"{r.where}: mrope_section is missing from rope_scaling / rope_parameters")
+        raise ModelConfigError(f"{r.where}: mrope_section is missing from rope_scaling / rope_parameters")
     sections = tuple(int(s) for s in sections)
     if len(sections) != 3 or sum(sections) != head_dim // 2:
-        raise ConfigError(
+        raise ModelConfigError(
             f"{r.where}: mrope_section {list(sections)} must be 3 numbers summing to head_dim/2 = {head_dim // 2}"
         )
     if bool(scaling.get("mrope_interleaved", interleaved)) != interleaved:
-        raise ConfigError(f"{r.where}: mrope_interleaved = {not interleaved} is not supported for this family")
+        raise ModelConfigError(f"{r.where}: mrope_interleaved = {not interleaved} is not supported for this family")
     if kind not in ("default", "mrope", "yarn"):
-        raise ConfigError(f"{r.where}: rope_type {kind!r} is not supported (supported: default, mrope, yarn)")
+        raise ModelConfigError(f"{r.where}: rope_type {kind!r} is not supported (supported: default, mrope, yarn)")
     yarn = _read_yarn(r, scaling) if kind == "yarn" else None
     return RopeConfig(theta=float(theta), sections=sections, interleaved=interleaved, yarn=yarn)
 
@@ -254,7 +256,7 @@ def _read_yarn(r: _Reader, scaling: Mapping[str, Any]) -> tuple[tuple[str, float
     known = ("factor", _CONTEXT, "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
     found = {k: float(scaling[k]) for k in known if scaling.get(k) is not None}
     if "factor" not in found:
-        raise ConfigError(f"{r.where}: rope_type 'yarn' needs the key 'factor'")
+        raise ModelConfigError(f"{r.where}: rope_type 'yarn' needs the key 'factor'")
     # A text key of that name wins over the one among the rope parameters, as in transformers.
     found[_CONTEXT] = float(r.int(_CONTEXT, default=int(found.get(_CONTEXT) or r.int("max_position_embeddings"))))
     return tuple(sorted(found.items()))
@@ -264,7 +266,7 @@ def _read_moe(r: _Reader, num_layers: int) -> MoEConfig:
     mlp_only = set(r.raw.get("mlp_only_layers") or ())
     step = r.int("decoder_sparse_step", default=1)
     if step < 1:
-        raise ConfigError(f"{r.where}: decoder_sparse_step must be at least 1, got {step}")
+        raise ModelConfigError(f"{r.where}: decoder_sparse_step must be at least 1, got {step}")
     return MoEConfig(
         num_experts=r.int("num_experts", "num_local_experts"),
         top_k=r.int("num_experts_per_tok"),
@@ -279,14 +281,14 @@ def _read_text(r: _Reader, model_type: str) -> TextConfig:
     hidden, heads = r.int("hidden_size"), r.int("num_attention_heads")
     qwen3 = FAMILIES[model_type] == "qwen3_vl"
     if r.raw.get("use_sliding_window"):
-        raise ConfigError(f"{r.where}: use_sliding_window = true is not supported")
+        raise ModelConfigError(f"{r.where}: use_sliding_window = true is not supported")
     head_dim = r.int("head_dim", default=hidden // heads)
     if not qwen3 and head_dim * heads != hidden:
-        raise ConfigError(f"{r.where}: {heads} heads of {head_dim} do not make up hidden_size {hidden} in this family")
+        raise ModelConfigError(f"{r.where}: {heads} heads of {head_dim} do not make up hidden_size {hidden} here")
     num_layers = r.int("num_hidden_layers")
     kv_heads = r.int("num_key_value_heads", default=heads)
     if heads % kv_heads:
-        raise ConfigError(f"{r.where}: {heads} heads are not a multiple of {kv_heads} key/value heads")
+        raise ModelConfigError(f"{r.where}: {heads} heads are not a multiple of {kv_heads} key/value heads")
     attention_bias = bool(r.raw.get("attention_bias", False))
     return TextConfig(
         vocab_size=r.int("vocab_size"),
@@ -320,17 +322,17 @@ def _read_vision(r: _Reader, model_type: str) -> VisionConfig:
         merge_size=r.int("spatial_merge_size", default=2),
     )
     if common["hidden_size"] % (4 * common["num_heads"]):
-        raise ConfigError(
+        raise ModelConfigError(
             f"{r.where}: the head width {common['hidden_size']}/{common['num_heads']} must be a multiple of 4"
         )
     rope = r.raw.get("rope_scaling") or r.raw.get("rope_parameters") or {}
     theta = rope.get("rope_theta") or r.raw.get("rope_theta") or 10000.0
     if theta != 10000.0:
-        raise ConfigError(f"{r.where}: a vision rope_theta of {theta} is not supported (every release uses 10000)")
+        raise ModelConfigError(f"{r.where}: a vision rope_theta of {theta} is not supported (every release uses 10000)")
     if not qwen3:
         full, window = tuple(r.get("fullatt_block_indexes")), r.int("window_size")
         if window < common["merge_size"] * common["patch_size"]:
-            raise ConfigError(
+            raise ModelConfigError(
                 f"{r.where}: window_size {window} is smaller than one merged token "
                 f"({common['merge_size']} x {common['patch_size']} pixels)"
             )
@@ -344,10 +346,10 @@ def _read_vision(r: _Reader, model_type: str) -> VisionConfig:
     positions = r.int("num_position_embeddings")
     side = round(positions**0.5)
     if side * side != positions:
-        raise ConfigError(f"{r.where}: num_position_embeddings {positions} is not a square")
+        raise ModelConfigError(f"{r.where}: num_position_embeddings {positions} is not a square")
     deepstack = tuple(r.get("deepstack_visual_indexes"))
     if any(not 0 <= i < common["depth"] for i in deepstack) or len(set(deepstack)) != len(deepstack):
-        raise ConfigError(f"{r.where}: deepstack_visual_indexes {list(deepstack)} must be distinct block indices")
+        raise ModelConfigError(f"{r.where}: deepstack_visual_indexes {list(deepstack)} must be distinct block indices")
     return VisionConfig(
         **common,
         hidden_act=r.require("hidden_act", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),

@@ -122,7 +122,7 @@ def load_model(
       attention, remat: see `QwenVL`.
 
     Raises:
-      ConfigError: config.json cannot be run exactly.
+      ModelConfigError: config.json cannot be run exactly.
       CheckpointError: missing, unexpected or misshapen tensors (all of them in one message), or damaged files.
     """
     config = ModelConfig.from_folder(path)

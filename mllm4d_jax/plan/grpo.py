@@ -115,7 +115,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
       0.
 
     Raises:
-      PlanError, TopologyError, MeshError, ConfigError: what cannot be planned, and what to change.
+      PlanError, TopologyError, MeshError, ModelConfigError: what cannot be planned, and what to change.
     """
     words = [word.strip() for word in targets.split(",") if word.strip()]
     names, known = [word for word in words if "=" not in word], {f.name for f in dataclasses.fields(Lengths)}

@@ -120,7 +120,7 @@ def plan_job(config: ml_collections.ConfigDict, lengths: Lengths | None = None) 
 
     Raises:
       PlanError: no model is named, or completions cannot be laid out in rows or parts of the sampler.
-      ConfigError: its config.json is unusable.
+      ModelConfigError: its config.json is unusable.
       ValueError: the objective's settings do not go together.
     """
     model, lengths, c = model_config(config), lengths or Lengths(), config.rollout

@@ -32,7 +32,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
       0.
 
     Raises:
-      PlanError, TopologyError, MeshError, ConfigError, LoaderError: what cannot be planned, and what to change.
+      PlanError, TopologyError, MeshError, ModelConfigError, LoaderError: what cannot be planned, and what to change.
     """
     words = [word.strip() for word in targets.split(",") if word.strip()]
     names, texts = [word for word in words if "=" not in word], parse_texts([word for word in words if "=" in word])

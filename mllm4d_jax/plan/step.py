@@ -79,7 +79,7 @@ def plan_job(config: ml_collections.ConfigDict, texts: Texts | None = None) -> P
 
     Raises:
       PlanError: no model is named.
-      ConfigError, LoaderError: its config.json, or a batch that cannot be divided.
+      ModelConfigError, LoaderError: its config.json, or a batch that cannot be divided.
     """
     model = model_config(config)
     options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)

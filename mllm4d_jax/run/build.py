@@ -88,7 +88,7 @@ def build(
 
     Raises:
       BuildError: no model is named.
-      MeshError, ConfigError, CheckpointError, PeftError, TrainableError, ProcessorError: what cannot be built, and why.
+      MeshError, ModelConfigError, CheckpointError, PeftError, TrainableError, ProcessorError: what cannot be built.
     """
     mesh = make_mesh(dict(config.mesh), devices)
     model = abstract_model(config, model_sizes(config), mesh) if abstract else load_trainable(config, mesh)
@@ -128,7 +128,7 @@ def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
 
     Raises:
       BuildError: neither names one.
-      ConfigError: its config.json cannot be run exactly.
+      ModelConfigError: its config.json cannot be run exactly.
     """
     if config.model.published:
         return ModelConfig.from_dict(published_config(config.model.published), config.model.published)

@@ -173,7 +173,7 @@ def load_chosen(choice: ModelChoice, *, dtype: str, attention: str, mesh: Mesh |
     """Load a chosen model, with what was trained on top of it, on its mesh.
 
     Raises:
-      ConfigError, CheckpointError, PeftError, ResumeError, StartError: files that cannot be used.
+      ModelConfigError, CheckpointError, PeftError, ResumeError, StartError: files that cannot be used.
     """
     model = load_model(choice.base, dtype=jnp.dtype(dtype), attention=attention, mesh=mesh)
     return model if choice.adapter is None else load_tuned(model, choice.adapter).model

@@ -124,7 +124,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task; 0 only if every check holds.
 
     Raises:
-      RecordingError, ConfigError, CheckpointError: nothing comparable was found.
+      RecordingError, ModelConfigError, CheckpointError: nothing comparable was found.
     """
     del workdir  # the report goes to the terminal; nothing is left behind
     started = time.monotonic()

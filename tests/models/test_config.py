@@ -9,7 +9,7 @@ import json
 import pytest
 
 from configs.published import published_config
-from mllm4d_jax.models.config import ConfigError, ModelConfig
+from mllm4d_jax.models.config import ModelConfig, ModelConfigError
 
 
 def parse(raw) -> ModelConfig:
@@ -85,16 +85,16 @@ def changed(path: str, value, size: str = "2b") -> dict:
     ],
 )
 def test_refusals_say_what_and_where(raw, message):
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(ModelConfigError, match=message) as error:
         ModelConfig.from_dict(raw, where="folder/config.json")
     assert "folder/config.json" in str(error.value)
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ModelConfigError, match="does not exist"):
         ModelConfig.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(ModelConfigError, match="not valid JSON"):
         ModelConfig.from_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(published_config("2b")))
     assert ModelConfig.from_folder(tmp_path).model_type == "qwen3_vl"

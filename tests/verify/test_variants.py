@@ -21,7 +21,7 @@ from mllm4d_jax.encode.example import Grid  # noqa: E402
 from mllm4d_jax.encode.grids import position_taps, window_order  # noqa: E402
 from mllm4d_jax.encode.positions import mrope_positions  # noqa: E402
 from mllm4d_jax.models import rope  # noqa: E402
-from mllm4d_jax.models.config import ConfigError, ModelConfig  # noqa: E402
+from mllm4d_jax.models.config import ModelConfig, ModelConfigError  # noqa: E402
 from mllm4d_jax.models.hf import load_model, save_model  # noqa: E402
 from mllm4d_jax.verify.model import Tolerances  # noqa: E402
 from mllm4d_jax.verify.task import Target, verify_target  # noqa: E402
@@ -310,5 +310,5 @@ def test_older_nested_qwen2_5_files_are_tied_by_their_text_config(tmp_path):
     ],
 )
 def test_what_cannot_be_run_exactly_is_refused(variant, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ModelConfigError, match=message):
         ModelConfig.from_dict(variant.config() | {"model_type": variant.model_type})
