@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from configs.published import SIZES, published_config
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.grids import pack_vision
 from mllm4d_jax.models import text, vision
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.lora import attach_lora
-from mllm4d_jax.models.published import SIZES, published_config
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
 from mllm4d_jax.rows.batch import ModelInputs
 

@@ -49,7 +49,7 @@ class Ours:
         from mllm4d_jax.models.qwen_vl import vision_geometry
         from mllm4d_jax.rows.shape import RowShape
 
-        model, data, c = load_model(folder, dtype=jnp.float32), common.eval().data, encoder.config
+        model, data, c = load_model(folder, dtype=jnp.float32), common.config("eval").data, encoder.config
         graphdef, state = nnx.split(model)
         self._sampler, self._weights = Sampler(graphdef), (state,)
         shape = RowShape.of(

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.sft_contenders import STORED, Shape, write_model
 from configs import common
+from configs.published import published_config
 from mllm4d_jax.data.samples import draw, make_clip, questions, write_video
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
@@ -27,7 +28,6 @@ from mllm4d_jax.grpo.setup import GrpoSetup, set_up
 from mllm4d_jax.grpo.task import rows_of
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, real_work, step_flops
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.qa.system_prompt import ST_COT
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.checkpoint import Checkpoints
@@ -93,7 +93,7 @@ def run_config(
     model: Path, records: Path, *, prompts: int, completions: int, tokens: int, frames: int, side: int, dtype: str
 ) -> ml_collections.ConfigDict:
     """The GRPO config both sides follow: the paper's objective and prompt, frozen tower, LoRA on q, k, v, o."""
-    config = common.grpo()
+    config = common.config("grpo")
     config.model.path, config.model.adapter, config.model.dtype = str(model), "", dtype
     config.model.remat = "none"
     config.data.path, config.data.root = str(records), str(records.parent)

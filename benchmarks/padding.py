@@ -21,13 +21,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs import sft
+from configs.published import published_config
 from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.order import Order
 from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, Work, padded_work, step_flops
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.rows.rows import Group, RowSizes, pack_groups
 from mllm4d_jax.rows.shape import RowShape
 

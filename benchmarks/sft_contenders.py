@@ -16,12 +16,12 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
+from configs.published import published_config
 from mllm4d_jax.data.samples import SampleQuestion, draw, make_clip, questions, write_video
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.weight_map import published_tensors
 from mllm4d_jax.qa.records import Record
 from mllm4d_jax.run.build import build, encoder_of, open_records
@@ -123,7 +123,7 @@ def run_config(
     model: Path, records: Path, *, batch: int, per_video: int, steps: int, frames: int, side: int
 ) -> ml_collections.ConfigDict:
     """The SFT config both sides follow: fp32, frozen tower, LoRA on q, k, v, o, AdamW at a constant rate."""
-    config = common.sft()
+    config = common.config("sft")
     config.model.path, config.data.path, config.data.root = str(model), str(records), str(records.parent)
     config.model.dtype, config.model.remat = "float32", "none"
     config.video.num_frames, config.video.min_pixels, config.video.max_pixels = frames, side**2, side**2

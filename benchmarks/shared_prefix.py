@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from configs.published import published_config
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.lora import attach_lora
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.rows.batch import collate
 from mllm4d_jax.rows.rows import Group, RowBatch, collate_rows, needed_sizes

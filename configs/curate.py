@@ -8,32 +8,27 @@ python run.py --config=configs/curate.py:describe --config.input=DIR --config.te
 python run.py --config=configs/curate.py:cold_start --config.cold_start.records=FILE.jsonl
 """
 
-from __future__ import annotations
+from configs.schema import Presets
+from configs.tables.curation import CURATE_KEYS
 
-from types import MappingProxyType
-
-import ml_collections
-
-from configs import common
-from configs.schema import check_variant
-
-VARIANTS = MappingProxyType(
+get_config = Presets(
+    "configs/curate.py",
+    CURATE_KEYS,
     {
-        "synthetic": "renders rooms with moving objects and a moving camera; nothing is needed",
-        "stereo4d": "reads Stereo4D annotations with their rectified videos, masks and captions",
-        "stereo": "finds depth, camera path and object points from stereo videos alone",
-        "monocular": "reads SpatialTrackerV2 tracks and MoGe-2 depth",
-        "describe": "has a vision language model name what moves, and describe segmented objects",
-        "cold_start": "writes reasoning (ST-CoT) for questions that are there already, and keeps the best of it",
-    }
+        "synthetic": ("renders rooms with moving objects and a moving camera; nothing is needed", {}),
+        "stereo4d": (
+            "reads Stereo4D annotations with their rectified videos, masks and captions",
+            {"source": "stereo4d"},
+        ),
+        "stereo": ("finds depth, camera path and object points from stereo videos alone", {"source": "stereo"}),
+        "monocular": ("reads SpatialTrackerV2 tracks and MoGe-2 depth", {"source": "monocular"}),
+        "describe": (
+            "has a vision language model name what moves, and describe segmented objects",
+            {"source": "describe", "teacher.kind": "endpoint"},
+        ),
+        "cold_start": (
+            "writes reasoning (ST-CoT) for questions that are there already, and keeps the best of it",
+            {"source": "cold_start"},
+        ),
+    },
 )
-
-
-def get_config(variant: str = "synthetic") -> ml_collections.ConfigDict:
-    """The locked config of a variant."""
-    check_variant(variant, VARIANTS, "configs/curate.py")
-    config = common.curate()
-    config.source = variant
-    if variant == "describe":
-        config.teacher.kind = "endpoint"
-    return config

@@ -4,19 +4,7 @@ python run.py --config=configs/report.py --config.run=runs/sft-tiny
 python run.py --config=configs/report.py --config.run=runs/first --config.other=runs/second
 """
 
-from __future__ import annotations
+from configs.schema import Presets
+from configs.tables.report import REPORT_KEYS
 
-from types import MappingProxyType
-
-import ml_collections
-
-from configs import common
-from configs.schema import check_variant
-
-VARIANTS = MappingProxyType({"": "at most 200 answers, four frames of each clip"})
-
-
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The locked config of a variant."""
-    check_variant(variant, VARIANTS, "configs/report.py")
-    return common.report()
+get_config = Presets("configs/report.py", REPORT_KEYS, {"": ("at most 200 answers, four frames of each clip", {})})

@@ -22,9 +22,19 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Key:
-    """One config key: dotted name, default (which also fixes the type), one line of help, and the values allowed.
+    """One config key. Unless a flag below says otherwise, a run that goes on in its workdir must keep the value.
 
-    `choices` lists the only accepted values; `low` is an inclusive lower bound for numbers.
+    Attributes:
+      name: dotted.
+      default: of the type that every value has to have.
+      help: one line.
+      choices: the only values allowed; () = any.
+      low: inclusive lower bound of a number.
+      free: the value may change when a run goes on: it says where, how fast or how much of the work is done, or what
+        is made of the results afterwards, but not what a result is.
+      content: the value names files (or a checkpoint). It may change as well, but what is in the files may not: the
+        task keeps a digest of them in place of the value.
+      adapter: part of what the numbers of an adapter mean; a run that starts from an adapter needs the same value.
     """
 
     name: str
@@ -32,33 +42,65 @@ class Key:
     help: str
     choices: tuple = ()
     low: float | None = None
+    free: bool = False
+    content: bool = False
+    adapter: bool = False
+
+
+@dataclass(frozen=True)
+class Presets:
+    """The `get_config` of a config file: called with the name of a variant, it returns that variant's config.
+
+    Attributes:
+      path: of the file, for messages.
+      keys: the table of its task.
+      variants: name -> (one line of help, {dotted key: value}); a call without a name takes the first.
+    """
+
+    path: str
+    keys: tuple[Key, ...]
+    variants: Mapping[str, tuple[str, Mapping[str, Any]]]
+
+    def __call__(self, variant: str | None = None) -> ml_collections.ConfigDict:
+        """Raises ConfigError naming the nearest variant and all there are, or the keys and values that are wrong."""
+        name = next(iter(self.variants)) if variant is None else variant
+        if name not in self.variants:
+            listed = ", ".join(self.spell(known) for known in self.variants)
+            close = nearest(name, [known for known in self.variants if known])
+            hint = f" - did you mean '{self.spell(close)}'?" if close else ""
+            raise ConfigError(f"{self.path} has no variant '{name}'{hint} (there are: {listed})")
+        return complete(self.variants[name][1], self.keys)
+
+    def spell(self, variant: str) -> str:
+        """Return what follows `--config=` for a variant."""
+        return f"{self.path}:{variant}" if variant else self.path
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The member of `known` that `word` was most likely meant to be, or "" when none is similar.
+    """Return the member of `known` that `word` was most likely meant to be, or "" when none is similar.
 
     The last part of a dotted name counts on its own too: `steps` is near `train.steps`.
     """
-    known = list(known)
-    tail = word.rsplit(".", 1)[-1]
-    same_tail = [name for name in known if name.rsplit(".", 1)[-1] == tail]
-    for pool in (same_tail, known):
-        found = difflib.get_close_matches(word, pool, n=1, cutoff=0.6 if pool is known else 0.0)
-        if found:
-            return found[0]
-    tails = {name.rsplit(".", 1)[-1]: name for name in known}
-    found = difflib.get_close_matches(tail, tails, n=1, cutoff=0.6)
-    return tails[found[0]] if found else ""
+    tails, tail = {}, word.rpartition(".")[2]
+    for name in known:
+        tails.setdefault(name.rpartition(".")[2], []).append(name)
+    every = [name for names in tails.values() for name in names]
+    close = (
+        difflib.get_close_matches(word, tails.get(tail, ()), n=1, cutoff=0.0)
+        or difflib.get_close_matches(word, every, n=1)
+        or [tails[name][-1] for name in difflib.get_close_matches(tail, tails, n=1)]
+    )
+    return close[0] if close else ""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` - did you mean 'x'?`, or "" when nothing known is similar to `word`."""
+    """Return ` - did you mean 'x'?`, or "" when nothing known is similar to `word`."""
     close = nearest(word, known)
     return f" - did you mean '{close}'?" if close else ""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) for every leaf of a nested mapping or ConfigDict, in its own order."""
+    """Yield (dotted name, value) for every leaf of a nested mapping or ConfigDict, in its own order."""
     for name, value in config.items():
         if isinstance(value, (Mapping, ml_collections.ConfigDict)):
             yield from flatten(value, f"{prefix}{name}.")
@@ -67,7 +109,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def build(keys: Iterable[Key], values: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
-    """A locked ConfigDict holding every key of the table, with `values` (dotted name -> checked value) laid over it."""
+    """Return a locked ConfigDict with every key of the table, `values` (dotted name -> checked value) laid over it."""
     values = values or {}
     config = ml_collections.ConfigDict()
     for key in keys:
@@ -83,7 +125,7 @@ def build(keys: Iterable[Key], values: Mapping[str, Any] | None = None) -> ml_co
 
 
 def checked(key: Key, value: Any) -> Any:
-    """`value` in the key's own type. Raises ConfigError when the type, the range or the choice is wrong."""
+    """Return `value` in the key's own type. Raises ConfigError when the type, the range or the choice is wrong."""
     wanted = type(key.default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -108,7 +150,7 @@ def checked(key: Key, value: Any) -> Any:
 
 
 def complete(config: Mapping[str, Any] | ml_collections.ConfigDict, keys: Iterable[Key]) -> ml_collections.ConfigDict:
-    """The full locked config of a task: `config` checked key by key, and keys it leaves out at their defaults.
+    """Return the full locked config of a task: `config` checked key by key, keys that it leaves out at their defaults.
 
     Raises ConfigError with every unknown key and every unusable value, one line each.
     """
@@ -126,20 +168,15 @@ def complete(config: Mapping[str, Any] | ml_collections.ConfigDict, keys: Iterab
     return build(table.values(), values)
 
 
+def fixed(config: ml_collections.ConfigDict, keys: Iterable[Key]) -> dict[str, Any]:
+    """Return the part of a config, nested, that has to stay as it is when a run goes on (see `Key`)."""
+    return build((key for key in keys if not (key.free or key.content)), dict(flatten(config))).to_dict()
+
+
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """The message for a key that is not in the table: it names the group's keys, or else the nearest key."""
+    """Return the message for a key that is not in the table: it names the group's keys, or else the nearest key."""
     known = list(known)
     inside = [key for key in known if key.startswith(f"{name}.")]
     if inside:
         return f"'{name}' is a group of keys, not a value; set one of {', '.join(inside)}"
     return f"unknown key '{name}'{did_you_mean(name, known)}"
-
-
-def check_variant(variant: str, variants: Mapping[str, str], path: str) -> str:
-    """`variant` if `variants` has it. Raises ConfigError naming the nearest one and all there are."""
-    if variant in variants:
-        return variant
-    listed = ", ".join(f"{path}:{name}" if name else path for name in variants)
-    close = nearest(variant, [name for name in variants if name])
-    hint = f" - did you mean '{path}:{close}'?" if close else ""
-    raise ConfigError(f"{path} has no variant '{variant}'{hint} (there are: {listed})")

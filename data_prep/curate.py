@@ -10,6 +10,8 @@ from typing import Any
 
 import ml_collections
 
+from configs.schema import fixed
+from configs.tables.curation import CLIP_KEYS
 from data_prep.cold_start.task import run_cold_start
 from data_prep.errors import SceneError
 from data_prep.questions.balance import PRESETS, select
@@ -47,8 +49,6 @@ _JUDGED = (
     "motion",
     "frames",
 )
-# Keys that change how fast results come or what is made of them afterwards, but not the clips' own results.
-_FREE = ("workers", "workdir", "distributed", "tfds", "report", "cold_start", "teacher", "decode_timeout_s")
 _OTHER: Mapping[str, Callable[[ml_collections.ConfigDict, str], int]] = {
     "cold_start": run_cold_start,
     "describe": describe,
@@ -109,8 +109,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     clip_ids = source.clip_ids()
     rules = QuestionRules(num_frames=config.questions.num_frames, per_clip=config.questions.per_clip)
     work = ClipWork(source, rules, config.seed, config.bench_share)
-    settings = {k: v for k, v in config.to_dict().items() if k not in _FREE}
-    with PartStore(root, seed=config.seed, config=settings) as store:
+    with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:
         done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result, progress=True)
         print(f"{done} clips done now, {len(clip_ids)} in all")
         rows = judged_rows(store, clip_ids)

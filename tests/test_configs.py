@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 
 import ml_collections
 import pytest
 
-from configs import common, schema
-from configs.schema import ConfigError, Key, complete
+from configs import common, reading, schema
+from configs.published import PAPER, SIZES
+from configs.schema import ConfigError, Key, Presets, complete
+from configs.tables.training import SFT_KEYS
 
 FILES = (
+    ("curate", "curate"),
     ("sft", "sft"),
     ("cold_start", "sft"),
     ("infer", "infer"),
@@ -34,17 +38,17 @@ def test_defaults_are_legal_and_documented(task):
 @pytest.mark.parametrize(("name", "task"), FILES)
 def test_every_variant_is_a_full_locked_config(name, task):
     module = importlib.import_module(f"configs.{name}")
-    for variant in module.VARIANTS:
+    for variant in module.get_config.variants:
         config = module.get_config(variant)
         assert config.is_locked and config.task == task
         again = complete(config, common.task_keys(task))
         assert again.to_dict() == config.to_dict()
     if name == task:
-        assert module.get_config().to_dict() == getattr(common, task)().to_dict()
+        assert module.get_config().to_dict() == common.config(task).to_dict()
 
 
 def test_variants_of_fine_tuning_change_what_they_say():
-    default, get = schema.flatten(common.sft()), importlib.import_module("configs.sft").get_config
+    default, get = schema.flatten(common.config("sft")), importlib.import_module("configs.sft").get_config
     default = dict(default)
 
     def changes(config):
@@ -60,7 +64,7 @@ def test_variants_of_fine_tuning_change_what_they_say():
 
 
 def test_the_default_is_the_papers_run():
-    config = common.sft()
+    config = common.config("sft")
     assert (config.lora.rank, config.lora.alpha, config.train.batch_size, config.train.steps) == (128, 256.0, 8, 30000)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (2e-5, 0.0, 1.0)
     assert (config.video.num_frames, config.video.resize_rule) == (32, "per_frame")
@@ -69,7 +73,7 @@ def test_the_default_is_the_papers_run():
 
 
 def test_partial_configs_are_completed_with_the_right_types():
-    config = complete({"task": "sft", "optim": {"lr": 1}, "lora": {"targets": ["q_proj"]}}, common.SFT_KEYS)
+    config = complete({"task": "sft", "optim": {"lr": 1}, "lora": {"targets": ["q_proj"]}}, SFT_KEYS)
     assert type(config.optim.lr) is float and config.lora.targets == ("q_proj",) and config.train.steps == 30000
 
 
@@ -93,13 +97,13 @@ def test_partial_configs_are_completed_with_the_right_types():
 def test_a_wrong_key_or_value_is_refused(change, message):
     for config in (change, ml_collections.ConfigDict(change)):
         with pytest.raises(ConfigError) as caught:
-            complete(config, common.SFT_KEYS)
+            complete(config, SFT_KEYS)
         assert message in str(caught.value)
 
 
 def test_every_problem_is_reported_at_once():
     with pytest.raises(ConfigError) as caught:
-        complete({"sed": 1, "train": {"steps": 0}}, common.SFT_KEYS)
+        complete({"sed": 1, "train": {"steps": 0}}, SFT_KEYS)
     assert "'seed'" in str(caught.value) and "train.steps" in str(caught.value)
 
 
@@ -121,3 +125,49 @@ def test_build_locks():
     config = schema.build((Key("a.b", 1, "x"),))
     with pytest.raises((AttributeError, KeyError)):
         config.a.c = 2
+
+
+def test_presets_are_checked_and_leave_the_table_as_it_is():
+    keys = (Key("a.b", 1, "x", low=0), Key("c", "", "x"))
+    presets = Presets("f.py", keys, {"one": ("x", {"a.b": 3}), "two": ("x", {"a.d": 3}), "three": ("x", {"a.b": -1})})
+    assert presets().to_dict() == {"a": {"b": 3}, "c": ""} and presets().is_locked
+    for variant, message in (("two", "unknown key 'a.d'"), ("three", "at least 0"), ("", "f.py has no variant ''")):
+        with pytest.raises(ConfigError, match=message):
+            presets(variant)
+
+
+@pytest.mark.parametrize("task", common.TASKS)
+def test_every_key_has_one_meaning_on_resume(task):
+    assert not [key.name for key in common.task_keys(task) if key.free and key.content]
+
+
+def test_what_is_fixed_is_what_no_flag_frees():
+    keys = (Key("a.b", 1, "x"), Key("a.c", 1, "x", free=True), Key("d", "", "x", content=True))
+    config = schema.build(keys, {"a.b": 2, "a.c": 3, "d": "folder"})
+    assert schema.fixed(config, keys) == {"a": {"b": 2}}
+
+
+def key_lists(text: str, known: frozenset[str]) -> list[int]:
+    """Lines of tuples, lists and sets with two or more literals that are dotted names of config keys."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set))
+        and sum(isinstance(one, ast.Constant) and one.value in known for one in node.elts) >= 2
+    ]
+
+
+def test_only_the_tables_list_keys():
+    known = frozenset(key.name for task in common.TASKS.values() for key in task.keys if "." in key.name)
+    assert key_lists('FREE = frozenset({"train.log_every", *OTHERS, "mesh.data"})', known) == [1]
+    assert not key_lists('config["train.log_every"], ("train.log_every", "mesh.date")', known)
+    texts = {p: p.read_text() for room in ("mllm4d_jax", "data_prep") for p in (reading.ROOT / room).rglob("*.py")}
+    assert len(texts) > 100, "the walk must see the project"
+    assert not [f"{path}:{line}" for path, text in texts.items() for line in key_lists(text, known)]
+
+
+def test_published_sizes_are_the_choices():
+    (key,) = [key for key in SFT_KEYS if key.name == "model.published"]
+    assert key.choices == ("", *SIZES) and PAPER in SIZES and "235b_a22b" in SIZES
+    assert len({size.repository for size in SIZES.values()}) == len(SIZES)
+    assert all(size.repository.startswith("Qwen/Qwen") for size in SIZES.values())

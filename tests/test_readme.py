@@ -8,8 +8,9 @@ import shlex
 import pytest
 
 import run
+from configs import reading
 
-README = (run.ROOT / "README.md").read_text(encoding="utf-8")
+README = (reading.ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("&&")]
 RUNS = [command for command in COMMANDS if command.startswith("python run.py")]
@@ -32,7 +33,7 @@ def test_files_it_names_exist():
         )
     )
     assert len(named) > 8
-    assert not [name for name in named if not (run.ROOT / name).is_file()]
+    assert not [name for name in named if not (reading.ROOT / name).is_file()]
 
 
 def test_its_config_example_works(tmp_path, monkeypatch, capsys):

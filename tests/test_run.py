@@ -13,7 +13,8 @@ import pytest
 from absl import flags
 
 import run
-from configs import common
+from configs import common, reading
+from configs.tables.training import SFT_KEYS
 
 SFT = "--config=configs/sft.py"
 
@@ -54,7 +55,7 @@ def test_overview_names_every_task_config_and_example(capsys):
         "--config=configs/sft.py:tiny",
     ):
         assert word in bare
-    assert "schema.py" not in bare and "common.py" not in bare
+    assert not any(name in bare for name in ("schema.py", "common.py", "reading.py", "help.py", "published.py"))
 
 
 def test_config_help_shows_docstring_variants_keys_and_values(capsys):
@@ -62,14 +63,14 @@ def test_config_help_shows_docstring_variants_keys_and_values(capsys):
     text = capsys.readouterr().out
     assert "Supervised fine-tuning" in text and "sft.py:tiny" in text and "optim.lr = 0.5" in text
     assert "data.sample = 'tiny'" in text
-    for key in common.SFT_KEYS:
+    for key in SFT_KEYS:
         assert f"{key.name} = " in text
 
 
 def test_help_is_quick_because_jax_is_not_imported():
     code = "import sys, run; code = run.main(['run.py', '--help']); sys.exit(code or ('jax' in sys.modules) * 9)"
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=reading.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - start < 20  # about 0.2 s on an idle machine
 
@@ -113,9 +114,12 @@ def test_a_wrong_command_line_is_one_clean_message(task, capsys, args, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("c = common.sft(); c.optim.lrr = 3; return c", "mine.py:4: unknown key 'lrr' - did you mean 'lr'?"),
-        ("c = common.sft(); c.optimm.lr = 3; return c", "mine.py:4: unknown key 'optimm' - did you mean 'optim'?"),
-        ("c = common.sft(); c.train.steps = 'many'; return c", "mine.py:4: TypeError"),
+        ("c = common.config('sft'); c.optim.lrr = 3; return c", "mine.py:4: unknown key 'lrr' - did you mean 'lr'?"),
+        (
+            "c = common.config('sft'); c.optimm.lr = 3; return c",
+            "mine.py:4: unknown key 'optimm' - did you mean 'optim'?",
+        ),
+        ("c = common.config('sft'); c.train.steps = 'many'; return c", "mine.py:4: TypeError"),
         (
             "return {'task': 'sft', 'optim': {'lrr': 3.0}}",
             "mine.py: unknown key 'optim.lrr' - did you mean 'optim.lr'?",

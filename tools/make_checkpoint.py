@@ -24,9 +24,9 @@ from safetensors.numpy import save_file
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.published import SIZES, published_config
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.published import SIZES, published_config
 from mllm4d_jax.models.weight_map import published_tensors
 
 SHARD_BYTES = 1 << 30

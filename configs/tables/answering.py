@@ -1,15 +1,14 @@
 """Keys of the tasks that run a model once: answering one question, and comparing numbers with a reference."""
 
-from __future__ import annotations
-
 from configs.schema import Key
-from configs.tables.shared import RUN_KEYS, video_keys
+from configs.tables.shared import MESH_KEYS, MODEL_KEYS, VIDEO_KEYS, run_keys, take
 
 INFER_KEYS = (
-    Key("task", "infer", "which task the config is for", choices=("infer",)),
-    *RUN_KEYS,
-    Key("model", "", "Hugging Face folder of the model"),
-    Key("video", "", "video file to ask about; '' = none"),
+    *run_keys("infer"),
+    *MODEL_KEYS,
+    *take(MESH_KEYS, "tensor"),
+    *VIDEO_KEYS,
+    Key("clip", "", "video file to ask about; '' = none"),
     Key("image", "", "image file to ask about; '' = none"),
     Key("question", "", "what to ask"),
     Key("system_file", "", "file with a system prompt; '' = none"),
@@ -17,33 +16,18 @@ INFER_KEYS = (
     Key("temperature", 0.0, "0 = greedy", low=0),
     Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
     Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", low=0),
-    Key("dtype", "bfloat16", "dtype of weights and activations", choices=("bfloat16", "float32")),
-    Key(
-        "attention",
-        "auto",
-        "attention backend; 'auto' picks for the device",
-        choices=("auto", "xla", "cudnn", "splash"),
-    ),
-    *video_keys("frames"),
 )
 
 VERIFY_KEYS = (
-    Key("task", "verify", "which task the config is for", choices=("verify",)),
-    *RUN_KEYS,
-    Key("model", "", "Hugging Face folder of the model; '' = the model folders inside golden"),
-    Key("golden", "", "recorded reference: one model's folder, a root of several, or a processor folder"),
+    *run_keys("verify"),
+    *take(MODEL_KEYS, "path", attention="xla"),
+    Key("golden", "", "reference: a model's folder (perhaps with weights), a root of several, or a processor's folder"),
     Key("case", "", "check only this case; '' = all"),
     Key(
         "position_rule",
         "auto",
         "Qwen2.5-VL temporal positions; 'auto' = what the recording says",
         choices=("auto", "release", "hf517", "hf523"),
-    ),
-    Key(
-        "attention",
-        "xla",
-        "attention backend",
-        choices=("auto", "xla", "cudnn", "splash"),
     ),
     Key("tol.patches", 1e-6, "largest absolute error of the pixel patches", low=0),
     Key("tol.vision", 2e-5, "largest absolute error of the vision tensors", low=0),

@@ -1,13 +1,11 @@
 """Keys of making questions from clips."""
 
-from __future__ import annotations
-
 from configs.schema import Key
-from configs.tables.shared import RUN_KEYS
+from configs.tables.shared import run_keys
 
-CURATE_KEYS = (
-    Key("task", "curate", "which task the config is for", choices=("curate",)),
-    *RUN_KEYS,
+# Questions about clips and reasoning for questions are two kinds of runs: each has to keep its own keys to go on.
+CLIP_KEYS = (
+    *run_keys("curate"),
     Key(
         "source",
         "synthetic",
@@ -17,19 +15,14 @@ CURATE_KEYS = (
         choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe"),
     ),
     Key("input", "", "all but synthetic: folder with the clips' files; what is expected there is in the README"),
-    Key("decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0),
+    Key("decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0, free=True),
     Key("synthetic.clips", 400, "synthetic: clips to render", low=1),
     Key("synthetic.height", 64, "synthetic: pixels", low=16),
     Key("synthetic.width", 64, "synthetic: pixels", low=16),
     Key("synthetic.frames", 16, "synthetic: frames per clip", low=2),
     Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1),
     Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
-    Key(
-        "stereo4d.frames",
-        "video",
-        "stereo4d: left frames as <clip>-left_rectified.mp4, or as a folder of images of that name",
-        choices=("video", "images"),
-    ),
+    Key("stereo4d.frames", "video", "left frames: a video, or a folder of images", choices=("video", "images")),
     Key(
         "stereo.layout",
         "pair",
@@ -46,37 +39,42 @@ CURATE_KEYS = (
     Key(
         "preset",
         "mllm4d_2m",
-        "shares, caps and motion of the training set; 'all' = every question, unbalanced (for a handful of clips, "
-        "where equal shares would leave next to nothing)",
+        "shares, caps and motion of the training set; 'all' = every question, unbalanced (for a handful of clips)",
         choices=("mllm4d_2m", "r1_30k", "all"),
     ),
     Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0),
     Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0),
     Key("bench_share", 0.2, "share of the source videos held out for it", low=0),
-    Key("tfds.write", False, "also write a TFDS data set (ArrayRecord): frames once per clip, questions beside them"),
-    Key("tfds.max_pixels", 0, "tfds: area of the stored frames; 0 = as in the video", low=0),
-    Key("tfds.factor", 32, "tfds: their sides are multiples of this; 32 for Qwen3-VL, 28 for Qwen2.5-VL", low=1),
-    Key("tfds.jpeg_quality", 95, "tfds: quality of the stored frames, 1 to 100", low=1),
-    Key("tfds.clips_per_shard", 256, "tfds: clips per file", low=1),
-    Key("tfds.runner", "", "tfds: Beam runner, e.g. 'FnApiRunner' (this machine) or 'DataflowRunner'; '' = no Beam"),
-    Key("tfds.runner_options", (), "tfds: command-line options of that runner"),
-    Key("report.clips", 8, "clips shown in report.html", low=0),
-    Key(
-        "cold_start.records", "", "cold_start: questions, JSONL as in MLLM4D-R1-30k.jsonl (a curation's train_r1.jsonl)"
-    ),
-    Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records"),
-    Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1),
+    Key("tfds.write", False, "also write a TFDS set (ArrayRecord), frames once per clip", free=True),
+    Key("tfds.max_pixels", 0, "tfds: area of the stored frames; 0 = as in the video", low=0, free=True),
+    Key("tfds.factor", 32, "tfds: their sides are multiples of this; 28 for Qwen2.5-VL", low=1, free=True),
+    Key("tfds.jpeg_quality", 95, "tfds: quality of the stored frames, 1 to 100", low=1, free=True),
+    Key("tfds.clips_per_shard", 256, "tfds: clips per file", low=1, free=True),
+    Key("tfds.runner", "", "tfds: Beam runner, e.g. 'FnApiRunner' or 'DataflowRunner'; '' = no Beam", free=True),
+    Key("tfds.runner_options", (), "tfds: command-line options of that runner", free=True),
+    Key("report.clips", 8, "clips shown in report.html", low=0, free=True),
+    Key("workers", 1, "processes; the result does not depend on it", low=1, free=True),
+)
+REASONING_KEYS = (
+    Key("cold_start.records", "", "cold_start: questions, such as a curation's train_r1.jsonl", content=True),
+    Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records", content=True),
+    Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1, free=True),
     Key("cold_start.paths", 3, "cold_start: reasoning paths per question", low=1),
     Key(
         "cold_start.filter",
         "best_of_sample",
-        "cold_start: keep the best path of each question that reaches the threshold, or every path that does",
+        "cold_start: keep of each question the best path above the threshold, or every such path",
         choices=("best_of_sample", "every_path"),
+        free=True,
     ),
-    Key("cold_start.total", 7000, "cold_start: records, in equal shares over the scenarios; 0 = all that pass", low=0),
     Key(
-        "cold_start.reward", "paper", "cold_start: preset of the reward that judges paths", choices=("paper", "release")
+        "cold_start.total",
+        7000,
+        "cold_start: records, equal shares over scenarios; 0 = all that pass",
+        low=0,
+        free=True,
     ),
+    Key("cold_start.reward", "paper", "cold_start: preset of the reward", choices=("paper", "release")),
     Key(
         "teacher.kind",
         "oracle",
@@ -87,8 +85,8 @@ CURATE_KEYS = (
     Key("teacher.model", "", "teacher: the model's name at the endpoint"),
     Key("teacher.num_frames", 32, "teacher: most frames it is sent per request", low=2),
     Key("teacher.temperature", 1.0, "teacher: for reasoning; descriptions are asked for at 0", low=0),
-    Key("teacher.cache", "", "teacher: folder of stored replies; '' = replies/ in the workdir"),
-    Key("teacher.concurrency", 4, "teacher: requests in flight", low=1),
-    Key("teacher.requests_per_minute", 0.0, "teacher: limit on requests; 0 = none", low=0),
-    Key("workers", 1, "processes; the result does not depend on it", low=1),
+    Key("teacher.cache", "", "teacher: folder of stored replies; '' = replies/ in the workdir", free=True),
+    Key("teacher.concurrency", 4, "teacher: requests in flight", low=1, free=True),
+    Key("teacher.requests_per_minute", 0.0, "teacher: limit on requests; 0 = none", low=0, free=True),
 )
+CURATE_KEYS = (*CLIP_KEYS, *REASONING_KEYS)

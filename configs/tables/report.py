@@ -1,13 +1,10 @@
 """Keys of the task that makes the page of a run."""
 
-from __future__ import annotations
-
 from configs.schema import Key
-from configs.tables.shared import RUN_KEYS
+from configs.tables.shared import run_keys
 
 REPORT_KEYS = (
-    Key("task", "report", "which task the config is for", choices=("report",)),
-    *RUN_KEYS,
+    *run_keys("report"),
     Key("run", "", "workdir of the run to show"),
     Key("other", "", "workdir of a run to compare it with; '' = none"),
     Key("out", "", "file to write; '' = report.html in the run, for two runs in this task's own workdir"),

@@ -1,93 +1,83 @@
-"""Keys of supervised fine-tuning."""
+"""Keys of supervised fine-tuning, in the groups that reinforcement learning takes its own from."""
 
-from __future__ import annotations
-
+from configs.published import SIZES
 from configs.schema import Key
-from configs.tables.shared import RUN_KEYS, video_keys
+from configs.tables.shared import MESH_KEYS, MODEL_KEYS, VIDEO_KEYS, run_keys, take
 
-SFT_KEYS = (
-    Key("task", "sft", "which task the config is for", choices=("sft",)),
-    *RUN_KEYS,
-    Key("model.path", "", "Hugging Face folder of the base model: config.json, tokenizer.json, *.safetensors"),
-    Key("model.dtype", "bfloat16", "dtype of weights and activations", choices=("bfloat16", "float32")),
-    Key(
-        "model.attention",
-        "auto",
-        "attention backend; 'auto' picks for the device",
-        choices=("auto", "xla", "cudnn", "splash"),
-    ),
+TRAINED_KEYS = (
+    *take(MODEL_KEYS, "path", "dtype", "attention"),
     Key(
         "model.remat",
         "full",
         "decoder activations: keep them, recompute each layer in backward, or keep its matrix products only",
         choices=("none", "full", "dots"),
+        free=True,
     ),
-    Key("model.vision_remat", "full", "the same for a vision tower that is trained", choices=("none", "full")),
+    Key("model.vision_remat", "full", "the same for a trained vision tower", choices=("none", "full"), free=True),
     Key(
         "model.adapter",
         "",
         "start from this adapter: workdir or checkpoints folder of an earlier run, or a PEFT folder; '' = a fresh one",
     ),
-    Key(
-        "model.published",
-        "",
-        "plans only: a published size in place of model.path",
-        choices=("", "2b", "4b", "8b", "32b", "30b_a3b", "qwen2_5_vl_7b"),
-    ),
-    Key("mesh.data", -1, "devices along the data axis; -1 = all that are left", low=-1),
-    Key("mesh.fsdp", 1, "devices along the axis that shards parameters; -1 = all that are left", low=-1),
-    Key("mesh.tensor", 1, "devices along the tensor-parallel axis; -1 = all that are left", low=-1),
-    *video_keys("video"),
+    Key("model.published", "", "plans only: a published size in place of model.path", choices=("", *SIZES), free=True),
+)
+DATA_KEYS = (
     Key(
         "data.path",
         "",
-        "training records: a JSON list, a JSONL file, or the version folder of a TFDS set (folder@split)",
+        "records: a JSON list, a JSONL file, or a TFDS set's version folder (folder@split)",
+        content=True,
     ),
-    Key("data.root", "", "folder that the records' media paths are relative to"),
+    Key("data.root", "", "folder that the records' media paths are relative to", content=True),
     Key(
         "data.eval_path",
         "",
         "held-out records in the same forms: their mean loss is logged as eval_loss; '' = none. Every process reads it",
+        content=True,
     ),
-    Key("data.eval_root", "", "folder of their media; '' = data.root"),
+    Key("data.eval_root", "", "folder of their media; '' = data.root", content=True),
     Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16),
     Key(
         "data.mixture",
         (),
-        "several data sets in place of data.path: 'path::root::rate' each; rates are shares of the question groups",
+        "in place of data.path: 'path::root::rate' each, rates as shares of the groups",
+        content=True,
     ),
     Key("data.questions_per_video", 1, "most questions about a clip that share its prefix; divides the batch", low=1),
     Key(
         "data.rows",
         0,
-        "rows of a step, over all hosts; 0 = one per group of questions. Clips in one row pad each other: with about "
-        "four of them a row wastes least (benchmarks/padding.py)",
+        "rows of a step, over all hosts; 0 = one per group of questions. About four clips to a row waste least padding",
         low=0,
+        free=True,
     ),
-    Key("data.workers", 0, "processes that decode and encode; 0 = in the main process", low=0),
-    Key("data.max_quarantine_rate", 0.01, "the run stops once a larger share of the records is unusable", low=0),
+    Key("data.workers", 0, "processes that decode and encode; 0 = in the main process", low=0, free=True),
+    Key("data.max_quarantine_rate", 0.01, "the run stops above this share of unusable records", low=0, free=True),
     Key(
         "data.prefix_buckets",
         (256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
         "padded lengths of a row's prefix region (system text and videos); one compiled step each",
+        free=True,
     ),
     Key(
         "data.branch_buckets",
         (32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024),
         "padded lengths of a branch: the rest of a prompt and its answer",
+        free=True,
     ),
-    Key(
-        "data.sample",
-        "",
-        "'tiny' = for what is not configured, write a sample world and a tiny random model into the workdir",
-        choices=("", "tiny"),
-    ),
-    Key("prompt.system", "", "system prompt for records that bring none; '' = none"),
-    Key("prompt.system_file", "", "file to read that prompt from instead"),
-    Key("lora.rank", 128, "rank of the adapter", low=1),
-    Key("lora.alpha", 256.0, "the adapter is scaled by alpha / rank", low=0),
+    Key("data.sample", "", "'tiny' = a sample world and a tiny random model for what is not set", choices=("", "tiny")),
+)
+PROMPT_KEYS = (
+    Key("prompt.system", "", "system prompt for records that bring none; '' = none", content=True),
+    Key("prompt.system_file", "", "file to read that prompt from instead", content=True),
+)
+LORA_KEYS = (
+    Key("lora.rank", 128, "rank of the adapter", low=1, adapter=True),
+    Key("lora.alpha", 256.0, "the adapter is scaled by alpha / rank", low=0, adapter=True),
     Key("lora.dropout", 0.0, "share of the adapter's inputs that is dropped in training", low=0),
-    Key("lora.targets", ("q_proj", "k_proj", "v_proj", "o_proj"), "decoder projections that get an adapter"),
+    Key("lora.targets", ("q_proj", "k_proj", "v_proj", "o_proj"), "decoder projections with an adapter", adapter=True),
+)
+OPTIM_KEYS = (
     Key("optim.lr", 2e-5, "peak learning rate", low=0),
     Key("optim.warmup_ratio", 0.01, "share of the steps spent on linear warm-up", low=0),
     Key("optim.schedule", "cosine", "what follows the warm-up", choices=("cosine", "constant")),
@@ -96,33 +86,36 @@ SFT_KEYS = (
     Key("optim.eps", 1e-8, "Adam: added to the denominator", low=0),
     Key("optim.weight_decay", 0.0, "decoupled weight decay", low=0),
     Key("optim.clip_norm", 1.0, "global gradient norm is clipped to this", low=0),
+)
+TRAIN_KEYS = (
     Key("train.batch_size", 8, "examples per step, over all devices", low=1),
-    Key("train.accumulation", 1, "micro-batches per optimiser step; divides the batch", low=1),
+    Key("train.accumulation", 1, "micro-batches per optimiser step; divides the batch", low=1, free=True),
     Key(
         "train.trainable",
         ("lora",),
         "what is trained: 'lora', 'full' (the language model), or patterns of parameter names, '!' before one excludes",
+        adapter=True,
     ),
     Key("train.steps", 30000, "optimiser steps", low=1),
-    Key("train.log_every", 10, "steps between log lines", low=1),
-    Key("train.checkpoint_every", 500, "steps between checkpoints", low=1),
-    Key("train.keep_checkpoints", 3, "newest checkpoints kept", low=1),
+    Key("train.log_every", 10, "steps between log lines", low=1, free=True),
+    Key("train.checkpoint_every", 500, "steps between checkpoints", low=1, free=True),
+    Key("train.keep_checkpoints", 3, "newest checkpoints kept", low=1, free=True),
     Key(
         "train.keep_best",
         0,
         "checkpoints kept besides these for their loss: that of data.eval_path if it is set, else of training",
         low=0,
+        free=True,
     ),
+    Key("train.eval_every", 500, "steps between measurements of data.eval_path, besides checkpoints", low=1, free=True),
+    Key("train.trace_steps", (), "steps whose device trace (XProf) is written to trace/, e.g. (10, 11)", free=True),
     Key(
-        "train.eval_every", 500, "steps between measurements of data.eval_path; checkpoints are measured as well", low=1
+        "train.watchdog_s", 0.0, "seconds without progress until it ends with where it hangs; 0 = off", low=0, free=True
     ),
-    Key("train.trace_steps", (), "steps whose device trace (XProf) is written to trace/, e.g. (10, 11)"),
-    Key(
-        "train.watchdog_s",
-        0.0,
-        "seconds without progress after which the run says where it hangs and ends; 0 = off",
-        low=0,
-    ),
-    Key("train.resume", True, "go on from the newest checkpoint of the workdir, if there is one"),
-    Key("train.loss_chunk", 1024, "supervised positions whose logits exist at a time", low=1),
+    Key("train.resume", True, "go on from the newest checkpoint of the workdir, if there is one", free=True),
+    Key("train.loss_chunk", 1024, "supervised positions whose logits exist at a time", low=1, free=True),
+)
+SFT_KEYS = (
+    *(*run_keys("sft"), *TRAINED_KEYS, *MESH_KEYS, *VIDEO_KEYS),
+    *(*DATA_KEYS, *PROMPT_KEYS, *LORA_KEYS, *OPTIM_KEYS, *TRAIN_KEYS),
 )

@@ -21,6 +21,8 @@ from typing import Any
 import ml_collections
 from tqdm import tqdm
 
+from configs.schema import fixed
+from configs.tables.curation import REASONING_KEYS
 from data_prep.cold_start import oracle
 from data_prep.cold_start.path_filter import Sample, draw_order, passing, shares, take, threshold
 from data_prep.cold_start.prompt import completion_of, item_frames, path_problem, path_request
@@ -174,7 +176,7 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
       ColdStartError: settings that cannot work, or not one path passed. RecordError: the records. TeacherError: the
         endpoint. ExportError: the workdir holds another run's results.
     """
-    settings, teacher, weights = config.cold_start, config.teacher, check_settings(config.cold_start)
+    settings, weights = config.cold_start, check_settings(config.cold_start)
     items, repeated = read_items(settings.records)
     if repeated:
         print(f"{repeated} records occur more than once and count once")
@@ -183,15 +185,13 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
     folder = Path(workdir)
     with open(settings.records, "rb") as file:
         made_with = {"records": hashlib.file_digest(file, "sha256").hexdigest()}
-    made_with |= {"teacher": teacher.kind, "paths": settings.paths, "reward": settings.reward}
-    if teacher.kind != ORACLE:
-        made_with |= {key: teacher[key] for key in ("model", "num_frames", "temperature")}
+    made_with |= fixed(config, REASONING_KEYS)
     with ExitStack() as stack:
         store = stack.enter_context(PartStore(folder, seed=config.seed, config=made_with))
         pool = stack.enter_context(DecodePool(config.decode_timeout_s))
         write = path_writer(config, root, folder, pool)
         chosen = [item for group in drawn.values() for item in group]
-        threads = teacher.concurrency if teacher.kind == ENDPOINT else 1
+        threads = config.teacher.concurrency if config.teacher.kind == ENDPOINT else 1
         done = judge_all(chosen, lambda item: judge(item, write, root, weights), store, threads=threads, progress=True)
         print(f"{done} questions done now, {len(chosen)} in all")
         manifest = select(store, drawn, Counter(item.scenario for item in items), settings, folder, made_with)

@@ -27,13 +27,7 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.eval import rescore
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, encode_ahead, share_of_host
-from mllm4d_jax.eval.predictions import (
-    NOT_IN_ANSWERS,
-    Prediction,
-    PredictionStore,
-    config_hash,
-    read_predictions,
-)
+from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.files.atomic import write_json
@@ -52,8 +46,6 @@ from mllm4d_jax.run.build import row_shape
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 
 QUARANTINE = "quarantine.jsonl"
-# Besides `NOT_IN_ANSWERS`: where and beside what a question is computed (which changes sums in the last bits).
-_LAYOUT_KEYS = ("questions_per_video", "prompts_at_once", "chunk", "video.decode_timeout_s")
 _QUIET_S = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -176,11 +168,8 @@ def answers_hash(config: ml_collections.ConfigDict, manner: Manner, choice: Mode
     sha = hashlib.sha256()
     for file in question_files(config.data.path):
         sha.update(file.name.encode() + file.read_bytes())
-    plain = config.to_dict()
-    model = {name: config.model[name] for name in ("dtype", "attention")}
-    plain["model"], plain["data"] = choice.identity() | model, {"questions": sha.hexdigest()}
-    plain["prompt"] = {"mode": manner.mode, "system": manner.system}
-    return config_hash(plain, (*NOT_IN_ANSWERS, *_LAYOUT_KEYS))
+    content = {"data.path": sha.hexdigest(), "model.path": choice.identity(), "prompt.file": manner.system}
+    return config_hash(config, content)
 
 
 class _Asker:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import ml_collections
 from flax import nnx
 
@@ -20,11 +19,12 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
 from mllm4d_jax.generate.sampler import Sampler
-from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.qa.records import Record
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.batch import ModelInputs, collate
+from mllm4d_jax.run.start import choose_model, load_chosen
 
 _CHUNK = 16  # tokens between two looks at the answer
 _LENGTH_MULTIPLE = 128  # prompts are padded to this, so that similar prompts share one compiled program
@@ -63,7 +63,7 @@ def build_record(question: str, *, video: str = "", image: str = "", system: str
         raise InferError('config.question is empty: give one with --config.question="..."')
     parts = [{"type": kind, "path": os.path.abspath(p)} for kind, p in (("video", video), ("image", image)) if p]
     if not parts:
-        raise InferError("nothing to look at: give --config.video=FILE or --config.image=FILE")
+        raise InferError("nothing to look at: give --config.clip=FILE or --config.image=FILE")
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -127,20 +127,20 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task: prints the answer on stdout and the figures on stderr.
 
     Raises:
-      InferError, RecordError, ProcessorError, CheckpointError: what is missing or unusable.
+      InferError, RecordError, ProcessorError, StartError, CheckpointError, MeshError: what is missing or unusable.
     """
     del workdir
-    if not config.model:
-        raise InferError("config.model is empty: give a folder in Hugging Face format with --config.model=DIR")
     system = resolve_system_prompt(file=config.system_file)
-    record = build_record(config.question, video=config.video, image=config.image, system=system)
-    folder = pathlib.Path(config.model)
-    tokenizer = Tokenizer.from_folder(folder)
-    options = VideoOptions.from_mapping(config.frames)
-    with Encoder(ProcessorConfig.from_folder(folder), tokenizer, options) as encoder:
+    record = build_record(config.question, video=config.clip, image=config.image, system=system)
+    choice = choose_model(config.model.path, config.model.adapter, config.model.step)
+    tokenizer = Tokenizer.from_folder(choice.base)
+    options = VideoOptions.from_mapping(config.video)
+    with Encoder(ProcessorConfig.from_folder(choice.base), tokenizer, options) as encoder:
         example = encoder.encode(record, add_generation_prompt=True)
     started = time.monotonic()
-    model = load_model(folder, dtype=jnp.dtype(config.dtype), attention=config.attention)
+    tensor = config.mesh.tensor
+    mesh = make_mesh(dict(config.mesh), jax.local_devices()[: tensor if tensor > 0 else None])
+    model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
     loaded = time.monotonic() - started
     sampling = SamplingOptions(
         temperature=config.temperature,

@@ -10,31 +10,22 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
 
+import ml_collections
+
+from configs.common import task_keys
+from configs.schema import fixed
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.report.reading import PREDICTIONS
 
 CONTROLS = ("", "blind", "shuffled")
-# Keys of the config on which no answer depends; a run may go on with other values of these.
-NOT_IN_ANSWERS = (
-    "workdir",
-    "distributed",
-    "mesh",
-    "limit",
-    "extractor",
-    "compare",
-    "controls",
-    "bootstrap",
-    "rescore",
-    "data.workers",
-)
 
 
 class PredictionError(ValueError):
@@ -149,18 +140,14 @@ _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
 )
 
 
-def config_hash(config: Mapping[str, Any], ignore: Collection[str] = NOT_IN_ANSWERS) -> str:
-    """16 hex digits that stand for a config of JSON values; the dotted keys and groups in `ignore` do not count."""
+def config_hash(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -> str:
+    """Return 16 hex digits that stand for all that an answer depends on.
 
-    def kept(group: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        named = {name: f"{prefix}{name}" for name in group}
-        return {
-            name: kept(value, f"{named[name]}.") if isinstance(value, Mapping) else value
-            for name, value in group.items()
-            if named[name] not in ignore
-        }
-
-    text = json.dumps(kept(config, ""), sort_keys=True, ensure_ascii=True)
+    Args:
+      config: of an evaluation; its keys marked `free` or `content` do not count.
+      content: JSON values that stand for what the `content` keys name.
+    """
+    text = json.dumps([fixed(config, task_keys(config.task)), content], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -102,16 +102,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     output = pathlib.Path(config.output).absolute()
     if output.exists():
         raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
-    if not config.source:
-        raise ModelExportError("config.source is empty: name a workdir, its checkpoints or a PEFT adapter folder")
-    source = choose_model(config.model.path, config.source, config.step)
-    model = load_model(source.base, dtype=jnp.dtype(config.dtype), attention=config.attention)
+    if not config.model.adapter:
+        raise ModelExportError("model.adapter is empty: name a workdir, its checkpoints or a PEFT adapter folder")
+    source = choose_model(config.model.path, config.model.adapter, config.model.step)
+    model = load_model(source.base, dtype=jnp.dtype(config.model.dtype), attention=config.model.attention)
     before = export_check.logits(model)
     tuned = load_tuned(model, source.adapter)
     del model
     effect = compare(export_check.logits(tuned.model), before)
     empty = not tuned.trained and export_check.is_empty(tuned.model)
-    tolerance = config.tol[config.dtype]
+    tolerance = config.tol[config.model.dtype]
     with new_folder(output) as folder:
         if config.form == "peft":
             lines = export_peft(tuned, source, folder, config.base_name, tolerance)

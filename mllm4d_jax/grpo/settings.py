@@ -20,17 +20,16 @@ from mllm4d_jax.run import preflight
 from mllm4d_jax.run.preflight import PreflightError
 
 _SEPARATOR = "::"
-# Keys of the group "objective" that take the preset's value unless they are set.
-_NUMBERS = ("eps_low", "eps_high", "beta", "gap_bound", "importance_cap")
-_NAMES = ("scale", "ratio", "surrogate", "kl", "reduction", "overlong")
+_UNSET = ("", -1.0)  # values of a key below `objective` that leave the preset's piece as it is
 
 
 def objective_of(config: ml_collections.ConfigDict) -> ObjectiveConfig:
     """The objective that the config asks for. Raises ValueError for values that do not go together."""
-    c, preset = config.objective, resolve_objective(config.objective.preset)
-    changed = {name: c[name] for name in _NUMBERS if c[name] >= 0} | {name: c[name] for name in _NAMES if c[name]}
-    if c.dynamic_sampling:
-        changed["dynamic_sampling"] = c.dynamic_sampling == "on"
+    pieces = {field.name for field in dataclasses.fields(ObjectiveConfig)}
+    changed = {name: value for name, value in config.objective.items() if name in pieces and value not in _UNSET}
+    if "dynamic_sampling" in changed:
+        changed["dynamic_sampling"] = changed["dynamic_sampling"] == "on"
+    preset = resolve_objective(config.objective.preset)
     return dataclasses.replace(preset, max_completion=config.rollout.max_new_tokens, **changed)
 
 

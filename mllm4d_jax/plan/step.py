@@ -13,12 +13,12 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from configs.published import published_config
 from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.encode.grids import VisionInputs
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.lora import attach_lora
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.parallel.place import placed, row_shardings

@@ -16,6 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from configs.published import published_config
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source
@@ -28,7 +29,6 @@ from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import is_peft_folder, load_peft
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
 from mllm4d_jax.models.split import split_model, trained
 from mllm4d_jax.parallel.mesh import make_mesh

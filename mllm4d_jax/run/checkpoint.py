@@ -14,55 +14,9 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-# Config keys that may differ between the parts of one run: they change where or how fast, not what is computed (the
-# device layout, the layout of rows, micro-batches, the attention backend and the chunking change sums in the last bits;
-# another division into micro-batches also drops other inputs where there is dropout).
-FREE_KEYS = frozenset(
-    {
-        "workdir",
-        "distributed",
-        "model.attention",
-        "model.remat",
-        "model.vision_remat",
-        "model.published",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "video.decode_timeout_s",
-        "data.workers",
-        "data.rows",
-        "data.prefix_buckets",
-        "data.branch_buckets",
-        "data.max_quarantine_rate",
-        "train.accumulation",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.keep_best",
-        "train.eval_every",
-        "data.eval_path",
-        "data.eval_root",
-        "train.trace_steps",
-        "train.watchdog_s",
-        "train.resume",
-        "train.loss_chunk",
-        "train.completions_every",
-        "rollout.buckets",
-        "rollout.prompts_at_once",
-        "rollout.chunk",
-        "rollout.ladder_ratio",
-        "rollout.tensor",
-        "learner.completions_per_row",
-        "eval.path",
-        "eval.root",
-        "eval.every",
-        "eval.limit",
-    }
-)
-# Keys that name files: the content has to be the same (see `Meta.content`), the place may change.
-CONTENT_KEYS = frozenset(
-    {"model.path", "data.path", "data.root", "data.mixture", "prompt.system", "prompt.system_file"}
-)
+from configs.common import task_keys
+from configs.schema import flatten
+
 _LISTED = 5  # differences named in an error
 
 
@@ -218,7 +172,7 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
 
 
 def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[str, str], folder: str | Path) -> None:
-    """Refuses to continue a run as a different one.
+    """Refuses to continue a run as a different one; which keys may change is in the table of its task (`Key`).
 
     Args:
       stored: of the checkpoint.
@@ -229,15 +183,18 @@ def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[st
     Raises:
       ResumeError: naming every key that differs, with both values.
     """
+    loose = {key.name for key in task_keys(config["task"]) if key.free or key.content}
     differing = []
-    for key in sorted(set(stored.config) | set(config)):
-        before, now = (_plain(c.get(key, "(not there)")) for c in (stored.config, config))
-        if key not in FREE_KEYS | CONTENT_KEYS and before != now:
-            differing.append(f"{key}: was {before!r}, is {now!r}")
-    for key in sorted(set(stored.content) | set(content)):
-        if stored.content.get(key) != content.get(key):
-            before, now = (_plain(c.get(key, "")) for c in (stored.config, config))
-            differing.append(f"{key}: the content is not the same as when the run began (was {before!r}, is {now!r})")
+    for name in sorted((set(stored.config) | set(config)) - loose):
+        before, now = (_plain(c.get(name, "(not there)")) for c in (stored.config, config))
+        if before != now:
+            differing.append(f"{name}: was {before!r}, is {now!r}")
+    for name in sorted(set(stored.content) | set(content)):
+        if name == "data.eval_path" and not config["train.keep_best"]:
+            continue  # it matters only where checkpoints are compared by their loss on these records
+        if stored.content.get(name) != content.get(name):
+            before, now = (_plain(c.get(name, "")) for c in (stored.config, config))
+            differing.append(f"{name}: the content is not the same as when the run began (was {before!r}, is {now!r})")
     if differing:
         listed = "\n  ".join(differing)
         raise ResumeError(
@@ -251,12 +208,6 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def flat_config(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, in the config's own order."""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
-            out |= flat_config(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
-    return out
+def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Return dotted name -> value, in the config's own order; tuples as lists, as JSON gives them back."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}

@@ -6,19 +6,20 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.sources import Mixture, Source
 
 _SAMPLED = 1 << 20  # bytes read at either end of a large file
 _MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
-def content_digests(model: str | Path, records: Mixture) -> Mapping[str, str]:
+def content_digests(model: str | Path, records: Mixture, held_out: Source | None = None) -> Mapping[str, str]:
     """Return digests of what must be the same again when a run is resumed, by config key."""
-    return {
+    digests = {
         "model.path": model_digest(model),
         "data.path": records.digest,
         "prompt.system": hashlib.sha256(records.system_prompt.encode()).hexdigest(),
     }
+    return digests if held_out is None else digests | {"data.eval_path": held_out.digest}
 
 
 def model_digest(folder: str | Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import ml_collections
 
+from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.sources import parse_mixture
@@ -17,17 +18,6 @@ from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.errors import ProcessorError
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.run.start import StartError, find_adapter
-
-# model.published -> where the weights of that size are; the paper's base when nothing is said
-BASE_MODELS: Mapping[str, str] = {
-    "": "Qwen/Qwen3-VL-8B-Instruct",
-    "2b": "Qwen/Qwen3-VL-2B-Instruct",
-    "4b": "Qwen/Qwen3-VL-4B-Instruct",
-    "8b": "Qwen/Qwen3-VL-8B-Instruct",
-    "32b": "Qwen/Qwen3-VL-32B-Instruct",
-    "30b_a3b": "Qwen/Qwen3-VL-30B-A3B-Instruct",
-    "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
-}
 
 
 class PreflightError(ValueError):
@@ -51,7 +41,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     """What is wrong with the base model and the adapter to start from, one line each."""
-    base = BASE_MODELS[config.model.published]
+    base = SIZES[config.model.published or PAPER].repository
     local = f"weights/{base.split('/')[1]}"
     fetch = f"`hf download {base} --local-dir {local}` (pip install huggingface_hub), then --config.model.path={local}"
     folder = Path(config.model.path)

@@ -22,6 +22,7 @@ import ml_collections
 from flax import nnx
 from jax.sharding import Mesh
 
+from configs.common import task_keys
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
@@ -33,7 +34,6 @@ from mllm4d_jax.run.progress import Progress
 
 log = logging.getLogger(__name__)
 
-_ADAPTER_KEYS = ("lora.rank", "lora.alpha", "lora.targets", "train.trainable")  # what an adapter's numbers mean
 _ADAPTER_LEAVES = ("lora_a", "lora_b")
 
 
@@ -138,14 +138,15 @@ def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:
     """
     found = find_adapter(adapter, step)
     meta = None if found is None else found.meta
-    base = Path(path or ("" if meta is None else meta.config["model.path"]))
+    named = path or ("" if meta is None else meta.config["model.path"])
+    base = Path(named)
     if not (base / "config.json").is_file() or checkpoint_folder(base) is not None:
         hint = ""
         if path and checkpoint_folder(path):
             hint = "; what a run has trained is named with --config.model.adapter=DIR"
         elif adapter:
             hint = f": name the base model of {adapter} with --config.model.path=DIR"
-        raise StartError(f"model.path = {str(path or base)!r} is not a model folder in Hugging Face format{hint}")
+        raise StartError(f"model.path = {named!r} is not a model folder in Hugging Face format{hint}")
     if meta is not None and model_digest(base) != meta.content["model.path"]:
         raise StartError(
             f"{base} is not the base model of {found.folder}: weights, config.json or tokenizer differ from those it "
@@ -262,9 +263,9 @@ def start_from_run(config: ml_collections.ConfigDict, trainable: Any, content: M
         return trainable
     stored, now = adapter.meta, flat_config(config)
     differing = [
-        f"{key}: {stored.config.get(key)!r} there, {now[key]!r} here"
-        for key in _ADAPTER_KEYS
-        if stored.config.get(key) != now[key]
+        f"{key.name}: {stored.config.get(key.name)!r} there, {now[key.name]!r} here"
+        for key in task_keys(config.task)
+        if key.adapter and stored.config.get(key.name) != now[key.name]
     ]
     if stored.content.get("model.path") != content["model.path"]:
         differing.append("model.path: another base model")

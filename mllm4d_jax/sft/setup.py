@@ -13,7 +13,7 @@ import ml_collections
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.sources import Mixture, Source
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
@@ -65,7 +65,9 @@ class SftSetup:
 def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> SftSetup:
     """Load everything a run needs and restore the newest checkpoint. Raises as `task.run`."""
     mixture = open_records(config)
-    content = content_digests(config.model.path, mixture)
+    c = config.data
+    held_out = open_held_out(config, c.eval_path, c.eval_root) if c.eval_path else None
+    content = content_digests(config.model.path, mixture, held_out)
     progress = resume_point(config, content, checkpoints)
     if multihost.is_primary():
         write_json(workdir / CONFIG, config.to_dict())
@@ -79,7 +81,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
         loader=loader,
         trainer=make_trainer(parts, checkpoints, progress, content),
         flops=FlopCounter(parts.sizes, parts.tuning),
-        held_out=_held_out(config, parts, loader) if config.data.eval_path else None,
+        held_out=None if held_out is None else _held_out(held_out, parts, loader),
         facts=_facts(config, mixture, parts),
     )
 
@@ -133,8 +135,7 @@ def make_loader(parts: Parts, workdir: Path, mixture: Mixture, encoder: Encoder,
     )
 
 
-def _held_out(config: ml_collections.ConfigDict, parts: Parts, loader: Loader) -> HeldOutLoss:
-    source = open_held_out(config, config.data.eval_path, config.data.eval_root)
+def _held_out(source: Source, parts: Parts, loader: Loader) -> HeldOutLoss:
     encoder = GroupEncoder([source], loader.encoder.encoder)
-    options, chunk = loader.options, config.train.loss_chunk
+    options, chunk = loader.options, parts.config.train.loss_chunk
     return HeldOutLoss(encoder, options, parts.shape, parts.graphdef, parts.frozen, parts.mesh, chunk)

@@ -71,7 +71,7 @@ def _weights(folder: pathlib.Path, model: str) -> pathlib.Path:
     path = pathlib.Path(model) if model else folder
     if not any(path.glob("model*.safetensors")):
         raise RecordingError(
-            f"{path} holds no weights: give the checkpoint the reference was recorded with by config.model"
+            f"{path} holds no weights: give the checkpoint the reference was recorded with by --config.model.path=DIR"
         )
     return path
 
@@ -131,8 +131,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     tol = Tolerances(**{k: float(v) for k, v in config.tol.items()})
     total, failed = 0, []
     with jax.default_matmul_precision("highest"):
-        for target in find_targets(config.golden, config.model):
-            checks = verify_target(target, tol, attention=config.attention, rule=config.position_rule, only=config.case)
+        attention, rule = config.model.attention, config.position_rule
+        for target in find_targets(config.golden, config.model.path):
+            checks = verify_target(target, tol, attention=attention, rule=rule, only=config.case)
             count, bad = report(checks)
             total, failed = total + count, failed + bad
     seconds = time.monotonic() - started

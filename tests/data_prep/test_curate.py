@@ -14,7 +14,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import common
-from configs.schema import build
 from data_prep import curate
 from data_prep.sources.config import SourceError
 from data_prep.store.builder import question_rows
@@ -29,7 +28,7 @@ CLIPS = 60
 
 
 def run(workdir, **values) -> int:
-    return curate.run(build(common.CURATE_KEYS, {"synthetic.clips": CLIPS, "bench_share": 0.4, **values}), str(workdir))
+    return curate.run(common.config("curate", {"synthetic.clips": CLIPS, "bench_share": 0.4, **values}), str(workdir))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,7 @@ def test_stereo_videos_alone_through_the_whole_command(tmp_path):
 
 def test_cold_start_data_is_made_from_a_curation_and_read_by_the_trainer(made, tmp_path):
     config = {"source": "cold_start", "cold_start.records": str(made / "train_r1.jsonl"), "cold_start.total": 0}
-    assert curate.run(build(common.CURATE_KEYS, config), str(tmp_path)) == 0
+    assert curate.run(common.config("curate", config), str(tmp_path)) == 0
     records = RecordFile(tmp_path / "cold_start.json", made)
     assert len(records) > 20
     for i in range(len(records)):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from configs import common, schema
+from configs import common
 from configs import sft as sft_config
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.samples import write_sample_world
@@ -26,7 +26,7 @@ from mllm4d_jax.eval.predictions import PredictionError, read_predictions
 from mllm4d_jax.export import task as export
 from mllm4d_jax.qa.options import INSTRUCTION
 from mllm4d_jax.qa.system_prompt import ST_COT
-from mllm4d_jax.run import loading
+from mllm4d_jax.run.start import StartError, choose_model
 from mllm4d_jax.run.tiny import write_tiny_model
 from mllm4d_jax.sft import task as sft
 from tests.eval.question_fixtures import item
@@ -62,7 +62,7 @@ def make_config(folder, **values):
         "max_new_tokens": 6,
         "bootstrap.samples": 100,
     }
-    return schema.build(common.EVAL_KEYS, chosen | {name.replace("__", "."): v for name, v in values.items()})
+    return common.config("eval", chosen | {name.replace("__", "."): v for name, v in values.items()})
 
 
 def answers(workdir):
@@ -145,7 +145,7 @@ def test_manners(tmp_path):
     composed = "Where does it go?\nOptions:\nA. left\nB. right\nC. up\nD. down"
 
     def turns(config, one=asked):
-        made = evaluate.manner_of(schema.build(common.EVAL_KEYS, config)).record(one)
+        made = evaluate.manner_of(common.config("eval", config)).record(one)
         return [(m["role"], m["content"]) for m in made.messages]
 
     video = {"type": "video", "path": "/v/a.mp4"}
@@ -189,7 +189,8 @@ def test_rows_hold_nearly_equally_many_questions(world):
 def test_the_hash_is_of_what_answers_depend_on(world, tmp_path):
     def digest(**values):
         config = make_config(world, **values)
-        return evaluate.answers_hash(config, evaluate.manner_of(config), loading.choose_model(config))
+        choice = choose_model(config.model.path, config.model.adapter, config.model.step)
+        return evaluate.answers_hash(config, evaluate.manner_of(config), choice)
 
     first = digest()
     assert digest(questions_per_video=3, prompts_at_once=1, limit=2, data__workers=1, mesh__data=2) == first
@@ -208,9 +209,9 @@ def test_the_hash_is_of_what_answers_depend_on(world, tmp_path):
     [
         (dict(data__path=""), EvaluationError, "data.path is empty"),
         (dict(data__root=""), EvaluationError, "data.root is empty"),
-        (dict(model__path="nowhere"), loading.ModelError, "model.path = 'nowhere' is not a model folder"),
-        (dict(model__adapter="nowhere"), loading.ModelError, "model.adapter = nowhere holds neither"),
-        (dict(model__step=3), loading.ModelError, "model.step = 3 without model.adapter"),
+        (dict(model__path="nowhere"), StartError, "model.path = 'nowhere' is not a model folder"),
+        (dict(model__adapter="nowhere"), StartError, "model.adapter = nowhere holds no checkpoint and no PEFT"),
+        (dict(model__step=3), StartError, "model.step = 3 without model.adapter"),
     ],
 )
 def test_what_cannot_be_run_is_said(world, tmp_path, values, error, message):
@@ -342,8 +343,8 @@ def test_two_processes_ask_what_one_does_of_a_model_that_a_run_has_trained(asked
     assert evaluate.run(config, str(tmp_path / "one")) == 0
     one = answers(tmp_path / "one")
     assert one.keys() == answers(asked).keys() and one != answers(asked)
-    exported = {"form": "peft", "source": str(tmp_path / "trained"), "output": str(tmp_path / "peft")}
-    assert export.run(schema.build(common.EXPORT_KEYS, exported), "unused") == 0
+    exported = {"form": "peft", "model.adapter": str(tmp_path / "trained"), "output": str(tmp_path / "peft")}
+    assert export.run(common.config("export", exported), "unused") == 0
     assert evaluate.run(make_config(world, model__adapter=exported["output"]), str(tmp_path / "of_peft")) == 0
     assert answers(tmp_path / "of_peft") == one
     with Processes(processes_config(config), tmp_path / "two", count=2) as run:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from configs import common
-from configs.schema import build
 from mllm4d_jax.eval import infer
 from mllm4d_jax.run.tiny import write_tiny_model
 
@@ -31,23 +30,23 @@ def video(tmp_path_factory):
 
 
 def run(model, **values) -> int:
-    values = {"model": str(model), "question": "What moves?", "dtype": "float32", "max_new_tokens": 20, **values}
-    return infer.run(build(common.INFER_KEYS, values), "unused")
+    given = {"model.path": str(model), "question": "What moves?", "model.dtype": "float32", "max_new_tokens": 20}
+    return infer.run(common.config("infer", given | values), "unused")
 
 
 def test_answers_a_video(model, video, capfd):
-    assert run(model, video=str(video)) == 0
+    assert run(model, clip=str(video)) == 0
     first = capfd.readouterr()
     assert "patch grids video 6x4x6" in first.err and "36 visual" in first.err
     assert "tokens/s" in first.err and "generated 20 (stopped at max_new_tokens = 20)" in first.err
-    run(model, video=str(video))
+    run(model, clip=str(video))
     assert capfd.readouterr().out == first.out  # greedy is deterministic
 
 
 def test_sampling_follows_the_seed(model, video, capfd):
     outputs = []
     for seed in (1, 1, 2):
-        run(model, video=str(video), temperature=1.0, seed=seed)
+        run(model, clip=str(video), temperature=1.0, seed=seed)
         outputs.append(capfd.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
 
@@ -71,11 +70,11 @@ def test_image_and_system_prompt_from_a_file(model, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(model="", video="x.mp4"), "config.model is empty"),
-        (dict(question="  ", video="x.mp4"), "config.question is empty"),
+        (dict(model="", clip="x.mp4"), "model.path = '' is not a model folder"),
+        (dict(question="  ", clip="x.mp4"), "config.question is empty"),
         (dict(), "nothing to look at"),
-        (dict(video="missing.mp4"), "missing.mp4"),
-        (dict(video="x.mp4", system_file="missing.txt"), "missing.txt cannot be read"),
+        (dict(clip="missing.mp4"), "missing.mp4"),
+        (dict(clip="x.mp4", system_file="missing.txt"), "missing.txt cannot be read"),
     ],
 )
 def test_refusals_say_what_to_do(model, values, message):

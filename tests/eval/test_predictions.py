@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-import run
+from configs import common, reading
 from mllm4d_jax.eval.predictions import (
+    CONTROLS,
     Prediction,
     PredictionError,
     PredictionStore,
@@ -87,7 +88,7 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path):
     seen = []
     for attempt in range(6):
         command = [sys.executable, "-c", WRITER, str(tmp_path), ",".join(IDS)]
-        with subprocess.Popen(command, cwd=run.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=reading.ROOT, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 seen.append(line.strip())
                 if attempt < 5 and len(seen) % 7 == 0:
@@ -181,12 +182,12 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
 
 
 def test_the_hash_is_that_of_what_answers_depend_on():
-    config = {"temperature": 0.0, "workdir": "a", "mesh": {"data": 1}, "data": {"path": "x", "workers": 0}}
-    same = {"data": {"workers": 4, "path": "x"}, "mesh": {"data": 2}, "workdir": "b", "temperature": 0.0}
-    assert config_hash(config) == config_hash(same) and len(config_hash(config)) == 16
-    assert config_hash(config) != config_hash(config | {"temperature": 1.0})
-    assert config_hash(config) != config_hash(config | {"data": {"path": "y", "workers": 0}})
-    assert config_hash(config, ignore=()) != config_hash(same, ignore=())
+    def digest(content="abc", **values):
+        config = common.config("eval", {name.replace("__", "."): value for name, value in values.items()})
+        return config_hash(config, {"data.path": content})
+
+    assert digest() == digest(data__path="moved", data__workers=4, mesh__data=2, workdir="b") and len(digest()) == 16
+    assert len({digest(), digest(temperature=1.0), digest("xyz"), digest(video__fps=2.0)}) == 4
 
 
 def test_the_hash_ignores_keys_that_exist():
@@ -197,6 +198,11 @@ def test_the_hash_ignores_keys_that_exist():
     names = [key.name for key in common.task_keys("eval")]
     for ignored in NOT_IN_ANSWERS:
         assert any(name == ignored or name.startswith(f"{ignored}.") for name in names), ignored
+
+
+def test_controls_are_those_of_the_table():
+    (control,) = [key for key in common.task_keys("eval") if key.name == "control"]
+    assert control.choices == CONTROLS
 
 
 def test_item_fields_are_taken_over():

@@ -60,7 +60,7 @@ def test_a_run_with_controls_and_comparison(tmp_path, extractor):
         with PredictionStore(tmp_path / name, name) as store:
             made = [prediction(f"q{n}", response, control=control, config=name, video=f"v{n}") for n in range(6)]
             store.append(made)
-    config = common.eval()
+    config = common.config("eval")
     config.rescore.path = str(tmp_path / "main")
     config.controls = (str(tmp_path / "blind"),)
     config.compare = str(tmp_path / "other" / "predictions.jsonl")
@@ -105,13 +105,13 @@ def test_problems_end_with_exit_code_1(tmp_path, capsys):
 
 def test_nothing_to_score_is_said():
     with pytest.raises(EvaluationError, match="rescore.path"):
-        run_task(common.eval(), "unused")
+        run_task(common.config("eval"), "unused")
 
 
 def test_variants():
     from configs import eval as module
 
-    benchmarks = {variant: module.get_config(variant).benchmark for variant in module.VARIANTS}
+    benchmarks = {variant: module.get_config(variant).benchmark for variant in module.get_config.variants}
     assert benchmarks == {"": "vlm4d", "vlm4d": "vlm4d", "mllm4d": "mllm4d", "jsonl": "jsonl", "rescore": "vlm4d"}
     with pytest.raises(ConfigError, match="did you mean 'configs/eval.py:rescore'"):
         module.get_config("rescor")
@@ -120,7 +120,7 @@ def test_variants():
 @pytest.mark.skipif(not PUBLISHED, reason="MLLM4D_VLM4D_PREDICTIONS does not name the folder of published predictions")
 @pytest.mark.parametrize("extractor", ["strict", "official"])
 def test_the_published_predictions_of_the_fine_tuned_model(tmp_path, extractor):
-    config = common.eval()
+    config = common.config("eval")
     config.rescore.path, config.extractor, config.bootstrap.samples = PUBLISHED, extractor, 200
     assert run_task(config, str(tmp_path)) == 0
     rows, found = groups(tmp_path)

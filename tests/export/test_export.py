@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from configs import common, schema
+from configs import common
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export import merged as export_merged
 from mllm4d_jax.export import task as export
@@ -78,8 +78,8 @@ def trained_run(tmp_path, base, patterns=("lora",), scale=0.1, steps=(3,), **opt
 
 
 def run(form, source, output, **values) -> int:
-    values = {"form": form, "source": str(source), "output": str(output), **values}
-    return export.run(schema.build(common.EXPORT_KEYS, values), "unused")
+    values = {"form": form, "model.adapter": str(source), "output": str(output), **values}
+    return export.run(common.config("export", values), "unused")
 
 
 def tensors(folder) -> dict[str, np.ndarray]:
@@ -127,7 +127,7 @@ def test_an_adapter_is_written_and_found_equal(world, tmp_path, capsys):
 
 def test_a_merged_checkpoint_has_the_sum_in_place_and_all_else_untouched(world, tmp_path, capsys):
     base, workdir = world
-    assert run("merged", workdir / "checkpoints", tmp_path / "out", step=3) == 0
+    assert run("merged", workdir / "checkpoints", tmp_path / "out", **{"model.step": 3}) == 0
     assert "8 of 115 tensors changed" in capsys.readouterr().out
     adapter, before, after = stored_adapter(workdir, base, 3), tensors(base), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -152,7 +152,7 @@ def test_a_peft_folder_is_merged_too(world, tmp_path, capsys):
     base, workdir = world
     run("peft", workdir, tmp_path / "adapter")
     run("merged", workdir, tmp_path / "a")
-    with pytest.raises(StartError, match="is not a model folder.*: name the base model of"):
+    with pytest.raises(StartError, match="model.path = '' is not a model folder"):
         run("merged", tmp_path / "adapter", tmp_path / "b")
     run("merged", tmp_path / "adapter", tmp_path / "b", **{"model.path": str(base)})
     assert "adapter_config.json" not in {p.name for p in (tmp_path / "b").iterdir()}
@@ -162,8 +162,8 @@ def test_a_peft_folder_is_merged_too(world, tmp_path, capsys):
 
 @pytest.mark.slow  # compiles the model three times more
 def test_comparing_in_bfloat16(world, tmp_path):
-    run("merged", world[1], tmp_path / "merged", dtype="bfloat16")
-    run("peft", world[1], tmp_path / "peft", dtype="bfloat16")
+    run("merged", world[1], tmp_path / "merged", **{"model.dtype": "bfloat16"})
+    run("peft", world[1], tmp_path / "peft", **{"model.dtype": "bfloat16"})
     assert left_behind(tmp_path) == ["merged", "peft"]
 
 
@@ -329,17 +329,17 @@ def test_not_a_number_is_no_agreement():
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        (dict(source=""), ModelExportError, "config.source is empty"),
-        (dict(source="nowhere"), StartError, "holds no checkpoint and no PEFT adapter"),
-        (dict(output=""), ModelExportError, "config.output is empty"),
-        (dict(output="."), ModelExportError, "exists already"),
-        (dict(step=4), StartError, "model.step = 4: .* holds the steps 3, 5"),
-        ({"model.path": str(GOLDEN / "qwen2_5_vl")}, StartError, "is not the base model of"),
-        ({"model.path": "nowhere"}, StartError, "model.path = 'nowhere' is not a model folder"),
+        ({"model.adapter": ""}, "model.adapter is empty"),
+        ({"model.adapter": "nowhere"}, "holds no checkpoint and no PEFT adapter"),
+        (dict(output=""), "config.output is empty"),
+        (dict(output="."), "exists already"),
+        ({"model.step": 4}, "model.step = 4: .* holds the steps 3, 5"),
+        ({"model.path": str(GOLDEN / "qwen2_5_vl")}, "is not the base model of"),
+        ({"model.path": "nowhere"}, "model.path = 'nowhere' is not a model folder"),
     ],
 )
-def test_refusals(world, tmp_path, values, error, message):
-    values = {"source": str(world[1]), "output": str(tmp_path / "out"), **values}
-    with pytest.raises(error, match=message):
-        run("peft", **values)
+def test_refusals(world, tmp_path, values, message):
+    values = {"form": "peft", "model.adapter": str(world[1]), "output": str(tmp_path / "out"), **values}
+    with pytest.raises((ModelExportError, StartError), match=message):
+        export.run(common.config("export", values), "unused")
     assert left_behind(tmp_path) == []

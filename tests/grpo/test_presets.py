@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
-from mllm4d_jax.grpo.presets import PRESETS, ObjectiveConfig, resolve_objective
+from configs import common
+from mllm4d_jax.grpo.advantages import SCALES
+from mllm4d_jax.grpo.presets import (
+    KL_ESTIMATORS,
+    OVERLONG,
+    PRESETS,
+    REDUCTIONS,
+    SURROGATES,
+    ObjectiveConfig,
+    resolve_objective,
+)
+from mllm4d_jax.grpo.ratios import LEVELS
+from mllm4d_jax.grpo.settings import objective_of
 
 
 @pytest.mark.parametrize(
@@ -32,3 +46,26 @@ def test_presets_by_name():
     assert PRESETS["dapo"].overlong_cache == 819
     with pytest.raises(ValueError, match="did you mean 'dr_grpo'"):
         resolve_objective("drgrpo")
+
+
+def test_a_key_that_is_set_changes_its_piece_and_no_other():
+    def objective(**values):
+        return objective_of(common.config("grpo", {f"objective.{name}": value for name, value in values.items()}))
+
+    assert objective() == PRESETS["paper"]  # the cap is the default of both
+    for preset, expected in PRESETS.items():
+        assert objective(preset=preset) == dataclasses.replace(expected, max_completion=4096)
+    changed = objective(preset="dapo", beta=0.0, kl="k2", dynamic_sampling="off", eps_low=0.1)
+    assert changed == dataclasses.replace(PRESETS["dapo"], beta=0.0, kl="k2", dynamic_sampling=False, eps_low=0.1)
+    assert objective(dynamic_sampling="on").dynamic_sampling is True
+    with pytest.raises(ValueError, match="beta >= 0"):
+        objective(beta=-0.5)
+
+
+def test_the_keys_offer_what_the_objective_knows():
+    keys = {key.name: key for key in common.task_keys("grpo") if key.name.startswith("objective.")}
+    pieces = {f"objective.{field.name}" for field in dataclasses.fields(ObjectiveConfig)}
+    assert set(keys) - pieces == {"objective.preset", "objective.iterations"}
+    choices = dict(kl=KL_ESTIMATORS, overlong=OVERLONG, reduction=REDUCTIONS, surrogate=SURROGATES)
+    for name, known in (choices | dict(scale=SCALES, ratio=LEVELS)).items():
+        assert keys[f"objective.{name}"].choices == ("", *known)

@@ -8,8 +8,8 @@ import json
 
 import pytest
 
+from configs.published import published_config
 from mllm4d_jax.models.config import ModelConfig, ModelConfigError
-from mllm4d_jax.models.published import published_config
 
 
 def parse(raw) -> ModelConfig:

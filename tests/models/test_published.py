@@ -7,9 +7,10 @@ import math
 
 import pytest
 
+from configs.published import SIZES, published_config
+from configs.schema import ConfigError
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.config import ModelConfig, ModelConfigError
-from mllm4d_jax.models.published import SIZES, published_config
+from mllm4d_jax.models.config import ModelConfig
 
 # parameters, of which vision, tensors in the checkpoint
 COUNTS = {
@@ -65,5 +66,5 @@ def test_every_name_is_used_once_and_shapes_add_up(size):
 
 
 def test_unknown_size_lists_the_known():
-    with pytest.raises(ModelConfigError, match="known: 2b"):
+    with pytest.raises(ConfigError, match="known: 2b"):
         published_config("3b")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs.published import SIZES, published_config
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.published import SIZES, published_config
 from mllm4d_jax.models.weight_map import abstract_model, leaves
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh
 from mllm4d_jax.parallel.rules import batch_sharding, partition_spec

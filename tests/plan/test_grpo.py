@@ -49,7 +49,7 @@ GIB = 1 << 30
 
 
 def paper_job(**settings) -> plan_job.GrpoJob:
-    config = common.grpo()
+    config = common.config("grpo")
     config.model.published = "8b"
     config.update_from_flattened_dict(settings)
     return plan_job.plan_job(config)

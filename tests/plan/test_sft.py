@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 from configs import common
+from configs.published import published_config
 from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.models.qwen_vl import vision_geometry
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.parallel import topology
@@ -81,7 +81,7 @@ def test_the_planned_batch_has_the_arrays_of_a_real_one(size):
 
 
 def test_worst_sizes_of_the_paper_run():
-    config = common.sft()
+    config = common.config("sft")
     config.model.published, config.data.questions_per_video, config.train.batch_size = "8b", 20, 320
     job = plan_step.plan_job(config)
     # 16 temporal patches of 49 tokens with their times, and the system text

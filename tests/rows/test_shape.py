@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from configs.published import published_config
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.media.resize import ResizeRule
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.rows.shape import RowShape, RowShapeError, bucket, largest
 

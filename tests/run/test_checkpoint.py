@@ -12,7 +12,7 @@ from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, ResumeError, check_resumable
 from mllm4d_jax.run.optimizer import init_optimizer, make_optimizer
 
-META = Meta(5, 40, 2, {"optim.lr": 0.1, "lora.targets": ["q", "k"]}, {"data.path": "abc"})
+META = Meta(5, 40, 2, {"task": "sft", "optim.lr": 0.1, "lora.targets": ["q", "k"]}, {"data.path": "abc"})
 
 
 def make_state(mesh, *axes):
@@ -87,6 +87,7 @@ def test_another_adapter_is_refused(tmp_path):
 
 def test_a_different_run_is_refused_by_key():
     config = {
+        "task": "sft",
         "optim.lr": 0.1,
         "lora.targets": ("q", "k"),  # JSON made a list of it
         "train.log_every": 7,  # free
@@ -99,3 +100,17 @@ def test_a_different_run_is_refused_by_key():
     assert "optim.lr: was 0.1, is 0.2" in text and "lora.rank: was '(not there)', is 8" in text
     assert "data.path: the content is not the same" in text and "/elsewhere/r.json" in text
     assert "w/checkpoints" in text and "step 5" in text and "lora.targets" not in text and "log_every" not in text
+
+
+def test_held_out_records_stay_the_same_while_checkpoints_are_compared_by_them():
+    """Their place may change; without `keep_best` they may be replaced, added and left out."""
+    config = {"task": "sft", "data.eval_path": "a.json", "data.eval_root": "x", "train.keep_best": 2}
+    stored = Meta(5, 40, 2, config, {"data.eval_path": "abc"})
+    moved = config | {"data.eval_path": "b.json", "data.eval_root": "y"}
+    check_resumable(stored, moved, {"data.eval_path": "abc"}, "w")
+    for content in ({"data.eval_path": "xyz"}, {}):
+        with pytest.raises(ResumeError, match="data.eval_path: the content is not the same"):
+            check_resumable(stored, moved, content, "w")
+        check_resumable(stored, moved | {"train.keep_best": 0}, content, "w")
+    with pytest.raises(ResumeError, match="data.eval_path"):
+        check_resumable(Meta(5, 40, 2, config, {}), moved, {"data.eval_path": "abc"}, "w")

@@ -7,7 +7,6 @@ import pytest
 from configs import common
 from configs import sft as sft_config
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.models.published import SIZES
 from mllm4d_jax.run import preflight
 from mllm4d_jax.run.digest import content_digests, model_digest
 from mllm4d_jax.run.preflight import PreflightError
@@ -32,7 +31,7 @@ def complete(tiny_world):
 
 def test_nothing_given_lists_weights_records_and_root_with_their_flags(tmp_path):
     with pytest.raises(PreflightError) as caught:
-        run(common.sft(), str(tmp_path / "w"))
+        run(common.config("sft"), str(tmp_path / "w"))
     text = str(caught.value)
     assert "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir" in text
     for flag in ("--config.model.path=", "--config.data.path=", "--config.data.root="):
@@ -102,7 +101,6 @@ def test_a_mixture_and_the_division_of_questions_are_checked(tiny_world, tmp_pat
 def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_there(tiny_world, tmp_path):
     config = sft_config.get_config("qwen3_vl_30b_a3b")
     assert "hf download Qwen/Qwen3-VL-30B-A3B-Instruct" in complaints(config)
-    assert set(preflight.BASE_MODELS) == {"", *SIZES} - {"235b_a22b"}
     config = complete(tiny_world)
     config.model.adapter, config.lora.dropout = str(tmp_path), 1.0
     text = complaints(config)
@@ -148,6 +146,8 @@ def test_digests_follow_content_not_place(tiny_world, tmp_path):
     moved = tmp_path / "moved.json"
     moved.write_bytes(path.read_bytes())
     assert content_digests(config.model.path, RecordFile(moved, tmp_path)) == first
+    held_out = content_digests(config.model.path, RecordFile(path, path.parent), RecordFile(moved, tmp_path))
+    assert held_out == first | {"data.eval_path": first["data.path"]}
     prompted = content_digests(config.model.path, RecordFile(moved, tmp_path, "Be brief."))
     assert {k for k in first if prompted[k] != first[k]} == {"prompt.system"}
     copy = tmp_path / "model"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from configs.published import published_config
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning
-from mllm4d_jax.models.published import published_config
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.rows import RowBatch
 from mllm4d_jax.run.throughput import FlopCounter, mfu

@@ -12,7 +12,7 @@ from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.report.columns import summary
 from mllm4d_jax.rows.batch import collate
 from mllm4d_jax.run.build import load_trainable
-from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
 from mllm4d_jax.run.preflight import PreflightError, check
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.held_out import HeldOutError
@@ -77,6 +77,12 @@ def test_measuring_changes_nothing_and_picks_the_best(config, tmp_path):
     assert summary(rows)["eval_loss"] == losses[6] and "eval_loss" not in summary(rows[:1])
     with Checkpoints(tmp_path / "measured/checkpoints", 1, 1) as checkpoints:
         assert checkpoints.best() == min((3, 6), key=losses.get)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads((tmp_path / "held_out.json").read_text())[:2]))
+    with Checkpoints(tmp_path / "measured/checkpoints", 1, 1) as checkpoints:
+        config.data.eval_path = str(other)  # the losses of the checkpoints would no longer compare
+        with pytest.raises(ResumeError, match="data.eval_path: the content is not the same"):
+            set_up(config, tmp_path / "measured", checkpoints)
     config.data.eval_path = ""
     theirs, plain = trained(config, tmp_path / "plain")
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors
 
+from configs.published import SIZES, published_config
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.published import SIZES, published_config
 from mllm4d_jax.models.weight_map import published_tensors
 from tools import make_checkpoint
 

@@ -11,7 +11,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import common
-from configs.schema import build
 from mllm4d_jax.verify import task as verify
 from mllm4d_jax.verify.checks import Check, Comparison
 from mllm4d_jax.verify.processor import verify_processor
@@ -21,8 +20,8 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def run(golden, model="", case="", **values) -> int:
-    values |= {"golden": str(golden), "model": str(model), "case": case}
-    return verify.run(build(common.VERIFY_KEYS, values), "unused")
+    values |= {"golden": str(golden), "model.path": str(model), "case": case}
+    return verify.run(common.config("verify", values), "unused")
 
 
 def test_processor_tables_all_hold_and_every_row_is_compared(capsys):

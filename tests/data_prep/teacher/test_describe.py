@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from configs import common
-from configs.schema import build
 from data_prep.scenes.objects import read_captions
 from data_prep.sources.frames import write_video
 from data_prep.teacher.client import KEY_VARIABLE, URL_VARIABLE, TeacherError
@@ -41,7 +40,7 @@ def run(folder, monkeypatch, server, **changes):
     monkeypatch.setenv(URL_VARIABLE, server.url)
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     values = {"source": "describe", "input": str(folder), "teacher.kind": "endpoint", "teacher.model": "m"}
-    return describe(build(common.CURATE_KEYS, values | changes), str(folder.parent / "work"))
+    return describe(common.config("curate", values | changes), str(folder.parent / "work"))
 
 
 def pictures(request):
@@ -95,7 +94,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, serve):  # noqa: F811
     with pytest.raises(DescribeError, match="holds no"):
         run(tmp_path, monkeypatch, serve(answer()))
     with pytest.raises(DescribeError, match="input is not set"):
-        describe(build(common.CURATE_KEYS, {"source": "describe"}), str(tmp_path))
+        describe(common.config("curate", {"source": "describe"}), str(tmp_path))
     write_video(tmp_path / "a.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8.0, "mpeg4")
     for changes, message in (({"teacher.kind": "oracle"}, "cannot look"), ({"teacher.model": ""}, "model is empty")):
         with pytest.raises(TeacherError, match=message):
