@@ -28,8 +28,7 @@ if __name__ == "__main__":
 import cv2
 import numpy as np
 
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
-from data_prep.questions.recheck import letter_from
+from data_prep.questions.propose import SCENARIOS, QuestionRules, letter_from, propose
 from data_prep.scenes import relations
 from data_prep.scenes.scene import Scene
 from data_prep.stereo.disparity import StereoError

@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from data_prep.errors import SceneError
 from data_prep.store.atomic import write_atomic
-from data_prep.store.npz import MAX_NPZ_BYTES, read_npz
+from data_prep.store.untrusted import MAX_NPZ_BYTES, SceneError, npz_bytes, read_bytes, read_json, read_npz
 
 # How far the metres can be trusted: measured with a known baseline; with an assumed one (Stereo4D's 63 mm); not at all.
 SCALES = ("metric", "assumed_baseline", "relative")
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = 2**26
 _POSE_TOLERANCE = 1e-6
+_ARRAYS = {"world_to_camera": (3, 4), "camera_to_world": (3, 4), "intrinsics": (3, 3), "timestamps": ()}  # per frame
+_TEXTS = ("object_id", "description", "category")  # of an object
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class SceneObject:
         """
         where = f"object {self.object_id!r}"
         _check_name(self.object_id, "object_id")
-        for field in ("description", "category"):
+        for field in _TEXTS[1:]:
             if not isinstance(getattr(self, field), str):
                 raise SceneError(f"{where}: {field} must be a string, not {getattr(self, field)!r}")
         points = _frozen(self.points, np.float64, f"{where}: points")
@@ -171,7 +169,7 @@ class Scene:
         raise SceneError(f"clip {self.clip_id}: no object {object_id!r}; it has {known}")
 
     def _check_arrays(self) -> None:
-        for name in ("world_to_camera", "camera_to_world", "intrinsics", "timestamps"):
+        for name in _ARRAYS:
             array = _frozen(getattr(self, name), np.float64, name)
             if not np.isfinite(array).all():
                 raise SceneError(f"{name} holds NaN or infinite values")
@@ -179,7 +177,7 @@ class Scene:
         count = len(self.timestamps) if self.timestamps.ndim == 1 else 0
         if not count or (np.diff(self.timestamps) <= 0).any():
             raise SceneError("timestamps must be [T], T at least 1, in seconds and strictly increasing")
-        for name, shape in (("world_to_camera", (3, 4)), ("camera_to_world", (3, 4)), ("intrinsics", (3, 3))):
+        for name, shape in _ARRAYS.items():
             if getattr(self, name).shape != (count, *shape):
                 raise SceneError(f"{name} must be {[count, *shape]}, not {list(getattr(self, name).shape)}")
         size = tuple(self.image_size)
@@ -242,6 +240,16 @@ def invert_poses(poses: np.ndarray) -> np.ndarray:
     return np.concatenate([inverse, -inverse @ poses[..., 3:]], axis=-1)
 
 
+def move_points(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Apply a pose f64[3, 4] to points f64[..., 3]: R p + t."""
+    return points @ pose[:, :3].T + pose[:, 3]
+
+
+def move_tracks(poses: np.ndarray, tracks: np.ndarray) -> np.ndarray:
+    """Apply the pose of each frame, f64[T, 3, 4], to the points of tracks, f64[N, T, 3]."""
+    return np.einsum("tij,ntj->nti", poses[:, :, :3], tracks) + poses[:, :, 3]
+
+
 def nearest_rigid(poses: np.ndarray, tolerance: float = 1e-3) -> np.ndarray:
     """Poses f64[..., 3, 4] with R replaced by the nearest rotation (polar factor), for files that store few digits.
 
@@ -266,15 +274,12 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {"world_to_camera": scene.world_to_camera, "camera_to_world": scene.camera_to_world}
-    arrays |= {"intrinsics": scene.intrinsics, "timestamps": scene.timestamps}
+    arrays = {name: getattr(scene, name) for name in _ARRAYS}
     for n, o in enumerate(scene.objects):
         arrays[f"points_{n}"] = o.points
         if o.masks is not None:
             arrays[f"masks_{n}"] = np.packbits(o.masks, axis=None)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    data = buffer.getvalue()
+    data = npz_bytes(arrays)
     document = {
         "format": "mllm4d_jax.scene",
         "version": FORMAT_VERSION,
@@ -284,13 +289,7 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
         "image_size": list(scene.image_size),
         "scale": scene.scale,
         "objects": [
-            {
-                "object_id": o.object_id,
-                "description": o.description,
-                "category": o.category,
-                "masks": o.masks is not None,
-            }
-            for o in scene.objects
+            {name: getattr(o, name) for name in _TEXTS} | {"masks": o.masks is not None} for o in scene.objects
         ],
         "provenance": scene.provenance,
     }
@@ -307,16 +306,16 @@ def load_scene(folder: str | Path) -> Scene:
     folder = Path(folder)
     path = folder / "scene.json"
     try:
-        document = json.loads(_read(path, MAX_JSON_BYTES).decode())
-        if not isinstance(document, dict) or document.get("format") != "mllm4d_jax.scene":
+        document = read_json(path)
+        if document.get("format") != "mllm4d_jax.scene":
             raise SceneError(f"{path}: not a scene file")
         if document.get("version") != FORMAT_VERSION:
             raise SceneError(f"{path}: version {document.get('version')!r}; this program reads {FORMAT_VERSION}")
-        data = _read(folder / "scene.npz", MAX_NPZ_BYTES)
+        data = read_bytes(folder / "scene.npz", MAX_NPZ_BYTES)
         if hashlib.sha256(data).hexdigest() != document["npz_sha256"]:
             raise SceneError(f"{path}: scene.npz beside it is another one or damaged; write the scene again")
         arrays = read_npz(data, str(folder / "scene.npz"))
-        named = {name: arrays[name] for name in ("world_to_camera", "camera_to_world", "intrinsics", "timestamps")}
+        named = {name: arrays[name] for name in _ARRAYS}
         size = tuple(document["image_size"])
         objects = tuple(_load_object(n, entry, arrays, size) for n, entry in enumerate(document["objects"]))
         texts = {name: document[name] for name in ("clip_id", "source_id", "scale", "provenance")}
@@ -338,7 +337,7 @@ def _load_object(n: int, entry: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
             raise SceneError(f"masks_{n} does not hold {len(points)} masks of {size[0]}x{size[1]}")
         masks = np.unpackbits(packed, count=count).astype(bool).reshape(len(points), *size)
-    return SceneObject(entry["object_id"], entry["description"], entry["category"], points, masks)
+    return SceneObject(**{name: entry[name] for name in _TEXTS}, points=points, masks=masks)
 
 
 def _pose_array(poses: np.ndarray) -> np.ndarray:
@@ -360,15 +359,3 @@ def _frozen(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
 def _check_name(value: str, field: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise SceneError(f"{field} must be a string with something in it, not {value!r}")
-
-
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            # Reading allocates what is asked for, so ask for what is there.
-            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
-    except OSError as error:
-        raise SceneError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > limit:
-        raise SceneError(f"{path} is larger than {limit} bytes")
-    return data

@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.store.atomic import AtomicFile, remove_partials, write_atomic
-from data_prep.store.parts import ClipResult, ExportError, PartStore
+from data_prep.store.parts import ClipResult, PartStore, StoreError
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import ROLES, read_conversation
 from mllm4d_jax.qa.rewards import Solution, solution_fields
@@ -56,12 +56,12 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
     fields may be there.
 
     Raises:
-      ExportError: naming the row and the field.
+      StoreError: naming the row and the field.
     """
     key = row.get("id")
 
     def fail(what: str) -> None:
-        raise ExportError(f"question {key!r}: {what}")
+        raise StoreError(f"question {key!r}: {what}")
 
     for field in _TEXT_FIELDS:
         if not isinstance(row.get(field), str) or not row[field].strip():
@@ -96,21 +96,21 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
 
 
 def check_result(result: ClipResult) -> None:
-    """Checks a clip's rows and rejections. Raises ExportError naming clip, row and field."""
+    """Checks a clip's rows and rejections. Raises StoreError naming clip, row and field."""
     seen = set()
     for row in result.rows:
         try:
             check_row(row, result.source_id)
-        except ExportError as error:
-            raise ExportError(f"clip {result.clip_id!r}: {error}") from error
+        except StoreError as error:
+            raise StoreError(f"clip {result.clip_id!r}: {error}") from error
         if row["id"] in seen:
-            raise ExportError(f"clip {result.clip_id!r}: two questions have the id {row['id']!r}")
+            raise StoreError(f"clip {result.clip_id!r}: two questions have the id {row['id']!r}")
         seen.add(row["id"])
     if result.rows and not (result.split and result.source_id):
-        raise ExportError(f"clip {result.clip_id!r} has questions but no split or no source_id")
+        raise StoreError(f"clip {result.clip_id!r} has questions but no split or no source_id")
     for entry in result.rejected:
         if not all(isinstance(entry.get(field), str) for field in ("reason", "detail")):
-            raise ExportError(f"clip {result.clip_id!r}: a rejection needs the texts 'reason' and 'detail': {entry!r}")
+            raise StoreError(f"clip {result.clip_id!r}: a rejection needs the texts 'reason' and 'detail': {entry!r}")
 
 
 def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,22 +160,22 @@ class RecordWriter:
     """Streams records into a JSON list or JSONL file with the same bytes every time. A context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ExportError unless the name ends in .json or .jsonl."""
+        """Raises StoreError unless the name ends in .json or .jsonl."""
         self._file, self.records = AtomicFile(path), 0
         self._list = self._file.path.suffix == ".json"
         if self._file.path.suffix not in (".json", ".jsonl"):
-            raise ExportError(f"{path}: an output is a .json or a .jsonl file")
+            raise StoreError(f"{path}: an output is a .json or a .jsonl file")
 
     def __enter__(self) -> RecordWriter:
         self._file.__enter__()
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record. Raises ExportError for what JSON does not have (NaN, half a surrogate pair)."""
+        """Appends one record. Raises StoreError for what JSON does not have (NaN, half a surrogate pair)."""
         try:
             data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
-            raise ExportError(f"record {record.get('id')!r} cannot be written as JSON: {error}") from error
+            raise StoreError(f"record {record.get('id')!r} cannot be written as JSON: {error}") from error
         lead = (b",\n" if self.records else b"[\n") if self._list else b""
         self._file.write(lead + data + (b"" if self._list else b"\n"))
         self.records += 1
@@ -211,7 +211,7 @@ def assemble(
       The manifest.
 
     Raises:
-      ExportError: a part is missing or wrong, a question id occurs twice, a source video is in two splits, a split is
+      StoreError: a part is missing or wrong, a question id occurs twice, a source video is in two splits, a split is
         in no output, an output has an unknown layout or an unusable name.
     """
     folder = Path(folder)
@@ -248,7 +248,7 @@ def assemble(
 
 def _results(store: PartStore, clip_ids: Sequence[str]) -> Iterator[ClipResult]:
     if len(set(clip_ids)) != len(clip_ids):
-        raise ExportError("clip ids must be unique")
+        raise StoreError("clip ids must be unique")
     for clip_id in sorted(clip_ids):
         result = store.read(clip_id)
         check_result(result)
@@ -259,9 +259,9 @@ def _check_outputs(outputs: Sequence[Output]) -> None:
     names = [output.name for output in outputs]
     for output in outputs:
         if output.layout not in LAYOUTS:
-            raise ExportError(f"{output.name}: unknown layout {output.layout!r}; there are {', '.join(LAYOUTS)}")
+            raise StoreError(f"{output.name}: unknown layout {output.layout!r}; there are {', '.join(LAYOUTS)}")
         if Path(output.name).name != output.name or output.name in (MANIFEST, REJECTED) or names.count(output.name) > 1:
-            raise ExportError(f"{output.name!r} is not usable as the name of an output file, or is there twice")
+            raise StoreError(f"{output.name!r} is not usable as the name of an output file, or is there twice")
 
 
 class _Tally:
@@ -282,17 +282,17 @@ class _Tally:
             self._clips["without_questions"] += 1
             return
         if result.split not in self._splits:
-            raise ExportError(f"clip {result.clip_id!r} is in split {result.split!r}, which no output takes")
+            raise StoreError(f"clip {result.clip_id!r} is in split {result.split!r}, which no output takes")
         other = self._split_of.setdefault(result.source_id, result.split)
         if other != result.split:
-            raise ExportError(
+            raise StoreError(
                 f"source video {result.source_id!r} is in split {other!r} and, with clip {result.clip_id!r}, in "
                 f"{result.split!r}: split by source video"
             )
         for row in result.rows:
             key = int.from_bytes(hashlib.blake2b(row["id"].encode("utf-8", "surrogatepass"), digest_size=8).digest())
             if key in self._ids:
-                raise ExportError(f"question id {row['id']!r} of clip {result.clip_id!r} occurs twice in the data set")
+                raise StoreError(f"question id {row['id']!r} of clip {result.clip_id!r} occurs twice in the data set")
             self._ids.add(key)
             self._questions[result.split][row["question_type"]] += 1
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import SceneError
 from data_prep.scenes.objects import encode_rle
-from data_prep.scenes.scene import Scene, SceneObject, invert_poses, save_scene
+from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of, invert_poses, move_tracks, save_scene
 from data_prep.sources.frames import CODECS, write_video
+from data_prep.store.atomic import write_atomic
+from data_prep.store.untrusted import SceneError, npz_bytes
 from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.synthetic.solids import surface_points
 from data_prep.synthetic.worlds import Named, SyntheticConfig, make_world
@@ -79,13 +79,13 @@ def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
         if len(track):
             masks = surfaces == k + 1
             objects.append(SceneObject(f"object_{k}", entry.description, entry.category, track.swapaxes(0, 1), masks))
-    k = np.array([[camera.focal, 0, config.width / 2], [0, camera.focal, config.height / 2], [0, 0, 1]])
+    size = (config.height, config.width)
     scene = Scene.from_camera_to_world(
         clip_id=f"{video}_{first}",
         source_id=video,
         camera_to_world=camera.camera_to_world,
-        intrinsics=np.broadcast_to(k, (config.frames, 3, 3)),
-        image_size=(config.height, config.width),
+        intrinsics=np.broadcast_to(intrinsics_of(size, config.fov), (config.frames, 3, 3)),
+        image_size=size,
         timestamps=microseconds / 1e6,
         objects=tuple(objects),
         scale="metric",
@@ -128,8 +128,7 @@ def _seen(
     world: World, camera: Camera, tracks: np.ndarray, facing: np.ndarray, owners: np.ndarray, surfaces: np.ndarray
 ) -> np.ndarray:
     """bool[N, T]: the point faces the camera, lies on a pixel that shows its surface, and nothing is before it."""
-    poses = invert_poses(camera.camera_to_world)
-    local = np.einsum("tij,ntj->nti", poses[:, :, :3], tracks) + poses[:, :, 3]
+    local = move_tracks(invert_poses(camera.camera_to_world), tracks)
     z = local[:, :, 2]
     ahead = facing & (z > 0.05)
     safe = np.where(ahead, z, 1.0)
@@ -190,7 +189,7 @@ def write_clip(
         write_video(right, clip.right, clip.fps, codec)
     mask_file = Path(f"{stem}-masks.{'npz' if masks == 'npz' else 'json'}")
     if masks == "npz":
-        _write_npz(mask_file, {o.object_id: o.masks for o in scene.objects})
+        write_atomic(mask_file, npz_bytes({o.object_id: o.masks for o in scene.objects}))
     else:
         _write_json(mask_file, {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects})
     captions = Path(f"{stem}-captions.json")
@@ -199,7 +198,7 @@ def write_clip(
     if truth:
         save_scene(scene, truth_folder)
     annotations = Path(f"{stem}.npz")
-    _write_npz(annotations, stereo4d_arrays(clip))
+    write_atomic(annotations, npz_bytes(stereo4d_arrays(clip)))
     return ClipFiles(annotations, left, None if clip.right is None else right, mask_file, captions, truth_folder)
 
 
@@ -225,13 +224,5 @@ def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
     }
 
 
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, path)
-
-
 def _write_json(path: Path, document: dict) -> None:
-    partial = path.with_name(f".{os.getpid()}.partial.{path.name}")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
