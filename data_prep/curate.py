@@ -150,7 +150,7 @@ class ClipWork:
     bench_share: float
 
     def __call__(self, clip_id: str) -> ClipResult:
-        """Raises ClipRejected for a clip that gives no questions."""
+        """Ask about a clip. Raises ClipRejected: it gives no questions."""
         source_id = ""
         try:
             clip = self.source.load(clip_id)

@@ -206,7 +206,7 @@ class _Pool:
         return found
 
     def fill(self, total: int) -> list[int] | None:
-        """Rows of a data set of `total`; None when some class runs short."""
+        """Choose the rows of a data set of `total`; None when some class runs short."""
         wanted: list[tuple[float, int, list[int], tuple]] = []  # (offered per wanted, wanted, offered, class)
         for scenario, quota in self.preset.quotas(total).items():
             needs = self._needs(scenario, quota)

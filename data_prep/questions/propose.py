@@ -103,7 +103,7 @@ class Question:
     object_center: tuple
 
     def record(self, video: str) -> dict[str, Any]:
-        """A released conversation record, plus fields that its readers skip.
+        """Return a released conversation record, plus fields that its readers skip.
 
         Args:
           video: path of the clip, relative to the data root.
@@ -138,18 +138,18 @@ class Question:
 
 
 def clip_random(seed: int, clip_id: str) -> random.Random:
-    """The clip's own random numbers: a function of seed and clip alone."""
+    """Make the clip's own random numbers: a function of seed and clip alone."""
     digest = hashlib.sha256(f"{seed}\0{clip_id}".encode("utf-8", "surrogatepass")).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
 
 
 def frame_numbers(total: int, num_frames: int) -> np.ndarray:
-    """Scene frames that the model sees, i64[K]: evenly spread, both ends included, as the encoder's "uniform" rule."""
+    """Return the scene frames that the model sees, i64[K], by the encoder's "uniform" rule: both ends included."""
     return sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames))
 
 
 def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
-    """Up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
+    """Ask up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
 
     Only objects with a name that tells them apart and gives nothing away are asked about, and both frames must show
     `min_points` of their points. No (scenario, object, frame pair) comes twice.

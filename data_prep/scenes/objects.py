@@ -31,7 +31,7 @@ class Caption:
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO run lengths of a mask bool[H, W]: {"size": [H, W], "counts": list}, column-major, zeros first."""
+    """Encode a mask bool[H, W] as COCO run lengths: {"size": [H, W], "counts": list}, column-major, zeros first."""
     flat = np.concatenate([[False], np.asarray(mask, bool).T.reshape(-1)])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
@@ -39,7 +39,7 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def decode_rle(rle: Any, where: str = "RLE", image_size: tuple[int, int] | None = None) -> np.ndarray:
-    """bool[H, W] of COCO run lengths, `counts` as a list or as a compressed string.
+    """Decode COCO run lengths to bool[H, W]; `counts` as a list or as a compressed string.
 
     Args:
       where: what errors call it.
@@ -96,7 +96,7 @@ def _decompress(text: str, pixels: int, where: str) -> list[int]:
 
 
 def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Masks per object id, bool[frames, H, W], of an npz or a JSON file.
+    """Read the masks per object id, bool[frames, H, W], of an npz or a JSON file.
 
     npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame.
 
@@ -128,7 +128,7 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
 
 
 def read_captions(path: str | Path) -> dict[str, Caption]:
-    """Captions per object id: {id: "text"} or {id: {"caption": "text", "category": "text"}}.
+    """Read captions per object id: {id: "text"} or {id: {"caption": "text", "category": "text"}}.
 
     Raises:
       SceneError: naming file and id.
@@ -146,7 +146,7 @@ def read_captions(path: str | Path) -> dict[str, Caption]:
 
 
 def read_bootstap(path: str | Path, frames: int) -> np.ndarray:
-    """2D tracks f64[N, frames, 2], pixels (x, y), NaN = not visible, of a BootsTAP npz.
+    """Read the 2D tracks f64[N, frames, 2] of a BootsTAP npz: pixels (x, y), NaN = not visible.
 
     Raises:
       SceneError: a key is missing or has another shape or type; naming file and key.
@@ -162,7 +162,7 @@ def read_bootstap(path: str | Path, frames: int) -> np.ndarray:
 def lift_tracks(
     tracks: np.ndarray, depth: np.ndarray, valid: np.ndarray, intrinsics: np.ndarray, camera_to_world: np.ndarray
 ) -> np.ndarray:
-    """World points f64[N, T, 3] of 2D tracks f64[N, T, 2], by the depth of their pixel; NaN where it has none.
+    """Place 2D tracks f64[N, T, 2] in the world, f64[N, T, 3], by the depth of their pixel; NaN where it has none.
 
     Args:
       depth: [T, H, W] camera z, metres. valid: bool[T, H, W].
@@ -181,7 +181,7 @@ def lift_tracks(
 
 
 def project(points: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel positions f64[N, T, 2] (x, y; centres at +0.5) and camera z f64[N, T] of world points f64[N, T, 3].
+    """Project world points f64[N, T, 3]: pixels f64[N, T, 2] (x, y; centres at +0.5) and camera z f64[N, T].
 
     Positions are NaN for unseen points and for points at or behind the camera.
     """

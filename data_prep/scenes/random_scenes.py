@@ -14,7 +14,7 @@ _THINGS = ("box", "ball", "chair", "lamp", "suitcase", "bottle", "toy car", "buc
 
 
 def random_scene(seed: int, *, frames: int = 32, objects: int = 3, points: int = 48, per_source: int = 1) -> Scene:
-    """A clip with a translating and rotating camera and rigid objects; the world's axes are random.
+    """Make a clip with a translating and rotating camera and rigid objects; the world's axes are random.
 
     Distances spread evenly in the logarithm, about a third of the objects hardly moves, points drop out at random.
 

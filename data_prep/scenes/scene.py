@@ -50,7 +50,7 @@ class SceneObject:
     masks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Checks types and shapes and freezes the arrays.
+        """Check types and shapes, and freeze the arrays.
 
         Raises:
           SceneError: naming the object and the field.
@@ -78,7 +78,7 @@ class SceneObject:
             object.__setattr__(self, "masks", _frozen(masks, np.bool_, f"{where}: masks"))
 
     def seen(self) -> np.ndarray:
-        """bool[T, M]: whether each point is seen in each frame."""
+        """Return bool[T, M]: whether each point is seen in each frame."""
         return ~np.isnan(self.points[..., 0])
 
 
@@ -111,7 +111,7 @@ class Scene:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Checks everything and freezes the arrays.
+        """Check everything and freeze the arrays.
 
         Raises:
           SceneError: naming the field.
@@ -130,7 +130,7 @@ class Scene:
 
     @classmethod
     def from_world_to_camera(cls, *, world_to_camera: np.ndarray, **fields: Any) -> Self:
-        """A scene from world->camera poses f64[T, 3, 4]; the other fields by name.
+        """Make a scene from world->camera poses f64[T, 3, 4]; the other fields by name.
 
         Raises:
           SceneError: a pose is no rigid motion, or as `Scene`.
@@ -139,7 +139,7 @@ class Scene:
 
     @classmethod
     def from_camera_to_world(cls, *, camera_to_world: np.ndarray, **fields: Any) -> Self:
-        """A scene from camera->world poses f64[T, 3, 4] (Stereo4D's direction); the other fields by name.
+        """Make a scene from camera->world poses f64[T, 3, 4] (Stereo4D's direction); the other fields by name.
 
         Raises:
           SceneError: a pose is no rigid motion, or as `Scene`.
@@ -148,16 +148,16 @@ class Scene:
 
     @property
     def num_frames(self) -> int:
-        """T."""
+        """Return T."""
         return self.world_to_camera.shape[0]
 
     @property
     def camera_centers(self) -> np.ndarray:
-        """f64[T, 3] camera centres in the world, metres."""
+        """Return f64[T, 3] camera centres in the world, metres."""
         return self.camera_to_world[:, :, 3]
 
     def object(self, object_id: str) -> SceneObject:
-        """The object of that id.
+        """Return the object of that id.
 
         Raises:
           SceneError: there is none.
@@ -213,7 +213,7 @@ class Scene:
 
 
 def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:
-    """f64[3, 3] of a (height, width) image with square pixels and central principal point; `fov` degrees across.
+    """Return f64[3, 3] of a (height, width) image with square pixels, central principal point, `fov` degrees across.
 
     Raises:
       SceneError: the field of view is not within (0, 180).
@@ -226,7 +226,7 @@ def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:
 
 
 def invert_poses(poses: np.ndarray) -> np.ndarray:
-    """The inverse of rigid motions: f64[..., 3, 4] -> f64[..., 3, 4], [R|t] -> [R'|-R't].
+    """Invert rigid motions: f64[..., 3, 4] -> f64[..., 3, 4], [R|t] -> [R'|-R't].
 
     Raises:
       SceneError: wrong shape, or R is no rotation to 1e-6 (`nearest_rigid` repairs rounded estimates).
@@ -251,7 +251,7 @@ def move_tracks(poses: np.ndarray, tracks: np.ndarray) -> np.ndarray:
 
 
 def nearest_rigid(poses: np.ndarray, tolerance: float = 1e-3) -> np.ndarray:
-    """Poses f64[..., 3, 4] with R replaced by the nearest rotation (polar factor), for files that store few digits.
+    """Replace R of poses f64[..., 3, 4] by the nearest rotation (polar factor), for files that store few digits.
 
     Raises:
       SceneError: wrong shape, not finite, or some entry of R would change by more than `tolerance`.
@@ -268,7 +268,7 @@ def nearest_rigid(poses: np.ndarray, tolerance: float = 1e-3) -> np.ndarray:
 
 
 def save_scene(scene: Scene, folder: str | Path) -> None:
-    """Writes `scene.npz` and `scene.json` into `folder` (created if absent), each under another name first.
+    """Write `scene.npz` and `scene.json` into `folder` (created if absent), each under another name first.
 
     The bytes depend on the scene alone (and on the zlib in use), not on the time.
     """
@@ -298,7 +298,7 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
 
 
 def load_scene(folder: str | Path) -> Scene:
-    """The scene that `save_scene` wrote; everything is checked anew.
+    """Read the scene that `save_scene` wrote; everything is checked anew.
 
     Raises:
       SceneError: a file is missing, damaged, too large, of another version, or does not belong to the other.

@@ -20,7 +20,7 @@ from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, dropped_objects,
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.stereo.disparity import StereoError, split_side_by_side
 from data_prep.stereo.quality import QualityLimits
-from data_prep.stereo.stage import ObjectMasks, Reconstruction, reconstruct_clip
+from data_prep.stereo.stage import Reconstruction, reconstruct_clip
 from data_prep.store.parts import ClipRejected, clip_file_name
 from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.media.decode_pool import DecodePool
@@ -85,7 +85,6 @@ class StereoSource:
         nameless = sorted(set(masks) - set(names))
         if nameless:
             raise SceneError(f"{captions}: no caption for the masks {nameless[0]!r}")
-        objects = [ObjectMasks(n, mask, names[n].description, names[n].category) for n, mask in masks.items()]
         fov = self.fov_degrees if card.fov_degrees is None else card.fov_degrees
         try:
             found = reconstruct_clip(
@@ -95,7 +94,8 @@ class StereoSource:
                 source_id=card.source_id,
                 timestamps=np.arange(len(left)) / fps,
                 baseline=self.baseline if card.baseline is None else card.baseline,
-                objects=objects,
+                masks=masks,
+                captions=names,
                 max_disparity=self.max_disparity,
                 limits=self.limits,
                 provenance={"files": [path.name for path in videos]},

@@ -28,7 +28,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from data_prep.sources.frames import encode_jpeg
 from data_prep.store.export import MANIFEST
-from data_prep.store.parts import PartStore, StoreError, canonical_json, read_part
+from data_prep.store.parts import PartStore, StoreError, canonical_json
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
@@ -95,8 +95,7 @@ class PartLoader:
 
     def __call__(self, clip_id: str) -> ClipExample:
         """Load a clip. Raises StoreError (part or video unusable), naming the clip."""
-        store = PartStore(self.store_folder, seed=0, config={})
-        result = read_part(store.path(clip_id), clip_id)
+        result = PartStore(self.store_folder, seed=0, config={}).read(clip_id)
         videos = {row["video"] for row in result.rows}
         if len(videos) != 1:
             raise StoreError(f"clip {clip_id!r} needs questions about one video, it has {sorted(videos)}")
@@ -108,8 +107,8 @@ class PartLoader:
         except RecordError as error:
             raise StoreError(f"clip {clip_id!r}: {error}") from error
         frames = tuple(encode_jpeg(frame, self.quality) for frame in clip.frames)
-        timing = (clip.indices, clip.source_fps, clip.total_frames)
-        return ClipExample(clip_id, result.source_id, video, frames, *timing, rows)
+        times = (clip.indices, clip.source_fps, clip.total_frames)
+        return ClipExample(clip_id, result.source_id, video, frames, *times, rows)
 
 
 def clips_by_split(store: PartStore, clip_ids: Iterable[str]) -> dict[str, list[str]]:

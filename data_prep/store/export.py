@@ -11,7 +11,7 @@ import hashlib
 import json
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.store.atomic import AtomicFile, remove_partials, write_atomic
-from data_prep.store.parts import ClipResult, PartStore, StoreError
+from data_prep.store.parts import ClipResult, PartStore, StoreError, check_unique
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import ROLES, read_conversation
 from mllm4d_jax.qa.rewards import Solution, solution_fields
@@ -47,7 +47,7 @@ class Output:
 
 
 def check_row(row: Mapping[str, Any], source_id: str) -> None:
-    """Checks a question row, as `data_prep.questions.propose.Question.record` makes it.
+    """Check a question row, as `data_prep.questions.propose.Question.record` makes it.
 
     Fields: "id" (unique in the data set), "source_id", "video" (path relative to the media root), "question",
     "options" (object, letter -> text, letters from A on), "answer" (letter), "question_type", "conversations" (turns
@@ -96,7 +96,7 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
 
 
 def check_result(result: ClipResult) -> None:
-    """Checks a clip's rows and rejections. Raises StoreError naming clip, row and field."""
+    """Check a clip's rows and rejections. Raises StoreError naming clip, row and field."""
     seen = set()
     for row in result.rows:
         try:
@@ -114,7 +114,7 @@ def check_result(result: ClipResult) -> None:
 
 
 def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as in MLLM4D-2M.json, plus "id" and "question_type", which its readers ignore."""
+    """Return a record as in MLLM4D-2M.json, plus "id" and "question_type", which its readers ignore."""
     return {
         "id": row["id"],
         "video": row["video"],
@@ -124,7 +124,7 @@ def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as in MLLM4D-R1-30k.jsonl: the prompt as messages, without the last answer, and the solution beside.
+    """Return a record as in MLLM4D-R1-30k.jsonl: the prompt as messages without the last answer, and the solution.
 
     Its readers ignore "id", "question_type" and, where the row has them, "source_id", "label", "value", "object_name"
     and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`).
@@ -143,7 +143,7 @@ def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bench_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A question to be scored: the conversation record and its parts one by one."""
+    """Return a question to be scored: the conversation record and its parts one by one."""
     choices = {letter: row["options"][letter] for letter in sorted(row["options"])}
     parts = {"question": row["question"], "choices": choices, "answer": row["answer"]}
     return conversation_record(row) | parts | {"source_id": row["source_id"], "solution": r1_record(row)["solution"]}
@@ -160,7 +160,7 @@ class RecordWriter:
     """Streams records into a JSON list or JSONL file with the same bytes every time. A context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises StoreError unless the name ends in .json or .jsonl."""
+        """Take a file name that ends in .json or .jsonl. Raises StoreError: any other."""
         self._file, self.records = AtomicFile(path), 0
         self._list = self._file.path.suffix == ".json"
         if self._file.path.suffix not in (".json", ".jsonl"):
@@ -171,7 +171,7 @@ class RecordWriter:
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record. Raises StoreError for what JSON does not have (NaN, half a surrogate pair)."""
+        """Append one record. Raises StoreError for what JSON does not have (NaN, half a surrogate pair)."""
         try:
             data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
@@ -186,7 +186,7 @@ class RecordWriter:
         self._file.__exit__(*error)
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says about the file."""
+        """Return what the manifest says about the file."""
         return {"sha256": self._file.sha256, "bytes": self._file.size, "records": self.records}
 
 
@@ -199,7 +199,7 @@ def assemble(
     keep: Callable[[str], bool] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes all output files, `rejected.jsonl` and, last, `manifest.json`.
+    """Write all output files, `rejected.jsonl` and, last, `manifest.json`.
 
     Every part is read once, in the order of the sorted clip ids, and nothing but ids and counts is kept, so the size of
     the data set does not matter. A manifest that is there means that all files it names are complete.
@@ -216,6 +216,7 @@ def assemble(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    check_unique(clip_ids)
     _check_outputs(outputs)
     (folder / MANIFEST).unlink(missing_ok=True)
     names = [output.name for output in outputs]
@@ -224,7 +225,9 @@ def assemble(
     tally = _Tally({output.split for output in outputs})
     with ExitStack() as stack:
         writers = {name: stack.enter_context(RecordWriter(folder / name)) for name in (*names, REJECTED)}
-        for result in tqdm(_results(store, clip_ids), total=len(clip_ids), unit="clip", disable=not progress):
+        for clip_id in tqdm(sorted(clip_ids), unit="clip", disable=not progress):
+            result = store.read(clip_id)
+            check_result(result)
             if keep is not None:
                 result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
@@ -244,15 +247,6 @@ def assemble(
     text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomic(folder / MANIFEST, f"{text}\n".encode())
     return manifest
-
-
-def _results(store: PartStore, clip_ids: Sequence[str]) -> Iterator[ClipResult]:
-    if len(set(clip_ids)) != len(clip_ids):
-        raise StoreError("clip ids must be unique")
-    for clip_id in sorted(clip_ids):
-        result = store.read(clip_id)
-        check_result(result)
-        yield result
 
 
 def _check_outputs(outputs: Sequence[Output]) -> None:

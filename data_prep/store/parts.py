@@ -24,10 +24,11 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from data_prep.store.atomic import remove_partials, write_atomic
+from data_prep.store.untrusted import read_bytes
 from mllm4d_jax.qa.errors import RecordError
 
 PART_FORMAT = 1
-MAX_PART_BYTES = 2**28
+_MAX_PART_BYTES = 2**28
 _LONGEST_NAME = 160  # leaves room for suffixes below the 255 bytes of common file systems
 
 
@@ -69,10 +70,11 @@ class ClipResult:
 
 
 WorkFn = Callable[[str], ClipResult]
+CheckFn = Callable[[ClipResult], None]
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
+    """Encode UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
     Raises:
       StoreError: NaN, infinity, half a surrogate pair, or something that JSON does not have.
@@ -85,7 +87,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def clip_file_name(clip_id: str) -> str:
-    """A safe file name for any clip id, without suffix; different ids give different names."""
+    """Return a safe file name for any clip id, without suffix; different ids give different names."""
     name = quote(clip_id, safe="") if clip_id else ""
     if not name:
         raise StoreError("a clip id is empty")
@@ -109,7 +111,7 @@ class PartStore:
         self._lock: Any = None
 
     def __enter__(self) -> Self:
-        """Takes the folder.
+        """Take the folder.
 
         Raises:
           StoreError: another run holds it, or its results were made with another seed or config.
@@ -153,7 +155,7 @@ class PartStore:
         return self.path(clip_id).exists()
 
     def write(self, result: ClipResult) -> None:
-        """Stores a clip's result in one step."""
+        """Store a clip's result in one step."""
         value = {"format": PART_FORMAT} | dataclasses.asdict(result)
         try:
             data = canonical_json(value)
@@ -162,34 +164,33 @@ class PartStore:
         write_atomic(self.path(result.clip_id), data)
 
     def read(self, clip_id: str) -> ClipResult:
-        """The stored result of a clip.
+        """Read the stored result of a clip.
 
         Raises:
           StoreError: the file is missing, damaged, of another clip or of another format.
         """
-        return read_part(self.path(clip_id), clip_id)
-
-
-def read_part(path: str | Path, clip_id: str | None = None) -> ClipResult:
-    """The result in a part file, checked to be that of `clip_id` unless None. Raises StoreError."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_PART_BYTES + 1)
-        if len(data) > MAX_PART_BYTES:
-            raise StoreError(f"{path} has more than {MAX_PART_BYTES} bytes")
-        value = json.loads(data)
-        if value.pop("format") != PART_FORMAT:
+        path = self.path(clip_id)
+        if not path.exists():
+            raise StoreError(f"{path} is missing: run the clip first")
+        try:
+            value = json.loads(read_bytes(path, _MAX_PART_BYTES))
+            result = None
+            if value.pop("format") == PART_FORMAT:
+                result = ClipResult(**(value | {"rows": tuple(value["rows"]), "rejected": tuple(value["rejected"])}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{path} is damaged ({error}): delete it and run again") from error
+        if result is None:
             raise StoreError(f"{path} has another format version than {PART_FORMAT}: made by another release")
-        result = ClipResult(**(value | {"rows": tuple(value["rows"]), "rejected": tuple(value["rejected"])}))
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing: run the clip first") from error
-    except StoreError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise StoreError(f"{path} is damaged ({error}): delete it and run again") from error
-    if clip_id is not None and result.clip_id != clip_id:
-        raise StoreError(f"{path} holds clip {result.clip_id!r}, not {clip_id!r}")
-    return result
+        if result.clip_id != clip_id:
+            raise StoreError(f"{path} holds clip {result.clip_id!r}, not {clip_id!r}")
+        return result
+
+
+def check_unique(clip_ids: Sequence[str]) -> None:
+    """Raise StoreError if a clip id is there twice."""
+    twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
+    if twice:
+        raise StoreError(f"clip ids must be unique, these are there twice: {twice[:5]}")
 
 
 def process_clips(
@@ -198,10 +199,10 @@ def process_clips(
     store: PartStore,
     *,
     workers: int = 1,
-    check: Callable[[ClipResult], None] | None = None,
+    check: CheckFn | None = None,
     progress: bool = False,
 ) -> int:
-    """Runs `work` on every clip that has no result yet and stores what it gives.
+    """Run `work` on every clip that has no result yet and store what it gives.
 
     `work` must depend on nothing but the clip id and what it was made with (seed each clip's generator from its id),
     so that the number of workers and the order of clips leave no trace.
@@ -219,9 +220,7 @@ def process_clips(
     Raises:
       StoreError: a clip id twice, a result for another clip, a worker process that died, whatever `check` finds.
     """
-    if len(set(clip_ids)) != len(clip_ids):
-        twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
-        raise StoreError(f"clip ids must be unique, these are there twice: {twice[:5]}")
+    check_unique(clip_ids)
     pending = [c for c in clip_ids if not store.has(c)]
     with tqdm(total=len(clip_ids), initial=len(clip_ids) - len(pending), unit="clip", disable=not progress) as bar:
         if workers <= 1:
@@ -233,13 +232,14 @@ def process_clips(
     return len(pending)
 
 
-def _do_clip(work: WorkFn, check: Callable[[ClipResult], None] | None, store: PartStore, clip_id: str) -> None:
+def _do_clip(work: WorkFn, check: CheckFn | None, store: PartStore, clip_id: str) -> None:
     try:
         result = work(clip_id)
     except ClipRejected as error:
-        result = _rejection(clip_id, error.source_id, error.reason, error.detail)
+        rejection = {"reason": error.reason, "detail": error.detail}
+        result = ClipResult(clip_id, error.source_id, "", (), (rejection,))
     except RecordError as error:
-        result = _rejection(clip_id, "", error.reason, error.message)
+        result = ClipResult(clip_id, "", "", (), ({"reason": error.reason, "detail": error.message},))
     if result.clip_id != clip_id:
         raise StoreError(f"the work function was given clip {clip_id!r} and returned clip {result.clip_id!r}")
     if check is not None:
@@ -247,17 +247,8 @@ def _do_clip(work: WorkFn, check: Callable[[ClipResult], None] | None, store: Pa
     store.write(result)
 
 
-def _rejection(clip_id: str, source_id: str, reason: str, detail: str) -> ClipResult:
-    return ClipResult(clip_id, source_id, "", (), ({"reason": reason, "detail": detail},))
-
-
 def _run_pool(
-    pending: Iterable[str],
-    work: WorkFn,
-    check: Callable[[ClipResult], None] | None,
-    store: PartStore,
-    workers: int,
-    bar: tqdm,
+    pending: Iterable[str], work: WorkFn, check: CheckFn | None, store: PartStore, workers: int, bar: tqdm
 ) -> None:
     writer = PartStore(store.folder, seed=store.seed, config=store.config)  # the lock stays here, with the owner
     running: dict[Future, str] = {}

@@ -61,7 +61,7 @@ class ClipFiles:
 
 
 def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
-    """Clip `index` of the set `seed`; the same arguments give the same clip, whatever was made before.
+    """Render clip `index` of the set `seed`; the same arguments give the same clip, whatever was made before.
 
     Raises:
       SceneError: the config asks for what fits in no room.
@@ -165,7 +165,7 @@ def _background_points(
 def write_clip(
     clip: SyntheticClip, folder: str | Path, codec: str = "ffv1", masks: str = "npz", truth: bool = True
 ) -> ClipFiles:
-    """Writes a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
+    """Write a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
 
     In `folder`, all names starting with the clip id: `.npz` (Stereo4D's keys), `-left_rectified.mp4`,
     `-right_rectified.mp4` (stereo clips), `-masks.npz` or `-masks.json`, `-captions.json`, and `-truth/` (the exact
@@ -203,7 +203,7 @@ def write_clip(
 
 
 def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
-    """The keys of a Stereo4D annotation file (data layout of github.com/Stereo4d/stereo4d-code).
+    """Return the arrays of a Stereo4D annotation file (data layout of github.com/Stereo4d/stereo4d-code).
 
     Tracks are the background's, then each object's in the scene's order; float32, as metres of a room need no more.
     """

@@ -76,7 +76,7 @@ class SyntheticConfig:
     background_points: int = 128
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Check the ranges.
 
         Raises:
           SceneError: naming the field.
@@ -101,7 +101,7 @@ class SyntheticConfig:
 
     @property
     def focal(self) -> float:
-        """Pixels."""
+        """Return the focal length, pixels."""
         return self.width / 2 / math.tan(math.radians(self.fov) / 2)
 
 
@@ -115,7 +115,7 @@ class Named:
 
 
 def make_world(rng: np.random.Generator, config: SyntheticConfig) -> tuple[World, Camera, tuple[Named, ...]]:
-    """A room, the left camera and the named objects (surface ids 1, 2, ... in this order).
+    """Draw a room, the left camera and the named objects (surface ids 1, 2, ... in this order).
 
     Raises:
       SceneError: no arrangement of the asked objects and travels fits into a room.
