@@ -29,7 +29,7 @@ _MIN_INLIER_RATIO = 0.35
 _KEEP_RATIO = 0.6  # a new keyframe when fewer of the keyframe's points survive
 _RANSAC_ERROR = 2.0  # pixels
 _RANSAC_ROUNDS = 300
-_REFINE_ROUNDS = 4  # least squares, each with the scale of the residuals that the one before left
+_REFINE_ROUNDS, _REFINE_STEPS = 4, 4  # rounds of so many steps, each with the scale of the residuals left before it
 _MASK_MARGIN = 9  # pixels kept clear around moving objects: half a tracking window
 
 
@@ -249,7 +249,7 @@ def refine_pose(
     for _ in range(_REFINE_ROUNDS):
         size = np.linalg.norm(residuals(step).reshape(-1, 2), axis=1)
         limit = 4.685 * max(1.4826 * float(np.median(size)), 0.1)
-        step = least_squares(residuals, step, loss=_tukey, f_scale=limit, ftol=None, gtol=None, xtol=1e-9).x
+        step = least_squares(residuals, step, loss=_tukey, f_scale=limit, max_nfev=_REFINE_STEPS).x
     pose = moved(step)
     image, depth = project(world, pose, intrinsics)
     size = np.linalg.norm(image - points, axis=1)

@@ -36,7 +36,7 @@ class Atlas:
     size: np.ndarray
 
     def sample(self, pattern: np.ndarray, level: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Sample grey values u8[n] (bilinear) at tile coordinates (u, v), period 1, of `pattern` and `level`, i64[n]."""
+        """Sample grey values u8[n] (bilinear) at tile coordinates (u, v), period 1, of pattern and level, i64[n]."""
         size = self.size[level]
         x = (u - np.floor(u)) * size
         y = (v - np.floor(v)) * size
