@@ -16,8 +16,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.questions.propose import SCENARIOS, SUBTASKS
+from data_prep.questions.propose import SCENARIOS
 from data_prep.scenes.relations import LABELS
+from mllm4d_jax.qa.benchmarks import SUBTASKS
 
 _SIZE_STEP = 0.1  # width of a bin of sizes, in the natural logarithm
 SPLITS = ("train", "bench")
