@@ -92,7 +92,7 @@ _R1_SHARES = {
     "object_camera_lateral_direction": 4.15,
     "object_camera_longitudinal_direction": 4.15,
 }
-_SUBTASK_SIZES = Counter(SUBTASKS.values())  # two scenarios share one subtask
+_SUBTASK_SIZES = Counter(SUBTASKS[name] for name in SCENARIOS)  # two scenarios share one subtask
 _BENCH_SHARES = {name: 1 / _SUBTASK_SIZES[SUBTASKS[name]] for name in SCENARIOS}
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
