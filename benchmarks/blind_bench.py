@@ -33,7 +33,7 @@ def main() -> None:
     scenes = (random_scene(10**6 * seed + n, points=16) for n in tqdm(range(arguments.clips), unit="clip"))
     rows = [question.record("clip.mp4") for scene in scenes for question in propose(scene, rules, seed)]
     picked = select(rows, PRESETS["bench"], seed=seed, bench_share=1.0)
-    bench = [rows[n] for n in picked.indices]
+    bench = [rows[n] for n in picked]
     print(f"{len(bench)} questions of {len({row['source_id'] for row in bench})} source videos")
     names = None
     for subtask, found in baselines(bench, seed).items():

@@ -39,7 +39,7 @@ GEOMETRY = VisionGeometry(merge_size=MERGE, position_side=0, window=0)
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class PaddingWorld:
     """What the clips are like: numbers drawn evenly between two ends.
 
     Attributes:
@@ -67,7 +67,7 @@ class Result:
 class Clips:
     """Groups of a made-up data set, by number of the clip."""
 
-    def __init__(self, world: World, count: int, seed: int) -> None:
+    def __init__(self, world: PaddingWorld, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
         low, high = world.questions
         self.clips = np.repeat(np.arange(count), rng.integers(low, high + 1, count)).astype(np.int32)
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    clips = Clips(World(args.questions, args.branch, args.short), args.clips, args.seed)
+    clips = Clips(PaddingWorld(args.questions, args.branch, args.short), args.clips, args.seed)
     data = sft.get_config().data
     print(f"| clips a step | rows | padding | FLOPs beyond the needed | shapes in {args.steps} steps | last new at |")
     print("|---:|---:|---:|---:|---:|---:|")

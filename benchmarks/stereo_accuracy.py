@@ -28,12 +28,12 @@ if __name__ == "__main__":
 import cv2
 import numpy as np
 
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
-from data_prep.questions.recheck import letter_from
+from data_prep.questions.propose import SCENARIOS, QuestionRules, letter_from, propose
 from data_prep.scenes import relations
+from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene
 from data_prep.stereo.disparity import StereoError
-from data_prep.stereo.stage import ObjectMasks, Reconstruction, reconstruct_clip
+from data_prep.stereo.stage import Reconstruction, reconstruct_clip
 from data_prep.synthetic.clip import SyntheticClip, make_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 
@@ -56,7 +56,7 @@ def reconstruct_synthetic(clip: SyntheticClip, use_masks: bool = True) -> Recons
       StereoError: as `reconstruct_clip`.
     """
     truth = clip.scene
-    objects = [ObjectMasks(o.object_id, o.masks, o.description, o.category) for o in truth.objects]
+    objects = truth.objects if use_masks else ()
     return reconstruct_clip(
         clip.left,
         clip.right,
@@ -65,7 +65,8 @@ def reconstruct_synthetic(clip: SyntheticClip, use_masks: bool = True) -> Recons
         timestamps=truth.timestamps,
         intrinsics=truth.intrinsics[0],
         baseline=clip.baseline,
-        objects=objects if use_masks else (),
+        masks={o.object_id: o.masks for o in objects},
+        captions={o.object_id: Caption(o.description, o.category) for o in objects},
     )
 
 

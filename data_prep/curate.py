@@ -13,19 +13,22 @@ import ml_collections
 from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
 from data_prep.cold_start.task import run_cold_start
-from data_prep.errors import SceneError
-from data_prep.questions.balance import PRESETS, select
+from data_prep.questions.balance import PRESETS, select, split_of
 from data_prep.questions.propose import QuestionRules, propose
-from data_prep.questions.splits import split_of
 from data_prep.scenes.relations import Refused
-from data_prep.sources.base import Source
-from data_prep.sources.config import make_source
-from data_prep.store.curate_report import write_curation_report
-from data_prep.store.dataset import write_dataset
+from data_prep.sources.base import ClipSource
+from data_prep.sources.monocular import MonocularSource
+from data_prep.sources.stereo import PAIR, StereoSource
+from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
+from data_prep.store.builder import write_dataset
 from data_prep.store.export import Output, assemble, check_result
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
+from data_prep.store.report import write_curation_report
+from data_prep.store.untrusted import SceneError
+from data_prep.synthetic.worlds import SyntheticConfig
 from data_prep.teacher.describe import describe
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.media.decode_pool import DecodePool
 
 OUTPUTS = (
     Output("train.json", "conversations", "train"),
@@ -36,27 +39,99 @@ CHOSEN = "chosen.json"
 EVERYTHING = "all"  # of the presets the one that balances nothing
 # What balancing, the blind guessers and the report read; conversations and solutions stay on disk.
 _JUDGED = (
-    "id",
-    "clip_id",
-    "source_id",
-    "question_type",
-    "subtask",
-    "template",
-    "answer",
-    "options",
-    "label",
-    "rank",
-    "motion",
-    "frames",
+    *("id", "clip_id", "source_id", "question_type", "subtask", "template", "answer", "options"),
+    *("label", "rank", "motion", "frames"),
 )
 _OTHER: Mapping[str, Callable[[ml_collections.ConfigDict, str], int]] = {
     "cold_start": run_cold_start,
     "describe": describe,
 }
+# What has to be in the input folder, for the message that it is not.
+_SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
+_EXPECTED = {
+    "stereo4d": f"Stereo4D annotations: <clip>.npz with <clip>-left_rectified.mp4 (or a folder of images), {_SIDECARS}",
+    "stereo": f"stereo videos: <clip>-left.mp4 and <clip>-right.mp4, or packed <clip>.mp4 (stereo.layout), {_SIDECARS}",
+    "monocular": f"<clip>.mp4 with <clip>-spatialtracker.npz and a folder <clip>-moge, {_SIDECARS}",
+}
 
 
 class CurateError(ValueError):
-    """The configured source gives nothing to ask about."""
+    """The configured input holds no clips, or nothing to ask about."""
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Run the task.
+
+    Writes train.json, train_r1.jsonl, bench.json, rejected.jsonl, chosen.json, manifest.json and report.html into the
+    workdir, and with `tfds.write` the data set under tfds/. For sources "cold_start" and "describe" see those modules.
+
+    Raises:
+      CurateError: no clips, or none with a clear answer. StoreError: the workdir holds another run's results.
+      BalanceError: too few questions.
+    """
+    if config.source in _OTHER:
+        return _OTHER[config.source](config, workdir)
+    root = Path(workdir).absolute()
+    source = make_source(config, root)
+    clip_ids = source.clip_ids()
+    rules = QuestionRules(num_frames=config.questions.num_frames, per_clip=config.questions.per_clip)
+    work = ClipWork(source, rules, config.seed, config.bench_share)
+    with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:
+        done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result, progress=True)
+        print(f"{done} clips done now, {len(clip_ids)} in all")
+        rows = judged_rows(store, clip_ids)
+        chosen = choose(config, rows)
+        manifest = assemble(store, clip_ids, root, OUTPUTS, keep=chosen.__contains__, progress=True)
+        kept = [row for row in rows if row["id"] in chosen]
+        by_clip: dict[str, list[str]] = {}
+        for row in kept:
+            by_clip.setdefault(row["part"], []).append(row["id"])
+        write_atomic(root / CHOSEN, canonical_json(by_clip))
+        if config.tfds.write:
+            write_dataset(config, root, source.root, store, by_clip)
+    _print_counts(manifest)
+    write_curation_report(config, root, source, manifest, kept)
+    print(f"records: {', '.join(str(root / output.name) for output in OUTPUTS)}; media root: {source.root}")
+    print(f"report: {root / 'report.html'}")
+    return 0
+
+
+def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
+    """Make the source of clips that the config names.
+
+    Args:
+      workdir: absolute; rendered clips, written videos and kept scenes go there.
+
+    Raises:
+      CurateError: there are no clips; says what is looked for.
+    """
+    if config.source == "synthetic":
+        s = config.synthetic
+        made = SyntheticConfig(height=s.height, width=s.width, frames=s.frames, fps=s.fps, stereo=s.stereo)
+        return SyntheticSource(workdir, made, config.seed, s.clips)
+    if not config.input:
+        raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")
+    folder, videos, pool = Path(config.input).absolute(), workdir / "videos", DecodePool(config.decode_timeout_s)
+    if config.source == "stereo4d":
+        source = Stereo4DSource(folder, videos if config.stereo4d.frames == "images" else folder)
+    elif config.source == "monocular":
+        source = MonocularSource(folder, folder, config.monocular.max_spread, pool)
+    else:
+        s = config.stereo
+        source = StereoSource(
+            folder,
+            root=folder if s.layout == PAIR else videos,
+            scenes=workdir / "scenes",
+            layout=s.layout,
+            fov_degrees=s.fov_degrees,
+            baseline=s.baseline or None,
+            max_frames=s.max_frames,
+            max_disparity=s.max_disparity or None,
+            pool=pool,
+        )
+    if not source.clip_ids():
+        raise CurateError(f"input = '{config.input}' holds no {_EXPECTED[config.source]}")
+    return source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +140,16 @@ class ClipWork:
 
     Attributes:
       source: of the clips.
-      rules, seed, bench_share: see `questions.propose` and `splits.split_of`.
+      rules, seed, bench_share: see `questions.propose` and `balance.split_of`.
     """
 
-    source: Source
+    source: ClipSource
     rules: QuestionRules
     seed: int
     bench_share: float
 
     def __call__(self, clip_id: str) -> ClipResult:
-        """Raises ClipRejected for a clip that gives no questions."""
+        """Ask about a clip. Raises ClipRejected: it gives no questions."""
         source_id = ""
         try:
             clip = self.source.load(clip_id)
@@ -92,42 +167,8 @@ class ClipWork:
         return ClipResult(clip_id, source_id, split, rows, clip.left_out)
 
 
-def run(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Entry point of the task.
-
-    Writes train.json, train_r1.jsonl, bench.json, rejected.jsonl, chosen.json, manifest.json and report.html into the
-    workdir, and with `tfds.write` the data set under tfds/. For sources "cold_start" and "describe" see those modules.
-
-    Raises:
-      SourceError, CurateError: no clips, or none with a clear answer. ExportError: the workdir holds another run's
-      results. BalanceError: too few questions.
-    """
-    if config.source in _OTHER:
-        return _OTHER[config.source](config, workdir)
-    root = Path(workdir).absolute()
-    source = make_source(config, root)
-    clip_ids = source.clip_ids()
-    rules = QuestionRules(num_frames=config.questions.num_frames, per_clip=config.questions.per_clip)
-    work = ClipWork(source, rules, config.seed, config.bench_share)
-    with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:
-        done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result, progress=True)
-        print(f"{done} clips done now, {len(clip_ids)} in all")
-        rows = judged_rows(store, clip_ids)
-        chosen = choose(config, rows)
-        manifest = assemble(store, clip_ids, root, OUTPUTS, keep=chosen.__contains__, progress=True)
-        kept = [row for row in rows if row["id"] in chosen]
-        write_atomic(root / CHOSEN, canonical_json(chosen_by_clip(kept)))
-        if config.tfds.write:
-            write_dataset(config, root, source.root, store, CHOSEN)
-    print_counts(manifest)
-    write_curation_report(config, root, source, manifest, kept)
-    print(f"records: {', '.join(str(root / output.name) for output in OUTPUTS)}; media root: {source.root}")
-    print(f"report: {root / 'report.html'}")
-    return 0
-
-
 def judged_rows(store: PartStore, clip_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The fields of all proposed questions that balancing, the guessers and the report need."""
+    """Read the fields of all proposed questions that balancing, the guessers and the report need."""
     return [
         {k: row[k] for k in _JUDGED} | {"part": clip_id, "split": result.split}
         for clip_id in clip_ids
@@ -137,7 +178,7 @@ def judged_rows(store: PartStore, clip_ids: Sequence[str]) -> list[dict[str, Any
 
 
 def choose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Ids of the questions of both splits, balanced by their presets; preset "all" takes the training split whole.
+    """Choose the ids of the questions of both splits by their presets; preset "all" takes the training split whole.
 
     Raises:
       CurateError: there are none. BalanceError: too few for the totals wanted.
@@ -145,27 +186,17 @@ def choose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]])
     if not rows:
         raise CurateError("not one question could be asked; the reasons are in the files under parts/ of the workdir")
     chosen: set[str] = set()
-    if config.preset == EVERYTHING:
-        chosen |= {row["id"] for row in rows if row["split"] == "train"}
-    wanted = [(config.preset, config.total), ("bench", config.bench_total)]
-    for name, total in [(name, total) for name, total in wanted if name != EVERYTHING]:
+    for name, total in ((config.preset, config.total), ("bench", config.bench_total)):
+        if name == EVERYTHING:
+            chosen |= {row["id"] for row in rows if row["split"] == "train"}
+            continue
         preset = dataclasses.replace(PRESETS[name], total=total or None)
         if any(row["split"] == preset.split for row in rows):
-            picked = select(rows, preset, seed=config.seed, bench_share=config.bench_share)
-            chosen |= {rows[n]["id"] for n in picked.indices}
+            chosen |= {rows[n]["id"] for n in select(rows, preset, seed=config.seed, bench_share=config.bench_share)}
     return chosen
 
 
-def chosen_by_clip(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Clip id (as in the parts) -> ids of its chosen questions."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        found.setdefault(row["part"], []).append(row["id"])
-    return found
-
-
-def print_counts(manifest: Mapping[str, Any]) -> None:
-    """One line per split, and why clips or objects were left out."""
+def _print_counts(manifest: Mapping[str, Any]) -> None:
     for split, counts in sorted(manifest["questions"].items()):
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
         print(f"{split}: {sum(counts.values())} questions; {listed}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cold_start.r1_items import R1Question
-from data_prep.store.jpeg import encode_jpeg
+from data_prep.sources.frames import encode_jpeg
 from data_prep.teacher.client import ChatRequest, user_message
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule, sample_indices

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.store.parts import ExportError, canonical_json
+from data_prep.store.parts import StoreError, canonical_json
 from data_prep.teacher.json_schema import SchemaError, parse_json
 from mllm4d_jax.qa.errors import RecordError, shown
 from mllm4d_jax.qa.options import split_question
@@ -74,7 +74,7 @@ def read_items(path: str | Path) -> tuple[list[R1Question], int]:
         try:
             record = parse_json(line.decode("utf-8"))
             content = canonical_json(record)
-        except (SchemaError, UnicodeDecodeError, ExportError) as error:
+        except (SchemaError, UnicodeDecodeError, StoreError) as error:
             raise RecordError(str(error), "bad_json", where) from error
         if not isinstance(record, dict):
             raise RecordError(f"a record is a JSON object, not {shown(record)}", key=where)

@@ -174,7 +174,7 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
 
     Raises:
       ColdStartError: settings that cannot work, or not one path passed. RecordError: the records. TeacherError: the
-        endpoint. ExportError: the workdir holds another run's results.
+        endpoint. StoreError: the workdir holds another run's results.
     """
     settings, weights = config.cold_start, check_settings(config.cold_start)
     items, repeated = read_items(settings.records)

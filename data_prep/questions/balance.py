@@ -10,17 +10,39 @@ right letter is rarer so far come first, so that letters are even too and not on
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.questions.propose import SCENARIOS
-from data_prep.questions.splits import SPLITS, fraction, split_of
 from data_prep.scenes.relations import LABELS
+from mllm4d_jax.qa.benchmarks import SUBTASKS
 
-GAP_BINS = 8
-SIZE_STEP = 0.1  # width of a bin of sizes, in the natural logarithm
+_SIZE_STEP = 0.1  # width of a bin of sizes, in the natural logarithm
+SPLITS = ("train", "bench")
+
+
+def fraction(seed: int, *names: str) -> float:
+    """Return a number in [0, 1) that depends on seed and names alone, spread evenly."""
+    text = "\0".join((str(seed), *names))
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:7], "big") / 2**56
+
+
+def split_of(source_id: str, *, bench_share: float, seed: int = 0) -> str:
+    """Return the split of everything cut from a source video: a function of its name, so no other video moves it.
+
+    Args:
+      bench_share: expected share of source videos in "bench"; raising it only moves videos from train to bench.
+      seed: keep it fixed for the life of a data set.
+
+    Raises:
+      ValueError: bench_share outside [0, 1].
+    """
+    if not 0 <= bench_share <= 1:
+        raise ValueError(f"bench_share must be within 0 and 1, not {bench_share}")
+    return "bench" if fraction(seed, "split", source_id) < bench_share else "train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Preset:
             raise ValueError(f"preset {self.name}: split must be of {SPLITS}, per_source and total at least 1")
 
     def quotas(self, total: int) -> dict[str, int]:
-        """Questions per scenario of a data set of `total`; largest remainders get the rest."""
+        """Share out the questions per scenario of a data set of `total`; largest remainders get the rest."""
         weight = sum(self.shares.values())
         exact = {name: total * share / weight for name, share in self.shares.items()}
         quotas = {name: int(value) for name, value in exact.items()}
@@ -61,37 +83,23 @@ class Preset:
 
 
 # The paper's figures. R1-30k gives one share for both directions of the object; "significant 4D motion" is 0.5 m here.
+_R1_SHARES = {
+    "object_absolute_distance": 20.0,
+    "camera_absolute_distance": 19.2,
+    "camera_relative_direction": 16.7,
+    "object_camera_absolute_distance": 19.2,
+    "object_camera_relative_distance": 16.7,
+    "object_camera_lateral_direction": 4.15,
+    "object_camera_longitudinal_direction": 4.15,
+}
+_SUBTASK_SIZES = Counter(SUBTASKS[name] for name in SCENARIOS)  # two scenarios share one subtask
+_BENCH_SHARES = {name: 1 / _SUBTASK_SIZES[SUBTASKS[name]] for name in SCENARIOS}
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset("mllm4d_2m", dict.fromkeys(SCENARIOS, 1.0), 20, None, 0.0, "train"),
-        Preset(
-            "r1_30k",
-            {
-                "object_absolute_distance": 20.0,
-                "camera_absolute_distance": 19.2,
-                "camera_relative_direction": 16.7,
-                "object_camera_absolute_distance": 19.2,
-                "object_camera_relative_distance": 16.7,
-                "object_camera_lateral_direction": 4.15,
-                "object_camera_longitudinal_direction": 4.15,
-            },
-            20,
-            30_000,
-            0.5,
-            "train",
-        ),
-        Preset(
-            "bench",
-            {
-                name: 0.5 if name.endswith(("lateral_direction", "longitudinal_direction")) else 1.0
-                for name in SCENARIOS
-            },
-            20,
-            6_000,
-            0.0,
-            "bench",
-        ),
+        Preset("r1_30k", _R1_SHARES, 20, 30_000, 0.5, "train"),
+        Preset("bench", _BENCH_SHARES, 20, 6_000, 0.0, "bench"),
     )
 }
 
@@ -100,31 +108,17 @@ class BalanceError(ValueError):
     """There are not enough questions of some class."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """What `select` chose.
-
-    Attributes:
-      indices: positions in the given rows, in the order of their ids.
-      counts: chosen per scenario.
-      scarce: per scenario the class with the fewest questions on offer, and how many there were.
-    """
-
-    indices: tuple[int, ...]
-    counts: Mapping[str, int]
-    scarce: Mapping[str, str]
-
-
-def select(
-    rows: Sequence[Mapping[str, Any]], preset: Preset, *, seed: int, bench_share: float, split_seed: int = 0
-) -> Selection:
-    """Chooses the rows of a data set; the choice does not depend on the order of `rows`.
+def select(rows: Sequence[Mapping[str, Any]], preset: Preset, *, seed: int, bench_share: float) -> list[int]:
+    """Choose the rows of a data set; the choice does not depend on the order of `rows`.
 
     Args:
       rows: with "id", "source_id", "question_type", "label", "rank", "options", "answer", "motion", "frames" as in
         `Question.record`; other fields are not read.
       seed: which of the equally good rows are taken.
-      bench_share, split_seed: see `splits.split_of`. Rows of the other split are left out.
+      bench_share: see `split_of`. Rows of the other split are left out.
+
+    Returns:
+      Positions in `rows`, in the order of their ids.
 
     Raises:
       BalanceError: `preset.total` cannot be reached (says how many can), or nothing can be chosen.
@@ -133,7 +127,7 @@ def select(
     if len({row["id"] for row in rows}) != len(rows):
         twice = next(name for name, count in Counter(row["id"] for row in rows).items() if count > 1)
         raise ValueError(f"question id {twice!r} occurs more than once; ids must be unique in a data set")
-    pool = _Pool.collect(rows, preset, seed, bench_share, split_seed)
+    pool = _Pool.collect(rows, preset, seed, bench_share)
     most = len(rows) if preset.total is None else preset.total
     chosen = pool.fill(most)
     if chosen is None:
@@ -153,25 +147,23 @@ def select(
                 f"{preset.split} split, or ask for fewer"
             )
         chosen = best
-    chosen.sort(key=lambda n: rows[n]["id"])
-    counts = Counter(rows[n]["question_type"] for n in chosen)
-    return Selection(tuple(chosen), dict(sorted(counts.items())), pool.scarce())
+    return sorted(chosen, key=lambda n: rows[n]["id"])
 
 
-def gap_bin(frames: Mapping[str, Any], bins: int = GAP_BINS) -> int:
-    """Which of `bins` equal ranges the share of the clip between both frames falls into."""
+def gap_bin(frames: Mapping[str, Any], bins: int = 8) -> int:
+    """Return which of `bins` equal ranges the share of the clip between both frames falls into."""
     i, j = frames["seen"]
     return min(bins - 1, (j - i - 1) * bins // max(frames["count"] - 1, 1))
 
 
-def classes_of(scenario: str) -> list[Any]:
+def _kinds(scenario: str) -> list[Any]:
     """The classes that must be equally frequent: the labels, or the four ranks of a distance."""
     return list(LABELS[scenario]) or list(range(4))
 
 
-def size_bin(options: Mapping[str, str]) -> int:
+def _size_bin(options: Mapping[str, str]) -> int:
     """Which range of sizes the smallest of the distances on offer falls into."""
-    return math.floor(math.log(max(min(map(float, options.values())), 0.05)) / SIZE_STEP)
+    return math.floor(math.log(max(min(map(float, options.values())), 0.05)) / _SIZE_STEP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +176,7 @@ class _Pool:
     letters: Sequence[str]
 
     @classmethod
-    def collect(
-        cls, rows: Sequence[Mapping[str, Any]], preset: Preset, seed: int, bench_share: float, split_seed: int
-    ) -> _Pool:
+    def collect(cls, rows: Sequence[Mapping[str, Any]], preset: Preset, seed: int, bench_share: float) -> _Pool:
         splits: dict[str, str] = {}
         cells: dict[tuple[str, int], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
         usable = [n for n, row in enumerate(rows) if row["question_type"] in preset.shares]
@@ -195,14 +185,14 @@ class _Pool:
             row = rows[n]
             source = row["source_id"]
             if source not in splits:
-                splits[source] = split_of(source, bench_share=bench_share, seed=split_seed)
+                splits[source] = split_of(source, bench_share=bench_share)
             if splits[source] != preset.split or row["motion"] < preset.min_motion:
                 continue
             scenario = row["question_type"]
             if LABELS[scenario]:
                 cells[scenario, gap_bin(row["frames"])][row["label"]].append(n)
             else:
-                cells[scenario, size_bin(row["options"])][row["rank"]].append(n)
+                cells[scenario, _size_bin(row["options"])][row["rank"]].append(n)
         return cls(preset, cells, [row["source_id"] for row in rows], [row["answer"] for row in rows])
 
     def scarce(self) -> dict[str, str]:
@@ -210,14 +200,14 @@ class _Pool:
         for scenario in self.preset.shares:
             sizes = {
                 kind: sum(len(cell.get(kind, ())) for (name, _), cell in self.cells.items() if name == scenario)
-                for kind in classes_of(scenario)
+                for kind in _kinds(scenario)
             }
             least = min(sizes, key=lambda kind: sizes[kind])
             found[scenario] = f"{least}: {sizes[least]}"
         return found
 
     def fill(self, total: int) -> list[int] | None:
-        """Rows of a data set of `total`; None when some class runs short."""
+        """Choose the rows of a data set of `total`; None when some class runs short."""
         wanted: list[tuple[float, int, list[int], tuple]] = []  # (offered per wanted, wanted, offered, class)
         for scenario, quota in self.preset.quotas(total).items():
             needs = self._needs(scenario, quota)
@@ -256,7 +246,7 @@ class _Pool:
 
     def _needs(self, scenario: str, quota: int) -> dict[tuple[tuple[str, int], Any], int] | None:
         """(cell, class) -> rows to take: equal over classes in each bin, bins by what they can give."""
-        kinds = classes_of(scenario)
+        kinds = _kinds(scenario)
         places = [place for place in sorted(self.cells) if place[0] == scenario]
         room = {place: min(len(self.cells[place].get(kind, ())) for kind in kinds) for place in places}
         each, extra = divmod(quota, len(kinds))

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from data_prep.questions.balance import gap_bin
-from data_prep.questions.splits import fraction
+from scipy.special import chdtrc
+
+from data_prep.questions.balance import fraction, gap_bin
+from data_prep.questions.options import LETTERS
+from data_prep.questions.propose import QuestionRow
 from data_prep.scenes.relations import LABELS
 
-Row = Mapping[str, Any]
 _PRIOR_WEIGHT = 4.0  # a habit seen a few times is trusted little
 
 
-def baselines(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Accuracy in [0, 1] of each guesser per subtask.
+def baselines(rows: Sequence[QuestionRow], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Compute the accuracy in [0, 1] of each guesser per subtask.
 
     Guessers: `letter_prior`; `rank_prior` (distances); `longest_text`; `class_prior` (which label, or which range of
     metres, tends to be true); `template_prior` (the same, or the rank, given the phrasing); `option_geometry` (the rank
@@ -31,7 +33,7 @@ def baselines(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]
       {subtask: {guesser: accuracy, ..., "chance": mean of 1 / options, "count": rows}}; `rank_prior` only where options
       are distances.
     """
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[QuestionRow]] = {}
     for row in rows:
         groups.setdefault(row["question_type"], []).append(row)
     sums: dict[str, Counter[str]] = {}
@@ -49,8 +51,8 @@ def baselines(rows: Sequence[Row], seed: int = 0) -> dict[str, dict[str, float]]
     }
 
 
-def letter_test(rows: Sequence[Row], options: int = 4) -> tuple[float, float]:
-    """(chi-square, p) of the letters of questions with that many options against the uniform distribution.
+def letter_test(rows: Sequence[QuestionRow], options: int = 4) -> tuple[float, float]:
+    """Test the letters of questions with that many options against the uniform distribution: (chi-square, p).
 
     Raises:
       ValueError: options is not 2, 3 or 4, or there are no such rows.
@@ -60,60 +62,57 @@ def letter_test(rows: Sequence[Row], options: int = 4) -> tuple[float, float]:
     if options not in (2, 3, 4) or not count:
         raise ValueError(f"the letter test needs questions with 2, 3 or 4 options; {count} rows have {options}")
     expected = count / options
-    statistic = sum((letters["ABCD"[n]] - expected) ** 2 for n in range(options)) / expected
-    # Upper tails of chi-square with 1, 2 and 3 degrees of freedom in closed form.
-    normal = math.erfc(math.sqrt(statistic / 2))
-    tails = {
-        2: normal,
-        3: math.exp(-statistic / 2),
-        4: normal + math.sqrt(2 * statistic / math.pi) * math.exp(-statistic / 2),
-    }
-    return statistic, tails[options]
+    statistic = sum((letters[letter] - expected) ** 2 for letter in LETTERS[:options]) / expected
+    return statistic, float(chdtrc(options - 1, statistic))
 
 
-def _values(row: Row) -> list[float]:
-    return [float(text) for text in row["options"].values()]
+def _values(row: QuestionRow) -> list[Any]:
+    """The labels on offer, or metres."""
+    texts = row["options"].values()
+    return list(texts) if LABELS[row["question_type"]] else [float(text) for text in texts]
 
 
-def _ranks(row: Row) -> list[Hashable]:
+def _ranks(row: QuestionRow) -> list[Hashable]:
     """What an option is, apart from its size: its rank among distances, or its label."""
-    if LABELS[row["question_type"]]:
-        return list(row["options"].values())
     values = _values(row)
     order = sorted(values)
-    return [order.index(value) for value in values]
+    return values if LABELS[row["question_type"]] else [order.index(value) for value in values]
 
 
-def _sizes(row: Row) -> list[Hashable]:
+def _sizes(row: QuestionRow) -> list[Hashable]:
     """A distance to about 10 %, or the label."""
+    values = _values(row)
     if LABELS[row["question_type"]]:
-        return list(row["options"].values())
-    return [round(math.log(value) / 0.1) if value > 0 else None for value in _values(row)]
+        return values
+    return [round(math.log(value) / 0.1) if value > 0 else None for value in values]
 
 
-def _geometry(row: Row) -> Hashable:
+def _geometry(row: QuestionRow) -> Hashable:
     """Largest / smallest and the place of the second and third between them, coarsely; or the set of labels."""
+    values = sorted(_values(row))
     if LABELS[row["question_type"]]:
-        return tuple(sorted(row["options"].values()))
-    logs = sorted(math.log(max(value, 0.05)) for value in _values(row))
+        return tuple(values)
+    logs = [math.log(max(value, 0.05)) for value in values]
     span = logs[3] - logs[0]
     return (min(round(span / 0.15), 12), round(3 * (logs[1] - logs[0]) / span), round(3 * (logs[2] - logs[0]) / span))
 
 
-Guesser = tuple[Callable[[Row], Hashable], Callable[[Row], list[Hashable]]]  # context, what each option is
+Guesser = tuple[
+    Callable[[QuestionRow], Hashable], Callable[[QuestionRow], list[Hashable]]
+]  # context, what each option is
 _GUESSERS: Mapping[str, Guesser] = {
     "letter_prior": (lambda row: None, lambda row: list(row["options"])),
     "rank_prior": (lambda row: None, _ranks),
     "class_prior": (lambda row: None, _sizes),
     "template_prior": (lambda row: row["template"].split(".")[0], _ranks),
     "option_geometry": (_geometry, _ranks),
-    "frame_gap": (lambda row: gap_bin(row["frames"], 8), _ranks),
+    "frame_gap": (lambda row: gap_bin(row["frames"]), _ranks),
 }
 
 
-def _crossed(rows: Sequence[Row], guesser: Guesser, seed: int) -> float:
+def _crossed(rows: Sequence[QuestionRow], guesser: Guesser, seed: int) -> float:
     """Expected number of right guesses, each half answered by what the other half teaches."""
-    folds: tuple[list[Row], list[Row]] = ([], [])
+    folds: tuple[list[QuestionRow], list[QuestionRow]] = ([], [])
     for row in rows:
         folds[fraction(seed, "fold", row["source_id"]) < 0.5].append(row)
     context, describe = guesser
@@ -134,11 +133,11 @@ def _crossed(rows: Sequence[Row], guesser: Guesser, seed: int) -> float:
     return right
 
 
-def _longest(row: Row) -> float:
+def _longest(row: QuestionRow) -> float:
     return _expected(row, [float(len(text)) for text in row["options"].values()])
 
 
-def _expected(row: Row, scores: Sequence[float]) -> float:
+def _expected(row: QuestionRow, scores: Sequence[float]) -> float:
     """Chance of hitting the answer when one of the best-scored options is picked at random."""
     best = max(scores)
     picks = [letter for letter, score in zip(row["options"], scores, strict=True) if score == best]

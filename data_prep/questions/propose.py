@@ -12,27 +12,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from data_prep.questions.options import LETTERS, OptionRule, label_options, numeric_options, shuffle
 from data_prep.questions.wording import ANCHORS, PHRASINGS, object_names, question_text
-from data_prep.scenes import measure, relations
-from data_prep.scenes.relations import LABELS, Refused
-from data_prep.scenes.scene import Scene
+from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
+from data_prep.scenes.scene import Scene, move_points
+from data_prep.store.untrusted import SceneError
 from mllm4d_jax.media.frame_sampling import sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
 SCENARIOS = tuple(LABELS)
 STATE_AXES = ("first_frame", "world")
+QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
 
 @dataclasses.dataclass(frozen=True)
-class QuestionRules:
-    """What is asked about a clip.
+class QuestionRules(RelationRules):
+    """What is asked about a clip, and when it has a clear answer (`RelationRules`).
 
     Attributes:
       num_frames: frames the model sees (32 at most in the paper); a shorter clip is seen whole.
@@ -40,7 +41,6 @@ class QuestionRules:
       pairs: frame pairs tried per clip.
       min_gap: the two frames are at least this share of the clip apart.
       options: how distances get their options.
-      min_points, points, min_motion, dominance, tau, margin: as in `relations`.
       state_axes: axes of the centres in `solution`: those of the camera at the first frame, which a viewer can know, or
         the scene's world.
     """
@@ -50,19 +50,14 @@ class QuestionRules:
     pairs: int = 24
     min_gap: float = 0.1
     options: OptionRule = dataclasses.field(default_factory=OptionRule)
-    min_points: int = relations.MIN_POINTS
-    points: str = "both"
-    min_motion: float = relations.MIN_MOTION
-    dominance: float = relations.DOMINANCE
-    tau: float = relations.TAU
-    margin: float = relations.MARGIN
     state_axes: str = "first_frame"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_frames < 2 or self.per_clip < 1 or self.pairs < 1 or not 0 <= self.min_gap < 1:
             raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
-        if self.state_axes not in STATE_AXES or self.points not in measure.POINT_SETS:
-            raise ValueError(f"state_axes must be of {STATE_AXES} and points of {measure.POINT_SETS}: {self}")
+        if self.state_axes not in STATE_AXES:
+            raise ValueError(f"state_axes must be of {STATE_AXES}: {self}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +103,7 @@ class Question:
     object_center: tuple
 
     def record(self, video: str) -> dict[str, Any]:
-        """A released conversation record, plus fields that its readers skip.
+        """Return a released conversation record, plus fields that its readers skip.
 
         Args:
           video: path of the clip, relative to the data root.
@@ -143,18 +138,18 @@ class Question:
 
 
 def clip_random(seed: int, clip_id: str) -> random.Random:
-    """The clip's own random numbers: a function of seed and clip alone."""
+    """Make the clip's own random numbers: a function of seed and clip alone."""
     digest = hashlib.sha256(f"{seed}\0{clip_id}".encode("utf-8", "surrogatepass")).digest()
     return random.Random(int.from_bytes(digest[:16], "big"))
 
 
 def frame_numbers(total: int, num_frames: int) -> np.ndarray:
-    """Scene frames that the model sees, i64[K]: evenly spread, both ends included, as the encoder's "uniform" rule."""
+    """Return the scene frames that the model sees, i64[K], by the encoder's "uniform" rule: both ends included."""
     return sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames))
 
 
 def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
-    """Up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
+    """Ask up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
 
     Only objects with a name that tells them apart and gives nothing away are asked about, and both frames must show
     `min_points` of their points. No (scenario, object, frame pair) comes twice.
@@ -199,48 +194,26 @@ class _Facts:
 
     @classmethod
     def measure(cls, scene: Scene, rules: QuestionRules, rng: random.Random) -> _Facts:
-        """All seven relations on randomly drawn frame pairs."""
+        """Measure all seven relations on randomly drawn frame pairs."""
         seen = frame_numbers(scene.num_frames, rules.num_frames)
         pairs = _draw_pairs(len(seen), rules, rng)
         i, j = seen[[p[0] for p in pairs]], seen[[p[1] for p in pairs]]
-        to_state = _state_axes(scene, int(seen[0]), rules)
-        cases: dict[str, list[tuple]] = {name: [] for name in SCENARIOS}
-        moves = measure.camera_displacements(scene, i, j)
-        travelled = np.sqrt((moves**2).sum(1))
-        directions = measure.axis_classes(moves, min_motion=rules.min_motion, dominance=rules.dominance)
-        _collect(cases["camera_absolute_distance"], -1, np.zeros(len(i), int), travelled)
-        _collect(cases["camera_relative_direction"], -1, directions, moves)
+        axes = None if rules.state_axes == "world" else scene.world_to_camera[int(seen[0])]
         names = sorted(object_names(scene).items())
+        travelled = measure_camera(scene, i, j)
+        always = np.ones(len(i), bool)
+        cases = {name: _cases(name, -1, values, always, rules) for name, values in travelled.items()}
+        cases |= {name: [] for name in SCENARIOS if name not in cases}
         motion, starts, ends = [], [], []
         for n, (object_id, _) in enumerate(names):
-            obj = scene.object(object_id)
-            middle = measure.centroids(obj, i, j, points=rules.points, min_points=rules.min_points)
-            shifts = measure.object_shifts(scene, middle, i)
-            motion.append(np.sqrt((shifts**2).sum(1)).tolist())
-            starts.append(_rounded(to_state(middle.start)))
-            ends.append(_rounded(to_state(middle.end)))
-            for name, classes, values in _object_facts(scene, obj, i, j, shifts, rules):
-                _collect(cases[name], n, np.where(middle.seen, classes, measure.UNSEEN), values)
-        cameras = _rounded(to_state(scene.camera_centers))
-        return cls(scene, seen.tolist(), pairs, cases, names, travelled.tolist(), motion, cameras, starts, ends)
-
-
-def _object_facts(
-    scene: Scene, obj: Any, i: np.ndarray, j: np.ndarray, shifts: np.ndarray, rules: QuestionRules
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(scenario, class per pair, value per pair) of the five relations of an object."""
-    needed = {"min_points": rules.min_points}
-    threshold = {"tau": rules.tau, "margin": rules.margin}
-    # Object at j from camera i; then each from its own camera.
-    at, camera = np.concatenate([j, i, j]), np.concatenate([i, i, j])
-    across, first, second = measure.nearest_distances(scene, obj, at, camera, **needed).reshape(3, -1)
-    change = second - first
-    zeros = np.zeros(len(i), int)
-    yield "object_absolute_distance", zeros, np.sqrt((shifts**2).sum(1))
-    yield "object_camera_absolute_distance", np.where(np.isnan(across), measure.UNSEEN, zeros), across
-    yield "object_camera_relative_distance", measure.change_classes(change, **threshold), change
-    yield "object_camera_lateral_direction", measure.change_classes(shifts[:, 0], **threshold), shifts[:, 0]
-    yield "object_camera_longitudinal_direction", measure.change_classes(shifts[:, 2], **threshold), shifts[:, 2]
+            middle, measured = measure_object(scene, scene.object(object_id), i, j, rules)
+            motion.append(measured["object_absolute_distance"].tolist())
+            starts.append(_state(middle.start, axes))
+            ends.append(_state(middle.end, axes))
+            for name, values in measured.items():
+                cases[name] += _cases(name, n, values, middle.seen, rules)
+        cameras, moved = _state(scene.camera_centers, axes), travelled["camera_absolute_distance"].tolist()
+        return cls(scene, seen.tolist(), pairs, cases, names, moved, motion, cameras, starts, ends)
 
 
 def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tuple[int, int]]:
@@ -256,24 +229,19 @@ def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tu
     return list(pairs) or [(0, count - 1)]
 
 
-def _state_axes(scene: Scene, first: int, rules: QuestionRules) -> Callable[[np.ndarray], np.ndarray]:
-    if rules.state_axes == "world":
-        return lambda points: points
-    pose = scene.world_to_camera[first]
-    return lambda points: points @ pose[:, :3].T + pose[:, 3]
+def _state(points: np.ndarray, axes: np.ndarray | None) -> list[list[float]]:
+    """World points [N, 3] in the axes of a camera f64[3, 4] (None = the world's), in whole millimetres."""
+    if axes is not None:
+        points = move_points(axes, points)
+    return (points.round(3) + 0.0).tolist()  # adding 0.0 turns -0.0 into 0.0
 
 
-def _rounded(points: np.ndarray) -> list[list[float]]:
-    """Millimetres are finer than any estimate; adding 0.0 turns -0.0 into 0.0."""
-    return (points.round(3) + 0.0).tolist()
-
-
-def _collect(cases: list[tuple], obj: int, classes: np.ndarray, values: np.ndarray) -> None:
-    cases += [
-        (pair, obj, kind, value)
-        for pair, (kind, value) in enumerate(zip(classes.tolist(), values.tolist(), strict=True))
-        if kind >= 0
-    ]
+def _cases(name: str, obj: int, values: np.ndarray, usable: np.ndarray, rules: QuestionRules) -> list[tuple]:
+    """The usable pairs for which relation `name` has a clear label."""
+    classes = classes_of(name, values, rules)
+    pairs = np.flatnonzero(usable & (classes >= 0))
+    columns = (column.tolist() for column in (pairs, classes[pairs], values[pairs]))
+    return [(pair, obj, kind, value) for pair, kind, value in zip(*columns, strict=True)]
 
 
 def _in_turn(cases: list[tuple], rng: random.Random) -> Iterator[tuple]:
@@ -339,3 +307,35 @@ def _ask(
         camera_center=(facts.cameras[facts.seen[i]], facts.cameras[facts.seen[j]]),
         object_center=centers,
     )
+
+
+def letter_from(scene: Scene, question: Question, rules: QuestionRules) -> str | None:
+    """Answer a question again from another scene of the same clip: from exact truth where it was asked of an estimate.
+
+    `propose` asks only where its own scene is clear. The other scene has to answer whatever it says, so here nothing is
+    refused for being near a threshold: a label is the class the measurement falls into, a distance the nearest option.
+
+    Args:
+      scene: of the same frames and with the same object ids as the one that was asked about.
+      question: as `propose` made it from the other scene.
+      rules: those it was made with.
+
+    Returns:
+      The letter; None if the object is not there or not seen enough at the two frames, the true label is not among the
+      options, or two options are equally near.
+    """
+    name, pair = question.scenario, [np.array([frame]) for frame in question.source]
+    try:
+        obj = scene.object(question.object_id) if question.object_id else None
+    except SceneError:
+        return None
+    values = (measure_camera(scene, *pair) if obj is None else measure_object(scene, obj, *pair, rules)[1])[name]
+    if np.isnan(values).any():
+        return None
+    if LABELS[name]:
+        lenient = dataclasses.replace(rules, min_motion=0.0, dominance=1.0, margin=0.0)
+        label = LABELS[name][classes_of(name, values, lenient)[0]]
+        return LETTERS[question.options.index(label)] if label in question.options else None
+    gaps = np.abs(np.array([float(text) for text in question.options]) - values[0])
+    best = int(gaps.argmin())
+    return None if (gaps == gaps[best]).sum() > 1 else LETTERS[best]

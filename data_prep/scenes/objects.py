@@ -7,8 +7,6 @@ tracks (`tracks` [N, T, 2] pixels x y, `visibles` [N, T]).
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import SceneError
-from data_prep.scenes.scene import Scene, SceneObject
-from data_prep.store.npz import read_npz
+from data_prep.scenes.scene import Scene, SceneObject, move_tracks
+from data_prep.store.untrusted import SceneError, keep_visible, numbers, read_json, read_npz, short
 
-MAX_JSON_BYTES = 2**26  # Python objects take up to some twenty times that
 MAX_MASK_BYTES = 2**31  # all masks of a clip together, one byte a pixel
 MAX_SIDE = 1 << 14
 _RLE_TEXT = re.compile(r"[0-o]*")  # characters 48 to 111
@@ -34,16 +30,8 @@ class Caption:
     category: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Dropped:
-    """An object that got no place in the scene, and why."""
-
-    object_id: str
-    reason: str
-
-
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO run lengths of a mask bool[H, W]: {"size": [H, W], "counts": list}, column-major, zeros first."""
+    """Encode a mask bool[H, W] as COCO run lengths: {"size": [H, W], "counts": list}, column-major, zeros first."""
     flat = np.concatenate([[False], np.asarray(mask, bool).T.reshape(-1)])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     counts = np.diff(np.concatenate([[0], changes, [mask.size]]))
@@ -51,7 +39,7 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def decode_rle(rle: Any, where: str = "RLE", image_size: tuple[int, int] | None = None) -> np.ndarray:
-    """bool[H, W] of COCO run lengths, `counts` as a list or as a compressed string.
+    """Decode COCO run lengths to bool[H, W]; `counts` as a list or as a compressed string.
 
     Args:
       where: what errors call it.
@@ -61,10 +49,10 @@ def decode_rle(rle: Any, where: str = "RLE", image_size: tuple[int, int] | None 
       SceneError: not an RLE, another size, or runs that do not add up to the size.
     """
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
-        raise SceneError(f'{where}: expected {{"size": [h, w], "counts": ...}}, got {_short(rle)}')
+        raise SceneError(f'{where}: expected {{"size": [h, w], "counts": ...}}, got {short(rle)}')
     size, counts = rle["size"], rle["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_int(n) and 0 < n <= MAX_SIDE for n in size):
-        raise SceneError(f"{where}: size must be [height, width] within {MAX_SIDE}, not {_short(size)}")
+        raise SceneError(f"{where}: size must be [height, width] within {MAX_SIDE}, not {short(size)}")
     if image_size is not None and tuple(size) != tuple(image_size):
         raise SceneError(f"{where}: size is {list(size)}, the images are {list(image_size)}")
     pixels = size[0] * size[1]
@@ -108,7 +96,7 @@ def _decompress(text: str, pixels: int, where: str) -> list[int]:
 
 
 def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Masks per object id, bool[frames, H, W], of an npz or a JSON file.
+    """Read the masks per object id, bool[frames, H, W], of an npz or a JSON file.
 
     npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame.
 
@@ -140,7 +128,7 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
 
 
 def read_captions(path: str | Path) -> dict[str, Caption]:
-    """Captions per object id: {id: "text"} or {id: {"caption": "text", "category": "text"}}.
+    """Read captions per object id: {id: "text"} or {id: {"caption": "text", "category": "text"}}.
 
     Raises:
       SceneError: naming file and id.
@@ -151,39 +139,30 @@ def read_captions(path: str | Path) -> dict[str, Caption]:
         texts = (fields.get("caption"), fields.get("category", ""))
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
             raise SceneError(
-                f'{path}: {name!r} must be a caption or {{"caption": ..., "category": ...}}, not {_short(entry)}'
+                f'{path}: {name!r} must be a caption or {{"caption": ..., "category": ...}}, not {short(entry)}'
             )
         captions[name] = Caption(texts[0].strip(), texts[1].strip())
     return captions
 
 
 def read_bootstap(path: str | Path, frames: int) -> np.ndarray:
-    """2D tracks f64[N, frames, 2], pixels (x, y), NaN = not visible, of a BootsTAP npz.
+    """Read the 2D tracks f64[N, frames, 2] of a BootsTAP npz: pixels (x, y), NaN = not visible.
 
     Raises:
       SceneError: a key is missing or has another shape or type; naming file and key.
     """
     arrays = read_npz(path)
-    for key in ("tracks", "visibles"):
-        if key not in arrays:
-            raise SceneError(f"{path}: no {key!r}; a BootsTAP file has tracks [N, T, 2] and visibles [N, T]")
-    tracks, visible = arrays["tracks"], arrays["visibles"]
-    if tracks.dtype.kind not in "fiu" or tracks.ndim != 3 or tracks.shape[1:] != (frames, 2):
-        raise SceneError(f"{path}: tracks is {tracks.dtype}{list(tracks.shape)}, expected numbers [N, {frames}, 2]")
-    if visible.shape != tracks.shape[:2] or not (visible.dtype == bool or np.isin(visible, (0, 1)).all()):
-        raise SceneError(f"{path}: visibles must be bool{list(tracks.shape[:2])}, not {visible.dtype}{visible.shape}")
-    tracks = tracks.astype(np.float64)
-    visible = visible.astype(bool)
-    if not np.isfinite(tracks[visible]).all():
-        raise SceneError(f"{path}: tracks holds NaN or infinite positions that are marked visible")
-    tracks[~visible] = np.nan
-    return tracks
+    tracks = numbers(path, arrays, "tracks", (None, frames, 2), finite=False)
+    visible = numbers(path, arrays, "visibles", tracks.shape[:2], kinds="bfiu")
+    if not np.isin(visible, (0, 1)).all():
+        raise SceneError(f"{path}: visibles must be bool, or 0 and 1")
+    return keep_visible(path, "tracks", tracks, visible > 0)
 
 
 def lift_tracks(
     tracks: np.ndarray, depth: np.ndarray, valid: np.ndarray, intrinsics: np.ndarray, camera_to_world: np.ndarray
 ) -> np.ndarray:
-    """World points f64[N, T, 3] of 2D tracks f64[N, T, 2], by the depth of their pixel; NaN where it has none.
+    """Place 2D tracks f64[N, T, 2] in the world, f64[N, T, 3], by the depth of their pixel; NaN where it has none.
 
     Args:
       depth: [T, H, W] camera z, metres. valid: bool[T, H, W].
@@ -196,18 +175,17 @@ def lift_tracks(
     at = (np.broadcast_to(np.arange(frames), (count, frames)), pixel[..., 1], pixel[..., 0])
     z = np.where(inside & valid[at], depth[at].astype(np.float64), np.nan)
     rays = np.concatenate([tracks, np.ones((count, frames, 1))], axis=2)
-    local = np.einsum("tij,ntj->nti", np.linalg.inv(intrinsics), rays) * z[..., None]
-    points = np.einsum("tij,ntj->nti", camera_to_world[:, :, :3], local) + camera_to_world[:, :, 3]
+    points = move_tracks(camera_to_world, np.einsum("tij,ntj->nti", np.linalg.inv(intrinsics), rays) * z[..., None])
     points[np.isnan(points).any(2)] = np.nan
     return points
 
 
 def project(points: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel positions f64[N, T, 2] (x, y; centres at +0.5) and camera z f64[N, T] of world points f64[N, T, 3].
+    """Project world points f64[N, T, 3]: pixels f64[N, T, 2] (x, y; centres at +0.5) and camera z f64[N, T].
 
     Positions are NaN for unseen points and for points at or behind the camera.
     """
-    local = np.einsum("tij,ntj->nti", world_to_camera[:, :, :3], points) + world_to_camera[:, :, 3]
+    local = move_tracks(world_to_camera, points)
     z = local[..., 2]
     flat = np.einsum("tij,ntj->nti", intrinsics, local)[..., :2]
     ahead = z > 0  # False for NaN
@@ -225,8 +203,8 @@ def objects_from_tracks(
     min_points: int = 4,
     min_frames: int = 2,
     min_share: float = 0.5,
-) -> tuple[tuple[SceneObject, ...], tuple[Dropped, ...]]:
-    """The objects whose masks hold enough of the scene's tracked points (paper: points that project into the mask).
+) -> tuple[tuple[SceneObject, ...], dict[str, str]]:
+    """Make the objects whose masks hold enough tracked points (paper: points that project into the mask).
 
     A track belongs to an object if it lies in the object's mask in at least `min_share` of the frames in which it is
     visible; in the others it is taken as not seen (it slid onto something else). A track that two masks claim goes to
@@ -239,7 +217,7 @@ def objects_from_tracks(
       min_frames: frames with points that an object needs.
 
     Returns:
-      (objects in the order of `masks`, those left out with the reason).
+      (objects in the order of `masks`, object id -> reason of those left out).
 
     Raises:
       SceneError: tracks or masks do not fit the scene, or a mask has no caption.
@@ -261,7 +239,7 @@ def objects_from_tracks(
         hits[n] = inside & mask[frame, row, column]
     share = hits.sum(2) / np.maximum(visible.sum(1), 1)  # f64[objects, N]
     owner = np.where(share.max(0, initial=0) >= min_share, share.argmax(0), -1) if len(masks) else None
-    objects, dropped = [], []
+    objects, dropped = [], {}
     for n, (name, mask) in enumerate(masks.items()):
         members = np.flatnonzero(owner == n)
         seen = hits[n][members]
@@ -271,38 +249,13 @@ def objects_from_tracks(
             reason = (
                 "never in view" if not mask.any() else "no tracked points" if not len(members) else "too few points"
             )
-            dropped.append(Dropped(name, f"{reason}: {int(seen.any(0).sum())} of at least {min_frames} frames"))
+            dropped[name] = f"{reason}: {int(seen.any(0).sum())} of at least {min_frames} frames"
             continue
         points = np.where(seen[..., None], tracks[members], np.nan).swapaxes(0, 1)
         caption = captions[name]
         objects.append(SceneObject(name, caption.description, caption.category, points, mask))
-    return tuple(objects), tuple(dropped)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file of at most `MAX_JSON_BYTES`."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            # Reading allocates what is asked for, so ask for what is there.
-            data = file.read(min(size, MAX_JSON_BYTES) + 1)
-    except OSError as error:
-        raise SceneError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise SceneError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
-    try:
-        document = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise SceneError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise SceneError(f"{path}: expected a JSON object with one entry per object id, got {_short(document)}")
-    return document
+    return tuple(objects), dropped
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from data_prep.scenes.scene import Scene, SceneObject
 
@@ -13,7 +14,7 @@ _THINGS = ("box", "ball", "chair", "lamp", "suitcase", "bottle", "toy car", "buc
 
 
 def random_scene(seed: int, *, frames: int = 32, objects: int = 3, points: int = 48, per_source: int = 1) -> Scene:
-    """A clip with a translating and rotating camera and rigid objects; the world's axes are random.
+    """Make a clip with a translating and rotating camera and rigid objects; the world's axes are random.
 
     Distances spread evenly in the logarithm, about a third of the objects hardly moves, points drop out at random.
 
@@ -24,12 +25,10 @@ def random_scene(seed: int, *, frames: int = 32, objects: int = 3, points: int =
     rng = np.random.default_rng([seed, 0x5CE7E])
     ramp = np.linspace(0.0, 1.0, frames)[:, None]
     path = ramp * _vector(rng, 0.3, 12.0) + 0.05 * np.sin(6 * ramp + rng.uniform(0, 6, 3))
-    start = _rotation(rng.normal(size=3) * 2)
-    turn = _vector(rng, 0.01, 1.0)
-    camera_to_world = np.empty((frames, 3, 4))
-    for t in range(frames):
-        camera_to_world[t, :, :3] = start @ _rotation(turn * ramp[t, 0])
-    camera_to_world[:, :, 3] = path @ start.T + rng.uniform(-20, 20, 3)
+    start = Rotation.from_rotvec(rng.normal(size=3) * 2).as_matrix()
+    turns = start @ Rotation.from_rotvec(_vector(rng, 0.01, 1.0) * ramp).as_matrix()
+    centers = path @ start.T + rng.uniform(-20, 20, 3)
+    camera_to_world = np.concatenate([turns, centers[:, :, None]], axis=2)
     made = []
     kinds = rng.permutation(len(_COLOURS) * len(_THINGS))[:objects]
     for n, kind in enumerate(kinds):
@@ -59,11 +58,3 @@ def _vector(rng: np.random.Generator, shortest: float, longest: float) -> np.nda
     axis[rng.integers(3)] = rng.choice((-1.0, 1.0))
     direction = axis + rng.normal(size=3) * 0.3
     return direction / np.linalg.norm(direction) * math.exp(rng.uniform(math.log(shortest), math.log(longest)))
-
-
-def _rotation(vector: np.ndarray) -> np.ndarray:
-    """Rotation matrix of an axis-angle vector (Rodrigues)."""
-    angle = float(np.linalg.norm(vector))
-    x, y, z = vector / angle if angle else vector
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross

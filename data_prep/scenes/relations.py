@@ -1,7 +1,8 @@
 """The relation solver: what happened between two frames, computed from the 4D scene (MLLM-4D, section on the solver).
 
-Seven pure functions of (scene, [object,] i, j) with frame numbers i < j of the scene. All use world->camera extrinsics.
-A case that no honest label fits is refused with a reason, never guessed:
+First the formulas, over P frame pairs of a clip at once: `i` and `j` are i64[P] frame numbers with i < j, results are
+float64 metres, NaN where too few of the object's points are seen. Then seven pure functions of (scene, [object,] i, j)
+for one pair. All use world->camera extrinsics. A case that no honest label fits is refused with a reason, not guessed:
 
 - "unseen": too few of the object's points are seen;
 - "no_motion": the camera moved too little for a direction;
@@ -13,17 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.scenes import measure
 from data_prep.scenes.scene import Scene, SceneObject
-
-MIN_POINTS = 5  # points of an object that must be seen
-MIN_MOTION = 0.2  # metres the camera must move to have a direction
-DOMINANCE = 1.5  # times the second largest component
-TAU = 0.25  # metres; less is "not moving"
-MARGIN = 0.1  # metres around TAU that are refused; about twice the error of stereo object positions
 
 CAMERA_DIRECTIONS = ("right", "left", "down", "up", "forward", "backward")
 DISTANCE_CHANGES = ("farther", "closer", "not moving")
@@ -39,6 +34,147 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "object_camera_lateral_direction": LATERAL_DIRECTIONS,
     "object_camera_longitudinal_direction": LONGITUDINAL_DIRECTIONS,
 }
+# Classes that are refused; the others count into a relation's labels.
+UNSEEN, NO_MOTION, MIXED_AXES, NEAR_THRESHOLD = -1, -2, -3, -4
+_REASONS = {UNSEEN: "unseen", NO_MOTION: "no_motion", MIXED_AXES: "mixed_axes", NEAR_THRESHOLD: "near_threshold"}
+POINT_SETS = ("both", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class RelationRules:
+    """When a relation has a clear label.
+
+    Attributes:
+      min_points: points of an object that must be seen in each frame that its relation reads.
+      points: "both" averages the points seen in both frames: the same part of the object at either end, so that a still
+        object that is half hidden in one of them does not seem to move. "all" averages whatever is seen in each frame,
+        as the paper's formula reads.
+      min_motion: metres the camera must move to have a direction.
+      dominance: the largest component of the camera's motion must be this many times the second.
+      tau: metres; a smaller change is "not moving".
+      margin: metres around tau that are refused; by default about twice the error of stereo object positions.
+    """
+
+    min_points: int = 5
+    points: str = "both"
+    min_motion: float = 0.2
+    dominance: float = 1.5
+    tau: float = 0.25
+    margin: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.points not in POINT_SETS:
+            raise ValueError(f"points must be one of {', '.join(POINT_SETS)}, not {self.points!r}")
+
+
+RULES = RelationRules()
+
+
+class Centroids(NamedTuple):
+    """Object centroids of frame pairs: f64[P, 3] world at i and at j, and whether enough points were seen, bool[P]."""
+
+    start: np.ndarray
+    end: np.ndarray
+    seen: np.ndarray
+
+
+def camera_displacements(scene: Scene, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return how the camera moved from i to j, in the axes of camera i: R_i (Center_j - Center_i), f64[P, 3].
+
+    The paper prints R_i' (t_j - t_i), which is this only when [R|t] is camera->world, while its other formulas take
+    [R|t] as world->camera.
+    """
+    centers = scene.camera_centers
+    return np.einsum("pab,pb->pa", scene.world_to_camera[i, :, :3], centers[j] - centers[i])
+
+
+def measure_camera(scene: Scene, i: np.ndarray, j: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the values of the camera's relations: f64[P], for the direction f64[P, 3] in the axes of camera i."""
+    moves = camera_displacements(scene, i, j)
+    return {"camera_absolute_distance": np.sqrt((moves**2).sum(1)), "camera_relative_direction": moves}
+
+
+def measure_object(
+    scene: Scene, obj: SceneObject, i: np.ndarray, j: np.ndarray, rules: RelationRules
+) -> tuple[Centroids, dict[str, np.ndarray]]:
+    """Return the object's centroids and the values f64[P] of its five relations.
+
+    An object's displacement in the axes of camera i is (R_i P_j + t_i) - (R_i P_i + t_i), where t_i cancels.
+    """
+    middle = _centroids(obj, i, j, rules)
+    shifts = np.einsum("pab,pb->pa", scene.world_to_camera[i, :, :3], middle.end - middle.start)
+    shifts = np.where(middle.seen[:, None], shifts, np.nan)
+    # The object at j from camera i; then each from its own camera.
+    at, camera = np.concatenate([j, i, j]), np.concatenate([i, i, j])
+    across, before, after = _nearest_distances(scene, obj, at, camera, rules.min_points).reshape(3, -1)
+    return middle, {
+        "object_absolute_distance": np.sqrt((shifts**2).sum(1)),
+        "object_camera_absolute_distance": across,
+        "object_camera_relative_distance": after - before,
+        "object_camera_lateral_direction": shifts[:, 0],
+        "object_camera_longitudinal_direction": shifts[:, 2],
+    }
+
+
+def classes_of(name: str, values: np.ndarray, rules: RelationRules) -> np.ndarray:
+    """Return the class i64[P] of each value of relation `name`: the index of its label, or why there is none.
+
+    A distance is of class 0. The camera's direction is 2 * axis + (1 if negative else 0) of its dominant axis. A change
+    is 0 above tau, 1 below -tau, 2 in between.
+    """
+    if name == "camera_relative_direction":
+        return _axis_classes(values, rules)
+    if not LABELS[name]:
+        return np.where(np.isnan(values), UNSEEN, 0)
+    size = np.abs(values)
+    classes = np.where(size < rules.tau, 2, (values < 0).astype(np.int64))
+    classes = np.where(np.abs(size - rules.tau) < rules.margin, NEAR_THRESHOLD, classes)
+    return np.where(np.isnan(values), UNSEEN, classes)
+
+
+def _axis_classes(moves: np.ndarray, rules: RelationRules) -> np.ndarray:
+    size = np.abs(moves)
+    axis = size.argmax(1)
+    order = np.sort(size, axis=1)
+    classes = 2 * axis + (np.take_along_axis(moves, axis[:, None], 1)[:, 0] < 0)
+    classes = np.where(order[:, 2] >= rules.dominance * order[:, 1], classes, MIXED_AXES)
+    return np.where(np.sqrt((moves**2).sum(1)) >= rules.min_motion, classes, NO_MOTION)
+
+
+def _centroids(obj: SceneObject, i: np.ndarray, j: np.ndarray, rules: RelationRules) -> Centroids:
+    visible = obj.seen()
+    filled = np.where(visible[..., None], obj.points, 0.0)
+    at_start, at_end = visible[i], visible[j]
+    if rules.points == "both":
+        at_start = at_end = at_start & at_end
+    first, count = _mean(filled[i], at_start)
+    second, end_count = _mean(filled[j], at_end)
+    return Centroids(first, second, np.minimum(count, end_count) >= max(rules.min_points, 1))
+
+
+def _mean(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over axis 1 of the seen points, NaN where there are none, and their number.
+
+    Args:
+      points: f64[P, M, 3], 0 where not seen. seen: bool[P, M].
+    """
+    weights = seen.astype(np.float64)
+    count = weights.sum(1)
+    total = (weights[:, None] @ points)[:, 0]
+    return np.where(count[:, None] > 0, total / np.maximum(count, 1)[:, None], np.nan), count
+
+
+def _nearest_distances(
+    scene: Scene, obj: SceneObject, at: np.ndarray, camera: np.ndarray, min_points: int
+) -> np.ndarray:
+    """f64[P] from the camera centre of frame `camera` to the nearest point seen of the object at frame `at`."""
+    offsets = obj.points[at] - scene.camera_centers[camera][:, None]
+    x, y, z = offsets[..., 0], offsets[..., 1], offsets[..., 2]
+    squares = x * x + y * y + z * z
+    if not squares.shape[1]:
+        return np.full(len(at), np.nan)
+    enough = (~np.isnan(squares)).sum(1) >= max(min_points, 1)
+    return np.where(enough, np.sqrt(np.fmin.reduce(squares, axis=1)), np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,187 +205,84 @@ class Refused(ValueError):
         return f"{self.args[0]} ({self.reason})"
 
 
+# Each function below raises ValueError unless 0 <= i < j < T, and Refused for the reasons named.
+
+
 def camera_absolute_distance(scene: Scene, i: int, j: int) -> Relation:
-    """How far the camera got from i to j: |Center_j - Center_i|.
+    """Measure how far the camera got from i to j: |Center_j - Center_i|. Never refused."""
+    return _relation("camera_absolute_distance", scene, None, i, j, RULES)
 
-    Raises:
-      ValueError: not 0 <= i < j < T.
+
+def camera_relative_direction(scene: Scene, i: int, j: int, rules: RelationRules = RULES) -> Relation:
+    """Name the dominant axis of R_i (Center_j - Center_i): where the camera went, as its own axes stood at i.
+
+    Refused: "no_motion", "mixed_axes".
     """
-    i, j = _frames(scene, i, j)
-    return _distance("camera_absolute_distance", _norm(measure.camera_displacements(scene, i, j)))
+    return _relation("camera_relative_direction", scene, None, i, j, rules)
 
 
-def camera_relative_direction(
-    scene: Scene, i: int, j: int, *, min_motion: float = MIN_MOTION, dominance: float = DOMINANCE
-) -> Relation:
-    """Where the camera went, as its own axes stood at i: the dominant axis of R_i (Center_j - Center_i).
-
-    Args:
-      min_motion: metres the camera must have moved.
-      dominance: the largest component must be this many times the second.
-
-    Raises:
-      ValueError: not 0 <= i < j < T.
-      Refused: "no_motion", "mixed_axes".
-    """
-    i, j = _frames(scene, i, j)
-    moves = measure.camera_displacements(scene, i, j)
-    classes = measure.axis_classes(moves, min_motion=min_motion, dominance=dominance)
-    return _labelled("camera_relative_direction", tuple(moves[0].tolist()), classes, f"displacement {moves[0]}")
-
-
-def object_absolute_distance(
-    scene: Scene, obj: SceneObject, i: int, j: int, *, points: str = "both", min_points: int = MIN_POINTS
-) -> Relation:
-    """How far the object's centroid got in the world from i to j.
-
-    Args:
-      points: which points the centroid averages, see `measure.centroids`.
-      min_points: how many of them must be seen.
-
-    Raises:
-      ValueError: not 0 <= i < j < T.
-      Refused: "unseen".
-    """
-    i, j = _frames(scene, i, j)
-    found = _centroids(obj, i, j, points, min_points)
-    return _distance("object_absolute_distance", _norm(found.end - found.start))
+def object_absolute_distance(scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES) -> Relation:
+    """Measure how far the object's centroid got in the world from i to j. Refused: "unseen"."""
+    return _relation("object_absolute_distance", scene, obj, i, j, rules)
 
 
 def object_camera_absolute_distance(
-    scene: Scene, obj: SceneObject, i: int, j: int, *, min_points: int = MIN_POINTS
+    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
 ) -> Relation:
-    """From where the camera was at i to the nearest seen point of where the object is at j.
+    """Measure from where the camera was at i to the nearest seen point of where the object is at j.
 
-    Raises:
-      ValueError: not 0 <= i < j < T.
-      Refused: "unseen" (at j).
+    Refused: "unseen" (at j).
     """
-    i, j = _frames(scene, i, j)
-    distance = measure.nearest_distances(scene, obj, j, i, min_points=min_points)
-    _check_seen(obj, ~np.isnan(distance), j, min_points)
-    return _distance("object_camera_absolute_distance", distance)
+    return _relation("object_camera_absolute_distance", scene, obj, i, j, rules)
 
 
 def object_camera_relative_distance(
-    scene: Scene,
-    obj: SceneObject,
-    i: int,
-    j: int,
-    *,
-    tau: float = TAU,
-    margin: float = MARGIN,
-    min_points: int = MIN_POINTS,
+    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
 ) -> Relation:
-    """Whether the object's nearest seen point is farther from the camera at j than it was at i; value d_j - d_i.
+    """Tell whether the object's nearest seen point is farther from the camera at j than at i; value d_j - d_i.
 
-    Args:
-      tau: metres; a smaller change is "not moving".
-      margin: metres around tau that are refused.
-      min_points: points that must be seen at i and at j.
-
-    Raises:
-      ValueError: not 0 <= i < j < T.
-      Refused: "unseen", "near_threshold".
+    Refused: "unseen", "near_threshold".
     """
-    i, j = _frames(scene, i, j)
-    before = measure.nearest_distances(scene, obj, i, i, min_points=min_points)
-    after = measure.nearest_distances(scene, obj, j, j, min_points=min_points)
-    _check_seen(obj, ~np.isnan(before), i, min_points)
-    _check_seen(obj, ~np.isnan(after), j, min_points)
-    change = after - before
-    classes = measure.change_classes(change, tau=tau, margin=margin)
-    return _labelled("object_camera_relative_distance", float(change[0]), classes, f"change {change[0]:.3f} m")
+    return _relation("object_camera_relative_distance", scene, obj, i, j, rules)
 
 
 def object_camera_lateral_direction(
-    scene: Scene,
-    obj: SceneObject,
-    i: int,
-    j: int,
-    *,
-    tau: float = TAU,
-    margin: float = MARGIN,
-    points: str = "both",
-    min_points: int = MIN_POINTS,
+    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
 ) -> Relation:
-    """Whether the object moved right or left as seen from camera i: x of the centroid at j minus at i.
+    """Tell whether the object moved right or left as seen from camera i: x of the centroid at j minus at i.
 
-    The camera's own motion plays no part: both positions are expressed in camera i.
-
-    Args:
-      tau, margin: as in `object_camera_relative_distance`.
-      points, min_points: as in `object_absolute_distance`.
-
-    Raises:
-      ValueError: not 0 <= i < j < T.
-      Refused: "unseen", "near_threshold".
+    The camera's own motion plays no part: both positions are expressed in camera i. Refused: "unseen",
+    "near_threshold".
     """
-    shift = _shift(scene, obj, i, j, 0, points, min_points)
-    classes = measure.change_classes(shift, tau=tau, margin=margin)
-    return _labelled("object_camera_lateral_direction", float(shift[0]), classes, f"shift {shift[0]:.3f} m")
+    return _relation("object_camera_lateral_direction", scene, obj, i, j, rules)
 
 
 def object_camera_longitudinal_direction(
-    scene: Scene,
-    obj: SceneObject,
-    i: int,
-    j: int,
-    *,
-    tau: float = TAU,
-    margin: float = MARGIN,
-    points: str = "both",
-    min_points: int = MIN_POINTS,
+    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
 ) -> Relation:
-    """Whether the object moved away from or towards camera i along its viewing axis: z at j minus z at i.
+    """Tell whether the object moved away from or towards camera i along its viewing axis: z at j minus z at i.
 
-    Args, Raises: as `object_camera_lateral_direction`.
+    Refused: "unseen", "near_threshold".
     """
-    shift = _shift(scene, obj, i, j, 2, points, min_points)
-    classes = measure.change_classes(shift, tau=tau, margin=margin)
-    return _labelled("object_camera_longitudinal_direction", float(shift[0]), classes, f"shift {shift[0]:.3f} m")
+    return _relation("object_camera_longitudinal_direction", scene, obj, i, j, rules)
 
 
-def _frames(scene: Scene, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
-    for name, number in (("i", i), ("j", j)):
+def _relation(name: str, scene: Scene, obj: SceneObject | None, i: int, j: int, rules: RelationRules) -> Relation:
+    for number in (i, j):
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise ValueError(f"frame {name} must be a whole number, not {number!r}")
+            raise ValueError(f"a frame number must be a whole number, not {number!r}")
     if not 0 <= i < j < scene.num_frames:
         raise ValueError(f"clip {scene.clip_id}: frames must be 0 <= i < j < {scene.num_frames}, not i = {i}, j = {j}")
-    return np.array([i]), np.array([j])
-
-
-def _centroids(obj: SceneObject, i: np.ndarray, j: np.ndarray, points: str, min_points: int) -> measure.Centroids:
-    found = measure.centroids(obj, i, j, points=points, min_points=min_points)
-    if not found.seen[0]:
-        raise Refused(
-            f"object {obj.object_id!r}: fewer than {min_points} points are seen at frames {i[0]} and {j[0]}", "unseen"
-        )
-    return found
-
-
-def _check_seen(obj: SceneObject, seen: np.ndarray, frame: np.ndarray, min_points: int) -> None:
-    if not seen[0]:
-        raise Refused(
-            f"object {obj.object_id!r}: fewer than {min_points} points are seen at frame {frame[0]}", "unseen"
-        )
-
-
-def _shift(scene: Scene, obj: SceneObject, i: int, j: int, axis: int, points: str, min_points: int) -> np.ndarray:
-    first, second = _frames(scene, i, j)
-    found = _centroids(obj, first, second, points, min_points)
-    return measure.object_shifts(scene, found, first)[:, axis]
-
-
-def _norm(vectors: np.ndarray) -> np.ndarray:
-    return np.sqrt((vectors**2).sum(-1))
-
-
-def _distance(name: str, metres: np.ndarray) -> Relation:
-    return Relation(name, float(metres[0]), "m", f"{metres[0]:.1f}")
-
-
-def _labelled(name: str, value: float | tuple, classes: np.ndarray, what: str) -> Relation:
-    if classes[0] < 0:
-        raise Refused(f"{name}: {what} has no clear label", measure.REASONS[int(classes[0])])
-    return Relation(name, value, "m", LABELS[name][classes[0]])
+    pair = np.array([i]), np.array([j])
+    measured = measure_camera(scene, *pair) if obj is None else measure_object(scene, obj, *pair, rules)[1]
+    value = measured[name][0].tolist()
+    kind = int(classes_of(name, measured[name], rules)[0])
+    if kind == UNSEEN:
+        frames = f"frame {j}" if name == "object_camera_absolute_distance" else f"frames {i} and {j}"
+        text = f"object {obj.object_id!r}: fewer than {rules.min_points} points are seen at {frames}"
+        raise Refused(text, _REASONS[kind])
+    if kind < 0:
+        raise Refused(f"{name}: {np.round(value, 3)} m has no clear label", _REASONS[kind])
+    if isinstance(value, list):
+        value = tuple(value)
+    return Relation(name, value, "m", LABELS[name][kind] if LABELS[name] else f"{value:.1f}")

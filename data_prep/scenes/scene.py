@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from data_prep.errors import SceneError
-from data_prep.store.npz import MAX_NPZ_BYTES, read_npz
+from data_prep.store.untrusted import MAX_NPZ_BYTES, SceneError, npz_bytes, read_bytes, read_json, read_npz
 from mllm4d_jax.files.atomic import write_atomic
 
 # How far the metres can be trusted: measured with a known baseline; with an assumed one (Stereo4D's 63 mm); not at all.
 SCALES = ("metric", "assumed_baseline", "relative")
 FORMAT_VERSION = 1
-MAX_JSON_BYTES = 2**26
 _POSE_TOLERANCE = 1e-6
+_ARRAYS = {"world_to_camera": (3, 4), "camera_to_world": (3, 4), "intrinsics": (3, 3), "timestamps": ()}  # per frame
+_TEXTS = ("object_id", "description", "category")  # of an object
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,14 +50,14 @@ class SceneObject:
     masks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Checks types and shapes and freezes the arrays.
+        """Check types and shapes, and freeze the arrays.
 
         Raises:
           SceneError: naming the object and the field.
         """
         where = f"object {self.object_id!r}"
         _check_name(self.object_id, "object_id")
-        for field in ("description", "category"):
+        for field in _TEXTS[1:]:
             if not isinstance(getattr(self, field), str):
                 raise SceneError(f"{where}: {field} must be a string, not {getattr(self, field)!r}")
         points = _frozen(self.points, np.float64, f"{where}: points")
@@ -80,7 +78,7 @@ class SceneObject:
             object.__setattr__(self, "masks", _frozen(masks, np.bool_, f"{where}: masks"))
 
     def seen(self) -> np.ndarray:
-        """bool[T, M]: whether each point is seen in each frame."""
+        """Return bool[T, M]: whether each point is seen in each frame."""
         return ~np.isnan(self.points[..., 0])
 
 
@@ -113,7 +111,7 @@ class Scene:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Checks everything and freezes the arrays.
+        """Check everything and freeze the arrays.
 
         Raises:
           SceneError: naming the field.
@@ -132,7 +130,7 @@ class Scene:
 
     @classmethod
     def from_world_to_camera(cls, *, world_to_camera: np.ndarray, **fields: Any) -> Self:
-        """A scene from world->camera poses f64[T, 3, 4]; the other fields by name.
+        """Make a scene from world->camera poses f64[T, 3, 4]; the other fields by name.
 
         Raises:
           SceneError: a pose is no rigid motion, or as `Scene`.
@@ -141,7 +139,7 @@ class Scene:
 
     @classmethod
     def from_camera_to_world(cls, *, camera_to_world: np.ndarray, **fields: Any) -> Self:
-        """A scene from camera->world poses f64[T, 3, 4] (Stereo4D's direction); the other fields by name.
+        """Make a scene from camera->world poses f64[T, 3, 4] (Stereo4D's direction); the other fields by name.
 
         Raises:
           SceneError: a pose is no rigid motion, or as `Scene`.
@@ -150,16 +148,16 @@ class Scene:
 
     @property
     def num_frames(self) -> int:
-        """T."""
+        """Return T."""
         return self.world_to_camera.shape[0]
 
     @property
     def camera_centers(self) -> np.ndarray:
-        """f64[T, 3] camera centres in the world, metres."""
+        """Return f64[T, 3] camera centres in the world, metres."""
         return self.camera_to_world[:, :, 3]
 
     def object(self, object_id: str) -> SceneObject:
-        """The object of that id.
+        """Return the object of that id.
 
         Raises:
           SceneError: there is none.
@@ -171,7 +169,7 @@ class Scene:
         raise SceneError(f"clip {self.clip_id}: no object {object_id!r}; it has {known}")
 
     def _check_arrays(self) -> None:
-        for name in ("world_to_camera", "camera_to_world", "intrinsics", "timestamps"):
+        for name in _ARRAYS:
             array = _frozen(getattr(self, name), np.float64, name)
             if not np.isfinite(array).all():
                 raise SceneError(f"{name} holds NaN or infinite values")
@@ -179,7 +177,7 @@ class Scene:
         count = len(self.timestamps) if self.timestamps.ndim == 1 else 0
         if not count or (np.diff(self.timestamps) <= 0).any():
             raise SceneError("timestamps must be [T], T at least 1, in seconds and strictly increasing")
-        for name, shape in (("world_to_camera", (3, 4)), ("camera_to_world", (3, 4)), ("intrinsics", (3, 3))):
+        for name, shape in _ARRAYS.items():
             if getattr(self, name).shape != (count, *shape):
                 raise SceneError(f"{name} must be {[count, *shape]}, not {list(getattr(self, name).shape)}")
         size = tuple(self.image_size)
@@ -215,7 +213,7 @@ class Scene:
 
 
 def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:
-    """f64[3, 3] of a (height, width) image with square pixels and central principal point; `fov` degrees across.
+    """Return f64[3, 3] of a (height, width) image with square pixels, central principal point, `fov` degrees across.
 
     Raises:
       SceneError: the field of view is not within (0, 180).
@@ -228,7 +226,7 @@ def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:
 
 
 def invert_poses(poses: np.ndarray) -> np.ndarray:
-    """The inverse of rigid motions: f64[..., 3, 4] -> f64[..., 3, 4], [R|t] -> [R'|-R't].
+    """Invert rigid motions: f64[..., 3, 4] -> f64[..., 3, 4], [R|t] -> [R'|-R't].
 
     Raises:
       SceneError: wrong shape, or R is no rotation to 1e-6 (`nearest_rigid` repairs rounded estimates).
@@ -242,8 +240,18 @@ def invert_poses(poses: np.ndarray) -> np.ndarray:
     return np.concatenate([inverse, -inverse @ poses[..., 3:]], axis=-1)
 
 
+def move_points(pose: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Apply a pose f64[3, 4] to points f64[..., 3]: R p + t."""
+    return points @ pose[:, :3].T + pose[:, 3]
+
+
+def move_tracks(poses: np.ndarray, tracks: np.ndarray) -> np.ndarray:
+    """Apply the pose of each frame, f64[T, 3, 4], to the points of tracks, f64[N, T, 3]."""
+    return np.einsum("tij,ntj->nti", poses[:, :, :3], tracks) + poses[:, :, 3]
+
+
 def nearest_rigid(poses: np.ndarray, tolerance: float = 1e-3) -> np.ndarray:
-    """Poses f64[..., 3, 4] with R replaced by the nearest rotation (polar factor), for files that store few digits.
+    """Replace R of poses f64[..., 3, 4] by the nearest rotation (polar factor), for files that store few digits.
 
     Raises:
       SceneError: wrong shape, not finite, or some entry of R would change by more than `tolerance`.
@@ -260,21 +268,18 @@ def nearest_rigid(poses: np.ndarray, tolerance: float = 1e-3) -> np.ndarray:
 
 
 def save_scene(scene: Scene, folder: str | Path) -> None:
-    """Writes `scene.npz` and `scene.json` into `folder` (created if absent), each under another name first.
+    """Write `scene.npz` and `scene.json` into `folder` (created if absent), each under another name first.
 
     The bytes depend on the scene alone (and on the zlib in use), not on the time.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = {"world_to_camera": scene.world_to_camera, "camera_to_world": scene.camera_to_world}
-    arrays |= {"intrinsics": scene.intrinsics, "timestamps": scene.timestamps}
+    arrays = {name: getattr(scene, name) for name in _ARRAYS}
     for n, o in enumerate(scene.objects):
         arrays[f"points_{n}"] = o.points
         if o.masks is not None:
             arrays[f"masks_{n}"] = np.packbits(o.masks, axis=None)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    data = buffer.getvalue()
+    data = npz_bytes(arrays)
     document = {
         "format": "mllm4d_jax.scene",
         "version": FORMAT_VERSION,
@@ -284,13 +289,7 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
         "image_size": list(scene.image_size),
         "scale": scene.scale,
         "objects": [
-            {
-                "object_id": o.object_id,
-                "description": o.description,
-                "category": o.category,
-                "masks": o.masks is not None,
-            }
-            for o in scene.objects
+            {name: getattr(o, name) for name in _TEXTS} | {"masks": o.masks is not None} for o in scene.objects
         ],
         "provenance": scene.provenance,
     }
@@ -299,7 +298,7 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
 
 
 def load_scene(folder: str | Path) -> Scene:
-    """The scene that `save_scene` wrote; everything is checked anew.
+    """Read the scene that `save_scene` wrote; everything is checked anew.
 
     Raises:
       SceneError: a file is missing, damaged, too large, of another version, or does not belong to the other.
@@ -307,16 +306,16 @@ def load_scene(folder: str | Path) -> Scene:
     folder = Path(folder)
     path = folder / "scene.json"
     try:
-        document = json.loads(_read(path, MAX_JSON_BYTES).decode())
-        if not isinstance(document, dict) or document.get("format") != "mllm4d_jax.scene":
+        document = read_json(path)
+        if document.get("format") != "mllm4d_jax.scene":
             raise SceneError(f"{path}: not a scene file")
         if document.get("version") != FORMAT_VERSION:
             raise SceneError(f"{path}: version {document.get('version')!r}; this program reads {FORMAT_VERSION}")
-        data = _read(folder / "scene.npz", MAX_NPZ_BYTES)
+        data = read_bytes(folder / "scene.npz", MAX_NPZ_BYTES)
         if hashlib.sha256(data).hexdigest() != document["npz_sha256"]:
             raise SceneError(f"{path}: scene.npz beside it is another one or damaged; write the scene again")
         arrays = read_npz(data, str(folder / "scene.npz"))
-        named = {name: arrays[name] for name in ("world_to_camera", "camera_to_world", "intrinsics", "timestamps")}
+        named = {name: arrays[name] for name in _ARRAYS}
         size = tuple(document["image_size"])
         objects = tuple(_load_object(n, entry, arrays, size) for n, entry in enumerate(document["objects"]))
         texts = {name: document[name] for name in ("clip_id", "source_id", "scale", "provenance")}
@@ -338,7 +337,7 @@ def _load_object(n: int, entry: Mapping[str, Any], arrays: Mapping[str, np.ndarr
         if packed.dtype != np.uint8 or packed.shape != ((count + 7) // 8,):
             raise SceneError(f"masks_{n} does not hold {len(points)} masks of {size[0]}x{size[1]}")
         masks = np.unpackbits(packed, count=count).astype(bool).reshape(len(points), *size)
-    return SceneObject(entry["object_id"], entry["description"], entry["category"], points, masks)
+    return SceneObject(**{name: entry[name] for name in _TEXTS}, points=points, masks=masks)
 
 
 def _pose_array(poses: np.ndarray) -> np.ndarray:
@@ -360,15 +359,3 @@ def _frozen(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
 def _check_name(value: str, field: str) -> None:
     if not isinstance(value, str) or not value.strip():
         raise SceneError(f"{field} must be a string with something in it, not {value!r}")
-
-
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            # Reading allocates what is asked for, so ask for what is there.
-            data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
-    except OSError as error:
-        raise SceneError(f"{path} cannot be read: {error.strerror}") from error
-    if len(data) > limit:
-        raise SceneError(f"{path} is larger than {limit} bytes")
-    return data

@@ -1,4 +1,4 @@
-"""Where clips come from: each source turns a clip id into the scene and the video that the model will see.
+"""What all sources share: the files of a clip, its objects, and `<clip>-clip.json`, the card of what they cannot tell.
 
     synthetic    rendered here, written in Stereo4D's layout, read back
     stereo4d     Stereo4D annotations with rectified left frames
@@ -13,22 +13,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from data_prep.errors import SceneError
+import numpy as np
+
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import Scene
-from data_prep.sources.frames import read_folder, write_video
-from data_prep.sources.stereo4d import frames_size, read_stereo4d
 from data_prep.store.parts import ClipRejected
-from data_prep.synthetic.clip import make_clip, write_clip
-from data_prep.synthetic.worlds import SyntheticConfig
+from data_prep.store.untrusted import SceneError, read_json
 
+MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
 LeftOut = tuple[Mapping[str, str], ...]  # objects that could not be used, each with "reason" and "detail"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Clip:
+class LoadedClip:
     """A clip ready to be asked about.
 
     Attributes:
@@ -42,7 +41,7 @@ class Clip:
     left_out: LeftOut = ()
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """Clips of one kind. Picklable; `load` depends on the clip id alone.
 
     Attributes:
@@ -52,10 +51,10 @@ class Source(Protocol):
     root: Path
 
     def clip_ids(self) -> list[str]:
-        """Ids of all clips, sorted."""
+        """List the ids of all clips, sorted."""
 
-    def load(self, clip_id: str) -> Clip:
-        """The clip.
+    def load(self, clip_id: str) -> LoadedClip:
+        """Load a clip.
 
         Raises:
           ClipRejected: a file is missing, or the clip is below the quality limits.
@@ -64,7 +63,7 @@ class Source(Protocol):
 
 
 def find(folder: Path, stem: str, names: Iterable[tuple[str, ...]]) -> list[Path]:
-    """The files of clip `stem`: for each entry the first of its endings that exists.
+    """Find the files of clip `stem`: for each entry the first of its endings that exists.
 
     Raises:
       ClipRejected: "missing_file", naming all that are not there.
@@ -79,84 +78,81 @@ def find(folder: Path, stem: str, names: Iterable[tuple[str, ...]]) -> list[Path
     return found
 
 
-MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
+def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) -> tuple[Scene, LeftOut]:
+    """Give a scene the objects of its mask and caption files that its tracks f64[N, T, 3] place in the world.
+
+    Raises:
+      SceneError: as `read_masks`, `read_captions` and `objects_from_tracks`.
+    """
+    read = read_masks(masks, scene.num_frames, scene.image_size)
+    objects, dropped = objects_from_tracks(scene, tracks, read, read_captions(captions))
+    return dataclasses.replace(scene, objects=objects), dropped_objects(dropped)
 
 
-def dropped_objects(entries: Iterable[tuple[str, str]]) -> LeftOut:
-    """(object id, why) as entries of `Clip.left_out`."""
-    return tuple({"reason": "object_dropped", "detail": f"{name}: {why}"} for name, why in entries)
+def dropped_objects(reasons: Mapping[str, str]) -> LeftOut:
+    """Return object ids and why they were dropped as entries of `LoadedClip.left_out`."""
+    return tuple({"reason": "object_dropped", "detail": f"{name}: {why}"} for name, why in reasons.items())
 
 
-@dataclasses.dataclass(frozen=True)
-class Stereo4DSource:
-    """Stereo4D clips: `<clip>.npz`, `<clip>-left_rectified.mp4` or a folder `<clip>-left_rectified` of images.
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClipCard:
+    """What is known of a clip.
 
     Attributes:
-      folder: where the clips' files are.
-      root: see `Source`; `folder` itself unless the frames are images.
-      scale: how far their metres can be trusted, see `scene.SCALES`.
+      source_id: the video that it was cut from; clips of one source video never get into both splits.
+      fov_degrees: horizontal field of view; None if unknown.
+      intrinsics: f64[3,3] pixels of one eye's frame; None if unknown.
+      baseline: metres between the eyes; None if unknown.
+      frame_size: (height, width) of the frames that an external tool was given; None = those of the video.
     """
 
-    folder: Path
-    root: Path
-    scale: str = "assumed_baseline"
-
-    def clip_ids(self) -> list[str]:
-        return sorted(p.stem for p in self.folder.glob("*.npz") if not p.stem.endswith("-masks"))
-
-    def load(self, clip_id: str) -> Clip:
-        files = find(self.folder, clip_id, [(".npz",), ("-left_rectified.mp4", "-left_rectified"), MASKS, CAPTIONS])
-        annotations, frames, mask_file, captions = files
-        clip = read_stereo4d(annotations)
-        scene = clip.scene(frames_size(frames, len(clip.timestamps)), scale=self.scale)
-        masks = read_masks(mask_file, scene.num_frames, scene.image_size)
-        objects, dropped = objects_from_tracks(scene, clip.tracks, masks, read_captions(captions))
-        scene = dataclasses.replace(scene, objects=objects)
-        left_out = dropped_objects((d.object_id, d.reason) for d in dropped)
-        return Clip(scene, self._video(clip_id, frames, scene), left_out)
-
-    def _video(self, clip_id: str, frames: Path, scene: Scene) -> Path:
-        """`frames` if it is a video; images become one below the media root."""
-        if frames.is_file():
-            if self.root != self.folder:
-                raise SceneError(f"{frames} is a video, but this run reads frames from folders (stereo4d.frames)")
-            return frames
-        if self.root == self.folder:
-            raise SceneError(
-                f"{frames} is a folder of images: set stereo4d.frames=images, which writes a video of them"
-            )
-        video = self.root / f"{clip_id}.mp4"
-        if not video.exists():
-            self.root.mkdir(parents=True, exist_ok=True)
-            seconds = (scene.timestamps[-1] - scene.timestamps[0]) / max(1, scene.num_frames - 1)
-            write_video(video, read_folder(frames), 1 / seconds if seconds > 0 else 30.0, "mpeg4")
-        return video
+    source_id: str
+    fov_degrees: float | None = None
+    intrinsics: np.ndarray | None = None
+    baseline: float | None = None
+    frame_size: tuple[int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class SyntheticSource:
-    """Rendered clips, written in Stereo4D's layout and read back by its reader.
+def read_card(path: str | Path, stem: str) -> ClipCard:
+    """Read the card at `path`, whose fields may all be left out; without a file, clip `stem` is its own source video.
 
-    Attributes:
-      root: media root; the clips are written into its folder `clips`.
-      config: what they look like.
-      seed, count: clip n of `count` follows from (seed, n, config).
+    Raises:
+      SceneError: not a JSON object, an unknown field, or a value that cannot be; naming file and field.
     """
+    fields = {"source_id": stem} | (read_json(path) if Path(path).exists() else {})
+    checks = {
+        "source_id": (lambda v: isinstance(v, str) and v.strip(), "a text that is not empty"),
+        "fov_degrees": (lambda v: _is_number(v) and 0 < v < 1000, "a number above 0"),
+        "intrinsics": (lambda v: v is None or _is_camera(v), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels"),
+        "baseline": (lambda v: _is_number(v) and 0 < v < 1000, "a number above 0"),
+        "frame_size": (lambda v: v is None or _is_size(v), "[height, width]"),
+    }
+    for name, value in fields.items():
+        if name not in checks:
+            raise SceneError(f"{path}: unknown field {name!r}; there are {', '.join(checks)}")
+        fits, wanted = checks[name]
+        if not fits(value):
+            raise SceneError(f"{path}: {name} must be {wanted}, not {value!r:.80}")
+    if fields.get("intrinsics"):
+        fields["intrinsics"] = np.array(fields["intrinsics"], np.float64)
+    if fields.get("frame_size"):
+        fields["frame_size"] = tuple(fields["frame_size"])
+    return ClipCard(**fields)
 
-    root: Path
-    config: SyntheticConfig
-    seed: int
-    count: int
 
-    @property
-    def folder(self) -> Path:
-        """Where the clips are."""
-        return self.root / "clips"
+def _is_camera(value: Any) -> bool:
+    if not _is_list(value, 3) or not all(_is_list(row, 3) and all(map(_is_number, row)) for row in value):
+        return False
+    return value[2] == [0, 0, 1] and min(value[0][0], value[1][1]) > 0
 
-    def clip_ids(self) -> list[str]:
-        return [f"synthetic-{self.seed}-{n:06d}" for n in range(self.count)]
 
-    def load(self, clip_id: str) -> Clip:
-        made = make_clip(self.seed, int(clip_id.rpartition("-")[2]), self.config)
-        files = write_clip(made, self.folder, codec="mpeg4")
-        return Stereo4DSource(self.folder, self.folder, scale="metric").load(files.annotations.stem)
+def _is_size(value: Any) -> bool:
+    return _is_list(value, 2) and all(type(n) is int and 0 < n < 2**16 for n in value)
+
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9

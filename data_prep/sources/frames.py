@@ -1,4 +1,4 @@
-"""All frames of a clip in and out of files, for the stages that look at pixels."""
+"""Frames of a clip in and out of files."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_prep.errors import SceneError
-from data_prep.sources.stereo4d import frame_files
+from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.files.atomic import replacing
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.video import VideoClip, read_image
+from mllm4d_jax.media.video import VideoClip, probe, read_image
 from mllm4d_jax.qa.errors import MediaError
 
 CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def read_all_frames(path: str | Path, pool: DecodePool, max_frames: int) -> VideoClip:
-    """Every frame of a video, u8[T,H,W,3] RGB, decoded under the pool's time limit.
+    """Read every frame of a video, u8[T,H,W,3] RGB, decoded under the pool's time limit.
 
     Args:
       max_frames: a longer clip is refused before it is decoded (all of it would be in memory at once).
@@ -27,28 +27,25 @@ def read_all_frames(path: str | Path, pool: DecodePool, max_frames: int) -> Vide
     Raises:
       SceneError: unreadable, damaged, or longer than that.
     """
-    try:
-        promised = pool.probe(str(path)).frames
-        if promised is not None and promised > max_frames:
-            raise SceneError(f"{path} has {promised} frames, more than {max_frames}: cut it into clips first")
-        clip = pool.read(str(path), SampleRule("uniform", max_frames, None))
-    except MediaError as error:
-        raise SceneError(str(error)) from error
-    if clip.total_frames > len(clip.frames):
-        raise SceneError(f"{path} has {clip.total_frames} frames, more than {max_frames}: cut it into clips first")
+    clip = None
+    with as_scene_error(MediaError):
+        count = pool.probe(str(path)).frames
+        if count is None or count <= max_frames:
+            clip = pool.read(str(path), SampleRule("uniform", max_frames, None))
+            count = clip.total_frames
+    if clip is None or count > len(clip.frames):
+        raise SceneError(f"{path} has {count} frames, more than {max_frames}: cut it into clips first")
     return clip
 
 
 def read_folder(path: str | Path) -> np.ndarray:
-    """u8[T,H,W,3] RGB of a folder of images, ordered by the numbers in their names.
+    """Read a folder of images, ordered by the numbers in their names: u8[T,H,W,3] RGB.
 
     Raises:
       SceneError: no images, an unreadable one, or sizes that differ.
     """
-    try:
-        images = [read_image(str(file)) for file in frame_files(path)]
-    except MediaError as error:
-        raise SceneError(str(error)) from error
+    with as_scene_error(MediaError):
+        images = [read_image(str(file)) for file in _frame_files(path)]
     if not images:
         raise SceneError(f"{path} holds no images")
     if len({image.shape for image in images}) > 1:
@@ -56,8 +53,42 @@ def read_folder(path: str | Path) -> np.ndarray:
     return np.stack(images)
 
 
+def frames_size(path: str | Path, frames: int) -> tuple[int, int]:
+    """Return (height, width) of a video or a folder of images, and check that it has `frames` frames.
+
+    For a video the promised number counts; only decoding it tells the truth.
+
+    Raises:
+      SceneError: missing, unreadable, or of another length.
+    """
+    path = Path(path)
+    with as_scene_error(MediaError):
+        if path.is_dir():
+            files = _frame_files(path)
+            found, size = len(files), read_image(str(files[0])).shape[:2] if files else (0, 0)
+        else:
+            info = probe(str(path))
+            found, size = info.frames, (info.height, info.width)
+    if found is not None and found != frames:
+        raise SceneError(f"{path} has {found} frames, its annotations {frames}; are they of the same clip?")
+    return int(size[0]), int(size[1])
+
+
+def _frame_files(folder: str | Path) -> list[Path]:
+    """The image files of a folder, ordered by the last number in their names. Raises SceneError: none or a double."""
+    numbers: dict[int, Path] = {}
+    for file in (p for p in Path(folder).iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES):
+        digits = "".join(c if c in "0123456789" else " " for c in file.stem).split()
+        if not digits or len(digits[-1]) > 18 or int(digits[-1]) in numbers:
+            raise SceneError(
+                f"{file}: frames are ordered by the last number in their names; this one has none or a double"
+            )
+        numbers[int(digits[-1])] = file
+    return [numbers[n] for n in sorted(numbers)]
+
+
 def write_video(path: str | Path, frames: np.ndarray, fps: float, codec: str) -> None:
-    """Writes u8[T,H,W,3] RGB frames; the file is there whole or not at all.
+    """Write u8[T,H,W,3] RGB frames; the file is there whole or not at all.
 
     Args:
       codec: key of `CODECS`.
@@ -76,3 +107,13 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, codec: str) ->
         for frame in frames:
             writer.write(np.ascontiguousarray(frame[..., ::-1]))
         writer.release()
+
+
+def encode_jpeg(frame: np.ndarray, quality: int = 95) -> bytes:
+    """Encode a frame u8[H, W, 3] RGB as a JPEG file; `quality` 1-100. Raises ValueError for anything else."""
+    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size or not 1 <= quality <= 100:
+        raise ValueError(f"cannot encode {frame.dtype}{list(frame.shape)} as JPEG of quality {quality}")
+    ok, data = cv2.imencode(".jpg", np.ascontiguousarray(frame[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not ok:
+        raise ValueError(f"a frame of shape {list(frame.shape)} cannot be encoded as JPEG")
+    return data.tobytes()

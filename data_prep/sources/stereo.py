@@ -1,7 +1,7 @@
 """The `stereo` source: raw stereo pairs or packed side-by-side videos, through the stereo stage.
 
 Two views of a clip are `<clip>-left.mp4` and `<clip>-right.mp4` (or Stereo4D's `-left_rectified.mp4`,
-`-right_rectified.mp4`), or one packed `<clip>.mp4`. The camera is in `<clip>-clip.json` (see `clip_card`) or the same
+`-right_rectified.mp4`), or one packed `<clip>.mp4`. The camera is in `<clip>-clip.json` (`base.ClipCard`) or the same
 for all clips. Where a BootsTAP file `<clip>-bootstap.npz` is there, object points are its tracks of the left view
 instead of the stage's own. A clip takes seconds to minutes, so its scene is kept and read back by the next run.
 """
@@ -14,25 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.scenes.objects import (
-    Caption,
-    lift_tracks,
-    objects_from_tracks,
-    read_bootstap,
-    read_captions,
-    read_masks,
-)
-from data_prep.scenes.scene import Scene, SceneError, load_scene, save_scene
-from data_prep.sources.base import CAPTIONS, MASKS, Clip, dropped_objects, find
-from data_prep.sources.clip_card import ClipCard, read_card
+from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
+from data_prep.scenes.scene import Scene, load_scene, save_scene
+from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, dropped_objects, find, read_card
 from data_prep.sources.frames import read_all_frames, write_video
-from data_prep.stereo import ObjectMasks, Reconstruction, StereoError, reconstruct_clip, split_side_by_side
+from data_prep.stereo.disparity import StereoError, split_side_by_side
 from data_prep.stereo.quality import QualityLimits
+from data_prep.stereo.stage import Reconstruction, reconstruct_clip
 from data_prep.store.parts import ClipRejected, clip_file_name
+from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.media.decode_pool import DecodePool
 
 PAIR = "pair"
-LAYOUTS = (PAIR, "left_right", "right_left", "top_bottom", "bottom_top")
 _LEFT, _RIGHT = ("-left.mp4", "-left_rectified.mp4"), ("-right.mp4", "-right_rectified.mp4")
 
 
@@ -44,7 +37,7 @@ class StereoSource:
       folder: where the clips' files are.
       root: media root: `folder` for pairs; for packed videos the place where their left views are written.
       scenes: folder that keeps the scenes.
-      layout: one of `LAYOUTS`.
+      layout: "pair", or how both views are packed, see `split_side_by_side`.
       fov_degrees: horizontal field of view of one eye, for clips whose card has neither that nor intrinsics.
       baseline: metres between the eyes, for clips whose card has none; None = 0.063 m is assumed, and the scale is
         marked so.
@@ -71,7 +64,7 @@ class StereoSource:
         names = (p.name for p in self.folder.glob("*.mp4"))
         return sorted({name.removesuffix(ending) for name in names for ending in _LEFT if name.endswith(ending)})
 
-    def load(self, clip_id: str) -> Clip:
+    def load(self, clip_id: str) -> LoadedClip:
         views = [_LEFT, _RIGHT] if self.layout == PAIR else [(".mp4",)]
         *videos, mask_file, caption_file = find(self.folder, clip_id, [*views, MASKS, CAPTIONS])
         video = videos[0] if self.layout == PAIR else self.root / f"{clip_id}-left.mp4"
@@ -82,7 +75,7 @@ class StereoSource:
             scene = self._reconstruct(clip_id, videos, video, mask_file, caption_file)
             save_scene(scene, kept)
         left_out = scene.provenance["objects_left_out"]
-        return Clip(scene, video, dropped_objects(sorted(left_out.items())))
+        return LoadedClip(scene, video, dropped_objects(dict(sorted(left_out.items()))))
 
     def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, mask_file: Path, captions: Path) -> Scene:
         card = read_card(self.folder / f"{clip_id}-clip.json", clip_id)
@@ -92,7 +85,7 @@ class StereoSource:
         nameless = sorted(set(masks) - set(names))
         if nameless:
             raise SceneError(f"{captions}: no caption for the masks {nameless[0]!r}")
-        objects = [ObjectMasks(n, mask, names[n].description, names[n].category) for n, mask in masks.items()]
+        fov = self.fov_degrees if card.fov_degrees is None else card.fov_degrees
         try:
             found = reconstruct_clip(
                 left,
@@ -101,11 +94,13 @@ class StereoSource:
                 source_id=card.source_id,
                 timestamps=np.arange(len(left)) / fps,
                 baseline=self.baseline if card.baseline is None else card.baseline,
-                objects=objects,
+                masks=masks,
+                captions=names,
                 max_disparity=self.max_disparity,
                 limits=self.limits,
                 provenance={"files": [path.name for path in videos]},
-                **self._camera(card),
+                intrinsics=card.intrinsics,
+                fov_degrees=fov if card.intrinsics is None else None,
             )
         except StereoError as error:
             raise ClipRejected(error.reason, str(error), card.source_id) from error
@@ -122,21 +117,14 @@ class StereoSource:
         """Left and right frames u8[T,H,W,3] and frames per second."""
         clips = [read_all_frames(path, self.pool, self.max_frames) for path in videos]
         if self.layout != PAIR:
-            try:
+            with as_scene_error(StereoError, name=str(videos[0])):
                 return *split_side_by_side(clips[0].frames, self.layout), clips[0].source_fps
-            except StereoError as error:
-                raise SceneError(f"{videos[0]}: {error}") from error
         left, right = clips
         if left.frames.shape != right.frames.shape:
             raise SceneError(
                 f"{videos[0]} is {left.frames.shape[:3]} (frames, height, width), {videos[1]} {right.frames.shape[:3]}"
             )
         return left.frames, right.frames, left.source_fps
-
-    def _camera(self, card: ClipCard) -> dict[str, object]:
-        if card.intrinsics is not None:
-            return {"intrinsics": card.intrinsics}
-        return {"fov_degrees": self.fov_degrees if card.fov_degrees is None else card.fov_degrees}
 
 
 def _with_tracks(
@@ -147,5 +135,5 @@ def _with_tracks(
     known = np.isfinite(found.depths)
     tracks = lift_tracks(pixels, found.depths, known, scene.intrinsics, scene.camera_to_world)
     objects, dropped = objects_from_tracks(scene, tracks, masks, names)
-    notes = {"objects_left_out": {d.object_id: d.reason for d in dropped}, "tracks": file}
+    notes = {"objects_left_out": dropped, "tracks": file}
     return dataclasses.replace(scene, objects=objects, provenance={**scene.provenance, **notes})

@@ -1,24 +1,27 @@
-"""Reader of Stereo4D's annotation files (arXiv 2412.09621; one npz per clip) with their rectified frames."""
+"""The `stereo4d` source: Stereo4D's annotations (arXiv 2412.09621; one npz per clip) with their rectified frames.
+
+`synthetic` is made of rendered clips in the same layout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_prep.errors import SceneError
-from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of, nearest_rigid
-from data_prep.store.npz import read_npz
-from mllm4d_jax.media.video import probe, read_image
-from mllm4d_jax.qa.errors import MediaError
+from data_prep.scenes.scene import Scene, intrinsics_of, nearest_rigid
+from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, with_objects
+from data_prep.sources.frames import frames_size, read_folder, write_video
+from data_prep.store.untrusted import SceneError, as_scene_error, numbers, read_npz
+from data_prep.synthetic.clip import make_clip, write_clip
+from data_prep.synthetic.worlds import SyntheticConfig
 
 FOV = 60.0  # degrees across, of the released rectified frames
 BASELINE = 0.063  # metres, assumed by the authors for every camera
 MAX_FRAMES = 10_000
 MAX_TRACK_BYTES = 2**31  # of the dense tracks, float64[N, T, 3]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _KEYS = ("name", "video_id", "timestamps", "camera2world", "rectified2rig", "fov_bounds")
 _TRACK_KEYS = ("track_lengths", "track_indices", "track_coordinates")
 
@@ -46,23 +49,14 @@ class Stereo4DClip:
     fov_bounds: np.ndarray
     tracks: np.ndarray
 
-    def scene(
-        self,
-        image_size: tuple[int, int],
-        *,
-        fov: float = FOV,
-        scale: str = "assumed_baseline",
-        objects: tuple[SceneObject, ...] = (),
-        quality: dict[str, Any] | None = None,
-    ) -> Scene:
-        """The clip's scene.
+    def scene(self, image_size: tuple[int, int], *, fov: float = FOV, scale: str = "assumed_baseline") -> Scene:
+        """Make the clip's scene, without objects.
 
         Args:
           image_size: (height, width) of the rectified frames (`frames_size`).
           fov: their horizontal field of view, degrees.
           scale: how far the metres can be trusted. Stereo4D assumes one baseline for every camera, so the default is
             "assumed_baseline"; give "metric" or "relative" for a clip that has been checked.
-          quality: figures for the provenance.
 
         Raises:
           SceneError: something does not fit.
@@ -74,19 +68,19 @@ class Stereo4DClip:
             intrinsics=np.repeat(intrinsics_of(image_size, fov)[None], len(self.timestamps), axis=0),
             image_size=image_size,
             timestamps=self.timestamps,
-            objects=objects,
+            objects=(),
             scale=scale,
             provenance={
                 "tool": "stereo4d",
                 "files": [Path(self.path).name],
                 "parameters": {"fov": fov, "baseline": BASELINE},
-                "quality": quality or {},
+                "quality": {},
             },
         )
 
 
 def read_stereo4d(path: str | Path) -> Stereo4DClip:
-    """Reads one annotation file.
+    """Read one annotation file.
 
     Poses are stored with few digits; their 3x3 part is replaced by the nearest rotation where it is within 1e-3 of one.
 
@@ -99,14 +93,12 @@ def read_stereo4d(path: str | Path) -> Stereo4DClip:
     missing = [key for key in (*_KEYS, *_TRACK_KEYS) if key not in arrays]
     if missing:
         raise SceneError(f"{path}: no {', '.join(missing)}; not a Stereo4D annotation file")
-    timestamps = _timestamps(path, arrays["timestamps"])
+    timestamps = _timestamps(path, arrays)
     count = len(timestamps)
-    poses = _numbers(path, "camera2world", arrays["camera2world"], (count, 3, 4))
-    try:
+    poses = numbers(path, arrays, "camera2world", (count, 3, 4))
+    with as_scene_error(SceneError, name=f"{path}: camera2world"):
         poses = nearest_rigid(poses)
-    except SceneError as error:
-        raise SceneError(f"{path}: camera2world: {error}") from error
-    rig = _numbers(path, "rectified2rig", arrays["rectified2rig"], (2, 3, 3))
+    rig = numbers(path, arrays, "rectified2rig", (2, 3, 3))
     if np.abs(rig @ rig.swapaxes(1, 2) - np.eye(3)).max() > 1e-3 or (np.linalg.det(rig) < 0).any():
         raise SceneError(f"{path}: rectified2rig must hold two rotations")
     return Stereo4DClip(
@@ -116,68 +108,14 @@ def read_stereo4d(path: str | Path) -> Stereo4DClip:
         timestamps=timestamps / 1e6,
         camera_to_world=poses,
         rectified_to_rig=rig,
-        fov_bounds=_numbers(path, "fov_bounds", arrays["fov_bounds"], (4,)),
-        tracks=_scatter(path, count, *(arrays[key] for key in _TRACK_KEYS)),
+        fov_bounds=numbers(path, arrays, "fov_bounds", (4,)),
+        tracks=_scatter(path, count, arrays),
     )
 
 
-def frames_size(path: str | Path, frames: int) -> tuple[int, int]:
-    """(height, width) of the rectified frames, a video or a folder of images; checks that there are `frames` of them.
-
-    For a video the promised number counts; only decoding it tells the truth.
-
-    Raises:
-      SceneError: missing, unreadable, or of another length than the annotations.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            files = frame_files(path)
-            found = len(files)
-            size = read_image(str(files[0])).shape[:2] if files else (0, 0)
-        else:
-            info = probe(str(path))
-            found, size = info.frames, (info.height, info.width)
-    except MediaError as error:
-        raise SceneError(str(error)) from error
-    if found is not None and found != frames:
-        raise SceneError(f"{path} has {found} frames, its annotations {frames}; are they of the same clip?")
-    return int(size[0]), int(size[1])
-
-
-def frame_files(folder: str | Path) -> list[Path]:
-    """The image files of a folder of frames, in the order of the numbers in their names.
-
-    Raises:
-      SceneError: two names have the same number, or one has none.
-    """
-    files = [p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    numbers: dict[int, Path] = {}
-    for file in files:
-        digits = "".join(c if c in "0123456789" else " " for c in file.stem).split()
-        if not digits or len(digits[-1]) > 18 or int(digits[-1]) in numbers:
-            raise SceneError(
-                f"{file}: frames are ordered by the last number in their names; this one has none or a double"
-            )
-        numbers[int(digits[-1])] = file
-    return [numbers[n] for n in sorted(numbers)]
-
-
-def _numbers(path: str, key: str, array: np.ndarray, shape: tuple[int | None, ...], kinds: str = "fiu") -> np.ndarray:
-    """f64 copy of a finite array of `shape` (None = any)."""
-    fits = array.ndim == len(shape) and all(w is None or n == w for n, w in zip(array.shape, shape, strict=True))
-    if array.dtype.kind not in kinds or not fits:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise SceneError(f"{path}: {key} is {array.dtype}{list(array.shape)}, expected numbers [{wanted}]")
-    array = array.astype(np.float64)
-    if not np.isfinite(array).all():
-        raise SceneError(f"{path}: {key} holds NaN or infinite values")
-    return array
-
-
-def _timestamps(path: str, array: np.ndarray) -> np.ndarray:
+def _timestamps(path: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """f64[T] microseconds."""
-    timestamps = _numbers(path, "timestamps", array, (None,))
+    timestamps = numbers(path, arrays, "timestamps", (None,))
     if not 1 <= len(timestamps) <= MAX_FRAMES:
         raise SceneError(f"{path}: timestamps has {len(timestamps)} frames; expected 1 to {MAX_FRAMES}")
     if (np.diff(timestamps) <= 0).any():
@@ -200,17 +138,16 @@ def _text(path: str, key: str, array: np.ndarray) -> str:
     return text
 
 
-def _scatter(path: str, frames: int, lengths: np.ndarray, indices: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
+def _scatter(path: str, frames: int, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Ragged tracks to f64[N, frames, 3] with NaN where a track has no point."""
-    lengths = _numbers(path, "track_lengths", lengths, (None,), "iu")
-    total = len(indices) if indices.ndim == 1 else -1
-    indices = _numbers(path, "track_indices", indices, (None,), "iu")
+    lengths, indices = (numbers(path, arrays, key, (None,), kinds="iu") for key in _TRACK_KEYS[:2])
+    total = len(indices)
     if (lengths < 0).any() or (lengths > frames).any():
         raise SceneError(f"{path}: track_lengths must be within [0, {frames}], the number of frames")
     lengths = lengths.astype(np.int64)
     if int(lengths.sum()) != total:
         raise SceneError(f"{path}: track_lengths add up to {int(lengths.sum())}, track_indices has {total} entries")
-    coordinates = _numbers(path, "track_coordinates", coordinates, (total, 3))
+    coordinates = numbers(path, arrays, "track_coordinates", (total, 3))
     if ((indices < 0) | (indices >= frames)).any():
         raise SceneError(f"{path}: track_indices must be within [0, {frames - 1}], the frame numbers")
     indices = indices.astype(np.int64)
@@ -225,3 +162,70 @@ def _scatter(path: str, frames: int, lengths: np.ndarray, indices: np.ndarray, c
     tracks = np.full((len(lengths) * frames, 3), np.nan)
     tracks[cell] = coordinates
     return tracks.reshape(len(lengths), frames, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stereo4DSource:
+    """Stereo4D clips: `<clip>.npz`, `<clip>-left_rectified.mp4` or a folder `<clip>-left_rectified` of images.
+
+    Attributes:
+      folder: where the clips' files are.
+      root: see `ClipSource`; `folder` itself unless the frames are images.
+      scale: how far their metres can be trusted, see `scene.SCALES`.
+    """
+
+    folder: Path
+    root: Path
+    scale: str = "assumed_baseline"
+
+    def clip_ids(self) -> list[str]:
+        return sorted(p.stem for p in self.folder.glob("*.npz") if not p.stem.endswith("-masks"))
+
+    def load(self, clip_id: str) -> LoadedClip:
+        files = find(self.folder, clip_id, [(".npz",), ("-left_rectified.mp4", "-left_rectified"), MASKS, CAPTIONS])
+        annotations, frames, masks, captions = files
+        clip = read_stereo4d(annotations)
+        scene = clip.scene(frames_size(frames, len(clip.timestamps)), scale=self.scale)
+        scene, left_out = with_objects(scene, clip.tracks, masks, captions)
+        return LoadedClip(scene, self._video(clip_id, frames, scene), left_out)
+
+    def _video(self, clip_id: str, frames: Path, scene: Scene) -> Path:
+        """`frames` if it is a video; images become one below the media root."""
+        if frames.is_file():
+            if self.root != self.folder:
+                raise SceneError(f"{frames} is a video, but this run reads frames from folders (stereo4d.frames)")
+            return frames
+        if self.root == self.folder:
+            raise SceneError(
+                f"{frames} is a folder of images: set stereo4d.frames=images, which writes a video of them"
+            )
+        video = self.root / f"{clip_id}.mp4"
+        if not video.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            seconds = (scene.timestamps[-1] - scene.timestamps[0]) / max(1, scene.num_frames - 1)
+            write_video(video, read_folder(frames), 1 / seconds if seconds > 0 else 30.0, "mpeg4")
+        return video
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """Rendered clips, written in Stereo4D's layout and read back by its reader.
+
+    Attributes:
+      root: media root; the clips are written into its folder `clips`.
+      config: what they look like.
+      seed, count: clip n of `count` follows from (seed, n, config).
+    """
+
+    root: Path
+    config: SyntheticConfig
+    seed: int
+    count: int
+
+    def clip_ids(self) -> list[str]:
+        return [f"synthetic-{self.seed}-{n:06d}" for n in range(self.count)]
+
+    def load(self, clip_id: str) -> LoadedClip:
+        made, folder = make_clip(self.seed, int(clip_id.rpartition("-")[2]), self.config), self.root / "clips"
+        write_clip(made, folder, codec="mpeg4")
+        return Stereo4DSource(folder, folder, scale="metric").load(made.scene.clip_id)

@@ -8,24 +8,3 @@
 
 Measured on synthetic clips by `benchmarks/stereo_accuracy.py`.
 """
-
-from data_prep.stereo.disparity import (
-    StereoError,
-    depth_from_disparity,
-    estimate_disparity,
-    split_side_by_side,
-)
-from data_prep.stereo.stage import ObjectMasks, Reconstruction, reconstruct, reconstruct_clip
-from data_prep.stereo.trajectory import estimate_trajectory
-
-__all__ = [
-    "ObjectMasks",
-    "Reconstruction",
-    "StereoError",
-    "depth_from_disparity",
-    "estimate_disparity",
-    "estimate_trajectory",
-    "reconstruct",
-    "reconstruct_clip",
-    "split_side_by_side",
-]

@@ -7,9 +7,8 @@ import math
 import cv2
 import numpy as np
 
-_UPSAMPLE = (
-    2  # matching at twice the size halves the error of SGBM's parabola (2.1 % -> 1.0 % median at 512 px, 60 deg)
-)
+# Matching at twice the size halves the error of SGBM's parabola (2.1 % -> 1.0 % median at 512 px, 60 deg).
+_UPSAMPLE = 2
 _BLOCK = 5  # matching window, pixels of the upsampled image
 _REFINE_WINDOW = 9  # window of the sub-pixel refinement, native pixels
 _REFINE_STEPS = 3
@@ -34,8 +33,19 @@ class StereoError(ValueError):
         return self.message if self.frame is None else f"frame {self.frame}: {self.message}"
 
 
+def check_array(name: str, array: np.ndarray, dtype: type | None, shape: tuple[int | None, ...]) -> None:
+    """Raise StereoError unless an array has that dtype (None = any) and shape (None = any size above 0)."""
+    sides = array.ndim == len(shape) and all(
+        n > 0 if w is None else n == w for n, w in zip(array.shape, shape, strict=True)
+    )
+    if not sides or (dtype is not None and array.dtype != dtype):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        kind = "" if dtype is None else np.dtype(dtype)
+        raise StereoError(f"{name} must be {kind}[{wanted}], got {array.dtype}{list(array.shape)}")
+
+
 def estimate_disparity(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Disparity of the left view of a rectified pair: (f32[H,W] native pixels, 0 where invalid; bool[H,W] valid).
+    """Estimate a rectified pair's disparity in the left view: f32[H,W] native pixels, 0 where invalid; bool[H,W] valid.
 
     `match_pair` gives the same and the left-right error; arguments and errors are its own.
     """
@@ -44,7 +54,7 @@ def estimate_disparity(left: np.ndarray, right: np.ndarray, max_disparity: int) 
 
 
 def match_pair(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Disparity of the left view of a rectified pair, and how well the right view confirms it.
+    """Estimate the disparity of the left view of a rectified pair, and how well the right view confirms it.
 
     Semi-global matching (OpenCV SGBM, 3-way) on images enlarged twice and padded on the left, checked against the
     match of the right view, then moved to the minimum of the window's squared difference by a few Gauss-Newton steps
@@ -80,7 +90,7 @@ def match_pair(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple
 
 
 def left_right_error(disparity: np.ndarray, right_disparity: np.ndarray) -> np.ndarray:
-    """|d_left(x) - d_right(x - d_left)| in pixels, f32[H,W]; inf where the other view has no match (NaN)."""
+    """Return |d_left(x) - d_right(x - d_left)| in pixels, f32[H,W]; inf where the other view has no match (NaN)."""
     columns = np.arange(disparity.shape[1])
     target = np.rint(columns - disparity).astype(np.int64)
     inside = (target >= 0) & (target < disparity.shape[1])
@@ -98,7 +108,7 @@ def depth_from_disparity(
     min_depth: float = 0.1,
     max_depth: float = 20.0,
 ) -> np.ndarray:
-    """Depth z = fx * baseline / disparity, f32[...] metres, NaN where invalid or outside [min_depth, max_depth].
+    """Return depth z = fx * baseline / disparity, f32[...] metres, NaN where invalid or outside [min_depth, max_depth].
 
     The far limit of 20 m is Stereo4D's: with its 63 mm baseline that is 1.4 px of disparity at 512 px and 60 degrees.
 
@@ -124,7 +134,7 @@ def depth_from_disparity(
 
 
 def split_side_by_side(frames: np.ndarray, layout: str = "left_right") -> tuple[np.ndarray, np.ndarray]:
-    """The two views of a side-by-side or top-bottom stereo video, as views on u8[T,H,W,3].
+    """Split a side-by-side or top-bottom stereo video into its two views (NumPy views on u8[T,H,W,3]).
 
     Args:
       frames: u8[T,H,W,3] packed frames.

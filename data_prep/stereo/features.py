@@ -18,12 +18,12 @@ _EDGE_WINDOW = 7
 
 
 def grey_frames(frames: np.ndarray) -> np.ndarray:
-    """u8[T,H,W,3] RGB -> u8[T,H,W]."""
+    """Convert u8[T,H,W,3] RGB to u8[T,H,W]."""
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
 
 
 def seed_points(grey: np.ndarray, allowed: np.ndarray, count: int, taken: np.ndarray | None = None) -> np.ndarray:
-    """Up to `count` well-trackable points, the strongest of each grid cell first.
+    """Choose up to `count` well-trackable points, the strongest of each grid cell first.
 
     Args:
       grey: u8[H,W].
@@ -66,7 +66,7 @@ def _isotropic(grey: np.ndarray) -> np.ndarray:
 def follow_points(
     first: np.ndarray, second: np.ndarray, points: np.ndarray, guess: np.ndarray | None = None, max_error: float = 0.7
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pyramidal Lucas-Kanade with forward-backward check.
+    """Follow points by pyramidal Lucas-Kanade with forward-backward check.
 
     Args:
       first, second: u8[H,W].
@@ -98,7 +98,7 @@ def follow_points(
 
 
 def patches(grey: np.ndarray, points: np.ndarray, size: int = 13) -> np.ndarray:
-    """Windows around f32[N,2] array coordinates of u8[H,W], each of zero mean and unit norm: f32[N,size*size].
+    """Cut windows around f32[N,2] array coordinates of u8[H,W], each of zero mean and unit norm: f32[N,size*size].
 
     The dot product of two windows is their normalised cross-correlation.
     """
@@ -115,7 +115,7 @@ def patches(grey: np.ndarray, points: np.ndarray, size: int = 13) -> np.ndarray:
 
 
 def clear_of_edges(depth: np.ndarray) -> np.ndarray:
-    """Depth f32[H,W] with NaN also near depth steps, where a window sees two surfaces and the depth is of either."""
+    """Set depth f32[H,W] to NaN near depth steps too, where a window sees two surfaces and the depth is of either."""
     kernel = np.ones((_EDGE_WINDOW, _EDGE_WINDOW), np.uint8)
     known = np.isfinite(depth) & (depth > 0)
     far = cv2.dilate(np.where(known, depth, -np.inf).astype(np.float32), kernel)
@@ -125,7 +125,7 @@ def clear_of_edges(depth: np.ndarray) -> np.ndarray:
 
 
 def sample_depth(depth: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Depth at f32[N,2] array coordinates, f64[N]; bilinear in 1/z (planes are linear in it); NaN beside a NaN."""
+    """Read depth at f32[N,2] array coordinates, f64[N]; bilinear in 1/z (planes are linear in it); NaN beside a NaN."""
     height, width = depth.shape
     column = np.clip(points[:, 0].astype(np.float64), 0, width - 1)
     row = np.clip(points[:, 1].astype(np.float64), 0, height - 1)
@@ -139,7 +139,7 @@ def sample_depth(depth: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def sample_mask(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """bool[N]: `mask` bool[H,W] at the pixel of each f32[N,2] array coordinate."""
+    """Read a mask bool[H,W] at the pixel of each f32[N,2] array coordinate, bool[N]."""
     height, width = mask.shape
     column = np.clip(np.rint(points[:, 0]).astype(int), 0, width - 1)
     row = np.clip(np.rint(points[:, 1]).astype(int), 0, height - 1)
@@ -147,13 +147,13 @@ def sample_mask(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def backproject(points: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """Camera-frame points f64[N,3] of array coordinates f32[N,2] at depths f64[N], intrinsics f64[3,3]."""
+    """Return camera-frame points f64[N,3] of array coordinates f32[N,2] at depths f64[N], intrinsics f64[3,3]."""
     rays = np.column_stack([points.astype(np.float64) + 0.5, np.ones(len(points))]) @ np.linalg.inv(intrinsics).T
     return rays * depth[:, None]
 
 
 def project(world: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Array coordinates f64[N,2] and depths f64[N] of world points f64[N,3] in the camera f64[3,4]."""
+    """Return array coordinates f64[N,2] and depths f64[N] of world points f64[N,3] in the camera f64[3,4]."""
     camera = world @ world_to_camera[:, :3].T + world_to_camera[:, 3]
     image = camera @ intrinsics.T
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -161,5 +161,5 @@ def project(world: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarr
 
 
 def to_world(camera_points: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
-    """World points f64[N,3] of camera-frame points f64[N,3]: R'(x - t)."""
+    """Return world points f64[N,3] of camera-frame points f64[N,3]: R'(x - t)."""
     return (camera_points - world_to_camera[:, 3]) @ world_to_camera[:, :3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Self
 
 import numpy as np
 
@@ -43,8 +44,21 @@ class Quality:
     keyframes: int
     scale: str
 
+    @classmethod
+    def of(cls, figures: Mapping[str, float], trajectory: Trajectory, tracks: PointTracks, scale: str) -> Self:
+        """Compute all figures of a clip; `figures` are those of matching."""
+        return cls(
+            **figures,
+            reprojection_rms=float(trajectory.reprojection_rms.max()),
+            inlier_ratio=float(trajectory.inlier_ratio.min()),
+            static_drift=static_drift(tracks, trajectory),
+            path_length=trajectory.path_length,
+            keyframes=len(trajectory.keyframes),
+            scale=scale,
+        )
+
     def as_dict(self) -> dict[str, float | int | str | None]:
-        """JSON-able: figures that could not be measured (NaN) become None."""
+        """Return a JSON-able object: figures that could not be measured (NaN) become None."""
         items = dataclasses.asdict(self).items()
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in items}
 
@@ -64,7 +78,7 @@ class QualityLimits:
 
 
 def check_quality(figures: Mapping[str, float], limits: QualityLimits) -> tuple[str, ...]:
-    """The limits that `figures` break, one sentence each ("valid_disparity 0.12 is below 0.3"); () = accepted.
+    """List the limits that `figures` break, one sentence each ("valid_disparity 0.12 is below 0.3"); () = accepted.
 
     Args:
       figures: named as in `Quality`; those not measured yet may be absent. None or NaN (could not be measured) breaks
@@ -90,7 +104,7 @@ def check_quality(figures: Mapping[str, float], limits: QualityLimits) -> tuple[
 def vertical_error(
     left: np.ndarray, right: np.ndarray, disparity: np.ndarray, valid: np.ndarray, points: int = 200
 ) -> float:
-    """Median |row difference| in pixels of points followed from the left to the right view; NaN if none is.
+    """Measure the median |row difference| in pixels of points followed from the left to the right view; NaN if none is.
 
     Args:
       left, right: u8[H,W,3].
@@ -105,7 +119,7 @@ def vertical_error(
 
 
 def static_drift(tracks: PointTracks, trajectory: Trajectory) -> float:
-    """Median over background tracks (2 sightings or more) of rms distance from their mean point / distance to it.
+    """Measure the median over background tracks (2 sightings or more) of rms distance from their mean / distance to it.
 
     NaN without such tracks. Tracks of unmasked moving objects are few enough not to move a median.
     """
@@ -120,7 +134,7 @@ def static_drift(tracks: PointTracks, trajectory: Trajectory) -> float:
 
 
 def require_quality(figures: Mapping[str, float], limits: QualityLimits | None, clip_id: str) -> None:
-    """Refuses a clip whose figures (as in `check_quality`) break a limit; `limits` None = accepts everything.
+    """Refuse a clip whose figures (as in `check_quality`) break a limit; `limits` None = accepts everything.
 
     Raises:
       StereoError: reason "low_quality", naming every broken limit.

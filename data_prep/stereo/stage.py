@@ -5,35 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of
-from data_prep.stereo.disparity import StereoError, depth_from_disparity, match_pair
-from data_prep.stereo.quality import Quality, QualityLimits, require_quality, static_drift, vertical_error
+from data_prep.stereo.disparity import StereoError, check_array, depth_from_disparity, match_pair
+from data_prep.stereo.quality import Quality, QualityLimits, require_quality, vertical_error
 from data_prep.stereo.tracks import PointTracks, reject_outliers, track_points
 from data_prep.stereo.trajectory import Trajectory, solve_trajectory
 
 STEREO4D_BASELINE = 0.063  # metres: what Stereo4D assumes for every VR180 camera
 _MIN_OBJECT_POINTS = 4
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class ObjectMasks:
-    """One object's masks, from a segmenter or a sidecar file.
-
-    Attributes:
-      object_id: unique in the clip.
-      masks: bool[T,H,W] in the left view.
-      description: fine-grained noun phrase, '' if unknown.
-      category: broad class, '' if unknown.
-    """
-
-    object_id: str
-    masks: np.ndarray
-    description: str = ""
-    category: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,11 +38,6 @@ class Reconstruction:
     quality: Quality
 
 
-def reconstruct(left: np.ndarray, right: np.ndarray, **arguments: Any) -> Scene:
-    """The scene of a rectified stereo clip; `reconstruct_clip` with the same arguments gives depths and tracks too."""
-    return reconstruct_clip(left, right, **arguments).scene
-
-
 def reconstruct_clip(
     left: np.ndarray,
     right: np.ndarray,
@@ -68,13 +48,14 @@ def reconstruct_clip(
     intrinsics: np.ndarray | None = None,
     fov_degrees: float | None = None,
     baseline: float | None = None,
-    objects: Sequence[ObjectMasks] = (),
+    masks: Mapping[str, np.ndarray] = MappingProxyType({}),
+    captions: Mapping[str, Caption] = MappingProxyType({}),
     max_disparity: int | None = None,
     max_depth: float = 20.0,
     limits: QualityLimits | None = QualityLimits(),  # noqa: B008 - frozen
     provenance: Mapping[str, Any] | None = None,
 ) -> Reconstruction:
-    """Depth, camera path, tracks and object points of a rectified stereo clip, without any given pose.
+    """Find depth, camera path, tracks and object points of a rectified stereo clip, without any given pose.
 
     Objects of which fewer than four points could be followed are left out of the scene and named under
     `provenance["objects_left_out"]`.
@@ -87,7 +68,8 @@ def reconstruct_clip(
       fov_degrees: horizontal field of view of a centred pinhole (Stereo4D's clips: 60).
       baseline: metres between the optical centres. None = 0.063 as Stereo4D assumes; the scene's scale then says
         "assumed_baseline" instead of "metric".
-      objects: masks of objects; they are kept out of the camera's pose.
+      masks: per object id, bool[T,H,W] in the left view; objects are kept out of the camera's pose.
+      captions: per object id, what it is called; without one its name stays empty.
       max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m).
       max_depth: metres; what is farther is unknown (Stereo4D: 20).
       limits: the clip is rejected when it breaks one; None = never.
@@ -97,7 +79,7 @@ def reconstruct_clip(
       StereoError: bad input, no pose for a frame, or quality below the limits; `reason` tells which.
       SceneError: ids, timestamps or provenance do not make a scene.
     """
-    _check_clip(left, right, timestamps, objects)
+    _check_clip(left, right, timestamps, masks)
     height, width = left.shape[1:3]
     intrinsics = _camera(intrinsics, fov_degrees, height, width)
     scale = "assumed_baseline" if baseline is None else "metric"
@@ -105,12 +87,12 @@ def reconstruct_clip(
     search = max(1, width // 8) if max_disparity is None else max_disparity
     depths, figures = _clip_depths(left, right, intrinsics[0, 0], metres, search, max_depth)
     require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
-    moving = np.logical_or.reduce([o.masks for o in objects]) if objects else None
+    moving = np.logical_or.reduce(list(masks.values())) if masks else None
     trajectory = solve_trajectory(left, depths, intrinsics, moving)
-    tracks = track_points(left, depths, intrinsics, trajectory.world_to_camera, [o.masks for o in objects])
-    quality = _judge(figures, trajectory, tracks, scale)
+    tracks = track_points(left, depths, intrinsics, trajectory.world_to_camera, list(masks.values()))
+    quality = Quality.of(figures, trajectory, tracks, scale)
     require_quality(quality.as_dict(), limits, clip_id)
-    found, left_out = _scene_objects(objects, tracks)
+    found, left_out = _scene_objects(masks, captions, tracks)
     parameters = {"baseline": metres, "max_disparity": search, "max_depth": max_depth}
     notes = {"tool": "data_prep.stereo.stage", "parameters": parameters, "quality": quality.as_dict()}
     scene = Scene.from_world_to_camera(
@@ -139,33 +121,13 @@ def _camera(intrinsics: np.ndarray | None, fov_degrees: float | None, height: in
     return intrinsics
 
 
-def _judge(figures: Mapping[str, float], trajectory: Trajectory, tracks: PointTracks, scale: str) -> Quality:
-    """All quality figures of a clip; `figures` are those of matching."""
-    return Quality(
-        **figures,
-        reprojection_rms=float(trajectory.reprojection_rms.max()),
-        inlier_ratio=float(trajectory.inlier_ratio.min()),
-        static_drift=static_drift(tracks, trajectory),
-        path_length=trajectory.path_length,
-        keyframes=len(trajectory.keyframes),
-        scale=scale,
-    )
-
-
-def _check_clip(left: np.ndarray, right: np.ndarray, timestamps: np.ndarray, objects: Sequence[ObjectMasks]) -> None:
-    for name, frames in (("left", left), ("right", right)):
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-            raise StereoError(f"{name} must be u8[T,H,W,3] with at least one frame, got {frames.dtype} {frames.shape}")
-    if left.shape != right.shape:
-        raise StereoError(f"left is {left.shape}, right {right.shape}: both views need the same frames and size")
+def _check_clip(left: np.ndarray, right: np.ndarray, timestamps: np.ndarray, masks: Mapping) -> None:
+    check_array("left", left, np.uint8, (None, None, None, 3))
+    check_array("right", right, np.uint8, left.shape)
     if np.shape(timestamps) != (len(left),):
         raise StereoError(f"{len(left)} frames need as many timestamps, got {list(np.shape(timestamps))}")
-    for o in objects:
-        if o.masks.dtype != bool or o.masks.shape != left.shape[:3]:
-            raise StereoError(
-                f"masks of object {o.object_id!r} must be bool{list(left.shape[:3])}, got {o.masks.dtype} "
-                f"{list(o.masks.shape)}"
-            )
+    for name, mask in masks.items():
+        check_array(f"masks of object {name!r}", mask, bool, left.shape[:3])
 
 
 def _clip_depths(
@@ -195,15 +157,16 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _scene_objects(
-    objects: Sequence[ObjectMasks], tracks: PointTracks
+    masks: Mapping[str, np.ndarray], captions: Mapping[str, Caption], tracks: PointTracks
 ) -> tuple[tuple[SceneObject, ...], dict[str, str]]:
     """Objects with enough points, and why the others are left out."""
     found, left_out = [], {}
-    for label, o in enumerate(objects):
+    for label, (name, mask) in enumerate(masks.items()):
         points = reject_outliers(tracks.of(label))
         points = points[:, np.isfinite(points[..., 0]).any(0)]
         if points.shape[1] < _MIN_OBJECT_POINTS:
-            left_out[o.object_id] = f"{points.shape[1]} points followed with depth, {_MIN_OBJECT_POINTS} are needed"
+            left_out[name] = f"{points.shape[1]} points followed with depth, {_MIN_OBJECT_POINTS} are needed"
         else:
-            found.append(SceneObject(o.object_id, o.description, o.category, points, o.masks))
+            caption = captions.get(name, Caption(""))
+            found.append(SceneObject(name, caption.description, caption.category, points, mask))
     return tuple(found), left_out

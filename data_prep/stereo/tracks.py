@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from data_prep.stereo.disparity import StereoError
+from data_prep.stereo.disparity import StereoError, check_array
 from data_prep.stereo.features import (
     backproject,
     clear_of_edges,
@@ -43,7 +43,7 @@ class PointTracks:
     labels: np.ndarray
 
     def of(self, label: int) -> np.ndarray:
-        """f64[T,M,3]: the world points of one label, in a scene object's layout."""
+        """Return the world points of one label, f64[T,M,3], in a scene object's layout."""
         return np.ascontiguousarray(self.world[self.labels == label].swapaxes(0, 1))
 
 
@@ -58,7 +58,7 @@ def track_points(
     per_object: int = 120,
     seed_every: int = 4,
 ) -> PointTracks:
-    """Follows background and object points forward and backward through a clip.
+    """Follow background and object points forward and backward through a clip.
 
     Every `seed_every` frames each label is filled up to its number of points. A point ends where Lucas-Kanade does not
     find its way back, where it no longer looks as when seeded, where its depth jumps, or where it leaves its object's
@@ -78,14 +78,12 @@ def track_points(
       StereoError: shapes do not fit.
     """
     count = len(frames)
-    if depths.shape != frames.shape[:3] or world_to_camera.shape != (count, 3, 4) or seed_every < 1:
-        raise StereoError(
-            f"frames {frames.shape}, depths {depths.shape} and poses {world_to_camera.shape} must share their frames, "
-            f"and seed_every ({seed_every}) must be at least 1"
-        )
+    check_array("depths", depths, None, frames.shape[:3])
+    check_array("world_to_camera", world_to_camera, None, (count, 3, 4))
+    if seed_every < 1:
+        raise StereoError(f"seed_every must be at least 1, not {seed_every}")
     for n, mask in enumerate(object_masks):
-        if mask.dtype != bool or mask.shape != frames.shape[:3]:
-            raise StereoError(f"object_masks[{n}] must be bool{list(frames.shape[:3])}, got {mask.dtype} {mask.shape}")
+        check_array(f"object_masks[{n}]", mask, bool, frames.shape[:3])
     greys = grey_frames(frames)
     clear = np.stack([clear_of_edges(depth) for depth in depths])
     wanted = [(-1, background)] + [(n, per_object) for n in range(len(object_masks))]
@@ -118,7 +116,7 @@ class _Sweep:
         self.backward = False
 
     def seed(self, frame: int, label: int, number: int) -> None:
-        """Fills `label` up to `number` points in `frame`."""
+        """Fill `label` up to `number` points in `frame`."""
         here = self.alive & (self.labels == label)
         missing = number - int(here.sum())
         allowed = np.isfinite(self.depths[frame]) & self._inside(frame, label, -_MASK_BORDER)
@@ -141,14 +139,14 @@ class _Sweep:
         self.age = np.concatenate([self.age, np.zeros(n, np.int32)])
 
     def turn_round(self) -> None:
-        """From now on the points are followed backward from where they were seeded."""
+        """Follow the points backward from where they were seeded, from now on."""
         self.backward = True
         self.alive[:] = False
         self.last = self.depth[np.arange(len(self.born)), self.born]
         self.age[:] = 0
 
     def step(self, source: int, target: int) -> None:
-        """Follows the living points from one frame to its neighbour."""
+        """Follow the living points from one frame to its neighbour."""
         if self.backward:
             self.alive |= self.born == source
         index = np.flatnonzero(self.alive)
@@ -201,7 +199,7 @@ def _place(sweep: _Sweep, intrinsics: np.ndarray, world_to_camera: np.ndarray) -
 
 
 def reject_outliers(points: np.ndarray, spread: float = 5.0) -> np.ndarray:
-    """Object points f64[T,M,3] with sightings far from the frame's other points set to NaN.
+    """Set sightings of object points f64[T,M,3] that are far from the frame's other points to NaN, in a copy.
 
     A sighting goes if its distance from the frame's median point exceeds `spread` times the median such distance: what
     leaked from the background through a mask's border lies metres behind.

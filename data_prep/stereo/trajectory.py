@@ -6,8 +6,11 @@ import dataclasses
 
 import cv2
 import numpy as np
+from scipy.optimize import least_squares
+from scipy.spatial.transform import Rotation
 
-from data_prep.stereo.disparity import StereoError
+from data_prep.scenes.scene import invert_poses
+from data_prep.stereo.disparity import StereoError, check_array
 from data_prep.stereo.features import (
     backproject,
     clear_of_edges,
@@ -26,7 +29,7 @@ _MIN_INLIER_RATIO = 0.35
 _KEEP_RATIO = 0.6  # a new keyframe when fewer of the keyframe's points survive
 _RANSAC_ERROR = 2.0  # pixels
 _RANSAC_ROUNDS = 300
-_REFINE_ROUNDS = 10
+_REFINE_ROUNDS, _REFINE_STEPS = 4, 4  # rounds of so many steps, each with the scale of the residuals left before it
 _MASK_MARGIN = 9  # pixels kept clear around moving objects: half a tracking window
 
 
@@ -48,12 +51,12 @@ class Trajectory:
 
     @property
     def camera_centers(self) -> np.ndarray:
-        """f64[T,3] world, metres."""
-        return -np.einsum("tji,tj->ti", self.world_to_camera[:, :, :3], self.world_to_camera[:, :, 3])
+        """Return f64[T,3] world, metres."""
+        return invert_poses(self.world_to_camera)[:, :, 3]
 
     @property
     def path_length(self) -> float:
-        """Metres along the camera centres."""
+        """Return the metres along the camera centres."""
         return float(np.linalg.norm(np.diff(self.camera_centers, axis=0), axis=1).sum())
 
 
@@ -71,7 +74,7 @@ class _Keyframe:
 def estimate_trajectory(
     frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None = None
 ) -> np.ndarray:
-    """World->camera poses of a clip, f64[T,3,4] in metres; the world is the camera of frame 0.
+    """Find the world->camera poses of a clip, f64[T,3,4] in metres; the world is the camera of frame 0.
 
     `solve_trajectory` gives the same poses with their figures; arguments and errors are its own.
     """
@@ -81,7 +84,7 @@ def estimate_trajectory(
 def solve_trajectory(
     frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None = None
 ) -> Trajectory:
-    """The camera's path by points of keyframes followed through the frames after them.
+    """Find the camera's path by points of keyframes followed through the frames after them.
 
     Points are spread over a keyframe, placed in the world by its depth and pose, followed from frame to frame
     (Lucas-Kanade, forward-backward) and each time matched against the keyframe itself, so that drift does not add up
@@ -98,7 +101,13 @@ def solve_trajectory(
       StereoError: shapes do not fit ("bad_input"), or a frame's pose cannot be found ("pose_failed", with its number).
         No pose is ever interpolated.
     """
-    count = _check(frames, depths, intrinsics, masks)
+    check_array("frames", frames, np.uint8, (None, None, None, 3))
+    check_array("depths (one depth map per frame)", depths, None, frames.shape[:3])
+    count = len(frames)
+    if np.shape(intrinsics) not in ((3, 3), (count, 3, 3)):
+        raise StereoError(f"intrinsics must be [3,3] or [{count},3,3], got {list(np.shape(intrinsics))}")
+    if masks is not None:
+        check_array("masks", masks, bool, frames.shape[:3])
     intrinsics = np.broadcast_to(np.asarray(intrinsics, np.float64), (count, 3, 3))
     greys = grey_frames(frames)
     poses = np.zeros((count, 3, 4))
@@ -128,19 +137,6 @@ def solve_trajectory(
             key = keyframe(frame)
             keyframes.append(frame)
     return Trajectory(poses, tuple(keyframes), ratios, errors)
-
-
-def _check(frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None) -> int:
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise StereoError(f"frames must be u8[T,H,W,3], got {frames.dtype} {frames.shape}")
-    count = len(frames)
-    if depths.shape != frames.shape[:3]:
-        raise StereoError(f"depths are {depths.shape}, frames {frames.shape}: one depth map per frame is needed")
-    if np.shape(intrinsics) not in ((3, 3), (count, 3, 3)):
-        raise StereoError(f"intrinsics must be [3,3] or [{count},3,3], got {list(np.shape(intrinsics))}")
-    if masks is not None and (masks.dtype != bool or masks.shape != frames.shape[:3]):
-        raise StereoError(f"masks must be bool{list(frames.shape[:3])}, got {masks.dtype} {masks.shape}")
-    return count
 
 
 def _still(masks: np.ndarray | None, frame: int) -> np.ndarray | None:
@@ -208,7 +204,7 @@ def _fit_pose(
         points.astype(np.float64) + 0.5,
         intrinsics,
         None,
-        rvec=cv2.Rodrigues(guess[:, :3])[0],
+        rvec=Rotation.from_matrix(guess[:, :3]).as_rotvec(),
         tvec=guess[:, 3:].copy(),
         useExtrinsicGuess=True,
         iterationsCount=_RANSAC_ROUNDS,
@@ -218,17 +214,17 @@ def _fit_pose(
     )
     if not found or chosen is None or len(chosen) < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
         return None
-    start = np.column_stack([cv2.Rodrigues(turn)[0], shift])
+    start = np.column_stack([Rotation.from_rotvec(turn.ravel()).as_matrix(), shift])
     return refine_pose(world, points, intrinsics, start)
 
 
 def refine_pose(
     world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Least squares of the reprojection with Tukey's weights, from a start within a few pixels.
+    """Minimise the reprojection error under Tukey's loss, from a start within a few pixels.
 
-    The weights' scale is the residuals' own (median absolute, at least 0.1 px), so points that move by a few tenths of
-    a pixel, well inside RANSAC's threshold, lose their say too.
+    The loss has the scale of the residuals (median absolute, at least 0.1 px), so points that move by a few tenths of a
+    pixel, well inside RANSAC's threshold, lose their say too.
 
     Args:
       world: f64[N,3].
@@ -239,56 +235,35 @@ def refine_pose(
     Returns:
       pose f64[3,4], inliers bool[N], their rms in pixels; None if too few agree.
     """
-    pose = start
+    ahead = project(world, start, intrinsics)[1] > 0
+    first = Rotation.from_matrix(start[:, :3])
+
+    def moved(step: np.ndarray) -> np.ndarray:
+        turn = Rotation.from_rotvec(step[:3])
+        return np.column_stack([(turn * first).as_matrix(), turn.apply(start[:, 3]) + step[3:]])
+
+    def residuals(step: np.ndarray) -> np.ndarray:
+        return (project(world[ahead], moved(step), intrinsics)[0] - points[ahead]).ravel()
+
+    step = np.zeros(6)
     for _ in range(_REFINE_ROUNDS):
-        residual, camera = _residuals(world, points, intrinsics, pose)
-        weight = _tukey(np.linalg.norm(residual, axis=1), camera[:, 2])
-        jacobian = _jacobian(camera, intrinsics)
-        weighted = jacobian * weight[:, None, None]
-        normal = np.einsum("nri,nrj->ij", weighted, jacobian)
-        gradient = np.einsum("nri,nr->i", weighted, residual)
-        step = np.linalg.solve(normal + 1e-9 * np.trace(normal) * np.eye(6), -gradient)
-        turn = cv2.Rodrigues(step[:3])[0]
-        pose = np.column_stack([turn @ pose[:, :3], turn @ pose[:, 3] + step[3:]])
-        if np.abs(step).max() < 1e-9:
-            break
-    left, _, right = np.linalg.svd(pose[:, :3])
-    pose = np.column_stack([left @ right, pose[:, 3]])
-    residual, camera = _residuals(world, points, intrinsics, pose)
-    size = np.linalg.norm(residual, axis=1)
-    inlier = (size < _RANSAC_ERROR) & (camera[:, 2] > 0)
-    if not np.isfinite(pose).all() or inlier.sum() < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
+        size = np.linalg.norm(residuals(step).reshape(-1, 2), axis=1)
+        limit = 4.685 * max(1.4826 * float(np.median(size)), 0.1)
+        step = least_squares(residuals, step, loss=_tukey, f_scale=limit, max_nfev=_REFINE_STEPS).x
+    pose = moved(step)
+    image, depth = project(world, pose, intrinsics)
+    size = np.linalg.norm(image - points, axis=1)
+    inlier = (size < _RANSAC_ERROR) & (depth > 0)
+    if inlier.sum() < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
         return None
     return pose, inlier, float(np.sqrt((size[inlier] ** 2).mean()))
 
 
-def _tukey(size: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    """Weights f64[N] in [0, 1] of residual sizes; none behind the camera."""
-    limit = 4.685 * max(1.4826 * float(np.median(size)), 0.1)
-    return np.where((size < limit) & (depth > 0), (1 - np.minimum(size / limit, 1) ** 2) ** 2, 0.0)
+def _tukey(squares: np.ndarray) -> np.ndarray:
+    """Tukey's loss and its slope, f64[3, 2N], of squared residuals (x and y of N points in turn) over its limit.
 
-
-def _residuals(
-    world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, pose: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Projection minus observation f64[N,2] pixels, and camera-frame points f64[N,3]."""
-    image, _ = project(world, pose, intrinsics)
-    return image - points, world @ pose[:, :3].T + pose[:, 3]
-
-
-def _jacobian(camera: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """d(projection)/d(left-multiplied rotation vector, translation), f64[N,2,6]."""
-    x, y, z = np.where(np.abs(camera[:, 2:]) > 1e-6, camera, [0, 0, 1e-6]).T
-    fx, skew, fy = intrinsics[0, 0], intrinsics[0, 1], intrinsics[1, 1]
-    zero = np.zeros_like(z)
-    by_point = np.stack(
-        [
-            np.stack([fx / z, skew / z, -(fx * x + skew * y) / z**2], -1),
-            np.stack([zero, fy / z, -fy * y / z**2], -1),
-        ],
-        axis=1,
-    )
-    by_turn = np.stack(
-        [np.stack([zero, z, -y], -1), np.stack([-z, zero, x], -1), np.stack([y, -x, zero], -1)], axis=1
-    )  # d(w x X)/dw = -[X]x
-    return np.concatenate([by_point @ by_turn, by_point], axis=2)
+    Both coordinates of a point share one weight. The curvature is given as 0, which makes every step one of reweighted
+    least squares.
+    """
+    inside = np.repeat(1 - np.minimum(squares.reshape(-1, 2).sum(1), 1), 2)
+    return np.stack([(1 - inside**3) / 6, inside**2, np.zeros_like(inside)])

@@ -20,21 +20,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.writer import ExampleWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_prep.store.jpeg import encode_jpeg
-from data_prep.store.parts import ClipResult, ExportError, PartStore, canonical_json, read_part
+from data_prep.sources.frames import encode_jpeg
+from data_prep.store.export import MANIFEST
+from data_prep.store.parts import PartStore, StoreError, canonical_json
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import resolve_media
 
-CLIPS_PER_SHARD = 256  # TFDS holds a shard in memory while writing it: 256 clips of 32 frames at 224 x 224 are 80 MB
-
+TFDS_FOLDER = "tfds"
+_CLIPS_PER_SHARD = 256  # TFDS holds a shard in memory while writing it: 256 clips of 32 frames at 224 x 224 are 80 MB
 SOURCE_NOTE = "source.json"
 
 
@@ -62,7 +64,7 @@ class ClipExample:
 
     @property
     def timestamps(self) -> np.ndarray:
-        """f64[T] seconds since the start of the clip."""
+        """Return f64[T] seconds since the start of the clip."""
         return np.asarray(self.frame_indices, np.float64) / self.fps
 
 
@@ -80,6 +82,7 @@ class PartLoader:
       resize: size of the kept frames; None keeps the source's.
       quality: of the JPEG files, 1-100.
       pool: decodes under a time limit.
+      chosen: clip id -> ids of the questions that are kept; None keeps all.
     """
 
     store_folder: Path
@@ -88,31 +91,28 @@ class PartLoader:
     resize: ResizeRule | None = None
     quality: int = 95
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
+    chosen: Mapping[str, Sequence[str]] | None = None
 
     def __call__(self, clip_id: str) -> ClipExample:
-        """Raises ExportError (part or video unusable), naming the clip."""
-        store = PartStore(self.store_folder, seed=0, config={})
-        result = read_part(store.path(clip_id), clip_id)
-        video = _video_of(result)
+        """Load a clip. Raises StoreError (part or video unusable), naming the clip."""
+        result = PartStore(self.store_folder, seed=0, config={}).read(clip_id)
+        videos = {row["video"] for row in result.rows}
+        if len(videos) != 1:
+            raise StoreError(f"clip {clip_id!r} needs questions about one video, it has {sorted(videos)}")
+        video, rows = videos.pop(), result.rows
+        if self.chosen is not None:
+            rows = tuple(row for row in rows if row["id"] in self.chosen[clip_id])
         try:
             clip = self.pool.read(resolve_media(self.media_root, video), self.sample, self.resize)
         except RecordError as error:
-            raise ExportError(f"clip {clip_id!r}: {error}") from error
+            raise StoreError(f"clip {clip_id!r}: {error}") from error
         frames = tuple(encode_jpeg(frame, self.quality) for frame in clip.frames)
-        return ClipExample(
-            clip_id, result.source_id, video, frames, clip.indices, clip.source_fps, clip.total_frames, result.rows
-        )
-
-
-def _video_of(result: ClipResult) -> str:
-    videos = {row["video"] for row in result.rows}
-    if len(videos) != 1:
-        raise ExportError(f"clip {result.clip_id!r} needs questions about one video, it has {sorted(videos)}")
-    return videos.pop()
+        times = (clip.indices, clip.source_fps, clip.total_frames)
+        return ClipExample(clip_id, result.source_id, video, frames, *times, rows)
 
 
 def clips_by_split(store: PartStore, clip_ids: Iterable[str]) -> dict[str, list[str]]:
-    """Split -> ids of its clips that have questions."""
+    """Return split -> ids of its clips that have questions."""
     splits: dict[str, list[str]] = {}
     for clip_id in sorted(clip_ids):
         result = store.read(clip_id)
@@ -122,15 +122,15 @@ def clips_by_split(store: PartStore, clip_ids: Iterable[str]) -> dict[str, list[
 
 
 def plan_shards(clip_ids: Sequence[str], clips_per_shard: int) -> list[tuple[str, ...]]:
-    """Cuts clips into shards of equal size (give or take one), in the order of a hash of their ids.
+    """Cut clips into shards of equal size (give or take one), in the order of a hash of their ids.
 
     The hash mixes source videos, whose clips have similar ids, over shards; a shard is a fair sample of the split.
 
     Raises:
-      ExportError: no clips, or `clips_per_shard` below 1.
+      StoreError: no clips, or `clips_per_shard` below 1.
     """
     if not clip_ids or clips_per_shard < 1:
-        raise ExportError(f"{len(clip_ids)} clips cannot be cut into shards of {clips_per_shard}")
+        raise StoreError(f"{len(clip_ids)} clips cannot be cut into shards of {clips_per_shard}")
     order = sorted(clip_ids, key=lambda c: (hashlib.sha256(c.encode()).digest(), c))
     count = -(-len(order) // clips_per_shard)
     cuts = [len(order) * i // count for i in range(count + 1)]
@@ -138,13 +138,13 @@ def plan_shards(clip_ids: Sequence[str], clips_per_shard: int) -> list[tuple[str
 
 
 def encode_example(example: ClipExample) -> dict[str, Any]:
-    """The example as the features of `ClipDataset` take it.
+    """Return the example as the features of `ClipDataset` take it.
 
     Raises:
-      ExportError: frames and frame indices do not match, or the rate is not positive.
+      StoreError: frames and frame indices do not match, or the rate is not positive.
     """
     if not (len(example.frames) == len(example.frame_indices) > 0 and example.fps > 0):
-        raise ExportError(
+        raise StoreError(
             f"clip {example.clip_id!r}: {len(example.frames)} frames, {len(example.frame_indices)} frame indices, "
             f"{example.fps} frames per second"
         )
@@ -167,13 +167,13 @@ def encode_example(example: ClipExample) -> dict[str, Any]:
 
 
 def timing(example: Mapping[str, Any]) -> tuple[float, np.ndarray]:
-    """Exact (fps, timestamps f64[T] in seconds) of an example read back; its "fps" and "timestamps" are rounded."""
+    """Return the exact (fps, timestamps f64[T] in seconds) of an example read back; its own fields are rounded."""
     value = json.loads(example["timing"])
     return value["fps"], np.array(value["timestamps"], np.float64)
 
 
 def question_rows(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The question rows of an example read back with `as_data_source`."""
+    """Return the question rows of an example read back with `as_data_source`."""
     return [json.loads(row) for row in example["questions"]["row"]]
 
 
@@ -235,12 +235,9 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
             "timestamps": tfds.features.Sequence(np.float32),
             "questions": tfds.features.Sequence({"id": text, "question_type": text, "answer": text, "row": text}),
         }
-        description = (
-            "Clips with questions about the 4D relations of camera and objects, answered from metric geometry."
-        )
-        return tfds.core.DatasetInfo(
-            builder=self, description=description, features=tfds.features.FeaturesDict(features)
-        )
+        about = "Clips with questions about the 4D relations of camera and objects, answered from metric geometry."
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, description=about, features=features)
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
         del dl_manager  # nothing is downloaded
@@ -262,7 +259,7 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
         Path(self.data_dir, SOURCE_NOTE).write_bytes(self.source_note())
 
     def source_note(self) -> bytes:
-        """What the data set is made from, as the file that stands beside its shards says it."""
+        """Return what the data set is made from, as the file that stands beside its shards says it."""
         return canonical_json({"fingerprint": self._fingerprint, "shards": self._shards, "questions": self._questions})
 
 
@@ -271,13 +268,13 @@ def build_dataset(
     splits: Mapping[str, Sequence[str]],
     load: LoadFn,
     *,
-    clips_per_shard: int = CLIPS_PER_SHARD,
+    clips_per_shard: int = _CLIPS_PER_SHARD,
     fingerprint: str = "",
     questions: Mapping[str, int] | None = None,
     runner: str | None = None,
     runner_options: Sequence[str] = (),
 ) -> ClipDataset:
-    """Writes `<folder>/mllm4d/1.0.0`, or only opens it when it is there already and was made from the same.
+    """Write `<folder>/mllm4d/1.0.0`, or only open it when it is there already and was made from the same.
 
     TFDS writes into a folder `incomplete.*` and renames it at the end, so a killed build leaves no half data set; run
     it again, and delete the `incomplete.*` folder it left.
@@ -297,17 +294,17 @@ def build_dataset(
       The builder; `as_data_source(split)` reads.
 
     Raises:
-      ExportError: no clips, an unusable clip, a data set of something else in the folder, or Beam is asked for and not
+      StoreError: no clips, an unusable clip, a data set of something else in the folder, or Beam is asked for and not
         installed.
     """
     shards = {split: plan_shards(clip_ids, clips_per_shard) for split, clip_ids in splits.items()}
     if not shards:
-        raise ExportError("no clip has a question: there is nothing to write")
+        raise StoreError("no clip has a question: there is nothing to write")
     options = _beam_config(runner, runner_options)
     builder = ClipDataset(shards=shards, load=load, data_dir=folder, fingerprint=fingerprint, questions=questions)
     source = Path(builder.data_dir) / SOURCE_NOTE
     if source.exists() and source.read_bytes() != builder.source_note():
-        raise ExportError(f"{source.parent} was made from other clips: delete it, or build into another folder")
+        raise StoreError(f"{source.parent} was made from other clips: delete it, or build into another folder")
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(**options))
     if runner is not None:
         for leftover in Path(builder.data_dir).glob("*.shard_infos.json"):
@@ -318,13 +315,46 @@ def build_dataset(
 def _beam_config(runner: str | None, runner_options: Sequence[str]) -> dict[str, Any]:
     if runner is None:
         if runner_options:
-            raise ExportError(f"runner options {list(runner_options)} without a runner: name one, e.g. FnApiRunner")
+            raise StoreError(f"runner options {list(runner_options)} without a runner: name one, e.g. FnApiRunner")
         return {}
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise ExportError(
+        raise StoreError(
             f"the runner {runner} needs Apache Beam, which is not installed: pip install 'apache-beam>=2.77,<3' "
             "(it holds protobuf back, so an environment of its own is best), or leave the runner out"
         ) from error
     return {"beam_runner": runner, "beam_options": PipelineOptions(list(runner_options))}
+
+
+def write_dataset(
+    config: ml_collections.ConfigDict,
+    root: Path,
+    media_root: Path,
+    store: PartStore,
+    chosen: Mapping[str, Sequence[str]],
+) -> None:
+    """Write the chosen questions of a curation and their clips' frames as `<root>/tfds`.
+
+    Args:
+      chosen: clip id -> ids of its questions.
+
+    Raises:
+      StoreError: the folder is there but made from something else, or Beam is missing.
+    """
+    options = config.tfds
+    # The encoder's own rule: frames that already fit its budget are not resampled again.
+    resize = ResizeRule("per_frame", options.factor, 2, 784, options.max_pixels) if options.max_pixels else None
+    sample = SampleRule("uniform", config.questions.num_frames, None)
+    manifest = hashlib.sha256((root / MANIFEST).read_bytes()).hexdigest()
+    built = build_dataset(
+        root / TFDS_FOLDER,
+        clips_by_split(store, chosen),
+        PartLoader(store.folder, media_root, sample, resize, options.jpeg_quality, chosen=chosen),
+        clips_per_shard=options.clips_per_shard,
+        questions={clip_id: len(ids) for clip_id, ids in chosen.items()},
+        fingerprint=f"{manifest} {options.max_pixels} {options.factor} {options.jpeg_quality}",
+        runner=options.runner or None,
+        runner_options=tuple(options.runner_options),
+    )
+    print(f"data set: {built.data_dir}")

@@ -11,14 +11,14 @@ import hashlib
 import json
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.store.parts import ClipResult, ExportError, PartStore
+from data_prep.store.parts import ClipResult, PartStore, StoreError, check_unique
 from mllm4d_jax.files.atomic import open_atomic, remove_partials, write_atomic
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import ROLES, read_conversation
@@ -47,7 +47,7 @@ class Output:
 
 
 def check_row(row: Mapping[str, Any], source_id: str) -> None:
-    """Checks a question row, as `data_prep.questions.propose.Question.record` makes it.
+    """Check a question row, as `data_prep.questions.propose.Question.record` makes it.
 
     Fields: "id" (unique in the data set), "source_id", "video" (path relative to the media root), "question",
     "options" (object, letter -> text, letters from A on), "answer" (letter), "question_type", "conversations" (turns
@@ -56,12 +56,12 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
     fields may be there.
 
     Raises:
-      ExportError: naming the row and the field.
+      StoreError: naming the row and the field.
     """
     key = row.get("id")
 
     def fail(what: str) -> None:
-        raise ExportError(f"question {key!r}: {what}")
+        raise StoreError(f"question {key!r}: {what}")
 
     for field in _TEXT_FIELDS:
         if not isinstance(row.get(field), str) or not row[field].strip():
@@ -96,25 +96,25 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
 
 
 def check_result(result: ClipResult) -> None:
-    """Checks a clip's rows and rejections. Raises ExportError naming clip, row and field."""
+    """Check a clip's rows and rejections. Raises StoreError naming clip, row and field."""
     seen = set()
     for row in result.rows:
         try:
             check_row(row, result.source_id)
-        except ExportError as error:
-            raise ExportError(f"clip {result.clip_id!r}: {error}") from error
+        except StoreError as error:
+            raise StoreError(f"clip {result.clip_id!r}: {error}") from error
         if row["id"] in seen:
-            raise ExportError(f"clip {result.clip_id!r}: two questions have the id {row['id']!r}")
+            raise StoreError(f"clip {result.clip_id!r}: two questions have the id {row['id']!r}")
         seen.add(row["id"])
     if result.rows and not (result.split and result.source_id):
-        raise ExportError(f"clip {result.clip_id!r} has questions but no split or no source_id")
+        raise StoreError(f"clip {result.clip_id!r} has questions but no split or no source_id")
     for entry in result.rejected:
         if not all(isinstance(entry.get(field), str) for field in ("reason", "detail")):
-            raise ExportError(f"clip {result.clip_id!r}: a rejection needs the texts 'reason' and 'detail': {entry!r}")
+            raise StoreError(f"clip {result.clip_id!r}: a rejection needs the texts 'reason' and 'detail': {entry!r}")
 
 
 def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as in MLLM4D-2M.json, plus "id" and "question_type", which its readers ignore."""
+    """Return a record as in MLLM4D-2M.json, plus "id" and "question_type", which its readers ignore."""
     return {
         "id": row["id"],
         "video": row["video"],
@@ -124,7 +124,7 @@ def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as in MLLM4D-R1-30k.jsonl: the prompt as messages, without the last answer, and the solution beside.
+    """Return a record as in MLLM4D-R1-30k.jsonl: the prompt as messages without the last answer, and the solution.
 
     Its readers ignore "id", "question_type" and, where the row has them, "source_id", "label", "value", "object_name"
     and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`).
@@ -143,7 +143,7 @@ def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bench_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A question to be scored: the conversation record and its parts one by one."""
+    """Return a question to be scored: the conversation record and its parts one by one."""
     choices = {letter: row["options"][letter] for letter in sorted(row["options"])}
     parts = {"question": row["question"], "choices": choices, "answer": row["answer"]}
     return conversation_record(row) | parts | {"source_id": row["source_id"], "solution": r1_record(row)["solution"]}
@@ -160,23 +160,23 @@ class RecordWriter:
     """Streams records into a JSON list or JSONL file with the same bytes every time. A context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises ExportError unless the name ends in .json or .jsonl."""
+        """Take a file name that ends in .json or .jsonl. Raises StoreError: any other."""
         self._opening, self._file = open_atomic(path), None
         self._hash, self._bytes, self.records = hashlib.sha256(), 0, 0
         self._list = Path(path).suffix == ".json"
         if Path(path).suffix not in (".json", ".jsonl"):
-            raise ExportError(f"{path}: an output is a .json or a .jsonl file")
+            raise StoreError(f"{path}: an output is a .json or a .jsonl file")
 
     def __enter__(self) -> RecordWriter:
         self._file = self._opening.__enter__()
         return self
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record. Raises ExportError for what JSON does not have (NaN, half a surrogate pair)."""
+        """Append one record. Raises StoreError for what JSON does not have (NaN, half a surrogate pair)."""
         try:
             data = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
-            raise ExportError(f"record {record.get('id')!r} cannot be written as JSON: {error}") from error
+            raise StoreError(f"record {record.get('id')!r} cannot be written as JSON: {error}") from error
         lead = (b",\n" if self.records else b"[\n") if self._list else b""
         self._put(lead + data + (b"" if self._list else b"\n"))
         self.records += 1
@@ -192,7 +192,7 @@ class RecordWriter:
         self._opening.__exit__(*error)
 
     def summary(self) -> dict[str, Any]:
-        """What the manifest says about the file."""
+        """Return what the manifest says about the file."""
         return {"sha256": self._hash.hexdigest(), "bytes": self._bytes, "records": self.records}
 
 
@@ -205,7 +205,7 @@ def assemble(
     keep: Callable[[str], bool] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes all output files, `rejected.jsonl` and, last, `manifest.json`.
+    """Write all output files, `rejected.jsonl` and, last, `manifest.json`.
 
     Every part is read once, in the order of the sorted clip ids, and nothing but ids and counts is kept, so the size of
     the data set does not matter. A manifest that is there means that all files it names are complete.
@@ -217,11 +217,12 @@ def assemble(
       The manifest.
 
     Raises:
-      ExportError: a part is missing or wrong, a question id occurs twice, a source video is in two splits, a split is
+      StoreError: a part is missing or wrong, a question id occurs twice, a source video is in two splits, a split is
         in no output, an output has an unknown layout or an unusable name.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    check_unique(clip_ids)
     _check_outputs(outputs)
     (folder / MANIFEST).unlink(missing_ok=True)
     names = [output.name for output in outputs]
@@ -230,7 +231,9 @@ def assemble(
     tally = _Tally({output.split for output in outputs})
     with ExitStack() as stack:
         writers = {name: stack.enter_context(RecordWriter(folder / name)) for name in (*names, REJECTED)}
-        for result in tqdm(_results(store, clip_ids), total=len(clip_ids), unit="clip", disable=not progress):
+        for clip_id in tqdm(sorted(clip_ids), unit="clip", disable=not progress):
+            result = store.read(clip_id)
+            check_result(result)
             if keep is not None:
                 result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
@@ -252,22 +255,13 @@ def assemble(
     return manifest
 
 
-def _results(store: PartStore, clip_ids: Sequence[str]) -> Iterator[ClipResult]:
-    if len(set(clip_ids)) != len(clip_ids):
-        raise ExportError("clip ids must be unique")
-    for clip_id in sorted(clip_ids):
-        result = store.read(clip_id)
-        check_result(result)
-        yield result
-
-
 def _check_outputs(outputs: Sequence[Output]) -> None:
     names = [output.name for output in outputs]
     for output in outputs:
         if output.layout not in LAYOUTS:
-            raise ExportError(f"{output.name}: unknown layout {output.layout!r}; there are {', '.join(LAYOUTS)}")
+            raise StoreError(f"{output.name}: unknown layout {output.layout!r}; there are {', '.join(LAYOUTS)}")
         if Path(output.name).name != output.name or output.name in (MANIFEST, REJECTED) or names.count(output.name) > 1:
-            raise ExportError(f"{output.name!r} is not usable as the name of an output file, or is there twice")
+            raise StoreError(f"{output.name!r} is not usable as the name of an output file, or is there twice")
 
 
 class _Tally:
@@ -288,17 +282,17 @@ class _Tally:
             self._clips["without_questions"] += 1
             return
         if result.split not in self._splits:
-            raise ExportError(f"clip {result.clip_id!r} is in split {result.split!r}, which no output takes")
+            raise StoreError(f"clip {result.clip_id!r} is in split {result.split!r}, which no output takes")
         other = self._split_of.setdefault(result.source_id, result.split)
         if other != result.split:
-            raise ExportError(
+            raise StoreError(
                 f"source video {result.source_id!r} is in split {other!r} and, with clip {result.clip_id!r}, in "
                 f"{result.split!r}: split by source video"
             )
         for row in result.rows:
             key = int.from_bytes(hashlib.blake2b(row["id"].encode("utf-8", "surrogatepass"), digest_size=8).digest())
             if key in self._ids:
-                raise ExportError(f"question id {row['id']!r} of clip {result.clip_id!r} occurs twice in the data set")
+                raise StoreError(f"question id {row['id']!r} of clip {result.clip_id!r} occurs twice in the data set")
             self._ids.add(key)
             self._questions[result.split][row["question_type"]] += 1
 

@@ -23,15 +23,16 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
+from data_prep.store.untrusted import read_bytes
 from mllm4d_jax.files.atomic import remove_partials, write_atomic
 from mllm4d_jax.qa.errors import RecordError
 
 PART_FORMAT = 1
-MAX_PART_BYTES = 2**28
+_MAX_PART_BYTES = 2**28
 _LONGEST_NAME = 160  # leaves room for suffixes below the 255 bytes of common file systems
 
 
-class ExportError(ValueError):
+class StoreError(ValueError):
     """What is to be written, or a file of an earlier run, cannot be used; the message names clip, row or file."""
 
 
@@ -69,26 +70,27 @@ class ClipResult:
 
 
 WorkFn = Callable[[str], ClipResult]
+CheckFn = Callable[[ClipResult], None]
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
+    """Encode UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
     Raises:
-      ExportError: NaN, infinity, half a surrogate pair, or something that JSON does not have.
+      StoreError: NaN, infinity, half a surrogate pair, or something that JSON does not have.
     """
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise ExportError(f"cannot be written as JSON: {error}") from error
+        raise StoreError(f"cannot be written as JSON: {error}") from error
 
 
 def clip_file_name(clip_id: str) -> str:
-    """A safe file name for any clip id, without suffix; different ids give different names."""
+    """Return a safe file name for any clip id, without suffix; different ids give different names."""
     name = quote(clip_id, safe="") if clip_id else ""
     if not name:
-        raise ExportError("a clip id is empty")
+        raise StoreError("a clip id is empty")
     if len(name) > _LONGEST_NAME:
         name = f"{name[:80]}~{hashlib.sha256(clip_id.encode()).hexdigest()}"
     return name
@@ -109,10 +111,10 @@ class PartStore:
         self._lock: Any = None
 
     def __enter__(self) -> Self:
-        """Takes the folder.
+        """Take the folder.
 
         Raises:
-          ExportError: another run holds it, or its results were made with another seed or config.
+          StoreError: another run holds it, or its results were made with another seed or config.
         """
         self._parts.mkdir(parents=True, exist_ok=True)
         # The kernel drops this lock when the process ends, however it ends; a file of ours would outlive a kill -9.
@@ -121,7 +123,7 @@ class PartStore:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise ExportError(
+                raise StoreError(
                     f"another run is writing to {self.folder}: wait for it or use another folder"
                 ) from error
             remove_partials(self._parts)
@@ -138,10 +140,10 @@ class PartStore:
         path, mine = self.folder / "run.json", canonical_json({"seed": self.seed, "config": self.config})
         if not path.exists():
             if any(self._parts.iterdir()):
-                raise ExportError(f"{self._parts} has results but {path} is gone: use an empty folder")
+                raise StoreError(f"{self._parts} has results but {path} is gone: use an empty folder")
             write_atomic(path, mine)
         elif path.read_bytes() != mine:
-            raise ExportError(
+            raise StoreError(
                 f"the results in {self.folder} were made with another seed or config (see {path}): use another folder, "
                 "or delete this one to start over"
             )
@@ -153,43 +155,42 @@ class PartStore:
         return self.path(clip_id).exists()
 
     def write(self, result: ClipResult) -> None:
-        """Stores a clip's result in one step."""
+        """Store a clip's result in one step."""
         value = {"format": PART_FORMAT} | dataclasses.asdict(result)
         try:
             data = canonical_json(value)
-        except ExportError as error:
-            raise ExportError(f"clip {result.clip_id!r}: {error}") from error
+        except StoreError as error:
+            raise StoreError(f"clip {result.clip_id!r}: {error}") from error
         write_atomic(self.path(result.clip_id), data)
 
     def read(self, clip_id: str) -> ClipResult:
-        """The stored result of a clip.
+        """Read the stored result of a clip.
 
         Raises:
-          ExportError: the file is missing, damaged, of another clip or of another format.
+          StoreError: the file is missing, damaged, of another clip or of another format.
         """
-        return read_part(self.path(clip_id), clip_id)
+        path = self.path(clip_id)
+        if not path.exists():
+            raise StoreError(f"{path} is missing: run the clip first")
+        try:
+            value = json.loads(read_bytes(path, _MAX_PART_BYTES))
+            result = None
+            if value.pop("format") == PART_FORMAT:
+                result = ClipResult(**(value | {"rows": tuple(value["rows"]), "rejected": tuple(value["rejected"])}))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{path} is damaged ({error}): delete it and run again") from error
+        if result is None:
+            raise StoreError(f"{path} has another format version than {PART_FORMAT}: made by another release")
+        if result.clip_id != clip_id:
+            raise StoreError(f"{path} holds clip {result.clip_id!r}, not {clip_id!r}")
+        return result
 
 
-def read_part(path: str | Path, clip_id: str | None = None) -> ClipResult:
-    """The result in a part file, checked to be that of `clip_id` unless None. Raises ExportError."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_PART_BYTES + 1)
-        if len(data) > MAX_PART_BYTES:
-            raise ExportError(f"{path} has more than {MAX_PART_BYTES} bytes")
-        value = json.loads(data)
-        if value.pop("format") != PART_FORMAT:
-            raise ExportError(f"{path} has another format version than {PART_FORMAT}: made by another release")
-        result = ClipResult(**(value | {"rows": tuple(value["rows"]), "rejected": tuple(value["rejected"])}))
-    except FileNotFoundError as error:
-        raise ExportError(f"{path} is missing: run the clip first") from error
-    except ExportError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        raise ExportError(f"{path} is damaged ({error}): delete it and run again") from error
-    if clip_id is not None and result.clip_id != clip_id:
-        raise ExportError(f"{path} holds clip {result.clip_id!r}, not {clip_id!r}")
-    return result
+def check_unique(clip_ids: Sequence[str]) -> None:
+    """Raise StoreError if a clip id is there twice."""
+    twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
+    if twice:
+        raise StoreError(f"clip ids must be unique, these are there twice: {twice[:5]}")
 
 
 def process_clips(
@@ -198,10 +199,10 @@ def process_clips(
     store: PartStore,
     *,
     workers: int = 1,
-    check: Callable[[ClipResult], None] | None = None,
+    check: CheckFn | None = None,
     progress: bool = False,
 ) -> int:
-    """Runs `work` on every clip that has no result yet and stores what it gives.
+    """Run `work` on every clip that has no result yet and store what it gives.
 
     `work` must depend on nothing but the clip id and what it was made with (seed each clip's generator from its id),
     so that the number of workers and the order of clips leave no trace.
@@ -217,11 +218,9 @@ def process_clips(
       How many clips were done now; the others had been done before.
 
     Raises:
-      ExportError: a clip id twice, a result for another clip, a worker process that died, whatever `check` finds.
+      StoreError: a clip id twice, a result for another clip, a worker process that died, whatever `check` finds.
     """
-    if len(set(clip_ids)) != len(clip_ids):
-        twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
-        raise ExportError(f"clip ids must be unique, these are there twice: {twice[:5]}")
+    check_unique(clip_ids)
     pending = [c for c in clip_ids if not store.has(c)]
     with tqdm(total=len(clip_ids), initial=len(clip_ids) - len(pending), unit="clip", disable=not progress) as bar:
         if workers <= 1:
@@ -233,31 +232,23 @@ def process_clips(
     return len(pending)
 
 
-def _do_clip(work: WorkFn, check: Callable[[ClipResult], None] | None, store: PartStore, clip_id: str) -> None:
+def _do_clip(work: WorkFn, check: CheckFn | None, store: PartStore, clip_id: str) -> None:
     try:
         result = work(clip_id)
     except ClipRejected as error:
-        result = _rejection(clip_id, error.source_id, error.reason, error.detail)
+        rejection = {"reason": error.reason, "detail": error.detail}
+        result = ClipResult(clip_id, error.source_id, "", (), (rejection,))
     except RecordError as error:
-        result = _rejection(clip_id, "", error.reason, error.message)
+        result = ClipResult(clip_id, "", "", (), ({"reason": error.reason, "detail": error.message},))
     if result.clip_id != clip_id:
-        raise ExportError(f"the work function was given clip {clip_id!r} and returned clip {result.clip_id!r}")
+        raise StoreError(f"the work function was given clip {clip_id!r} and returned clip {result.clip_id!r}")
     if check is not None:
         check(result)
     store.write(result)
 
 
-def _rejection(clip_id: str, source_id: str, reason: str, detail: str) -> ClipResult:
-    return ClipResult(clip_id, source_id, "", (), ({"reason": reason, "detail": detail},))
-
-
 def _run_pool(
-    pending: Iterable[str],
-    work: WorkFn,
-    check: Callable[[ClipResult], None] | None,
-    store: PartStore,
-    workers: int,
-    bar: tqdm,
+    pending: Iterable[str], work: WorkFn, check: CheckFn | None, store: PartStore, workers: int, bar: tqdm
 ) -> None:
     writer = PartStore(store.folder, seed=store.seed, config=store.config)  # the lock stays here, with the owner
     running: dict[Future, str] = {}
@@ -277,7 +268,7 @@ def _run_pool(
                     del running[future]
                     bar.update()
         except BrokenProcessPool as error:
-            raise ExportError(
+            raise StoreError(
                 f"a worker process died, likely for lack of memory, on one of the clips {sorted(running.values())}; "
                 "run again with fewer workers: finished clips are kept"
             ) from error

@@ -6,7 +6,6 @@ questions over their frames and a top-down map. A function of its inputs alone: 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
@@ -15,23 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from data_prep.questions import blind
+from data_prep.questions.balance import PRESETS, SPLITS, fraction
+from data_prep.questions.propose import QuestionRow
 from data_prep.scenes.relations import LABELS
-from data_prep.scenes.scene import Scene, SceneObject
+from data_prep.scenes.scene import Scene
+from data_prep.sources.base import ClipSource
+from data_prep.store.clip_maps import MAP_NOTE, clip_maps
+from data_prep.store.parts import PartStore
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.report import page
 from mllm4d_jax.report.charts import bars, histogram
-from mllm4d_jax.report.maps import MapPath, MapPoint, top_map
 from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, number, tag
 
 # With 40 kB a thumbnail at most, these keep the file below 10 MB whatever the frames look like.
 MAX_CLIPS, MAX_QUESTIONS = 12, 6
-MAX_OBJECTS = 10  # drawn on a map
-_SMALL = 0.5  # of the map: a shorter camera path gets a map of its own
 MARGIN = 0.03  # a guesser may be this much above chance
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class SampledClip:
       scene: of the clip.
       frames: source frame number -> u8[H, W, 3] RGB, for the frames that questions name; the report says which of them
         are missing.
-      rows: question rows as `Question.record` makes them; those chosen for the data set are shown first.
+      rows: those chosen for the data set are shown first.
       quality: figures of the stereo stage, {} if there are none; None or NaN = not measured.
     """
 
     scene: Scene
     frames: Mapping[int, np.ndarray]
-    rows: Sequence[Row]
+    rows: Sequence[QuestionRow]
     quality: Mapping[str, Any]
 
 
@@ -67,24 +70,78 @@ class CurationSummary:
     """
 
     manifest: Mapping[str, Any]
-    rows: Sequence[Row]
+    rows: Sequence[QuestionRow]
     blind: Mapping[str, Mapping[str, Mapping[str, float]]]
     letters: Mapping[str, tuple[float, float]]
     clips: Sequence[SampledClip]
     shares: Mapping[str, float]
 
 
-def write_report(path: str | Path, summary: CurationSummary) -> None:
-    """Writes the report, whole or not at all. Raises OSError if the file cannot be written."""
-    write_atomic(path, render(summary).encode("utf-8"))
+def write_curation_report(
+    config: ml_collections.ConfigDict,
+    root: Path,
+    source: ClipSource,
+    manifest: Mapping[str, Any],
+    rows: Sequence[QuestionRow],
+) -> None:
+    """Print the blind guessers' figures and write `<root>/report.html`.
+
+    Args:
+      root: the workdir; its parts hold the questions.
+      rows: of the chosen questions, see `curate.judged_rows`.
+    """
+    by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    guessed = {split: blind.baselines(group) for split, group in by_split.items() if group}
+    letters = {
+        split: blind.letter_test(group)
+        for split, group in by_split.items()
+        if any(len(row["options"]) == 4 for row in group)
+    }
+    for split, subtask, figures in ((s, name, figures) for s in guessed for name, figures in guessed[s].items()):
+        best = max(_guessers(figures), key=figures.get)
+        print(
+            f"blind, {split}, {subtask}: best {figures[best]:.3f} ({best}), chance {figures['chance']:.3f}, "
+            f"{figures['count']:.0f} questions"
+        )
+    clips = _sample_clips(config, root, source, rows)
+    shares = PRESETS[config.preset].shares if config.preset in PRESETS else {}
+    page_text = render(CurationSummary(manifest, rows, guessed, letters, clips, shares))
+    write_atomic(root / "report.html", page_text.encode("utf-8"))
+
+
+def _guessers(figures: Mapping[str, float]) -> list[str]:
+    return [name for name in figures if name not in ("chance", "count")]
+
+
+def _sample_clips(
+    config: ml_collections.ConfigDict, root: Path, source: ClipSource, rows: Sequence[QuestionRow]
+) -> list[SampledClip]:
+    """A few clips with scene, frames and chosen questions; the same for the same rows and seed."""
+    chosen: dict[str, set[str]] = {}
+    for row in rows:
+        chosen.setdefault(row["part"], set()).add(row["id"])
+    names = sorted(chosen, key=lambda name: fraction(config.seed, "report", name))[: config.report.clips]
+    store, found = PartStore(root, seed=config.seed, config={}), []
+    with DecodePool(config.decode_timeout_s) as pool:
+        for name in sorted(names):
+            clip = source.load(name)
+            seen = pool.read(str(clip.video), SampleRule("uniform", config.questions.num_frames, None))
+            questions = [row for row in store.read(name).rows if row["id"] in chosen[name]]
+            named = {frame for row in questions for frame in row["frames"]["source"]}
+            frames = {int(n): image for n, image in zip(seen.indices, seen.frames, strict=True) if int(n) in named}
+            quality = clip.scene.provenance.get("quality") or {}
+            figures = {k: float(v) for k, v in quality.items() if isinstance(v, int | float)}
+            found.append(SampledClip(clip.scene, frames, questions, figures))
+    return found
 
 
 def render(summary: CurationSummary) -> str:
-    """The report's HTML."""
+    """Return the report's HTML."""
     manifest, clips = summary.manifest, summary.clips[:MAX_CLIPS]
     splits = sorted(manifest["questions"], key=lambda s: (s != "train", s))
     chosen = {row["id"]: row["split"] for row in summary.rows}
-    shown = [(clip, _shown_rows(clip.rows, chosen)) for clip in clips]
+    # Those of the data set come first.
+    shown = [(clip, sorted(clip.rows, key=lambda row: row["id"] not in chosen)[:MAX_QUESTIONS]) for clip in clips]
     tiles = [(f"{s} questions", f"{sum(manifest['questions'][s].values()):,}") for s in splits]
     tiles += [("clips", f"{manifest['clips'].get('total', 0):,}")]
     tiles += [("clips without questions", f"{manifest['clips'].get('without_questions', 0):,}")]
@@ -98,17 +155,13 @@ def render(summary: CurationSummary) -> str:
         Section("made", "What was made", _made(manifest, splits)),
         Section("shares", "Shares wanted and got", _shares(summary, splits)),
         Section("histograms", "Histograms", _histograms(summary.rows, splits), "All chosen questions together."),
-        Section("blind", "What can be guessed without the video", _blind(summary, splits), _blind_note()),
+        Section("blind", "What can be guessed without the video", _blind(summary, splits), _BLIND_NOTE),
         Section("samples", "Sample questions", page.cards(cards, label="questions"), sample_note),
-        Section("maps", "Maps", _maps(shown), _MAP_NOTE),
+        Section("maps", "Maps", _maps(shown), MAP_NOTE),
     ]
-    return page.page("Curation report", sections, subtitle=_subtitle(manifest), tiles=tiles)
-
-
-def _subtitle(manifest: Mapping[str, Any]) -> str:
     config = manifest["config"]
     named = [f"{key}: {config[key]}" for key in ("source", "preset", "input") if config.get(key)]
-    return "; ".join(named)
+    return page.page("Curation report", sections, subtitle="; ".join(named), tiles=tiles)
 
 
 def _made(manifest: Mapping[str, Any], splits: Sequence[str]) -> Markup:
@@ -122,8 +175,8 @@ def _made(manifest: Mapping[str, Any], splits: Sequence[str]) -> Markup:
         for name, f in sorted(manifest["files"].items())
     ]
     reasons = sorted(manifest["rejected"].items(), key=lambda item: (-item[1], item[0]))
-    config = json.dumps(manifest["config"], indent=2, sort_keys=True, ensure_ascii=False)
     counts = [[reason, number(n)] for reason, n in reasons]
+    config = json.dumps(manifest["config"], indent=2, sort_keys=True, ensure_ascii=False)
     heads = [Column("file"), Column("records", True), Column("bytes", True), Column("SHA-256")]
     tables = [
         page.table(columns, rows, caption="Questions"),
@@ -155,7 +208,7 @@ def _shares(summary: CurationSummary, splits: Sequence[str]) -> Markup:
     return tag("div", page.table(columns, rows, caption="Shares"), chart, class_="tables")
 
 
-def _histograms(rows: Sequence[Row], splits: Sequence[str]) -> Markup:
+def _histograms(rows: Sequence[QuestionRow], splits: Sequence[str]) -> Markup:
     charts = []
     for scenario in (name for name, labels in LABELS.items() if not labels):
         values = [float(r["options"][r["answer"]]) for r in rows if r["question_type"] == scenario]
@@ -170,10 +223,9 @@ def _histograms(rows: Sequence[Row], splits: Sequence[str]) -> Markup:
         histogram(per_clip, title="Questions per clip", x_label="questions", step=1),
     ]
     for size in sorted({len(row["options"]) for row in rows}):
-        letters = sorted({letter for row in rows if len(row["options"]) == size for letter in row["options"]})
-        found = {
-            s: [row["answer"] for row in rows if row["split"] == s and len(row["options"]) == size] for s in splits
-        }
+        group = [row for row in rows if len(row["options"]) == size]
+        found = {s: [row["answer"] for row in group if row["split"] == s] for s in splits}
+        letters = sorted({letter for row in group for letter in row["options"]})
         title = f"Right letter, {size} options"
         charts.append(_share_bars(letters, letters, found, title, reference=100 / size))
     ranks = {s: [row["rank"] for row in rows if row["split"] == s and row["rank"] >= 0] for s in splits}
@@ -202,18 +254,17 @@ def _upper(values: Sequence[float]) -> float | None:
     return bound if max(values) > 1.5 * bound else None
 
 
-def _blind_note() -> str:
-    return (
-        "Share of questions that a guesser gets right from the text alone, learned on half of the source videos and "
-        f"scored on the other half. Marked with ▲: more than {100 * MARGIN:.0f} points above chance; with ▲▲ and red: "
-        "also by more than the noise, twice the standard error of guessing on that many questions. The letters of the "
-        "right answers are compared with the uniform distribution; red: p is 0.01 or less."
-    )
+_BLIND_NOTE = (
+    "Share of questions that a guesser gets right from the text alone, learned on half of the source videos and "
+    f"scored on the other half. Marked with ▲: more than {100 * MARGIN:.0f} points above chance; with ▲▲ and red: "
+    "also by more than the noise, twice the standard error of guessing on that many questions. The letters of the "
+    "right answers are compared with the uniform distribution; red: p is 0.01 or less."
+)
 
 
 def _blind(summary: CurationSummary, splits: Sequence[str]) -> Markup:
     tables = [found for split in splits for found in summary.blind.get(split, {}).values()]
-    guessers = list(dict.fromkeys(name for found in tables for name in found if name not in ("chance", "count")))
+    guessers = list(dict.fromkeys(name for found in tables for name in _guessers(found)))
     columns = [Column("split"), Column("subtask"), Column("n", True), Column("chance", True), Column("noise ±", True)]
     columns += [Column(_words(name), True) for name in guessers]
     rows = []
@@ -221,36 +272,26 @@ def _blind(summary: CurationSummary, splits: Sequence[str]) -> Markup:
         for subtask, found in sorted(summary.blind.get(split, {}).items()):
             chance, count = found["chance"], found["count"]
             noise = 2 * math.sqrt(chance * (1 - chance) / count) if count else math.nan
-            row = [split, _words(subtask), number(count), number(chance, 1, percent=True)]
-            row += [number(noise, 1, percent=True)]
+            row = [split, _words(subtask), number(count), *(number(v, 1, percent=True) for v in (chance, noise))]
             rows.append(row + [_guess(found.get(name, math.nan), chance, noise) for name in guessers])
     letters = [
         [split, number(statistic, 2), number(p, 3, tone="good" if p > 0.01 else "bad")]
         for split, (statistic, p) in sorted(summary.letters.items(), key=lambda item: splits.index(item[0]))
     ]
     heads = [Column("split"), Column("chi-square", True), Column("p", True)]
-    return page.join(
-        [
-            page.table(columns, rows, caption="Blind baselines", filter=True),
-            page.table(heads, letters, caption="Letters, four options"),
-        ]
-    )
+    figures = page.table(columns, rows, caption="Blind baselines", filter=True)
+    return page.join([figures, page.table(heads, letters, caption="Letters, four options")])
 
 
 def _guess(accuracy: float, chance: float, noise: float) -> Cell:
     cell = number(accuracy, 1, percent=True)
     if not accuracy > chance + MARGIN:
         return cell
-    far = accuracy > chance + MARGIN and accuracy > chance + noise
+    far = accuracy > chance + noise
     return Cell(f"{'▲▲' if far else '▲'} {cell.value}", cell.sort, "bad" if far else "warn")
 
 
-def _shown_rows(rows: Sequence[Row], chosen: Mapping[str, str]) -> list[Row]:
-    """Up to `MAX_QUESTIONS` rows, those of the data set first."""
-    return sorted(rows, key=lambda row: row["id"] not in chosen)[:MAX_QUESTIONS]
-
-
-def _cards(clip: SampledClip, rows: Sequence[Row], chosen: Mapping[str, str]) -> list[Card]:
+def _cards(clip: SampledClip, rows: Sequence[QuestionRow], chosen: Mapping[str, str]) -> list[Card]:
     named = sorted({n for row in rows for n in row["frames"]["source"]})
     pictures = {n: page.thumbnail(clip.frames[n]) for n in named if n in clip.frames}
     made = []
@@ -269,18 +310,9 @@ def _cards(clip: SampledClip, rows: Sequence[Row], chosen: Mapping[str, str]) ->
             if any(center is not None for center in solution[name]):
                 facts.append((_words(name), _states(solution[name])))
         facts += [("phrasing", row["template"]), ("split", split), ("id", row["id"])]
-        body = page.join(
-            [
-                tag("div", *frames, class_="pair"),
-                tag("p", row["question"]),
-                tag("ul", *options, class_="options"),
-                tag(
-                    "dl",
-                    *(tag(e, t) for pair in facts for e, t in zip(("dt", "dd"), pair, strict=True)),
-                    class_="facts",
-                ),
-            ]
-        )
+        listed = [tag(kind, text) for fact in facts for kind, text in zip(("dt", "dd"), fact, strict=True)]
+        pair, choices = tag("div", *frames, class_="pair"), tag("ul", *options, class_="options")
+        body = page.join([pair, tag("p", row["question"]), choices, tag("dl", *listed, class_="facts")])
         size = row["value"] if isinstance(row["value"], (int, float)) else math.nan
         keys = {"value": float(size), "motion": float(row["motion"]), "frame gap": float(seen[1] - seen[0])}
         facets = {"scenario": _words(row["question_type"]), "split": split, "clip": clip.scene.clip_id}
@@ -301,69 +333,11 @@ def _frame(jpeg: bytes | None, seen: int, source: int) -> Markup:
     return tag("figure", page.image(jpeg, name), tag("figcaption", name))
 
 
-_MAP_NOTE = (
-    "Seen from above, in the axes of the first camera: right to the right, forward up; metres. Open circles are "
-    "starts, filled ones ends; short strokes show where the camera looks; numbers are source frames that the questions "
-    "above name. An object's path is the mean of those of its points that are seen, with a gap where none is."
-)
-
-
-def _maps(shown: Sequence[tuple[SampledClip, Sequence[Row]]]) -> Markup:
+def _maps(shown: Sequence[tuple[SampledClip, Sequence[QuestionRow]]]) -> Markup:
     if not shown:
         return tag("p", "No clip was sampled.", class_="empty")
     blocks = [tag("div", *clip_maps(clip.scene, rows), _quality(clip.quality), class_="stack") for clip, rows in shown]
     return tag("div", *blocks, class_="charts")
-
-
-def clip_maps(scene: Scene, rows: Sequence[Row]) -> list[Markup]:
-    """Top-down map of camera and objects with the frames that `rows` name marked; where the camera's path is small in
-    it, a second one of that path alone."""
-    pose = scene.world_to_camera[0]
-    asked = {row["object_id"] for row in rows}
-    objects = sorted(scene.objects, key=lambda o: o.object_id not in asked)[:MAX_OBJECTS]
-    look = scene.camera_to_world[:, :, 2] @ pose[:, :3].T  # f64[T,3] viewing directions
-    camera = MapPath("camera", _from_above(scene.camera_centers, pose), look[:, [0, 2]], camera=True)
-    paths = [camera, *(MapPath(_name(o), _from_above(_centroids(o), pose)) for o in objects)]
-    frames = sorted({n for row in rows for n in row["frames"]["source"]})
-    named = [_map_point(camera, 0, frame, str(frame)) for frame in frames]
-    number_of = {o.object_id: n for n, o in enumerate(objects, start=1)}
-    pairs = {(row["object_id"], n) for row in rows for n in row["frames"]["source"] if row["object_id"] in number_of}
-    marks = [_map_point(paths[number_of[o]], number_of[o], frame, "") for o, frame in sorted(pairs)]
-    left_out = len(scene.objects) - len(objects)
-    note = f"scale: {scene.scale}" + (f"; {left_out} more objects are not drawn" if left_out else "")
-    axes = {"x_label": "right, m", "y_label": "forward, m"}
-    if _extent([camera]) > _SMALL * _extent(paths):
-        return [top_map(paths, [*named, *marks], title=scene.clip_id, note=note, **axes)]
-    bare = [dataclasses.replace(point, label="") for point in named]
-    return [
-        top_map(paths, [*bare, *marks], title=scene.clip_id, note=note, **axes),
-        top_map([camera], named, title=f"{scene.clip_id}: the camera's path, larger", **axes),
-    ]
-
-
-def _map_point(path: MapPath, index: int, frame: int, label: str) -> MapPoint:
-    x, y = path.points[frame].tolist()
-    return MapPoint(x, y, label, f"{path.name} at frame {frame}: {x:.2f}, {y:.2f} m", index)
-
-
-def _extent(paths: Sequence[MapPath]) -> float:
-    """Metres: the longer side of the box around the paths; 0 if nothing is seen."""
-    points = np.concatenate([path.points for path in paths])
-    known = points[np.isfinite(points).all(1)]
-    return float(np.ptp(known, axis=0).max()) if len(known) else 0.0
-
-
-def _from_above(points: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """World points f64[N, 3] -> f64[N, 2] (right, forward) in the axes of a camera f64[3, 4]."""
-    return (points @ pose[:, :3].T + pose[:, 3])[:, [0, 2]]
-
-
-def _centroids(obj: SceneObject) -> np.ndarray:
-    """f64[T, 3] mean of the points seen in each frame, NaN where there are none."""
-    seen = obj.seen()
-    total = np.where(seen[..., None], obj.points, 0.0).sum(1)
-    count = seen.sum(1)[:, None]
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _quality(figures: Mapping[str, Any]) -> Markup | None:
@@ -375,10 +349,6 @@ def _quality(figures: Mapping[str, Any]) -> Markup | None:
             value = "not measured"
         rows.append([_words(name), Cell(f"{value:.4g}", value) if isinstance(value, (int, float)) else value])
     return page.table([Column("figure"), Column("value", True)], rows, caption="Quality of the reconstruction")
-
-
-def _name(obj: SceneObject) -> str:
-    return obj.description or obj.category or obj.object_id
 
 
 def _words(name: str) -> str:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import SceneError
 from data_prep.scenes.objects import encode_rle
-from data_prep.scenes.scene import Scene, SceneObject, invert_poses, save_scene
+from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of, invert_poses, move_tracks, save_scene
 from data_prep.sources.frames import CODECS, write_video
+from data_prep.store.untrusted import SceneError, npz_bytes
 from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.synthetic.solids import surface_points
 from data_prep.synthetic.worlds import Named, SyntheticConfig, make_world
-from mllm4d_jax.files.atomic import open_atomic, write_atomic
+from mllm4d_jax.files.atomic import write_atomic
 
 MASK_FORMATS = ("npz", "rle")
 _HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
@@ -61,7 +61,7 @@ class ClipFiles:
 
 
 def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
-    """Clip `index` of the set `seed`; the same arguments give the same clip, whatever was made before.
+    """Render clip `index` of the set `seed`; the same arguments give the same clip, whatever was made before.
 
     Raises:
       SceneError: the config asks for what fits in no room.
@@ -79,13 +79,13 @@ def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
         if len(track):
             masks = surfaces == k + 1
             objects.append(SceneObject(f"object_{k}", entry.description, entry.category, track.swapaxes(0, 1), masks))
-    k = np.array([[camera.focal, 0, config.width / 2], [0, camera.focal, config.height / 2], [0, 0, 1]])
+    size = (config.height, config.width)
     scene = Scene.from_camera_to_world(
         clip_id=f"{video}_{first}",
         source_id=video,
         camera_to_world=camera.camera_to_world,
-        intrinsics=np.broadcast_to(k, (config.frames, 3, 3)),
-        image_size=(config.height, config.width),
+        intrinsics=np.broadcast_to(intrinsics_of(size, config.fov), (config.frames, 3, 3)),
+        image_size=size,
         timestamps=microseconds / 1e6,
         objects=tuple(objects),
         scale="metric",
@@ -128,8 +128,7 @@ def _seen(
     world: World, camera: Camera, tracks: np.ndarray, facing: np.ndarray, owners: np.ndarray, surfaces: np.ndarray
 ) -> np.ndarray:
     """bool[N, T]: the point faces the camera, lies on a pixel that shows its surface, and nothing is before it."""
-    poses = invert_poses(camera.camera_to_world)
-    local = np.einsum("tij,ntj->nti", poses[:, :, :3], tracks) + poses[:, :, 3]
+    local = move_tracks(invert_poses(camera.camera_to_world), tracks)
     z = local[:, :, 2]
     ahead = facing & (z > 0.05)
     safe = np.where(ahead, z, 1.0)
@@ -166,7 +165,7 @@ def _background_points(
 def write_clip(
     clip: SyntheticClip, folder: str | Path, codec: str = "ffv1", masks: str = "npz", truth: bool = True
 ) -> ClipFiles:
-    """Writes a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
+    """Write a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
 
     In `folder`, all names starting with the clip id: `.npz` (Stereo4D's keys), `-left_rectified.mp4`,
     `-right_rectified.mp4` (stereo clips), `-masks.npz` or `-masks.json`, `-captions.json`, and `-truth/` (the exact
@@ -190,7 +189,7 @@ def write_clip(
         write_video(right, clip.right, clip.fps, codec)
     mask_file = Path(f"{stem}-masks.{'npz' if masks == 'npz' else 'json'}")
     if masks == "npz":
-        _write_npz(mask_file, {o.object_id: o.masks for o in scene.objects})
+        write_atomic(mask_file, npz_bytes({o.object_id: o.masks for o in scene.objects}))
     else:
         _write_json(mask_file, {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects})
     captions = Path(f"{stem}-captions.json")
@@ -199,12 +198,12 @@ def write_clip(
     if truth:
         save_scene(scene, truth_folder)
     annotations = Path(f"{stem}.npz")
-    _write_npz(annotations, stereo4d_arrays(clip))
+    write_atomic(annotations, npz_bytes(stereo4d_arrays(clip)))
     return ClipFiles(annotations, left, None if clip.right is None else right, mask_file, captions, truth_folder)
 
 
 def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
-    """The keys of a Stereo4D annotation file (data layout of github.com/Stereo4d/stereo4d-code).
+    """Return the arrays of a Stereo4D annotation file (data layout of github.com/Stereo4d/stereo4d-code).
 
     Tracks are the background's, then each object's in the scene's order; float32, as metres of a room need no more.
     """
@@ -223,11 +222,6 @@ def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
         "track_indices": np.nonzero(seen)[1].astype(np.int64),
         "track_coordinates": tracks[seen].astype(np.float32),
     }
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open_atomic(path) as file:
-        np.savez_compressed(file, **arrays)
 
 
 def _write_json(path: Path, document: dict) -> None:

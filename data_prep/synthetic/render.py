@@ -54,7 +54,7 @@ class Camera:
     width: int
 
     def shifted(self, offset: float) -> Camera:
-        """The same camera moved by `offset` metres along its own x axis (the right eye: the baseline)."""
+        """Return the camera moved by `offset` metres along its own x axis (the right eye: the baseline)."""
         poses = self.camera_to_world.copy()
         poses[:, :, 3] += offset * poses[:, :, 0]
         return dataclasses.replace(self, camera_to_world=poses)
@@ -91,7 +91,7 @@ class Rays:
 
 
 def render(world: World, camera: Camera, smooth: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames u8[T, H, W, 3] RGB, depth f32[T, H, W] (camera z at pixel centres, metres), surfaces u8[T, H, W].
+    """Render frames u8[T, H, W, 3] RGB, depth f32[T, H, W] (camera z, pixel centres, metres), surfaces u8[T, H, W].
 
     Args:
       smooth: resolve edges of the picture by four rays per pixel; depth and surfaces stay those of pixel centres.
@@ -117,7 +117,7 @@ def render(world: World, camera: Camera, smooth: bool = True) -> tuple[np.ndarra
 
 
 def camera_rays(camera: Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """f32[3, n] camera-frame rays (z = 1) through pixel coordinates x, y [n] (centres at +0.5)."""
+    """Return f32[3, n] camera-frame rays (z = 1) through pixel coordinates x, y [n] (centres at +0.5)."""
     rays = np.ones((3, len(x)), np.float32)
     rays[0] = (x - camera.width / 2) / camera.focal
     rays[1] = (y - camera.height / 2) / camera.focal
@@ -125,7 +125,7 @@ def camera_rays(camera: Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def cast(world: World, camera: Camera, rays: Rays) -> Hits:
-    """The first surface on each ray."""
+    """Find the first surface on each ray."""
     poses = camera.camera_to_world[rays.frames]
     counts = np.diff(rays.starts)
     directions = np.empty_like(rays.rays)

@@ -48,7 +48,7 @@ class Solid:
 
     @property
     def radius(self) -> float:
-        """Of the bounding sphere, metres."""
+        """Return that of the bounding sphere, metres."""
         return self.half[0] if self.shape == "ball" else math.hypot(*self.half[: 2 if self.shape == "cylinder" else 3])
 
 
@@ -116,7 +116,7 @@ SURFACE = {"box": _box_surface, "ball": _ball_surface, "cylinder": _cylinder_sur
 def surface_points(
     rng: np.random.Generator, shape: str, half: tuple[float, float, float], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points uniform on the surface of a solid in its own axes, f64[count, 3], and their outward normals."""
+    """Draw points uniform on the surface of a solid in its own axes, f64[count, 3], and their outward normals."""
     if shape == "ball":
         normal = rng.standard_normal((count, 3))
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)

@@ -36,7 +36,7 @@ class Atlas:
     size: np.ndarray
 
     def sample(self, pattern: np.ndarray, level: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Bilinear grey values u8[n] at tile coordinates (u, v) (period 1) of `pattern` and mip `level`, i64[n]."""
+        """Sample grey values u8[n] (bilinear) at tile coordinates (u, v), period 1, of pattern and level, i64[n]."""
         size = self.size[level]
         x = (u - np.floor(u)) * size
         y = (v - np.floor(v)) * size
@@ -51,7 +51,7 @@ class Atlas:
 
 @lru_cache(maxsize=1)
 def atlas() -> Atlas:
-    """The library; drawn once per process, always the same."""
+    """Return the library; drawn once per process, always the same."""
     sizes = [SIZE >> n for n in range(LEVELS)]
     left = np.cumsum([0] + [s + 2 * _PAD for s in sizes])
     image = np.zeros((len(PATTERNS) * (SIZE + 2 * _PAD), int(left[-1])), np.uint8)

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from data_prep.errors import SceneError
+from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.render import ROOM, Camera, World
 from data_prep.synthetic.solids import Material, Solid
 from data_prep.synthetic.textures import PATTERNS
@@ -76,7 +76,7 @@ class SyntheticConfig:
     background_points: int = 128
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
+        """Check the ranges.
 
         Raises:
           SceneError: naming the field.
@@ -101,7 +101,7 @@ class SyntheticConfig:
 
     @property
     def focal(self) -> float:
-        """Pixels."""
+        """Return the focal length, pixels."""
         return self.width / 2 / math.tan(math.radians(self.fov) / 2)
 
 
@@ -115,7 +115,7 @@ class Named:
 
 
 def make_world(rng: np.random.Generator, config: SyntheticConfig) -> tuple[World, Camera, tuple[Named, ...]]:
-    """A room, the left camera and the named objects (surface ids 1, 2, ... in this order).
+    """Draw a room, the left camera and the named objects (surface ids 1, 2, ... in this order).
 
     Raises:
       SceneError: no arrangement of the asked objects and travels fits into a room.
@@ -147,22 +147,18 @@ def _progress(rng: np.random.Generator, frames: int, count: int | None = None) -
     return t - ease * np.sin(2 * np.pi * t) / (2 * np.pi) - 0.5
 
 
-def _about_y(angle: np.ndarray) -> np.ndarray:
-    """f64[..., 3, 3] rotation about y: takes +z towards +x."""
-    c, s, o, i = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
-    return np.stack([c, o, s, o, i, o, -s, o, c], -1).reshape(*np.shape(angle), 3, 3)
+def _about(axis: int, angle: np.ndarray | float) -> np.ndarray:
+    """f64[..., 3, 3] rotation about x, y or z (0, 1, 2): takes the axis after it towards the one after that.
 
-
-def _about_x(angle: np.ndarray) -> np.ndarray:
-    """f64[..., 3, 3]: takes +y towards +z."""
-    c, s, o, i = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
-    return np.stack([i, o, o, o, c, -s, o, s, c], -1).reshape(*np.shape(angle), 3, 3)
-
-
-def _about_z(angle: np.ndarray) -> np.ndarray:
-    """f64[..., 3, 3]: takes +x towards +y."""
-    c, s, o, i = np.cos(angle), np.sin(angle), np.zeros_like(angle), np.ones_like(angle)
-    return np.stack([c, -s, o, s, c, o, o, o, i], -1).reshape(*np.shape(angle), 3, 3)
+    Written out, not composed by a library, since the clips' bytes follow from its last bit.
+    """
+    first, second = (axis + 1) % 3, (axis + 2) % 3
+    matrix = np.zeros((*np.shape(angle), 3, 3))
+    matrix[..., axis, axis] = 1
+    matrix[..., first, first] = matrix[..., second, second] = np.cos(angle)
+    matrix[..., second, first] = np.sin(angle)
+    matrix[..., first, second] = -matrix[..., second, first]
+    return matrix
 
 
 def _camera(rng: np.random.Generator, config: SyntheticConfig, size: np.ndarray) -> Camera | None:
@@ -175,7 +171,7 @@ def _camera(rng: np.random.Generator, config: SyntheticConfig, size: np.ndarray)
     yaw = heading + swing * _progress(rng, frames)
     down = np.radians(rng.uniform(8, 20)) + motion * np.radians(rng.uniform(-5, 5)) * _progress(rng, frames)
     roll = np.radians(rng.uniform(-2, 2)) + motion * np.radians(rng.uniform(-3, 3)) * _progress(rng, frames)
-    rotation = _about_y(yaw) @ _about_x(-down) @ _about_z(roll)
+    rotation = _about(1, yaw) @ _about(0, -down) @ _about(2, roll)
     # The direction of travel favours one camera axis, so that every direction has its share of clear examples.
     travel = rng.uniform(-0.45, 0.45, 3)
     axis, sign = rng.integers(3), rng.choice([-1.0, 1.0])
@@ -303,9 +299,9 @@ def _spin(rng: np.random.Generator, shape: str, half: tuple, path: np.ndarray) -
     start = rng.uniform(-np.pi, np.pi)
     if shape == "ball":
         course = math.atan2(*(path[-1] - path[0])[[0, 2]])
-        turn = _about_y(np.array(course))
-        return turn @ _about_x(rolled / half[0]) @ turn.T @ _about_y(np.array(start)) @ _about_z(np.array(0.5))
-    return _about_y(start + rng.uniform(-1.0, 1.0) * (rolled > 0) * np.linspace(0, np.pi / 2, len(path)))
+        turn = _about(1, course)
+        return turn @ _about(0, rolled / half[0]) @ turn.T @ _about(1, start) @ _about(2, 0.5)
+    return _about(1, start + rng.uniform(-1.0, 1.0) * (rolled > 0) * np.linspace(0, np.pi / 2, len(path)))
 
 
 def _walls(rng: np.random.Generator) -> tuple[Material, ...]:

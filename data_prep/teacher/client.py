@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-from data_prep.store.parts import ExportError, canonical_json
+from data_prep.store.parts import StoreError, canonical_json
 from data_prep.teacher.http_post import HttpReply, RefusedReplyError, TransportError, post_json
 from data_prep.teacher.json_schema import SchemaError, check_schema, parse_json
 from data_prep.teacher.replay import Reply, ReplyCache
@@ -141,7 +141,7 @@ class ChatRequest:
         """The payload as canonical JSON. Raises TeacherError for what JSON does not have."""
         try:
             return canonical_json(self.payload())
-        except ExportError as error:
+        except StoreError as error:
             raise TeacherError(f"the request {error}") from error
 
     @property

@@ -21,10 +21,9 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.errors import SceneError
 from data_prep.scenes.objects import read_masks
-from data_prep.sources.frames import read_all_frames
-from data_prep.store.jpeg import encode_jpeg
+from data_prep.sources.frames import encode_jpeg, read_all_frames
+from data_prep.store.untrusted import SceneError
 from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, TeacherError, user_message
 from data_prep.teacher.config import open_teacher
 from data_prep.teacher.entities import entity_request, parse_entities

@@ -44,7 +44,7 @@ class Entity:
 
 
 def entity_request(model: str, frames: Sequence[bytes], *, max_tokens: int = 1024) -> ChatRequest:
-    """The request for a clip. `frames`: JPEG files in order of time (`data_prep.store.jpeg.encode_jpeg`)."""
+    """The request for a clip. `frames`: JPEG files in order of time (`data_prep.sources.frames.encode_jpeg`)."""
     message = user_message(_PROMPT.format(count=len(frames)), frames)
     return ChatRequest(model, (message,), ENTITY_SCHEMA, temperature=0.0, max_tokens=max_tokens)
 

@@ -15,9 +15,8 @@ import tensorflow_datasets as tfds
 
 from configs import common
 from data_prep import curate
-from data_prep.sources.config import SourceError
 from data_prep.store.builder import question_rows
-from data_prep.store.parts import ExportError
+from data_prep.store.parts import StoreError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.rewards import score
 
@@ -88,7 +87,7 @@ def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reaso
 def test_a_workdir_does_not_mix_the_results_of_two_inputs(made, tmp_path):
     clips = made / "clips"
     assert run(tmp_path / "out", source="stereo4d", input=str(clips)) == 0
-    with pytest.raises(ExportError, match="another seed or config"):
+    with pytest.raises(StoreError, match="another seed or config"):
         run(tmp_path / "out", source="stereo4d", input=f"{clips}/../clips")
 
 
@@ -97,9 +96,9 @@ def test_a_workdir_does_not_mix_the_results_of_two_inputs(made, tmp_path):
     [("stereo4d", "Stereo4D annotations"), ("stereo", "-right.mp4"), ("monocular", "-spatialtracker.npz")],
 )
 def test_no_clips_is_an_error_that_says_what_is_expected(tmp_path, source, message):
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(curate.CurateError, match=message):
         run(tmp_path, source=source, input=str(tmp_path))
-    with pytest.raises(SourceError, match="input is not set"):
+    with pytest.raises(curate.CurateError, match="input is not set"):
         run(tmp_path, source=source)
 
 

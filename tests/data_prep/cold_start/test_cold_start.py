@@ -23,7 +23,7 @@ from data_prep.cold_start.task import ColdStartError, run_cold_start
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
 from data_prep.scenes.random_scenes import random_scene
 from data_prep.store.export import r1_record
-from data_prep.store.parts import ClipRejected, ExportError
+from data_prep.store.parts import ClipRejected, StoreError
 from data_prep.teacher.client import TeacherError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.rewards import Solution, score
@@ -189,7 +189,7 @@ def test_a_run_with_other_settings_needs_another_folder(tmp_path, scripted):
     records = write_records(tmp_path / "r1.jsonl", map(record, SCRIPT))
     run_cold_start(config(records), str(tmp_path / "out"))
     for changed in (config(records, reward="release"), config(records, seed=4), config(records, paths=2)):
-        with pytest.raises(ExportError, match="another seed or config"):
+        with pytest.raises(StoreError, match="another seed or config"):
             run_cold_start(changed, str(tmp_path / "out"))
 
 

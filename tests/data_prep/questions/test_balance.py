@@ -5,13 +5,13 @@ from collections import Counter
 
 import pytest
 
-from data_prep.questions.balance import PRESETS, BalanceError, Preset, gap_bin, select
+from data_prep.questions.balance import PRESETS, BalanceError, Preset, gap_bin, select, split_of
 from data_prep.questions.blind import baselines, letter_test
 from data_prep.questions.options import OptionRule
-from data_prep.questions.propose import SCENARIOS, SUBTASKS, QuestionRules, propose
-from data_prep.questions.splits import split_of
+from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
 from data_prep.scenes.random_scenes import random_scene
 from data_prep.scenes.relations import LABELS
+from mllm4d_jax.qa.benchmarks import SUBTASKS
 
 EVEN = dict.fromkeys(SCENARIOS, 1.0)
 
@@ -31,7 +31,7 @@ def few() -> list[dict]:
 def bench() -> list[dict]:
     rows = rows_of(900, seed=1)
     chosen = select(rows, PRESETS["bench"], seed=0, bench_share=1.0)
-    return [rows[n] for n in chosen.indices]
+    return [rows[n] for n in chosen]
 
 
 def test_bench_has_a_thousand_questions_of_each_subtask(bench):
@@ -131,16 +131,16 @@ def test_order_of_the_rows_does_not_matter(few):
     random.Random(0).shuffle(shuffled)
     first = select(few, preset, seed=3, bench_share=0.2)
     second = select(shuffled, preset, seed=3, bench_share=0.2)
-    assert [few[n]["id"] for n in first.indices] == [shuffled[n]["id"] for n in second.indices]
+    assert [few[n]["id"] for n in first] == [shuffled[n]["id"] for n in second]
     other = select(few, preset, seed=4, bench_share=0.2)
-    assert first.indices != other.indices and set(first.counts.values()) == {20}
+    assert first != other and set(Counter(few[n]["question_type"] for n in first).values()) == {20}
 
 
 def test_train_and_bench_share_no_source_video(few):
     videos = {}
     for split in ("train", "bench"):
         chosen = select(few, Preset("p", EVEN, 20, None, 0.0, split), seed=0, bench_share=0.4)
-        videos[split] = {few[n]["source_id"] for n in chosen.indices}
+        videos[split] = {few[n]["source_id"] for n in chosen}
         assert all(split_of(v, bench_share=0.4) == split for v in videos[split])
     assert videos["train"] and videos["bench"] and not videos["train"] & videos["bench"]
 
@@ -171,18 +171,18 @@ def test_presets_have_the_papers_shares(few):
         abs(quotas["object_absolute_distance"] - 6_000) <= 10 and abs(quotas["camera_relative_direction"] - 5_010) <= 10
     )
     chosen = select(few, Preset("r", r1.shares, 20, None, 0.5, "train"), seed=0, bench_share=0.0)
-    kept = [few[n] for n in chosen.indices]
+    kept = [few[n] for n in chosen]
     assert len(kept) > 100 and min(row["motion"] for row in kept) >= 0.5
-    assert abs(chosen.counts["object_absolute_distance"] / len(kept) - 0.2) < 0.01
+    assert abs(sum(row["question_type"] == "object_absolute_distance" for row in kept) / len(kept) - 0.2) < 0.01
     assert max(Counter(row["source_id"] for row in kept).values()) <= 20
 
 
 def test_as_many_as_the_shares_allow(few):
     tight = select(few, Preset("p", EVEN, 3, None, 0.0, "train"), seed=0, bench_share=0.0)
     loose = select(few, Preset("p", EVEN, 20, None, 0.0, "train"), seed=0, bench_share=0.0)
-    assert 0 < len(tight.indices) < len(loose.indices) and len(tight.indices) <= 3 * 75
+    assert 0 < len(tight) < len(loose) and len(tight) <= 3 * 75
     with pytest.raises(BalanceError):
-        more = Preset("p", EVEN, 20, len(loose.indices) + 1, 0.0, "train")
+        more = Preset("p", EVEN, 20, len(loose) + 1, 0.0, "train")
         select(few, more, seed=0, bench_share=0.0)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.questions.options import LETTERS, OptionRule, label_options, numeric_options
-from data_prep.questions.propose import SCENARIOS, SUBTASKS, QuestionRules, frame_numbers, propose
+from data_prep.questions.propose import SCENARIOS, QuestionRules, frame_numbers, propose
 from data_prep.questions.wording import (
     ANCHORS,
     PHRASINGS,
@@ -25,6 +25,7 @@ from data_prep.scenes.relations import LABELS
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.qa.benchmarks import SUBTASKS
 
 RULES = QuestionRules()
 SCENES = [random_scene(seed, frames=50) for seed in range(30)]

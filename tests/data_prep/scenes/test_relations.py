@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from data_prep.scenes import measure
 from data_prep.scenes import relations as rel
 from data_prep.scenes.random_scenes import random_scene
+from data_prep.scenes.relations import RelationRules
 from data_prep.scenes.scene import Scene, SceneObject
 
 SCENES = [random_scene(seed, frames=9, objects=2, points=20) for seed in range(25)]
@@ -45,9 +45,9 @@ def nearest(obj: SceneObject, frame: int, place: np.ndarray) -> float:
 
 
 def three_way(value: float, labels: tuple[str, ...]) -> str | None:
-    if abs(abs(value) - rel.TAU) < rel.MARGIN:
+    if abs(abs(value) - rel.RULES.tau) < rel.RULES.margin:
         return None
-    return labels[2] if abs(value) < rel.TAU else labels[0] if value > 0 else labels[1]
+    return labels[2] if abs(value) < rel.RULES.tau else labels[0] if value > 0 else labels[1]
 
 
 def check(expected_value, expected_label, call) -> str:
@@ -75,7 +75,7 @@ def test_camera_direction():
         size = sorted(abs(move))
         axis = int(np.argmax(abs(move)))
         label = (("right", "left"), ("down", "up"), ("forward", "backward"))[axis][int(move[axis] < 0)]
-        if size[2] < rel.DOMINANCE * size[1] or np.linalg.norm(move) < rel.MIN_MOTION:
+        if size[2] < rel.RULES.dominance * size[1] or np.linalg.norm(move) < rel.RULES.min_motion:
             label = None
         seen.add(check(move, label, lambda s=scene, a=i, b=j: rel.camera_relative_direction(s, a, b)))
     assert seen == {*rel.CAMERA_DIRECTIONS, "refused"}
@@ -86,7 +86,7 @@ def test_the_papers_mixed_convention_fails_on_rotated_cameras():
     for scene, i, j in cases():
         e_i, e_j = scene.world_to_camera[i], scene.world_to_camera[j]
         printed = e_i[:, :3].T @ (e_j[:, 3] - e_i[:, 3])
-        right = measure.camera_displacements(scene, np.array([i]), np.array([j]))[0]
+        right = rel.camera_displacements(scene, np.array([i]), np.array([j]))[0]
         wrong += np.abs(printed - right).max() > 1e-2
         # Read as camera->world the same formula is right: the error is in the convention, not in its shape.
         g_i, g_j = scene.camera_to_world[i], scene.camera_to_world[j]
@@ -141,9 +141,9 @@ def test_a_half_hidden_still_object_does_not_move():
     obj = scene.objects[0]
     assert rel.object_absolute_distance(scene, obj, 0, 1).value == 0
     assert rel.object_camera_lateral_direction(scene, obj, 0, 1).label == "not moving"
-    assert rel.object_absolute_distance(scene, obj, 0, 1, points="all").value > 5
+    assert rel.object_absolute_distance(scene, obj, 0, 1, RelationRules(points="all")).value > 5
     with pytest.raises(ValueError, match="both, all"):
-        rel.object_absolute_distance(scene, obj, 0, 1, points="some")
+        rel.object_absolute_distance(scene, obj, 0, 1, RelationRules(points="some"))
 
 
 def test_unseen_objects_are_refused():
@@ -158,9 +158,11 @@ def test_unseen_objects_are_refused():
                 with pytest.raises(rel.Refused, match="points are seen") as error:
                     getattr(rel, name)(scene, obj, i, j)
                 assert error.value.reason == "unseen", labels
-    assert rel.object_camera_absolute_distance(scene, obj, 0, 1, min_points=2).value == pytest.approx(math.sqrt(3))
+    assert rel.object_camera_absolute_distance(scene, obj, 0, 1, RelationRules(min_points=2)).value == pytest.approx(
+        math.sqrt(3)
+    )
     with pytest.raises(rel.Refused):  # no point at all is never enough
-        rel.object_absolute_distance(scene, obj, 0, 2, min_points=0)
+        rel.object_absolute_distance(scene, obj, 0, 2, RelationRules(min_points=0))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,8 @@ def test_thresholds(shift, outcome):
             label = function(scene, scene.objects[0], 0, 1).label
             assert label == {"+": plus, "-": minus}.get(outcome, outcome)
     assert (
-        rel.object_camera_lateral_direction(scene, scene.objects[0], 0, 1, tau=0.01, margin=0.0).label != "not moving"
+        rel.object_camera_lateral_direction(scene, scene.objects[0], 0, 1, RelationRules(tau=0.01, margin=0.0)).label
+        != "not moving"
     )
 
 

@@ -17,7 +17,7 @@ from data_prep.scenes.scene import (
     nearest_rigid,
     save_scene,
 )
-from data_prep.store.npz import read_npz
+from data_prep.store.untrusted import read_npz
 
 
 def small_scene(**changes) -> Scene:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import SceneError
 from data_prep.scenes.objects import Caption, objects_from_tracks
-from data_prep.sources.monocular_files import metric_scale, monocular_scene, read_moge, read_spatialtracker
+from data_prep.sources.monocular import metric_scale, monocular_scene, read_moge, read_spatialtracker
+from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import SyntheticClip, make_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 
@@ -65,7 +67,7 @@ def test_a_clip_comes_back_in_metres(tmp_path, clip):
     masks = {o.object_id: o.masks for o in clip.scene.objects}
     captions = {o.object_id: Caption(o.description, o.category) for o in clip.scene.objects}
     objects, _ = objects_from_tracks(bare, tracks, masks, captions, min_points=1, min_frames=1)
-    scene, _ = monocular_scene(spatial, (96, 120), times, scale=scale, objects=objects, **common)
+    scene = dataclasses.replace(bare, objects=objects)
     assert len(scene.objects) == len(clip.scene.objects)
     for got, want in zip(scene.objects, clip.scene.objects, strict=True):
         # Rounding to float32 may move a point over the border of its mask.

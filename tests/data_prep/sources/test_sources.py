@@ -10,14 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import SceneError
-from data_prep.sources.base import Stereo4DSource, SyntheticSource
-from data_prep.sources.clip_card import read_card
+from data_prep.sources.base import read_card
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import StereoSource
+from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
 from data_prep.stereo.quality import QualityLimits
 from data_prep.store.parts import ClipRejected
+from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, stereo4d_arrays, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.media.decode_pool import DecodePool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import tracemalloc
 import zipfile
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.errors import SceneError
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import intrinsics_of, load_scene
-from data_prep.sources.stereo4d import frames_size, read_stereo4d
+from data_prep.sources.frames import frames_size
+from data_prep.sources.stereo4d import read_stereo4d
+from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import SyntheticClip, make_clip, stereo4d_arrays, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.media.frame_sampling import SampleRule
@@ -51,7 +53,7 @@ def test_round_trip_to_the_exact_scene(tmp_path, index, masks):
         min_points=1,
         min_frames=1,
     )
-    scene = read.scene(size, fov=CONFIG.fov, objects=objects)
+    scene = dataclasses.replace(bare, objects=objects)
     assert not dropped
     assert (scene.clip_id, scene.source_id, scene.image_size) == (truth.clip_id, truth.source_id, truth.image_size)
     assert scene.scale == "assumed_baseline" and truth.scale == "metric"

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class StereoClip:
     left: np.ndarray  # u8[T,H,W,3]
     right: np.ndarray  # u8[T,H,W,3]
     depth: np.ndarray  # f64[T,H,W] metres, of the left view
@@ -97,4 +97,5 @@ def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=
         for name, value in zip(out, values, strict=True):
             out[name].append(value)
     intrinsics = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
-    return Clip(**{name: np.stack(values) for name, values in out.items()}, intrinsics=intrinsics, baseline=baseline)
+    stacked = {name: np.stack(values) for name, values in out.items()}
+    return StereoClip(**stacked, intrinsics=intrinsics, baseline=baseline)

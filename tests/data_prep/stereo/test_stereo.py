@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import stereo
+from data_prep.scenes.objects import Caption
 from data_prep.stereo import disparity as disparity_module
 from data_prep.stereo.disparity import (
     StereoError,
@@ -17,6 +17,7 @@ from data_prep.stereo.disparity import (
     split_side_by_side,
 )
 from data_prep.stereo.quality import Quality, QualityLimits, check_quality
+from data_prep.stereo.stage import reconstruct_clip
 from tests.data_prep.stereo.stereo_world import make_clip
 
 
@@ -123,11 +124,12 @@ def reconstruct(clip, **changes):
         "timestamps": np.arange(len(clip.left)) / 10,
         "fov_degrees": 60.0,
         "baseline": clip.baseline,
-        "objects": [stereo.ObjectMasks("ball", clip.masks, "the painted ball", "ball")],
+        "masks": {"ball": clip.masks},
+        "captions": {"ball": Caption("the painted ball", "ball")},
         "max_disparity": 40,
         "provenance": {"video": "a.mp4"},
     }
-    return stereo.reconstruct_clip(clip.left, clip.right, **{**arguments, **changes})
+    return reconstruct_clip(clip.left, clip.right, **{**arguments, **changes})
 
 
 def test_whole_stage_from_stereo_frames_alone(clip):
@@ -172,12 +174,12 @@ def test_bad_clips_are_rejected_with_reasons(clip):
     with pytest.raises(StereoError, match="timestamps"):
         reconstruct(clip, timestamps=np.arange(3.0))
     with pytest.raises(StereoError, match="'ball'"):
-        reconstruct(clip, objects=[stereo.ObjectMasks("ball", clip.masks[:, :5])])
+        reconstruct(clip, masks={"ball": clip.masks[:, :5]})
 
 
 def test_objects_without_points_are_named(clip):
     short = dataclasses.replace(clip, left=clip.left[:2], right=clip.right[:2])
-    scene = reconstruct(short, objects=[stereo.ObjectMasks("ghost", np.zeros_like(clip.masks[:2]))]).scene
+    scene = reconstruct(short, masks={"ghost": np.zeros_like(clip.masks[:2])}).scene
     assert scene.objects == () and "0 points" in scene.provenance["objects_left_out"]["ghost"]
 
 

@@ -98,7 +98,7 @@ def test_bad_input_is_refused(clip):
         estimate_trajectory(clip.left, depths(clip), clip.intrinsics[:2])
     with pytest.raises(StereoError, match="masks must be bool"):
         estimate_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks.astype(np.uint8))
-    with pytest.raises(StereoError, match="frames must be u8"):
+    with pytest.raises(StereoError, match="frames must be uint8"):
         estimate_trajectory(clip.left.astype(float), depths(clip), clip.intrinsics)
 
 

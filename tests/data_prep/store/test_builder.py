@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from data_prep.sources.frames import encode_jpeg
 from data_prep.store import builder as builder_module
 from data_prep.store.builder import (
     ClipExample,
@@ -26,11 +27,10 @@ from data_prep.store.builder import (
     question_rows,
     timing,
 )
-from data_prep.store.jpeg import encode_jpeg
-from data_prep.store.parts import ClipResult, ExportError, PartStore
+from data_prep.store.parts import ClipResult, PartStore, StoreError
 from mllm4d_jax.media.frame_sampling import SampleRule
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FEATURES = {
     "clip_id",
     "source_id",
@@ -127,7 +127,7 @@ def test_a_finished_data_set_is_opened_and_one_of_other_clips_refused(tmp_path):
     again = build_dataset(tmp_path, SPLITS, lambda _: pytest.fail("written anew"), fingerprint="1")
     assert files(tmp_path) == before and len(again.as_data_source("train")) == 23
     for splits, fingerprint in ((SPLITS, "2"), ({"train": CLIPS[:5]}, "1")):
-        with pytest.raises(ExportError, match="made from other clips"):
+        with pytest.raises(StoreError, match="made from other clips"):
             build_dataset(tmp_path, splits, LOAD, fingerprint=fingerprint)
 
 
@@ -138,16 +138,16 @@ def test_shards_are_fair_and_cover_every_clip():
     assert min(len({c.split("_")[0] for c in s}) for s in shards) > 50  # unmixed it would be 5
     assert plan_shards(clips[::-1], 100) == shards
     for ids, size in (([], 4), (["a"], 0)):
-        with pytest.raises(ExportError):
+        with pytest.raises(StoreError):
             plan_shards(ids, size)
 
 
 def test_bad_examples_are_named(tmp_path):
     good = LOAD("c3")
     for changes in ({"frames": good.frames[1:]}, {"fps": 0.0}, {"frames": (), "frame_indices": np.zeros(0)}):
-        with pytest.raises(ExportError, match="'c3'"):
+        with pytest.raises(StoreError, match="'c3'"):
             encode_example(dataclasses.replace(good, **changes))
-    with pytest.raises(ExportError, match="nothing to write"):
+    with pytest.raises(StoreError, match="nothing to write"):
         build_dataset(tmp_path, {}, LOAD)
 
 
@@ -184,7 +184,7 @@ def test_parts_and_videos_become_examples(tmp_path):
         ("two", "one video"),
         ("no", "missing"),
     ):
-        with pytest.raises(ExportError, match=says):
+        with pytest.raises(StoreError, match=says):
             load(clip)
     load.pool.close()
 
@@ -196,15 +196,15 @@ def test_writing_and_reading_need_neither_tensorflow_nor_jax(tmp_path):
         "assert len(build_dataset(sys.argv[1], SPLITS, LOAD).as_data_source('train')[2]['frames']) > 1\n"
         "assert not {'tensorflow', 'jax', 'apache_beam'} & set(sys.modules)"
     )
-    args = [sys.executable, "-c", code, str(tmp_path), str(ROOT), str(ROOT / "tests" / "data_prep")]
+    args = [sys.executable, "-c", code, str(tmp_path), str(ROOT), str(ROOT / "tests" / "data_prep" / "store")]
     subprocess.run(args, check=True, timeout=60, capture_output=True)
 
 
 def test_beam_that_is_not_installed_is_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam.options.pipeline_options", None)
-    with pytest.raises(ExportError, match="FnApiRunner needs Apache Beam.*pip install"):
+    with pytest.raises(StoreError, match="FnApiRunner needs Apache Beam.*pip install"):
         build_dataset(tmp_path, SPLITS, LOAD, runner="FnApiRunner")
-    with pytest.raises(ExportError, match="without a runner"):
+    with pytest.raises(StoreError, match="without a runner"):
         build_dataset(tmp_path, SPLITS, LOAD, runner_options=["--direct_num_workers=2"])
 
 

@@ -19,11 +19,11 @@ from data_prep.questions.propose import QuestionRules, propose
 from data_prep.scenes.random_scenes import random_scene
 from data_prep.store import parts
 from data_prep.store.export import MANIFEST, Output, assemble, check_result, check_row, r1_record
-from data_prep.store.parts import ClipRejected, ClipResult, ExportError, PartStore, process_clips
+from data_prep.store.parts import ClipRejected, ClipResult, PartStore, StoreError, process_clips
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.errors import MediaError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OUTPUTS = (
     Output("train.json", "conversations", "train"),
     Output("train.jsonl", "conversations", "train"),
@@ -199,7 +199,7 @@ CENTERS = {"camera_center": [None], "object_center": [None]}
 )
 def test_bad_rows_are_named(changes, says):
     check_row(make_row("c", 0, "s"), "s")
-    with pytest.raises(ExportError, match=says) as error:
+    with pytest.raises(StoreError, match=says) as error:
         check_row(make_row("c", 0, "s") | changes, "s")
     assert repr(changes.get("id", "c#0")) in str(error.value)
 
@@ -227,7 +227,7 @@ def test_assembling_refuses_what_does_not_fit_and_leaves_the_old_files(tmp_path,
     write(tmp_path)
     before = contents(tmp_path / "out")
     replace_part(tmp_path, CLIPS[1], change)
-    with pytest.raises(ExportError, match=says):
+    with pytest.raises(StoreError, match=says):
         write(tmp_path)
     del before[MANIFEST]  # gone first: the files no longer are what the parts say
     assert contents(tmp_path / "out") == before
@@ -236,29 +236,29 @@ def test_assembling_refuses_what_does_not_fit_and_leaves_the_old_files(tmp_path,
 def test_missing_and_cut_parts_and_unusable_outputs(tmp_path):
     write(tmp_path)
     with PartStore(tmp_path / "work", seed=5, config={"lr": 1.5, "name": "é"}) as store:
-        with pytest.raises(ExportError, match="is missing: run the clip first"):
+        with pytest.raises(StoreError, match="is missing: run the clip first"):
             assemble(store, ["new"], tmp_path / "out", OUTPUTS)
         store.path(CLIPS[0]).write_bytes(store.path(CLIPS[0]).read_bytes()[:-9])
-        with pytest.raises(ExportError, match="delete it and run again"):
+        with pytest.raises(StoreError, match="delete it and run again"):
             assemble(store, CLIPS, tmp_path / "out", OUTPUTS)
         for output in (Output("a.txt", "r1", "train"), Output("../a.json", "r1", "train"), Output("a.json", "x", "t")):
-            with pytest.raises(ExportError):
+            with pytest.raises(StoreError):
                 assemble(store, CLIPS, tmp_path / "out", (output,))
-        with pytest.raises(ExportError, match="unique"):
+        with pytest.raises(StoreError, match="unique"):
             process_clips(["a", "a"], make_result, store)
 
 
 def test_a_folder_belongs_to_one_config_and_one_run_at_a_time(tmp_path):
     write(tmp_path)
-    with pytest.raises(ExportError, match="another seed or config"):
+    with pytest.raises(StoreError, match="another seed or config"):
         write(tmp_path, seed=6)
     config = {"lr": 1.5, "name": "é"}
     with PartStore(tmp_path / "work", seed=5, config=config):
-        with pytest.raises(ExportError, match="another run is writing"):
+        with pytest.raises(StoreError, match="another run is writing"):
             write(tmp_path)
     write(tmp_path)
     (tmp_path / "work" / "run.json").unlink()
-    with pytest.raises(ExportError, match="use an empty folder"):
+    with pytest.raises(StoreError, match="use an empty folder"):
         write(tmp_path)
 
 
@@ -284,7 +284,7 @@ def dying(clip_id):
 
 
 def test_a_worker_that_dies_is_reported_with_its_clip(tmp_path):
-    with pytest.raises(ExportError, match=r"a worker process died.*clip 00"):
+    with pytest.raises(StoreError, match=r"a worker process died.*clip 00"):
         write(tmp_path, CLIPS[:1], workers=2, work=dying)
 
 
@@ -298,7 +298,7 @@ def test_clip_ids_become_safe_and_different_file_names():
 def test_a_row_that_is_no_json_is_named(tmp_path):
     with PartStore(tmp_path, seed=0, config={}) as store:
         for value in (float("inf"), object(), "\ud800"):
-            with pytest.raises(ExportError, match="clip 'c': cannot be written as JSON"):
+            with pytest.raises(StoreError, match="clip 'c': cannot be written as JSON"):
                 store.write(ClipResult("c", "s", "train", (copy.copy(make_row("c", 0, "s")) | {"extra": value},)))
         assert not store.has("c")
 
@@ -336,7 +336,7 @@ if __name__ == "__main__":
 
 def start(tmp_path, folder, workers, mode):
     script = tmp_path / "child.py"
-    script.write_text(CHILD.format(root=str(ROOT), tests=str(ROOT / "tests" / "data_prep")))
+    script.write_text(CHILD.format(root=str(ROOT), tests=str(ROOT / "tests" / "data_prep" / "store")))
     folder.mkdir(exist_ok=True)
     return subprocess.Popen([sys.executable, str(script), str(folder), str(workers), mode])
 

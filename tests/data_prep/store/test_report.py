@@ -10,13 +10,14 @@ import re
 import numpy as np
 import pytest
 
-from data_prep.questions.balance import PRESETS
-from data_prep.questions.propose import SCENARIOS, QuestionRules, blind, propose
-from data_prep.questions.splits import split_of
+from data_prep.questions import blind
+from data_prep.questions.balance import PRESETS, split_of
+from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
 from data_prep.scenes.random_scenes import random_scene
 from data_prep.scenes.relations import LABELS
 from data_prep.store import report
-from data_prep.store.report import CurationSummary, SampledClip, write_report
+from data_prep.store.clip_maps import MAX_OBJECTS, clip_maps
+from data_prep.store.report import CurationSummary, SampledClip, render
 from tests.report.reading import Element, assert_nothing_external, read
 
 NASTY = "<script>alert(1)</script> & 'co'"
@@ -78,11 +79,8 @@ def table(root: Element, caption: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, make_summary())
-    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
-    return path.read_text(encoding="utf-8")
+def html() -> str:
+    return render(make_summary())
 
 
 def test_the_page_holds_all_sections_and_nothing_external(html):
@@ -94,9 +92,8 @@ def test_the_page_holds_all_sections_and_nothing_external(html):
     assert len(html.encode()) < 2e6
 
 
-def test_same_summary_same_bytes(html, tmp_path):
-    write_report(tmp_path / "again.html", make_summary())
-    assert (tmp_path / "again.html").read_text(encoding="utf-8") == html
+def test_same_summary_same_bytes(html):
+    assert render(make_summary()) == html
 
 
 def test_counts_hashes_and_rejections_are_those_of_the_manifest(html):
@@ -114,7 +111,7 @@ def test_counts_hashes_and_rejections_are_those_of_the_manifest(html):
 
 def test_shares_are_normalised():
     shares = {"camera_absolute_distance": 3.0, "object_absolute_distance": 1.0}
-    rows = table(read(report.render(make_summary(shares=shares, clips=[]))), "Shares")
+    rows = table(read(render(make_summary(shares=shares, clips=[]))), "Shares")
     wanted = {row[0]: row[1] for row in rows}
     assert wanted["camera absolute distance"] == "75.0%" and wanted["object absolute distance"] == "25.0%"
     assert sum(float(row[2].rstrip("%")) for row in rows) == pytest.approx(100, abs=0.4)
@@ -137,7 +134,7 @@ def test_histograms_count_every_question(html):
 def test_blind_figures_are_marked_when_they_leak():
     found = {"count": 400.0, "chance": 0.25, "letter_prior": 0.27, "class_prior": 0.285, "template_prior": 0.40}
     summary = make_summary(blind={"bench": {"s": found}}, letters={"bench": (30.0, 0.001)}, clips=[])
-    root = section(read(report.render(summary)), "blind")
+    root = section(read(render(summary)), "blind")
     body = root.all("tbody")[0]
     assert [c.text for c in body.all("td")] == ["bench", "s", "400", "25.0%", "4.3%", "27.0%", "▲ 28.5%", "▲▲ 40.0%"]
     tones = [c.classes & {"good", "warn", "bad"} for c in body.all("td")[-3:]]
@@ -169,7 +166,7 @@ def test_a_missing_frame_and_hostile_texts_are_shown_as_such():
     row = dict(ROWS[scene.clip_id][0], question=NASTY, options={"A": NASTY, "B": "b"}, answer="A")
     objects = tuple(dataclasses.replace(o, description=NASTY) for o in scene.objects)
     clip = SampledClip(dataclasses.replace(scene, objects=objects), {}, [row], {"static_drift": None, "x": math.nan})
-    html = report.render(make_summary(clips=[clip]))
+    html = render(make_summary(clips=[clip]))
     assert "<script>alert" not in html
     root = read(html)
     card = section(root, "samples").all("article")[0]
@@ -182,7 +179,7 @@ def test_a_missing_frame_and_hostile_texts_are_shown_as_such():
 def test_rows_of_the_data_set_come_first():
     rows = ROWS[SCENES[0].clip_id]
     clip = SampledClip(SCENES[0], {}, rows, {})
-    html = report.render(make_summary(rows=[rows[-1]], clips=[clip]))
+    html = render(make_summary(rows=[rows[-1]], clips=[clip]))
     cards = section(read(html), "samples").all("article")
     splits = [json.loads(c.attributes["data-facets"])["split"] for c in cards]
     assert splits == [rows[-1]["split"]] + ["not chosen"] * (report.MAX_QUESTIONS - 1)
@@ -193,7 +190,7 @@ def test_the_map_is_drawn_in_the_axes_of_the_solutions():
     compared = 0
     for scene in SCENES[:6]:
         rows = ROWS[scene.clip_id]
-        drawn = read("".join(report.clip_maps(scene, rows))).all("figure")[-1]
+        drawn = read("".join(clip_maps(scene, rows))).all("figure")[-1]
         places = {}
         for circle in drawn.all("circle"):
             match = re.fullmatch(r"camera at frame (\d+): .*", circle.all("title")[0].text)
@@ -216,15 +213,15 @@ def test_the_map_is_drawn_in_the_axes_of_the_solutions():
 
 
 def test_gaps_and_the_limit_of_objects():
-    scene = random_scene(3, frames=40, objects=report.MAX_OBJECTS + 2)
+    scene = random_scene(3, frames=40, objects=MAX_OBJECTS + 2)
     points = np.array(scene.objects[0].points)
     points[10:20] = np.nan
     points[20:] = np.nan
     objects = (dataclasses.replace(scene.objects[0], points=points), *scene.objects[1:])
     scene = dataclasses.replace(scene, objects=objects)
     row = {"object_id": "object0", "frames": {"source": [0, 39]}}
-    figure = read("".join(report.clip_maps(scene, [row]))).all("figure")[0]
-    assert len(figure.all("li")) == 1 + report.MAX_OBJECTS and "2 more objects" in figure.text
+    figure = read("".join(clip_maps(scene, [row]))).all("figure")[0]
+    assert len(figure.all("li")) == 1 + MAX_OBJECTS and "2 more objects" in figure.text
     name = scene.objects[0].description
     path = next(p for p in figure.all("path", "line") if p.all("title")[0].text == name)
     assert path.attributes["d"].count("L") == 9 and path.attributes["d"].count("M") == 1
@@ -239,7 +236,7 @@ def test_the_file_stays_below_ten_megabytes_whatever_the_frames():
         SampledClip(scene, dict.fromkeys(named_frames(ROWS[scene.clip_id]), noise), ROWS[scene.clip_id], {})
         for scene in SCENES[: report.MAX_CLIPS + 3]
     ]
-    html = report.render(make_summary(clips=clips))
+    html = render(make_summary(clips=clips))
     assert 1e6 < len(html.encode()) <= 10e6
     assert f"{report.MAX_CLIPS} of {len(clips)} sampled clips" in html
 
@@ -254,5 +251,5 @@ def test_a_run_that_made_nothing_still_has_a_report():
         "rejected": {},
         "files": {},
     }
-    root = read(report.render(CurationSummary(manifest, [], {}, {}, [], {})))
+    root = read(render(CurationSummary(manifest, [], {}, {}, [], {})))
     assert "No clip was sampled." in root.text and len(root.all("section")) == 6

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.errors import SceneError
+from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.render import ROOM, Camera, World, render
 from data_prep.synthetic.solids import Solid, surface_points

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.store.jpeg import encode_jpeg
+from data_prep.sources.frames import encode_jpeg
 from data_prep.teacher.client import (
     ChatRequest,
     Endpoint,
