@@ -181,10 +181,7 @@ class ModelConfig:
             model_type=model_type,
             text=text,
             vision=vision,
-            **{
-                f"{name}_token_id": top.int(f"{name}_token_id")
-                for name in ("image", "video", "vision_start", "vision_end")
-            },
+            **{name: top.int(name) for name in _TOKEN_IDS},
             tied=None if tied is None else bool(tied),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text_raw.get("dtype") or "bfloat16"),
             source=json.dumps(raw),
