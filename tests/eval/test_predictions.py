@@ -190,16 +190,6 @@ def test_the_hash_is_that_of_what_answers_depend_on():
     assert len({digest(), digest(temperature=1.0), digest("xyz"), digest(video__fps=2.0)}) == 4
 
 
-def test_the_hash_ignores_keys_that_exist():
-    """A key that was renamed in the table must be renamed there too."""
-    from configs import common
-    from mllm4d_jax.eval.predictions import NOT_IN_ANSWERS
-
-    names = [key.name for key in common.task_keys("eval")]
-    for ignored in NOT_IN_ANSWERS:
-        assert any(name == ignored or name.startswith(f"{ignored}.") for name in names), ignored
-
-
 def test_controls_are_those_of_the_table():
     (control,) = [key for key in common.task_keys("eval") if key.name == "control"]
     assert control.choices == CONTROLS
