@@ -25,8 +25,8 @@ from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.weight_map import published_tensors
 from mllm4d_jax.qa.records import Record
 from mllm4d_jax.run.build import build, encoder_of, open_records
+from mllm4d_jax.run.loop import Progress
 from mllm4d_jax.run.optimizer import init_optimizer
-from mllm4d_jax.run.progress import Progress
 from mllm4d_jax.sft.setup import make_loader
 from mllm4d_jax.sft.step import TrainStep
 from tools import make_checkpoint

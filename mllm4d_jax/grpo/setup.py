@@ -32,7 +32,7 @@ from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.run.build import Parts, build, describe_trained, encoder_of, open_held_out, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.digest import content_digests
-from mllm4d_jax.run.progress import Progress
+from mllm4d_jax.run.loop import Progress
 from mllm4d_jax.run.start import resume_point, start_from_run
 
 

@@ -24,11 +24,10 @@ from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
 from mllm4d_jax.rows.shape import RowShape
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import RunLog
-from mllm4d_jax.run.loop import TrainingRun
-from mllm4d_jax.run.progress import StopSignal, TrainingError
+from mllm4d_jax.run.log import RunLog, say, write_facts
+from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
+from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.throughput import peak_memory_gib
-from mllm4d_jax.run.workdir import open_workdir, say, write_facts
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.report.columns import line, summary
-from mllm4d_jax.report.reading import METRICS
+from mllm4d_jax.report.reading import FACTS, METRICS
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,16 @@ class RunLog:
                 self._board.add_scalar(f"train/{name}", value, int(row["step"]))
             self._bar.set_postfix_str(line(values, self._display.columns))
             self._window = []
+
+
+def say(text: str) -> None:
+    """Print, once per run."""
+    if multihost.is_primary():
+        print(text, flush=True)
+
+
+def write_facts(folder: Path, facts: Mapping[str, object]) -> None:
+    """Print what a run is, and write it down for its page, once per run."""
+    if multihost.is_primary():
+        write_json(folder / FACTS, facts)
+    say("\n".join(f"{name}: {value}" for name, value in facts.items()))

@@ -10,17 +10,70 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import jax
 import ml_collections
 
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
 from mllm4d_jax.run.log import RunLog
-from mllm4d_jax.run.progress import Progress, StopSignal
-from mllm4d_jax.run.trace import Trace
 from mllm4d_jax.run.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the message names the step and the records."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is; counts are over all processes, so that another number of them can go on.
+
+    Attributes:
+      step: optimiser steps done.
+      position: groups of questions consumed, the loader's whole state (see `data.loader`).
+      rejected: records that could not be used.
+    """
+
+    step: int = 0
+    position: int = 0
+    rejected: int = 0
+
+
+class StopSignal:
+    """True once SIGINT or SIGTERM came in; a second SIGINT interrupts at once. Use as a context manager.
+
+    Outside the main thread, where Python allows no handlers, it stays False.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._before = False, {}
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        log.warning("%s: finishing the step under way, then saving", signal.Signals(number).name)
+
 
 T = TypeVar("T")
 
@@ -126,3 +179,37 @@ class TrainingRun:
         meta = Meta(**dataclasses.asdict(self.progress), config=flat_config(self.config), content=self._content)
         with self.watchdog.phase("saving"):
             self.checkpoints.save(trainable, opt_state, meta, loss, pending)
+
+
+class Trace:
+    """Traces the steps it was given; neighbouring ones go into one trace. Use as a context manager.
+
+    Look at it with `tensorboard --logdir DIR` and the package xprof, or at ui.perfetto.dev.
+    """
+
+    def __init__(self, folder: str | Path, steps: Collection[int]) -> None:
+        """`steps`: counted from 1, as everywhere in a run's output."""
+        self._folder, self._steps, self._on = Path(folder), frozenset(steps), False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Call before a step is sent to the devices."""
+        if step in self._steps and not self._on:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, step: int, wait: Callable[[], object]) -> None:
+        """Call after a step was sent. `wait` returns once it is done; it is called before a trace ends."""
+        if self._on and step + 1 not in self._steps:
+            wait()
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False

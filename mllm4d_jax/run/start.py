@@ -30,7 +30,7 @@ from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import merge_model, split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, ResumeError, check_resumable, flat_config
 from mllm4d_jax.run.digest import folder_digest, model_digest
-from mllm4d_jax.run.progress import Progress
+from mllm4d_jax.run.loop import Progress
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, pack_groups, share_prefix
 from mllm4d_jax.rows.shape import RowShape, largest
-from mllm4d_jax.sft.losses import token_cross_entropy
+from mllm4d_jax.sft.step import token_cross_entropy
 
 log = logging.getLogger(__name__)
 

@@ -30,12 +30,11 @@ from mllm4d_jax.run.build import (
 )
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.digest import content_digests
-from mllm4d_jax.run.progress import Progress
+from mllm4d_jax.run.loop import Progress
 from mllm4d_jax.run.start import resume_point, start_from_run
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.sft.held_out import HeldOutLoss
-from mllm4d_jax.sft.step import TrainStep
-from mllm4d_jax.sft.trainer import Trainer
+from mllm4d_jax.sft.step import Trainer, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,9 @@ from mllm4d_jax.parallel import multihost
 from mllm4d_jax.report.reading import METRICS
 from mllm4d_jax.run import preflight
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import Display, RunLog
-from mllm4d_jax.run.loop import TrainingRun
-from mllm4d_jax.run.progress import Progress, StopSignal
-from mllm4d_jax.run.workdir import open_workdir, say, write_facts
+from mllm4d_jax.run.log import Display, RunLog, say, write_facts
+from mllm4d_jax.run.loop import Progress, StopSignal, TrainingRun
+from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.sft.feed import Feed
 from mllm4d_jax.sft.sample import with_sample
 from mllm4d_jax.sft.setup import SftSetup, set_up

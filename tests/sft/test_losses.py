@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm4d_jax.sft.losses import token_cross_entropy
+from mllm4d_jax.sft.step import token_cross_entropy
 
 B, M, H, V = 3, 13, 6, 29
 

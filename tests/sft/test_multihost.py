@@ -14,7 +14,7 @@ from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import rows_divide
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.progress import Progress
+from mllm4d_jax.run.loop import Progress
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft.feed import Feed
 from mllm4d_jax.sft.setup import make_trainer, set_up

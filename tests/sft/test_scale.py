@@ -18,7 +18,7 @@ from mllm4d_jax.data.order import Order
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.sft import task as sft
-from mllm4d_jax.sft.trainer import Trainer
+from mllm4d_jax.sft.step import Trainer
 
 PER_VIDEO = 4
 # frames, height, width: landscape, portrait, square, strip; short and long

@@ -19,14 +19,13 @@ from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
 from mllm4d_jax.run.log import RunLog
-from mllm4d_jax.run.loop import TrainingRun
-from mllm4d_jax.run.progress import Progress, StopSignal, TrainingError
+from mllm4d_jax.run.loop import Progress, StopSignal, TrainingError, TrainingRun
 from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.feed import Feed
 from mllm4d_jax.sft.setup import make_trainer, set_up
-from mllm4d_jax.sft.trainer import Trainer
+from mllm4d_jax.sft.step import Trainer
 
 STEPS = 6
 
