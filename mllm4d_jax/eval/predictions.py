@@ -25,8 +25,6 @@ from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.report.reading import PREDICTIONS
 
-CONTROLS = ("", "blind", "shuffled")
-
 
 class PredictionError(ValueError):
     """A file of predictions that cannot be used, or that belongs to another run."""

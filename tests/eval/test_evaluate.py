@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_rows_hold_nearly_equally_many_questions(world):
     source = ItemSource([item(f"q{i}", prompt=f"{i}?") for i in range(9)], Manner("direct", None, blind=True))
     plain, _ = encoders(world)
     examples = [plain.encode(source[i], add_generation_prompt=True) for i in range(9)]
-    layout = Layout(2, 8, None, None, (1, 2))
+    layout = Layout(2, 8, SimpleNamespace(visual_token_ids=(1, 2)))
     assert [[e.key for e in g.examples] for g in layout.groups(examples)] == [
         ["q0", "q1", "q2", "q3"],
         ["q4", "q5", "q6", "q7", "q8"],

@@ -12,7 +12,6 @@ import pytest
 
 from configs import common, reading
 from mllm4d_jax.eval.predictions import (
-    CONTROLS,
     Prediction,
     PredictionError,
     PredictionStore,
@@ -188,11 +187,6 @@ def test_the_hash_is_that_of_what_answers_depend_on():
 
     assert digest() == digest(data__path="moved", data__workers=4, mesh__data=2, workdir="b") and len(digest()) == 16
     assert len({digest(), digest(temperature=1.0), digest("xyz"), digest(video__fps=2.0)}) == 4
-
-
-def test_controls_are_those_of_the_table():
-    (control,) = [key for key in common.task_keys("eval") if key.name == "control"]
-    assert control.choices == CONTROLS
 
 
 def test_item_fields_are_taken_over():
