@@ -113,8 +113,7 @@ def write_model(folder: Path, shape: Shape, texts: Sequence[str]) -> int:
         out_hidden_size=shape.width,
         deepstack_visual_indexes=sorted({k * shape.vision_layers // 4 for k in (1, 2, 3)}),
     )
-    for name, content in {"config.json": config, **make_checkpoint.preprocessor_files(config)}.items():
-        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    make_checkpoint.write_settings(folder, config)
     shapes = published_tensors(ModelConfig.from_dict(config))
     return make_checkpoint.write_weights(folder, shapes, SEED, make_checkpoint.SHARD_BYTES)
 

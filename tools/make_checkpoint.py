@@ -19,15 +19,17 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.published import SIZES, published_config
+from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
+from mllm4d_jax.models.hf import write_shards
 from mllm4d_jax.models.weight_map import published_tensors
+from mllm4d_jax.run import tiny
 
 SHARD_BYTES = 1 << 30
 STD = 0.02
@@ -58,49 +60,57 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_checkpoint(out: Path, config: Mapping[str, Any], seed: int, shard_bytes: int = SHARD_BYTES) -> int:
-    """Writes config, tokenizer, preprocessor files and weights; returns the number of parameters.
+    """Write config, tokenizer, preprocessor files and weights; return the number of parameters.
 
     Args:
       config: content of config.json.
       shard_bytes: a shard is closed before it would grow past this.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = {"config.json": config, **preprocessor_files(config)}
-    for name, content in files.items():
-        (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_settings(out, config)
     text = config.get("text_config", config)
     first_special = min(QWEN_SPECIAL_IDS.values())
-    build_byte_level_tokenizer(SAMPLE, min(first_special, text["vocab_size"]), QWEN_SPECIAL_IDS).save(
-        str(out / "tokenizer.json")
-    )
+    tokenizer = build_byte_level_tokenizer(SAMPLE, min(first_special, text["vocab_size"]), QWEN_SPECIAL_IDS)
+    tokenizer.save(str(out / "tokenizer.json"))
     return write_weights(out, published_tensors(ModelConfig.from_dict(config)), seed, shard_bytes)
 
 
+def write_settings(out: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json and the preprocessor files, with the published numbers of the model's family."""
+
+    def write(name: str, content: Mapping[str, Any]) -> None:
+        (out / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    write("config.json", config)
+    numbers = ProcessorConfig.from_folder(out)
+    common = dict(
+        patch_size=numbers.patch_size,
+        temporal_patch_size=numbers.temporal_patch_size,
+        merge_size=numbers.merge_size,
+        image_mean=numbers.image_mean,
+        image_std=numbers.image_std,
+    )
+    if numbers.family == "qwen2_5_vl":
+        common |= dict(processor_class="Qwen2_5_VLProcessor", image_processor_type="Qwen2VLImageProcessor")
+        common |= dict(min_pixels=numbers.image_min_pixels, max_pixels=numbers.image_max_pixels)
+        write("preprocessor_config.json", common)
+        return
+    common |= dict(processor_class="Qwen3VLProcessor")
+    image = dict(shortest_edge=numbers.image_min_pixels, longest_edge=numbers.image_max_pixels)
+    video = dict(shortest_edge=numbers.video_min_pixels, longest_edge=numbers.video_max_pixels)
+    write("preprocessor_config.json", common | dict(image_processor_type="Qwen2VLImageProcessorFast", size=image))
+    write("video_preprocessor_config.json", common | dict(video_processor_type="Qwen3VLVideoProcessor", size=video))
+
+
 def write_weights(out: Path, shapes: Mapping[str, tuple[int, ...]], seed: int, shard_bytes: int) -> int:
-    """Writes bfloat16 tensors of these shapes as model.safetensors, or as shards with an index."""
-    shards, filled = [[]], 0
-    for name, shape in sorted(shapes.items()):
-        size = math.prod(shape) * BF16.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: random_tensor(name, shapes[name], seed) for name in names}, out / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-        print(f"{file}: {len(names)} tensors", flush=True)
-    count = sum(math.prod(shape) for shape in shapes.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": count * BF16.itemsize}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return count
+    """Write random bfloat16 tensors of these shapes; return the number of parameters."""
+    sizes = {name: math.prod(shape) * BF16.itemsize for name, shape in shapes.items()}
+    write_shards(out, sizes, lambda name: random_tensor(name, shapes[name], seed), shard_bytes)
+    return sum(sizes.values()) // BF16.itemsize
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """bfloat16 values of one tensor, the same for the same seed and name: 1 for norm weights, 0 for biases, else
+    """Return bfloat16 values of one tensor, the same for the same seed and name: 1 for norm weights, 0 for biases, else
     normal with standard deviation 0.02. Holds one float32 block beside the result."""
     if name.endswith(".bias"):
         return np.zeros(shape, BF16)
@@ -116,48 +126,10 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def tiny_config() -> dict[str, Any]:
-    """config.json of a Qwen3-VL with every part of the published ones at a hundredth of the width."""
-    config = published_config("2b")
-    config["text_config"] |= dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
-    )
-    config["vision_config"] |= dict(
-        depth=4,
-        hidden_size=64,
-        intermediate_size=128,
-        num_heads=4,
-        out_hidden_size=64,
-        deepstack_visual_indexes=[0, 1, 2],
-    )
+    """Return config.json of the tiny model of `mllm4d_jax.run.tiny` with the vocabulary of the published ones."""
+    config = tiny.tiny_config(dict(QWEN_SPECIAL_IDS)) | dict(torch_dtype="bfloat16", tie_word_embeddings=True)
+    config["text_config"]["vocab_size"] = published_config("2b")["text_config"]["vocab_size"]
     return config
-
-
-def preprocessor_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """File name -> content, as the published repositories have them."""
-    vision = config["vision_config"]
-    common = dict(
-        patch_size=vision["patch_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        merge_size=vision["spatial_merge_size"],
-    )
-    if config["model_type"] == "qwen2_5_vl":
-        common |= dict(
-            min_pixels=3136,
-            max_pixels=12845056,
-            image_mean=[0.48145466, 0.4578275, 0.40821073],
-            image_std=[0.26862954, 0.26130258, 0.27577711],
-            image_processor_type="Qwen2VLImageProcessor",
-            processor_class="Qwen2_5_VLProcessor",
-        )
-        return {"preprocessor_config.json": common}
-    common |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
-    image = common | dict(
-        size=dict(shortest_edge=65536, longest_edge=16777216), image_processor_type="Qwen2VLImageProcessorFast"
-    )
-    video = common | dict(
-        size=dict(shortest_edge=4096, longest_edge=25165824), video_processor_type="Qwen3VLVideoProcessor"
-    )
-    return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
     import transformers
 
-    from tools.reference import gradients, tensors
+    from tools.reference import tensors
 
     out, model, prompts = Path(args.out), tensors.load(args.model), args.prompts
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         manifest["cases"][name] = summary(arrays, side)
         print(f"{name}: {manifest['cases'][name]}", flush=True)
         if name == "batch" and (args.grads == "on" or (args.grads == "auto" and parameters <= GRADS_UP_TO)):
-            found = gradients.record_gradients(model, inputs, name)
+            found = tensors.record_gradients(model, inputs, name)
             (out / "grads_batch.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     files = sorted(path for path in out.iterdir() if path.suffix in (".npz", ".json"))
     manifest["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -82,19 +82,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of random ids and pixels")
     parser.add_argument("--grads", choices=("auto", "on", "off"), default="auto", help="record grads_batch.json")
     args = parser.parse_args(argv[1:])
-    args.cases = list(dict.fromkeys(args.cases.split(",")))
-    unknown = [name for name in args.cases if name not in cases.CASES]
-    if unknown:
-        parser.error(f"unknown case '{unknown[0]}' (known: {', '.join(cases.CASES)})")
+    args.cases, model, out = list(dict.fromkeys(args.cases.split(","))), Path(args.model), Path(args.out)
+    for name in args.cases:
+        if name not in cases.CASES:
+            parser.error(f"unknown case '{name}' (known: {', '.join(cases.CASES)})")
     for name, file in (("video", args.video), ("image", args.image)):
         if file and not Path(file).is_file():
             parser.error(f"--{name}: there is no file '{file}'")
-        if file and not (Path(args.model) / "tokenizer.json").is_file():
-            parser.error(f"--{name} needs a tokenizer.json in {args.model}")
-    if not (Path(args.model) / "config.json").is_file():
-        parser.error(f"--model: there is no config.json in '{args.model}'")
-    if Path(args.out).exists() and any(Path(args.out).iterdir()):
-        parser.error(f"--out: '{args.out}' is not empty")
+        if file and not (model / "tokenizer.json").is_file():
+            parser.error(f"--{name} needs a tokenizer.json in {model}")
+    if not (model / "config.json").is_file():
+        parser.error(f"--model: there is no config.json in '{model}'")
+    if out.exists() and any(out.iterdir()):
+        parser.error(f"--out: '{out}' is not empty")
     try:
         args.prompts = cases.Prompts.from_folder(args.model, args.seed)
     except ValueError as problem:
@@ -102,8 +102,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tuple[str, list[cases.Row]]:
-    """(side of the padding, rows): made up, or for a given clip or picture encoded as a run would encode it."""
+def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tuple[str, list[cases.PromptRow]]:
+    """Return (side of the padding, rows): made up, or for a given clip or picture encoded as a run would encode it."""
     file = {"video": args.video, "image": args.image}.get(name, "")
     if not file:
         return cases.make_case(prompts, name)
@@ -123,31 +123,24 @@ def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tu
 
 
 def position_rule(model, prompts: cases.Prompts) -> str:
-    """Which of our position rules this version of transformers follows, found with a clip on which they all differ.
+    """Return which of our position rules this version of transformers follows, by a clip on which they all differ.
 
     Raises ValueError if it follows none of them.
     """
     if prompts.family == "qwen3_vl":
         return "release"  # time is in the text; there is only one rule
-    import torch
-
     from mllm4d_jax.encode.positions import RULES, mrope_positions
+    from tools.reference import tensors
 
-    probe = cases.Visual("video", 4, 2, 2, 0.6)
+    probe = cases.Pixels("video", 4, 2, 2, 0.6)
     row = prompts.row((cases.Text("a b"), probe, cases.Text("c d e")), np.random.default_rng(0))
-    inputs = {name: torch.from_numpy(value) for name, value in cases.batch(prompts, [row], "right").items()}
-    theirs, _ = model.model.get_rope_index(
-        inputs["input_ids"],
-        mm_token_type_ids=inputs["mm_token_type_ids"],
-        video_grid_thw=inputs["video_grid_thw"],
-        second_per_grid_ts=inputs["second_per_grid_ts"],
-        attention_mask=inputs["attention_mask"],
-    )
-    grid = argparse.Namespace(modality="video", **dict(zip("thw", row.items[0].grid, strict=True)))
+    inputs = tensors.tensors(cases.batch(prompts, [row], "right"))
+    asked = {name: inputs[name] for name in inputs if name not in ("input_ids", "labels", "pixel_values_videos")}
+    theirs, _ = model.model.get_rope_index(inputs["input_ids"], **asked)
     for rule in RULES:
         ours, _ = mrope_positions(
             row.tokens,
-            (grid,),
+            [grid for grid, _, _ in row.media],
             image_token_id=prompts.ids[0],
             video_token_id=prompts.ids[1],
             merge_size=prompts.merge_size,
@@ -162,7 +155,7 @@ def position_rule(model, prompts: cases.Prompts) -> str:
 
 
 def summary(arrays: dict[str, np.ndarray], side: str) -> dict:
-    """A case's line in the manifest. `gen_margin`: the smallest lead of a greedy choice over the second best;
+    """Return a case's line in the manifest. `gen_margin`: the smallest lead of a greedy choice over the second best;
     `router_min_gap`: the smallest lead of a chosen expert over the best one not chosen, in probability."""
     rows, length = arrays["input_ids"].shape
     found = {"B": rows, "S": length, "pad_side": side, "loss": float(arrays["loss"])}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import R1Question
@@ -27,7 +26,7 @@ _TOWARDS = (("right (+X)", "left (-X)"), ("down (+Y)", "up (-Y)"), ("forward (+Z
 
 
 def missing_fields(item: R1Question) -> list[str]:
-    """Keys of the record that `compose` needs and the item does not have."""
+    """Return the keys of the record that `compose` needs and the item does not have."""
     needs_object = item.scenario.startswith("object_")
     needed = {
         "question_type": item.scenario in SCENARIOS,
@@ -41,7 +40,7 @@ def missing_fields(item: R1Question) -> list[str]:
 
 
 def compose(item: R1Question, path: int, seed: int) -> str:
-    """A whole completion for an item: five steps in the thinking, then the answer.
+    """Return a whole completion for an item: five steps in the thinking, then the answer.
 
     The text is a function of (item, path, seed). Two paths with numbers below 4^5 differ in at least one sentence, the
     first four in every sentence.
@@ -56,21 +55,18 @@ def compose(item: R1Question, path: int, seed: int) -> str:
     camera = _pair(item, "camera_center")
     thing = _pair(item, "object_center") if item.scenario.startswith("object_") else (None, None)
     fields = _fields(item, camera, thing)
-    goal, start, evidence, end, synthesis = (
-        table[number].format_map(fields)
-        for table, number in zip(
-            (
-                wording.GOAL[item.scenario],
-                wording.START,
-                wording.EVIDENCE[item.scenario],
-                wording.END,
-                wording.SYNTHESIS[item.scenario],
-            ),
-            _choices(item.id, path, seed),
-            strict=True,
-        )
+    numbers = _choices(item.id, path, seed)
+    tables = (
+        wording.GOAL[item.scenario],
+        wording.START,
+        wording.EVIDENCE[item.scenario],
+        wording.END,
+        wording.SYNTHESIS[item.scenario],
+        wording.CLOSING,
     )
-    closing = wording.CLOSING[(path + _hash(item.id, seed, "closing")) % wording.VARIANTS].format_map(fields)
+    goal, start, evidence, end, synthesis, closing = (
+        table[number].format_map(fields) for table, number in zip(tables, numbers, strict=True)
+    )
     thinking = "\n\n".join(
         (
             _capital(goal),
@@ -84,12 +80,12 @@ def compose(item: R1Question, path: int, seed: int) -> str:
 
 
 def state_block(title: str, camera: Vec3 | None, thing: Vec3 | None) -> str:
-    """A spatial state as the reasoning prompt demands it (`mllm4d_jax.qa.system_prompt.ST_COT`). Metres."""
+    """Return a spatial state as the reasoning prompt demands it (`mllm4d_jax.qa.system_prompt.ST_COT`). Metres."""
     return f"**Spatial State ({title}):**\n- Camera Center: {_vector(camera)}\n- Object Center: {_vector(thing)}"
 
 
 def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:
-    """Both centres of a kind, rounded as they will be written: what is computed from them must fit what is read."""
+    """Return both centres of a kind, rounded as they are written: what is computed from them must fit what is read."""
     centers = getattr(item.solution, kind)
     if len(centers) != 2 or None in centers:
         raise ClipRejected("oracle_centers", f"'solution.{kind}' must have a centre at both states", item.source_id)
@@ -98,7 +94,7 @@ def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:
 
 
 def _fields(item: R1Question, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | None, Vec3 | None]) -> dict[str, str]:
-    """What the phrases are filled with; see `oracle_wording`."""
+    """Return what the phrases are filled with; see `oracle_wording`."""
     travel = _minus(camera[1], camera[0])
     shift = _minus(thing[1], thing[0]) if thing[0] else None
     if item.scenario == "object_camera_absolute_distance":
@@ -107,6 +103,7 @@ def _fields(item: R1Question, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | Non
         shown = travel if item.scenario.startswith("camera_") else shift
     _check(item, shown)
     name = item.object_name
+    sight, verdict = _outcome(item, travel)
     fields = {
         "i": str(item.frames[0]),
         "j": str(item.frames[1]),
@@ -117,8 +114,8 @@ def _fields(item: R1Question, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | Non
         "letter": item.solution.answer,
         "text": _option(item),
         "v": _value(item),
-        "sight": _sight(item, travel),
-        "verdict": _verdict(item),
+        "sight": sight.format(o=name),
+        "verdict": verdict,
     }
     if shift is not None:
         fields["obj"] = _clause(name, shift, "keeps its place", "moves")
@@ -173,21 +170,16 @@ def _value(item: R1Question) -> str:
     return f"{round(item.value, 2) + 0.0:{'+' if signed else ''}.2f}"
 
 
-def _sight(item: R1Question, travel: Vec3) -> str:
-    if item.scenario == "camera_relative_direction":
-        return wording.CAMERA_SIGHT[item.label]
-    if item.scenario == "camera_absolute_distance":
-        moved = math.hypot(*travel) >= STILL
-        return "nearby surfaces shift against distant ones" if moved else "hardly any parallax shows"
-    sights: Mapping[str, str] = wording.OBJECT_SIGHT.get(item.scenario, {})
-    return sights[item.label].format(o=item.object_name) if sights else ""
-
-
-def _verdict(item: R1Question) -> str:
+def _outcome(item: R1Question, travel: Vec3) -> tuple[str, str]:
+    """Return what is seen of the answer, and what the measured value means; '' where the scenario says neither."""
     if item.scenario == "camera_relative_direction":
         axis = CAMERA_DIRECTIONS.index(item.label) // 2
-        return f"the {'xyz'[axis]} component, {item.value[axis]:+.2f}, outweighs the others: {item.label}"
-    return wording.VERDICT.get(item.scenario, {}).get(item.label, "")
+        verdict = f"the {'xyz'[axis]} component, {item.value[axis]:+.2f}, outweighs the others: {item.label}"
+        return wording.CAMERA_SIGHT[item.label], verdict
+    if item.scenario == "camera_absolute_distance":
+        moved = math.hypot(*travel) >= STILL
+        return "nearby surfaces shift against distant ones" if moved else "hardly any parallax shows", ""
+    return wording.OBJECT_SIGHT.get(item.scenario, {}).get(item.label, ("", ""))
 
 
 def _clause(who: str, displacement: Vec3, still: str, verb: str) -> str:
@@ -202,11 +194,11 @@ def _clause(who: str, displacement: Vec3, still: str, verb: str) -> str:
 
 
 def _choices(item_id: str, path: int, seed: int) -> list[int]:
-    """A phrasing per step. Step s adds the path's number and its digit s to base `VARIANTS` to a start of its own."""
-    base = wording.VARIANTS
-    return [
-        (_hash(item_id, seed, f"step {step}") + path + (path // base**step if step else 0)) % base for step in range(5)
-    ]
+    """Return a phrasing per step, from a start of its own: the path's number and its digit s to base `VARIANTS` on."""
+    base, steps = wording.VARIANTS, ("step 0", "step 1", "step 2", "step 3", "step 4", "closing")
+    digits = [0, *(path // base**step for step in range(1, 5)), 0]
+    starts = [_hash(item_id, seed, step) for step in steps]
+    return [(start + path + digit) % base for start, digit in zip(starts, digits, strict=True)]
 
 
 def _hash(item_id: str, seed: int, what: str) -> int:

@@ -85,6 +85,12 @@ END = (
     "This is my estimate of the state when frame {j} is shown.",
     "Reading the geometry off frame {j} gives this state.",
 )
+_COMPONENT_EVIDENCE = (
+    "Between these frames {sight}. In the scene as a whole {obj}; {cam}.",
+    "Following the frames in between against the static surroundings, I see that {sight}, while {cam}.",
+    "With the viewpoint of frame {i} kept in mind, {sight}. The camera's own part is left out: {cam}.",
+    "I separate the two motions in the frames in between: {cam}, and as for the object, {sight}.",
+)
 EVIDENCE: Mapping[str, tuple[str, ...]] = {
     "camera_absolute_distance": (
         "Between these frames {cam}, and {sight}.",
@@ -116,18 +122,8 @@ EVIDENCE: Mapping[str, tuple[str, ...]] = {
         "Both motions matter. For one thing {cam}, for another {obj}, and so {sight}.",
         "I put the two motions in the frames in between together: {obj}, {cam}, and {sight}.",
     ),
-    "object_camera_lateral_direction": (
-        "Between these frames {sight}. In the scene as a whole {obj}; {cam}.",
-        "Following the frames in between against the static surroundings, I see that {sight}, while {cam}.",
-        "With the viewpoint of frame {i} kept in mind, {sight}. The camera's own part is left out: {cam}.",
-        "I separate the two motions in the frames in between: {cam}, and as for the object, {sight}.",
-    ),
-    "object_camera_longitudinal_direction": (
-        "Between these frames {sight}. In the scene as a whole {obj}; {cam}.",
-        "Following the frames in between against the static surroundings, I see that {sight}, while {cam}.",
-        "With the viewpoint of frame {i} kept in mind, {sight}. The camera's own part is left out: {cam}.",
-        "I separate the two motions in the frames in between: {cam}, and as for the object, {sight}.",
-    ),
+    "object_camera_lateral_direction": _COMPONENT_EVIDENCE,
+    "object_camera_longitudinal_direction": _COMPONENT_EVIDENCE,
 }
 SYNTHESIS: Mapping[str, tuple[str, ...]] = {
     "camera_absolute_distance": (
@@ -207,37 +203,24 @@ CAMERA_SIGHT: Mapping[str, str] = {
     "forward": "things ahead grow and spread away from the point the camera heads for",
     "backward": "things ahead shrink and draw together while more of the surroundings comes into reach",
 }
-OBJECT_SIGHT: Mapping[str, Mapping[str, str]] = {
+# scenario -> label -> (what is seen of the object, what the measured value means).
+OBJECT_SIGHT: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "object_camera_relative_distance": {
-        "farther": "the gap between the camera and {o} widens",
-        "closer": "the gap between the camera and {o} narrows",
-        "not moving": "the gap between the camera and {o} stays about as wide as it was",
+        "farther": ("the gap between the camera and {o} widens", "a clear increase"),
+        "closer": ("the gap between the camera and {o} narrows", "a clear decrease"),
+        "not moving": (
+            "the gap between the camera and {o} stays about as wide as it was",
+            "too little to count as a change",
+        ),
     },
     "object_camera_lateral_direction": {
-        "right": "{o} ends up further to the right than it was",
-        "left": "{o} ends up further to the left than it was",
-        "not moving": "{o} keeps about the same place from left to right",
+        "right": ("{o} ends up further to the right than it was", "clearly to the right"),
+        "left": ("{o} ends up further to the left than it was", "clearly to the left"),
+        "not moving": ("{o} keeps about the same place from left to right", "too little to count as motion"),
     },
     "object_camera_longitudinal_direction": {
-        "farther": "{o} ends up deeper in the scene than it was",
-        "closer": "{o} ends up less deep in the scene than it was",
-        "not moving": "{o} keeps about the same depth",
-    },
-}
-VERDICT: Mapping[str, Mapping[str, str]] = {
-    "object_camera_relative_distance": {
-        "farther": "a clear increase",
-        "closer": "a clear decrease",
-        "not moving": "too little to count as a change",
-    },
-    "object_camera_lateral_direction": {
-        "right": "clearly to the right",
-        "left": "clearly to the left",
-        "not moving": "too little to count as motion",
-    },
-    "object_camera_longitudinal_direction": {
-        "farther": "clearly away from the camera",
-        "closer": "clearly towards the camera",
-        "not moving": "too little to count as motion",
+        "farther": ("{o} ends up deeper in the scene than it was", "clearly away from the camera"),
+        "closer": ("{o} ends up less deep in the scene than it was", "clearly towards the camera"),
+        "not moving": ("{o} keeps about the same depth", "too little to count as motion"),
     },
 }

@@ -6,6 +6,7 @@ seen the video. Replies that give that away are refused (`path_problem`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from data_prep.cold_start.r1_items import R1Question
 from data_prep.sources.frames import encode_jpeg
 from data_prep.teacher.client import ChatRequest, user_message
+from data_prep.teacher.json_schema import exact_object, text_schema
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule, sample_indices
 from mllm4d_jax.media.resize import ResizeRule
@@ -24,39 +26,12 @@ from mllm4d_jax.qa.system_prompt import ST_COT
 MAX_PATH_CHARS = 20_000
 MAX_TOKENS = 4096  # of a reply; as long as a completion may get in reinforcement learning
 MAX_FRAME_PIXELS = 512 * 512
-PATH_SCHEMA = {
-    "type": "object",
-    "required": ["chain_of_thought"],
-    "properties": {"chain_of_thought": {"type": "string", "minLength": 1, "maxLength": MAX_PATH_CHARS}},
-}
+PATH_SCHEMA = exact_object(chain_of_thought=text_schema(MAX_PATH_CHARS))
 # Phrases, in lower case, by which a text admits that its writer was handed the result.
-LEAKS = (
-    "ground truth",
-    "ground-truth",
-    "groundtruth",
-    "answer key",
-    "answer provided",
-    "answer given",
-    "answer is given",
-    "answer is provided",
-    "answer was given",
-    "answer was provided",
-    "expected answer",
-    "given answer",
-    "given the answer",
-    "given the correct answer",
-    "known answer",
-    "provided answer",
-    "provided correct answer",
-    "reference answer",
-    "supplied answer",
-    "told the answer",
-    "given facts",
-    "known facts",
-    "provided facts",
-    "provided measurement",
-    "provided value",
-    "supplied value",
+_LEAK = re.compile(
+    r"ground[ -]?truth|answer key|told the answer|given the (correct )?answer|answer ((is|was) )?(given|provided)"
+    r"|(expected|given|known|provided|provided correct|reference|supplied) answer"
+    r"|(given|known|provided) facts|provided measurement|(provided|supplied) value"
 )
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 _FORBIDDEN = ("<video>", "<image>", *(content for content, _, _ in QWEN_TOKENS))
@@ -98,7 +73,7 @@ Reply with JSON and nothing else: {{"chain_of_thought": "<thinking>...</thinking
 def path_request(
     item: R1Question, frames: Sequence[bytes], numbers: Sequence[int] | None, model: str, temperature: float, seed: int
 ) -> ChatRequest:
-    """The request for one reasoning path.
+    """Return the request for one reasoning path.
 
     Args:
       frames: JPEG files in order of time.
@@ -132,7 +107,7 @@ def _vector(values: Sequence[float] | None) -> str:
 
 
 def item_frames(item: R1Question, path: str, num_frames: int, pool: DecodePool) -> tuple[list[bytes], list[int] | None]:
-    """JPEG files of at most `num_frames` frames, and their numbers as the question counts them (None if unknown).
+    """Return JPEG files of at most `num_frames` frames, and their numbers as the question counts them, None if unknown.
 
     Where the record says how many frames a model sees, the same ones are decoded and some of them taken, evenly spread
     and always with the two that are asked about. Large frames are scaled down to about `MAX_FRAME_PIXELS`.
@@ -155,7 +130,7 @@ def item_frames(item: R1Question, path: str, num_frames: int, pool: DecodePool) 
 
 
 def spread(total: int, num_frames: int, wanted: Sequence[int] = ()) -> list[int]:
-    """At most `num_frames` >= 2 of `total` >= 2 frame numbers, evenly spread, with the wanted ones (two at most)."""
+    """Return at most `num_frames` >= 2 of `total` >= 2 frame numbers, evenly spread, with the one or two wanted."""
     found = sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames))
     fixed = np.zeros(len(found), bool)
     for number in wanted:
@@ -166,7 +141,7 @@ def spread(total: int, num_frames: int, wanted: Sequence[int] = ()) -> list[int]
 
 
 def completion_of(reply: Any, answer: str) -> str:
-    """The completion in a reply that fits `PATH_SCHEMA`.
+    """Return the completion in a reply that fits `PATH_SCHEMA`.
 
     A text with any of the four tags is taken as it is, and the reward judges its form and answer. A text without tags
     is the inside of the thinking; the answer, which the model knew, is added.
@@ -178,10 +153,10 @@ def completion_of(reply: Any, answer: str) -> str:
 
 
 def path_problem(completion: str) -> tuple[str, str] | None:
-    """(reason, detail) why a completion must not be trained on, None if it may.
+    """Return (reason, detail) why a completion must not be trained on, None if it may.
 
     Reasons: "special_token" (a media placeholder or a control token of the chat format stands in it), "bad_text" (half
-    a surrogate pair), "leak" (one of `LEAKS`, whatever its capitals and line breaks).
+    a surrogate pair), "leak" (it admits that the result was given, whatever its capitals and line breaks).
     """
     token = next((token for token in _FORBIDDEN if token in completion), None)
     if token is not None:
@@ -191,5 +166,5 @@ def path_problem(completion: str) -> tuple[str, str] | None:
     except UnicodeEncodeError as error:
         return "bad_text", f"it is not valid Unicode ({error.reason})"
     plain = " ".join(completion.casefold().split())
-    leak = next((phrase for phrase in LEAKS if phrase in plain), None)
-    return ("leak", f"it says {leak!r}") if leak else None
+    leak = _LEAK.search(plain)
+    return ("leak", f"it says {leak[0]!r}") if leak else None

@@ -1,9 +1,4 @@
-"""Client for a multimodal language model behind an OpenAI-compatible `/chat/completions` endpoint.
-
-Where it is and how to get in come from the environment: `MLLM4D_TEACHER_URL` (what stands before `/chat/completions`,
-usually ending in `/v1`) and `MLLM4D_TEACHER_KEY` (sent as a bearer token; none is sent if unset). The key appears in no
-message, file or cache entry. Redirects and proxies are not followed.
-"""
+"""A multimodal language model as a teacher: requests in JSON mode, answered from stored replies or by its endpoint."""
 
 from __future__ import annotations
 
@@ -16,21 +11,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Any
+
+import ml_collections
 
 from data_prep.store.parts import StoreError, canonical_json
-from data_prep.teacher.http_post import HttpReply, RefusedReplyError, TransportError, post_json
-from data_prep.teacher.json_schema import SchemaError, check_schema, parse_json
+from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, Endpoint, TeacherError, TransientError
+from data_prep.teacher.json_schema import SchemaError, parse_json
 from data_prep.teacher.replay import Reply, ReplyCache
 
-URL_VARIABLE = "MLLM4D_TEACHER_URL"
-KEY_VARIABLE = "MLLM4D_TEACHER_KEY"
-_TRANSIENT = {408, 425, 429}  # and all of 5xx
-
-
-class TeacherError(ValueError):
-    """The endpoint or its settings are wrong, it gave up, or a reply is missing offline."""
+ORACLE, ENDPOINT = "oracle", "endpoint"  # values of the config key teacher.kind
 
 
 class ReplyError(TeacherError):
@@ -38,53 +29,8 @@ class ReplyError(TeacherError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Endpoint:
-    """Where to send requests, and how fast.
-
-    Attributes:
-      url: what stands before `/chat/completions`.
-      key: bearer token, '' for none; left out of `repr`.
-      timeout_s: limit on one attempt, from connecting to the last byte.
-      max_reply_bytes: longer bodies are refused.
-      requests_per_minute: attempts started per minute over all threads, evenly spaced; None for no limit.
-      max_concurrent: attempts in flight at once.
-    """
-
-    url: str
-    key: str = dataclasses.field(default="", repr=False)
-    timeout_s: float = 120.0
-    max_reply_bytes: int = 2**22
-    requests_per_minute: float | None = None
-    max_concurrent: int = 4
-
-    def __post_init__(self) -> None:
-        """Raises TeacherError for settings that cannot work."""
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise TeacherError(f"the teacher's address must look like https://host/v1 ({URL_VARIABLE})")
-        if parts.username is not None or parts.password is not None:
-            raise TeacherError(f"the teacher's address holds a user or password: use {KEY_VARIABLE}")
-        if not self.key.isascii() or not self.key.isprintable():
-            raise TeacherError(f"{KEY_VARIABLE} holds a character that no key has, perhaps a line break")
-        positive = (self.timeout_s, self.max_reply_bytes, self.max_concurrent, self.requests_per_minute or 1)
-        if min(positive) <= 0:
-            raise TeacherError("time limit, size limit, request rate and concurrency must be positive")
-
-    @classmethod
-    def from_environment(cls, **settings: Any) -> Self:
-        """Address and key from the environment, the rest from `settings`. Raises TeacherError without an address."""
-        url = os.environ.get(URL_VARIABLE, "").strip()
-        if not url:
-            raise TeacherError(
-                f"{URL_VARIABLE} is not set: give the address of an OpenAI-compatible server, for example "
-                f"http://localhost:8000/v1, and its key in {KEY_VARIABLE}; or replay stored replies offline"
-            )
-        return cls(url, os.environ.get(KEY_VARIABLE, "").strip(), **settings)
-
-
-@dataclasses.dataclass(frozen=True)
 class RetryPolicy:
-    """How to deal with failures that may pass: 408, 425, 429, 5xx, timeouts, lost connections, truncated bodies.
+    """How to deal with failures that may pass (`TransientError`) and with replies of the wrong form.
 
     Attributes:
       attempts: HTTP attempts per request in all.
@@ -102,7 +48,7 @@ class RetryPolicy:
     seed: int = 0
 
     def wait_s(self, key: str, attempt: int, retry_after_s: float = 0.0) -> float:
-        """Seconds to wait after failed attempt number `attempt`, counted from 1."""
+        """Return the seconds to wait after failed attempt number `attempt`, counted from 1."""
         factor = random.Random(f"{self.seed}:{key}:{attempt}").uniform(0.5, 1.0)
         return max(retry_after_s, factor * min(self.max_wait_s, self.first_wait_s * 2.0 ** min(attempt - 1, 60)))
 
@@ -114,7 +60,7 @@ class ChatRequest:
     Attributes:
       model: its name at the endpoint.
       messages: as the API takes them; `user_message` makes one.
-      schema: what the reply has to fit (`data_prep.teacher.json_schema`).
+      schema: JSON Schema that the reply has to fit.
       temperature, max_tokens: sampling.
       seed: sent along; another seed is another request, which is how several replies to one question are had.
     """
@@ -127,7 +73,7 @@ class ChatRequest:
     seed: int | None = None
 
     def payload(self) -> dict[str, Any]:
-        """The body of the HTTP request."""
+        """Return the body of the HTTP request."""
         seed = {} if self.seed is None else {"seed": self.seed}
         return {
             "model": self.model,
@@ -138,7 +84,7 @@ class ChatRequest:
         } | seed
 
     def body(self) -> bytes:
-        """The payload as canonical JSON. Raises TeacherError for what JSON does not have."""
+        """Return the payload as canonical JSON. Raises TeacherError for what JSON does not have."""
         try:
             return canonical_json(self.payload())
         except StoreError as error:
@@ -151,7 +97,7 @@ class ChatRequest:
 
 
 def user_message(text: str, frames: Sequence[bytes] = ()) -> dict[str, Any]:
-    """A user message: JPEG files in order, then the text."""
+    """Return a user message: JPEG files in order, then the text. Raises TeacherError for other files."""
     for n, frame in enumerate(frames):
         if not frame.startswith(b"\xff\xd8\xff"):
             raise TeacherError(f"frame {n} is not a JPEG file")
@@ -163,23 +109,22 @@ def user_message(text: str, frames: Sequence[bytes] = ()) -> dict[str, Any]:
 class _Pace:
     """Evenly spaced starts over all threads, and a pause for all of them when the server asks for one."""
 
-    def __init__(self, per_minute: float | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._clock, self._sleep = clock, sleep
-        self._next, self._lock = clock(), threading.Lock()
+    def __init__(self, per_minute: float | None, sleep: Callable[[float], None]) -> None:
+        self._gap, self._sleep = 60.0 / per_minute if per_minute else 0.0, sleep
+        self._next, self._lock = time.monotonic(), threading.Lock()
 
     def take(self) -> None:
-        """Waits for the next free start and takes it."""
+        """Wait for the next free start and take it."""
         with self._lock:
-            start = max(self._clock(), self._next)
+            start = max(time.monotonic(), self._next)
             self._next = start + self._gap
-        wait = start - self._clock()
+        wait = start - time.monotonic()
         if wait > 0:
             self._sleep(wait)
 
     def pause(self, seconds: float) -> None:
         with self._lock:
-            self._next = max(self._next, self._clock() + seconds)
+            self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Teacher:
@@ -189,19 +134,16 @@ class Teacher:
         self,
         endpoint: Endpoint | None,
         cache: ReplyCache,
-        retry: RetryPolicy | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
+        retry: RetryPolicy = RetryPolicy(),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`endpoint` None means offline: stored replies only. `clock` and `sleep` are for tests."""
-        self.endpoint, self.cache, self.retry = endpoint, cache, retry or RetryPolicy()
-        self._sleep = sleep
-        self._pace = _Pace(endpoint.requests_per_minute if endpoint else None, clock, sleep)
+        """`endpoint` None means offline: stored replies only. `sleep` is for tests."""
+        self.endpoint, self.cache, self.retry, self._sleep = endpoint, cache, retry, sleep
+        self._pace = _Pace(endpoint.requests_per_minute if endpoint else None, sleep)
         self._slots = threading.BoundedSemaphore(endpoint.max_concurrent if endpoint else 1)
 
     def ask(self, request: ChatRequest) -> Any:
-        """The reply as a JSON value that fits the request's schema.
+        """Return the reply as a JSON value that fits the request's schema.
 
         A stored reply that no longer fits (the schema has changed) counts as missing.
 
@@ -215,7 +157,7 @@ class Teacher:
         problem = "there is no stored reply"
         if stored is not None:
             try:
-                return _checked(stored.content, request.schema)
+                return parse_json(stored.content, request.schema)
             except SchemaError as error:
                 problem = f"the stored reply does not fit ({error})"
         if self.endpoint is None:
@@ -228,7 +170,7 @@ class Teacher:
         for _ in range(max(1, self.retry.replies)):
             reply = self._fetch(request, key)
             try:
-                value = _checked(reply.content, request.schema)
+                value = parse_json(reply.content, request.schema)
             except SchemaError as error:
                 failure = error
                 continue
@@ -239,73 +181,81 @@ class Teacher:
         ) from failure
 
     def ask_many(self, requests: Sequence[ChatRequest]) -> list[Any | TeacherError]:
-        """Replies in the order of the requests; a request that failed gives its error. Equal requests are sent once."""
+        """Return replies in the order of the requests; one that failed gives its error. Equal ones are sent once."""
+
+        def answer(request: ChatRequest) -> Any | TeacherError:
+            try:
+                return self.ask(request)
+            except TeacherError as error:
+                return error
+
         distinct = {request.key: request for request in requests}
         with ThreadPoolExecutor(self.endpoint.max_concurrent if self.endpoint else 1) as pool:
-            answers = dict(zip(distinct, pool.map(self._answer_or_error, distinct.values()), strict=True))
+            answers = dict(zip(distinct, pool.map(answer, distinct.values()), strict=True))
         return [answers[request.key] for request in requests]
 
-    def _answer_or_error(self, request: ChatRequest) -> Any | TeacherError:
-        try:
-            return self.ask(request)
-        except TeacherError as error:
-            return error
-
     def _fetch(self, request: ChatRequest, key: str) -> Reply:
-        """One reply from the endpoint, through as many attempts as the policy allows."""
+        """Return a reply of the endpoint, through as many attempts as the policy allows."""
         body, attempts = request.body(), max(1, self.retry.attempts)
         for attempt in range(1, attempts + 1):
-            retry_after_s = 0.0
             try:
-                response = self._post(body)
-                if response.status == 200:
-                    return _read_completion(response.body, request)
-                retry_after_s = response.retry_after_s
-                problem = _refusal(response)
-            except TransportError as error:
-                problem = str(error)
-            except RefusedReplyError as error:
-                raise TeacherError(f"the teacher's reply is not usable: {error}") from error
-            if retry_after_s > 10 * self.retry.max_wait_s:
-                raise TeacherError(f"the teacher asks to wait {retry_after_s:.0f} s: {problem}; run again later")
+                with self._slots:
+                    self._pace.take()
+                    data = self.endpoint.post(body)
+                return _read_completion(data, request)
+            except TransientError as error:
+                problem = error
+            pause = problem.retry_after_s
+            if pause > 10 * self.retry.max_wait_s:
+                raise TeacherError(f"the teacher asks to wait {pause:.0f} s: {problem}; run again later") from problem
             if attempt < attempts:
-                wait = self.retry.wait_s(key, attempt, retry_after_s)
-                if retry_after_s:
-                    self._pace.pause(retry_after_s)
-                self._sleep(wait)
-        raise TeacherError(f"the teacher gave no reply in {attempts} attempts; the last one: {problem}")
-
-    def _post(self, body: bytes) -> HttpReply:
-        endpoint = self.endpoint
-        headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
-        with self._slots:
-            self._pace.take()
-            url = f"{endpoint.url.rstrip('/')}/chat/completions"
-            return post_json(url, body, headers, endpoint.timeout_s, endpoint.max_reply_bytes)
+                if pause:
+                    self._pace.pause(pause)
+                self._sleep(self.retry.wait_s(key, attempt, pause))
+        raise TeacherError(f"the teacher gave no reply in {attempts} attempts; the last one: {problem}") from problem
 
 
-def _refusal(response: HttpReply) -> str:
-    """What a status other than 200 says. Raises TeacherError if trying again is of no use."""
-    text = response.body[:300].decode("utf-8", "replace")
-    problem = f"HTTP status {response.status}: {text!r}"
-    if response.status in _TRANSIENT or response.status >= 500:
-        return problem
-    hint = {401: f"check {KEY_VARIABLE}", 403: f"check {KEY_VARIABLE}", 404: f"check {URL_VARIABLE} and the model name"}
-    raise TeacherError(f"the teacher refuses the request ({hint.get(response.status, 'not retried')}); {problem}")
+def open_teacher(settings: ml_collections.ConfigDict, folder: Path) -> Teacher:
+    """Return the model behind the configured endpoint, or its stored replies.
+
+    Args:
+      settings: the config group `teacher`: kind, model, cache, concurrency, requests_per_minute.
+      folder: the workdir; holds the replies unless `cache` names another place.
+
+    Raises:
+      TeacherError: no model's name, an endpoint without an address, or the oracle, which is no model.
+    """
+    if settings.kind == ORACLE:
+        raise TeacherError(
+            "teacher.kind = 'oracle' cannot look at videos: use 'endpoint', or 'replay' for stored replies"
+        )
+    if not settings.model:
+        raise TeacherError(f"teacher.model is empty: teacher '{settings.kind}' needs the model's name at the endpoint")
+    url, key = (os.environ.get(name, "").strip() for name in (URL_VARIABLE, KEY_VARIABLE))
+    endpoint = None
+    if settings.kind == ENDPOINT:
+        if not url:
+            raise TeacherError(
+                f"{URL_VARIABLE} is not set: give the address of an OpenAI-compatible server, for example "
+                f"http://localhost:8000/v1, and its key in {KEY_VARIABLE}; or replay stored replies offline"
+            )
+        rate = settings.requests_per_minute or None
+        endpoint = Endpoint(url, key, requests_per_minute=rate, max_concurrent=settings.concurrency)
+    return Teacher(endpoint, ReplyCache(settings.cache or folder / "replies"))
 
 
 def _read_completion(body: bytes, request: ChatRequest) -> Reply:
-    """The model's message in a 200 body.
+    """Return the model's message in a 200 body.
 
     Raises:
-      TransportError: the body is no JSON; a proxy or a crashed server cut it, so it is worth another attempt.
+      TransientError: the body is no JSON; a proxy or a crashed server cut it, so it is worth another attempt.
       ReplyError: the reply is cut at `max_tokens` or withheld.
       TeacherError: the server speaks another protocol.
     """
     try:
         value = parse_json(body.decode("utf-8"))
     except (SchemaError, UnicodeDecodeError) as error:
-        raise TransportError(f"the body of a 200 reply is damaged: {error}") from error
+        raise TransientError(f"the body of a 200 reply is damaged: {error}") from error
     try:
         choice = value["choices"][0]
         content, finish, usage = choice["message"]["content"], choice.get("finish_reason"), value.get("usage") or {}
@@ -316,9 +266,3 @@ def _read_completion(body: bytes, request: ChatRequest) -> Reply:
     if not isinstance(content, str) or finish not in (None, "stop"):
         raise ReplyError(f"{request.model} withheld its reply (finish_reason {finish!r})")
     return Reply(request.model, content, usage if isinstance(usage, dict) else {})
-
-
-def _checked(content: str, schema: Mapping[str, Any]) -> Any:
-    value = parse_json(content)
-    check_schema(value, schema)
-    return value

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -22,26 +23,35 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.scenes.objects import read_masks
+from data_prep.sources.base import MASKS
 from data_prep.sources.frames import encode_jpeg, read_all_frames
 from data_prep.store.untrusted import SceneError
-from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, TeacherError, user_message
-from data_prep.teacher.config import open_teacher
-from data_prep.teacher.entities import entity_request, parse_entities
+from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, open_teacher, user_message
+from data_prep.teacher.endpoint import TeacherError
+from data_prep.teacher.json_schema import exact_object, text_schema
 from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import MediaError
 
-CAPTION_SCHEMA = {
-    "type": "object",
-    "required": ["caption", "category"],
-    "properties": {
-        "caption": {"type": "string", "minLength": 3, "maxLength": 120},
-        "category": {"type": "string", "minLength": 1, "maxLength": 50},
-    },
-}
-_PROMPT = """The pictures show one object of a video, outlined in green: first the whole frame, then the object cut out.
+MAX_ENTITIES = 20
+ENTITY_SCHEMA = exact_object(
+    entities={
+        "type": "array",
+        "maxItems": MAX_ENTITIES,
+        "items": exact_object(en=text_schema(100), cat=text_schema(50)),
+    }
+)
+CAPTION_SCHEMA = exact_object(caption=text_schema(120, shortest=3), category=text_schema(50))
+_ENTITY_PROMPT = f"""These are {{count}} frames of one video, in order of time.
+List the active entities: people, animals, vehicles and things that move by themselves or are moved by someone at some \
+point. Leave out whatever only seems to move because the camera does, and anything too small or blurred to be outlined.
+Reply with JSON and nothing else, of this form:
+{{{{"entities": [{{{{"en": "short English noun phrase that fits no other entity", "cat": "broad category"}}}}]}}}}
+Name each entity once, the most prominent first, {MAX_ENTITIES} at most. If nothing moves, the list is empty."""
+_CAPTION_PROMPT = """\
+The pictures show one object of a video, outlined in green: first the whole frame, then the object cut out.
 Describe the outlined object so that somebody who watches the video finds it at once and mixes it up with nothing else.
 Reply with JSON and nothing else, of this form:
 {"caption": "the small brown dog with a red collar", "category": "animal"}
@@ -58,7 +68,7 @@ class DescribeError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
+class PendingClip:
     """A clip with work to do. `masks` is None while it has none."""
 
     clip_id: str
@@ -72,8 +82,8 @@ class Pending:
         return self.video.parent / f"{self.clip_id}-{kind}.json"
 
 
-def find_pending(folder: Path) -> list[Pending]:
-    """The clips of a folder whose next file is not there, sorted. Raises DescribeError if it holds no videos."""
+def find_pending(folder: Path) -> list[PendingClip]:
+    """Return the clips of a folder whose next file is not there, sorted. Raises DescribeError if it has no videos."""
     found = []
     videos = [p for p in sorted(folder.glob("*.mp4")) if not p.stem.endswith(_OTHER_EYE)]
     if not videos:
@@ -81,15 +91,15 @@ def find_pending(folder: Path) -> list[Pending]:
     for video in videos:
         ending = next((e for e in _LEFT_ENDINGS if video.stem.endswith(e)), "")
         clip_id = video.stem.removesuffix(ending)
-        masks = next((p for p in (folder / f"{clip_id}-masks{s}" for s in (".npz", ".json")) if p.is_file()), None)
-        pending = Pending(clip_id, video, masks)
+        masks = (folder / f"{clip_id}{ending}" for ending in MASKS)
+        pending = PendingClip(clip_id, video, next(filter(Path.is_file, masks), None))
         if not pending.output.exists():
             found.append(pending)
     return found
 
 
 def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Entry point. A clip that fails is named and left for the next run; the exit code is then 1.
+    """Write the next file of every clip. A clip that fails is named and left for the next run; the exit code is then 1.
 
     Raises:
       DescribeError: no videos. TeacherError: no model's name or address, or the endpoint refuses.
@@ -102,11 +112,7 @@ def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
     with DecodePool(config.decode_timeout_s) as pool:
         for clip in tqdm(pending, unit="clip"):
             try:
-                made = (
-                    _entities(clip, teacher, pool, config)
-                    if clip.masks is None
-                    else _captions(clip, teacher, pool, config)
-                )
+                made = (_entities if clip.masks is None else _captions)(clip, teacher, pool, config.teacher)
             except (ReplyError, SceneError, MediaError) as error:
                 failed.append(f"{clip.clip_id}: {error}")
                 continue
@@ -117,35 +123,54 @@ def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
     return 1 if failed else 0
 
 
-def _entities(
-    clip: Pending, teacher: Teacher, pool: DecodePool, config: ml_collections.ConfigDict
-) -> dict[str, list[dict[str, str]]]:
+def _entities(clip: PendingClip, teacher: Teacher, pool: DecodePool, settings: ml_collections.ConfigDict) -> dict:
     resize = ResizeRule("per_frame", 2, 2, 4, _FRAME_PIXELS)
-    seen = pool.read(str(clip.video), SampleRule("uniform", config.teacher.num_frames, None), resize)
-    request = entity_request(config.teacher.model, [encode_jpeg(frame) for frame in seen.frames])
-    return {"entities": [dataclasses.asdict(e) for e in parse_entities(teacher.ask(request))]}
+    seen = pool.read(str(clip.video), SampleRule("uniform", settings.num_frames, None), resize)
+    request = entity_request(settings.model, [encode_jpeg(frame) for frame in seen.frames])
+    return {"entities": parse_entities(teacher.ask(request))}
 
 
-def _captions(
-    clip: Pending, teacher: Teacher, pool: DecodePool, config: ml_collections.ConfigDict
-) -> dict[str, dict[str, str]]:
+def entity_request(model: str, frames: Sequence[bytes]) -> ChatRequest:
+    """Return the request to name what moves. `frames`: JPEG files in order of time."""
+    message = user_message(_ENTITY_PROMPT.format(count=len(frames)), frames)
+    return ChatRequest(model, (message,), ENTITY_SCHEMA, max_tokens=1024)
+
+
+def parse_entities(reply: dict) -> list[dict[str, str]]:
+    """Return the entities of a reply that fits `ENTITY_SCHEMA`: white space tidied, blank and repeated names dropped.
+
+    "en" is a noun phrase to detect the entity by, "cat" a broad category ("person", "vehicle").
+    """
+    entities: dict[str, dict[str, str]] = {}
+    for entry in reply["entities"]:
+        name, category = _tidy(entry["en"]), _tidy(entry["cat"]).lower()
+        if name and category:
+            entities.setdefault(name.casefold(), {"en": name, "cat": category})
+    return list(entities.values())
+
+
+def _captions(clip: PendingClip, teacher: Teacher, pool: DecodePool, settings: ml_collections.ConfigDict) -> dict:
+    """Return {object id: {"caption", "category"}} of a clip's masks."""
     frames = read_all_frames(clip.video, pool, _MAX_FRAMES).frames
     masks = read_masks(clip.masks, len(frames), frames.shape[1:3])
     names = [name for name, mask in masks.items() if mask.any()]
-    requests = [caption_request(config.teacher.model, frames, masks[name]) for name in names]
-    replies = teacher.ask_many(requests)
     captions = {}
+    replies = teacher.ask_many([caption_request(settings.model, frames, masks[name]) for name in names])
     for name, reply in zip(names, replies, strict=True):
         if isinstance(reply, TeacherError):
             raise reply
-        captions[name] = {key: " ".join(reply[key].split()) for key in ("caption", "category")}
+        captions[name] = {key: _tidy(reply[key]) for key in ("caption", "category")}
     for name in sorted(set(masks) - set(names)):  # never in view: nobody asks about it, but its masks need a caption
         captions[name] = {"caption": name, "category": ""}
     return captions
 
 
+def _tidy(text: str) -> str:
+    return " ".join(text.split())
+
+
 def caption_request(model: str, frames: np.ndarray, mask: np.ndarray) -> ChatRequest:
-    """The request to describe one object, shown in the frame in which it is largest.
+    """Return the request to describe one object, shown in the frame in which it is largest.
 
     Args:
       frames: u8[T,H,W,3] RGB.
@@ -159,5 +184,5 @@ def caption_request(model: str, frames: np.ndarray, mask: np.ndarray) -> ChatReq
     margin = max(8, round(0.15 * max(np.ptp(rows), np.ptp(columns))))
     top, left = max(0, rows[0] - margin), max(0, columns[0] - margin)
     cut = frames[at][top : rows[-1] + margin + 1, left : columns[-1] + margin + 1]
-    message = user_message(_PROMPT, [encode_jpeg(frame), encode_jpeg(cut)])
-    return ChatRequest(model, (message,), CAPTION_SCHEMA, temperature=0.0, max_tokens=256)
+    message = user_message(_CAPTION_PROMPT, [encode_jpeg(frame), encode_jpeg(cut)])
+    return ChatRequest(model, (message,), CAPTION_SCHEMA, max_tokens=256)

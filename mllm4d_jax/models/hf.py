@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import safetensors
 from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
@@ -268,22 +269,43 @@ def save_model(model: QwenVL, path: str | pathlib.Path, *, max_shard_bytes: int 
     table = weight_map.leaves(model)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     itemsize = jnp.dtype(model.text.embed.dtype).itemsize
-    shards = _plan_shards(table, itemsize, max_shard_bytes)
+    items = {name: (leaf, layer) for leaf in table for layer, name in enumerate(leaf.names)}
     for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:
         old.unlink(missing_ok=True)
     (folder / "config.json").write_text(json.dumps(_config_of(model), indent=1, sort_keys=True))
-    weights = {}
-    for number, shard in enumerate(shards, 1):
+
+    def tensor(name: str) -> np.ndarray:
+        leaf, layer = items[name]
+        value = values[leaf.path].get_value()
+        return leaf.to_published(np.asarray(value[layer] if leaf.stacked else value))
+
+    sizes = {name: itemsize * int(np.prod(leaf.published)) for name, (leaf, _) in items.items()}
+    write_shards(folder, sizes, tensor, max_shard_bytes)
+
+
+def write_shards(
+    folder: pathlib.Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_shard_bytes: int
+) -> None:
+    """Write model.safetensors, or shards with an index, in the order of the names; one shard is in memory at a time.
+
+    Args:
+      folder: without weights in it.
+      sizes: tensor name -> bytes.
+      tensor: name -> the tensor, called once each.
+      max_shard_bytes: a shard is closed before it would grow past this; one tensor may exceed it.
+    """
+    shards: list[list[str]] = [[]]
+    for name in sorted(sizes):
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    weights: dict[str, str] = {}
+    for number, names in enumerate(tqdm(shards, unit="shard", disable=None), 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, leaf, layer in shard:
-            value = values[leaf.path].get_value()
-            tensors[name] = leaf.to_published(np.asarray(value[layer] if leaf.stacked else value))
-            weights[name] = file
-        write_tensors(tensors, folder / file)
+        write_tensors({name: tensor(name) for name in names}, folder / file)
+        weights |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = itemsize * sum(int(np.prod(leaf.shape)) for leaf in table)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weights}
         (folder / _INDEX).write_text(json.dumps(index, indent=1))
 
 
@@ -301,18 +323,3 @@ def _config_of(model: QwenVL) -> dict:
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
         part |= {k: dtype for k in ("dtype", "torch_dtype") if k in part}
     return config | {"tie_word_embeddings": model.lm_head is None}
-
-
-def _plan_shards(table: Sequence[Leaf], itemsize: int, limit: int) -> list[list[tuple[str, Leaf, int]]]:
-    """(name, leaf, layer) of every tensor by name, cut into shards of at most `limit` bytes (one may exceed it)."""
-    items = sorted(((name, leaf, i) for leaf in table for i, name in enumerate(leaf.names)), key=lambda t: t[0])
-    shards: list[list[tuple[str, Leaf, int]]] = [[]]
-    filled = 0
-    for item in items:
-        size = itemsize * int(np.prod(item[1].published))
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(item)
-        filled += size
-    return shards

@@ -21,7 +21,7 @@ from tools import make_checkpoint
 def small_config():
     """`tiny_config` with room for the real special ids but few merges and narrow everything."""
     config = make_checkpoint.tiny_config()
-    config["text_config"] |= dict(hidden_size=8, intermediate_size=16, head_dim=128)
+    config["text_config"] |= dict(hidden_size=8, intermediate_size=16)
     config["vision_config"] |= dict(hidden_size=16, intermediate_size=16, out_hidden_size=8, num_position_embeddings=16)
     return config
 
@@ -50,7 +50,7 @@ def test_names_shapes_and_values(sharded):
     values = {name: value.astype(np.float32) for name, value in tensors.items()}
     embed = values["model.language_model.embed_tokens.weight"]
     assert abs(embed.std() - 0.02) < 2e-4 and abs(embed.mean()) < 1e-4
-    for name in ("layers.0.input_layernorm", "layers.0.self_attn.q_norm", "layers.3.post_attention_layernorm", "norm"):
+    for name in ("layers.0.input_layernorm", "layers.0.self_attn.q_norm", "layers.2.post_attention_layernorm", "norm"):
         assert (values[f"model.language_model.{name}.weight"] == 1).all()
     for name in ("blocks.0.norm1", "merger.norm", "deepstack_merger_list.1.norm"):
         assert (values[f"model.visual.{name}.weight"] == 1).all() and not values[f"model.visual.{name}.bias"].any()
@@ -93,10 +93,11 @@ def test_a_tensor_of_many_blocks_is_filled(monkeypatch):
     assert 0.01 < values.std() < 0.03 and len(np.unique(values)) > 50
 
 
-def test_qwen2_5_files():
-    config = published_config("qwen2_5_vl_7b")
-    files = make_checkpoint.preprocessor_files(config)
-    assert set(files) == {"preprocessor_config.json"} and files["preprocessor_config.json"]["patch_size"] == 14
+def test_qwen2_5_files(tmp_path):
+    make_checkpoint.write_settings(tmp_path, published_config("qwen2_5_vl_7b"))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "preprocessor_config.json"}
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert written["patch_size"] == 14 and (written["min_pixels"], written["max_pixels"]) == (3136, 12845056)
 
 
 def test_command_line(tmp_path, capsys):

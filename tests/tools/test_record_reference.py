@@ -10,10 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from mllm4d_jax.encode.example import Grid  # noqa: E402
 from mllm4d_jax.encode.positions import RULES, mrope_positions  # noqa: E402
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer  # noqa: E402
 from tools import record_reference  # noqa: E402
-from tools.reference import cases, gradients, tensors  # noqa: E402
+from tools.reference import cases, tensors  # noqa: E402
 
 FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
 IDS = {"image_token_id": 103, "video_token_id": 104, "vision_start_token_id": 101, "vision_end_token_id": 102}
@@ -160,15 +161,14 @@ def test_positions_follow_the_rule_of_the_manifest(recorded):
     _, model, prompts, out = recorded
     rule = json.loads((out / "manifest.json").read_text())["rope_rule"]
     _, (row,) = cases.make_case(prompts, "video")
-    grid = record_reference.argparse.Namespace(modality="video", **dict(zip("thw", row.items[0].grid, strict=True)))
     ours, delta = mrope_positions(
         row.tokens,
-        [grid],
+        [grid for grid, _, _ in row.media],
         image_token_id=103,
         video_token_id=104,
         merge_size=2,
         family=prompts.family,
-        second_per_grid=[row.items[0].seconds],
+        second_per_grid=[seconds for _, _, seconds in row.media],
         tokens_per_second=getattr(model.config.vision_config, "tokens_per_second", 0),
         rule=rule,
     )
@@ -204,10 +204,10 @@ def test_gradients(recorded):
     model.zero_grad()
     model.model.rope_deltas = None
     model(**tensors.tensors(cases.batch(prompts, rows, side))).loss.backward()
-    assert got["columns"] == list(gradients.COLUMNS) and got["case"] == "batch"
+    assert got["columns"] == list(tensors.COLUMNS) and got["case"] == "batch"
     assert len(got["grads"]) + len(got["no_grad"]) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
-        published, _ = gradients.published_name(name, model.config.model_type)
+        published, _ = tensors.published_name(name, model.config.model_type)
         grad = parameter.grad.numpy().astype(np.float64)
         if "mlp.experts." in name:  # transformers 5 holds [expert, out, in]; published files [expert, in, out]
             grad = np.ascontiguousarray(grad.swapaxes(1, 2))
@@ -229,9 +229,7 @@ def test_gradient_names_are_published_names(recorded):
 
 def theirs(rule):
     def positions(input_ids, **kwargs):
-        grid = record_reference.argparse.Namespace(
-            modality="video", **dict(zip("thw", kwargs["video_grid_thw"][0].tolist(), strict=True))
-        )
+        grid = Grid("video", *kwargs["video_grid_thw"][0].tolist())
         seconds = kwargs["second_per_grid_ts"].tolist()
         shared = dict(image_token_id=103, video_token_id=104, merge_size=2, family="qwen2_5_vl", tokens_per_second=2)
         found, _ = mrope_positions(input_ids[0].numpy(), [grid], second_per_grid=seconds, rule=rule, **shared)

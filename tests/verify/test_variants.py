@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from mllm4d_jax.encode.example import Grid  # noqa: E402
 from mllm4d_jax.encode.grids import position_taps, window_order  # noqa: E402
 from mllm4d_jax.encode.positions import mrope_positions  # noqa: E402
 from mllm4d_jax.models import rope  # noqa: E402
@@ -27,7 +26,7 @@ from mllm4d_jax.verify.model import Tolerances  # noqa: E402
 from mllm4d_jax.verify.task import Target, verify_target  # noqa: E402
 from tests.verify.variants import VARIANTS, Variant  # noqa: E402
 from tools import record_reference  # noqa: E402
-from tools.reference import cases, gradients, tensors  # noqa: E402
+from tools.reference import cases, tensors  # noqa: E402
 
 CONFIGS = {"qwen3_vl": "Qwen3VLConfig", "qwen3_vl_moe": "Qwen3VLMoeConfig", "qwen2_5_vl": "Qwen2_5_VLConfig"}
 
@@ -87,7 +86,7 @@ def record(variant: Variant, saved, out, seed: int) -> None:
     if variant.right:
         np.savez(out / "mixed_right.npz", **tensors.record(model, cases.batch(prompts, rows, "right"), tensors.OUTPUTS))
     if variant.grads:
-        (out / "grads_mixed.json").write_text(json.dumps(gradients.record_gradients(model, inputs, "mixed")))
+        (out / "grads_mixed.json").write_text(json.dumps(tensors.record_gradients(model, inputs, "mixed")))
     manifest = {"rope_rule": record_reference.position_rule(model, prompts)}
     (out / "manifest.json").write_text(json.dumps(manifest))
 
@@ -151,15 +150,15 @@ def test_positions_of_random_rows():
                 modality, t = draw.choice((("image", 1), ("video", draw.randint(1, 30))))
                 seconds = draw.choice((1 / 3, 0.1, 0.2, 0.7, 1.1, 2 / 3, draw.uniform(0.02, 3)))
                 segments.append(cases.Text("a " * draw.randint(1, 5)))
-                segments.append(cases.Visual(modality, t, draw.randint(1, 4), draw.randint(1, 4), seconds))
+                segments.append(cases.Pixels(modality, t, draw.randint(1, 4), draw.randint(1, 4), seconds))
             row = prompts.row(segments, np.random.default_rng(seed))
             inputs = tensors.tensors(cases.batch(prompts, [row], "left"))
             known = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
             theirs, delta = model.model.get_rope_index(**{k: inputs[k] for k in known if k in inputs})
-            seconds = [item.seconds for item in row.items if item.modality == "video"]
+            seconds = [seconds for grid, _, seconds in row.media if grid.modality == "video"]
             ours, ours_delta = mrope_positions(
                 row.tokens,
-                [Grid(item.modality, *item.grid) for item in row.items],
+                [grid for grid, _, _ in row.media],
                 image_token_id=config.image_token_id,
                 video_token_id=config.video_token_id,
                 merge_size=m,

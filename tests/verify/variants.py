@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tools.reference.cases import ASK, END, TURN, Text, Visual
+from tools.reference.cases import ASK, END, TURN, Pixels, Text
 
 IDS = MappingProxyType(
     {"image_token_id": 103, "video_token_id": 104, "vision_start_token_id": 101, "vision_end_token_id": 102}
@@ -35,16 +35,16 @@ VISION = MappingProxyType(dict(depth=3, hidden_size=24, intermediate_size=36, nu
 MIXED = (
     (
         ASK,
-        Visual("video", 2, 3, 2, 0.7),
+        Pixels("video", 2, 3, 2, 0.7),
         Text("and"),
-        Visual("image", 1, 2, 5),
-        Visual("image", 1, 1, 1),
+        Pixels("image", 1, 2, 5),
+        Pixels("image", 1, 1, 1),
         Text("then"),
-        Visual("video", 3, 1, 4, 1.3),
+        Pixels("video", 3, 1, 4, 1.3),
         TURN,
         END,
     ),
-    (Visual("image", 1, 4, 1), Visual("video", 1, 2, 3, 0.35), TURN, END),
+    (Pixels("image", 1, 4, 1), Pixels("video", 1, 2, 3, 0.35), TURN, END),
     (Text("a b c"), END),
 )
 
@@ -132,7 +132,7 @@ def _scaled(rows: tuple, factor: int) -> tuple:
     """The rows with grids `factor` times as wide."""
 
     def scale(segment):
-        return dataclasses.replace(segment, w=segment.w * factor) if isinstance(segment, Visual) else segment
+        return dataclasses.replace(segment, w=segment.w * factor) if isinstance(segment, Pixels) else segment
 
     return tuple(tuple(map(scale, row)) for row in rows)
 

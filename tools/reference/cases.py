@@ -15,26 +15,25 @@ from types import MappingProxyType
 
 import numpy as np
 
+from mllm4d_jax.encode.example import Example, Grid
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+
 IGNORED = -100  # label of a position that is no training target
 
 
 @dataclass(frozen=True)
-class Item:
-    """One image or video: its grid (t, h, w) in patches, f32[t*h*w, C*tp*p*p] patches, seconds per temporal patch."""
+class PromptRow:
+    """One unpadded sample.
 
-    modality: str
-    grid: tuple[int, int, int]
-    patches: np.ndarray
-    seconds: float = 1.0
-
-
-@dataclass(frozen=True)
-class Row:
-    """One unpadded sample: i64[S] tokens, bool[S] training targets, and its images and videos in reading order."""
+    Attributes:
+      tokens: i64[S].
+      supervised: bool[S], the training targets.
+      media: its images and videos in reading order: grid, f32[t*h*w, C*tp*p*p] patches, seconds per temporal patch.
+    """
 
     tokens: np.ndarray
     supervised: np.ndarray
-    items: tuple[Item, ...]
+    media: tuple[tuple[Grid, np.ndarray, float], ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Visual:
+class Pixels:
     """An image or video by its grid: t temporal patches of h x w *merged* tokens, `seconds` apart."""
 
     modality: str
@@ -59,37 +58,22 @@ class Visual:
 ASK = Text("<|im_start|>user\n")
 TURN = Text("<|im_end|>\n<|im_start|>assistant\n")
 END = Text("It moves to the left , about 1.2 metres .<|im_end|>\n", answer=True)
+_BATCH = (
+    (ASK, Pixels("video", 2, 3, 2), Text("and"), Pixels("image", 1, 2, 3), Text("Compare ."), TURN, END),
+    (ASK, Pixels("image", 1, 3, 2), TURN, END),
+)
+_IMAGES = (Pixels("image", 1, 2, 2), Pixels("image", 1, 1, 3))
+_VIDEOS = (Pixels("video", 2, 3, 2, 0.4), Pixels("video", 1, 2, 2))
+_MULTI = ((ASK, *_IMAGES, Text("then"), *_VIDEOS, TURN, END), (Pixels("video", 1, 1, 2), TURN, END))
+_DISTANCE = Text("How far does the camera move between frame 3 and frame 26 of 31 ?\n", answer=True)
+# name -> (side of the padding, rows of segments)
 CASES = MappingProxyType(
     {
-        "text": (
-            "left",
-            ((Text("How far does the camera move between frame 3 and frame 26 of 31 ?\n", answer=True), END),),
-        ),
-        "image": ("left", ((ASK, Visual("image", 1, 4, 3), Text("What is in front of the camera ?"), TURN, END),)),
-        "video": ("left", ((ASK, Visual("video", 3, 3, 5, 0.8), Text("Which way does it move ?"), TURN, END),)),
-        "batch": (
-            "left",
-            (
-                (ASK, Visual("video", 2, 3, 2), Text("and"), Visual("image", 1, 2, 3), Text("Compare ."), TURN, END),
-                (ASK, Visual("image", 1, 3, 2), TURN, END),
-            ),
-        ),
-        "multi": (
-            "right",
-            (
-                (
-                    ASK,
-                    Visual("image", 1, 2, 2),
-                    Visual("image", 1, 1, 3),
-                    Text("then"),
-                    Visual("video", 2, 3, 2, 0.4),
-                    Visual("video", 1, 2, 2),
-                    TURN,
-                    END,
-                ),
-                (Visual("video", 1, 1, 2), TURN, END),
-            ),
-        ),
+        "text": ("left", ((_DISTANCE, END),)),
+        "image": ("left", ((ASK, Pixels("image", 1, 4, 3), Text("What is in front of the camera ?"), TURN, END),)),
+        "video": ("left", ((ASK, Pixels("video", 3, 3, 5, 0.8), Text("Which way does it move ?"), TURN, END),)),
+        "batch": ("left", _BATCH),
+        "multi": ("right", _MULTI),
     }
 )
 
@@ -109,57 +93,50 @@ class Prompts:
 
     @classmethod
     def from_folder(cls, path: str | Path, seed: int) -> Prompts:
-        """Reads config.json and, where present, tokenizer.json. Raises ValueError for another family of models."""
+        """Read config.json and, where present, tokenizer.json. Raises ProcessorError for another family."""
         import tokenizers
 
-        folder = Path(path)
+        folder, processor = Path(path), ProcessorConfig.from_folder(path)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        family = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}.get(
-            config["model_type"]
-        )
-        if family is None:
-            raise ValueError(
-                f"{folder}: model_type '{config['model_type']}' is not Qwen3-VL, Qwen3-VL-MoE or Qwen2.5-VL"
-            )
         text, vision = config.get("text_config", config), config["vision_config"]
-        ids = tuple(config[f"{name}_token_id"] for name in ("image", "video", "vision_start", "vision_end"))
-        special = {*ids, text.get("bos_token_id"), text.get("eos_token_id"), text.get("pad_token_id")}
+        ids = tuple(getattr(processor, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end"))
+        named = [text.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
+        special = {*ids, *named}
         vocabulary = np.array([i for i in range(min(ids)) if i not in special])
         if len(vocabulary) < 16:
             vocabulary = np.array([i for i in range(text["vocab_size"]) if i not in special])
-        pads = (text.get(name) for name in ("pad_token_id", "bos_token_id", "eos_token_id"))
         file = folder / "tokenizer.json"
         channels = vision.get("in_channels", vision.get("in_chans", 3))
         return cls(
-            family=family,
+            family=processor.family,
             ids=ids,
-            merge_size=vision["spatial_merge_size"],
-            patch_width=channels * vision["temporal_patch_size"] * vision["patch_size"] ** 2,
+            merge_size=processor.merge_size,
+            patch_width=channels * processor.temporal_patch_size * processor.patch_size**2,
             plain_ids=vocabulary,
-            pad_id=next((pad for pad in pads if isinstance(pad, int)), int(vocabulary[0])),
+            pad_id=next((token for token in named if isinstance(token, int)), int(vocabulary[0])),
             tokenizer=tokenizers.Tokenizer.from_file(str(file)) if file.exists() else None,
             seed=seed,
         )
 
-    def row(self, segments: Sequence[Text | Visual], rng: np.random.Generator) -> Row:
-        """Tokens and pixels of one sample."""
-        tokens, supervised, items = [], [], []
+    def row(self, segments: Sequence[Text | Pixels], rng: np.random.Generator) -> PromptRow:
+        """Return tokens and pixels of one sample."""
+        tokens, supervised, media = [], [], []
         for segment in segments:
             new = self._words(segment.text, rng) if isinstance(segment, Text) else self._placeholders(segment, rng)
             tokens += new
             supervised += [isinstance(segment, Text) and segment.answer] * len(new)
-            if isinstance(segment, Visual):
-                grid = (segment.t, segment.h * self.merge_size, segment.w * self.merge_size)
-                patches = rng.uniform(-1, 1, (grid[0] * grid[1] * grid[2], self.patch_width)).astype(np.float32)
-                items.append(Item(segment.modality, grid, patches, segment.seconds))
-        return Row(np.array(tokens, np.int64), np.array(supervised, bool), tuple(items))
+            if isinstance(segment, Pixels):
+                grid = Grid(segment.modality, segment.t, segment.h * self.merge_size, segment.w * self.merge_size)
+                patches = rng.uniform(-1, 1, (grid.t * grid.h * grid.w, self.patch_width)).astype(np.float32)
+                media.append((grid, patches, segment.seconds))
+        return PromptRow(np.array(tokens, np.int64), np.array(supervised, bool), tuple(media))
 
     def _words(self, text: str, rng: np.random.Generator) -> list[int]:
         if self.tokenizer is not None:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         return rng.choice(self.plain_ids, max(1, len(text.split()))).tolist()
 
-    def _placeholders(self, visual: Visual, rng: np.random.Generator) -> list[int]:
+    def _placeholders(self, visual: Pixels, rng: np.random.Generator) -> list[int]:
         image, video, start, end = self.ids
         pad, area = (image if visual.modality == "image" else video), visual.h * visual.w
         if visual.modality == "image" or self.family == "qwen2_5_vl":
@@ -171,15 +148,15 @@ class Prompts:
         return tokens
 
 
-def make_case(prompts: Prompts, name: str) -> tuple[str, list[Row]]:
-    """(side of the padding, rows) of a named case; the same for the same seed."""
+def make_case(prompts: Prompts, name: str) -> tuple[str, list[PromptRow]]:
+    """Return (side of the padding, rows) of a named case; the same for the same seed."""
     side, rows = CASES[name]
     rng = np.random.default_rng([prompts.seed, list(CASES).index(name)])
     return side, [prompts.row(segments, rng) for segments in rows]
 
 
-def batch(prompts: Prompts, rows: Sequence[Row], side: str) -> dict[str, np.ndarray]:
-    """The arrays a transformers model takes, under its names.
+def batch(prompts: Prompts, rows: Sequence[PromptRow], side: str) -> dict[str, np.ndarray]:
+    """Return the arrays a transformers model takes, under its names.
 
     Returns:
       `input_ids`, `attention_mask`, `mm_token_type_ids` (0 text, 1 image, 2 video) and `labels`, i64[B, S]; for
@@ -197,23 +174,22 @@ def batch(prompts: Prompts, rows: Sequence[Row], side: str) -> dict[str, np.ndar
     types = np.where(tokens == prompts.ids[0], 1, np.where(tokens == prompts.ids[1], 2, 0)) * mask
     arrays = {"input_ids": tokens, "attention_mask": mask, "mm_token_type_ids": types, "labels": labels}
     for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        items = [item for row in rows for item in row.items if item.modality == modality]
-        if items:
-            arrays[f"{modality}_grid_thw"] = np.array([item.grid for item in items], np.int64)
-            arrays[pixels] = np.concatenate([item.patches for item in items])
+        media = [entry for row in rows for entry in row.media if entry[0].modality == modality]
+        if media:
+            grids, patches, seconds = zip(*media, strict=True)
+            arrays[f"{modality}_grid_thw"] = np.array([grid.thw for grid in grids], np.int64)
+            arrays[pixels] = np.concatenate(patches)
             if modality == "video" and prompts.family == "qwen2_5_vl":
-                arrays["second_per_grid_ts"] = np.array([item.seconds for item in items], np.float32)
+                arrays["second_per_grid_ts"] = np.array(seconds, np.float32)
     return arrays
 
 
-def example_row(example) -> Row:
-    """The row of an encoded `Example`: its tokens, its targets, and its patches split by image and video."""
-    items, first, stamps = [], 0, iter(example.timestamps)
+def example_row(example: Example) -> PromptRow:
+    """Return the row of an encoded record: its tokens, its targets, and its patches split by image and video."""
+    media, first, stamps = [], 0, iter(example.timestamps)
     for grid in example.grids:
-        count, seconds = grid.t * grid.h * grid.w, 1.0
-        if grid.modality == "video":
-            times = next(stamps)
-            seconds = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
-        items.append(Item(grid.modality, (grid.t, grid.h, grid.w), example.patches[first : first + count], seconds))
-        first += count
-    return Row(np.asarray(example.tokens, np.int64), np.asarray(example.supervised, bool), tuple(items))
+        end, times = first + grid.t * grid.h * grid.w, next(stamps) if grid.modality == "video" else ()
+        seconds = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+        media.append((grid, example.patches[first:end], seconds))
+        first = end
+    return PromptRow(np.asarray(example.tokens, np.int64), np.asarray(example.supervised, bool), tuple(media))

@@ -1,9 +1,10 @@
-"""Runs a transformers model on one case and keeps every tensor on the way, under the names of the recorded layout."""
+"""Runs a transformers model on one case and keeps every tensor and gradient, under the names of the recorded layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ import torch
 # How much of a case is kept: everything; no vision blocks; only what comes out.
 FULL, LAYERS, OUTPUTS = 2, 1, 0
 STEPS = 12  # greedy steps after the prompt
+COLUMNS = ("l2_norm", "dot_with_cos_0.1_arange_row_major")  # of a recorded gradient
 
 
 def load(path: str) -> torch.nn.Module:
-    """The model of a Hugging Face folder in float32 on the CPU, with plain attention, for evaluation."""
+    """Return the model of a Hugging Face folder in float32 on the CPU, with plain attention, for evaluation."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(
@@ -24,13 +26,13 @@ def load(path: str) -> torch.nn.Module:
 
 
 def to_numpy(value: torch.Tensor) -> np.ndarray:
-    """A copy on the host: float32 for floating point, int32 for whole numbers."""
+    """Return a copy on the host: float32 for floating point, int32 for whole numbers."""
     value = value.detach().cpu()
     return value.float().numpy().copy() if value.is_floating_point() else value.numpy().astype(np.int32)
 
 
 def record(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], detail: int = FULL) -> dict[str, np.ndarray]:
-    """One forward pass.
+    """Run one forward pass and return its tensors.
 
     Args:
       inputs: the arrays of `cases.batch`.
@@ -44,7 +46,9 @@ def record(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], detail: int
     """
     kept: dict[str, np.ndarray] = {name: to_numpy(torch.from_numpy(value)) for name, value in inputs.items()}
     model.model.rope_deltas = None  # transformers keeps those of the previous call
-    with torch.no_grad(), _hooks(model, kept, detail):
+    with torch.no_grad(), _Recorder(kept) as recorder:
+        _watch_vision(recorder, model.model.visual, detail)
+        _watch_text(recorder, model.model.language_model, detail)
         out = model(**tensors(inputs), use_cache=False)
     rows, length = inputs["input_ids"].shape
     if "position_ids" not in kept:  # text alone: transformers counts up
@@ -56,13 +60,13 @@ def record(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], detail: int
 
 
 def tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """The inputs as torch takes them: whole numbers as int64."""
+    """Return the inputs as torch takes them: whole numbers as int64."""
     arrays = {k: v if np.issubdtype(v.dtype, np.floating) else v.astype(np.int64) for k, v in inputs.items()}
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
 
 
 def generate(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], steps: int = STEPS) -> dict[str, np.ndarray]:
-    """Greedy continuation of a left-padded case through the key-value cache; an end-of-text token does not stop it.
+    """Decode a left-padded case greedily through the key-value cache; an end-of-text token does not stop it.
 
     Returns:
       `gen_ids` i32[B,steps]; `gen_logits` f32[B,steps,V], the logits each id was the largest of; `gen_position`
@@ -91,84 +95,109 @@ def generate(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], steps: in
     return {name: to_numpy(torch.stack(values, 1)) for name, values in stacked.items()}
 
 
-@contextmanager
-def _hooks(model: torch.nn.Module, kept: dict[str, np.ndarray], detail: int) -> Iterator[None]:
-    """Hooks on the submodules that write into `kept` while the context lasts."""
+def record_gradients(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], case: str) -> dict:
+    """Return what grads_<case>.json holds: the loss and, per parameter, the gradient's norm and its dot product with
+    cos(0.1 * [0, 1, 2, ...]) over the row-major checkpoint layout, in float64. MoE models add `aux_loss` (router load
+    balance) and `loss_with_aux`; the gradients are of the loss without it."""
+    model.zero_grad(set_to_none=True)
+    model.model.rope_deltas = None
+    loss = model(**tensors(inputs), use_cache=False).loss
+    loss.backward()
+    grads, without = {}, []
+    for name, parameter in model.named_parameters():
+        published, transposed = published_name(name, model.config.model_type)
+        if parameter.grad is None:
+            without.append(published)
+            continue
+        grad = parameter.grad.transpose(-1, -2) if transposed else parameter.grad
+        flat = grad.double().numpy().reshape(-1)
+        grads[published] = [float(np.linalg.norm(flat)), float(flat @ np.cos(0.1 * np.arange(flat.size)))]
+    model.zero_grad(set_to_none=True)
+    found = {"case": case, "loss": loss.item(), "columns": list(COLUMNS), "no_grad": without, "grads": grads}
+    if model.config.model_type == "qwen3_vl_moe":
+        model.model.rope_deltas = None
+        with torch.no_grad():
+            out = model(**tensors(inputs), use_cache=False, output_router_logits=True)
+        found |= {"aux_loss": out.aux_loss.item(), "loss_with_aux": out.loss.item()}
+    return found
 
-    def keep(name: str, value: torch.Tensor) -> None:
-        kept[name] = to_numpy(value)
 
-    with ExitStack() as stack:
-
-        def on_output(module: torch.nn.Module, action) -> None:
-            stack.callback(module.register_forward_hook(lambda _, args, out: action(out)).remove)
-
-        def on_input(module: torch.nn.Module, action) -> None:
-            def call(_, args, kwargs) -> None:
-                action(args, kwargs)
-
-            stack.callback(module.register_forward_pre_hook(call, with_kwargs=True).remove)
-
-        _watch_vision(model.model.visual, kept, keep, on_output, on_input, detail)
-        _watch_text(model.model.language_model, keep, on_output, on_input, detail)
-        yield
+def published_name(name: str, model_type: str) -> tuple[str, bool]:
+    """Return (published name, True if published files swap the last two axes) of a transformers 5 parameter."""
+    if model_type == "qwen2_5_vl":
+        name = name.removeprefix("model.").replace("language_model.", "model.", 1) if name != "lm_head.weight" else name
+        return name, False
+    return name, name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
 
 
-def _watch_vision(visual, kept, keep, on_output, on_input, detail: int) -> None:
+class _Recorder(ExitStack):
+    """Hooks on submodules that write into `kept`, under names that begin with `prefix`, while the context lasts."""
+
+    def __init__(self, kept: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        self.kept, self.prefix = kept, ""
+
+    def keep(self, names: str, *values: torch.Tensor) -> None:
+        for name, value in zip(names.split(), values, strict=True):
+            self.kept[f"{self.prefix}{name}"] = to_numpy(value)
+
+    def on_output(self, module: torch.nn.Module, action: Callable[[Any], None]) -> None:
+        self.callback(module.register_forward_hook(lambda _, args, out: action(out)).remove)
+
+    def on_input(self, module: torch.nn.Module, action: Callable[[tuple, dict], None]) -> None:
+        hook = module.register_forward_pre_hook(lambda _, args, kwargs: action(args, kwargs), with_kwargs=True)
+        self.callback(hook.remove)
+
+    def keep_output(self, module: torch.nn.Module, names: str) -> None:
+        self.on_output(module, lambda out: self.keep(names, *(out if isinstance(out, tuple) else (out,))))
+
+
+def _watch_vision(recorder: _Recorder, visual: torch.nn.Module, detail: int) -> None:
     """The tower runs once for all images, then once for all videos."""
-    waiting = [p for p, name in (("img", "pixel_values"), ("vid", "pixel_values_videos")) if name in kept]
-    current = []
+    runs = [p for p, name in (("img_", "pixel_values"), ("vid_", "pixel_values_videos")) if name in recorder.kept]
 
-    def result(out) -> None:
-        keep(f"{current[0]}_merged", out.pooler_output)
+    def start(args: tuple, kwargs: dict) -> None:
+        recorder.prefix = runs.pop(0)
+
+    def result(out: Any) -> None:
+        recorder.keep("merged", out.pooler_output)
         for j, feature in enumerate(getattr(out, "deepstack_features", None) or ()):
-            keep(f"{current[0]}_deepstack_{j}", feature)
+            recorder.keep(f"deepstack_{j}", feature)
 
-    def rope(out) -> None:
-        keep(f"{current[0]}_rope_cos", out[0])
-        keep(f"{current[0]}_rope_sin", out[1])
-
-    on_input(visual, lambda args, kwargs: current.__setitem__(slice(None), [waiting.pop(0)]))
-    on_output(visual, result)
+    recorder.on_input(visual, start)
+    recorder.on_output(visual, result)
     if detail < FULL:
         return
-    on_output(visual.patch_embed, lambda out: keep(f"{current[0]}_patch_embed", out))
-    on_output(visual.rotary_pos_emb, rope)
-    on_input(visual.blocks[0], lambda args, kwargs: keep(f"{current[0]}_block_in", args[0]))
+    recorder.keep_output(visual.patch_embed, "patch_embed")
+    recorder.keep_output(visual.rotary_pos_emb, "rope_cos rope_sin")
+    recorder.on_input(visual.blocks[0], lambda args, kwargs: recorder.keep("block_in", args[0]))
     for i, block in enumerate(visual.blocks):
-        on_output(block, lambda out, i=i: keep(f"{current[0]}_block_{i}", out))
+        recorder.keep_output(block, f"block_{i}")
 
 
-def _watch_text(decoder, keep, on_output, on_input, detail: int) -> None:
-    depth = []  # how many layers get a DeepStack sum in this call
+def _watch_text(recorder: _Recorder, decoder: torch.nn.Module, detail: int) -> None:
+    depth = 0  # how many layers get a DeepStack sum in this call
 
-    def start(args, kwargs) -> None:
-        depth[:] = [len(kwargs.get("deepstack_visual_embeds") or ())]
+    def start(args: tuple, kwargs: dict) -> None:
+        nonlocal depth
+        depth, recorder.prefix = len(kwargs.get("deepstack_visual_embeds") or ()), ""
         if kwargs.get("position_ids") is not None:
-            keep("position_ids", kwargs["position_ids"][-3:])
+            recorder.keep("position_ids", kwargs["position_ids"][-3:])
         if detail >= LAYERS:
-            keep("inputs_embeds", kwargs["inputs_embeds"])
-
-    def rope(out) -> None:
-        keep("text_cos", out[0])
-        keep("text_sin", out[1])
-
-    def router(i: int, out) -> None:
-        for name, value in zip(("logits", "weights", "index"), out, strict=True):
-            keep(f"router_{i}_{name}", value)
+            recorder.keep("inputs_embeds", kwargs["inputs_embeds"])
 
     def after_deepstack(i: int, hidden: torch.Tensor) -> None:
-        if i < depth[0]:
-            keep(f"layer_{i}_out_ds", hidden)
+        if i < depth:
+            recorder.keep(f"layer_{i}_out_ds", hidden)
 
-    on_input(decoder, start)
-    on_output(decoder.norm, lambda out: keep("final_norm", out))
+    recorder.on_input(decoder, start)
+    recorder.keep_output(decoder.norm, "final_norm")
     if detail < LAYERS:
         return
-    on_output(decoder.rotary_emb, rope)
+    recorder.keep_output(decoder.rotary_emb, "text_cos text_sin")
     followers = [*decoder.layers[1:], decoder.norm]
     for i, (layer, follower) in enumerate(zip(decoder.layers, followers, strict=True)):
-        on_output(layer, lambda out, i=i: keep(f"layer_{i}_out", out))
-        on_input(follower, lambda args, kwargs, i=i: after_deepstack(i, args[0]))
+        recorder.keep_output(layer, f"layer_{i}_out")
+        recorder.on_input(follower, lambda args, kwargs, i=i: after_deepstack(i, args[0]))
         if hasattr(layer.mlp, "gate"):
-            on_output(layer.mlp.gate, lambda out, i=i: router(i, out))
+            recorder.keep_output(layer.mlp.gate, f"router_{i}_logits router_{i}_weights router_{i}_index")

@@ -18,13 +18,13 @@ import pytest
 from configs import common
 from configs.schema import build
 from data_prep.cold_start import task
-from data_prep.cold_start.path_filter import Sample, draw_order, passing, shares, take, threshold
+from data_prep.cold_start.selection import draw_order, passing, shares, take, threshold
 from data_prep.cold_start.task import ColdStartError, run_cold_start
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
 from data_prep.scenes.random_scenes import random_scene
 from data_prep.store.export import r1_record
 from data_prep.store.parts import ClipRejected, StoreError
-from data_prep.teacher.client import TeacherError
+from data_prep.teacher.endpoint import TeacherError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.rewards import Solution, score
 from mllm4d_jax.qa.system_prompt import ST_COT
@@ -204,17 +204,18 @@ def test_a_draw_depends_on_seed_and_ids_alone_and_grows_by_adding():
 
 
 def test_filter_rules():
-    def samples(*rewards):
-        return [Sample(str(n), tuple(enumerate(r))) for n, r in enumerate(rewards)]
+    def rewards(*values):
+        return list(enumerate(values))
 
-    assert threshold(samples((), ())) is None and threshold([]) is None
+    assert threshold([[], []]) is None and threshold([]) is None
     # Three equal rewards whose floating-point mean is larger than each of them still pass.
-    equal = samples((0.8,), (0.8,), (0.8,))
-    assert all(passing(s, threshold(equal), "best_of_sample") == [0] for s in equal)
-    assert passing(Sample("a", ((0, 0.0), (2, 0.0))), 0.0, "every_path") == []
-    tied = Sample("a", ((0, 0.2), (1, 0.9), (2, 0.9), (3, 0.95)))
-    assert tied.best == (3, 0.95) and Sample("a", tied.rewards[:3]).best == (1, 0.9)
+    equal = [rewards(0.8)] * 3
+    assert all(passing(r, threshold(equal), "best_of_sample") == [0] for r in equal)
+    assert passing([(0, 0.0), (2, 0.0)], 0.0, "every_path") == [] == passing([], None, "every_path")
+    tied = rewards(0.2, 0.9, 0.9, 0.95)
+    assert threshold([tied, rewards(0.05)]) == 0.5
     assert passing(tied, 0.5, "every_path") == [3, 1, 2] and passing(tied, 0.5, "best_of_sample") == [3]
+    assert passing(tied[:3], 0.5, "best_of_sample") == [1]
     assert shares("cab", 8) == {"a": 3, "b": 3, "c": 2} and shares("", 5) == {}
     kept = {"x": [4, 0], "y": [1], "z": [2, 3]}
     assert take(kept, 3) == {("x", 4), ("y", 1), ("z", 2)} and take(kept, 4) - take(kept, 3) == {("x", 0)}

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.cold_start.prompt import LEAKS, completion_of, path_problem, path_request, spread
+from data_prep.cold_start.prompt import completion_of, path_problem, path_request, spread
 from data_prep.cold_start.r1_items import parse_item
 from data_prep.cold_start.task import run_cold_start
-from data_prep.teacher.client import KEY_VARIABLE, URL_VARIABLE, TeacherError
+from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, TeacherError
 from mllm4d_jax.data.samples import write_video
 from mllm4d_jax.qa.system_prompt import ST_COT
 from tests.data_prep.cold_start.test_cold_start import (
@@ -28,6 +28,34 @@ from tests.data_prep.cold_start.test_cold_start import (
 from tests.data_prep.teacher.test_teacher import completion, serve
 
 __all__ = ["serve"]
+LEAKS = (
+    "ground truth",
+    "ground-truth",
+    "groundtruth",
+    "answer key",
+    "answer provided",
+    "answer given",
+    "answer is given",
+    "answer is provided",
+    "answer was given",
+    "answer was provided",
+    "expected answer",
+    "given answer",
+    "given the answer",
+    "given the correct answer",
+    "known answer",
+    "provided answer",
+    "provided correct answer",
+    "reference answer",
+    "supplied answer",
+    "told the answer",
+    "given facts",
+    "known facts",
+    "provided facts",
+    "provided measurement",
+    "provided value",
+    "supplied value",
+)
 FRAMES = {"seen": [2, 7], "source": [2, 7], "count": 12}
 
 
@@ -128,7 +156,7 @@ def test_a_model_that_does_not_reply_in_the_form_costs_its_question_only(tmp_pat
     run_cold_start(settings(tmp_path, clip, records, paths=1), str(tmp_path / "out"))
     kept, rejected, _ = results(tmp_path / "out")
     assert len(kept) == 1 and [e["reasons"] for e in rejected.values()] == [["bad_reply"]]
-    assert "lacks ['chain_of_thought']" in next(iter(rejected.values()))["details"][0]
+    assert "'chain_of_thought' is a required property" in next(iter(rejected.values()))["details"][0]
     assert len(server.seen) == 3  # the second question was asked twice
 
 
@@ -197,10 +225,9 @@ def test_a_text_without_tags_is_the_inside_of_the_thinking():
 
 @pytest.mark.parametrize("phrase", LEAKS)
 def test_a_text_that_gives_away_that_it_was_told_is_refused(phrase):
-    assert phrase == phrase.lower()
     first, *others = phrase.split()
     text = f"<thinking>As {'  '.join([first.upper(), *others])}, so.</thinking><answer>A</answer>"
-    assert path_problem(text)[0] == "leak"
+    assert path_problem(text) == ("leak", f"it says {phrase!r}")
 
 
 @pytest.mark.parametrize("token", ["<video>", "<image>", "<|im_end|>", "<|vision_start|>", "<tool_call>", "</think>"])

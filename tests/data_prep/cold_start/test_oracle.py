@@ -122,7 +122,9 @@ def test_the_evidence_agrees_with_the_physics():
                 checked[who] += 1
             if item.label:
                 table = wording.OBJECT_SIGHT[item.scenario]
-                said = {label for label, sight in table.items() if sight.format(o=item.object_name) in evidence.lower()}
+                said = {
+                    label for label, (sight, _) in table.items() if sight.format(o=item.object_name) in evidence.lower()
+                }
                 assert said == {item.label}
     assert min(checked.values()) > 500
 

@@ -12,8 +12,8 @@ import pytest
 from configs import common
 from data_prep.scenes.objects import read_captions
 from data_prep.sources.frames import write_video
-from data_prep.teacher.client import KEY_VARIABLE, URL_VARIABLE, TeacherError
 from data_prep.teacher.describe import DescribeError, caption_request, describe, find_pending
+from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, TeacherError
 from tests.data_prep.teacher.test_teacher import completion, serve  # noqa: F401 - a fixture
 
 FRAMES, SIZE = 4, 64
