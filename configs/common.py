@@ -35,9 +35,9 @@ class Task(NamedTuple):
 
 TASKS = MappingProxyType(
     {
-        "sft": Task(SFT_KEYS, "mllm4d_jax.sft.task", "supervised fine-tuning", "mllm4d_jax.plan.sft", page=True),
+        "sft": Task(SFT_KEYS, "mllm4d_jax.sft.task", "supervised fine-tuning", "mllm4d_jax.plan.task", page=True),
         "grpo": Task(
-            GRPO_KEYS, "mllm4d_jax.grpo.task", "reinforcement learning (GRPO)", "mllm4d_jax.plan.grpo", page=True
+            GRPO_KEYS, "mllm4d_jax.grpo.task", "reinforcement learning (GRPO)", "mllm4d_jax.plan.task", page=True
         ),
         "curate": Task(CURATE_KEYS, "data_prep.curate", "make questions from clips with known geometry"),
         "infer": Task(INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),

@@ -156,7 +156,7 @@ def test_overrides_reach_the_task_in_any_order(task, tmp_path):
 
 
 def test_a_plan_goes_to_the_planner_and_looks_for_no_accelerator(task, monkeypatch, tmp_path):
-    planner = types.ModuleType("mllm4d_jax.plan.sft")
+    planner = types.ModuleType("mllm4d_jax.plan.task")
     calls = []
     planner.run = lambda *args: calls.append((*args, os.environ["JAX_PLATFORMS"], os.environ["TPU_SKIP_MDS_QUERY"]))
     monkeypatch.setitem(sys.modules, planner.__name__, planner)

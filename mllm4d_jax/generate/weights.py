@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.split import merge_model, split_model
 from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.parallel.rules import parameter_sharding
 
 
@@ -50,7 +51,8 @@ class SamplingWeights:
     ) -> None:
         """
         Args:
-          graphdef, trainable, frozen: from `models.split.split_model`, on the learner's mesh.
+          graphdef, trainable, frozen: from `models.split.split_model`, on the learner's mesh; arrays, or shapes with
+            shardings, whose copies are shapes, too.
           mesh: to sample on; the learner's for no second copy.
           patterns: what is trained, as given to `split_model`.
           attention: backend by its configured name; chosen anew for the mesh.
@@ -62,13 +64,19 @@ class SamplingWeights:
         model.mesh, model.backend = mesh, choose_backend(attention, model.dtype, mesh)
         self._places = _places(model, patterns, mesh)
         self.graphdef = split_model(model, patterns)[0]
-        self._frozen = jax.device_put(frozen, self._places[1])
+        self._frozen = _copied(frozen, self._places[1])
 
     def of(self, trainable: Any) -> tuple[Any, Any]:
-        """Trees for `Sampler.generate` with the given trained weights."""
+        """Return the trees for `Sampler.generate` with the given trained weights."""
         if self._places is not None:
-            trainable = jax.device_put(trainable, self._places[0])
+            trainable = _copied(trainable, self._places[0])
         return trainable, self._frozen
+
+
+def _copied(tree: Any, places: Any) -> Any:
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+        return jax.tree.map(placed, tree, places)
+    return jax.device_put(tree, places)
 
 
 def _places(model: nnx.Module, patterns: Sequence[str], mesh: Mesh) -> tuple[Any, Any]:
@@ -77,9 +85,7 @@ def _places(model: nnx.Module, patterns: Sequence[str], mesh: Mesh) -> tuple[Any
     def place(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
         axes = variable.get_metadata().get("logical_axes") or (None,) * value.ndim
-        return variable.replace(
-            jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=parameter_sharding(axes, value.shape, mesh))
-        )
+        return variable.replace(placed(value, parameter_sharding(axes, value.shape, mesh)))
 
     graphdef, state = nnx.split(model)
     shapes = nnx.merge(graphdef, jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))

@@ -171,7 +171,7 @@ class Learner:
             scored = self.score(reference, frozen, features, parts, batch)
             batch = batch._replace(reference_logprobs=scored)
         first = None
-        if len(parts) > 1 or iterations > 1:
+        if scores_first(len(parts), iterations):
             first = self.score(trainable, frozen, features, parts, batch)
         batch, totals, weight, metrics, gap_max = self._begin(batch, first)
         placed = [place_rows(rows, self.mesh) for rows in parts]
@@ -183,6 +183,11 @@ class Learner:
                 found.append(means)
             trainable, opt_state, step = self._finish(trainable, opt_state, grads, loss, weight)
         return trainable, opt_state, Update(step, metrics | add_means(*found), gap_max, batch.advantages)
+
+
+def scores_first(parts: int, iterations: int) -> bool:
+    """Return whether a step of so many micro-batches and iterations makes the policy's log-probs in a pass before."""
+    return parts > 1 or iterations > 1
 
 
 def _encode(

@@ -10,11 +10,9 @@ import ml_collections
 
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
-from mllm4d_jax.generate.weights import sampling_mesh
 from mllm4d_jax.grpo.presets import ObjectiveConfig, resolve_objective
 from mllm4d_jax.models.split import trained
-from mllm4d_jax.parallel.mesh import MeshError, make_mesh
-from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.parallel.mesh import MeshError, mesh_shape
 from mllm4d_jax.qa.custom_rewards import RewardError, Rewards, load_rewards
 from mllm4d_jax.run import preflight
 from mllm4d_jax.run.preflight import PreflightError
@@ -66,7 +64,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       PreflightError: one line per missing or impossible thing, each with what to do about it.
     """
     problems = [*preflight.model_problems(config), *preflight.data_problems(config), *preflight.prompt_problems(config)]
-    problems += [*_setting_problems(config), *_division_problems(config)]
+    problems += [*_setting_problems(config), *layout_problems(config), *division_problems(config, len(jax.devices()))]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise PreflightError(
@@ -82,6 +80,8 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             load(config)
         except ValueError as error:
             yield str(error)
+    if jax.process_count() > 1:
+        yield "reinforcement learning over several processes is not supported: run it on the devices of one host"
     buckets = list(config.rollout.buckets)
     if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
         yield f"rollout.buckets = {buckets} must be positive, ascending and not empty"
@@ -97,32 +97,45 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield f"eval.path = {config.eval.path} is not a file of records, nor the folder of a TFDS set"
 
 
-def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
-    """Completions -> rows -> micro-batches -> devices, each of which has to divide."""
+def completions_per_row(config: ml_collections.ConfigDict) -> int:
+    """Return the completions of a learner's row."""
+    return config.learner.completions_per_row or config.rollout.completions
+
+
+def layout_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """What cannot be divided on any devices, one line each: completions of a prompt in rows, prompts in the sampler."""
+    c, per_row = config.rollout, completions_per_row(config)
+    if c.completions % per_row:
+        yield (
+            f"rollout.completions = {c.completions} cannot be laid out {per_row} to a row: change "
+            "learner.completions_per_row"
+        )
+    if c.prompts_at_once and c.prompts % c.prompts_at_once:
+        yield f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time"
+
+
+def division_problems(config: ml_collections.ConfigDict, devices: int) -> Iterator[str]:
+    """What cannot be divided on so many devices, one line each: rows -> micro-batches -> devices of the mesh."""
     c = config.rollout
-    if jax.process_count() > 1:
-        yield "reinforcement learning over several processes is not supported: run it on the devices of one host"
     try:
-        mesh = make_mesh(dict(config.mesh))
-        sampling_mesh(mesh, c.tensor)
+        shape = mesh_shape(dict(config.mesh), devices)
+        if c.tensor:
+            mesh_shape({"data": -1, "tensor": c.tensor}, devices)
     except MeshError as error:
         yield f"mesh: {error}"
         return
-    if mesh.shape["fsdp"] > 1 and not c.tensor:
+    if shape["fsdp"] > 1 and not c.tensor:
         yield (
-            f"mesh.fsdp = {mesh.shape['fsdp']} would gather all weights for every sampled token: set rollout.tensor to "
+            f"mesh.fsdp = {shape['fsdp']} would gather all weights for every sampled token: set rollout.tensor to "
             "the number of devices that share the weights while sampling"
         )
-    per_row = config.learner.completions_per_row or c.completions
-    if c.completions % per_row:
-        yield f"rollout.completions = {c.completions} cannot be laid out {per_row} to a row"
-        return
-    rows, parts, shards = c.prompts * (c.completions // per_row), config.train.accumulation, batch_shards(mesh)
+    if c.completions % completions_per_row(config):
+        return  # a layout problem
+    rows, parts = c.prompts * (c.completions // completions_per_row(config)), config.train.accumulation
+    shards = shape["data"] * shape["fsdp"]
     if rows % parts or (rows // parts) % shards:
         yield (
             f"rollout.prompts = {c.prompts} make {rows} rows, which cannot be split into train.accumulation = {parts} "
             f"micro-batches over {shards} devices (mesh data x fsdp): change rollout.prompts or "
             "learner.completions_per_row"
         )
-    if c.prompts_at_once and c.prompts % c.prompts_at_once:
-        yield f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time"

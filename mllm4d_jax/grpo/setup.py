@@ -95,17 +95,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
         trainable, opt_state = checkpoints.restore(progress.step, trainable, opt_state)
     encoder = encoder_of(config)
     sampling = settings.sampling_of(config, encoder.tokenizer, parts.sizes.text.vocab_size)
-    learner = Learner(
-        parts.graphdef,
-        parts.optimizer,
-        trainable,
-        opt_state,
-        objective,
-        temperature=sampling.temperature,
-        banned_ids=sampling.banned_ids,
-        mesh=parts.mesh,
-        chunk=config.train.loss_chunk,
-    )
+    learner = make_learner(parts, trainable, opt_state, sampling)
     weights = sampling_weights(parts, trainable)
     state = PolicyState(trainable, opt_state)
     actor, greedy = _actors(config, parts, weights, encoder, sampling, learner, state)
@@ -125,6 +115,21 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
         state=state,
         rates=parts.rates,
         facts=_facts(config, mixture, parts, weights),
+    )
+
+
+def make_learner(parts: Parts, trainable: Any, opt_state: Any, sampling: SamplingOptions) -> Learner:
+    """Return the learner of completions that are drawn like `sampling`; trees of arrays, or shapes with shardings."""
+    return Learner(
+        parts.graphdef,
+        parts.optimizer,
+        trainable,
+        opt_state,
+        settings.objective_of(parts.config),
+        temperature=sampling.temperature,
+        banned_ids=sampling.banned_ids,
+        mesh=parts.mesh,
+        chunk=parts.config.train.loss_chunk,
     )
 
 
@@ -159,8 +164,13 @@ def _start(
 
 def make_sampler(config: ml_collections.ConfigDict, weights: SamplingWeights) -> Sampler:
     """Return the sampler on its mesh."""
-    ladder = Ladder(ratio=config.rollout.ladder_ratio, shards=batch_shards(weights.mesh))
+    ladder = make_ladder(config, batch_shards(weights.mesh))
     return Sampler(weights.graphdef, weights.mesh, chunk=config.rollout.chunk, ladder=ladder)
+
+
+def make_ladder(config: ml_collections.ConfigDict, shards: int) -> Ladder:
+    """Return the sizes of the sampler's arrays, whose rows are split over so many devices."""
+    return Ladder(ratio=config.rollout.ladder_ratio, shards=shards)
 
 
 def _actors(

@@ -235,7 +235,7 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
 def rows_of(config: ml_collections.ConfigDict, shape: RowShape, drawn: Drawn) -> tuple[int, list[CompletionRows]]:
     """Return (padded length of the longest completion, micro-batches of a step's completions)."""
     rollouts = drawn.rollouts
-    per_row = config.learner.completions_per_row or rollouts.branches
+    per_row = settings.completions_per_row(config)
     lengths = rollouts.lengths.reshape(-1, rollouts.branches)
     parts = []
     for rows in assign_rows(lengths, per_row, config.train.accumulation):

@@ -187,6 +187,29 @@ def step_flops(config: ModelConfig, work: Work, tuning: Tuning) -> StepFlops:
     return StepFlops(vision, decoder, attention, lora, head)
 
 
+def pass_bytes(t: TextConfig, item: int, split: int, tokens: float) -> float:
+    """Return the bytes a device reads and writes in one pass through the decoder: weights, inputs, results of products.
+
+    Args:
+      item: bytes of a weight or an activation.
+      split: devices that the weights are split over.
+      tokens: of the device.
+    """
+    q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+    shapes = [(t.hidden_size, q), (t.hidden_size, k), (t.hidden_size, k), (q, t.hidden_size)]
+    inner = t.moe.intermediate_size if t.moe else t.intermediate_size
+    experts, used = (t.moe.num_experts, t.moe.top_k) if t.moe else (1, 1)
+    feed = [(t.hidden_size, inner), (t.hidden_size, inner), (inner, t.hidden_size)]
+    weights = sum(a * b for a, b in shapes) + experts * sum(a * b for a, b in feed)
+    activations = sum(a + b for a, b in shapes) + used * sum(a + b for a, b in feed)
+    return float(t.num_layers * (weights + tokens * activations) / split * item)
+
+
+def passes(remat: str) -> int:
+    """Return how often the decoder's weights are read for a gradient: forward, once more, backward."""
+    return 2 + (remat == "full")
+
+
 def _layer_products(t: TextConfig, layer: int) -> tuple[float, float]:
     """(all products of a decoder layer, those of its last projection) in multiply-adds per token."""
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim

@@ -31,27 +31,32 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       MeshError: unknown axis, size below 1, several -1, or a product that differs from the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    unknown = set(sizes) - set(AXES)
-    if unknown:
-        raise MeshError(f"unknown mesh axes {sorted(unknown)} (known: {', '.join(AXES)})")
-    shape = [int(sizes.get(a, 1)) for a in AXES]
-    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
-        raise MeshError(f"mesh sizes {dict(zip(AXES, shape, strict=True))}: each at least 1, at most one -1")
-    if -1 in shape:
-        rest = math.prod(n for n in shape if n != -1)
-        if len(devices) % rest:
-            raise MeshError(f"{len(devices)} devices cannot be split by {rest} (mesh {dict(sizes)})")
-        shape[shape.index(-1)] = len(devices) // rest
-    if math.prod(shape) != len(devices):
-        raise MeshError(
-            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, found {len(devices)}"
-        )
+    shape = tuple(mesh_shape(sizes, len(devices)).values())
     if devices[0].platform == "tpu":
         mesh = Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
         if rows_divide(mesh):
             return mesh
     by_process = sorted(devices, key=lambda d: d.process_index)
     return Mesh(np.asarray(by_process).reshape(shape), AXES)
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
+    """Return the size of every axis for so many devices. Arguments and errors as for `make_mesh`."""
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise MeshError(f"unknown mesh axes {sorted(unknown)} (known: {', '.join(AXES)})")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in AXES}
+    free = [axis for axis, n in shape.items() if n == -1]
+    if len(free) > 1 or any(n < 1 and n != -1 for n in shape.values()):
+        raise MeshError(f"mesh sizes {shape}: each at least 1, at most one -1")
+    if free:
+        rest = math.prod(n for n in shape.values() if n != -1)
+        if devices % rest:
+            raise MeshError(f"{devices} devices cannot be split by {rest} (mesh {dict(sizes)})")
+        shape[free[0]] = devices // rest
+    if math.prod(shape.values()) != devices:
+        raise MeshError(f"mesh {shape} needs {math.prod(shape.values())} devices, found {devices}")
+    return shape
 
 
 def rows_divide(mesh: Mesh) -> bool:

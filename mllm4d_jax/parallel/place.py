@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -68,6 +69,30 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
 def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     """Return the shape of an array (or of a shape) on the devices."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def repeated(tree: Any, times: int) -> Any:
+    """Return the shapes of `times` as many rows as a tree has.
+
+    Args:
+      tree: arrays or shapes of a few rows, see `row_shardings`.
+    """
+
+    def shape(path: tuple, x: Any) -> jax.ShapeDtypeStruct:
+        dim = _row_dimension(path)
+        return jax.ShapeDtypeStruct((*x.shape[:dim], times * x.shape[dim], *x.shape[dim + 1 :]), x.dtype)
+
+    return jax.tree_util.tree_map_with_path(shape, tree)
+
+
+def placed_rows(tree: Any, mesh: Mesh) -> Any:
+    """Return the shapes of a tree of rows as `place_rows` puts them on the devices."""
+    return jax.tree.map(placed, tree, row_shardings(tree, mesh))
+
+
+def local_bytes(tree: Any) -> int:
+    """Return the bytes of placed arrays or shapes on one device; layouts of the devices may pad them."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _row_dimension(path: tuple) -> int:

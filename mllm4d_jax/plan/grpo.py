@@ -1,356 +1,275 @@
-"""`--plan` of reinforcement learning: whether a run fits the devices it is meant for, and where its time will go."""
+"""Reinforcement learning on a topology: the programs of a step, what each of them has to do, where the time goes."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import ml_collections
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from mllm4d_jax.parallel.chips import GIB, Chip
-from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.parallel.topology import open_topology, split_name
-from mllm4d_jax.plan.compile import EFFICIENCY, USABLE, fits, itemsize, pass_traffic
-from mllm4d_jax.plan.grpo_job import LONGEST, GrpoJob, Lengths, decode_rungs, plan_job
-from mllm4d_jax.plan.grpo_programs import FIXED, Phase, Programs
-from mllm4d_jax.plan.grpo_reckon import (
-    cache_bytes,
-    choose,
-    decode_bytes,
-    flops,
-    gpu_record,
-    gpu_table,
-    rows_of_sampler,
-)
-from mllm4d_jax.plan.sft import MEMORY, parse_lengths
-from mllm4d_jax.plan.step import PlanError
+from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.sampler import ChunkInputs, KeyNumbers
+from mllm4d_jax.grpo.batch import RolloutBatch
+from mllm4d_jax.grpo.learner import PromptFeatures, scores_first
+from mllm4d_jax.grpo.settings import completions_per_row
+from mllm4d_jax.grpo.setup import make_learner, make_sampler, sampling_weights
+from mllm4d_jax.models.flops import Tuning, Work, padded_work, pass_bytes, passes, step_flops
+from mllm4d_jax.parallel.place import local_bytes, placed, placed_rows, repeated
+from mllm4d_jax.parallel.rules import batch_shards, replicated
+from mllm4d_jax.plan.compile import USABLE, Compiled, Phase, Phases, PhaseWork, held_by, results_of
+from mllm4d_jax.plan.job import GrpoJob
+from mllm4d_jax.plan.memory import COPY
+from mllm4d_jax.rows.batch import ModelInputs
+from mllm4d_jax.rows.completion_rows import CompletionRows, PromptBatch, assign_rows, completion_rows
+from mllm4d_jax.run.build import build
 
-FORMULA = (
-    f"The seconds of a program are the largest of: its FLOPs / devices / ({EFFICIENCY:.0%} of peak), bytes to and from "
-    "memory / its rate, bytes received / the rate of one ring. A decode step reads the decoder's weights, the prompts' "
-    "cache (once for all completions of a prompt) and the whole cache of the completions, used or not, which grows as "
-    "they do; it is supposed that no completion ends before the longest one, so none is packed away. The longest is "
-    f"taken to have {LONGEST} times the tokens of the mean one (never more than the cap). Copies that enlarge a cache, "
-    "decoding videos, scoring texts, further rounds of dynamic sampling and held-out prompts are not counted, nor what "
-    "a collective costs beside its bytes: take it as the better half of an estimate."
-)
+SAMPLING = ("prefill", "growth", "decode")
+SAMPLED = "sampler's trainable"
+# Kinds of memory that do not grow with the prompts of a step.
+FIXED = ("frozen", COPY, "trainable", SAMPLED, "optimiser", "reference", "gradient", "layout", "program")
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds of a step by phase, for completions of `mean` tokens.
+class GrpoPhases:
+    """The programs of a run on the devices of a topology.
 
     Attributes:
-      seconds: as lower bounds by phase, and within one by what bounds it.
-      flops: of a step with recomputation, over all devices.
-      received: bytes that a device receives in a step.
+      job: what is planned.
+      parts: of the learner; mesh, sampler_mesh: of learner and sampler.
+      sampled: trees that the sampler is given.
+      ladder: sizes of the sampler's arrays.
+      lengths: tokens of a mean completion -> of a step's longest; the expected ones first.
+      notes: what differs from the config.
     """
 
-    mean: int
-    longest: int
-    seconds: dict[str, dict[str, float]]
-    flops: float
-    received: float
+    def __init__(self, job: GrpoJob, devices: Sequence[jax.Device], note: str = "") -> None:
+        """Raises MeshError where the configured meshes do not fit the devices; `note` as of `memory.choose`."""
+        self.notes = (note,) if note else ()
+        means = dict.fromkeys((job.lengths.completion, job.rollout.max_new_tokens))
+        self.lengths = {mean: job.longest(mean) for mean in means}
+        self.job, self.parts = job, build(job.config, devices=devices, abstract=True)
+        weights = sampling_weights(self.parts, self.parts.trainable)
+        self.mesh, self.sampler_mesh, self.sampled = self.parts.mesh, weights.mesh, weights.of(self.parts.trainable)
+        banned, rate = tuple(sorted(job.shape.visual_token_ids)), job.rollout.temperature
+        # Which token ends a text, and which are never drawn, makes no program larger.
+        self._options = SamplingOptions(rate, eos_ids=(0,), banned_ids=banned, require_exact=True)
+        self._learner = make_learner(self.parts, self.parts.trainable, self.parts.opt_state, self._options)
+        self._sampler = make_sampler(job.config, weights)
+        self.ladder = self._sampler.ladder
+        # How often a step's completions are scored without a gradient: by the reference, by the policy.
+        self.separate = scores_first(job.config.train.accumulation, job.config.objective.iterations)
+        self.scored = int(job.reference) + int(self.separate)
 
-    @property
-    def phases(self) -> dict[str, float]:
-        """The largest bound of each phase."""
-        return {name: max(bounds.values()) for name, bounds in self.seconds.items()}
+    def held(self, *, sampling: bool) -> dict[str, int]:
+        """Return the bytes on a device of what is there whatever runs, by kind."""
+        kinds = held_by(self.parts)
+        if self.job.reference:
+            kinds["reference"] = kinds["trainable"]
+        if self.sampler_mesh is not self.mesh:
+            kinds[COPY] = local_bytes(self.sampled[1])
+            if sampling:
+                kinds[SAMPLED] = local_bytes(self.sampled[0])
+        return kinds
 
-    @property
-    def step(self) -> float:
-        return sum(self.phases.values())
+    def phases(self) -> Phases:
+        """Yield the programs in the order of a step; what needs the result of one that does not fit is left out."""
+        job, parts, lower = self.job, self.parts, self._learner.lower
+        count, held = job.rollout.prompts, self.held(sampling=False)
+        clip = job.shape.collate([[]], job.sizes).inputs.vision
+        vision = placed_rows(repeated(clip, count), self.mesh)
+        program = partial(lower, "encode", parts.trainable, parts.frozen, vision, count)
+        there, rows = held | {"batch": local_bytes(vision)}, -(-count // batch_shards(self.mesh))
+        features = yield Phase("vision encode", "encode", program, there, rows, job.sizes.prefix, count)
+        if features is None:
+            return
+        yield from self._sampling(features)
+        for mean in sorted(self.lengths, reverse=True):
+            yield from self._learning(features, mean)
+        grads, number = self._gradient(), _everywhere(np.float32(0), self.mesh)
+        program = partial(lower, "finish", parts.trainable, parts.opt_state, grads, number, number)
+        there = held | {"features": local_bytes(features), "gradient": local_bytes(grads)}
+        size = job.row_sizes(job.rollout.max_new_tokens).layout.size
+        yield Phase("optimiser", "optimiser", program, there, rows=0, size=size)
+
+    def _sampling(self, features: PromptFeatures) -> Phases:
+        """Prefill; a chunk with the first cache; the last growth of the cache; a chunk with the largest."""
+        job, mesh, options, lower = self.job, self.sampler_mesh, self._options, self._sampler.lower
+        filled, first = job.sampled(batch_shards(mesh)), job.at_once
+        numbers = np.zeros((filled, job.rollout.completions), np.int32)
+        keys = KeyNumbers(np.uint32(0), numbers.astype(np.uint32), numbers)
+        feed = ChunkInputs(numbers, numbers > 0, numbers, keys, numbers, None, np.int32(0))
+        keys, feed, rows, columns = _everywhere((keys, feed, numbers[:, 0], numbers), mesh)
+        flat = jax.eval_shape(lambda f: PromptFeatures(f.merged[:first], f.deepstack[:, :first]).flat(), features)
+        flat, inputs = placed_rows((flat, _prompts(job, filled).inputs), mesh)
+        there = self.held(sampling=True)
+        there["features"] = local_bytes(features) + (mesh is not self.mesh) * local_bytes(flat)
+        same = dict(rows=filled // batch_shards(mesh), size=job.sizes.prefix, prompts=filled)
+        named = dict(branches=job.rollout.completions, options=options)
+        program = partial(lower, "start", self.sampled, inputs, flat, keys, **named)
+        start = yield Phase("prefill", "prefill", program, there | {"batch": local_bytes(inputs)}, **same)
+        if start is None:
+            return
+        there["prompt cache"] = local_bytes(start[0])
+        rungs = [slots for slots, _ in job.rungs(self.ladder, job.rollout.max_new_tokens)]
+        for slots in dict.fromkeys(rungs[:1] + rungs[-1:]):
+            if slots != rungs[0]:
+                cache = self._branch_cache(filled, rungs[-2])
+                program = partial(lower, "take_branches", cache, rows, columns, slots=slots)
+                held = there | {"branch cache": local_bytes(cache)}
+                yield Phase(f"growth to {slots} positions", "growth", program, held, **same)
+            cache = self._branch_cache(filled, slots)
+            named = dict(own=cache, feed=feed, options=options, chunk=self._sampler.chunk)
+            program = partial(lower, "decode", self.sampled, start[0], **named)
+            held = there | {"branch cache": local_bytes(cache)}
+            yield Phase(f"decode, {slots} positions", "decode", program, held, **same)
+
+    def _branch_cache(self, filled: int, slots: int) -> Any:
+        shape = (filled, self.job.rollout.completions, slots)
+        return results_of(self._sampler.lower("empty", self.sampled, shape=shape).compile())
+
+    def _learning(self, features: PromptFeatures, mean: int) -> Phases:
+        """Log-probs without and with a gradient, of one micro-batch with completions of `mean` tokens."""
+        job, c, lower = self.job, self.job.rollout, self._learner.lower
+        trainable, frozen, grads = self.parts.trainable, self.parts.frozen, self._gradient()
+        rows = placed_rows(learner_rows(job, mean), self.mesh)
+        numbers = np.zeros((c.prompts * c.completions, rows.places.shape[-1]), np.float32)
+        batch = RolloutBatch(
+            tokens=numbers.astype(np.int32),
+            mask=numbers,
+            groups=numbers[:, 0].astype(np.int32),
+            old_logprobs=numbers,
+            rewards=numbers[:, 0],
+            truncated=numbers[:, 0] > 0,
+            reference_logprobs=numbers if job.reference else None,
+        )
+        batch, scores = _everywhere((batch, numbers), self.mesh)
+        begun = lower("begin", batch, scores if self.separate else None).out_info
+        batch, totals, *_ = _everywhere(begun, self.mesh)
+        held = self.held(sampling=False) | {"features": local_bytes(features)}
+        held["batch"] = job.config.train.accumulation * local_bytes(rows) + local_bytes(batch)
+        count, size = -(-rows.places.shape[0] // batch_shards(self.mesh)), rows.inputs.layout.size
+        same = dict(rows=count, size=size, prompts=c.prompts, mean=mean)
+        if self.scored:
+            program = partial(lower, "score", scores, trainable, frozen, features, rows)
+            yield Phase(f"score, completions of {mean}", "score", program, held, **same)
+        program = partial(lower, "add", grads, trainable, frozen, features, rows, batch, totals)
+        held = held | {"gradient": local_bytes(grads)}
+        yield Phase(f"gradient, completions of {mean}", "gradient", program, held, **same)
+
+    def _gradient(self) -> Any:
+        return jax.tree.map(lambda x: placed(x.update(dtype=jnp.float32), x.sharding), self.parts.trainable)
+
+    def calls(self, mean: int) -> Iterator[PhaseWork]:
+        """Yield what each phase does in a step with completions of `mean` tokens."""
+        job, text, c = self.job, self.job.model.text, self.job.config
+        data, tensor = batch_shards(self.sampler_mesh), self.sampler_mesh.shape["tensor"]
+        flops, rows = program_flops(job, self.parts.tuning, mean, data), job.sampled(data)
+        yield PhaseWork("vision", "encode", 1, flops["encode"], float(local_bytes(self.parts.frozen["vision"])))
+        times = job.rollout.prompts // job.at_once
+        prefilled = pass_bytes(text, job.item, tensor, rows / data * job.sizes.prefix)
+        yield PhaseWork("prefill", "prefill", times, flops["prefill"], prefilled)
+        rungs = job.rungs(self.ladder, job.longest(mean))
+        split = data * (tensor if text.num_kv_heads % tensor == 0 else 1)
+        # Every step reads the weights, the prompts' cache and the whole cache of the branches, used or not.
+        fixed = self.decoded() + job.cache_bytes(rows, job.sizes.prefix) / split
+        each = job.cache_bytes(rows, 1, job.rollout.completions) / split
+        read = float(sum(steps * (fixed + each * slots) for slots, steps in rungs))
+        work = sum(steps * decode_flops(job, self.parts.tuning, slots, data) for slots, steps in rungs)
+        yield PhaseWork("decode", "decode", times, work, read, sum(steps for _, steps in rungs))
+        own = job.rows / batch_shards(self.mesh) * job.row_sizes(mean).layout.size
+        learned, micro = pass_bytes(text, job.item, self.mesh.shape["tensor"], own), c.train.accumulation
+        yield PhaseWork("score", "score", micro * self.scored, flops["score"], learned)
+        back = passes(c.model.remat) * learned
+        yield PhaseWork("update", "gradient", micro * c.objective.iterations, flops["gradient"], back)
+        kinds = held_by(self.parts)
+        yield PhaseWork(
+            "update", "optimiser", c.objective.iterations, 0.0, 2.0 * (kinds["trainable"] + kinds["optimiser"])
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was planned with."""
+        return dict(
+            sampler_mesh=dict(self.sampler_mesh.shape),
+            prompts=self.job.rollout.prompts,
+            completions=self.job.rollout.completions,
+            completions_per_row=completions_per_row(self.job.config),
+            accumulation=self.job.config.train.accumulation,
+        )
+
+    def largest(self, compiled: Sequence[Compiled], hbm: int, searching: bool) -> tuple[int, str]:
+        """Return the most prompts of a step and how certain they are, see `TopologyPlan`; nothing is searched for."""
+        return largest_prompts(self.job, compiled, hbm, batch_shards(self.mesh)), "estimated"
+
+    def decoded(self) -> int:
+        """Return the bytes of weights that a decode step reads on a device: no tower, no embedding unless tied."""
+        kept = []
+        for tree in self.sampled:
+            parts = {name: part for name, part in tree.items() if name != "vision"}
+            if "embed" in parts.get("text", {}) and not self.job.model.tied:
+                parts["text"] = {name: part for name, part in parts["text"].items() if name != "embed"}
+            kept.append(parts)
+        return local_bytes(kept)
 
 
-@dataclasses.dataclass(frozen=True)
-class GrpoPlan:
-    """What is known of one topology.
+def program_flops(job: GrpoJob, tuning: Tuning, mean: int, data: int) -> dict[str, float]:
+    """Return the FLOPs of one run of each program over all devices, with recomputation, by kind.
 
-    Attributes:
-      topology, devices, mesh, sampler_mesh: what it is for.
-      settings: prompts, completions, completions_per_row and accumulation that were planned.
-      note: what has to be set differently; '' where the config can run.
-      hbm: bytes of a device.
-      phases: the compiled programs, in the order of a step.
-      largest_prompts: most prompts of a step that are reckoned to fit, from the phases' bytes that grow with them.
-      timings: for the expected completions and for the longest.
-      hours: of the whole run with the expected completions.
+    They are for completions of `mean` tokens and a sampler whose prompts are split over `data` devices.
     """
-
-    topology: str
-    devices: int
-    mesh: dict[str, int]
-    sampler_mesh: dict[str, int]
-    settings: dict[str, int]
-    note: str
-    hbm: int
-    phases: tuple[Phase, ...]
-    largest_prompts: int
-    timings: tuple[Timing, ...]
-    hours: float
-
-    @property
-    def fits(self) -> bool:
-        return all(fits(p.compiled, self.hbm) for p in self.phases)
-
-    @property
-    def peak(self) -> Phase:
-        """The phase that wants most."""
-        return max(self.phases, key=lambda p: p.compiled.needed)
+    p, sizes, sampled = job.sizes, job.row_sizes(mean), job.sampled(data)
+    patches = job.rollout.prompts * p.frames * p.frame_patches
+    vision = Work(0, 0, patches, patches * p.frame_patches, patches * p.frame_patches, 0)
+    prompts = Work(sampled * p.prefix, sampled * p.prefix * (p.prefix + 1) // 2, 0, 0, 0, sampled)
+    learned = padded_work(sizes.layout, job.rows, 0, 0, job.rows * sizes.supervised)
+    encode, prefill, update = (step_flops(job.model, work, tuning).total for work in (vision, prompts, learned))
+    return dict(encode=encode.forward, prefill=prefill.forward, score=update.forward, gradient=update.hardware)
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
-    """Plans the run for each target, prints tables and writes plan.json and plan.md.
-
-    Args:
-      config: every key of the "grpo" task; data and weights need not exist.
-      workdir: gets the two files.
-      targets: separated by commas: TPU topologies such as "v5e:4x4", or "memory" for GPUs without compiling. "text="
-        and "completion=" among them say how many tokens prompts and completions have, see `plan_job.Lengths`.
-
-    Returns:
-      0.
-
-    Raises:
-      PlanError, TopologyError, MeshError, ModelConfigError: what cannot be planned, and what to change.
-    """
-    words = [word.strip() for word in targets.split(",") if word.strip()]
-    names, known = [word for word in words if "=" not in word], {f.name for f in dataclasses.fields(Lengths)}
-    lengths = Lengths(**parse_lengths([word for word in words if "=" in word], known))
-    if not names:
-        raise PlanError("--plan needs a target: TPU topologies such as v5e:4x4,v5p:2x2x1, or memory")
-    for name in names:
-        if name != MEMORY:
-            split_name(name)
-    job = plan_job(config, lengths)
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    plans: list[GrpoPlan] = []
-    parts, record = [heading(job)], dict(job=_job_facts(job))
-    for name in names:
-        if name == MEMORY:
-            parts.append(gpu_table(job))
-            record[MEMORY] = gpu_record(job)
-            print(parts[-1], flush=True)
-            continue
-        print(f"compiling for {name} ...", flush=True)
-        plans.append(plan_topology(job, name))
-        print(details(plans[-1]), flush=True)
-        _write(folder, parts, record, plans)  # the next one takes minutes
-    _write(folder, parts, record, plans)
-    if plans:
-        print(f"{memory_table(plans)}\n\n{time_table(plans)}")
-    print(f"see {folder / 'plan.md'}")
-    return 0
+def decode_flops(job: GrpoJob, tuning: Tuning, slots: int, data: int) -> float:
+    """Return the FLOPs of a token of each branch with a cache of so many positions. Arguments as `program_flops`."""
+    branches = job.sampled(data) * job.rollout.completions
+    work = Work(branches, branches * (job.sizes.prefix + slots), 0, 0, 0, branches)
+    return step_flops(job.model, work, tuning).total.forward
 
 
-def _write(folder: Path, parts: Sequence[str], record: dict[str, Any], plans: Sequence[GrpoPlan]) -> None:
-    """plan.md and plan.json of what has been planned so far."""
-    tables = [memory_table(plans), time_table(plans), *(details(p) for p in plans), FORMULA] if plans else []
-    (folder / "plan.md").write_text("\n\n".join([*parts, *tables]) + "\n", encoding="utf-8")
-    record = record | dict(plans=[_plain(p) for p in plans])
-    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def learner_rows(job: GrpoJob, mean: int) -> CompletionRows:
+    """Return a micro-batch, laid out as the run does it, padded for completions of `mean` tokens."""
+    sizes, lengths = job.row_sizes(mean), np.ones((job.rollout.prompts, job.rollout.completions), np.int32)
+    rows = assign_rows(lengths, completions_per_row(job.config), job.config.train.accumulation)[0]
+    tokens, prompts = np.zeros((lengths.size, 1), np.int32), _prompts(job, job.rollout.prompts)
+    return completion_rows(prompts, rows, tokens, lengths.reshape(-1), slot=sizes.length, entries=sizes.supervised)
 
 
-def plan_topology(job: GrpoJob, name: str) -> GrpoPlan:
-    """Compiles the programs of a step for a topology.
-
-    Raises:
-      TopologyError: see `open_topology`.
-      PlanError: nothing was found that the run would fit.
-    """
-    topology = open_topology(name)
-    job, note = choose(job, len(topology.devices), topology.chip.hbm)
-    programs = Programs(job, topology.devices)
-    phases = []
-    for phase in programs.phases():
-        phases.append(phase)
-        print(f"  {phase.name}: {phase.compiled.needed / GIB:.2f} GiB, {phase.compiled.seconds:.0f} s", flush=True)
-    means = dict.fromkeys((job.lengths.completion, job.cap))
-    timings = tuple(timing(job, programs, topology.chip, phases, mean) for mean in means)
-    return GrpoPlan(
-        topology=topology.name,
-        devices=programs.mesh.size,
-        mesh=dict(programs.mesh.shape),
-        sampler_mesh=dict(programs.sampler_mesh.shape),
-        settings=dict(
-            prompts=job.prompts, completions=job.branches, completions_per_row=job.per_row, accumulation=job.parts
-        ),
-        note=note,
-        hbm=topology.chip.hbm,
-        phases=tuple(phases),
-        largest_prompts=largest_prompts(job, phases, topology.chip.hbm, batch_shards(programs.mesh)),
-        timings=timings,
-        hours=timings[0].step * job.config.train.steps / 3600,
-    )
+def _prompts(job: GrpoJob, count: int) -> PromptBatch:
+    """Prompts of the planned size, without frames, as sampler and learner take them."""
+    tokens, ones = np.zeros((count, job.sizes.prefix), np.int32), np.ones(count, np.int32)
+    positions = np.zeros((3, *tokens.shape), np.int32)
+    return PromptBatch(ModelInputs(tokens, positions, tokens, tokens, None), ones, ones, 0)
 
 
-def timing(job: GrpoJob, programs: Programs, chip: Chip, phases: Sequence[Phase], mean: int) -> Timing:
-    """Seconds of a step with completions of `mean` tokens; see `FORMULA`."""
-    received = {p.kind: sum(p.compiled.received.values()) for p in phases if p.mean in (0, mean)}
-    seconds, total, moved = {}, 0.0, 0.0
-    for name, calls in _calls(job, programs, mean).items():
-        bounds = {"compute": 0.0, "memory": 0.0, "network": 0.0}
-        for kind, times, operations, traffic, loops in calls:
-            network = times * loops * received.get(kind, 0)
-            bounds["compute"] += times * operations / programs.mesh.size / (EFFICIENCY * chip.flops)
-            bounds["memory"] += times * traffic / chip.hbm_rate
-            bounds["network"] += network / chip.ici_rate
-            total, moved = total + times * operations, moved + network
-        seconds[name] = bounds
-    return Timing(mean, job.longest(mean), seconds, total, moved)
+def _everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Return the shapes of arrays that every device holds whole."""
+    return jax.tree.map(lambda x: placed(x, replicated(mesh)), tree)
 
 
-def _calls(job: GrpoJob, programs: Programs, mean: int) -> dict[str, list[tuple[str, int, float, float, int]]]:
-    """For each phase of a step its programs: (kind, how often, FLOPs, bytes on a device, runs of its loop).
-
-    The collectives of a decode program are those of one step, since the text does not show how often its loop runs.
-    """
-    data, split = batch_shards(programs.sampler_mesh), programs.sampler_mesh.shape["tensor"]
-    cost, rows = flops(job, programs.tuning, mean, data), rows_of_sampler(job, data)
-    item, text, iterations = itemsize(job.config), job.model.text, job.config.objective.iterations
-    prefilled = pass_traffic(text, item, programs.sampler_mesh, rows / data * job.prompt.length)
-    own = job.rows / job.parts / batch_shards(programs.mesh) * job.row_sizes(mean).layout.size
-    learned = pass_traffic(text, item, programs.mesh, own)
-    passes = 2 + (job.config.model.remat == "full")
-    rungs = decode_rungs(programs.ladder, job.config.rollout.chunk, job.longest(mean), job.cap)
-    split = data * (split if text.num_kv_heads % split == 0 else 1)
-    caches = cache_bytes(job, rows, job.prompt.length) / split, cache_bytes(job, rows, 1, job.branches) / split
-    decoded = decode_bytes(programs.read, *caches, rungs)
-    operations = sum(n * cost.decode(slots) for slots, n in rungs)
-    times, held = job.prompts // job.at_once, programs.held(sampling=False)
-    changed = 2.0 * (held["adapter"] + held["optimiser"])
-    return {
-        "vision": [("encode", 1, cost.encode, float(programs.vision), 1)],
-        "prefill": [("prefill", times, cost.prefill, prefilled, 1)],
-        "decode": [("decode", times, operations, decoded, sum(n for _, n in rungs))],
-        "score": [("score", job.parts * job.scored, cost.score, learned, 1)],
-        "update": [
-            ("gradient", job.parts * iterations, cost.add, passes * learned, 1),
-            ("optimiser", iterations, 0.0, changed, 1),
-        ],
-    }
-
-
-def largest_prompts(job: GrpoJob, phases: Sequence[Phase], hbm: int, shards: int) -> int:
-    """Most prompts of a step for which every phase is reckoned to fit.
+def largest_prompts(job: GrpoJob, phases: Sequence[Compiled], hbm: int, shards: int) -> int:
+    """Return the most prompts of a step for which every phase is reckoned to fit.
 
     Bytes of weights, of what is trained and of the program stay, all else grows with the prompts; phases of a sampler
     that takes a few of them at a time (rollout.prompts_at_once) do not grow. The rows have to divide among
     micro-batches and devices.
     """
-    most = math.inf
+    most, c = math.inf, job.config
     for p in phases:
-        if not p.prompts or (p.sampling and job.config.rollout.prompts_at_once):
-            continue
-        fixed = sum(n for kind, n in (p.compiled.memory or p.held).items() if kind in FIXED)
-        most = min(most, p.prompts * (USABLE * hbm - fixed) / max(p.compiled.needed - fixed, 1))
-    each = job.parts * shards
-    step = math.lcm(each // math.gcd(job.branches // job.per_row, each), job.config.rollout.prompts_at_once or 1)
+        prompts = p.phase.prompts
+        if prompts and not (p.phase.kind in SAMPLING and c.rollout.prompts_at_once):
+            fixed = sum(n for kind, n in (p.memory or p.phase.held).items() if kind in FIXED)
+            most = min(most, prompts * (USABLE * hbm - fixed) / max(p.needed - fixed, 1))
+    each = c.train.accumulation * shards
+    rows = job.rollout.completions // completions_per_row(c)
+    step = math.lcm(each // math.gcd(rows, each), c.rollout.prompts_at_once or 1)
     return max(0, math.floor(most / step) * step) if math.isfinite(most) else 0
-
-
-def heading(job: GrpoJob) -> str:
-    """What is planned, in words."""
-    c, p = job.config, job.prompt
-    return (
-        f"# Plan\n\n{c.model.published or c.model.path}, {c.model.dtype}, trained: {', '.join(c.train.trainable)}"
-        f" (rank {c.lora.rank}), remat {c.model.remat}, objective {c.objective.preset}. {job.prompts} prompts of "
-        f"{p.length} tokens with {p.frames} x {p.frame_patches} patches, {job.branches} completions each of at most "
-        f"{job.cap} tokens. Prompts are taken to have {job.lengths.text} tokens besides the clip, completions "
-        f"{job.lengths.completion} on average (other lengths: text= and completion= among the targets), clips as many "
-        f"frames and pixels as the config allows. Memory is for completions that all reach the cap."
-    )
-
-
-def memory_table(plans: Sequence[GrpoPlan]) -> str:
-    """Markdown, a line for each topology."""
-    lines = [
-        "| topology | learner's mesh | sampler's mesh | prompts x completions | completions per row, micro-batches | "
-        "peak GiB of HBM (in) | caches GiB | fits | most prompts | compile s |",
-        "|---|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for p in plans:
-        s, peak = p.settings, p.peak
-        caches = max(sum(n for kind, n in (x.compiled.memory or {}).items() if "cache" in kind) for x in p.phases)
-        lines.append(
-            f"| {p.topology} | {_axes(p.mesh)} | {_axes(p.sampler_mesh)} | {s['prompts']} x {s['completions']} | "
-            f"{s['completions_per_row']}, {s['accumulation']} | {peak.compiled.needed / GIB:.2f} of {p.hbm / GIB:.0f} "
-            f"({peak.name}) | {caches / GIB:.2f} | {'yes' if p.fits else 'no'} | about {p.largest_prompts} | "
-            f"{sum(x.compiled.seconds for x in p.phases):.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def time_table(plans: Sequence[GrpoPlan]) -> str:
-    """Markdown, a line for each topology and length of completions."""
-    names = list(plans[0].timings[0].seconds)
-    lines = [
-        "| topology | tokens of a completion (longest) | PFLOP per step | GB received per device | "
-        + " | ".join(f"{name} s" for name in names)
-        + " | s per step | hours |",
-        "|---|---:|---:|---:|" + "---:|" * (len(names) + 2),
-    ]
-    for p in plans:
-        for t in p.timings:
-            cells = [f"{max(b.values()):.2f} ({max(b, key=b.__getitem__)})" for b in t.seconds.values()]
-            hours = p.hours * t.step / p.timings[0].step
-            lines.append(
-                f"| {p.topology} | {t.mean} ({t.longest}) | {t.flops / 1e15:.2f} | {t.received / 1e9:.1f} | "
-                + " | ".join(cells)
-                + f" | {t.step:.1f} | {hours:,.0f} |"
-            )
-    return "\n".join(lines)
-
-
-def details(p: GrpoPlan) -> str:
-    """Memory of each phase by kind, collectives, kernels and findings of one topology."""
-    kinds = list(dict.fromkeys(k for x in p.phases for k, n in (x.compiled.memory or {}).items() if n >= GIB / 200))
-    lines = [
-        f"{p.topology}, {p.devices} devices, GiB on each by what it is for ({USABLE:.0%} of {p.hbm / GIB:.0f} are "
-        "counted as usable):",
-        "",
-        "| program | " + " | ".join(kinds) + " | GB received | kernels | compile s |",
-        "|---|" + "---:|" * (len(kinds) + 3),
-    ]
-    for x in p.phases:
-        c = x.compiled
-        cells = (
-            [f"{c.memory[k] / GIB:.2f}" if c.memory.get(k) else "" for k in kinds] if c.memory else [""] * len(kinds)
-        )
-        if c.memory is None:
-            cells[-1] = f"refused: {c.needed / GIB:.1f}"
-        lines.append(
-            f"| {x.name} | " + " | ".join(cells) + f" | {sum(c.received.values()) / 1e9:.2f} | {c.kernels} | "
-            f"{c.seconds:.0f} |"
-        )
-    whole = sorted({name for x in p.phases for name in x.compiled.whole})
-    lines += ["", f"All logits or all scores of a row: {', '.join(whole) or 'nowhere'}."]
-    if any(x.kind == "gradient" and not x.compiled.kernels and x.compiled.memory for x in p.phases):
-        lines.append("The update has no attention kernel: see model.attention.")
-    if p.note:
-        lines.append(f"Planned {p.note}.")
-    return "\n".join(lines)
-
-
-def _axes(mesh: dict[str, int]) -> str:
-    return " ".join(f"{name} {n}" for name, n in mesh.items() if n > 1) or "one device"
-
-
-def _job_facts(job: GrpoJob) -> dict[str, Any]:
-    return dict(
-        model=job.config.model.published or job.config.model.path,
-        prompt=dataclasses.asdict(job.prompt),
-        lengths=dataclasses.asdict(job.lengths),
-        cap=job.cap,
-        steps=job.config.train.steps,
-    )
-
-
-def _plain(p: GrpoPlan) -> dict[str, Any]:
-    steps = {t.mean: t.step for t in p.timings}
-    return dataclasses.asdict(p) | dict(fits=p.fits, peak=p.peak.name, step_seconds=steps)

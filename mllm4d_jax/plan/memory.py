@@ -1,9 +1,9 @@
-"""Memory of a step on GPUs, reckoned from the shapes without compiling."""
+"""Memory of a step, reckoned from the shapes without compiling: of GPUs, and to choose settings that may fit TPUs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,31 +12,37 @@ import ml_collections
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from mllm4d_jax.models.config import ModelConfig
+from mllm4d_jax.grpo.settings import completions_per_row, division_problems
+from mllm4d_jax.grpo.setup import make_ladder
 from mllm4d_jax.models.split import trained
 from mllm4d_jax.parallel.chips import CHIPS, GIB
-from mllm4d_jax.parallel.mesh import AXES, make_mesh
+from mllm4d_jax.parallel.mesh import AXES, MeshError, make_mesh, mesh_shape
 from mllm4d_jax.parallel.rules import partition_spec
-from mllm4d_jax.plan.compile import itemsize
-from mllm4d_jax.plan.step import PlanJob, abstract_model
+from mllm4d_jax.plan.job import GrpoJob, PlanError, PlanJob
+from mllm4d_jax.rows.rows import RowSizes
+from mllm4d_jax.run.build import abstract_model
 
+Memory = dict[str, dict[str, float]]  # bytes on a device by phase and kind
+Reckoned = tuple[int, Memory, dict[str, int]]  # rows of a GPU or completions of a row, bytes, most that fits by GPU
 Parameters = tuple[tuple[str, tuple[int, ...], tuple], ...]
 
-USABLE = 0.9  # a GPU also holds the CUDA context, libraries' workspaces and the allocator's gaps
+GPU_USABLE = 0.9  # a GPU also holds the CUDA context, libraries' workspaces and the allocator's gaps
 GPUS: Mapping[str, int] = MappingProxyType({name: chip.hbm for name, chip in CHIPS.items() if chip.reckoned})
+MARGIN = 0.85  # share of a TPU's memory up to which reckoned settings are proposed
+COPY = "sampler's frozen"  # the base weights on the sampling mesh
 
 
-def by_kind(
-    job: PlanJob, rows: float, shards: int, remat: str, tensor: int = 1, table: Parameters | None = None
+def learning(
+    job: PlanJob, sizes: RowSizes, rows: float, shape: Mapping[str, int], remat: str, table: Parameters
 ) -> dict[str, float]:
-    """Bytes on one device.
+    """Return the bytes on one device of a step with a gradient, by kind.
 
     Args:
+      sizes: of a row.
       rows: on this device.
-      shards: devices along the axis fsdp; what its rules do not split is whole on each.
+      shape: devices along the axes data, fsdp and tensor; what their rules do not split is whole on each.
       remat: "none", "full" or "dots".
-      tensor: devices along the axis tensor, which also split what lies between the projections of a layer.
-      table: from `parameter_table`, to make it once for several calls.
+      table: from `parameter_table`.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
     token: one hidden state a layer with "full"; with "dots" also the results of the layer's matrix products; with
@@ -44,35 +50,80 @@ def by_kind(
     alive while it is computed, whatever the policy, and so are one gathered layer of weights and the head split over
     its vocabulary (when sharded), a chunk of logits twice in fp32 and the vision tower's widest activations.
     """
-    c, t, s = job.config, job.model.text, job.sizes
-    item = itemsize(c)
-    frozen, trainable, layer = parameters(job, table or parameter_table(job.config, job.model), shards, tensor)
-    tokens = rows * s.layout.size
+    c, t, item = job.config, job.model.text, job.item
+    shards, tensor = shape["fsdp"], shape["tensor"]
+    frozen, trainable, layer = parameters(job, table, shards, tensor)
+    tokens = rows * sizes.layout.size
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     inner = t.moe.intermediate_size * t.moe.top_k if t.moe else t.intermediate_size
     dots = (2 * q + 2 * k + 2 * inner) / tensor + 2 * t.hidden_size
     # the last two: fp32 halves of the norms
     between = dots + (q + k + inner) / tensor + 4 * t.hidden_size + 2 * t.hidden_size
     kept = t.hidden_size + (dots if remat == "dots" else between if remat == "none" else 0)
-    v, patches = job.model.vision, rows * s.frames * s.frame_patches
-    chunk = min(c.train.loss_chunk, rows * shards * s.supervised)
+    v, patches = job.model.vision, rows * sizes.frames * sizes.frame_patches
+    chunk = min(c.train.loss_chunk, rows * shards * sizes.supervised)
     head = t.hidden_size * t.vocab_size * item
     return {
         "weights": frozen * item,
         "adapter, gradient, optimiser": 4 * 4 * trainable,
-        "batch": rows * s.frames * s.frame_patches * (v.patch_dim + 9) * 4 + tokens * 24,
+        "batch": patches * (v.patch_dim + 9) * 4 + tokens * 24,
         "kept activations": tokens * t.num_layers * kept * item,
         "working activations": tokens * (between + len(v.deepstack) * t.hidden_size) * item,
         "gathered layer": 2 * layer / tensor * item if shards > 1 else 0,
         "vision": patches * (v.hidden_size * (5 + len(v.deepstack)) + v.intermediate_size) * item,
-        "logits": 2 * 4 * chunk * t.vocab_size / shards / tensor + 2 * rows * s.supervised * t.hidden_size * item,
+        "logits": 2 * 4 * chunk * t.vocab_size / shards / tensor + 2 * rows * sizes.supervised * t.hidden_size * item,
         "exchanged head": 2 * head / shards / tensor if shards > 1 else 0,
     }
 
 
-def parameter_table(config: ml_collections.ConfigDict, sizes: ModelConfig) -> Parameters:
-    """(name, shape, logical axes) of every parameter of the run's model."""
-    model = abstract_model(config, sizes, make_mesh({"data": 1}, jax.devices("cpu")[:1]))
+def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Parameters) -> Memory:
+    """Return the bytes on one device while sampling and while learning, with completions as long as the cap, by kind.
+
+    The reference is a further tree of what is trained. While sampling there are the caches, before a branch's last
+    growth the smaller one besides, and the branches' logits thrice in fp32. Base weights that are laid out a second
+    time (rollout.tensor) are there all the time.
+    """
+    c, item, t, v = job.rollout, job.item, job.model.text, job.model.vision
+    sizes, rows = job.row_sizes(c.max_new_tokens), job.rows / (shape["data"] * shape["fsdp"])
+    kinds = learning(job, sizes, rows, shape, remat, table)
+    _, trainable, _ = parameters(job, table, shape["fsdp"], shape["tensor"])
+    tensor = c.tensor or shape["tensor"]
+    data = math.prod(shape.values()) // tensor
+    frozen, adapter, _ = parameters(job, table, 1, tensor)
+    # vision features, on a device that holds them whole
+    features = c.prompts * job.sizes.frames * job.sizes.frame_patches // v.merge_size**2
+    kept = {
+        "weights": kinds.pop("weights"),
+        COPY: frozen * item if c.tensor else 0,
+        "reference": 4 * trainable * job.reference,
+        "features": features * v.out_hidden_size * (1 + len(v.deepstack)) * item,
+    }
+    rows, split = job.sampled(data) // data, tensor if t.num_kv_heads % tensor == 0 else 1
+    slots = [slots for slots, _ in job.rungs(make_ladder(job.config, data), c.max_new_tokens)] or [1]
+    smaller = slots[-2] if len(slots) > 1 else 0
+    sampling = {
+        "adapter, optimiser": 3 * 4 * trainable + (4 * adapter if c.tensor else 0),
+        "prompt cache": job.cache_bytes(rows, job.sizes.prefix) / split,
+        "branch cache": job.cache_bytes(rows, slots[-1], c.completions) / split,
+        "cache before growth": job.cache_bytes(rows, smaller, c.completions) / split,
+        "logits": 3 * 4 * rows * c.completions * t.vocab_size / tensor,
+    }
+    return {"sampling": kept | sampling, "learning": kept | kinds}
+
+
+def needed(phases: Memory) -> float:
+    """Return the bytes of the phase that wants most."""
+    return max(sum(kinds.values()) for kinds in phases.values())
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of a number, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def parameter_table(job: PlanJob) -> Parameters:
+    """Return (name, shape, logical axes) of every parameter of the run's model."""
+    model = abstract_model(job.config, job.model, make_mesh({"data": 1}, jax.devices("cpu")[:1]))
     return tuple(
         ("/".join(map(str, path)), variable.get_value().shape, variable.get_metadata("logical_axes"))
         for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -80,7 +131,7 @@ def parameter_table(config: ml_collections.ConfigDict, sizes: ModelConfig) -> Pa
 
 
 def parameters(job: PlanJob, table: Parameters, shards: int, tensor: int = 1) -> tuple[int, int, int]:
-    """(frozen, trained) parameters on one device, and those of one decoder layer, whole."""
+    """Return (frozen, trained) parameters on one device, and those of one decoder layer, whole."""
     mesh = AbstractMesh((1, shards, tensor), AXES)
     frozen = trainable = layer = 0
     for name, shape, axes in table:
@@ -94,41 +145,132 @@ def parameters(job: PlanJob, table: Parameters, shards: int, tensor: int = 1) ->
     return frozen, trainable, layer
 
 
-def record(job: PlanJob) -> list[dict[str, Any]]:
-    """For 1 and 8 devices of each kind: bytes by kind with the configured rows, and the most rows that fit."""
-    out = []
+def gpu_record(job: PlanJob) -> list[dict[str, Any]]:
+    """Return for 1 and 8 GPUs and each remat policy: bytes by phase and kind as configured, and the most that fits.
+
+    That are rows of a device in fine-tuning, prompts of a step in reinforcement learning ("rows" are then the
+    completions of a row).
+    """
+    table, reckon, out = parameter_table(job), _gpu_rollouts if isinstance(job, GrpoJob) else _gpu_steps, []
     for devices in (1, 8):
-        rows = -(-job.rows // devices)
-        for policy in ("full", "dots", "none"):
-            kinds = by_kind(job, rows, devices, policy)
-            one, two = (sum(by_kind(job, r, devices, policy).values()) for r in (1, 2))
-            most = {name: max(0, math.floor(1 + (USABLE * hbm - one) / (two - one))) for name, hbm in GPUS.items()}
-            out.append(
-                dict(
-                    devices=devices, rows=rows, remat=policy, bytes=kinds, total=sum(kinds.values()), largest_rows=most
-                )
-            )
+        for remat in ("full", "dots", "none"):
+            shape = {"data": 1, "fsdp": devices, "tensor": 1}
+            rows, phases, most = reckon(job, shape, remat, table)
+            same = dict(devices=devices, remat=remat, rows=rows)
+            out.append(same | dict(bytes=phases, total=needed(phases), largest=most))
     return out
 
 
-def table(job: PlanJob) -> str:
-    """Markdown: a line for each number of devices and remat policy."""
-    lines = [
-        f"Reckoned, not compiled; the devices are those of mesh.fsdp. {USABLE:.0%} of the memory is counted as usable.",
-        "",
-        "| devices | remat | rows per device | weights | adapter, gradient, optimiser | activations | rest | GiB | "
-        + " | ".join(f"most rows, {name}" for name in GPUS)
-        + " |",
-        "|---:|---|" + "---:|" * (6 + len(GPUS)),
-    ]
-    for r in record(job):
-        b = {kind: n / GIB for kind, n in r["bytes"].items()}
-        activations = b["kept activations"] + b["working activations"] + b["vision"]
-        rest = b["batch"] + b["gathered layer"] + b["logits"] + b["exchanged head"]
-        lines.append(
-            f"| {r['devices']} | {r['remat']} | {r['rows']} | {b['weights']:.2f} | "
-            f"{b['adapter, gradient, optimiser']:.2f} | {activations:.2f} | {rest:.2f} | {r['total'] / GIB:.2f} | "
-            + " | ".join(str(n) for n in r["largest_rows"].values())
-            + " |"
-        )
-    return "\n".join(lines)
+def _gpu_steps(job: PlanJob, shape: Mapping[str, int], remat: str, table: Parameters) -> Reckoned:
+    rows = -(-job.rows // shape["fsdp"])
+    phases, one, two = ({"step": learning(job, job.sizes, n, shape, remat, table)} for n in (rows, 1, 2))
+    return rows, phases, _largest(1, one, two)
+
+
+def _gpu_rollouts(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Parameters) -> Reckoned:
+    """Reckon with rows of as many completions as leave each GPU one, and weights that they share while sampling."""
+    c, heads, devices = job.rollout, job.model.text.num_kv_heads, shape["fsdp"]
+    per_row = max([1, *(n for n in divisors(c.completions) if not c.prompts * (c.completions // n) % devices)])
+    share = max(t for t in divisors(devices) if not heads % t) if devices > 1 else 0
+    planned = job.with_settings({"learner.completions_per_row": per_row, "rollout.tensor": share})
+    phases = rollout_memory(planned, shape, remat, table)
+    twice = rollout_memory(planned.with_settings({"rollout.prompts": 2 * c.prompts}), shape, remat, table)
+    return per_row, phases, _largest(c.prompts, phases, twice)
+
+
+def _largest(count: int, one: Memory, two: Memory) -> dict[str, int]:
+    """Return how many fit each GPU in every phase, from the bytes of `count` and those of twice as many."""
+    lines = [(sum(one[phase].values()), sum(two[phase].values())) for phase in one]
+
+    def most(limit: float) -> int:
+        return min(math.floor(count + count * (limit - first) / max(second - first, 1.0)) for first, second in lines)
+
+    return {name: max(0, most(GPU_USABLE * hbm)) for name, hbm in GPUS.items()}
+
+
+def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
+    """Return the job under settings that are reckoned to fit the devices, and a note on what has to be set for that.
+
+    The config's own are taken where they can work; the note is '' then.
+
+    Raises:
+      PlanError: no settings are found.
+    """
+    table = parameter_table(job)
+    problem = _problem(job, devices, hbm, table)
+    if not problem:
+        return job, ""
+    for settings in candidates(job, devices):
+        other = job.with_settings(settings)
+        if not _problem(other, devices, hbm, table):
+            changed = differences(settings, job.config, devices)
+            flags = " ".join(f"--config.{name}={value}" for name, value in changed.items())
+            return other, f"planned not as configured ({problem}), but with {flags}"
+    c = job.rollout
+    raise PlanError(
+        f"{problem}; no mesh of {devices} devices was found that {c.prompts} prompts x {c.completions} completions of "
+        f"{c.max_new_tokens} tokens fit: fewer prompts, a smaller rollout.max_new_tokens, or more devices"
+    )
+
+
+def _problem(job: GrpoJob, devices: int, hbm: int, table: Parameters) -> str:
+    """Return why a job cannot run on the devices; '' if it is reckoned to fit."""
+    problem = next(division_problems(job.config, devices), "")
+    if problem:
+        return problem
+    shape = mesh_shape(dict(job.config.mesh), devices)
+    wants = needed(rollout_memory(job, shape, job.config.model.remat, table))
+    return "" if wants <= MARGIN * hbm else f"about {wants / GIB:.0f} GiB would be wanted of {hbm / GIB:.0f}"
+
+
+def candidates(job: GrpoJob, devices: int) -> Iterator[dict[str, int]]:
+    """Yield settings (dotted keys) for so many devices, best first; not all of them can be divided.
+
+    Best is: little tensor parallelism in the learner, few keys that differ from the config, few tokens computed (a
+    prompt once for many completions), few micro-batches.
+    """
+    found, share, c = [], _sampling_tensor(job, devices), job.rollout
+    for tensor in divisors(job.model.text.num_kv_heads):
+        for fsdp in divisors(devices // tensor) if devices % tensor == 0 else ():
+            data = devices // tensor // fsdp
+            other = 0 if fsdp == 1 and tensor == share else share
+            for per_row in divisors(c.completions):
+                rows = c.prompts * c.completions // per_row
+                tokens = rows * (job.sizes.prefix + per_row * c.max_new_tokens)
+                for parts in divisors(rows):
+                    settings = {
+                        "mesh.data": data,
+                        "mesh.fsdp": fsdp,
+                        "mesh.tensor": tensor,
+                        "rollout.tensor": other,
+                        "learner.completions_per_row": per_row,
+                        "train.accumulation": parts,
+                    }
+                    changed = len(differences(settings, job.config, devices))
+                    found.append(((tensor, changed, tokens, parts, -fsdp), settings))
+    return (settings for _, settings in sorted(found, key=lambda x: x[0]))
+
+
+def differences(settings: Mapping[str, int], config: ml_collections.ConfigDict, devices: int) -> dict[str, int]:
+    """Return those settings that have to be set because the config comes to something else on so many devices."""
+    try:
+        shape = mesh_shape(dict(config.mesh), devices)
+    except MeshError:
+        shape = {}
+    now = {f"mesh.{axis}": size for axis, size in shape.items()}
+    now["rollout.tensor"] = config.rollout.tensor
+    now["train.accumulation"] = config.train.accumulation
+    now["learner.completions_per_row"] = completions_per_row(config)
+    rest = {name: value for name, value in settings.items() if now.get(name) != value}
+    if config.mesh.data == -1:  # takes what the other axes leave
+        rest.pop("mesh.data", None)
+    return rest
+
+
+def _sampling_tensor(job: GrpoJob, devices: int) -> int:
+    """Return how many devices share the weights while sampling: so many that none has filled-up rows only.
+
+    Bounded by the key heads, over which the caches are split.
+    """
+    sizes = [t for t in divisors(job.model.text.num_kv_heads) if devices % t == 0]
+    return next((t for t in sizes if devices // t <= job.at_once), sizes[-1])

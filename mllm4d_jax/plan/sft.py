@@ -1,159 +1,118 @@
-"""`--plan`: whether a run fits the devices it is meant for, and how long it will take, before there are any."""
+"""Fine-tuning on a topology: the one program of a step, and how many rows of it a device can hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Collection, Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import ml_collections
+import jax
 
-from mllm4d_jax.parallel.chips import GIB
-from mllm4d_jax.parallel.topology import split_name
-from mllm4d_jax.plan import memory as plan_memory
-from mllm4d_jax.plan.compile import EFFICIENCY, FORMULA, USABLE, DevicePlan, plan_topology
-from mllm4d_jax.plan.step import PlanError, PlanJob, Texts, plan_job
+from mllm4d_jax.models.flops import StepFlops, padded_work, pass_bytes, passes, step_flops
+from mllm4d_jax.parallel.place import local_bytes, placed_rows, repeated
+from mllm4d_jax.parallel.rules import batch_shards
+from mllm4d_jax.plan.compile import USABLE, Compiled, Phase, Phases, PhaseWork, compile_phase, held_by
+from mllm4d_jax.plan.job import PlanJob
+from mllm4d_jax.run.build import build
+from mllm4d_jax.run.preflight import uneven_rows
+from mllm4d_jax.sft.setup import train_step
 
-MEMORY = "memory"
+SEARCH = 2  # further compilations to find the largest batch
 
 
-def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
-    """Plans the run for each target, prints a table and writes plan.json and plan.md.
+class SftPhases:
+    """The step of a run on the devices of a topology.
 
-    Args:
-      config: every key of the "sft" task; data and weights need not exist.
-      workdir: gets the two files.
-      targets: separated by commas: TPU topologies such as "v5e:4x4", with "+" after it to compile other batches too
-        and see how many rows fit, or "memory" for GPUs without compiling. "branch=", "answer=" and "system=" among
-        them say how many tokens the records' texts have, see `plan_step.Texts`.
-
-    Returns:
-      0.
-
-    Raises:
-      PlanError, TopologyError, MeshError, ModelConfigError, LoaderError: what cannot be planned, and what to change.
+    Attributes:
+      job: what is planned.
+      parts: of the run; mesh: its devices.
+      rows: of a micro-batch on each device.
+      lengths: tokens of a mean answer -> of the longest.
+      notes: what differs from the config.
     """
-    words = [word.strip() for word in targets.split(",") if word.strip()]
-    names, texts = [word for word in words if "=" not in word], parse_texts([word for word in words if "=" in word])
-    if not names:
-        raise PlanError("--plan needs a target: TPU topologies such as v5e:4x4,v5p:2x2x1, or memory")
-    for name in names:
-        if name != MEMORY:
-            split_name(name.removesuffix("+"))
-    job = plan_job(config, texts)
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    plans: list[DevicePlan] = []
-    parts = [heading(job)]
-    for name in names:
-        if name == MEMORY:
-            parts.append(plan_memory.table(job))
-            print(parts[-1], flush=True)
-            continue
-        print(f"compiling for {name} ...", flush=True)
-        plans.append(plan_topology(job, name.removesuffix("+"), name.endswith("+")))
-        print(details(plans[-1]), flush=True)
-    if plans:
-        parts += [table(plans), *(details(p) for p in plans), FORMULA]
-        print(table(plans))
-    (folder / "plan.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    record = dict(job=_job_facts(job), plans=[_plain(p) for p in plans])
-    if MEMORY in names:
-        record[MEMORY] = plan_memory.record(job)
-    (folder / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"see {folder / 'plan.md'}")
-    return 0
 
+    def __init__(self, job: PlanJob, devices: Sequence[jax.Device]) -> None:
+        """Raises MeshError where the configured mesh does not fit the devices."""
+        self.job, self.parts = job, build(job.config, devices=devices, abstract=True)
+        self.mesh, shards = self.parts.mesh, batch_shards(self.parts.mesh)
+        self.lengths = {job.lengths.answer: job.lengths.answer}
+        self.rows = -(-job.rows // shards)
+        uneven = uneven_rows(job.config, job.rows, shards)
+        self.notes = tuple(f"{problem}; planned with {self.rows * shards}" for problem in uneven)
 
-def parse_texts(words: Sequence[str]) -> Texts:
-    """Lengths such as ["branch=120", "answer=8"]; the others are as they are. Raises PlanError for anything else."""
-    texts = Texts(**parse_lengths(words, {field.name for field in dataclasses.fields(Texts)}))
-    if texts.answer > texts.branch:
-        raise PlanError(f"--plan: branches of {texts.branch} tokens cannot hold answers of {texts.answer}")
-    return texts
+    def phases(self) -> Phases:
+        """Yield the step."""
+        yield self.step(self.rows)
 
+    def step(self, rows: int) -> Phase:
+        """Return the step of a micro-batch with `rows` rows on each device."""
+        parts, trees = self.parts, (self.parts.trainable, self.parts.opt_state)
+        one = self.job.shape.collate([[]], self.job.sizes)
+        batch = placed_rows(repeated(one, rows * batch_shards(self.mesh)), self.mesh)
+        program = partial(train_step(parts, *trees).lower, *trees, parts.frozen, batch)
+        held = held_by(parts) | {"batch": local_bytes(batch)}
+        return Phase("step", "step", program, held, rows, self.job.sizes.layout.size)
 
-def parse_lengths(words: Sequence[str], known: Collection[str]) -> dict[str, int]:
-    """Numbers of tokens by name, from words such as "branch=120". Raises PlanError for anything else."""
-    found = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in known or not value.isdecimal() or not int(value):
-            raise PlanError(f"--plan: '{word}' is not one of {', '.join(f'{n}=TOKENS' for n in sorted(known))}")
-        found[name] = int(value)
-    return found
+    def calls(self, mean: int) -> Iterator[PhaseWork]:
+        """Yield what the step has to do; answers of `mean` tokens are in the sizes of its rows already."""
+        job, model = self.job, self.job.config.model
+        tokens = self.rows * job.sizes.layout.size
+        traffic = passes(model.remat) * pass_bytes(job.model.text, job.item, self.mesh.shape["tensor"], tokens)
+        yield PhaseWork("step", "step", job.config.train.accumulation, self._flops().total.hardware, traffic)
 
-
-def heading(job: PlanJob) -> str:
-    """What is planned, in words."""
-    s, c = job.sizes, job.config
-    return (
-        f"# Plan\n\n{c.model.published or c.model.path}, {c.model.dtype}, trained: {', '.join(c.train.trainable)}"
-        f" (rank {c.lora.rank}), remat {c.model.remat}. A row: {s.prefix} prefix tokens and {s.slots} branches of "
-        f"{s.length}; {s.frames} x {s.frame_patches} patches; {s.supervised} places for supervised tokens. Branches "
-        f"are taken to have {job.texts.branch} tokens, {job.texts.answer} of them supervised, and {job.texts.system} "
-        f"tokens to come before a video (other lengths: branch=, answer= and system= among the targets), clips as many "
-        f"frames and pixels as the config allows."
-    )
-
-
-def table(plans: Sequence[DevicePlan]) -> str:
-    """Markdown, a line for each topology."""
-    lines = [
-        "| topology | mesh | rows per device | questions per step | peak GiB of HBM | fits | largest rows per device | "
-        "TFLOP per step (with recomputation) | GB received per device | s per step (bound) | hours | compile s |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for p in plans:
-        bound = max(p.seconds, key=p.seconds.__getitem__)
-        axes = " ".join(f"{name} {n}" for name, n in p.mesh.items() if n > 1)
-        total = p.flops.total
-        largest = {"seen": "{}", "at least": "{} or more", "estimated": "about {}"}[p.certainty].format(p.largest_rows)
-        lines.append(
-            f"| {p.topology} | {axes} | {p.compiled.rows} | {p.questions:,} | {p.compiled.needed / GIB:.2f} of "
-            f"{p.hbm / GIB:.0f} | {'yes' if p.fits else 'no'} | {largest} | {total.model / 1e12:,.0f} "
-            f"({total.hardware / 1e12:,.0f}) | {sum(p.compiled.received.values()) / 1e9:.1f} | "
-            f"{p.step_seconds:.2f} ({bound}) | {p.hours:,.1f} | {p.compiled.seconds:.0f} |"
+    def facts(self) -> dict[str, Any]:
+        """Return the questions and FLOPs of a step over all devices."""
+        micro, flops, shape = self.job.config.train.accumulation, self._flops(), self.job.shape
+        return dict(
+            questions=self.rows * batch_shards(self.mesh) * shape.clips * shape.branches * micro,
+            model_flops=micro * flops.total.model,
+            flops={f.name: micro * getattr(flops, f.name).hardware for f in dataclasses.fields(flops)},
         )
-    return "\n".join(lines)
+
+    def _flops(self) -> StepFlops:
+        """Return the FLOPs of a micro-batch over all devices."""
+        s, rows = self.job.sizes, self.rows * batch_shards(self.mesh)
+        work = padded_work(s.layout, rows, rows * s.frames, s.frame_patches, rows * s.supervised)
+        return step_flops(self.job.model, work, self.parts.tuning)
+
+    def largest(self, compiled: Sequence[Compiled], hbm: int, searching: bool) -> tuple[int, str]:
+        """Return the most rows of a device and how certain they are, see `TopologyPlan`; searching compiles others."""
+        if not searching:
+            return max(0, _guess(compiled, hbm)), "estimated"
+        vocabulary = self.job.model.text.vocab_size
+        return search(lambda rows: compile_phase(self.step(rows), vocabulary)[0], compiled[0], hbm)
 
 
-def details(p: DevicePlan) -> str:
-    """Memory by kind, FLOPs by part, collectives and findings of one topology."""
-    c = p.compiled
-    if c.memory is None:
-        return f"{p.topology}: {c.rows} rows a device do not fit; the compiler asked for {c.needed / GIB:.1f} GiB"
-    kinds = ", ".join(f"{kind} {n / GIB:.3f}" for kind, n in c.memory.items())
-    parts = ", ".join(f"{f.name} {getattr(p.flops, f.name).hardware / 1e12:,.1f}" for f in dataclasses.fields(p.flops))
-    sent = ", ".join(f"{kind} {n / 1e9:.2f}" for kind, n in sorted(c.received.items())) or "none"
-    lines = [
-        f"{p.topology}, {p.devices} devices",
-        f"- GiB per device: {kinds}; {USABLE:.0%} of {p.hbm / GIB:.0f} are counted as usable",
-        f"- TFLOP per step: {parts}",
-        f"- GB received per device and micro-batch: {sent}; largest gathered array {c.gathered or 'none'}",
-        f"- seconds: {', '.join(f'{k} {v:.3f}' for k, v in p.seconds.items())} (compute at {EFFICIENCY:.0%} of peak)",
-        f"- {c.kernels} Pallas kernel calls; largest arrays {', '.join(c.largest)}",
-        f"- all logits or all scores of a row: {', '.join(c.whole) or 'nowhere'}",
-    ]
-    return "\n".join([*lines, *(f"- {note}" for note in p.notes)])
+def search(compile_rows: Callable[[int], Compiled], first: Compiled, hbm: int) -> tuple[int, str]:
+    """Return the most rows of a device that were seen to fit, and how certain that is; compile at most `SEARCH` times.
+
+    Memory is nearly a straight line over the rows, so each guess is where the line through what is known meets the
+    limit. Before there is a second point, all but the weights and their like is taken to grow with the rows.
+    """
+    tried = [first]
+    good, bad = 0, None
+    for _ in range(SEARCH + 1):
+        good = max((c.phase.rows for c in tried if c.fits(hbm)), default=0)
+        bad = min((c.phase.rows for c in tried if not c.fits(hbm)), default=None)
+        if bad == good + 1 or len(tried) > SEARCH:
+            break
+        guess = max(_guess(tried, hbm), good + 1)
+        if any(c.phase.rows == guess for c in tried):
+            guess += 1
+        tried.append(compile_rows(guess if bad is None else min(guess, bad - 1)))
+    return good, "seen" if bad == good + 1 else "at least"
 
 
-def _job_facts(job: PlanJob) -> dict[str, Any]:
-    return dict(
-        model=job.config.model.published or job.config.model.path,
-        rows=job.rows,
-        questions_per_row=job.questions,
-        sizes=dataclasses.asdict(job.sizes),
-        texts=dataclasses.asdict(job.texts),
-        steps=job.config.train.steps,
-        accumulation=job.config.train.accumulation,
-    )
-
-
-def _plain(p: DevicePlan) -> dict[str, Any]:
-    total = p.flops.total
-    return dataclasses.asdict(p) | dict(
-        fits=p.fits, step_seconds=p.step_seconds, model_flops=total.model, hardware_flops=total.hardware
-    )
+def _guess(tried: Sequence[Compiled], hbm: int) -> int:
+    points = sorted((c.phase.rows, c.needed) for c in tried if c.needed)
+    r1, n1 = points[-1]
+    if len(points) > 1:
+        r0, n0 = points[0]
+        slope = (n1 - n0) / (r1 - r0)
+    else:
+        memory = tried[0].memory
+        fixed = sum(memory[kind] for kind in ("frozen", "trainable", "optimiser")) if memory else 0
+        slope = (n1 - fixed) / r1
+    return math.floor(r1 + (USABLE * hbm - n1) / max(slope, 1.0))

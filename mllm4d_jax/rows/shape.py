@@ -125,15 +125,16 @@ class RowShape:
             supervised=_supervised(needed.supervised),
         )
 
-    def largest(self, prefix: int, branch: int, answer: int) -> RowSizes:
+    def largest(self, prefix: int, branch: int, answer: int, frame_patches: int | None = None) -> RowSizes:
         """Return the padded sizes of a full row: every clip as long and as large as it can be, with all its branches.
 
         Args:
           prefix: tokens of a clip's prefix; branch: of each branch; answer: supervised ones of each.
+          frame_patches: of the largest frame, where something else than the resize rule bounds it.
         """
         slots = self.clips * self.branches
-        frames = self.clips * self.clip_frames
-        return self.sizes(RowSizes(self.clips * prefix, slots, branch, frames, self.frame_patches, slots * answer))
+        frames, area = self.clips * self.clip_frames, self.frame_patches if frame_patches is None else frame_patches
+        return self.sizes(RowSizes(self.clips * prefix, slots, branch, frames, area, slots * answer))
 
     def completion_sizes(self, longest: int, entries: int) -> tuple[int, int]:
         """Return the padded (tokens of a completion, tokens of a row's completions)."""

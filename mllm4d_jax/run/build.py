@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from configs.published import published_config
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.loader import LoaderOptions
+from mllm4d_jax.data.loader import LoaderError, LoaderOptions
 from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
@@ -185,7 +185,12 @@ def row_shape(config: ml_collections.ConfigDict, processor: ProcessorConfig, siz
 
 def loader_options(config: ml_collections.ConfigDict) -> LoaderOptions:
     """Return what a micro-batch of fine-tuning holds. Raises LoaderError where it cannot be divided."""
-    options = LoaderOptions.from_mapping(config.data, config.train.batch_size // config.train.accumulation)
+    batch, parts = config.train.batch_size, config.train.accumulation
+    if batch % parts:
+        raise LoaderError(
+            f"train.batch_size = {batch} cannot be divided into train.accumulation = {parts} micro-batches"
+        )
+    options = LoaderOptions.from_mapping(config.data, batch // parts)
     options.local(1)
     return options
 

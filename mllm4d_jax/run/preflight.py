@@ -10,13 +10,13 @@ import ml_collections
 
 from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.sources import parse_mixture
 from mllm4d_jax.data.stream import LoaderError
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.errors import ProcessorError
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
+from mllm4d_jax.run.build import loader_options
 from mllm4d_jax.run.start import StartError, find_adapter
 
 
@@ -132,7 +132,7 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
 
 def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     """Questions -> micro-batches -> rows -> processes and devices, each of which has to divide."""
-    batch, parts, hosts = config.train.batch_size, config.train.accumulation, jax.process_count()
+    hosts = jax.process_count()
     try:
         mesh = make_mesh(dict(config.mesh))
     except MeshError as error:
@@ -141,21 +141,22 @@ def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     if not rows_divide(mesh):
         yield f"mesh: {hosts} processes would have to share rows of a batch: make mesh.tensor smaller"
         return
-    if batch % parts:
-        yield f"train.batch_size = {batch} cannot be divided into train.accumulation = {parts} micro-batches"
-        return
     try:
-        options = LoaderOptions.from_mapping(config.data, batch // parts)
-        _, rows = options.local(hosts)
+        _, rows = loader_options(config).local(hosts)
     except LoaderError as error:
         yield str(error)
         return
-    shards = batch_shards(mesh)
-    if rows * hosts % shards:
+    yield from uneven_rows(config, rows * hosts, batch_shards(mesh))
+
+
+def uneven_rows(config: ml_collections.ConfigDict, rows: int, shards: int) -> Iterator[str]:
+    """Yield a line if the rows of a micro-batch of fine-tuning cannot be split evenly over so many devices."""
+    if rows % shards:
+        batch, parts = config.train.batch_size, config.train.accumulation
         micro = f" in {parts} micro-batches" if parts > 1 else ""
         yield (
             f"train.batch_size = {batch}{micro} cannot be split over {shards} devices (mesh data x fsdp): it makes "
-            f"{rows * hosts} rows"
+            f"{rows} rows"
         )
 
 

@@ -103,10 +103,15 @@ def make_trainer(parts: Parts, checkpoints: Checkpoints, progress: Progress, con
         trainable, opt_state = checkpoints.restore(progress.step, trainable, opt_state)
     else:
         trainable = start_from_run(config, trainable, content)
-    chunk, seed = config.train.loss_chunk, config.seed
-    step = TrainStep(parts.graphdef, parts.optimizer, trainable, opt_state, parts.mesh, chunk, seed)
+    step = train_step(parts, trainable, opt_state)
     peak = peak_flops(parts.mesh.devices.flat[0].device_kind) if config.model.dtype == "bfloat16" else None
     return Trainer(step, parts.frozen, trainable, opt_state, parts.rates, peak)
+
+
+def train_step(parts: Parts, trainable: Any, opt_state: Any) -> TrainStep:
+    """Return the compiled step for trees of arrays, or of shapes with shardings."""
+    chunk, seed = parts.config.train.loss_chunk, parts.config.seed
+    return TrainStep(parts.graphdef, parts.optimizer, trainable, opt_state, parts.mesh, chunk, seed)
 
 
 def make_loader(parts: Parts, workdir: Path, mixture: Mixture, encoder: Encoder, progress: Progress) -> Loader:

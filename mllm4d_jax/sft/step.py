@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel.logits import over_positions, pick
-from mllm4d_jax.parallel.place import place_rows, placed, row_shardings
+from mllm4d_jax.parallel.place import place_rows, placed_rows
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.rows import RowBatch
 from mllm4d_jax.run.loop import TrainingError
@@ -118,7 +118,7 @@ class TrainStep:
         """
         self._count(batch, accumulated=False)
 
-        shapes = jax.tree.map(placed, batch, row_shardings(batch, self.mesh))
+        shapes = placed_rows(batch, self.mesh)
         step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(self.mesh))
         return self._whole.lower(trainable, opt_state, frozen, shapes, step)
 

@@ -1,4 +1,4 @@
-"""Plans of reinforcement learning: closed forms, shapes against those of a run, the command on fake devices."""
+"""Plans of reinforcement learning: closed forms, arguments of its programs against those of a run, the command."""
 
 from __future__ import annotations
 
@@ -14,45 +14,46 @@ from jax.sharding import Mesh
 
 from configs import common
 from configs import grpo as grpo_config
+from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.generate.decoding import empty_branches
 from mllm4d_jax.generate.draw import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder, Packing
-from mllm4d_jax.generate.weights import SamplingWeights, sampling_mesh
+from mllm4d_jax.grpo.learner import PromptFeatures
+from mllm4d_jax.grpo.rollout import Rollouts
+from mllm4d_jax.grpo.settings import completions_per_row, division_problems
+from mllm4d_jax.grpo.setup import make_learner, make_sampler, sampling_weights
+from mllm4d_jax.grpo.task import rows_of
 from mllm4d_jax.models.flops import Tuning
-from mllm4d_jax.models.split import merge_model, split_model
+from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel import topology
-from mllm4d_jax.parallel.mesh import MeshError, make_mesh
-from mllm4d_jax.parallel.place import row_shardings
+from mllm4d_jax.parallel.chips import Chip
+from mllm4d_jax.parallel.mesh import make_mesh, mesh_shape
+from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import replicated
-from mllm4d_jax.plan import compile as plan_compile
-from mllm4d_jax.plan import (
-    grpo as plan,
-)
-from mllm4d_jax.plan import (
-    grpo_job as plan_job,
-)
-from mllm4d_jax.plan import (
-    grpo_programs as plan_programs,
-)
-from mllm4d_jax.plan import (
-    grpo_reckon as plan_reckon,
-)
-from mllm4d_jax.plan.compile import USABLE, Compiled
-from mllm4d_jax.plan.memory import parameter_table
-from mllm4d_jax.plan.step import PlanError
-from mllm4d_jax.run.build import load_trainable
-from tests.grpo.learner_cases import completions, laid_out, parts, prompts
+from mllm4d_jax.plan import memory as reckon
+from mllm4d_jax.plan import task
+from mllm4d_jax.plan.compile import EFFICIENCY, USABLE, Compiled, Phase, timing
+from mllm4d_jax.plan.grpo import GrpoPhases, decode_flops, largest_prompts, program_flops
+from mllm4d_jax.plan.job import GrpoJob, Lengths, PlanError
+from mllm4d_jax.rows.completion_rows import collate_prompts, needed_prompt_sizes
+from mllm4d_jax.run.build import abstract_model, build
+from tests.grpo.learner_cases import parts, prompt, prompts
 
 GIB = 1 << 30
 
 
-def paper_job(**settings) -> plan_job.GrpoJob:
+def job_of(config, **lengths) -> GrpoJob:
+    words = [f"{name}={value}" for name, value in lengths.items()]
+    return GrpoJob.of(config, Lengths.parse(words, config))
+
+
+def paper_job(**settings) -> GrpoJob:
     config = common.config("grpo")
     config.model.published = "8b"
     config.update_from_flattened_dict(settings)
-    return plan_job.plan_job(config)
+    return job_of(config)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def config(tiny_world):
     """The tiny run: 4 prompts x 8 completions."""
     model, world = tiny_world
     config = grpo_config.get_config("tiny")
-    config.model.path, config.data.path, config.data.root = str(model), str(world / "r1.jsonl"), str(world)
+    config.model.path, config.data.path, config.data.root = str(model), str(world), str(world.parent)
     config.model.adapter, config.rollout.prompts = "", 4
     return config
 
@@ -84,81 +85,75 @@ def test_decode_rungs_are_what_the_sampler_goes_through(chunk, longest, cap):
         steps = min(chunk, longest - step)
         found[packing.slots] = found.get(packing.slots, 0) + steps
         step += steps
-    assert dict(plan_job.decode_rungs(ladder, chunk, longest, cap)) == found
-    assert sum(found.values()) == longest - 1
-
-
-def test_decode_bytes():
-    assert plan_reckon.decode_bytes(100, 10, 2, [(4, 3), (8, 5)]) == 3 * (100 + 10 + 2 * 4) + 5 * (100 + 10 + 2 * 8)
+    rungs = dict(paper_job(**{"rollout.chunk": chunk, "rollout.max_new_tokens": cap}).rungs(ladder, longest))
+    assert rungs == found and sum(found.values()) == longest - 1
 
 
 def test_cache_bytes_are_those_of_the_caches(config):
-    job = plan_job.plan_job(config)
-    model = plan_programs.abstract_model(config, job.model, make_mesh({"data": 1}, jax.devices()[:1]))
+    job = job_of(config)
+    model = abstract_model(config, job.model, make_mesh({"data": 1}, jax.devices()[:1]))
     caches = jax.eval_shape(lambda: empty_branches(model, 3, 8, 40))
-    assert plan_reckon.cache_bytes(job, 3, 40, 8) == sum(x.size * x.dtype.itemsize for x in caches)
+    assert job.cache_bytes(3, 40, 8) == sum(x.size * x.dtype.itemsize for x in caches)
     # 36 layers, 8 key heads of 128 in bfloat16: 144 KiB for a token of the 8B model
-    assert plan_reckon.cache_bytes(paper_job(), 1, 1) == 144 * 1024
+    assert paper_job().cache_bytes(1, 1) == 144 * 1024
 
 
 def test_flops_of_the_8b_model():
     job = paper_job()
-    found = plan_reckon.flops(job, Tuning(attention="splash"), 512, 2)
+    found = program_flops(job, Tuning(attention="splash"), 512, 2)
     width, inner, layers, q, k, vocabulary = 4096, 12288, 36, 4096, 1024, 151936
     layer = 2 * (width * (2 * q + 2 * k) + 3 * width * inner)
-    visible = job.prompt.length + 1024
+    visible = job.sizes.prefix + 1024
     token = layers * (layer + 4 * q * visible) + 2 * width * vocabulary
-    assert found.decode(1024) == pytest.approx(2 * 12 * token)
-    rows, p, slot = 2, job.prompt.length, 768
+    assert decode_flops(job, Tuning(attention="splash"), 1024, 2) == pytest.approx(2 * 12 * token)
+    rows, p, slot = 2, job.sizes.prefix, 768
     pairs = p * (p + 1) // 2 + 12 * (slot * p + slot * (slot + 1) // 2)
     score = rows * (layers * ((p + 12 * slot) * layer + 4 * q * pairs) + 6144 * 2 * width * vocabulary)
-    assert found.score == pytest.approx(score)
-    assert found.add == found.score  # nothing is trained without an adapter
-    trained = plan_reckon.flops(job, Tuning(rank=128, targets=("q_proj",), attention="splash"), 512, 2)
+    assert found["score"] == pytest.approx(score)
+    assert found["gradient"] == found["score"]  # nothing is trained without an adapter
+    trained = program_flops(job, Tuning(rank=128, targets=("q_proj",), attention="splash"), 512, 2)
     # backward to the inputs of all products, and most of them once more
-    assert 2.8 < trained.add / trained.score < 3.1
+    assert 2.8 < trained["gradient"] / trained["score"] < 3.1
 
 
 def test_sizes_of_the_paper_run():
     job = paper_job()
-    assert (job.prompt.length, job.prompt.frames, job.prompt.frame_patches) == (1536, 16, 196)
-    assert (job.rows, job.parts, job.at_once, job.scored) == (2, 1, 2, 1)
-    sizes = job.row_sizes(job.cap)
+    assert (job.sizes.prefix, job.sizes.frames, job.sizes.frame_patches) == (1536, 16, 196)
+    assert (job.rows, job.at_once, job.reference) == (2, 2, True)
+    sizes = job.row_sizes(4096)
     assert (sizes.slots, sizes.length, sizes.supervised) == (12, 4096, 12 * 4096)
     job = job.with_settings({"learner.completions_per_row": 3, "train.accumulation": 2})
     sizes = job.row_sizes(500)
     # the longest has 750 tokens; the longest of the rows' three may all be that long
-    assert (sizes.slots, sizes.length, sizes.supervised) == (3, 768, 3072)
-    assert (job.rows, job.scored) == (8, 2)
+    assert (sizes.slots, sizes.length, sizes.supervised) == (3, 768, 3072) and job.rows == 8 // 2
 
 
 def test_settings_that_can_run_are_left_alone():
     job = paper_job(**{"learner.completions_per_row": 6})
-    assert plan_reckon.choose(job, 4, 95 * GIB) == (job, "")
+    assert reckon.choose(job, 4, 95 * GIB) == (job, "")
 
 
 @pytest.mark.parametrize(("devices", "hbm"), [(4, 95), (16, 16), (16, 32), (1, 95)])
 def test_other_settings_are_named(devices, hbm):
-    job = paper_job()
-    if devices == 1:
-        job = paper_job(**{"mesh.fsdp": 3})
-    other, note = plan_reckon.choose(job, devices, hbm * GIB)
-    shape = plan_job.mesh_shape(dict(other.config.mesh), devices)
-    assert plan_job.division_problem(other, shape) == ""
-    wanted = plan_reckon.memory(other, shape, "full", parameter_table(other.config, other.model))
-    assert plan_reckon.needed(wanted) <= plan_reckon.MARGIN * hbm * GIB
+    job = paper_job(**{"mesh.fsdp": 3} if devices == 1 else {})
+    other, note = reckon.choose(job, devices, hbm * GIB)
+    assert not list(division_problems(other.config, devices))
+    shape = mesh_shape(dict(other.config.mesh), devices)
+    wanted = reckon.rollout_memory(other, shape, "full", reckon.parameter_table(other))
+    assert reckon.needed(wanted) <= reckon.MARGIN * hbm * GIB
     # what the note says to set, and nothing else, makes the config the planned one
     flags = dict(part.removeprefix("--config.").split("=") for part in note.split() if part.startswith("--config."))
-    again = job.with_settings({name: int(value) for name, value in flags.items()})
-    assert plan_job.mesh_shape(dict(again.config.mesh), devices) == shape
-    assert (again.per_row, again.parts) == (other.per_row, other.parts)
-    assert again.config.rollout.tensor == other.config.rollout.tensor
+    again = job.with_settings({name: int(value) for name, value in flags.items()}).config
+    assert mesh_shape(dict(again.mesh), devices) == shape
+    assert completions_per_row(again) == completions_per_row(other.config)
+    assert again.train.accumulation == other.config.train.accumulation
+    assert again.rollout.tensor == other.config.rollout.tensor
     assert job.config.mesh.fsdp == (3 if devices == 1 else 1)  # the config itself is as it was
 
 
 def test_nothing_fits():
     with pytest.raises(PlanError, match="no mesh of 4 devices"):
-        plan_reckon.choose(paper_job(), 4, 2 * GIB)
+        reckon.choose(paper_job(), 4, 2 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -176,83 +171,180 @@ def test_what_cannot_be_planned(settings, message):
 
 def test_memory_counts_both_copies_and_the_reference():
     job = paper_job()
-    table = parameter_table(job.config, job.model)
+    table = reckon.parameter_table(job)
     shape = {"data": 1, "fsdp": 4, "tensor": 1}
     apart = job.with_settings({"rollout.tensor": 4, "learner.completions_per_row": 6})
-    both = plan_reckon.memory(apart, shape, "full", table)
+    both = reckon.rollout_memory(apart, shape, "full", table)
     for kinds in both.values():
-        assert kinds["weights"] == pytest.approx(kinds[plan_reckon.COPY], rel=0.01)
-    assert both["sampling"]["branch cache"] == plan_reckon.cache_bytes(job, 2, 4095, 12) / 4
-    still = dataclasses.replace(apart, objective=dataclasses.replace(job.objective, beta=0.0))
-    without = plan_reckon.memory(still, shape, "full", table)["learning"]
+        assert kinds["weights"] == pytest.approx(kinds[reckon.COPY], rel=0.01)
+    assert both["sampling"]["branch cache"] == job.cache_bytes(2, 4095, 12) / 4
+    # the cache that it grew from, which is there as well for a moment
+    assert both["sampling"]["cache before growth"] == job.cache_bytes(2, 2048, 12) / 4
+    still = apart.with_settings({"objective.beta": 0.0})
+    without = reckon.rollout_memory(still, shape, "full", table)["learning"]
     trained = 4 * sum(np.prod(s) for name, s, _ in table if "lora" in name)
     assert trained / 4 < both["learning"]["reference"] - without["reference"] < trained  # most of it is split
 
 
+def compiled(kind: str, needed: int = 1, memory: dict | None = None, *, prompts=0, mean=0, held=None, received=0):
+    phase = Phase(kind, kind, lambda: None, held or {}, 1, 1, prompts, mean)
+    return Compiled(phase, memory, needed, 1.0, received={"all-reduce": received})
+
+
 def test_largest_prompts_follow_the_line():
     job = paper_job(**{"learner.completions_per_row": 6})
-    memory = {"weights": 40, "reference": 10, "temporaries": 20, "branch cache": 5, "peak": 75}
-    found = Compiled(1, memory, 75, 1.0)
-    one = plan_programs.Phase("x", "gradient", found, {}, prompts=2)
+    memory = {"frozen": 40, "reference": 10, "temporaries": 20, "branch cache": 5, "peak": 75}
+    one = compiled("gradient", 75, memory, prompts=2)
     # (95 - 50) / 25 x 2 prompts = 3.6, in multiples of 2 for 4 devices with 2 rows a prompt
-    assert plan.largest_prompts(job, [one], round(100 * 0.95 / USABLE), 4) == 2
-    assert plan.largest_prompts(job, [one], round(100 * 0.95 / USABLE), 1) == 3
-    refused = plan_programs.Phase("y", "score", Compiled(1, None, 150, 1.0), {"weights": 50, "batch": 1}, prompts=2)
-    assert plan.largest_prompts(job, [one, refused], 100, 1) == 0
+    assert largest_prompts(job, [one], round(100 * 0.95 / USABLE), 4) == 2
+    assert largest_prompts(job, [one], round(100 * 0.95 / USABLE), 1) == 3
+    refused = compiled("score", 150, prompts=2, held={"frozen": 50, "batch": 1})
+    assert largest_prompts(job, [one, refused], 100, 1) == 0
     few = paper_job(**{"learner.completions_per_row": 6, "rollout.prompts_at_once": 1})
-    decode = dataclasses.replace(refused, kind="decode")
-    assert plan.largest_prompts(few, [one, decode], 100, 1) == 3
+    decode = compiled("decode", 150, prompts=2, held={"frozen": 50, "batch": 1})
+    assert largest_prompts(few, [one, decode], 100, 1) == 3
 
 
 def shapes(tree):
-    return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.sharding), tree)
+    """Shape, dtype and placement of every array; numbers as they are."""
+    return jax.tree.map(lambda x: x if isinstance(x, int) else (x.shape, str(x.dtype), x.sharding), tree)
 
 
 @pytest.mark.parametrize("tensor", [0, 2])
 def test_the_planned_trees_are_those_of_a_run(config, tensor):
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor = (8, 1, 0) if not tensor else (2, 4, tensor)
-    programs = plan_programs.Programs(plan_job.plan_job(config), jax.devices()[:8])
-    mesh = make_mesh(dict(config.mesh), jax.devices()[:8])
-    graphdef, trainable, frozen = split_model(load_trainable(config, mesh), ("lora",))
-    weights = SamplingWeights(
-        graphdef,
-        trainable,
-        frozen,
-        sampling_mesh(mesh, tensor),
-        learner_mesh=mesh,
-        patterns=("lora",),
-        attention="auto",
+    programs = GrpoPhases(job_of(config), jax.devices()[:8])
+    real = build(config, devices=jax.devices()[:8])
+    for name in ("trainable", "frozen", "opt_state"):
+        assert shapes(getattr(programs.parts, name)) == shapes(getattr(real, name))
+    sampled = sampling_weights(real, real.trainable).of(real.trainable)
+    assert shapes(programs.sampled) == shapes(sampled)
+    on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(sampled[1]))
+    assert programs.held(sampling=True).get(reckon.COPY, 0) == (on_one if tensor else 0)
+    assert programs.held(sampling=False)["reference"] == programs.held(sampling=False)["trainable"]
+
+
+def planned_arguments(planned: GrpoPhases, features: PromptFeatures) -> dict[str, tuple]:
+    """The arguments of each kind of program, nothing compiled; `features` lie as a run has them."""
+    cache = jax.ShapeDtypeStruct((1,), np.int8, sharding=replicated(planned.mesh))
+    phases, sent, found = planned.phases(), None, {}
+    planned._branch_cache = lambda filled, slots: cache
+    while True:
+        try:
+            phase = phases.send(sent)
+        except StopIteration:
+            return found
+        found.setdefault(phase.kind, (phase.lower.args[1:], phase.lower.keywords))
+        sent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), features)
+        sent = sent if phase.kind == "encode" else (cache,)
+
+
+def recorded(owner, results: dict) -> dict[str, tuple]:
+    """Puts functions in the place of compiled ones; gives the dict in which they note their newest arguments."""
+    calls = {}
+
+    def noting(name, result):
+        def call(*args, **named):
+            calls[name] = args, named
+            return result(*args)
+
+        return call
+
+    for name, result in results.items():
+        setattr(owner, f"_{name}", noting(name, result))
+    return calls
+
+
+class Reached(Exception):
+    """The program that was waited for was called."""
+
+
+def drawn(prompts: int, branches: int, length: int) -> Rollouts:
+    """Completions that all reach the cap."""
+    count = prompts * branches
+    return Rollouts(
+        step=0,
+        policy_step=0,
+        positions=tuple(range(prompts)),
+        position=prompts,
+        rejected=0,
+        tokens=np.ones((count, length), np.int32),
+        lengths=np.full(count, length, np.int32),
+        logprobs=np.zeros((count, length), np.float32),
+        finish=("length",) * count,
+        texts=("",) * count,
+        rewards=({"total": 1.0}, {"total": 0.0}) * (count // 2),
+        seconds={},
+        counts={},
     )
-    assert shapes(programs._trainable) == shapes(trainable) and shapes(programs._frozen) == shapes(frozen)
-    real = weights.of(trainable)
-    assert shapes(programs._sampled) == shapes(real)
-    on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real[1]))
-    assert programs.held(sampling=True).get(plan_reckon.COPY, 0) == (on_one if tensor else 0)
-    assert programs.held(sampling=False)["reference"] == programs.held(sampling=False)["adapter"]
 
 
-def test_the_planned_rows_are_those_of_a_run():
-    """Against rows laid out from completions, for whole prompts and for parts of them."""
-    _, batch = prompts("qwen3_vl", 2)
-    for per_row, micro in ((4, 1), (2, 2)):
-        (rows, *_) = laid_out(batch, completions(2, 4, 6), 2, per_row, micro)
-        mesh = make_mesh({"data": 2}, jax.devices()[:2])
-        config = parts("qwen3_vl")[0]
-        job = types.SimpleNamespace(
-            model=config, rows=2 * 4 // per_row, parts=micro, per_row=per_row, branches=4,
-            row_sizes=lambda mean, rows=rows: dataclasses.replace(
-                sizes_of(rows), frames=1, frame_patches=16
-            ),
-        )  # fmt: skip
-        planned = plan_programs.Programs._rows(types.SimpleNamespace(job=job, mesh=mesh), 6)
-        assert jax.tree.structure(planned) == jax.tree.structure(rows)
-        assert jax.tree.map(lambda x: (x.shape, x.dtype), planned) == jax.tree.map(lambda x: (x.shape, x.dtype), rows)
-        assert jax.tree.map(lambda x: x.sharding, planned) == row_shardings(rows, mesh)
+@pytest.mark.parametrize(
+    ("mesh", "tensor", "per_row", "micro"), [((2, 1), 0, 0, 1), ((1, 2), 2, 4, 2)], ids=["whole", "parts"]
+)
+def test_the_planned_programs_take_the_arguments_of_a_run(config, mesh, tensor, per_row, micro):
+    """Shapes, dtypes and placement of everything that sampler and learner hand to a jitted function."""
+    (config.mesh.data, config.mesh.fsdp), config.rollout.tensor = mesh, tensor
+    config.learner.completions_per_row, config.train.accumulation = per_row, micro
+    config.rollout.max_new_tokens, config.rollout.buckets, config.rollout.prompts_at_once = 32, (32,), 2
+    devices, rng = jax.devices()[:2], np.random.default_rng(0)
+    real = build(config, devices=devices)
+    examples = [prompt(real.sizes, f"p{i}", rng, grid=Grid("video", 1, 4, 4), words=6) for i in range(4)]
+    sizes = real.shape.sizes(needed_prompt_sizes(examples))
+    batch = collate_prompts(examples, sizes, real.shape.geometry, real.shape.visual_token_ids)
+    merged = np.zeros((4, batch.features, real.sizes.text.hidden_size), np.float32)
+    taps = np.zeros((len(real.sizes.vision.deepstack), *merged.shape), np.float32)
+    features = place_rows(PromptFeatures(merged, taps), real.mesh)
+    programs = GrpoPhases(dataclasses.replace(job_of(config), sizes=sizes), devices)
+    planned = planned_arguments(programs, features)
 
+    # what the sampler is given and what it hands on, for the first two prompts
+    weights, options = sampling_weights(real, real.trainable), SamplingOptions(1.0, eos_ids=(5,))
+    sampler, first = make_sampler(config, weights), slice(0, 2)
+    size = -(-2 // sampler.ladder.shards) * sampler.ladder.shards
 
-def sizes_of(rows):
-    layout = rows.inputs.layout
-    return plan_job.RowSizes(layout.prefix, layout.slots, layout.length, 0, 0, rows.loss_index.shape[1])
+    def stop(*args):
+        raise Reached
+
+    zeros = np.zeros((size, 8), np.int32)
+    made = dict(start=lambda *args: ("cache", None, zeros, zeros[..., None], zeros[..., None].astype(np.float32)))
+    calls = recorded(sampler, made | dict(empty=lambda *args: "own", decode=stop))
+    two = collate_prompts(examples[first], sizes, real.shape.geometry, real.shape.visual_token_ids)
+    some = PromptFeatures(features.merged[first], features.deepstack[:, first]).flat()
+    with pytest.raises(Reached):
+        sampler.generate(
+            weights.of(real.trainable),
+            two.inputs._replace(vision=None),
+            prompt_ids=[1, 2],
+            branches=8,
+            max_new_tokens=32,
+            options=options,
+            features=some,
+        )
+    (args, named), (wanted, static) = calls["start"], planned["prefill"]
+    assert shapes(args) == shapes(wanted) and named["branches"] == static["branches"] == 8
+    (args, named), (wanted, static) = calls["decode"], planned["decode"]
+    assert shapes(args[0]) == shapes(wanted[0]) and named["chunk"] == static["chunk"]
+    assert shapes(named["feed"]) == shapes(static["feed"])
+
+    # and the learner
+    learner, rollouts = make_learner(real, real.trainable, real.opt_state, options), drawn(4, 8, 32)
+    made = dict(encode=lambda *args: features, score=lambda whole, *args: whole, begin=learner._begin)
+    made |= dict(zeros=lambda tree: tree, add=lambda grads, *args: (grads, 0.0, {}, 0.0))
+    calls = recorded(learner, made | dict(finish=lambda trainable, opt_state, *args: (trainable, opt_state, None)))
+    learner.encode(real.trainable, real.frozen, batch.inputs.vision, 4)
+    own = dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None))
+    length, rows = rows_of(config, real.shape, types.SimpleNamespace(rollouts=rollouts, batch=own))
+    learner.update(
+        real.trainable, real.opt_state, real.frozen, features, rows, rollouts.batch(length), reference=real.trainable
+    )
+    assert len(rows) == micro
+    for kind, name in (("encode", "encode"), ("score", "score"), ("gradient", "add"), ("optimiser", "finish")):
+        args, wanted = calls[name][0], planned[kind][0]
+        if name == "finish":  # the loss is added up from what was made up here
+            args, wanted = args[:3], wanted[:3]
+        assert jax.tree.structure(args) == jax.tree.structure(wanted), kind
+        assert shapes(args) == shapes(wanted), kind
 
 
 def test_features_from_devices_in_another_order(quick_compiles):
@@ -277,36 +369,44 @@ def test_timing_of_a_step(config):
     """By hand from the programs' bytes and collectives, for a step of several parts and iterations."""
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor, config.objective.iterations = 1, 2, 2, 3
     config.train.accumulation, config.rollout.prompts_at_once = 2, 2
-    job = plan_job.plan_job(config, plan_job.Lengths(completion=100))
-    programs = plan_programs.Programs(job, jax.devices()[:2])
-
-    def phase(kind: str, received: int, mean: int = 0) -> plan_programs.Phase:
-        found = Compiled(1, {"peak": 1}, 1, 1.0, received={"all-reduce": received})
-        return plan_programs.Phase(kind, kind, found, {}, mean=mean)
-
-    phases = [phase("encode", 1), phase("decode", 10), phase("gradient", 100, 100), phase("gradient", 999, 256)]
-    phases += [phase("score", 7, 100), phase("optimiser", 3)]
-    chip = topology.Chip(GIB, 1e12, 1e11, 1e10)
-    found = plan.timing(job, programs, chip, phases, 100)
+    job = job_of(config, completion=100)
+    programs = GrpoPhases(job, jax.devices()[:2])
+    phases = [compiled("encode", received=1), compiled("decode", received=10), compiled("optimiser", received=3)]
+    phases += [compiled("gradient", received=100, mean=100), compiled("gradient", received=999, mean=256)]
+    phases += [compiled("score", received=7, mean=100)]
+    chip = Chip(GIB, 1e12, 1e11, 1e10)
+    assert programs.lengths == {100: 150, 256: 256}
+    found = timing(programs.calls(100), phases, 2, chip, 100, 150)
     # 150 tokens are 149 steps; two calls of the sampler; two parts, scored for reference and policy; three iterations
-    assert found.longest == 150 and found.received == 1 + 2 * 149 * 10 + 2 * 2 * 7 + 3 * 2 * 100 + 3 * 3
+    assert found.received == 1 + 2 * 149 * 10 + 2 * 2 * 7 + 3 * 2 * 100 + 3 * 3
     assert found.seconds["decode"]["network"] == pytest.approx(2 * 149 * 10 / 1e10)
-    cost = plan_reckon.flops(job, programs.tuning, 100, 1)
-    assert found.seconds["update"]["compute"] == pytest.approx(6 * cost.add / 2 / (plan_compile.EFFICIENCY * 1e12))
+    cost = program_flops(job, programs.parts.tuning, 100, 1)
+    assert found.seconds["update"]["compute"] == pytest.approx(6 * cost["gradient"] / 2 / (EFFICIENCY * 1e12))
     # 149 steps fit the first cache of 255 positions, split over two devices like the key heads
-    caches = plan_reckon.cache_bytes(job, 2, job.prompt.length) + plan_reckon.cache_bytes(job, 2, 255, 8)
-    assert found.seconds["decode"]["memory"] == pytest.approx(2 * 149 * (programs.read + caches / 2) / 1e11)
+    caches = job.cache_bytes(2, job.sizes.prefix) + job.cache_bytes(2, 255, 8)
+    assert found.seconds["decode"]["memory"] == pytest.approx(2 * 149 * (programs.decoded() + caches / 2) / 1e11)
     assert found.step == pytest.approx(sum(max(b.values()) for b in found.seconds.values()))
-    assert set(found.phases) == {"vision", "prefill", "decode", "score", "update"}
+    assert set(found.seconds) == {"vision", "prefill", "decode", "score", "update"}
+
+
+def test_a_decode_step_reads_weights_prompts_and_the_whole_cache(config):
+    config.rollout.chunk, config.rollout.max_new_tokens, config.rollout.buckets = 32, 1024, (1024,)
+    job = job_of(config, completion=600)
+    programs = GrpoPhases(job, jax.devices()[:1])
+    (decode,) = (call for call in programs.calls(600) if call.kind == "decode")
+    # 899 steps: 256 fit the first cache, as many the next; the last one has what the longest can need
+    fixed, each = programs.decoded() + job.cache_bytes(4, job.sizes.prefix), job.cache_bytes(4, 1, 8)
+    read = 256 * (fixed + 256 * each) + 256 * (fixed + 512 * each) + 387 * (fixed + 1023 * each)
+    assert (decode.loops, decode.traffic) == (899, pytest.approx(read))
 
 
 def test_decoding_reads_the_decoder_alone(config):
-    programs = plan_programs.Programs(plan_job.plan_job(config), jax.devices()[:1])
-    held = programs.held(sampling=True)
-    text, width = programs.job.model.text, programs.job.model.text.hidden_size
-    table = 0 if programs.job.model.tied else 4 * text.vocab_size * width
-    assert 0 < programs.vision < held["weights"]
-    assert programs.read == held["weights"] + held["adapter"] - programs.vision - table
+    programs = GrpoPhases(job_of(config), jax.devices()[:1])
+    held, text = programs.held(sampling=True), programs.job.model.text
+    table = 0 if programs.job.model.tied else 4 * text.vocab_size * text.hidden_size
+    vision = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.parts.frozen["vision"]))
+    assert 0 < vision < held["frozen"]
+    assert programs.decoded() == held["frozen"] + held["trainable"] - vision - table
 
 
 @pytest.mark.slow
@@ -314,46 +414,45 @@ def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys, quic
     """The whole plan with two CPU devices in place of a TPU's."""
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor = 1, 2, 2
     config.rollout.max_new_tokens, config.rollout.buckets, config.rollout.chunk = 32, (32,), 8
-    chip = topology.Chip(GIB, 1e12, 1e11, 1e10)
+    chip = Chip(GIB, 1e12, 1e11, 1e10)
     fake = topology.Topology("v5e:1x2", chip, tuple(jax.devices()[:2]))
-    monkeypatch.setattr(plan, "open_topology", lambda name: fake)
-    assert plan.run(config, str(tmp_path), "v5e:1x2,memory") == 0
+    monkeypatch.setattr(task, "open_topology", lambda name: fake)
+    assert task.run(config, str(tmp_path), "v5e:1x2,memory") == 0
     out, written = capsys.readouterr().out, (tmp_path / "plan.md").read_text()
     assert "| v5e:1x2 | fsdp 2 | tensor 2 | 4 x 8 |" in out and "| v5e:1x2 | fsdp 2 | tensor 2 | 4 x 8 |" in written
+    assert "A decode step reads" in written
     found = json.loads((tmp_path / "plan.json").read_text())
     (one,) = found["plans"]
     assert [p["kind"] for p in one["phases"]] == ["encode", "prefill", "decode", "score", "gradient", "optimiser"]
     for phase in one["phases"]:
-        memory = phase["compiled"]["memory"]
+        memory = phase["memory"]
         assert memory["peak"] == sum(n for kind, n in memory.items() if kind != "peak")
-        assert memory[plan_reckon.COPY] > 0 and memory["weights"] > 0 and memory["optimiser"] > 0
-    _, prefill, decode, score, gradient, _ = (p["compiled"] for p in one["phases"])
-    job = plan_job.plan_job(config)
-    assert decode["memory"]["branch cache"] == plan_reckon.cache_bytes(job, 4, 31, 8) / 2
+        assert memory[reckon.COPY] > 0 and memory["frozen"] > 0 and memory["optimiser"] > 0
+    _, prefill, decode, score, gradient, _ = one["phases"]
+    job = job_of(config)
+    assert decode["memory"]["branch cache"] == job.cache_bytes(4, 31, 8) / 2
     assert decode["memory"]["results"] < decode["memory"]["branch cache"]  # written in place
-    visible = 4 * job.prompt.length  # which slots are real, on both devices
-    assert decode["memory"]["prompt cache"] == plan_reckon.cache_bytes(job, 4, job.prompt.length) / 2 + visible
+    visible = 4 * job.sizes.prefix  # which slots are real, on both devices
+    assert decode["memory"]["prompt cache"] == job.cache_bytes(4, job.sizes.prefix) / 2 + visible
     assert prefill["memory"]["results"] >= decode["memory"]["prompt cache"]
     assert decode["received"] and gradient["received"]["all-gather"] > score["received"]["all-gather"] > 0
-    (timing,) = one["timings"]
-    assert timing["mean"] == timing["longest"] == 32
+    (timed,) = one["timings"]
+    assert timed["mean"] == timed["longest"] == 32
     assert one["hours"] == pytest.approx(one["step_seconds"]["32"] * config.train.steps / 3600)
-    assert one["fits"] and one["note"] == "" and one["largest_prompts"] >= 4
+    assert one["fits"] and one["notes"] == [] and one["largest"] >= 4
     assert [r["devices"] for r in found["memory"]] == [1, 1, 1, 8, 8, 8]
 
 
 def test_reckoned_bytes_are_those_of_the_placed_trees(config):
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor = 1, 4, 2
-    job = plan_job.plan_job(config, plan_job.Lengths(completion=64))
-    held = plan_programs.Programs(job, jax.devices()[:4]).held(sampling=True)
-    found = plan_reckon.memory(job, {"data": 1, "fsdp": 4, "tensor": 1}, "none", parameter_table(config, job.model))
-    assert (
-        found["learning"]["weights"] == held["weights"]
-        and found["learning"][plan_reckon.COPY] == held[plan_reckon.COPY]
-    )
+    job = job_of(config, completion=64)
+    held = GrpoPhases(job, jax.devices()[:4]).held(sampling=True)
+    shape = {"data": 1, "fsdp": 4, "tensor": 1}
+    found = reckon.rollout_memory(job, shape, "none", reckon.parameter_table(job))
+    assert found["learning"]["weights"] == held["frozen"] and found["learning"][reckon.COPY] == held[reckon.COPY]
     assert found["learning"]["reference"] == held["reference"]
-    assert found["learning"]["adapter, gradient, optimiser"] == 4 * held["adapter"]
-    assert found["sampling"]["adapter, optimiser"] == 3 * held["adapter"] + held["sampler's adapter"]
+    assert found["learning"]["adapter, gradient, optimiser"] == 4 * held["trainable"]
+    assert found["sampling"]["adapter, optimiser"] == 3 * held["trainable"] + held["sampler's trainable"]
 
 
 @pytest.mark.parametrize(
@@ -368,14 +467,8 @@ def test_reckoned_bytes_are_those_of_the_placed_trees(config):
 )
 def test_targets_that_are_refused(config, tmp_path, targets, error, message):
     with pytest.raises(error, match=message):
-        plan.run(config, str(tmp_path / "w"), targets)
+        task.run(config, str(tmp_path / "w"), targets)
     assert not (tmp_path / "w").exists()
-
-
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"fsdp": 2}])
-def test_meshes_that_do_not_fit(sizes):
-    with pytest.raises(MeshError):
-        plan_job.mesh_shape(sizes, 4)
 
 
 @pytest.mark.slow
@@ -383,8 +476,8 @@ def test_a_tpu_program_has_the_kernel(config, monkeypatch):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     config.mesh.data, config.mesh.fsdp, config.rollout.tensor, config.model.dtype = 1, 4, 2, "bfloat16"
-    planned = plan.plan_topology(plan_job.plan_job(config, plan_job.Lengths(completion=64)), "v5e:2x2")
-    kernels = {p.kind: p.compiled.kernels for p in planned.phases}
+    planned = task.plan_topology(job_of(config, completion=64), "v5e:2x2")
+    kernels = {c.phase.kind: c.kernels for c in planned.phases}
     assert kernels["gradient"] > kernels["score"] > 0 and planned.fits
-    assert not any(p.compiled.whole for p in planned.phases)
+    assert not any(c.whole for c in planned.phases)
     assert jnp.isfinite(planned.hours)
