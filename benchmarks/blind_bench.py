@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data_prep.questions.balance import PRESETS, select
 from data_prep.questions.blind import baselines, letter_test
 from data_prep.questions.propose import QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
+from tests.data_prep.scenes.random_scenes import random_scene
 
 
 def main() -> None:

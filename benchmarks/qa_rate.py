@@ -19,7 +19,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.questions.propose import QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
+from tests.data_prep.scenes.random_scenes import random_scene
 
 QUESTIONS, CLIPS = 2_000_000, 100_000
 

@@ -28,25 +28,19 @@ if __name__ == "__main__":
 import cv2
 import numpy as np
 
-from data_prep.questions.propose import SCENARIOS, QuestionRules, letter_from, propose
+from data_prep.questions.options import LETTERS
+from data_prep.questions.propose import SCENARIOS, Question, QuestionRules, propose
 from data_prep.scenes import relations
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene
 from data_prep.stereo.disparity import StereoError
 from data_prep.stereo.stage import Reconstruction, reconstruct_clip
+from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import SyntheticClip, make_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 
 FAR = 6.0  # metres
 MIN_PATH = 0.05  # metres: a shorter path has no relative error
-OBJECT_RELATIONS = (
-    relations.object_absolute_distance,
-    relations.object_camera_absolute_distance,
-    relations.object_camera_relative_distance,
-    relations.object_camera_lateral_direction,
-    relations.object_camera_longitudinal_direction,
-)
-CAMERA_RELATIONS = (relations.camera_absolute_distance, relations.camera_relative_direction)
 
 
 def reconstruct_synthetic(clip: SyntheticClip, use_masks: bool = True) -> Reconstruction:
@@ -146,12 +140,12 @@ def compare_relations(found: Scene, true: Scene, tally: dict[str, list[tuple[boo
     Where the found scene refuses, no question would be asked; where the exact one does, the truth is a borderline case.
     """
     for i, j in frame_pairs(true.num_frames):
-        cases = [(r, (i, j), (i, j)) for r in CAMERA_RELATIONS]
+        cases = [(name, None, None) for name in SCENARIOS if name.startswith("camera")]
         for o in found.objects:
-            cases += [(r, (o, i, j), (true.object(o.object_id), i, j)) for r in OBJECT_RELATIONS]
-        for relation, ours, exact in cases:
+            cases += [(name, o, true.object(o.object_id)) for name in SCENARIOS if name.startswith("object")]
+        for name, ours, exact in cases:
             try:
-                a, b = relation(found, *ours), relation(true, *exact)
+                a, b = relations.solve(name, found, ours, i, j), relations.solve(name, true, exact, i, j)
             except relations.Refused:
                 continue
             difference = abs(a.value - b.value) if isinstance(a.value, float) else np.nan
@@ -168,6 +162,40 @@ def compare_letters(found: Scene, true: Scene, letters: dict[str, list[bool]]) -
     rules = QuestionRules()
     for question in propose(found, rules, seed=0):
         letters[question.scenario].append(letter_from(true, question, rules) == question.answer)
+
+
+def letter_from(scene: Scene, question: Question, rules: QuestionRules) -> str | None:
+    """Answer a question again from another scene of the same clip: from exact truth where it was asked of an estimate.
+
+    `propose` asks only where its own scene is clear. The other scene has to answer whatever it says, so here nothing is
+    refused for being near a threshold: a label is the class the measurement falls into, a distance the nearest option.
+
+    Args:
+      scene: of the same frames and with the same object ids as the one that was asked about.
+      question: as `propose` made it from the other scene.
+      rules: those it was made with.
+
+    Returns:
+      The letter; None if the object is not there or not seen enough at the two frames, the true label is not among the
+      options, or two options are equally near.
+    """
+    name, pair = question.scenario, [np.array([frame]) for frame in question.source]
+    try:
+        obj = scene.object(question.object_id) if question.object_id else None
+    except SceneError:
+        return None
+    values = (
+        relations.measure_camera(scene, *pair) if obj is None else relations.measure_object(scene, obj, *pair, rules)[1]
+    )[name]
+    if np.isnan(values).any():
+        return None
+    if relations.LABELS[name]:
+        lenient = dataclasses.replace(rules, min_motion=0.0, dominance=1.0, margin=0.0)
+        label = relations.LABELS[name][relations.classes_of(name, values, lenient)[0]]
+        return LETTERS[question.options.index(label)] if label in question.options else None
+    gaps = np.abs(np.array([float(text) for text in question.options]) - values[0])
+    best = int(gaps.argmin())
+    return None if (gaps == gaps[best]).sum() > 1 else LETTERS[best]
 
 
 def print_letters(letters: dict[str, list[bool]]) -> None:

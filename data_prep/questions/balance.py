@@ -65,13 +65,6 @@ class Preset:
     min_motion: float
     split: str
 
-    def __post_init__(self) -> None:
-        unknown = set(self.shares) - set(SCENARIOS)
-        if unknown or not self.shares or any(share <= 0 for share in self.shares.values()):
-            raise ValueError(f"preset {self.name}: shares must be above 0, for some of {', '.join(SCENARIOS)}")
-        if self.split not in SPLITS or self.per_source < 1 or (self.total is not None and self.total < 1):
-            raise ValueError(f"preset {self.name}: split must be of {SPLITS}, per_source and total at least 1")
-
     def quotas(self, total: int) -> dict[str, int]:
         """Share out the questions per scenario of a data set of `total`; largest remainders get the rest."""
         weight = sum(self.shares.values())

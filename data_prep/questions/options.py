@@ -9,49 +9,30 @@ looked at the truth ("too small for distinct distractors") would make the option
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from collections.abc import Sequence
 
 LETTERS = "ABCD"
-SHAPES = ("exchangeable", "independent")
+_LOW, _HIGH = 0.25, 1.75  # distractors lie within these multiples of the truth (the paper's)
 _NARROWEST, _WIDEST = 0.85, 0.95  # share of the permitted range (in the logarithm) that a ladder takes
 
 
-@dataclasses.dataclass(frozen=True)
-class OptionRule:
-    """How the four options of a distance are made.
-
-    Attributes:
-      low, high: distractors lie within these multiples of the truth (the paper's 0.25 and 1.75).
-      shape: "exchangeable": a ladder of about equal ratios, largest / smallest at most min(high, 1/low), so that the
-        values alone do not tell which one is true; at the default bounds no option is below about 0.6 m.
-        "independent": distractors drawn uniformly in the bounds, the paper's reading; allows truths from 0.4 m, and
-        lets a reader of the options alone do far better than chance (`option_geometry` in `blind` measures it).
-    """
-
-    low: float = 0.25
-    high: float = 1.75
-    shape: str = "exchangeable"
-
-    def __post_init__(self) -> None:
-        if self.shape not in SHAPES or not 0 < self.low < 1 < self.high < math.inf:
-            raise ValueError(f"options need a shape of {', '.join(SHAPES)} and 0 < low < 1 < high, not {self}")
-
-
-def numeric_options(truth: float, rule: OptionRule, rng: random.Random) -> tuple[list[str], int] | None:
+def numeric_options(truth: float, shape: str, rng: random.Random) -> tuple[list[str], int] | None:
     """Four distances with one decimal, ascending and distinct, and the rank of the truth among them.
 
     Args:
       truth: metres.
+      shape: key of `SHAPES`. "exchangeable": a ladder of about equal ratios, largest / smallest at most 1.75, so that
+        the values alone do not tell which one is true; no option is below about 0.6 m. "independent": distractors drawn
+        uniformly in the bounds, the paper's reading; allows truths from 0.4 m, and lets a reader of the options alone
+        do far better than chance (`option_geometry` in `blind` measures it).
 
     Returns:
       None when this draw makes no fair set; another draw might.
     """
     rank = int(rng.random() * 4)
-    make = _ladder if rule.shape == "exchangeable" else _independent
-    tenths = make(truth, rank, rule, rng)
+    tenths = SHAPES[shape](truth, rank, rng)
     return None if tenths is None else ([f"{n / 10:.1f}" for n in tenths], rank)
 
 
@@ -75,23 +56,23 @@ def shuffle(items: list, rng: random.Random) -> None:
         items[n], items[k] = items[k], items[n]
 
 
-def _ladder(truth: float, rank: int, rule: OptionRule, rng: random.Random) -> list[int] | None:
-    widest = math.log(min(rule.high, 1 / rule.low))
+def _ladder(truth: float, rank: int, rng: random.Random) -> list[int] | None:
+    widest = math.log(min(_HIGH, 1 / _LOW))
     a, b, c = 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random()
     scale = widest * (_NARROWEST + (_WIDEST - _NARROWEST) * rng.random()) / (a + b + c)
     steps = (1.0, math.exp(scale * a), math.exp(scale * (a + b)), math.exp(scale * (a + b + c)))
     lowest, span = truth / steps[rank], steps[3]
     # Distinct and within bounds after rounding, whichever option is the truth: conditions on the set alone.
     gap = min(steps[1] - 1, steps[2] - steps[1], span - steps[2])
-    room = min(rule.high - span, 1 - rule.low * span)
+    room = min(_HIGH - span, 1 - _LOW * span)
     if lowest * gap < 0.1 or lowest * room < 0.05:
         return None
     return [round(10 * lowest * step) for step in steps]
 
 
-def _independent(truth: float, rank: int, rule: OptionRule, rng: random.Random) -> list[int] | None:
+def _independent(truth: float, rank: int, rng: random.Random) -> list[int] | None:
     center = round(10 * truth)
-    bottom, top = math.ceil(10 * rule.low * truth), math.floor(10 * rule.high * truth)
+    bottom, top = math.ceil(10 * _LOW * truth), math.floor(10 * _HIGH * truth)
     if center - max(bottom, 1) < 3 or top - center < 3:
         return None
     chosen: set[int] = set()
@@ -100,3 +81,6 @@ def _independent(truth: float, rank: int, rule: OptionRule, rng: random.Random) 
     while len(chosen) < 3:
         chosen.add(center + 1 + int(rng.random() * (top - center)))
     return sorted(chosen | {center})
+
+
+SHAPES = {"exchangeable": _ladder, "independent": _independent}

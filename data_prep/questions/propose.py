@@ -17,17 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.questions.options import LETTERS, OptionRule, label_options, numeric_options, shuffle
+from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_options, shuffle
 from data_prep.questions.wording import ANCHORS, PHRASINGS, object_names, question_text
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene, move_points
-from data_prep.store.untrusted import SceneError
 from mllm4d_jax.media.frame_sampling import sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
 SCENARIOS = tuple(LABELS)
-STATE_AXES = ("first_frame", "world")
 QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
 
@@ -40,24 +38,21 @@ class QuestionRules(RelationRules):
       per_clip: most questions proposed for one clip.
       pairs: frame pairs tried per clip.
       min_gap: the two frames are at least this share of the clip apart.
-      options: how distances get their options.
-      state_axes: axes of the centres in `solution`: those of the camera at the first frame, which a viewer can know, or
-        the scene's world.
+      options: how distances get their options, a key of `options.SHAPES`.
     """
 
     num_frames: int = 32
     per_clip: int = 28
     pairs: int = 24
     min_gap: float = 0.1
-    options: OptionRule = dataclasses.field(default_factory=OptionRule)
-    state_axes: str = "first_frame"
+    options: str = "exchangeable"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_frames < 2 or self.per_clip < 1 or self.pairs < 1 or not 0 <= self.min_gap < 1:
             raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
-        if self.state_axes not in STATE_AXES:
-            raise ValueError(f"state_axes must be of {STATE_AXES}: {self}")
+        if self.options not in SHAPES:
+            raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +74,8 @@ class Question:
       count: frames the model sees.
       object_id: "" for the camera's relations.
       object_name: what the text calls the object ("the red box"); "" for the camera's relations.
-      camera_center, object_center: (at i, at j), metres; see `QuestionRules.state_axes`.
+      camera_center, object_center: (at i, at j), metres, in the axes of the camera at the first frame, which a viewer
+        can know.
     """
 
     id: str
@@ -198,7 +194,7 @@ class _Facts:
         seen = frame_numbers(scene.num_frames, rules.num_frames)
         pairs = _draw_pairs(len(seen), rules, rng)
         i, j = seen[[p[0] for p in pairs]], seen[[p[1] for p in pairs]]
-        axes = None if rules.state_axes == "world" else scene.world_to_camera[int(seen[0])]
+        axes = scene.world_to_camera[int(seen[0])]
         names = sorted(object_names(scene).items())
         travelled = measure_camera(scene, i, j)
         always = np.ones(len(i), bool)
@@ -229,11 +225,9 @@ def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tu
     return list(pairs) or [(0, count - 1)]
 
 
-def _state(points: np.ndarray, axes: np.ndarray | None) -> list[list[float]]:
-    """World points [N, 3] in the axes of a camera f64[3, 4] (None = the world's), in whole millimetres."""
-    if axes is not None:
-        points = move_points(axes, points)
-    return (points.round(3) + 0.0).tolist()  # adding 0.0 turns -0.0 into 0.0
+def _state(points: np.ndarray, axes: np.ndarray) -> list[list[float]]:
+    """World points [N, 3] in the axes of a camera f64[3, 4], in whole millimetres."""
+    return (move_points(axes, points).round(3) + 0.0).tolist()  # adding 0.0 turns -0.0 into 0.0
 
 
 def _cases(name: str, obj: int, values: np.ndarray, usable: np.ndarray, rules: QuestionRules) -> list[tuple]:
@@ -307,35 +301,3 @@ def _ask(
         camera_center=(facts.cameras[facts.seen[i]], facts.cameras[facts.seen[j]]),
         object_center=centers,
     )
-
-
-def letter_from(scene: Scene, question: Question, rules: QuestionRules) -> str | None:
-    """Answer a question again from another scene of the same clip: from exact truth where it was asked of an estimate.
-
-    `propose` asks only where its own scene is clear. The other scene has to answer whatever it says, so here nothing is
-    refused for being near a threshold: a label is the class the measurement falls into, a distance the nearest option.
-
-    Args:
-      scene: of the same frames and with the same object ids as the one that was asked about.
-      question: as `propose` made it from the other scene.
-      rules: those it was made with.
-
-    Returns:
-      The letter; None if the object is not there or not seen enough at the two frames, the true label is not among the
-      options, or two options are equally near.
-    """
-    name, pair = question.scenario, [np.array([frame]) for frame in question.source]
-    try:
-        obj = scene.object(question.object_id) if question.object_id else None
-    except SceneError:
-        return None
-    values = (measure_camera(scene, *pair) if obj is None else measure_object(scene, obj, *pair, rules)[1])[name]
-    if np.isnan(values).any():
-        return None
-    if LABELS[name]:
-        lenient = dataclasses.replace(rules, min_motion=0.0, dominance=1.0, margin=0.0)
-        label = LABELS[name][classes_of(name, values, lenient)[0]]
-        return LETTERS[question.options.index(label)] if label in question.options else None
-    gaps = np.abs(np.array([float(text) for text in question.options]) - values[0])
-    best = int(gaps.argmin())
-    return None if (gaps == gaps[best]).sum() > 1 else LETTERS[best]

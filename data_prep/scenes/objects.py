@@ -160,12 +160,12 @@ def read_bootstap(path: str | Path, frames: int) -> np.ndarray:
 
 
 def lift_tracks(
-    tracks: np.ndarray, depth: np.ndarray, valid: np.ndarray, intrinsics: np.ndarray, camera_to_world: np.ndarray
+    tracks: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, camera_to_world: np.ndarray
 ) -> np.ndarray:
     """Place 2D tracks f64[N, T, 2] in the world, f64[N, T, 3], by the depth of their pixel; NaN where it has none.
 
     Args:
-      depth: [T, H, W] camera z, metres. valid: bool[T, H, W].
+      depth: f32[T, H, W] camera z, metres, NaN = unknown.
       intrinsics: f64[T, 3, 3]. camera_to_world: f64[T, 3, 4].
     """
     count, frames = tracks.shape[:2]
@@ -173,7 +173,7 @@ def lift_tracks(
     inside = (tracks >= 0).all(2) & (tracks[..., 0] < width) & (tracks[..., 1] < height)  # False for NaN
     pixel = np.where(inside[..., None], tracks, 0).astype(np.int64)
     at = (np.broadcast_to(np.arange(frames), (count, frames)), pixel[..., 1], pixel[..., 0])
-    z = np.where(inside & valid[at], depth[at].astype(np.float64), np.nan)
+    z = np.where(inside, depth[at].astype(np.float64), np.nan)
     rays = np.concatenate([tracks, np.ones((count, frames, 1))], axis=2)
     points = move_tracks(camera_to_world, np.einsum("tij,ntj->nti", np.linalg.inv(intrinsics), rays) * z[..., None])
     points[np.isnan(points).any(2)] = np.nan

@@ -1,8 +1,8 @@
 """The relation solver: what happened between two frames, computed from the 4D scene (MLLM-4D, section on the solver).
 
 First the formulas, over P frame pairs of a clip at once: `i` and `j` are i64[P] frame numbers with i < j, results are
-float64 metres, NaN where too few of the object's points are seen. Then seven pure functions of (scene, [object,] i, j)
-for one pair. All use world->camera extrinsics. A case that no honest label fits is refused with a reason, not guessed:
+float64 metres, NaN where too few of the object's points are seen. Then `solve`, a pure function of (relation, scene,
+object, i, j) for one pair. All use world->camera extrinsics. A case that no honest label fits is refused, not guessed:
 
 - "unseen": too few of the object's points are seen;
 - "no_motion": the camera moved too little for a direction;
@@ -21,18 +21,15 @@ import numpy as np
 from data_prep.scenes.scene import Scene, SceneObject
 
 CAMERA_DIRECTIONS = ("right", "left", "down", "up", "forward", "backward")
-DISTANCE_CHANGES = ("farther", "closer", "not moving")
-LATERAL_DIRECTIONS = ("right", "left", "not moving")
-LONGITUDINAL_DIRECTIONS = ("farther", "closer", "not moving")
 # Every relation by name, with its labels; () for a distance.
 LABELS: Mapping[str, tuple[str, ...]] = {
     "camera_absolute_distance": (),
     "camera_relative_direction": CAMERA_DIRECTIONS,
     "object_absolute_distance": (),
     "object_camera_absolute_distance": (),
-    "object_camera_relative_distance": DISTANCE_CHANGES,
-    "object_camera_lateral_direction": LATERAL_DIRECTIONS,
-    "object_camera_longitudinal_direction": LONGITUDINAL_DIRECTIONS,
+    "object_camera_relative_distance": ("farther", "closer", "not moving"),
+    "object_camera_lateral_direction": ("right", "left", "not moving"),
+    "object_camera_longitudinal_direction": ("farther", "closer", "not moving"),
 }
 # Classes that are refused; the others count into a relation's labels.
 UNSEEN, NO_MOTION, MIXED_AXES, NEAR_THRESHOLD = -1, -2, -3, -4
@@ -78,19 +75,14 @@ class Centroids(NamedTuple):
     seen: np.ndarray
 
 
-def camera_displacements(scene: Scene, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return how the camera moved from i to j, in the axes of camera i: R_i (Center_j - Center_i), f64[P, 3].
+def measure_camera(scene: Scene, i: np.ndarray, j: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the values of the camera's relations: f64[P], for the direction f64[P, 3] in the axes of camera i.
 
-    The paper prints R_i' (t_j - t_i), which is this only when [R|t] is camera->world, while its other formulas take
-    [R|t] as world->camera.
+    The direction is R_i (Center_j - Center_i). The paper prints R_i' (t_j - t_i), which is this only when [R|t] is
+    camera->world, while its other formulas take [R|t] as world->camera.
     """
     centers = scene.camera_centers
-    return np.einsum("pab,pb->pa", scene.world_to_camera[i, :, :3], centers[j] - centers[i])
-
-
-def measure_camera(scene: Scene, i: np.ndarray, j: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the values of the camera's relations: f64[P], for the direction f64[P, 3] in the axes of camera i."""
-    moves = camera_displacements(scene, i, j)
+    moves = np.einsum("pab,pb->pa", scene.world_to_camera[i, :, :3], centers[j] - centers[i])
     return {"camera_absolute_distance": np.sqrt((moves**2).sum(1)), "camera_relative_direction": moves}
 
 
@@ -184,13 +176,11 @@ class Relation:
     Attributes:
       name: key of `LABELS`.
       value: metres; a 3-vector in camera axes for `camera_relative_direction`.
-      unit: "m".
       label: one of `LABELS[name]`; for a distance the value with one decimal.
     """
 
     name: str
     value: float | tuple[float, float, float]
-    unit: str
     label: str
 
 
@@ -205,69 +195,30 @@ class Refused(ValueError):
         return f"{self.args[0]} ({self.reason})"
 
 
-# Each function below raises ValueError unless 0 <= i < j < T, and Refused for the reasons named.
+def solve(name: str, scene: Scene, obj: SceneObject | None, i: int, j: int, rules: RelationRules = RULES) -> Relation:
+    """Compute one relation between frames i and j.
 
+    camera_absolute_distance: how far the camera got, |Center_j - Center_i|. Never refused.
+    camera_relative_direction: the dominant axis of R_i (Center_j - Center_i): where the camera went, as its own axes
+      stood at i. Refused: "no_motion", "mixed_axes".
+    object_absolute_distance: how far the object's centroid got in the world.
+    object_camera_absolute_distance: from where the camera was at i to the nearest seen point of where the object is at
+      j. Refused: "unseen" (at j).
+    object_camera_relative_distance: whether the object's nearest seen point is farther from the camera at j than at i;
+      value d_j - d_i.
+    object_camera_lateral_direction: whether the object moved right or left as seen from camera i, x of the centroid at
+      j minus at i. The camera's own motion plays no part: both positions are expressed in camera i.
+    object_camera_longitudinal_direction: whether it moved away from or towards camera i along its viewing axis, z at j
+      minus z at i.
 
-def camera_absolute_distance(scene: Scene, i: int, j: int) -> Relation:
-    """Measure how far the camera got from i to j: |Center_j - Center_i|. Never refused."""
-    return _relation("camera_absolute_distance", scene, None, i, j, RULES)
+    Args:
+      name: key of `LABELS`.
+      obj: the object asked about; None for the camera's relations.
 
-
-def camera_relative_direction(scene: Scene, i: int, j: int, rules: RelationRules = RULES) -> Relation:
-    """Name the dominant axis of R_i (Center_j - Center_i): where the camera went, as its own axes stood at i.
-
-    Refused: "no_motion", "mixed_axes".
+    Raises:
+      ValueError: not 0 <= i < j < T.
+      Refused: no label fits: "unseen" for objects, "near_threshold" for their changes, and as above.
     """
-    return _relation("camera_relative_direction", scene, None, i, j, rules)
-
-
-def object_absolute_distance(scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES) -> Relation:
-    """Measure how far the object's centroid got in the world from i to j. Refused: "unseen"."""
-    return _relation("object_absolute_distance", scene, obj, i, j, rules)
-
-
-def object_camera_absolute_distance(
-    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
-) -> Relation:
-    """Measure from where the camera was at i to the nearest seen point of where the object is at j.
-
-    Refused: "unseen" (at j).
-    """
-    return _relation("object_camera_absolute_distance", scene, obj, i, j, rules)
-
-
-def object_camera_relative_distance(
-    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
-) -> Relation:
-    """Tell whether the object's nearest seen point is farther from the camera at j than at i; value d_j - d_i.
-
-    Refused: "unseen", "near_threshold".
-    """
-    return _relation("object_camera_relative_distance", scene, obj, i, j, rules)
-
-
-def object_camera_lateral_direction(
-    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
-) -> Relation:
-    """Tell whether the object moved right or left as seen from camera i: x of the centroid at j minus at i.
-
-    The camera's own motion plays no part: both positions are expressed in camera i. Refused: "unseen",
-    "near_threshold".
-    """
-    return _relation("object_camera_lateral_direction", scene, obj, i, j, rules)
-
-
-def object_camera_longitudinal_direction(
-    scene: Scene, obj: SceneObject, i: int, j: int, rules: RelationRules = RULES
-) -> Relation:
-    """Tell whether the object moved away from or towards camera i along its viewing axis: z at j minus z at i.
-
-    Refused: "unseen", "near_threshold".
-    """
-    return _relation("object_camera_longitudinal_direction", scene, obj, i, j, rules)
-
-
-def _relation(name: str, scene: Scene, obj: SceneObject | None, i: int, j: int, rules: RelationRules) -> Relation:
     for number in (i, j):
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
             raise ValueError(f"a frame number must be a whole number, not {number!r}")
@@ -283,6 +234,5 @@ def _relation(name: str, scene: Scene, obj: SceneObject | None, i: int, j: int, 
         raise Refused(text, _REASONS[kind])
     if kind < 0:
         raise Refused(f"{name}: {np.round(value, 3)} m has no clear label", _REASONS[kind])
-    if isinstance(value, list):
-        value = tuple(value)
-    return Relation(name, value, "m", LABELS[name][kind] if LABELS[name] else f"{value:.1f}")
+    value = tuple(value) if isinstance(value, list) else value
+    return Relation(name, value, LABELS[name][kind] if LABELS[name] else f"{value:.1f}")

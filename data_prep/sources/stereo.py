@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
-from data_prep.scenes.scene import Scene, load_scene, save_scene
+from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
 from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, dropped_objects, find, read_card
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.stereo.disparity import StereoError, split_side_by_side
@@ -86,6 +86,7 @@ class StereoSource:
         if nameless:
             raise SceneError(f"{captions}: no caption for the masks {nameless[0]!r}")
         fov = self.fov_degrees if card.fov_degrees is None else card.fov_degrees
+        camera = intrinsics_of(left.shape[1:3], fov) if card.intrinsics is None else card.intrinsics
         try:
             found = reconstruct_clip(
                 left,
@@ -99,8 +100,7 @@ class StereoSource:
                 max_disparity=self.max_disparity,
                 limits=self.limits,
                 provenance={"files": [path.name for path in videos]},
-                intrinsics=card.intrinsics,
-                fov_degrees=fov if card.intrinsics is None else None,
+                intrinsics=camera,
             )
         except StereoError as error:
             raise ClipRejected(error.reason, str(error), card.source_id) from error
@@ -132,8 +132,7 @@ def _with_tracks(
 ) -> Scene:
     """The scene with the objects that 2D tracks f64[N,T,2] give on its depth and poses."""
     scene = found.scene
-    known = np.isfinite(found.depths)
-    tracks = lift_tracks(pixels, found.depths, known, scene.intrinsics, scene.camera_to_world)
+    tracks = lift_tracks(pixels, found.depths, scene.intrinsics, scene.camera_to_world)
     objects, dropped = objects_from_tracks(scene, tracks, masks, names)
     notes = {"objects_left_out": dropped, "tracks": file}
     return dataclasses.replace(scene, objects=objects, provenance={**scene.provenance, **notes})

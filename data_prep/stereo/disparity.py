@@ -15,6 +15,8 @@ _REFINE_STEPS = 3
 _FLAT_RANGE = 1.5  # refine only where disparity changes by less than this inside the window: no step edge
 _MAX_LR_ERROR = 1.0  # native pixels between left->right and right->left matches
 _MIN_TEXTURE = 1.0  # rms horizontal grey-level difference inside the window, of 255
+# Metres. The far limit is Stereo4D's: with its 63 mm baseline that is 1.4 px of disparity at 512 px and 60 degrees.
+_MIN_DEPTH, MAX_DEPTH = 0.1, 20.0
 
 
 class StereoError(ValueError):
@@ -42,15 +44,6 @@ def check_array(name: str, array: np.ndarray, dtype: type | None, shape: tuple[i
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         kind = "" if dtype is None else np.dtype(dtype)
         raise StereoError(f"{name} must be {kind}[{wanted}], got {array.dtype}{list(array.shape)}")
-
-
-def estimate_disparity(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate a rectified pair's disparity in the left view: f32[H,W] native pixels, 0 where invalid; bool[H,W] valid.
-
-    `match_pair` gives the same and the left-right error; arguments and errors are its own.
-    """
-    disparity, valid, _ = match_pair(left, right, max_disparity)
-    return disparity, valid
 
 
 def match_pair(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -99,18 +92,8 @@ def left_right_error(disparity: np.ndarray, right_disparity: np.ndarray) -> np.n
     return np.where(inside & np.isfinite(error), error, np.inf).astype(np.float32)
 
 
-def depth_from_disparity(
-    disparity: np.ndarray,
-    valid: np.ndarray,
-    fx: float,
-    baseline: float,
-    *,
-    min_depth: float = 0.1,
-    max_depth: float = 20.0,
-) -> np.ndarray:
-    """Return depth z = fx * baseline / disparity, f32[...] metres, NaN where invalid or outside [min_depth, max_depth].
-
-    The far limit of 20 m is Stereo4D's: with its 63 mm baseline that is 1.4 px of disparity at 512 px and 60 degrees.
+def depth_from_disparity(disparity: np.ndarray, valid: np.ndarray, fx: float, baseline: float) -> np.ndarray:
+    """Return depth z = fx * baseline / disparity, f32[...] metres, NaN where invalid or outside [0.1, 20].
 
     Args:
       disparity: f32[...] pixels.
@@ -119,18 +102,14 @@ def depth_from_disparity(
       baseline: distance of the two optical centres, metres.
 
     Raises:
-      StereoError: shapes differ, or a parameter is not positive.
+      StereoError: fx or the baseline is not positive.
     """
-    if disparity.shape != valid.shape:
-        raise StereoError(f"disparity is {disparity.shape} and valid {valid.shape}; they must agree")
-    for name, value in {"fx": fx, "baseline": baseline, "min_depth": min_depth}.items():
+    for name, value in {"fx": fx, "baseline": baseline}.items():
         if not (math.isfinite(value) and value > 0):
             raise StereoError(f"{name} must be a positive number, got {value}")
-    if not max_depth > min_depth:
-        raise StereoError(f"max_depth {max_depth} must exceed min_depth {min_depth}")
     usable = valid & (disparity > 0)
     depth = fx * baseline / np.where(usable, disparity, 1.0)
-    return np.where(usable & (depth >= min_depth) & (depth <= max_depth), depth, np.nan).astype(np.float32)
+    return np.where(usable & (depth >= _MIN_DEPTH) & (depth <= MAX_DEPTH), depth, np.nan).astype(np.float32)
 
 
 def split_side_by_side(frames: np.ndarray, layout: str = "left_right") -> tuple[np.ndarray, np.ndarray]:

@@ -77,18 +77,19 @@ class QualityLimits:
     max_path_length: float | None = None
 
 
-def check_quality(figures: Mapping[str, float], limits: QualityLimits) -> tuple[str, ...]:
-    """List the limits that `figures` break, one sentence each ("valid_disparity 0.12 is below 0.3"); () = accepted.
+def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id: str) -> None:
+    """Refuse a clip whose figures break a limit ("valid_disparity 0.12 is below 0.3").
 
     Args:
       figures: named as in `Quality`; those not measured yet may be absent. None or NaN (could not be measured) breaks
         its limit.
-      limits: what to keep.
+
+    Raises:
+      StereoError: reason "low_quality", naming every broken limit.
     """
     broken = []
-    for field in dataclasses.fields(limits):
-        limit = getattr(limits, field.name)
-        side, name = field.name.split("_", 1)
+    for field, limit in dataclasses.asdict(limits).items():
+        side, name = field.split("_", 1)
         if limit is None or name not in figures:
             continue
         value = figures[name]
@@ -98,7 +99,8 @@ def check_quality(figures: Mapping[str, float], limits: QualityLimits) -> tuple[
             broken.append(f"{name} {value:.3g} is below {limit:g}")
         elif side == "max" and value > limit:
             broken.append(f"{name} {value:.3g} is above {limit:g}")
-    return tuple(broken)
+    if broken:
+        raise StereoError(f"clip {clip_id}: {'; '.join(broken)}", "low_quality")
 
 
 def vertical_error(
@@ -131,14 +133,3 @@ def static_drift(tracks: PointTracks, trajectory: Trajectory) -> float:
     spread = np.sqrt(np.nanmean(((world - mean) ** 2).sum(-1), axis=1))
     distance = np.linalg.norm(mean - trajectory.camera_centers[None], axis=2).mean(1)
     return float(np.median(spread / distance))
-
-
-def require_quality(figures: Mapping[str, float], limits: QualityLimits | None, clip_id: str) -> None:
-    """Refuse a clip whose figures (as in `check_quality`) break a limit; `limits` None = accepts everything.
-
-    Raises:
-      StereoError: reason "low_quality", naming every broken limit.
-    """
-    broken = check_quality(figures, limits) if limits is not None else ()
-    if broken:
-        raise StereoError(f"clip {clip_id}: {'; '.join(broken)}", "low_quality")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.scenes.objects import Caption
-from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of
-from data_prep.stereo.disparity import StereoError, check_array, depth_from_disparity, match_pair
+from data_prep.scenes.scene import Scene, SceneObject
+from data_prep.stereo.disparity import MAX_DEPTH, StereoError, check_array, depth_from_disparity, match_pair
 from data_prep.stereo.quality import Quality, QualityLimits, require_quality, vertical_error
 from data_prep.stereo.tracks import PointTracks, reject_outliers, track_points
 from data_prep.stereo.trajectory import Trajectory, solve_trajectory
@@ -45,15 +45,13 @@ def reconstruct_clip(
     clip_id: str,
     source_id: str,
     timestamps: np.ndarray,
-    intrinsics: np.ndarray | None = None,
-    fov_degrees: float | None = None,
+    intrinsics: np.ndarray,
     baseline: float | None = None,
     masks: Mapping[str, np.ndarray] = MappingProxyType({}),
     captions: Mapping[str, Caption] = MappingProxyType({}),
     max_disparity: int | None = None,
-    max_depth: float = 20.0,
-    limits: QualityLimits | None = QualityLimits(),  # noqa: B008 - frozen
-    provenance: Mapping[str, Any] | None = None,
+    limits: QualityLimits = QualityLimits(),  # noqa: B008 - frozen
+    provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Reconstruction:
     """Find depth, camera path, tracks and object points of a rectified stereo clip, without any given pose.
 
@@ -64,28 +62,31 @@ def reconstruct_clip(
       left, right: u8[T,H,W,3] RGB; the world is the left camera of frame 0.
       clip_id, source_id: of the scene.
       timestamps: f64[T] seconds.
-      intrinsics: f64[3,3] pixels; or give
-      fov_degrees: horizontal field of view of a centred pinhole (Stereo4D's clips: 60).
+      intrinsics: f64[3,3] pixels, one camera for the clip.
       baseline: metres between the optical centres. None = 0.063 as Stereo4D assumes; the scene's scale then says
         "assumed_baseline" instead of "metric".
       masks: per object id, bool[T,H,W] in the left view; objects are kept out of the camera's pose.
       captions: per object id, what it is called; without one its name stays empty.
       max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m).
-      max_depth: metres; what is farther is unknown (Stereo4D: 20).
-      limits: the clip is rejected when it breaks one; None = never.
+      limits: the clip is rejected when it breaks one.
       provenance: added to the scene's, e.g. files.
 
     Raises:
       StereoError: bad input, no pose for a frame, or quality below the limits; `reason` tells which.
       SceneError: ids, timestamps or provenance do not make a scene.
     """
-    _check_clip(left, right, timestamps, masks)
+    check_array("left", left, np.uint8, (None, None, None, 3))
+    check_array("right", right, np.uint8, left.shape)
+    check_array("intrinsics", intrinsics, np.float64, (3, 3))
+    if np.shape(timestamps) != (len(left),):
+        raise StereoError(f"{len(left)} frames need as many timestamps, got {list(np.shape(timestamps))}")
+    for name, mask in masks.items():
+        check_array(f"masks of object {name!r}", mask, bool, left.shape[:3])
     height, width = left.shape[1:3]
-    intrinsics = _camera(intrinsics, fov_degrees, height, width)
     scale = "assumed_baseline" if baseline is None else "metric"
     metres = STEREO4D_BASELINE if baseline is None else baseline
     search = max(1, width // 8) if max_disparity is None else max_disparity
-    depths, figures = _clip_depths(left, right, intrinsics[0, 0], metres, search, max_depth)
+    depths, figures = _clip_depths(left, right, intrinsics[0, 0], metres, search)
     require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
     moving = np.logical_or.reduce(list(masks.values())) if masks else None
     trajectory = solve_trajectory(left, depths, intrinsics, moving)
@@ -93,7 +94,7 @@ def reconstruct_clip(
     quality = Quality.of(figures, trajectory, tracks, scale)
     require_quality(quality.as_dict(), limits, clip_id)
     found, left_out = _scene_objects(masks, captions, tracks)
-    parameters = {"baseline": metres, "max_disparity": search, "max_depth": max_depth}
+    parameters = {"baseline": metres, "max_disparity": search, "max_depth": MAX_DEPTH}
     notes = {"tool": "data_prep.stereo.stage", "parameters": parameters, "quality": quality.as_dict()}
     scene = Scene.from_world_to_camera(
         clip_id=clip_id,
@@ -104,41 +105,20 @@ def reconstruct_clip(
         timestamps=timestamps,
         objects=found,
         scale=scale,
-        provenance={**(provenance or {}), **notes, "objects_left_out": left_out},
+        provenance={**provenance, **notes, "objects_left_out": left_out},
     )
     return Reconstruction(scene, depths, trajectory, tracks, quality)
 
 
-def _camera(intrinsics: np.ndarray | None, fov_degrees: float | None, height: int, width: int) -> np.ndarray:
-    """f64[3,3] from whichever of the two was given."""
-    if (intrinsics is None) == (fov_degrees is None):
-        raise StereoError("give either intrinsics or fov_degrees")
-    if intrinsics is None:
-        intrinsics = intrinsics_of((height, width), fov_degrees)
-    intrinsics = np.asarray(intrinsics, np.float64)
-    if intrinsics.shape != (3, 3):
-        raise StereoError(f"intrinsics must be [3,3], one camera for the clip, got {list(intrinsics.shape)}")
-    return intrinsics
-
-
-def _check_clip(left: np.ndarray, right: np.ndarray, timestamps: np.ndarray, masks: Mapping) -> None:
-    check_array("left", left, np.uint8, (None, None, None, 3))
-    check_array("right", right, np.uint8, left.shape)
-    if np.shape(timestamps) != (len(left),):
-        raise StereoError(f"{len(left)} frames need as many timestamps, got {list(np.shape(timestamps))}")
-    for name, mask in masks.items():
-        check_array(f"masks of object {name!r}", mask, bool, left.shape[:3])
-
-
 def _clip_depths(
-    left: np.ndarray, right: np.ndarray, fx: float, baseline: float, max_disparity: int, max_depth: float
+    left: np.ndarray, right: np.ndarray, fx: float, baseline: float, max_disparity: int
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Depths f32[T,H,W] and the figures of matching, named as in `Quality`."""
     depths = np.empty(left.shape[:3], np.float32)
     shares, errors, medians, rows = [], [], [], []
     for frame, (first, second) in enumerate(zip(left, right, strict=True)):
         disparity, valid, left_right = match_pair(first, second, max_disparity)
-        depths[frame] = depth_from_disparity(disparity, valid, fx, baseline, max_depth=max_depth)
+        depths[frame] = depth_from_disparity(disparity, valid, fx, baseline)
         shares.append(valid.mean())
         if valid.any():
             errors.append(np.median(left_right[valid]))

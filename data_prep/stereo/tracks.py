@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from data_prep.stereo.disparity import StereoError, check_array
+from data_prep.stereo.disparity import check_array
 from data_prep.stereo.features import (
     backproject,
     clear_of_edges,
@@ -26,6 +26,7 @@ _MIN_LIKENESS = 0.6  # correlation with the window where the point was seeded: w
 _MASK_SLACK = 2  # pixels a point may lie outside its object's mask: masks are a pixel or two off
 _MASK_BORDER = 3  # seeds keep this far inside the mask
 _MIN_SIGHTINGS = 2
+_BACKGROUND, _PER_OBJECT = 300, 120  # points kept in view per frame
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,8 +55,6 @@ def track_points(
     world_to_camera: np.ndarray,
     object_masks: Sequence[np.ndarray] = (),
     *,
-    background: int = 300,
-    per_object: int = 120,
     seed_every: int = 4,
 ) -> PointTracks:
     """Follow background and object points forward and backward through a clip.
@@ -68,10 +67,9 @@ def track_points(
     Args:
       frames: u8[T,H,W,3].
       depths: f32[T,H,W] metres, NaN = unknown.
-      intrinsics: f64[3,3] or f64[T,3,3] pixels.
+      intrinsics: f64[3,3] pixels.
       world_to_camera: f64[T,3,4].
       object_masks: bool[T,H,W] each.
-      background, per_object: points kept in view per frame.
       seed_every: frames between seedings.
 
     Raises:
@@ -80,13 +78,11 @@ def track_points(
     count = len(frames)
     check_array("depths", depths, None, frames.shape[:3])
     check_array("world_to_camera", world_to_camera, None, (count, 3, 4))
-    if seed_every < 1:
-        raise StereoError(f"seed_every must be at least 1, not {seed_every}")
     for n, mask in enumerate(object_masks):
         check_array(f"object_masks[{n}]", mask, bool, frames.shape[:3])
     greys = grey_frames(frames)
     clear = np.stack([clear_of_edges(depth) for depth in depths])
-    wanted = [(-1, background)] + [(n, per_object) for n in range(len(object_masks))]
+    wanted = [(-1, _BACKGROUND)] + [(n, _PER_OBJECT) for n in range(len(object_masks))]
     sweep = _Sweep(greys, clear, object_masks)
     for frame in range(count):
         if frame:
@@ -97,7 +93,7 @@ def track_points(
     sweep.turn_round()
     for frame in range(count - 1, 0, -1):
         sweep.step(frame, frame - 1)
-    return _place(sweep, np.broadcast_to(np.asarray(intrinsics, np.float64), (count, 3, 3)), world_to_camera)
+    return _place(sweep, intrinsics, world_to_camera)
 
 
 class _Sweep:
@@ -192,7 +188,7 @@ def _place(sweep: _Sweep, intrinsics: np.ndarray, world_to_camera: np.ndarray) -
     world = np.full((*sweep.depth.shape, 3), np.nan)
     for frame in range(sweep.depth.shape[1]):
         seen = np.isfinite(sweep.depth[:, frame])
-        camera = backproject(sweep.image[seen, frame], sweep.depth[seen, frame], intrinsics[frame])
+        camera = backproject(sweep.image[seen, frame], sweep.depth[seen, frame], intrinsics)
         world[seen, frame] = to_world(camera, world_to_camera[frame])
     keep = np.isfinite(sweep.depth).sum(1) >= _MIN_SIGHTINGS
     return PointTracks(sweep.image[keep], world[keep], sweep.labels[keep])

@@ -71,20 +71,10 @@ class _Keyframe:
     alive: np.ndarray  # bool[N]
 
 
-def estimate_trajectory(
-    frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None = None
-) -> np.ndarray:
-    """Find the world->camera poses of a clip, f64[T,3,4] in metres; the world is the camera of frame 0.
-
-    `solve_trajectory` gives the same poses with their figures; arguments and errors are its own.
-    """
-    return solve_trajectory(frames, depths, intrinsics, masks).world_to_camera
-
-
 def solve_trajectory(
     frames: np.ndarray, depths: np.ndarray, intrinsics: np.ndarray, masks: np.ndarray | None = None
 ) -> Trajectory:
-    """Find the camera's path by points of keyframes followed through the frames after them.
+    """Find the camera's path by points of keyframes followed through the frames after them; frame 0 is the world.
 
     Points are spread over a keyframe, placed in the world by its depth and pose, followed from frame to frame
     (Lucas-Kanade, forward-backward) and each time matched against the keyframe itself, so that drift does not add up
@@ -94,7 +84,7 @@ def solve_trajectory(
     Args:
       frames: u8[T,H,W,3].
       depths: f32[T,H,W] metres, NaN = unknown.
-      intrinsics: f64[3,3] or f64[T,3,3] pixels, pixel centres at +0.5.
+      intrinsics: f64[3,3] pixels, pixel centres at +0.5.
       masks: bool[T,H,W], True on objects that may move; None = the static scene must fill most of the view.
 
     Raises:
@@ -103,28 +93,25 @@ def solve_trajectory(
     """
     check_array("frames", frames, np.uint8, (None, None, None, 3))
     check_array("depths (one depth map per frame)", depths, None, frames.shape[:3])
-    count = len(frames)
-    if np.shape(intrinsics) not in ((3, 3), (count, 3, 3)):
-        raise StereoError(f"intrinsics must be [3,3] or [{count},3,3], got {list(np.shape(intrinsics))}")
+    check_array("intrinsics (one camera for the clip)", intrinsics, np.float64, (3, 3))
     if masks is not None:
         check_array("masks", masks, bool, frames.shape[:3])
-    intrinsics = np.broadcast_to(np.asarray(intrinsics, np.float64), (count, 3, 3))
-    greys = grey_frames(frames)
+    count, greys = len(frames), grey_frames(frames)
     poses = np.zeros((count, 3, 4))
     poses[0, :, :3] = np.eye(3)
     ratios, errors = np.ones(count), np.zeros(count)
 
     def keyframe(frame: int) -> _Keyframe:
-        return _make_keyframe(frame, greys[frame], depths[frame], intrinsics[frame], _still(masks, frame), poses[frame])
+        return _make_keyframe(frame, greys[frame], depths[frame], intrinsics, _still(masks, frame), poses[frame])
 
     key = keyframe(0)
     keyframes = [0]
     for frame in range(1, count):
-        fit = _track(key, greys, frame, intrinsics[frame], poses, _still(masks, frame))
+        fit = _track(key, greys, frame, intrinsics, poses, _still(masks, frame))
         if fit is None and key.frame != frame - 1:
             key = keyframe(frame - 1)
             keyframes.append(frame - 1)
-            fit = _track(key, greys, frame, intrinsics[frame], poses, _still(masks, frame))
+            fit = _track(key, greys, frame, intrinsics, poses, _still(masks, frame))
         if fit is None:
             raise StereoError(
                 f"no camera pose: too few of {len(key.points)} points from frame {key.frame} agree on one. Cut the "
@@ -166,12 +153,7 @@ def _make_keyframe(
 
 
 def _track(
-    key: _Keyframe,
-    greys: np.ndarray,
-    frame: int,
-    intrinsics: np.ndarray,
-    poses: np.ndarray,
-    still: np.ndarray | None,
+    key: _Keyframe, greys: np.ndarray, frame: int, intrinsics: np.ndarray, poses: np.ndarray, still: np.ndarray | None
 ) -> tuple[np.ndarray, float, float] | None:
     """Follows the keyframe's points into `frame`; (pose, inlier ratio, rms in pixels), or None where no pose fits."""
     alive = np.flatnonzero(key.alive)

@@ -21,13 +21,13 @@ from data_prep.cold_start import task
 from data_prep.cold_start.selection import draw_order, passing, shares, take, threshold
 from data_prep.cold_start.task import ColdStartError, run_cold_start
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
 from data_prep.store.export import r1_record
 from data_prep.store.parts import ClipRejected, StoreError
 from data_prep.teacher.endpoint import TeacherError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.rewards import Solution, score
 from mllm4d_jax.qa.system_prompt import ST_COT
+from tests.data_prep.scenes.random_scenes import random_scene
 
 ROOT = Path(__file__).resolve().parents[3]
 TRUTH = [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]

@@ -16,13 +16,13 @@ from data_prep.cold_start.oracle import compose, missing_fields
 from data_prep.cold_start.prompt import path_problem
 from data_prep.cold_start.r1_items import parse_item
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
 from data_prep.store.export import r1_record
 from data_prep.store.parts import ClipRejected
 from mllm4d_jax.qa.rewards import parse, score
 from mllm4d_jax.qa.system_prompt import ST_COT
+from tests.data_prep.scenes.random_scenes import random_scene
 
-RULES = (QuestionRules(), QuestionRules(state_axes="world", num_frames=9, per_clip=14))
+RULES = (QuestionRules(), QuestionRules(num_frames=9, per_clip=14))
 
 
 def asked(seeds=range(40)):

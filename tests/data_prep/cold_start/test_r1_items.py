@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from data_prep.cold_start.r1_items import UNSPECIFIED, parse_item, read_items
 from data_prep.questions.propose import QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
 from data_prep.store.export import r1_record
 from mllm4d_jax.qa.errors import RecordError
+from tests.data_prep.scenes.random_scenes import random_scene
 
 RELEASED = {
     "messages": [

@@ -244,9 +244,9 @@ def test_projection_and_lifting_are_inverse():
     np.testing.assert_allclose(found, np.repeat(np.array(pixels)[:, None], 3, 1), atol=1e-9)
     np.testing.assert_allclose(z, 2.0)
     flat = np.repeat(np.array([*pixels, (64.0, 3.0), (np.nan, np.nan)])[:, None], 3, 1)
-    depth, valid = np.full((3, 48, 64), 2.0, np.float32), np.ones((3, 48, 64), bool)
-    valid[1, 20, 10] = False
-    lifted = lift_tracks(flat, depth, valid, scene.intrinsics, scene.camera_to_world)
+    depth = np.full((3, 48, 64), 2.0, np.float32)
+    depth[1, 20, 10] = np.nan
+    lifted = lift_tracks(flat, depth, scene.intrinsics, scene.camera_to_world)
     expected = np.concatenate([tracks, np.full((2, 3, 3), np.nan)])
     expected[0, 1] = np.nan
     np.testing.assert_allclose(lifted, expected, atol=1e-9)

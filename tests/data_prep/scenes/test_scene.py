@@ -7,7 +7,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from data_prep.scenes.random_scenes import random_scene
 from data_prep.scenes.scene import (
     Scene,
     SceneError,
@@ -18,6 +17,7 @@ from data_prep.scenes.scene import (
     save_scene,
 )
 from data_prep.store.untrusted import read_npz
+from tests.data_prep.scenes.random_scenes import random_scene
 
 
 def small_scene(**changes) -> Scene:

@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from data_prep.scenes.objects import Caption
+from data_prep.scenes.scene import intrinsics_of
 from data_prep.stereo import disparity as disparity_module
-from data_prep.stereo.disparity import (
-    StereoError,
-    depth_from_disparity,
-    estimate_disparity,
-    split_side_by_side,
-)
-from data_prep.stereo.quality import Quality, QualityLimits, check_quality
+from data_prep.stereo.disparity import StereoError, depth_from_disparity, match_pair, split_side_by_side
+from data_prep.stereo.quality import Quality, QualityLimits, require_quality
 from data_prep.stereo.stage import reconstruct_clip
 from tests.data_prep.stereo.stereo_world import make_clip
 
@@ -41,7 +37,7 @@ def far_errors() -> np.ndarray:
     """Median disparity error at small fractional disparities, where a pixel's tenth is 5 % of depth."""
     errors = []
     for true in (1.4, 1.7, 2.15, 2.4, 2.65, 3.3):
-        found, valid = estimate_disparity(waves(0), waves(true), 16)
+        found, valid, _ = match_pair(waves(0), waves(true), 16)
         assert valid.mean() > 0.8
         errors.append(np.median(found[valid]) - true)
     return np.array(errors)
@@ -55,7 +51,7 @@ def test_no_pixel_locking_far_away(monkeypatch):
 
 
 def test_left_border_is_matched_as_far_as_the_right_view_reaches():
-    found, valid = estimate_disparity(waves(0), waves(6.5), 48)
+    found, valid, _ = match_pair(waves(0), waves(6.5), 48)
     assert valid[:, 12:40].mean() > 0.9  # columns plain SGBM leaves empty (below 48)
     assert not valid[:, :6].any()  # not in the right view at all
     assert (found[~valid] == 0).all()
@@ -66,21 +62,21 @@ def test_occluded_and_untextured_pixels_are_invalid():
     square = waves(0, 96, 200, seed=2)
     left[30:70, 90:130] = square[30:70, 90:130]
     right[30:70, 76:116] = square[30:70, 90:130]  # disparity 14 before 4: columns 80..89 are hidden in the right view
-    found, valid = estimate_disparity(left, right, 32)
+    found, valid, _ = match_pair(left, right, 32)
     assert valid[36:64, 81:87].mean() < 0.2
     assert abs(np.median(found[36:64, 96:124]) - 14) < 0.05 and abs(np.median(found[36:64, 150:190]) - 4) < 0.05
     left[:, :], right[:, :] = 90, 90
-    assert not estimate_disparity(left, right, 32)[1].any()
+    assert not match_pair(left, right, 32)[1].any()
 
 
 def test_exposure_may_differ_between_the_eyes():
     darker = (waves(5.3).astype(float) * 0.85 + 6).round().astype(np.uint8)
-    found, valid = estimate_disparity(waves(0), darker, 24)
+    found, valid, _ = match_pair(waves(0), darker, 24)
     assert valid.mean() > 0.7 and abs(np.median(found[valid]) - 5.3) < 0.05
 
 
 def test_depth_of_a_rendered_room(clip):
-    found, valid = estimate_disparity(clip.left[0], clip.right[0], 40)
+    found, valid, _ = match_pair(clip.left[0], clip.right[0], 40)
     depth = depth_from_disparity(found, valid, clip.intrinsics[0, 0], clip.baseline)
     error = np.abs(depth / clip.depth[0] - 1)
     assert valid.mean() > 0.85
@@ -108,11 +104,11 @@ def test_split_side_by_side(layout):
 def test_bad_pairs_are_refused():
     image = np.zeros((20, 30, 3), np.uint8)
     with pytest.raises(StereoError, match="rectified to one size"):
-        estimate_disparity(image, image[:, :20], 8)
+        match_pair(image, image[:, :20], 8)
     with pytest.raises(StereoError, match="max_disparity 30"):
-        estimate_disparity(image, image, 30)
+        match_pair(image, image, 30)
     with pytest.raises(StereoError, match="u8"):
-        estimate_disparity(image.astype(float), image, 8)
+        match_pair(image.astype(float), image, 8)
     with pytest.raises(StereoError, match="odd|halve"):
         split_side_by_side(np.zeros((1, 4, 5, 3), np.uint8))
 
@@ -122,7 +118,7 @@ def reconstruct(clip, **changes):
         "clip_id": "clip",
         "source_id": "video",
         "timestamps": np.arange(len(clip.left)) / 10,
-        "fov_degrees": 60.0,
+        "intrinsics": intrinsics_of(clip.left.shape[1:3], 60.0),
         "baseline": clip.baseline,
         "masks": {"ball": clip.masks},
         "captions": {"ball": Caption("the painted ball", "ball")},
@@ -169,8 +165,8 @@ def test_bad_clips_are_rejected_with_reasons(clip):
     assert caught.value.reason == "low_quality" and "vertical_error" in str(caught.value)
     with pytest.raises(StereoError):  # eyes swapped: no positive disparity fits
         reconstruct(dataclasses.replace(clip, left=clip.right, right=clip.left))
-    with pytest.raises(StereoError, match="either intrinsics or fov"):
-        reconstruct(clip, intrinsics=clip.intrinsics)
+    with pytest.raises(StereoError, match="intrinsics"):
+        reconstruct(clip, intrinsics=clip.intrinsics[:2])
     with pytest.raises(StereoError, match="timestamps"):
         reconstruct(clip, timestamps=np.arange(3.0))
     with pytest.raises(StereoError, match="'ball'"):
@@ -185,10 +181,12 @@ def test_objects_without_points_are_named(clip):
 
 def test_quality_limits_name_every_broken_figure():
     good = Quality(0.9, 0.1, 6.0, 0.1, 0.3, 0.9, 0.01, 1.0, 2, "metric")
-    assert check_quality(good.as_dict(), QualityLimits()) == ()
+    require_quality(good.as_dict(), QualityLimits(), "c")
     bad = dataclasses.replace(good, valid_disparity=0.1, static_drift=float("nan"), inlier_ratio=0.2)
-    broken = " / ".join(check_quality(bad.as_dict(), QualityLimits()))
+    with pytest.raises(StereoError, match="clip c: ") as caught:
+        require_quality(bad.as_dict(), QualityLimits(), "c")
+    broken = str(caught.value)
     assert "valid_disparity 0.1 is below 0.3" in broken and "inlier_ratio" in broken
-    assert "static_drift could not be measured" in broken and broken.count("/") == 2
+    assert "static_drift could not be measured" in broken and broken.count(";") == 2
     assert bad.as_dict()["static_drift"] is None
-    assert check_quality(bad.as_dict(), QualityLimits(None, None, None, None, None, None, None)) == ()
+    require_quality(bad.as_dict(), QualityLimits(None, None, None, None, None, None, None), "c")

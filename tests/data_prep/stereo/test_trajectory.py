@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.stereo import trajectory as trajectory_module
 from data_prep.stereo.disparity import StereoError
-from data_prep.stereo.trajectory import estimate_trajectory, refine_pose, solve_trajectory
+from data_prep.stereo.trajectory import refine_pose, solve_trajectory
 from tests.data_prep.stereo.stereo_world import make_clip
 
 
@@ -37,7 +37,7 @@ def turn_error(poses, clip):
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_path_and_turns(clip, masked):
-    poses = estimate_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks if masked else None)
+    poses = solve_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks if masked else None).world_to_camera
     assert poses.shape == (8, 3, 4) and poses.dtype == np.float64
     np.testing.assert_array_equal(poses[0], np.eye(4)[:3])
     np.testing.assert_allclose(
@@ -48,7 +48,7 @@ def test_path_and_turns(clip, masked):
 
 
 def test_figures_tell_how_well_the_pose_is_founded(clip):
-    result = solve_trajectory(clip.left, depths(clip), np.repeat(clip.intrinsics[None], 8, 0), clip.masks)
+    result = solve_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks)
     assert result.reprojection_rms.max() < 0.6 and result.inlier_ratio.min() > 0.9
     error, length = center_error(result.world_to_camera, clip)
     assert abs(result.path_length - length) < 2 * error + 1e-3
@@ -59,8 +59,8 @@ def test_figures_tell_how_well_the_pose_is_founded(clip):
 
 
 def test_deterministic(clip):
-    first, second = (estimate_trajectory(clip.left[:4], depths(clip)[:4], clip.intrinsics) for _ in range(2))
-    assert first.tobytes() == second.tobytes()
+    first, second = (solve_trajectory(clip.left[:4], depths(clip)[:4], clip.intrinsics) for _ in range(2))
+    assert first.world_to_camera.tobytes() == second.world_to_camera.tobytes()
 
 
 def test_new_keyframes_do_not_break_the_path(clip, monkeypatch):
@@ -75,7 +75,7 @@ def test_moving_object_in_the_masks_is_ignored(clip):
     """A mask over the static half leaves the other half: the pose must not change much."""
     half = np.zeros_like(clip.masks)
     half[:, :, 130:] = True
-    poses = estimate_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks | half)
+    poses = solve_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks | half).world_to_camera
     error, length = center_error(poses, clip)
     assert error < 0.04 * length
 
@@ -84,22 +84,22 @@ def test_failure_names_the_frame(clip):
     frames = clip.left.copy()
     frames[4] = np.random.default_rng(0).integers(0, 255, frames[4].shape, np.uint8)
     with pytest.raises(StereoError, match="frame 4: no camera pose") as caught:
-        estimate_trajectory(frames, depths(clip), clip.intrinsics)
+        solve_trajectory(frames, depths(clip), clip.intrinsics)
     assert caught.value.frame == 4 and caught.value.reason == "pose_failed"
     with pytest.raises(StereoError, match="frame 0: only 0 trackable points") as caught:
-        estimate_trajectory(clip.left, np.full_like(depths(clip), np.nan), clip.intrinsics)
+        solve_trajectory(clip.left, np.full_like(depths(clip), np.nan), clip.intrinsics)
     assert caught.value.reason == "pose_failed"
 
 
 def test_bad_input_is_refused(clip):
     with pytest.raises(StereoError, match="one depth map per frame"):
-        estimate_trajectory(clip.left, depths(clip)[1:], clip.intrinsics)
+        solve_trajectory(clip.left, depths(clip)[1:], clip.intrinsics)
     with pytest.raises(StereoError, match="intrinsics"):
-        estimate_trajectory(clip.left, depths(clip), clip.intrinsics[:2])
+        solve_trajectory(clip.left, depths(clip), clip.intrinsics[:2])
     with pytest.raises(StereoError, match="masks must be bool"):
-        estimate_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks.astype(np.uint8))
+        solve_trajectory(clip.left, depths(clip), clip.intrinsics, clip.masks.astype(np.uint8))
     with pytest.raises(StereoError, match="frames must be uint8"):
-        estimate_trajectory(clip.left.astype(float), depths(clip), clip.intrinsics)
+        solve_trajectory(clip.left.astype(float), depths(clip), clip.intrinsics)
 
 
 def test_refinement_recovers_an_exact_pose_despite_outliers():
@@ -119,5 +119,5 @@ def test_refinement_recovers_an_exact_pose_despite_outliers():
 
 def test_still_camera_stays(clip):
     still = dataclasses.replace(clip, left=clip.left[[0, 0, 0]], depth=clip.depth[[0, 0, 0]])
-    poses = estimate_trajectory(still.left, depths(still), clip.intrinsics)
+    poses = solve_trajectory(still.left, depths(still), clip.intrinsics).world_to_camera
     np.testing.assert_allclose(poses, np.eye(4)[None, :3].repeat(3, 0), atol=2e-4)

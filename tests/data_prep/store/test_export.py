@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.questions.propose import QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
 from data_prep.store import parts
 from data_prep.store.export import MANIFEST, Output, assemble, check_result, check_row, r1_record
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, StoreError, process_clips
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.errors import MediaError
+from tests.data_prep.scenes.random_scenes import random_scene
 
 ROOT = Path(__file__).resolve().parents[3]
 OUTPUTS = (

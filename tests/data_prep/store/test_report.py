@@ -13,11 +13,11 @@ import pytest
 from data_prep.questions import blind
 from data_prep.questions.balance import PRESETS, split_of
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
-from data_prep.scenes.random_scenes import random_scene
 from data_prep.scenes.relations import LABELS
 from data_prep.store import report
 from data_prep.store.clip_maps import MAX_OBJECTS, clip_maps
 from data_prep.store.report import CurationSummary, SampledClip, render
+from tests.data_prep.scenes.random_scenes import random_scene
 from tests.report.reading import Element, assert_nothing_external, read
 
 NASTY = "<script>alert(1)</script> & 'co'"
