@@ -21,7 +21,7 @@ from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import PAIR, StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
 from data_prep.store.builder import write_dataset
-from data_prep.store.export import Output, assemble, check_result
+from data_prep.store.export import Output, assemble, bench_record, check_result, conversation_record, r1_record
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.store.report import write_curation_report
 from data_prep.store.untrusted import SceneError
@@ -31,9 +31,9 @@ from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.media.decode_pool import DecodePool
 
 OUTPUTS = (
-    Output("train.json", "conversations", "train"),
-    Output("train_r1.jsonl", "r1", "train"),
-    Output("bench.json", "bench", "bench"),
+    Output("train.json", conversation_record, "train"),
+    Output("train_r1.jsonl", r1_record, "train"),
+    Output("bench.json", bench_record, "bench"),
 )
 CHOSEN = "chosen.json"
 EVERYTHING = "all"  # of the presets the one that balances nothing
@@ -77,11 +77,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     rules = QuestionRules(num_frames=config.questions.num_frames, per_clip=config.questions.per_clip)
     work = ClipWork(source, rules, config.seed, config.bench_share)
     with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:
-        done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result, progress=True)
+        done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result)
         print(f"{done} clips done now, {len(clip_ids)} in all")
         rows = judged_rows(store, clip_ids)
         chosen = choose(config, rows)
-        manifest = assemble(store, clip_ids, root, OUTPUTS, keep=chosen.__contains__, progress=True)
+        manifest = assemble(store, clip_ids, root, OUTPUTS, chosen.__contains__)
         kept = [row for row in rows if row["id"] in chosen]
         by_clip: dict[str, list[str]] = {}
         for row in kept:
@@ -115,7 +115,7 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     if config.source == "stereo4d":
         source = Stereo4DSource(folder, videos if config.stereo4d.frames == "images" else folder)
     elif config.source == "monocular":
-        source = MonocularSource(folder, folder, config.monocular.max_spread, pool)
+        source = MonocularSource(folder, config.monocular.max_spread, pool)
     else:
         s = config.stereo
         source = StereoSource(

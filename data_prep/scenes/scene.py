@@ -20,7 +20,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_prep.store.untrusted import MAX_NPZ_BYTES, SceneError, npz_bytes, read_bytes, read_json, read_npz
+from data_prep.store.untrusted import (
+    MAX_NPZ_BYTES,
+    SceneError,
+    as_scene_error,
+    npz_bytes,
+    read_bytes,
+    read_json,
+    read_npz,
+)
 from mllm4d_jax.files.atomic import write_atomic
 
 # How far the metres can be trusted: measured with a known baseline; with an assumed one (Stereo4D's 63 mm); not at all.
@@ -50,11 +58,7 @@ class SceneObject:
     masks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        """Check types and shapes, and freeze the arrays.
-
-        Raises:
-          SceneError: naming the object and the field.
-        """
+        """Check types and shapes, and freeze the arrays. Raises SceneError: naming the object and the field."""
         where = f"object {self.object_id!r}"
         _check_name(self.object_id, "object_id")
         for field in _TEXTS[1:]:
@@ -111,21 +115,15 @@ class Scene:
     provenance: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Check everything and freeze the arrays.
-
-        Raises:
-          SceneError: naming the field.
-        """
+        """Check everything and freeze the arrays. Raises SceneError: naming the field."""
         _check_name(self.clip_id, "clip_id")
         _check_name(self.source_id, "source_id")
         if self.scale not in SCALES:
             raise SceneError(f"scale is {self.scale!r}; it must be one of {', '.join(SCALES)}")
         self._check_arrays()
         self._check_objects()
-        try:
+        with as_scene_error(TypeError, ValueError, RecursionError, name="provenance cannot be written as JSON"):
             provenance = json.loads(json.dumps(dict(self.provenance), allow_nan=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SceneError(f"provenance cannot be written as JSON: {error}") from error
         object.__setattr__(self, "provenance", provenance)
 
     @classmethod
@@ -157,16 +155,11 @@ class Scene:
         return self.camera_to_world[:, :, 3]
 
     def object(self, object_id: str) -> SceneObject:
-        """Return the object of that id.
-
-        Raises:
-          SceneError: there is none.
-        """
-        for candidate in self.objects:
-            if candidate.object_id == object_id:
-                return candidate
-        known = ", ".join(repr(o.object_id) for o in self.objects) or "none"
-        raise SceneError(f"clip {self.clip_id}: no object {object_id!r}; it has {known}")
+        """Return the object of that id. Raises SceneError: there is none."""
+        known = {o.object_id: o for o in self.objects}
+        if object_id not in known:
+            raise SceneError(f"clip {self.clip_id}: no object {object_id!r}; it has {[*known]}")
+        return known[object_id]
 
     def _check_arrays(self) -> None:
         for name in _ARRAYS:
@@ -348,10 +341,8 @@ def _pose_array(poses: np.ndarray) -> np.ndarray:
 
 
 def _frozen(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
-    try:
+    with as_scene_error(TypeError, ValueError, name=f"{name} is no array of numbers"):
         array = np.array(array, dtype, order="C")
-    except (TypeError, ValueError) as error:
-        raise SceneError(f"{name} is no array of numbers: {error}") from error
     array.setflags(write=False)
     return array
 

@@ -47,19 +47,6 @@ class SpatialTracks:
     intrinsics: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class MogeDepth:
-    """MoGe-2's depth of one picture.
-
-    Attributes:
-      depth: f64[H, W] camera z, metres; NaN outside its mask.
-      intrinsics: f64[3, 3] pixels of that H x W.
-    """
-
-    depth: np.ndarray
-    intrinsics: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
 class MetricScale:
     """Metres per unit of the tracker: the median ratio of depths, its relative spread, and how many points gave it.
@@ -99,8 +86,8 @@ def read_spatialtracker(path: str | Path) -> SpatialTracks:
     return SpatialTracks(path, coords.swapaxes(0, 1), world_to_camera, intrinsics)
 
 
-def read_moge(path: str | Path) -> MogeDepth:
-    """Read the npz of one picture.
+def read_moge(path: str | Path) -> np.ndarray:
+    """Read MoGe-2's depth of one picture, f64[H, W] camera z in metres, NaN outside its mask.
 
     Raises:
       SceneError: as `read_spatialtracker`.
@@ -117,15 +104,14 @@ def read_moge(path: str | Path) -> MogeDepth:
     k = numbers(path, arrays, "intrinsics", (3, 3))
     if not (0 < k[0, 0] < 20 and 0 < k[1, 1] < 20 and -1 < k[0, 2] < 2 and -1 < k[1, 2] < 2):
         raise SceneError(f"{path}: intrinsics must be normalised by the picture's width and height")
-    height, width = depth.shape
-    return MogeDepth(depth, k * np.array([[width], [height], [1.0]]))
+    return depth
 
 
-def metric_scale(spatial: SpatialTracks, depths: Mapping[int, MogeDepth], image_size: tuple[int, int]) -> MetricScale:
+def metric_scale(spatial: SpatialTracks, depths: Mapping[int, np.ndarray], image_size: tuple[int, int]) -> MetricScale:
     """Measure metres per unit of the tracker: median over visible points of MoGe's depth over the tracker's.
 
     Args:
-      depths: per frame number; a few frames are enough.
+      depths: f64[H, W] per frame number; a few frames are enough.
       image_size: (height, width) of the tracker's frames; MoGe's may be larger or smaller.
 
     Raises:
@@ -133,14 +119,14 @@ def metric_scale(spatial: SpatialTracks, depths: Mapping[int, MogeDepth], image_
     """
     pixels, z = project(spatial.tracks, spatial.world_to_camera, spatial.intrinsics)
     ratios = []
-    for frame, moge in depths.items():
+    for frame, depth in depths.items():
         if not 0 <= frame < z.shape[1]:
             raise SceneError(f"MoGe depth of frame {frame}: {spatial.path} has frames 0 to {z.shape[1] - 1}")
-        height, width = moge.depth.shape
+        height, width = depth.shape
         x = pixels[:, frame, 0] * (width / image_size[1])
         y = pixels[:, frame, 1] * (height / image_size[0])
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # False for NaN
-        found = moge.depth[y[inside].astype(np.int64), x[inside].astype(np.int64)] / z[inside, frame]
+        found = depth[y[inside].astype(np.int64), x[inside].astype(np.int64)] / z[inside, frame]
         ratios.append(found[np.isfinite(found)])
     both = np.concatenate(ratios) if ratios else np.zeros(0)
     if len(both) < _MIN_RATIOS:
@@ -156,12 +142,12 @@ def monocular_scene(
     *,
     clip_id: str,
     source_id: str,
-    scale: MetricScale | None = None,
+    scale: MetricScale,
     max_spread: float = MAX_SPREAD,
 ) -> tuple[Scene, np.ndarray]:
     """Make the scene and its tracks f64[N, T, 3], both times the metric factor.
 
-    The scale flag is "metric" only where a factor is given whose spread is at most `max_spread`; otherwise "relative".
+    The scale flag is "metric" only where the spread of the factor is at most `max_spread`; otherwise "relative".
 
     Args:
       image_size: (height, width) of the frames the tracker was given.
@@ -170,9 +156,8 @@ def monocular_scene(
     Raises:
       SceneError: something does not fit.
     """
-    factor = 1.0 if scale is None else scale.factor
     poses = spatial.world_to_camera.copy()
-    poses[:, :, 3] *= factor
+    poses[:, :, 3] *= scale.factor
     scene = Scene.from_world_to_camera(
         clip_id=clip_id,
         source_id=source_id,
@@ -181,15 +166,15 @@ def monocular_scene(
         image_size=image_size,
         timestamps=timestamps,
         objects=(),
-        scale="metric" if scale is not None and scale.spread <= max_spread else "relative",
+        scale="metric" if scale.spread <= max_spread else "relative",
         provenance={
-            "tool": "spatialtrackerv2" if scale is None else "spatialtrackerv2+moge2",
+            "tool": "spatialtrackerv2+moge2",
             "files": [Path(spatial.path).name],
             "parameters": {"max_spread": max_spread},
-            "quality": {} if scale is None else dataclasses.asdict(scale),
+            "quality": dataclasses.asdict(scale),
         },
     )
-    return scene, spatial.tracks * factor
+    return scene, spatial.tracks * scale.factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,23 +182,22 @@ class MonocularSource:
     """Clips with one view.
 
     Attributes:
-      folder: where the clips' files are; root: the same.
+      root: where the clips' files are.
       max_spread: the scale is trusted up to this spread, see `monocular_scene`.
       pool: reads the videos' headers under a time limit.
     """
 
-    folder: Path
     root: Path
     max_spread: float = MAX_SPREAD
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
 
     def clip_ids(self) -> list[str]:
-        return sorted(p.name.removesuffix(_TRACKER) for p in self.folder.glob(f"*{_TRACKER}"))
+        return sorted(p.name.removesuffix(_TRACKER) for p in self.root.glob(f"*{_TRACKER}"))
 
     def load(self, clip_id: str) -> LoadedClip:
         names = [(".mp4",), (_TRACKER,), ("-moge",), MASKS, CAPTIONS]
-        video, tracker, moge, masks, captions = find(self.folder, clip_id, names)
-        card = read_card(self.folder / f"{clip_id}-clip.json", clip_id)
+        video, tracker, moge, masks, captions = find(self.root, clip_id, names)
+        card = read_card(self.root / f"{clip_id}-clip.json", clip_id)
         spatial = read_spatialtracker(tracker)
         count = len(spatial.world_to_camera)
         with as_scene_error(MediaError):
@@ -235,7 +219,7 @@ class MonocularSource:
         return LoadedClip(scene, video, left_out)
 
 
-def _depths(folder: Path) -> dict[int, MogeDepth]:
+def _depths(folder: Path) -> dict[int, np.ndarray]:
     files = sorted(folder.glob("*.npz"))
     wrong = [file for file in files if not file.stem.isascii() or not file.stem.isdigit()]
     if wrong or not files:

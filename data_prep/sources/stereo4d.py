@@ -35,8 +35,6 @@ class Stereo4DClip:
       name, video_id: of the clip and its YouTube video.
       timestamps: f64[T] seconds, strictly increasing.
       camera_to_world: f64[T, 3, 4] of the rectified left camera, OpenCV axes.
-      rectified_to_rig: f64[2, 3, 3], left and right eye.
-      fov_bounds: f64[4] degrees of the VR180 frame: start and end yaw, start and end tilt.
       tracks: f64[N, T, 3] world metres, NaN = not visible.
     """
 
@@ -45,18 +43,14 @@ class Stereo4DClip:
     video_id: str
     timestamps: np.ndarray
     camera_to_world: np.ndarray
-    rectified_to_rig: np.ndarray
-    fov_bounds: np.ndarray
     tracks: np.ndarray
 
-    def scene(self, image_size: tuple[int, int], *, fov: float = FOV, scale: str = "assumed_baseline") -> Scene:
+    def scene(self, image_size: tuple[int, int], scale: str) -> Scene:
         """Make the clip's scene, without objects.
 
         Args:
           image_size: (height, width) of the rectified frames (`frames_size`).
-          fov: their horizontal field of view, degrees.
-          scale: how far the metres can be trusted. Stereo4D assumes one baseline for every camera, so the default is
-            "assumed_baseline"; give "metric" or "relative" for a clip that has been checked.
+          scale: how far the metres can be trusted, see `scene.SCALES`.
 
         Raises:
           SceneError: something does not fit.
@@ -65,7 +59,7 @@ class Stereo4DClip:
             clip_id=self.name,
             source_id=self.video_id,
             camera_to_world=self.camera_to_world,
-            intrinsics=np.repeat(intrinsics_of(image_size, fov)[None], len(self.timestamps), axis=0),
+            intrinsics=np.repeat(intrinsics_of(image_size, FOV)[None], len(self.timestamps), axis=0),
             image_size=image_size,
             timestamps=self.timestamps,
             objects=(),
@@ -73,7 +67,7 @@ class Stereo4DClip:
             provenance={
                 "tool": "stereo4d",
                 "files": [Path(self.path).name],
-                "parameters": {"fov": fov, "baseline": BASELINE},
+                "parameters": {"fov": FOV, "baseline": BASELINE},
                 "quality": {},
             },
         )
@@ -93,34 +87,27 @@ def read_stereo4d(path: str | Path) -> Stereo4DClip:
     missing = [key for key in (*_KEYS, *_TRACK_KEYS) if key not in arrays]
     if missing:
         raise SceneError(f"{path}: no {', '.join(missing)}; not a Stereo4D annotation file")
-    timestamps = _timestamps(path, arrays)
+    timestamps = numbers(path, arrays, "timestamps", (None,))  # microseconds
     count = len(timestamps)
+    if not 1 <= count <= MAX_FRAMES:
+        raise SceneError(f"{path}: timestamps has {count} frames; expected 1 to {MAX_FRAMES}")
+    if (np.diff(timestamps) <= 0).any():
+        raise SceneError(f"{path}: timestamps must increase (microseconds)")
     poses = numbers(path, arrays, "camera2world", (count, 3, 4))
     with as_scene_error(SceneError, name=f"{path}: camera2world"):
         poses = nearest_rigid(poses)
     rig = numbers(path, arrays, "rectified2rig", (2, 3, 3))
     if np.abs(rig @ rig.swapaxes(1, 2) - np.eye(3)).max() > 1e-3 or (np.linalg.det(rig) < 0).any():
         raise SceneError(f"{path}: rectified2rig must hold two rotations")
+    numbers(path, arrays, "fov_bounds", (4,))
     return Stereo4DClip(
         path=path,
         name=_text(path, "name", arrays["name"]),
         video_id=_text(path, "video_id", arrays["video_id"]),
         timestamps=timestamps / 1e6,
         camera_to_world=poses,
-        rectified_to_rig=rig,
-        fov_bounds=numbers(path, arrays, "fov_bounds", (4,)),
         tracks=_scatter(path, count, arrays),
     )
-
-
-def _timestamps(path: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """f64[T] microseconds."""
-    timestamps = numbers(path, arrays, "timestamps", (None,))
-    if not 1 <= len(timestamps) <= MAX_FRAMES:
-        raise SceneError(f"{path}: timestamps has {len(timestamps)} frames; expected 1 to {MAX_FRAMES}")
-    if (np.diff(timestamps) <= 0).any():
-        raise SceneError(f"{path}: timestamps must increase (microseconds)")
-    return timestamps
 
 
 def _text(path: str, key: str, array: np.ndarray) -> str:
@@ -171,7 +158,7 @@ class Stereo4DSource:
     Attributes:
       folder: where the clips' files are.
       root: see `ClipSource`; `folder` itself unless the frames are images.
-      scale: how far their metres can be trusted, see `scene.SCALES`.
+      scale: how far their metres can be trusted, see `scene.SCALES`; Stereo4D assumes one baseline for every camera.
     """
 
     folder: Path
@@ -185,7 +172,7 @@ class Stereo4DSource:
         files = find(self.folder, clip_id, [(".npz",), ("-left_rectified.mp4", "-left_rectified"), MASKS, CAPTIONS])
         annotations, frames, masks, captions = files
         clip = read_stereo4d(annotations)
-        scene = clip.scene(frames_size(frames, len(clip.timestamps)), scale=self.scale)
+        scene = clip.scene(frames_size(frames, len(clip.timestamps)), self.scale)
         scene, left_out = with_objects(scene, clip.tracks, masks, captions)
         return LoadedClip(scene, self._video(clip_id, frames, scene), left_out)
 

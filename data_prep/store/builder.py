@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,17 +165,6 @@ def encode_example(example: ClipExample) -> dict[str, Any]:
     }
 
 
-def timing(example: Mapping[str, Any]) -> tuple[float, np.ndarray]:
-    """Return the exact (fps, timestamps f64[T] in seconds) of an example read back; its own fields are rounded."""
-    value = json.loads(example["timing"])
-    return value["fps"], np.array(value["timestamps"], np.float64)
-
-
-def question_rows(example: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the question rows of an example read back with `as_data_source`."""
-    return [json.loads(row) for row in example["questions"]["row"]]
-
-
 def _generate_examples(load: LoadFn, clip_ids: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(key, example) of the clips of one shard, in order. Runs in this process or in a Beam worker."""
     for clip_id in clip_ids:
@@ -196,9 +184,9 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
 
     Features: clip_id, source_id, video (text); fps f32; num_source_frames i64; frames (T JPEG files as bytes, so that a
     reader decodes those it needs, where it likes); frame_indices i64[T]; timestamps f32[T] in seconds; questions, a
-    sequence of id, question_type, answer and row (the whole question row as JSON, see `question_rows`). Text comes back
-    as bytes. Records of this kind hold no float64 (TFDS rounds what is declared as such), hence also "timing", the
-    exact rate and timestamps as JSON (see `timing`).
+    sequence of id, question_type, answer and row (the whole question row as JSON). Text comes back as bytes. Records of
+    this kind hold no float64 (TFDS rounds what is declared as such), hence also "timing", the exact rate and timestamps
+    as JSON: {"fps", "timestamps"}.
     """
 
     name = "mllm4d"

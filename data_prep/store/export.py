@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.store.parts import ClipResult, PartStore, StoreError, check_unique
+from data_prep.store.parts import ClipResult, PartStore, StoreError
 from mllm4d_jax.files.atomic import open_atomic, remove_partials, write_atomic
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import ROLES, read_conversation
@@ -37,12 +37,12 @@ class Output:
 
     Attributes:
       name: file name; `.json` is one JSON list, `.jsonl` one object a line.
-      layout: key of `LAYOUTS`.
+      layout: question row -> record.
       split: the rows that go into it.
     """
 
     name: str
-    layout: str
+    layout: Callable[[Mapping[str, Any]], dict[str, Any]]
     split: str
 
 
@@ -149,13 +149,6 @@ def bench_record(row: Mapping[str, Any]) -> dict[str, Any]:
     return conversation_record(row) | parts | {"source_id": row["source_id"], "solution": r1_record(row)["solution"]}
 
 
-LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "conversations": conversation_record,
-    "r1": r1_record,
-    "bench": bench_record,
-}
-
-
 class RecordWriter:
     """Streams records into a JSON list or JSONL file with the same bytes every time. A context manager."""
 
@@ -201,9 +194,7 @@ def assemble(
     clip_ids: Sequence[str],
     folder: str | Path,
     outputs: Sequence[Output],
-    *,
-    keep: Callable[[str], bool] | None = None,
-    progress: bool = False,
+    keep: Callable[[str], bool] = lambda question_id: True,
 ) -> dict[str, Any]:
     """Write all output files, `rejected.jsonl` and, last, `manifest.json`.
 
@@ -211,19 +202,17 @@ def assemble(
     the data set does not matter. A manifest that is there means that all files it names are complete.
 
     Args:
-      keep: question id -> whether it is written (`balance.select` chooses); None writes all.
+      keep: question id -> whether it is written (`balance.select` chooses).
 
     Returns:
       The manifest.
 
     Raises:
       StoreError: a part is missing or wrong, a question id occurs twice, a source video is in two splits, a split is
-        in no output, an output has an unknown layout or an unusable name.
+        in no output, an output has an unusable name.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_unique(clip_ids)
-    _check_outputs(outputs)
     (folder / MANIFEST).unlink(missing_ok=True)
     names = [output.name for output in outputs]
     for name in (*names, REJECTED, MANIFEST):
@@ -231,16 +220,15 @@ def assemble(
     tally = _Tally({output.split for output in outputs})
     with ExitStack() as stack:
         writers = {name: stack.enter_context(RecordWriter(folder / name)) for name in (*names, REJECTED)}
-        for clip_id in tqdm(sorted(clip_ids), unit="clip", disable=not progress):
+        for clip_id in tqdm(sorted(clip_ids), unit="clip"):
             result = store.read(clip_id)
             check_result(result)
-            if keep is not None:
-                result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
+            result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
             for output in outputs:
                 if output.split == result.split:
                     for row in result.rows:
-                        writers[output.name].write(LAYOUTS[output.layout](row))
+                        writers[output.name].write(output.layout(row))
             for entry in result.rejected:
                 writers[REJECTED].write({"clip_id": result.clip_id, "source_id": result.source_id} | dict(entry))
     manifest = {
@@ -253,15 +241,6 @@ def assemble(
     text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomic(folder / MANIFEST, f"{text}\n".encode())
     return manifest
-
-
-def _check_outputs(outputs: Sequence[Output]) -> None:
-    names = [output.name for output in outputs]
-    for output in outputs:
-        if output.layout not in LAYOUTS:
-            raise StoreError(f"{output.name}: unknown layout {output.layout!r}; there are {', '.join(LAYOUTS)}")
-        if Path(output.name).name != output.name or output.name in (MANIFEST, REJECTED) or names.count(output.name) > 1:
-            raise StoreError(f"{output.name!r} is not usable as the name of an output file, or is there twice")
 
 
 class _Tally:

@@ -6,6 +6,7 @@ moment and started again does the clips that have no file yet; which process did
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -117,20 +118,16 @@ class PartStore:
           StoreError: another run holds it, or its results were made with another seed or config.
         """
         self._parts.mkdir(parents=True, exist_ok=True)
-        # The kernel drops this lock when the process ends, however it ends; a file of ours would outlive a kill -9.
-        self._lock = open(self.folder / ".lock", "wb")
-        try:
+        with contextlib.ExitStack() as stack:
+            # The kernel drops this lock when the process ends, however it ends; a file of ours would outlive a kill -9.
+            lock = stack.enter_context(open(self.folder / ".lock", "wb"))
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise StoreError(
-                    f"another run is writing to {self.folder}: wait for it or use another folder"
-                ) from error
+                raise StoreError(f"another run is writing to {self.folder}: wait or use another folder") from error
             remove_partials(self._parts)
             self._check_run()
-        except BaseException:
-            self._lock.close()
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,13 +183,6 @@ class PartStore:
         return result
 
 
-def check_unique(clip_ids: Sequence[str]) -> None:
-    """Raise StoreError if a clip id is there twice."""
-    twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
-    if twice:
-        raise StoreError(f"clip ids must be unique, these are there twice: {twice[:5]}")
-
-
 def process_clips(
     clip_ids: Sequence[str],
     work: WorkFn,
@@ -200,7 +190,6 @@ def process_clips(
     *,
     workers: int = 1,
     check: CheckFn | None = None,
-    progress: bool = False,
 ) -> int:
     """Run `work` on every clip that has no result yet and store what it gives.
 
@@ -212,7 +201,6 @@ def process_clips(
         that it raises is a bug and ends the run, finished clips kept. With several workers it must be picklable.
       workers: processes; 1 runs in this one.
       check: called on every result before it is stored; `data_prep.store.export.check_result` for one.
-      progress: shows a bar.
 
     Returns:
       How many clips were done now; the others had been done before.
@@ -220,9 +208,11 @@ def process_clips(
     Raises:
       StoreError: a clip id twice, a result for another clip, a worker process that died, whatever `check` finds.
     """
-    check_unique(clip_ids)
+    twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
+    if twice:
+        raise StoreError(f"clip ids must be unique, these are there twice: {twice[:5]}")
     pending = [c for c in clip_ids if not store.has(c)]
-    with tqdm(total=len(clip_ids), initial=len(clip_ids) - len(pending), unit="clip", disable=not progress) as bar:
+    with tqdm(total=len(clip_ids), initial=len(clip_ids) - len(pending), unit="clip") as bar:
         if workers <= 1:
             for clip_id in pending:
                 _do_clip(work, check, store, clip_id)

@@ -14,14 +14,13 @@ import numpy as np
 
 from data_prep.scenes.objects import encode_rle
 from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of, invert_poses, move_tracks, save_scene
-from data_prep.sources.frames import CODECS, write_video
-from data_prep.store.untrusted import SceneError, npz_bytes
+from data_prep.sources.frames import write_video
+from data_prep.store.untrusted import npz_bytes
 from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.synthetic.solids import surface_points
 from data_prep.synthetic.worlds import Named, SyntheticConfig, make_world
 from mllm4d_jax.files.atomic import write_atomic
 
-MASK_FORMATS = ("npz", "rle")
 _HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
 
 
@@ -46,18 +45,6 @@ class SyntheticClip:
     background: np.ndarray
     baseline: float
     fps: float
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipFiles:
-    """Paths of a written clip; `right` is None for a mono clip."""
-
-    annotations: Path
-    left: Path
-    right: Path | None
-    masks: Path
-    captions: Path
-    truth: Path
 
 
 def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
@@ -163,8 +150,8 @@ def _background_points(
 
 
 def write_clip(
-    clip: SyntheticClip, folder: str | Path, codec: str = "ffv1", masks: str = "npz", truth: bool = True
-) -> ClipFiles:
+    clip: SyntheticClip, folder: str | Path, codec: str = "ffv1", *, rle: bool = False, truth: bool = True
+) -> None:
     """Write a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
 
     In `folder`, all names starting with the clip id: `.npz` (Stereo4D's keys), `-left_rectified.mp4`,
@@ -173,33 +160,26 @@ def write_clip(
 
     Args:
       codec: "ffv1" (lossless) or "mpeg4" (lossy, some ten times smaller).
-      masks: "npz" (bool[T, H, W] per object) or "rle" (COCO run lengths per frame).
+      rle: writes masks as COCO run lengths per frame (JSON) instead of bool[T, H, W] per object (npz).
+      truth: whether the exact scene is written.
 
     Raises:
-      SceneError: unknown codec or mask format, or this OpenCV cannot write the video.
+      SceneError: unknown codec, or this OpenCV cannot write the video.
     """
-    if codec not in CODECS or masks not in MASK_FORMATS:
-        raise SceneError(f"codec {codec!r} or masks {masks!r} unknown; codecs {[*CODECS]}, masks {[*MASK_FORMATS]}")
-    folder, scene = Path(folder), clip.scene
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / scene.clip_id
-    left, right = Path(f"{stem}-left_rectified.mp4"), Path(f"{stem}-right_rectified.mp4")
-    write_video(left, clip.left, clip.fps, codec)
-    if clip.right is not None:
-        write_video(right, clip.right, clip.fps, codec)
-    mask_file = Path(f"{stem}-masks.{'npz' if masks == 'npz' else 'json'}")
-    if masks == "npz":
-        write_atomic(mask_file, npz_bytes({o.object_id: o.masks for o in scene.objects}))
+    scene, stem = clip.scene, Path(folder) / clip.scene.clip_id
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for eye, frames in (("left", clip.left), ("right", clip.right)):
+        if frames is not None:
+            write_video(f"{stem}-{eye}_rectified.mp4", frames, clip.fps, codec)
+    if rle:
+        _write_json(f"{stem}-masks.json", {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects})
     else:
-        _write_json(mask_file, {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects})
-    captions = Path(f"{stem}-captions.json")
-    _write_json(captions, {o.object_id: {"caption": o.description, "category": o.category} for o in scene.objects})
-    truth_folder = Path(f"{stem}-truth")
+        write_atomic(f"{stem}-masks.npz", npz_bytes({o.object_id: o.masks for o in scene.objects}))
+    captions = {o.object_id: {"caption": o.description, "category": o.category} for o in scene.objects}
+    _write_json(f"{stem}-captions.json", captions)
     if truth:
-        save_scene(scene, truth_folder)
-    annotations = Path(f"{stem}.npz")
-    write_atomic(annotations, npz_bytes(stereo4d_arrays(clip)))
-    return ClipFiles(annotations, left, None if clip.right is None else right, mask_file, captions, truth_folder)
+        save_scene(scene, f"{stem}-truth")
+    write_atomic(f"{stem}.npz", npz_bytes(stereo4d_arrays(clip)))
 
 
 def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
@@ -224,5 +204,5 @@ def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
     }
 
 
-def _write_json(path: Path, document: dict) -> None:
+def _write_json(path: str, document: dict) -> None:
     write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())

@@ -62,13 +62,11 @@ def _box_depth(half: tuple, origin: np.ndarray, ray: np.ndarray) -> np.ndarray:
 
 
 def _ball_depth(half: tuple, origin: np.ndarray, ray: np.ndarray) -> np.ndarray:
-    a, b, c = _quadratic(origin, ray, half[0], (0, 1, 2))
-    return np.where(b * b > a * c, (-b - np.sqrt(np.maximum(b * b - a * c, 0))) / a, np.float32(np.inf))
+    return _round_depth(origin, ray, half[0], (0, 1, 2))
 
 
 def _cylinder_depth(half: tuple, origin: np.ndarray, ray: np.ndarray) -> np.ndarray:
-    a, b, c = _quadratic(origin, ray, half[0], (0, 2))
-    side = np.where(b * b > a * c, (-b - np.sqrt(np.maximum(b * b - a * c, 0))) / a, np.float32(np.inf))
+    side = _round_depth(origin, ray, half[0], (0, 2))
     side[~(np.abs(origin[1] + side * ray[1]) <= half[1])] = np.inf
     cap = (-np.sign(ray[1]) * np.float32(half[1]) - origin[1]) / ray[1]  # the cap that faces the ray
     x, z = origin[0] + cap * ray[0], origin[2] + cap * ray[2]
@@ -76,10 +74,12 @@ def _cylinder_depth(half: tuple, origin: np.ndarray, ray: np.ndarray) -> np.ndar
     return np.minimum(side, cap)
 
 
-def _quadratic(origin: np.ndarray, ray: np.ndarray, radius: float, axes: tuple[int, ...]) -> tuple:
+def _round_depth(origin: np.ndarray, ray: np.ndarray, radius: float, axes: tuple[int, ...]) -> np.ndarray:
+    """Where rays first come within `radius` of the origin, measured along `axes`."""
     a = sum(ray[n] * ray[n] for n in axes)
     b = sum(origin[n] * ray[n] for n in axes)
-    return a, b, sum(origin[n] * origin[n] for n in axes) - np.float32(radius**2)
+    c = sum(origin[n] * origin[n] for n in axes) - np.float32(radius**2)
+    return np.where(b * b > a * c, (-b - np.sqrt(np.maximum(b * b - a * c, 0))) / a, np.float32(np.inf))
 
 
 def _box_surface(half: tuple, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -76,16 +76,10 @@ class SyntheticConfig:
     background_points: int = 128
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-          SceneError: naming the field.
-        """
-        sizes = {"height": self.height, "width": self.width, "frames": self.frames, "points": self.object_points}
-        for name, value in sizes.items():
-            least = 1 if name == "points" else 2 if name == "frames" else 8
-            if not least <= value <= 8192:
-                raise SceneError(f"synthetic {name} is {value}; it must be within [{least}, 8192]")
+        """Check the ranges. Raises SceneError: naming the field."""
+        for name, least in {"height": 8, "width": 8, "frames": 2, "object_points": 1}.items():
+            if not least <= getattr(self, name) <= 8192:
+                raise SceneError(f"synthetic {name} is {getattr(self, name)}; it must be within [{least}, 8192]")
         if not 10 <= self.fov <= 120 or not 0 < self.fps <= 1000 or not self.baseline > 0:
             raise SceneError("synthetic fov must be within [10, 120] degrees, fps within (0, 1000], baseline above 0")
         if not 1 <= self.objects[0] <= self.objects[1] <= len(COLOURS):

@@ -15,7 +15,6 @@ import tensorflow_datasets as tfds
 
 from configs import common
 from data_prep import curate
-from data_prep.store.builder import question_rows
 from data_prep.store.parts import StoreError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.rewards import score
@@ -116,7 +115,7 @@ def test_the_dataset_holds_the_chosen_questions_with_their_frames(made, tmp_path
     builder = tfds.builder_from_directory(tmp_path / "tfds" / "mllm4d" / "1.0.0")
     for split, name in (("train", "train.json"), ("bench", "bench.json")):
         source = builder.as_data_source(split)
-        rows = [row["id"] for i in range(len(source)) for row in question_rows(source[i])]
+        rows = [row_id.decode() for i in range(len(source)) for row_id in source[i]["questions"]["id"]]
         assert sorted(rows) == sorted(r["id"] for r in json.loads((made / name).read_text()))
         assert all(len(source[i]["frames"]) == 16 for i in range(len(source)))
 

@@ -56,7 +56,7 @@ def write(path, arrays):
 def test_a_clip_comes_back_in_metres(tmp_path, clip):
     spatial = read_spatialtracker(write(tmp_path / "s.npz", tracker_arrays(clip)))
     depths = {t: read_moge(write(tmp_path / f"m{t}.npz", moge_arrays(clip, t))) for t in (0, 4)}
-    np.testing.assert_allclose(depths[0].intrinsics[:2], 2 * clip.scene.intrinsics[0, :2])
+    assert depths[0].shape == (192, 240) and np.isnan(depths[0][:20]).all()
     scale = metric_scale(spatial, depths, (96, 120))
     assert scale.factor == pytest.approx(UNIT, rel=0.01) and scale.spread < 0.05 and scale.points > 60
     common = {"clip_id": "c", "source_id": "s"}
@@ -77,12 +77,9 @@ def test_a_clip_comes_back_in_metres(tmp_path, clip):
         np.testing.assert_allclose(*centre, rtol=0.03)
 
 
-def test_without_or_with_a_doubtful_scale_metres_are_relative(tmp_path, clip):
+def test_with_a_doubtful_scale_metres_are_relative(tmp_path, clip):
     spatial = read_spatialtracker(write(tmp_path / "s.npz", tracker_arrays(clip)))
     common = {"clip_id": "c", "source_id": "s"}
-    scene, tracks = monocular_scene(spatial, (96, 120), clip.scene.timestamps, **common)
-    assert scene.scale == "relative"
-    np.testing.assert_allclose(scene.camera_centers, clip.scene.camera_centers / UNIT, atol=1e-4)
     noisy = moge_arrays(clip, 0)
     noisy["depth"] = noisy["depth"] * np.random.default_rng(0).uniform(0.4, 1.6, noisy["depth"].shape)
     scale = metric_scale(spatial, {0: read_moge(write(tmp_path / "m.npz", noisy))}, (96, 120))

@@ -165,7 +165,7 @@ def test_monocular_files_give_the_scene(tmp_path, clip, pool):
     for frame in (0, 5):
         depth = clip.depth[frame]
         np.savez(moge / f"{frame:06d}.npz", depth=depth, mask=np.ones(depth.shape, bool), intrinsics=k)
-    source = MonocularSource(tmp_path, tmp_path, pool=pool)
+    source = MonocularSource(tmp_path, pool=pool)
     assert source.clip_ids() == [stem]
     made = source.load(stem)
     assert made.scene.scale == "metric" and made.video == tmp_path / "walk.mp4"

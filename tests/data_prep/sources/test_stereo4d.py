@@ -37,19 +37,20 @@ def write_npz(path, arrays):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("masks", ["npz", "rle"])
+@pytest.mark.parametrize("masks", ["npz", "json"])
 def test_round_trip_to_the_exact_scene(tmp_path, index, masks):
     clip = make_clip(9, index, CONFIG)
-    files = write_clip(clip, tmp_path, masks=masks)
-    truth = load_scene(files.truth)
-    read = read_stereo4d(files.annotations)
-    size = frames_size(files.left, len(read.timestamps))
-    bare = read.scene(size, fov=CONFIG.fov)
+    write_clip(clip, tmp_path, rle=masks == "json")
+    stem = tmp_path / clip.scene.clip_id
+    truth = load_scene(f"{stem}-truth")
+    read = read_stereo4d(f"{stem}.npz")
+    size = frames_size(f"{stem}-left_rectified.mp4", len(read.timestamps))
+    bare = read.scene(size, "assumed_baseline")
     objects, dropped = objects_from_tracks(
         bare,
         read.tracks,
-        read_masks(files.masks, bare.num_frames, size),
-        read_captions(files.captions),
+        read_masks(f"{stem}-masks.{masks}", bare.num_frames, size),
+        read_captions(f"{stem}-captions.json"),
         min_points=1,
         min_frames=1,
     )
@@ -71,16 +72,18 @@ def test_round_trip_to_the_exact_scene(tmp_path, index, masks):
 
 
 def test_the_videos_are_the_rendered_frames(tmp_path, clip):
-    files = write_clip(clip, tmp_path)
+    write_clip(clip, tmp_path)
+    left, right = (tmp_path / f"{clip.scene.clip_id}-{eye}_rectified.mp4" for eye in ("left", "right"))
     everything = SampleRule("uniform", CONFIG.frames, None)
-    for path, frames in ((files.left, clip.left), (files.right, clip.right)):
+    for path, frames in ((left, clip.left), (right, clip.right)):
         read = read_video(str(path), everything)
         assert read.source_fps == pytest.approx(CONFIG.fps)
         np.testing.assert_array_equal(read.frames, frames)
-    small = write_clip(clip, tmp_path / "lossy", codec="mpeg4")
-    difference = read_video(str(small.left), everything).frames.astype(float) - clip.left
+    write_clip(clip, tmp_path / "lossy", codec="mpeg4")
+    small = tmp_path / "lossy" / left.name
+    difference = read_video(str(small), everything).frames.astype(float) - clip.left
     assert 0 < np.abs(difference).mean() < 12
-    assert small.left.stat().st_size < files.left.stat().st_size
+    assert small.stat().st_size < left.stat().st_size
 
 
 def test_frames_may_be_a_folder(tmp_path, clip):
@@ -119,7 +122,7 @@ def test_float32_and_bytes_as_released(tmp_path, clip):
     arrays["name"], arrays["video_id"] = np.array(b"abc_1"), np.array(["abc"])
     read = read_stereo4d(write_npz(tmp_path / "a.npz", arrays))
     assert (read.name, read.video_id) == ("abc_1", "abc")
-    scene = read.scene((96, 128))
+    scene = read.scene((96, 128), "assumed_baseline")
     np.testing.assert_allclose(scene.camera_to_world, clip.scene.camera_to_world, atol=2e-6)
 
 
@@ -208,7 +211,7 @@ def test_any_array_in_place_of_any_key(tmp_path, clip, key, shape, dtype, value)
         array = np.zeros(shape, dtype) if dtype[0] not in "fiuc" else array.astype(dtype)
     path = write_npz(tmp_path / "fuzz.npz", stereo4d_arrays(clip) | {key: array})
     try:
-        read_stereo4d(path).scene((96, 128))
+        read_stereo4d(path).scene((96, 128), "metric")
     except SceneError as error:
         # A wrong number of timestamps shows as poses that do not fit it.
         assert "fuzz.npz" in str(error) and (key in str(error) or key.startswith(("track", "timestamps")))

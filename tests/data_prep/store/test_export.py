@@ -17,7 +17,16 @@ import pytest
 
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.store import parts
-from data_prep.store.export import MANIFEST, Output, assemble, check_result, check_row, r1_record
+from data_prep.store.export import (
+    MANIFEST,
+    Output,
+    assemble,
+    bench_record,
+    check_result,
+    check_row,
+    conversation_record,
+    r1_record,
+)
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, StoreError, process_clips
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.errors import MediaError
@@ -25,10 +34,10 @@ from tests.data_prep.scenes.random_scenes import random_scene
 
 ROOT = Path(__file__).resolve().parents[3]
 OUTPUTS = (
-    Output("train.json", "conversations", "train"),
-    Output("train.jsonl", "conversations", "train"),
-    Output("train_r1.jsonl", "r1", "train"),
-    Output("bench.json", "bench", "bench"),
+    Output("train.json", conversation_record, "train"),
+    Output("train.jsonl", conversation_record, "train"),
+    Output("train_r1.jsonl", r1_record, "train"),
+    Output("bench.json", bench_record, "bench"),
 )
 CLIPS = [f"clip {n:02d}/é" for n in range(12)]
 
@@ -241,9 +250,8 @@ def test_missing_and_cut_parts_and_unusable_outputs(tmp_path):
         store.path(CLIPS[0]).write_bytes(store.path(CLIPS[0]).read_bytes()[:-9])
         with pytest.raises(StoreError, match="delete it and run again"):
             assemble(store, CLIPS, tmp_path / "out", OUTPUTS)
-        for output in (Output("a.txt", "r1", "train"), Output("../a.json", "r1", "train"), Output("a.json", "x", "t")):
-            with pytest.raises(StoreError):
-                assemble(store, CLIPS, tmp_path / "out", (output,))
+        with pytest.raises(StoreError, match="a .json or a .jsonl file"):
+            assemble(store, CLIPS, tmp_path / "out", (Output("a.txt", r1_record, "train"),))
         with pytest.raises(StoreError, match="unique"):
             process_clips(["a", "a"], make_result, store)
 
