@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,7 @@ _JUDGED = (
     *("id", "clip_id", "source_id", "question_type", "subtask", "template", "answer", "options"),
     *("label", "rank", "motion", "frames"),
 )
-_OTHER: Mapping[str, Callable[[ml_collections.ConfigDict, str], int]] = {
-    "cold_start": run_cold_start,
-    "describe": describe,
-}
+_OTHER = {"cold_start": run_cold_start, "describe": describe}
 # What has to be in the input folder, for the message that it is not.
 _SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
 _EXPECTED = {
@@ -75,7 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     source = make_source(config, root)
     clip_ids = source.clip_ids()
     rules = QuestionRules(num_frames=config.questions.num_frames, per_clip=config.questions.per_clip)
-    work = ClipWork(source, rules, config.seed, config.bench_share)
+    work = functools.partial(ask_clip, source, rules, config.seed, config.bench_share)
     with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:
         done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result)
         print(f"{done} clips done now, {len(clip_ids)} in all")
@@ -134,37 +132,22 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     return source
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipWork:
-    """Turns one clip into its questions; picklable, and a function of the clip alone.
-
-    Attributes:
-      source: of the clips.
-      rules, seed, bench_share: see `questions.propose` and `balance.split_of`.
-    """
-
-    source: ClipSource
-    rules: QuestionRules
-    seed: int
-    bench_share: float
-
-    def __call__(self, clip_id: str) -> ClipResult:
-        """Ask about a clip. Raises ClipRejected: it gives no questions."""
-        source_id = ""
-        try:
-            clip = self.source.load(clip_id)
-            source_id = clip.scene.source_id
-            found = propose(clip.scene, self.rules, self.seed)
-        except SceneError as error:
-            raise ClipRejected("bad_scene", str(error), source_id) from error
-        except Refused as error:
-            raise ClipRejected(error.reason, str(error), source_id) from error
-        if not found:
-            raise ClipRejected("no_questions", "no relation of this clip has a clear answer", source_id)
-        video = clip.video.relative_to(self.source.root).as_posix()
-        rows = tuple(question.record(video) for question in found)
-        split = split_of(source_id, bench_share=self.bench_share)
-        return ClipResult(clip_id, source_id, split, rows, clip.left_out)
+def ask_clip(source: ClipSource, rules: QuestionRules, seed: int, bench_share: float, clip_id: str) -> ClipResult:
+    """Ask about a clip: `questions.propose` and `balance.split_of`. Raises ClipRejected: it gives no questions."""
+    source_id = ""
+    try:
+        clip = source.load(clip_id)
+        source_id = clip.scene.source_id
+        found = propose(clip.scene, rules, seed)
+    except SceneError as error:
+        raise ClipRejected("bad_scene", str(error), source_id) from error
+    except Refused as error:
+        raise ClipRejected(error.reason, str(error), source_id) from error
+    if not found:
+        raise ClipRejected("no_questions", "no relation of this clip has a clear answer", source_id)
+    video = clip.video.relative_to(source.root).as_posix()
+    rows = tuple(question.record(video) for question in found)
+    return ClipResult(clip_id, source_id, split_of(source_id, bench_share=bench_share), rows, clip.left_out)
 
 
 def judged_rows(store: PartStore, clip_ids: Sequence[str]) -> list[dict[str, Any]]:

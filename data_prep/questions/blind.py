@@ -44,7 +44,7 @@ def baselines(rows: Sequence[QuestionRow], seed: int = 0) -> dict[str, dict[str,
         for name, guesser in _GUESSERS.items():
             if name != "rank_prior" or not LABELS[scenario]:
                 total[name] += _crossed(group, guesser, seed)
-        total["longest_text"] += sum(_longest(row) for row in group)
+        total["longest_text"] += sum(_expected(row, list(map(len, row["options"].values()))) for row in group)
     return {
         subtask: {name: value / total["count"] if name != "count" else float(value) for name, value in total.items()}
         for subtask, total in sums.items()
@@ -97,9 +97,7 @@ def _geometry(row: QuestionRow) -> Hashable:
     return (min(round(span / 0.15), 12), round(3 * (logs[1] - logs[0]) / span), round(3 * (logs[2] - logs[0]) / span))
 
 
-Guesser = tuple[
-    Callable[[QuestionRow], Hashable], Callable[[QuestionRow], list[Hashable]]
-]  # context, what each option is
+Guesser = tuple[Callable[[QuestionRow], Hashable], Callable[[QuestionRow], list[Hashable]]]  # context, each option
 _GUESSERS: Mapping[str, Guesser] = {
     "letter_prior": (lambda row: None, lambda row: list(row["options"])),
     "rank_prior": (lambda row: None, _ranks),
@@ -131,10 +129,6 @@ def _crossed(rows: Sequence[QuestionRow], guesser: Guesser, seed: int) -> float:
             rates = [(true[key] + _PRIOR_WEIGHT * chance) / (shown[key] + _PRIOR_WEIGHT) for key in keys]
             right += _expected(row, rates)
     return right
-
-
-def _longest(row: QuestionRow) -> float:
-    return _expected(row, [float(len(text)) for text in row["options"].values()])
 
 
 def _expected(row: QuestionRow, scores: Sequence[float]) -> float:

@@ -106,6 +106,7 @@ class Question:
         """
         options = lettered(self.options)
         prompt = f"<video>\n{write_question(self.text, options)}"
+        centers = {"camera_center": list(self.camera_center), "object_center": list(self.object_center)}
         return {
             "id": self.id,
             "source_id": self.source_id,
@@ -125,11 +126,7 @@ class Question:
             "object_id": self.object_id,
             "object_name": self.object_name,
             "frames": {"seen": list(self.frames), "source": list(self.source), "count": self.count},
-            "solution": {
-                "answer": self.answer,
-                "camera_center": list(self.camera_center),
-                "object_center": list(self.object_center),
-            },
+            "solution": {"answer": self.answer, **centers},
         }
 
 

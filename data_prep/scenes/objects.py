@@ -246,9 +246,7 @@ def objects_from_tracks(
         seen &= seen.sum(0) >= min_points
         members, seen = members[seen.any(1)], seen[seen.any(1)]
         if seen.any(0).sum() < min_frames:
-            reason = (
-                "never in view" if not mask.any() else "no tracked points" if not len(members) else "too few points"
-            )
+            reason = "never in view" if not mask.any() else "too few points" if len(members) else "no tracked points"
             dropped[name] = f"{reason}: {int(seen.any(0).sum())} of at least {min_frames} frames"
             continue
         points = np.where(seen[..., None], tracks[members], np.nan).swapaxes(0, 1)

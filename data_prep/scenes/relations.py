@@ -188,11 +188,8 @@ class Refused(ValueError):
     """No label fits this case. Attribute `reason`: see the module's list."""
 
     def __init__(self, message: str, reason: str):
-        super().__init__(message, reason)
+        super().__init__(f"{message} ({reason})")
         self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.args[0]} ({self.reason})"
 
 
 def solve(name: str, scene: Scene, obj: SceneObject | None, i: int, j: int, rules: RelationRules = RULES) -> Relation:

@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class SceneObject:
             masks = np.asarray(self.masks)
             if masks.dtype != np.bool_ or masks.ndim != 3 or masks.shape[0] != points.shape[0]:
                 raise SceneError(
-                    f"{where}: masks must be bool[{points.shape[0]}, H, W], not {masks.dtype}{list(masks.shape)}"
+                    f"{where}: masks must be bool[{len(points)}, H, W], not {masks.dtype}{list(masks.shape)}"
                 )
             object.__setattr__(self, "masks", _frozen(masks, np.bool_, f"{where}: masks"))
 
@@ -86,9 +86,9 @@ class SceneObject:
         return ~np.isnan(self.points[..., 0])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Scene:
-    """The 4D metadata of one clip. Build it with `from_world_to_camera` or `from_camera_to_world`.
+    """The 4D metadata of one clip. Of the two directions of its poses one may be left out: it is the other's inverse.
 
     Attributes:
       clip_id: unique in the data set.
@@ -105,8 +105,8 @@ class Scene:
 
     clip_id: str
     source_id: str
-    world_to_camera: np.ndarray
-    camera_to_world: np.ndarray
+    world_to_camera: np.ndarray = None
+    camera_to_world: np.ndarray = None
     intrinsics: np.ndarray
     image_size: tuple[int, int]
     timestamps: np.ndarray
@@ -126,24 +126,6 @@ class Scene:
             provenance = json.loads(json.dumps(dict(self.provenance), allow_nan=False))
         object.__setattr__(self, "provenance", provenance)
 
-    @classmethod
-    def from_world_to_camera(cls, *, world_to_camera: np.ndarray, **fields: Any) -> Self:
-        """Make a scene from world->camera poses f64[T, 3, 4]; the other fields by name.
-
-        Raises:
-          SceneError: a pose is no rigid motion, or as `Scene`.
-        """
-        return cls(world_to_camera=world_to_camera, camera_to_world=invert_poses(world_to_camera), **fields)
-
-    @classmethod
-    def from_camera_to_world(cls, *, camera_to_world: np.ndarray, **fields: Any) -> Self:
-        """Make a scene from camera->world poses f64[T, 3, 4] (Stereo4D's direction); the other fields by name.
-
-        Raises:
-          SceneError: a pose is no rigid motion, or as `Scene`.
-        """
-        return cls(world_to_camera=invert_poses(camera_to_world), camera_to_world=camera_to_world, **fields)
-
     @property
     def num_frames(self) -> int:
         """Return T."""
@@ -162,6 +144,9 @@ class Scene:
         return known[object_id]
 
     def _check_arrays(self) -> None:
+        for name, other in (("world_to_camera", "camera_to_world"), ("camera_to_world", "world_to_camera")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, invert_poses(getattr(self, other)))
         for name in _ARRAYS:
             array = _frozen(getattr(self, name), np.float64, name)
             if not np.isfinite(array).all():
@@ -201,7 +186,7 @@ class Scene:
                 raise SceneError(f"object {o.object_id!r} has {len(o.points)} frames, the clip {self.num_frames}")
             if o.masks is not None and o.masks.shape[1:] != self.image_size:
                 raise SceneError(
-                    f"object {o.object_id!r} has masks of {list(o.masks.shape[1:])}, images are {self.image_size}"
+                    f"object {o.object_id!r}: masks of {list(o.masks.shape[1:])}, images {self.image_size}"
                 )
 
 
@@ -281,9 +266,7 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
         "source_id": scene.source_id,
         "image_size": list(scene.image_size),
         "scale": scene.scale,
-        "objects": [
-            {name: getattr(o, name) for name in _TEXTS} | {"masks": o.masks is not None} for o in scene.objects
-        ],
+        "objects": [{n: getattr(o, n) for n in _TEXTS} | {"masks": o.masks is not None} for o in scene.objects],
         "provenance": scene.provenance,
     }
     write_atomic(folder / "scene.npz", data)

@@ -80,9 +80,7 @@ def _frame_files(folder: str | Path) -> list[Path]:
     for file in (p for p in Path(folder).iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES):
         digits = "".join(c if c in "0123456789" else " " for c in file.stem).split()
         if not digits or len(digits[-1]) > 18 or int(digits[-1]) in numbers:
-            raise SceneError(
-                f"{file}: frames are ordered by the last number in their names; this one has none or a double"
-            )
+            raise SceneError(f"{file}: frames are ordered by the last number in their names; it has none or a double")
         numbers[int(digits[-1])] = file
     return [numbers[n] for n in sorted(numbers)]
 

@@ -158,7 +158,7 @@ def monocular_scene(
     """
     poses = spatial.world_to_camera.copy()
     poses[:, :, 3] *= scale.factor
-    scene = Scene.from_world_to_camera(
+    scene = Scene(
         clip_id=clip_id,
         source_id=source_id,
         world_to_camera=poses,
@@ -223,9 +223,7 @@ def _depths(folder: Path) -> dict[int, np.ndarray]:
     files = sorted(folder.glob("*.npz"))
     wrong = [file for file in files if not file.stem.isascii() or not file.stem.isdigit()]
     if wrong or not files:
-        raise SceneError(
-            f"{wrong[0] if wrong else folder}: MoGe files are named by their frame's number, e.g. 000012.npz"
-        )
+        raise SceneError(f"{wrong[0] if wrong else folder}: MoGe files are named by their frame's number: 000012.npz")
     return {int(file.stem): read_moge(file) for file in files}
 
 

@@ -119,12 +119,10 @@ class StereoSource:
         if self.layout != PAIR:
             with as_scene_error(StereoError, name=str(videos[0])):
                 return *split_side_by_side(clips[0].frames, self.layout), clips[0].source_fps
-        left, right = clips
-        if left.frames.shape != right.frames.shape:
-            raise SceneError(
-                f"{videos[0]} is {left.frames.shape[:3]} (frames, height, width), {videos[1]} {right.frames.shape[:3]}"
-            )
-        return left.frames, right.frames, left.source_fps
+        left, right = (clip.frames for clip in clips)
+        if left.shape != right.shape:
+            raise SceneError(f"{videos[0]} is {left.shape[:3]} (frames, height, width), {videos[1]} {right.shape[:3]}")
+        return left, right, clips[0].source_fps
 
 
 def _with_tracks(

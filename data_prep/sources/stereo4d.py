@@ -55,7 +55,7 @@ class Stereo4DClip:
         Raises:
           SceneError: something does not fit.
         """
-        return Scene.from_camera_to_world(
+        return Scene(
             clip_id=self.name,
             source_id=self.video_id,
             camera_to_world=self.camera_to_world,
@@ -140,9 +140,7 @@ def _scatter(path: str, frames: int, arrays: Mapping[str, np.ndarray]) -> np.nda
     indices = indices.astype(np.int64)
     need = len(lengths) * frames * 3 * 8
     if need > MAX_TRACK_BYTES:
-        raise SceneError(
-            f"{path}: {len(lengths)} tracks over {frames} frames need {need} bytes, over {MAX_TRACK_BYTES}"
-        )
+        raise SceneError(f"{path}: {len(lengths)} tracks over {frames} frames need {need} > {MAX_TRACK_BYTES} bytes")
     cell = np.repeat(np.arange(len(lengths)), lengths) * frames + indices
     if len(np.unique(cell)) != total:
         raise SceneError(f"{path}: track_indices names a frame twice within one track")
@@ -183,9 +181,7 @@ class Stereo4DSource:
                 raise SceneError(f"{frames} is a video, but this run reads frames from folders (stereo4d.frames)")
             return frames
         if self.root == self.folder:
-            raise SceneError(
-                f"{frames} is a folder of images: set stereo4d.frames=images, which writes a video of them"
-            )
+            raise SceneError(f"{frames} is a folder of images: set stereo4d.frames=images to write a video of them")
         video = self.root / f"{clip_id}.mp4"
         if not video.exists():
             self.root.mkdir(parents=True, exist_ok=True)

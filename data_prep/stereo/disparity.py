@@ -28,11 +28,8 @@ class StereoError(ValueError):
     """
 
     def __init__(self, message: str, reason: str = "bad_input", frame: int | None = None):
-        super().__init__(message, reason, frame)
-        self.message, self.reason, self.frame = self.args
-
-    def __str__(self) -> str:
-        return self.message if self.frame is None else f"frame {self.frame}: {self.message}"
+        super().__init__(message if frame is None else f"frame {frame}: {message}")
+        self.reason, self.frame = reason, frame
 
 
 def check_array(name: str, array: np.ndarray, dtype: type | None, shape: tuple[int | None, ...]) -> None:

@@ -11,6 +11,7 @@ _LK = {
     "maxLevel": 3,
     "criteria": (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 0.003),
     "minEigThreshold": 1e-4,
+    "flags": cv2.OPTFLOW_USE_INITIAL_FLOW,
 }
 _MIN_ISOTROPY = 0.06  # weakest / strongest gradient direction inside the window; points on a stripe slide along it
 _EDGE_RANGE = 0.1  # depth changing by more than this fraction inside a window marks an object's border
@@ -81,14 +82,11 @@ def follow_points(
         return points.astype(np.float32), np.zeros(0, bool)
     start = points.astype(np.float32).reshape(-1, 1, 2)
     ahead = start.copy() if guess is None else guess.astype(np.float32).reshape(-1, 1, 2).copy()
-    moved, found, _ = cv2.calcOpticalFlowPyrLK(first, second, start, ahead, flags=cv2.OPTFLOW_USE_INITIAL_FLOW, **_LK)
+    moved, found, _ = cv2.calcOpticalFlowPyrLK(first, second, start, ahead, **_LK)
     moved = np.where(np.isfinite(moved), moved, -1e4).astype(np.float32)
     # The way back starts from the answer, not from the known start: it must find the point by itself.
-    back_guess = moved - np.median(moved - start, axis=0, keepdims=True)
-    back_guess = back_guess.astype(np.float32)
-    back, found_back, _ = cv2.calcOpticalFlowPyrLK(
-        second, first, moved, back_guess, flags=cv2.OPTFLOW_USE_INITIAL_FLOW, **_LK
-    )
+    back_guess = (moved - np.median(moved - start, axis=0, keepdims=True)).astype(np.float32)
+    back, found_back, _ = cv2.calcOpticalFlowPyrLK(second, first, moved, back_guess, **_LK)
     good = (found.ravel() > 0) & (found_back.ravel() > 0)
     good &= np.linalg.norm((back - start).reshape(-1, 2), axis=1) <= max_error
     moved = moved.reshape(-1, 2)

@@ -96,7 +96,7 @@ def reconstruct_clip(
     found, left_out = _scene_objects(masks, captions, tracks)
     parameters = {"baseline": metres, "max_disparity": search, "max_depth": MAX_DEPTH}
     notes = {"tool": "data_prep.stereo.stage", "parameters": parameters, "quality": quality.as_dict()}
-    scene = Scene.from_world_to_camera(
+    scene = Scene(
         clip_id=clip_id,
         source_id=source_id,
         world_to_camera=trajectory.world_to_camera,

@@ -13,9 +13,9 @@ to its shard. (TFDS's `GeneratorBasedBuilder` cuts shards at other clips with Be
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +229,7 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
         del dl_manager  # nothing is downloaded
-        return {
-            s: [functools.partial(_generate_examples, self._load, ids) for ids in self._shards[s]] for s in self._shards
-        }
+        return {s: [partial(_generate_examples, self._load, ids) for ids in self._shards[s]] for s in self._shards}
 
     def _example_writer(self) -> ExampleWriter:
         return _SortedWriter(self.info.file_format)
@@ -239,10 +237,7 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
         # With Beam, TFDS 4.9.10 sorts shard numbers as texts ("10" before "2") and mixes up the lengths of shards.
-        infos = [
-            info.replace(shard_lengths=[len(ids) for ids in self._shards[info.name]])
-            for info in self.info.splits.values()
-        ]
+        infos = [s.replace(shard_lengths=[len(ids) for ids in self._shards[s.name]]) for s in self.info.splits.values()]
         self.info.set_splits(tfds.core.splits.SplitDict(infos))
         Path(self.data_dir, SOURCE_NOTE).write_bytes(self.source_note())
 

@@ -67,7 +67,7 @@ def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
             masks = surfaces == k + 1
             objects.append(SceneObject(f"object_{k}", entry.description, entry.category, track.swapaxes(0, 1), masks))
     size = (config.height, config.width)
-    scene = Scene.from_camera_to_world(
+    scene = Scene(
         clip_id=f"{video}_{first}",
         source_id=video,
         camera_to_world=camera.camera_to_world,

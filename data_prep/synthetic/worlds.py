@@ -83,9 +83,7 @@ class SyntheticConfig:
         if not 10 <= self.fov <= 120 or not 0 < self.fps <= 1000 or not self.baseline > 0:
             raise SceneError("synthetic fov must be within [10, 120] degrees, fps within (0, 1000], baseline above 0")
         if not 1 <= self.objects[0] <= self.objects[1] <= len(COLOURS):
-            raise SceneError(
-                f"synthetic objects is {self.objects}; it must be (fewest, most) within [1, {len(COLOURS)}]"
-            )
+            raise SceneError(f"synthetic objects is {self.objects}; it must be (fewest, most) in [1, {len(COLOURS)}]")
         if not 0 <= self.furniture[0] <= self.furniture[1] <= 20 or self.background_points < 0:
             raise SceneError("synthetic furniture must be (fewest, most) within [0, 20], background_points at least 0")
         for name in ("object_travel", "camera_travel"):

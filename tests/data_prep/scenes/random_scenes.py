@@ -39,7 +39,7 @@ def random_scene(seed: int, *, frames: int = 32, objects: int = 3, points: int =
         cloud[rng.random((frames, points)) < 0.2] = np.nan
         made.append(SceneObject(f"object{n}", name, _THINGS[kind // len(_COLOURS)], cloud))
     intrinsics = np.tile(np.array([[443.4, 0, 256], [0, 443.4, 256], [0, 0, 1]]), (frames, 1, 1))
-    return Scene.from_camera_to_world(
+    return Scene(
         camera_to_world=camera_to_world,
         clip_id=f"random-{seed}",
         source_id=f"source-{seed // per_source}",

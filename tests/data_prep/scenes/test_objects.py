@@ -212,7 +212,7 @@ def make_scene(frames: int = 3) -> Scene:
         q, r = np.linalg.qr(np.eye(3) + rng.uniform(-0.2, 0.2, (3, 3)))
         poses.append(np.concatenate([q * np.sign(np.diag(r)), rng.uniform(-0.3, 0.3, (3, 1))], 1))
     k = np.array([[50.0, 0, 32], [0, 60.0, 24], [0, 0, 1]])
-    return Scene.from_world_to_camera(
+    return Scene(
         clip_id="c",
         source_id="s",
         world_to_camera=np.array(poses),

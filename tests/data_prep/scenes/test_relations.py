@@ -126,7 +126,7 @@ def test_object_relations():
 def still_scene(points: np.ndarray, centers: np.ndarray) -> Scene:
     """Unrotated cameras at `centers` f64[T, 3], one object."""
     poses = np.concatenate([np.tile(np.eye(3), (len(centers), 1, 1)), centers[:, :, None]], axis=2)
-    return Scene.from_camera_to_world(
+    return Scene(
         camera_to_world=poses,
         clip_id="still",
         source_id="still",

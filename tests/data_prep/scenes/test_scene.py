@@ -35,7 +35,7 @@ def small_scene(**changes) -> Scene:
         "scale": "assumed_baseline",
         "provenance": {"tool": "test", "figures": [1, 2.5, None]},
     }
-    return Scene.from_world_to_camera(**(fields | changes))
+    return Scene(**(fields | changes))
 
 
 def test_round_trip_is_exact_and_bytes_depend_on_the_scene_alone(tmp_path):
@@ -72,7 +72,7 @@ def test_both_directions_are_inverse_and_centres_are_where_the_camera_is():
         0,
         atol=1e-12,
     )
-    again = Scene.from_camera_to_world(
+    again = Scene(
         camera_to_world=scene.camera_to_world,
         **{n: getattr(scene, n) for n in ("clip_id", "source_id", "intrinsics", "image_size", "timestamps", "objects")},
         scale="metric",
