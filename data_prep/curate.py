@@ -22,7 +22,7 @@ from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import PAIR, StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
 from data_prep.store.builder import write_dataset
-from data_prep.store.export import Output, assemble, bench_record, check_result, conversation_record, r1_record
+from data_prep.store.export import assemble, bench_record, check_result, conversation_record, r1_record
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.store.report import write_curation_report
 from data_prep.store.untrusted import SceneError
@@ -31,11 +31,11 @@ from data_prep.teacher.describe import describe
 from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.media.decode_pool import DecodePool
 
-OUTPUTS = (
-    Output("train.json", conversation_record, "train"),
-    Output("train_r1.jsonl", r1_record, "train"),
-    Output("bench.json", bench_record, "bench"),
-)
+OUTPUTS = {
+    "train.json": ("train", conversation_record),
+    "train_r1.jsonl": ("train", r1_record),
+    "bench.json": ("bench", bench_record),
+}
 CHOSEN = "chosen.json"
 EVERYTHING = "all"  # of the presets the one that balances nothing
 # What balancing, the blind guessers and the report read; conversations and solutions stay on disk.
@@ -89,7 +89,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
             write_dataset(config, root, source.root, store, by_clip)
     _print_counts(manifest)
     write_curation_report(config, root, source, manifest, kept)
-    print(f"records: {', '.join(str(root / output.name) for output in OUTPUTS)}; media root: {source.root}")
+    print(f"records: {', '.join(str(root / name) for name in OUTPUTS)}; media root: {source.root}")
     print(f"report: {root / 'report.html'}")
     return 0
 

@@ -170,18 +170,14 @@ class _Pool:
 
     @classmethod
     def collect(cls, rows: Sequence[Mapping[str, Any]], preset: Preset, seed: int, bench_share: float) -> _Pool:
-        splits: dict[str, str] = {}
+        splits = {name: split_of(name, bench_share=bench_share) for name in {row["source_id"] for row in rows}}
         cells: dict[tuple[str, int], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
-        usable = [n for n, row in enumerate(rows) if row["question_type"] in preset.shares]
-        usable.sort(key=lambda n: fraction(seed, "select", rows[n]["id"]))
-        for n in usable:
-            row = rows[n]
-            source = row["source_id"]
-            if source not in splits:
-                splits[source] = split_of(source, bench_share=bench_share)
-            if splits[source] != preset.split or row["motion"] < preset.min_motion:
+        for n in sorted(range(len(rows)), key=lambda n: fraction(seed, "select", rows[n]["id"])):
+            row, scenario = rows[n], rows[n]["question_type"]
+            if scenario not in preset.shares or splits[row["source_id"]] != preset.split:
                 continue
-            scenario = row["question_type"]
+            if row["motion"] < preset.min_motion:
+                continue
             if LABELS[scenario]:
                 cells[scenario, gap_bin(row["frames"])][row["label"]].append(n)
             else:

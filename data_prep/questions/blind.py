@@ -116,8 +116,7 @@ def _crossed(rows: Sequence[QuestionRow], guesser: Guesser, seed: int) -> float:
     context, describe = guesser
     right = 0.0
     for learn, score in (folds, folds[::-1]):
-        shown: Counter = Counter()
-        true: Counter = Counter()
+        shown, true = Counter(), Counter()
         for row in learn:
             where = context(row)
             for letter, what in zip(row["options"], describe(row), strict=True):

@@ -130,12 +130,6 @@ class Question:
         }
 
 
-def clip_random(seed: int, clip_id: str) -> random.Random:
-    """Make the clip's own random numbers: a function of seed and clip alone."""
-    digest = hashlib.sha256(f"{seed}\0{clip_id}".encode("utf-8", "surrogatepass")).digest()
-    return random.Random(int.from_bytes(digest[:16], "big"))
-
-
 def frame_numbers(total: int, num_frames: int) -> np.ndarray:
     """Return the scene frames that the model sees, i64[K], by the encoder's "uniform" rule: both ends included."""
     return sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames))
@@ -154,7 +148,8 @@ def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
         raise Refused(f"clip {scene.clip_id}: its scale is relative, and the questions are in metres", "relative_scale")
     if scene.num_frames < 2:
         raise Refused(f"clip {scene.clip_id}: a single frame shows no motion", "too_few_frames")
-    rng = clip_random(seed, scene.clip_id)
+    digest = hashlib.sha256(f"{seed}\0{scene.clip_id}".encode("utf-8", "surrogatepass")).digest()
+    rng = random.Random(int.from_bytes(digest[:16], "big"))
     facts = _Facts.measure(scene, rules, rng)
     queues = {name: _in_turn(facts.cases[name], rng) for name in SCENARIOS}
     order = list(SCENARIOS)

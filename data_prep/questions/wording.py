@@ -120,9 +120,5 @@ def object_names(scene: Scene) -> dict[str, str]:
     """
     choices = {o.object_id: (spoken_name(o.description), spoken_name(o.category)) for o in scene.objects}
     taken = Counter(name.lower() for pair in choices.values() for name in set(pair) if name)
-    names = {}
-    for object_id, pair in choices.items():
-        name = next((n for n in pair if n and taken[n.lower()] == 1), "")
-        if name:
-            names[object_id] = name
-    return names
+    names = {i: next((n for n in pair if n and taken[n.lower()] == 1), "") for i, pair in choices.items()}
+    return {object_id: name for object_id, name in names.items() if name}

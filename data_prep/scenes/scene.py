@@ -76,9 +76,7 @@ class SceneObject:
         if self.masks is not None:
             masks = np.asarray(self.masks)
             if masks.dtype != np.bool_ or masks.ndim != 3 or masks.shape[0] != points.shape[0]:
-                raise SceneError(
-                    f"{where}: masks must be bool[{len(points)}, H, W], not {masks.dtype}{list(masks.shape)}"
-                )
+                raise SceneError(f"{where}: masks are {masks.dtype}{list(masks.shape)}, not bool[{len(points)}, H, W]")
             object.__setattr__(self, "masks", _frozen(masks, np.bool_, f"{where}: masks"))
 
     def seen(self) -> np.ndarray:
@@ -185,9 +183,7 @@ class Scene:
             if len(o.points) != self.num_frames:
                 raise SceneError(f"object {o.object_id!r} has {len(o.points)} frames, the clip {self.num_frames}")
             if o.masks is not None and o.masks.shape[1:] != self.image_size:
-                raise SceneError(
-                    f"object {o.object_id!r}: masks of {list(o.masks.shape[1:])}, images {self.image_size}"
-                )
+                raise SceneError(f"object {o.object_id!r}: masks {list(o.masks.shape[1:])}, images {self.image_size}")
 
 
 def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:

@@ -19,8 +19,7 @@ from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
 from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, dropped_objects, find, read_card
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.stereo.disparity import StereoError, split_side_by_side
-from data_prep.stereo.quality import QualityLimits
-from data_prep.stereo.stage import Reconstruction, reconstruct_clip
+from data_prep.stereo.stage import QualityLimits, Reconstruction, reconstruct_clip
 from data_prep.store.parts import ClipRejected, clip_file_name
 from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.media.decode_pool import DecodePool

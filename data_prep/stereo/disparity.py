@@ -125,8 +125,6 @@ def split_side_by_side(frames: np.ndarray, layout: str = "left_right") -> tuple[
     axes = {"left_right": (2, False), "right_left": (2, True), "top_bottom": (1, False), "bottom_top": (1, True)}
     if layout not in axes:
         raise StereoError(f"unknown layout {layout!r}; choose one of {sorted(axes)}")
-    if frames.ndim != 4:
-        raise StereoError(f"packed frames must be [T,H,W,3], got {frames.shape}")
     axis, swapped = axes[layout]
     if frames.shape[axis] % 2:
         raise StereoError(f"layout {layout} cannot halve a side of {frames.shape[axis]} pixels")

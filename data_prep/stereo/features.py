@@ -144,10 +144,12 @@ def sample_mask(mask: np.ndarray, points: np.ndarray) -> np.ndarray:
     return mask[row, column]
 
 
-def backproject(points: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray) -> np.ndarray:
-    """Return camera-frame points f64[N,3] of array coordinates f32[N,2] at depths f64[N], intrinsics f64[3,3]."""
+def backproject(
+    points: np.ndarray, depth: np.ndarray, intrinsics: np.ndarray, world_to_camera: np.ndarray
+) -> np.ndarray:
+    """Return world points f64[N,3] of array coordinates f32[N,2] at depths f64[N] in the camera f64[3,4]."""
     rays = np.column_stack([points.astype(np.float64) + 0.5, np.ones(len(points))]) @ np.linalg.inv(intrinsics).T
-    return rays * depth[:, None]
+    return (rays * depth[:, None] - world_to_camera[:, 3]) @ world_to_camera[:, :3]
 
 
 def project(world: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +158,3 @@ def project(world: np.ndarray, world_to_camera: np.ndarray, intrinsics: np.ndarr
     image = camera @ intrinsics.T
     with np.errstate(divide="ignore", invalid="ignore"):
         return image[:, :2] / image[:, 2:] - 0.5, camera[:, 2]
-
-
-def to_world(camera_points: np.ndarray, world_to_camera: np.ndarray) -> np.ndarray:
-    """Return world points f64[N,3] of camera-frame points f64[N,3]: R'(x - t)."""
-    return (camera_points - world_to_camera[:, 3]) @ world_to_camera[:, :3]

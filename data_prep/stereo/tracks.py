@@ -18,7 +18,6 @@ from data_prep.stereo.features import (
     sample_depth,
     sample_mask,
     seed_points,
-    to_world,
 )
 
 _MAX_STEP = 0.12  # depth may change by this fraction per frame; more is a slide onto another surface
@@ -188,8 +187,8 @@ def _place(sweep: _Sweep, intrinsics: np.ndarray, world_to_camera: np.ndarray) -
     world = np.full((*sweep.depth.shape, 3), np.nan)
     for frame in range(sweep.depth.shape[1]):
         seen = np.isfinite(sweep.depth[:, frame])
-        camera = backproject(sweep.image[seen, frame], sweep.depth[seen, frame], intrinsics)
-        world[seen, frame] = to_world(camera, world_to_camera[frame])
+        image, depth = sweep.image[seen, frame], sweep.depth[seen, frame]
+        world[seen, frame] = backproject(image, depth, intrinsics, world_to_camera[frame])
     keep = np.isfinite(sweep.depth).sum(1) >= _MIN_SIGHTINGS
     return PointTracks(sweep.image[keep], world[keep], sweep.labels[keep])
 

@@ -20,7 +20,6 @@ from data_prep.stereo.features import (
     sample_depth,
     sample_mask,
     seed_points,
-    to_world,
 )
 
 _SEEDS = 700  # points per keyframe
@@ -148,7 +147,7 @@ def _make_keyframe(
             "pose_failed",
             frame,
         )
-    world = to_world(backproject(points, distance, intrinsics), pose)
+    world = backproject(points, distance, intrinsics, pose)
     return _Keyframe(frame, points, world, points.copy(), np.ones(len(points), bool))
 
 

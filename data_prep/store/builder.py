@@ -61,13 +61,9 @@ class ClipExample:
     num_source_frames: int
     questions: tuple[Mapping[str, Any], ...]
 
-    @property
-    def timestamps(self) -> np.ndarray:
-        """Return f64[T] seconds since the start of the clip."""
-        return np.asarray(self.frame_indices, np.float64) / self.fps
-
 
 LoadFn = Callable[[str], ClipExample]
+Shards = Mapping[str, Sequence[Sequence[str]]]  # split -> clip ids of each shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,16 +147,17 @@ def encode_example(example: ClipExample) -> dict[str, Any]:
         {"id": row["id"], "question_type": row["question_type"], "answer": row["answer"], "row": canonical_json(row)}
         for row in example.questions
     ]
+    timestamps = np.asarray(example.frame_indices, np.float64) / example.fps
     return {
         "clip_id": example.clip_id,
         "source_id": example.source_id,
         "video": example.video,
         "fps": example.fps,
-        "timing": canonical_json({"fps": float(example.fps), "timestamps": example.timestamps.tolist()}),
+        "timing": canonical_json({"fps": float(example.fps), "timestamps": timestamps.tolist()}),
         "num_source_frames": example.num_source_frames,
         "frames": list(example.frames),
         "frame_indices": np.asarray(example.frame_indices, np.int64),
-        "timestamps": example.timestamps,
+        "timestamps": timestamps,
         "questions": questions,
     }
 
@@ -196,15 +193,9 @@ class ClipDataset(tfds.core.ShardBasedBuilder):
     code_path = None
 
     def __init__(
-        self,
-        *,
-        shards: Mapping[str, Sequence[Sequence[str]]],
-        load: LoadFn,
-        data_dir: str | Path,
-        fingerprint: str = "",
-        questions: Mapping[str, int] | None = None,
+        self, shards: Shards, load: LoadFn, data_dir: str | Path, fingerprint: str, questions: Mapping[str, int] | None
     ) -> None:
-        """`shards`: split -> clip ids of each shard. The others: see `build_dataset`."""
+        """See `build_dataset`."""
         self._fingerprint, self._questions = fingerprint, None if questions is None else dict(questions)
         self._shards, self._load = {split: list(shards[split]) for split in sorted(shards)}, load
         super().__init__(file_format="array_record", data_dir=str(data_dir))
@@ -284,7 +275,7 @@ def build_dataset(
     if not shards:
         raise StoreError("no clip has a question: there is nothing to write")
     options = _beam_config(runner, runner_options)
-    builder = ClipDataset(shards=shards, load=load, data_dir=folder, fingerprint=fingerprint, questions=questions)
+    builder = ClipDataset(shards, load, folder, fingerprint, questions)
     source = Path(builder.data_dir) / SOURCE_NOTE
     if source.exists() and source.read_bytes() != builder.source_note():
         raise StoreError(f"{source.parent} was made from other clips: delete it, or build into another folder")

@@ -31,19 +31,8 @@ _TEXT_FIELDS = ("id", "source_id", "video", "question", "answer", "question_type
 _MEASURED = ("source_id", "label", "value", "object_name", "frames")
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One file to write.
-
-    Attributes:
-      name: file name; `.json` is one JSON list, `.jsonl` one object a line.
-      layout: question row -> record.
-      split: the rows that go into it.
-    """
-
-    name: str
-    layout: Callable[[Mapping[str, Any]], dict[str, Any]]
-    split: str
+# File name (`.json` is one JSON list, `.jsonl` one object a line) -> the split whose rows go into it, row -> record.
+Outputs = Mapping[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]]
 
 
 def check_row(row: Mapping[str, Any], source_id: str) -> None:
@@ -193,7 +182,7 @@ def assemble(
     store: PartStore,
     clip_ids: Sequence[str],
     folder: str | Path,
-    outputs: Sequence[Output],
+    outputs: Outputs,
     keep: Callable[[str], bool] = lambda question_id: True,
 ) -> dict[str, Any]:
     """Write all output files, `rejected.jsonl` and, last, `manifest.json`.
@@ -214,21 +203,20 @@ def assemble(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    names = [output.name for output in outputs]
-    for name in (*names, REJECTED, MANIFEST):
+    for name in (*outputs, REJECTED, MANIFEST):
         remove_partials(folder, f"{name}.*")
-    tally = _Tally({output.split for output in outputs})
+    tally = _Tally({split for split, _ in outputs.values()})
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(RecordWriter(folder / name)) for name in (*names, REJECTED)}
+        writers = {name: stack.enter_context(RecordWriter(folder / name)) for name in (*outputs, REJECTED)}
         for clip_id in tqdm(sorted(clip_ids), unit="clip"):
             result = store.read(clip_id)
             check_result(result)
             result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
-            for output in outputs:
-                if output.split == result.split:
+            for name, (split, layout) in outputs.items():
+                if split == result.split:
                     for row in result.rows:
-                        writers[output.name].write(output.layout(row))
+                        writers[name].write(layout(row))
             for entry in result.rejected:
                 writers[REJECTED].write({"clip_id": result.clip_id, "source_id": result.source_id} | dict(entry))
     manifest = {

@@ -74,17 +74,17 @@ WorkFn = Callable[[str], ClipResult]
 CheckFn = Callable[[ClipResult], None]
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: Any, name: str = "") -> bytes:
     """Encode UTF-8 JSON with sorted keys and no spaces: equal values give equal bytes.
 
     Raises:
-      StoreError: NaN, infinity, half a surrogate pair, or something that JSON does not have.
+      StoreError: NaN, infinity, half a surrogate pair, or something that JSON does not have; begins with `name`.
     """
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"cannot be written as JSON: {error}") from error
+        raise StoreError(f"{name}cannot be written as JSON: {error}") from error
 
 
 def clip_file_name(clip_id: str) -> str:
@@ -154,11 +154,7 @@ class PartStore:
     def write(self, result: ClipResult) -> None:
         """Store a clip's result in one step."""
         value = {"format": PART_FORMAT} | dataclasses.asdict(result)
-        try:
-            data = canonical_json(value)
-        except StoreError as error:
-            raise StoreError(f"clip {result.clip_id!r}: {error}") from error
-        write_atomic(self.path(result.clip_id), data)
+        write_atomic(self.path(result.clip_id), canonical_json(value, f"clip {result.clip_id!r}: "))
 
     def read(self, clip_id: str) -> ClipResult:
         """Read the stored result of a clip.

@@ -92,11 +92,8 @@ def write_curation_report(
     """
     by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     guessed = {split: blind.baselines(group) for split, group in by_split.items() if group}
-    letters = {
-        split: blind.letter_test(group)
-        for split, group in by_split.items()
-        if any(len(row["options"]) == 4 for row in group)
-    }
+    four = {split: [row for row in group if len(row["options"]) == 4] for split, group in by_split.items()}
+    letters = {split: blind.letter_test(group) for split, group in four.items() if group}
     for split, subtask, figures in ((s, name, figures) for s in guessed for name, figures in guessed[s].items()):
         best = max(_guessers(figures), key=figures.get)
         print(

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 
 from data_prep.scenes.objects import encode_rle
 from data_prep.scenes.scene import Scene, SceneObject, intrinsics_of, invert_poses, move_tracks, save_scene
@@ -82,7 +83,7 @@ def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:
 
 
 def _tracks(
-    rng: np.random.Generator,
+    rng: Generator,
     world: World,
     camera: Camera,
     named: tuple[Named, ...],
@@ -136,7 +137,7 @@ def _seen(
 
 
 def _background_points(
-    rng: np.random.Generator, camera: Camera, depth: np.ndarray, surfaces: np.ndarray, count: int
+    rng: Generator, camera: Camera, depth: np.ndarray, surfaces: np.ndarray, count: int
 ) -> np.ndarray:
     """f64[<= count, 3] world points under random pixels of random frames that show room or furniture."""
     frame = np.sort(rng.integers(0, len(depth), count))

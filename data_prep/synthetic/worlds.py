@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
+from numpy.random import Generator
 
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.render import ROOM, Camera, World
@@ -106,7 +107,7 @@ class Named:
     category: str
 
 
-def make_world(rng: np.random.Generator, config: SyntheticConfig) -> tuple[World, Camera, tuple[Named, ...]]:
+def make_world(rng: Generator, config: SyntheticConfig) -> tuple[World, Camera, tuple[Named, ...]]:
     """Draw a room, the left camera and the named objects (surface ids 1, 2, ... in this order).
 
     Raises:
@@ -128,11 +129,11 @@ def make_world(rng: np.random.Generator, config: SyntheticConfig) -> tuple[World
     )
 
 
-def _log_uniform(rng: np.random.Generator, bounds: tuple[float, float], size: int | None = None) -> np.ndarray:
+def _log_uniform(rng: Generator, bounds: tuple[float, float], size: int | None = None) -> np.ndarray:
     return np.exp(rng.uniform(math.log(bounds[0]), math.log(bounds[1]), size))
 
 
-def _progress(rng: np.random.Generator, frames: int, count: int | None = None) -> np.ndarray:
+def _progress(rng: Generator, frames: int, count: int | None = None) -> np.ndarray:
     """f64[frames] or f64[count, frames] from -0.5 to 0.5, monotone, with a random ease-in and ease-out."""
     t = np.linspace(0, 1, frames)
     ease = rng.uniform(0, 0.9, None if count is None else (count, 1))
@@ -153,7 +154,7 @@ def _about(axis: int, angle: np.ndarray | float) -> np.ndarray:
     return matrix
 
 
-def _camera(rng: np.random.Generator, config: SyntheticConfig, size: np.ndarray) -> Camera | None:
+def _camera(rng: Generator, config: SyntheticConfig, size: np.ndarray) -> Camera | None:
     """The left camera, or None when the drawn path leaves the room."""
     frames = config.frames
     still = rng.random() < config.camera_still
@@ -182,9 +183,7 @@ def _camera(rng: np.random.Generator, config: SyntheticConfig, size: np.ndarray)
     return Camera(np.concatenate([rotation, centers[:, :, None]], 2), config.focal, config.height, config.width)
 
 
-def _objects(
-    rng: np.random.Generator, config: SyntheticConfig, size: np.ndarray, camera: Camera
-) -> tuple[Named, ...] | None:
+def _objects(rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: Camera) -> tuple[Named, ...] | None:
     """Named objects with paths that stay in the room, mostly in view, and clear of each other and of the camera."""
     wanted = int(rng.integers(config.objects[0], config.objects[1] + 1))
     colours = rng.permutation(list(COLOURS))[:wanted]
@@ -203,7 +202,7 @@ def _objects(
     return tuple(placed) if len(placed) >= config.objects[0] else None
 
 
-def _half(rng: np.random.Generator, shape: str) -> tuple[float, float, float]:
+def _half(rng: Generator, shape: str) -> tuple[float, float, float]:
     if shape == "ball":
         radius = float(rng.uniform(0.14, 0.32))
         return radius, radius, radius
@@ -224,11 +223,11 @@ def _noun(shape: str, half: tuple[float, float, float], finish: str) -> str:
     return "cube" if half[0] == half[1] else "crate" if finish == "wooden" else "box"
 
 
-def _plain(rng: np.random.Generator) -> Material:
+def _plain(rng: Generator) -> Material:
     return Material(0, 1.0, (float(rng.random()), float(rng.random())), (0, 0, 0), (255, 255, 255))
 
 
-def _finish(rng: np.random.Generator, shape: str, colour: str, half: tuple) -> tuple[str, Material]:
+def _finish(rng: Generator, shape: str, colour: str, half: tuple) -> tuple[str, Material]:
     """(adjective, material)."""
     # White with white is no pattern.
     choices = {k: v for k, v in _FINISHES[shape].items() if not (colour == "white" and k in _TWO_TONE)}
@@ -243,12 +242,7 @@ def _finish(rng: np.random.Generator, shape: str, colour: str, half: tuple) -> t
 
 
 def _path(
-    rng: np.random.Generator,
-    config: SyntheticConfig,
-    size: np.ndarray,
-    camera: Camera,
-    solid: Solid,
-    others: list[Solid],
+    rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: Camera, solid: Solid, others: list[Solid]
 ) -> np.ndarray | None:
     """f64[T, 3] centres of the first of `_TRIES` random paths that is free, or None."""
     frames, floor = config.frames, size[1] - solid.half[1]
@@ -284,7 +278,7 @@ def _path(
     return paths[int(free.argmax())] if free.any() else None
 
 
-def _spin(rng: np.random.Generator, shape: str, half: tuple, path: np.ndarray) -> np.ndarray:
+def _spin(rng: Generator, shape: str, half: tuple, path: np.ndarray) -> np.ndarray:
     """f64[T, 3, 3]: balls roll along their path, the rest turns about the vertical; what stands still does not turn."""
     step = np.diff(path[:, [0, 2]], axis=0, prepend=path[:1, [0, 2]])
     rolled = np.cumsum(np.linalg.norm(step, axis=1))
@@ -296,7 +290,7 @@ def _spin(rng: np.random.Generator, shape: str, half: tuple, path: np.ndarray) -
     return _about(1, start + rng.uniform(-1.0, 1.0) * (rolled > 0) * np.linspace(0, np.pi / 2, len(path)))
 
 
-def _walls(rng: np.random.Generator) -> tuple[Material, ...]:
+def _walls(rng: Generator) -> tuple[Material, ...]:
     """Materials of -x, +x, ceiling, floor, -z, +z."""
     paint = rng.uniform(150, 235, 3)
     walls = []
@@ -311,12 +305,12 @@ def _walls(rng: np.random.Generator) -> tuple[Material, ...]:
     return (walls[0], walls[1], ceiling, floor, walls[2], walls[3])
 
 
-def _surface(rng: np.random.Generator, pattern: str, rgb: np.ndarray, tile: float) -> Material:
+def _surface(rng: Generator, pattern: str, rgb: np.ndarray, tile: float) -> Material:
     offset = (float(rng.random()), float(rng.random()))
     return Material(PATTERNS.index(pattern), tile, offset, tuple(rgb * 0.5), tuple(np.minimum(rgb * 1.2, 255)))
 
 
-def _furniture(rng: np.random.Generator, config: SyntheticConfig, size: np.ndarray, still: np.ndarray) -> list[Solid]:
+def _furniture(rng: Generator, config: SyntheticConfig, size: np.ndarray, still: np.ndarray) -> list[Solid]:
     """Cabinets on the floor and pictures on the walls, all within the margin that objects keep from the walls."""
     solids = []
     for _ in range(int(rng.integers(config.furniture[0], config.furniture[1] + 1))):

@@ -19,7 +19,6 @@ from data_prep.questions.propose import QuestionRules, propose
 from data_prep.store import parts
 from data_prep.store.export import (
     MANIFEST,
-    Output,
     assemble,
     bench_record,
     check_result,
@@ -33,12 +32,12 @@ from mllm4d_jax.qa.errors import MediaError
 from tests.data_prep.scenes.random_scenes import random_scene
 
 ROOT = Path(__file__).resolve().parents[3]
-OUTPUTS = (
-    Output("train.json", conversation_record, "train"),
-    Output("train.jsonl", conversation_record, "train"),
-    Output("train_r1.jsonl", r1_record, "train"),
-    Output("bench.json", bench_record, "bench"),
-)
+OUTPUTS = {
+    "train.json": ("train", conversation_record),
+    "train.jsonl": ("train", conversation_record),
+    "train_r1.jsonl": ("train", r1_record),
+    "bench.json": ("bench", bench_record),
+}
 CLIPS = [f"clip {n:02d}/é" for n in range(12)]
 
 
@@ -113,7 +112,7 @@ def test_the_files_hold_the_questions(tmp_path):
         data = (out / name).read_bytes()
         assert (entry["sha256"], entry["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
     assert manifest["files"]["train.json"]["records"] == len(train)
-    assert set(os.listdir(out)) == {o.name for o in OUTPUTS} | {"rejected.jsonl", MANIFEST}
+    assert set(os.listdir(out)) == {*OUTPUTS} | {"rejected.jsonl", MANIFEST}
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train_r1.jsonl", "bench.json"])
@@ -251,7 +250,7 @@ def test_missing_and_cut_parts_and_unusable_outputs(tmp_path):
         with pytest.raises(StoreError, match="delete it and run again"):
             assemble(store, CLIPS, tmp_path / "out", OUTPUTS)
         with pytest.raises(StoreError, match="a .json or a .jsonl file"):
-            assemble(store, CLIPS, tmp_path / "out", (Output("a.txt", r1_record, "train"),))
+            assemble(store, CLIPS, tmp_path / "out", {"a.txt": ("train", r1_record)})
         with pytest.raises(StoreError, match="unique"):
             process_clips(["a", "a"], make_result, store)
 
