@@ -109,9 +109,7 @@ def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id
         raise StereoError(f"clip {clip_id}: {'; '.join(broken)}", "low_quality")
 
 
-def vertical_error(
-    left: np.ndarray, right: np.ndarray, disparity: np.ndarray, valid: np.ndarray, points: int = 200
-) -> float:
+def vertical_error(left: np.ndarray, right: np.ndarray, disparity: np.ndarray, valid: np.ndarray) -> float:
     """Measure the median |row difference| in pixels of points followed from the left to the right view; NaN if none is.
 
     Args:
@@ -120,7 +118,7 @@ def vertical_error(
       valid: bool[H,W].
     """
     first, second = grey_frames(np.stack([left, right]))
-    start = seed_points(first, valid, points)
+    start = seed_points(first, valid, 200)
     shift = disparity[np.rint(start[:, 1]).astype(int), np.rint(start[:, 0]).astype(int)]
     found, good = follow_points(first, second, start, guess=start - np.column_stack([shift, np.zeros_like(shift)]))
     return float(np.median(np.abs(found[good, 1] - start[good, 1]))) if good.any() else math.nan

@@ -92,7 +92,13 @@ def track_points(
     sweep.turn_round()
     for frame in range(count - 1, 0, -1):
         sweep.step(frame, frame - 1)
-    return _place(sweep, intrinsics, world_to_camera)
+    world = np.full((*sweep.depth.shape, 3), np.nan)
+    for frame in range(count):
+        seen = np.isfinite(sweep.depth[:, frame])
+        image, depth = sweep.image[seen, frame], sweep.depth[seen, frame]
+        world[seen, frame] = backproject(image, depth, intrinsics, world_to_camera[frame])
+    keep = np.isfinite(sweep.depth).sum(1) >= _MIN_SIGHTINGS
+    return PointTracks(sweep.image[keep], world[keep], sweep.labels[keep])
 
 
 class _Sweep:
@@ -181,16 +187,6 @@ class _Sweep:
         kernel = np.ones((2 * abs(slack) + 1,) * 2, np.uint8)
         change = cv2.dilate if slack > 0 else cv2.erode
         return change(region.astype(np.uint8), kernel) > 0
-
-
-def _place(sweep: _Sweep, intrinsics: np.ndarray, world_to_camera: np.ndarray) -> PointTracks:
-    world = np.full((*sweep.depth.shape, 3), np.nan)
-    for frame in range(sweep.depth.shape[1]):
-        seen = np.isfinite(sweep.depth[:, frame])
-        image, depth = sweep.image[seen, frame], sweep.depth[seen, frame]
-        world[seen, frame] = backproject(image, depth, intrinsics, world_to_camera[frame])
-    keep = np.isfinite(sweep.depth).sum(1) >= _MIN_SIGHTINGS
-    return PointTracks(sweep.image[keep], world[keep], sweep.labels[keep])
 
 
 def reject_outliers(points: np.ndarray, spread: float = 5.0) -> np.ndarray:

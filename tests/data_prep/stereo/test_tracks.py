@@ -16,7 +16,6 @@ from data_prep.stereo.features import (
     project,
     sample_depth,
     seed_points,
-    to_world,
 )
 from data_prep.stereo.stage import static_drift, vertical_error
 from data_prep.stereo.tracks import reject_outliers, track_points
@@ -119,11 +118,12 @@ def test_projection_round_trip():
     pose = make_clip(seed=1, frames=3, size=16).world_to_camera[2]
     intrinsics = np.array([[300.0, 0, 128], [0, 310, 120], [0, 0, 1]])
     points = rng.uniform(0, 255, (30, 2))
-    world = to_world(backproject(points, rng.uniform(1, 9, 30), intrinsics), pose)
+    world = backproject(points, rng.uniform(1, 9, 30), intrinsics, pose)
     image, depth = project(world, pose, intrinsics)
     np.testing.assert_allclose(image, points, atol=1e-9)
     assert (depth > 0.9).all()
-    centre = backproject(np.array([[127.5, 119.5]]), np.array([2.0]), intrinsics)  # array 127.5 is pixel position 128
+    still = np.eye(4)[:3]
+    centre = backproject(np.array([[127.5, 119.5]]), np.array([2.0]), intrinsics, still)  # 127.5 is pixel position 128
     np.testing.assert_allclose(centre, [[0, 0, 2]], atol=1e-12)
 
 
