@@ -87,7 +87,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         write_atomic(root / CHOSEN, canonical_json(by_clip))
         if config.tfds.write:
             write_dataset(config, root, source.root, store, by_clip)
-    _print_counts(manifest)
+    for split, counts in sorted(manifest["questions"].items()):
+        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        print(f"{split}: {sum(counts.values())} questions; {listed}")
+    if manifest["rejected"]:
+        print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")
     write_curation_report(config, root, source, manifest, kept)
     print(f"records: {', '.join(str(root / name) for name in OUTPUTS)}; media root: {source.root}")
     print(f"report: {root / 'report.html'}")
@@ -177,11 +181,3 @@ def choose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]])
         if any(row["split"] == preset.split for row in rows):
             chosen |= {rows[n]["id"] for n in select(rows, preset, seed=config.seed, bench_share=config.bench_share)}
     return chosen
-
-
-def _print_counts(manifest: Mapping[str, Any]) -> None:
-    for split, counts in sorted(manifest["questions"].items()):
-        listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        print(f"{split}: {sum(counts.values())} questions; {listed}")
-    if manifest["rejected"]:
-        print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")

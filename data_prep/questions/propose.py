@@ -253,9 +253,8 @@ def _ask(
     pair, obj, kind, value = case
     labels = LABELS[scenario]
     if labels:
-        label, rank = labels[kind], -1
+        label, rank, truth = labels[kind], -1, labels[kind]
         texts = label_options(labels, label, rng)
-        answer = LETTERS[texts.index(label)]
     else:
         made = numeric_options(value, rules.options, rng)
         if made is None:
@@ -263,7 +262,6 @@ def _ask(
         texts, rank = made
         label, truth = "", texts[rank]
         shuffle(texts, rng)
-        answer = LETTERS[texts.index(truth)]
     phrasing, anchor = int(rng.random() * len(PHRASINGS[scenario])), int(rng.random() * len(ANCHORS))
     i, j = facts.pairs[pair]
     object_id, name = facts.names[obj] if obj >= 0 else ("", "")
@@ -279,7 +277,7 @@ def _ask(
         scenario=scenario,
         text=question_text(scenario, phrasing, anchor, i, j, len(facts.seen) - 1, name),
         options=tuple(texts),
-        answer=answer,
+        answer=LETTERS[texts.index(truth)],
         label=label,
         rank=rank,
         value=round(value, 6) if obj >= 0 or not labels else tuple(round(v, 6) for v in value),

@@ -205,7 +205,14 @@ class MonocularSource:
         if info.frames is not None and info.frames != count:
             raise SceneError(f"{video} has {info.frames} frames, {tracker.name} {count}: track every frame")
         size = card.frame_size or (info.height, info.width)
-        _check_size(tracker, spatial.intrinsics, size)
+        # A tracker that was given smaller frames has a principal point far from the middle of the video's.
+        middle = np.array([size[1], size[0]]) / 2
+        if (np.abs(spatial.intrinsics[:, :2, 2] - middle) > 2 * _OFF_CENTRE * middle).any():
+            raise SceneError(
+                f"{tracker}: its principal point {np.round(spatial.intrinsics[0, :2, 2], 1).tolist()} is not near the "
+                f"middle of a {size[0]} x {size[1]} frame; if the tracker was given frames of another size, say so in "
+                "frame_size of <clip>-clip.json"
+            )
         scene, tracks = monocular_scene(
             spatial,
             size,
@@ -225,14 +232,3 @@ def _depths(folder: Path) -> dict[int, np.ndarray]:
     if wrong or not files:
         raise SceneError(f"{wrong[0] if wrong else folder}: MoGe files are named by their frame's number: 000012.npz")
     return {int(file.stem): read_moge(file) for file in files}
-
-
-def _check_size(path: Path, intrinsics: np.ndarray, size: tuple[int, int]) -> None:
-    """A tracker that was given smaller frames has a principal point far from the middle of the video's."""
-    middle = np.array([size[1], size[0]]) / 2
-    if (np.abs(intrinsics[:, :2, 2] - middle) > 2 * _OFF_CENTRE * middle).any():
-        raise SceneError(
-            f"{path}: its principal point {np.round(intrinsics[0, :2, 2], 1).tolist()} is not near the middle of a "
-            f"{size[0]} x {size[1]} frame; if the tracker was given frames of another size, say so in frame_size of "
-            "<clip>-clip.json"
-        )

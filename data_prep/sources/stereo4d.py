@@ -14,12 +14,12 @@ import numpy as np
 from data_prep.scenes.scene import Scene, intrinsics_of, nearest_rigid
 from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, with_objects
 from data_prep.sources.frames import frames_size, read_folder, write_video
+from data_prep.stereo.stage import STEREO4D_BASELINE
 from data_prep.store.untrusted import SceneError, as_scene_error, numbers, read_npz
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 
 FOV = 60.0  # degrees across, of the released rectified frames
-BASELINE = 0.063  # metres, assumed by the authors for every camera
 MAX_FRAMES = 10_000
 MAX_TRACK_BYTES = 2**31  # of the dense tracks, float64[N, T, 3]
 _KEYS = ("name", "video_id", "timestamps", "camera2world", "rectified2rig", "fov_bounds")
@@ -67,7 +67,7 @@ class Stereo4DClip:
             provenance={
                 "tool": "stereo4d",
                 "files": [Path(self.path).name],
-                "parameters": {"fov": FOV, "baseline": BASELINE},
+                "parameters": {"fov": FOV, "baseline": STEREO4D_BASELINE},
                 "quality": {},
             },
         )

@@ -172,12 +172,13 @@ def write_clip(
     for eye, frames in (("left", clip.left), ("right", clip.right)):
         if frames is not None:
             write_video(f"{stem}-{eye}_rectified.mp4", frames, clip.fps, codec)
+    sidecars = {"captions": {o.object_id: {"caption": o.description, "category": o.category} for o in scene.objects}}
     if rle:
-        _write_json(f"{stem}-masks.json", {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects})
+        sidecars["masks"] = {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects}
     else:
         write_atomic(f"{stem}-masks.npz", npz_bytes({o.object_id: o.masks for o in scene.objects}))
-    captions = {o.object_id: {"caption": o.description, "category": o.category} for o in scene.objects}
-    _write_json(f"{stem}-captions.json", captions)
+    for name, document in sidecars.items():
+        write_atomic(f"{stem}-{name}.json", (json.dumps(document, indent=1) + "\n").encode())
     if truth:
         save_scene(scene, f"{stem}-truth")
     write_atomic(f"{stem}.npz", npz_bytes(stereo4d_arrays(clip)))
@@ -203,7 +204,3 @@ def stereo4d_arrays(clip: SyntheticClip) -> dict[str, np.ndarray]:
         "track_indices": np.nonzero(seen)[1].astype(np.int64),
         "track_coordinates": tracks[seen].astype(np.float32),
     }
-
-
-def _write_json(path: str, document: dict) -> None:
-    write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())

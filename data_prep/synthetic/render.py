@@ -11,8 +11,7 @@ import math
 
 import numpy as np
 
-from data_prep.synthetic.solids import DEPTH, SURFACE, Material, Solid
-from data_prep.synthetic.textures import LEVELS, SIZE, atlas
+from data_prep.synthetic.solids import DEPTH, LEVELS, SIZE, SURFACE, Material, Solid, atlas
 
 ROOM = 0  # surface id of the room and its furniture; object k (from 0) is k + 1
 _BATCH_RAYS = 1 << 17

@@ -10,8 +10,7 @@ from numpy.random import Generator
 
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.render import ROOM, Camera, World
-from data_prep.synthetic.solids import Material, Solid
-from data_prep.synthetic.textures import PATTERNS
+from data_prep.synthetic.solids import PATTERNS, Material, Solid
 
 COLOURS = {
     "red": (206, 44, 40),

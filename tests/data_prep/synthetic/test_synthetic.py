@@ -12,8 +12,7 @@ import pytest
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.render import ROOM, Camera, World, render
-from data_prep.synthetic.solids import Solid, surface_points
-from data_prep.synthetic.textures import LEVELS, PATTERNS, atlas
+from data_prep.synthetic.solids import LEVELS, PATTERNS, Solid, atlas, surface_points
 from data_prep.synthetic.worlds import SyntheticConfig, make_world
 
 SMALL = SyntheticConfig(height=48, width=56, frames=4)
