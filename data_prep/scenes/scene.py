@@ -183,7 +183,7 @@ class Scene:
             if len(o.points) != self.num_frames:
                 raise SceneError(f"object {o.object_id!r} has {len(o.points)} frames, the clip {self.num_frames}")
             if o.masks is not None and o.masks.shape[1:] != self.image_size:
-                raise SceneError(f"object {o.object_id!r}: masks {list(o.masks.shape[1:])}, images {self.image_size}")
+                raise SceneError(f"object {o.object_id!r}: masks of {list(o.masks.shape[1:])}, not {self.image_size}")
 
 
 def intrinsics_of(image_size: tuple[int, int], fov: float) -> np.ndarray:
