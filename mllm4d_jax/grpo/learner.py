@@ -26,8 +26,7 @@ from mllm4d_jax.grpo.presets import ObjectiveConfig
 from mllm4d_jax.grpo.ratios import correct_for_gap
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.vision import VisionFeatures
-from mllm4d_jax.parallel.place import place_rows
-from mllm4d_jax.parallel.rules import constrain_rows, replicated
+from mllm4d_jax.parallel.rules import constrain_rows, place_rows, replicated
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 

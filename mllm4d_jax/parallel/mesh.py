@@ -42,10 +42,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         if len(devices) % rest:
             raise MeshError(f"{len(devices)} devices cannot be split by {rest} (mesh {dict(sizes)})")
         shape[shape.index(-1)] = len(devices) // rest
-    if math.prod(shape) != len(devices):
-        raise MeshError(
-            f"mesh {dict(zip(AXES, shape, strict=True))} needs {math.prod(shape)} devices, found {len(devices)}"
-        )
+    if (needed := math.prod(shape)) != len(devices):
+        raise MeshError(f"mesh {dict(zip(AXES, shape, strict=True))} needs {needed} devices, found {len(devices)}")
     if devices[0].platform == "tpu":
         mesh = Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
         if rows_divide(mesh):

@@ -1,4 +1,4 @@
-"""THE table that maps logical parameter axes to mesh axes.
+"""THE table that maps logical parameter axes to mesh axes, and the one way to lay rows of a batch over the devices.
 
 Modules name the dimensions of their parameters (`logical_axes`); nothing else in the project decides where a weight
 lives. A dimension that the mesh axis does not divide is replicated, so that small norms and odd widths need no rule.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mllm4d_jax.parallel.mesh import MeshError
 
 # Logical axis -> mesh axis. The loss lays the head out anew, over its vocabulary alone (`sft/losses.py`): a head
 # split over its width would be gathered whole for every logit. What that moves is a device's own share of the head.
@@ -26,6 +29,8 @@ RULES: Mapping[str, str | None] = {
 }
 
 BATCH_AXES = ("data", "fsdp")  # mesh axes over which rows of a batch are split
+# Arrays whose rows (or frames, or features, row by row) are not their first dimension, by the name of their field.
+_ROW_DIMENSION = {"positions": 1, "deepstack": 1}
 
 
 def partition_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
@@ -92,3 +97,58 @@ def constrain_rows(x: jax.Array, mesh: Mesh | None, dim: int = 0) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def row_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Return the sharding of every array (or shape) of a tree of rows.
+
+    An array is split over the batch axes along the dimension that counts rows where they divide it; otherwise every
+    device holds it whole.
+
+    Args:
+      tree: arrays or shapes; named tuples such as `rows.rows.RowBatch`, `VisionInputs` or `VisionFeatures`.
+    """
+
+    def sharding(path: tuple, x: Any) -> NamedSharding:
+        dim = _row_dimension(path)
+        return batch_sharding(mesh, len(x.shape), dim) if x.shape[dim] % batch_shards(mesh) == 0 else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def place_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Put a tree of rows on the devices; of several processes each gives its part of the rows, in their order.
+
+    Args:
+      tree: see `row_shardings`; arrays on the host or on devices.
+      mesh: None leaves the tree as it is.
+
+    Raises:
+      MeshError: the rows of several processes cannot be split evenly over the devices.
+    """
+    if mesh is None:
+        return tree
+    processes = len({device.process_index for device in mesh.devices.flat})
+    if processes == 1:
+        return jax.device_put(tree, row_shardings(tree, mesh))
+    shards = batch_shards(mesh)
+
+    def whole(path: tuple, x: Any) -> jax.Array:
+        dim = _row_dimension(path)
+        if x.shape[dim] * processes % shards or shards % processes:
+            raise MeshError(
+                f"{processes} processes x {x.shape[dim]} rows cannot be split over {shards} parts (mesh data x fsdp)"
+            )
+        shape = (*x.shape[:dim], x.shape[dim] * processes, *x.shape[dim + 1 :])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, dim), x, shape)
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Return the shape of an array (or of a shape) on the devices."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _row_dimension(path: tuple) -> int:
+    return _ROW_DIMENSION.get(getattr(path[-1], "name", ""), 0) if path else 0

@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm4d_jax.generate.draw import SamplingOptions
-from mllm4d_jax.generate.sampler import Feed, KeyNumbers, Sampler
+from mllm4d_jax.generate.policy import SamplingOptions
+from mllm4d_jax.generate.sampler import ChunkInputs, KeyNumbers, Sampler
 from mllm4d_jax.generate.weights import sampling_mesh
 from mllm4d_jax.grpo.batch import RolloutBatch
 from mllm4d_jax.grpo.learner import Learner, PromptFeatures
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.split import split_model
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.parallel.place import placed, row_shardings
-from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
+from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, placed, replicated, row_shardings
 from mllm4d_jax.plan.compile import Compiled, compile_program, whole_row
 from mllm4d_jax.plan.grpo_job import GrpoJob, decode_rungs
 from mllm4d_jax.plan.grpo_reckon import COPY, ladder, rows_of_sampler
@@ -253,13 +252,13 @@ class Programs:
 
         return ModelInputs(ints(shape), ints((3, *shape), 1), ints(shape), ints(shape), None)
 
-    def _feed(self, filled: int) -> Feed:
+    def _feed(self, filled: int) -> ChunkInputs:
         shape = (filled, self.job.branches)
 
         def numbers(dtype: Any, shape: tuple[int, ...] = shape) -> jax.ShapeDtypeStruct:
             return self._everywhere(shape, dtype, self.sampler_mesh)
 
-        return Feed(
+        return ChunkInputs(
             last=numbers(jnp.int32),
             done=numbers(jnp.bool),
             next_position=numbers(jnp.int32),

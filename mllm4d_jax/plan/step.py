@@ -18,11 +18,9 @@ from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.encode.grids import VisionInputs
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.split import split_model
-from mllm4d_jax.parallel.place import placed, row_shardings
-from mllm4d_jax.parallel.rules import parameter_sharding
+from mllm4d_jax.models.split import attach_lora, split_model
+from mllm4d_jax.parallel.rules import parameter_sharding, placed, row_shardings
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.rows import RowBatch, RowSizes
 from mllm4d_jax.run.build import needs_adapter, tuning

@@ -14,8 +14,7 @@ from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel import multihost
-from mllm4d_jax.parallel.place import place_rows
-from mllm4d_jax.parallel.rules import replicated
+from mllm4d_jax.parallel.rules import place_rows, replicated
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, pack_groups, share_prefix
 from mllm4d_jax.rows.shape import RowShape, largest

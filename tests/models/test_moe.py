@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from mllm4d_jax.models.config import MoEConfig
-from mllm4d_jax.models.moe import RouterStats, SparseMLP, load_balancing_loss
+from mllm4d_jax.models.layers import RouterStats, SparseMLP, load_balancing_loss
 
 
 def layer(experts=5, top_k=2, width=8, hidden=6):

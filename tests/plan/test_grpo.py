@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from configs import common
 from configs import grpo as grpo_config
 from mllm4d_jax.generate.decoding import empty_branches
-from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.generate.weights import SamplingWeights, sampling_mesh
@@ -24,8 +24,7 @@ from mllm4d_jax.models.split import merge_model, split_model
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel import topology
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh
-from mllm4d_jax.parallel.place import row_shardings
-from mllm4d_jax.parallel.rules import replicated
+from mllm4d_jax.parallel.rules import replicated, row_shardings
 from mllm4d_jax.plan import compile as plan_compile
 from mllm4d_jax.plan import (
     grpo as plan,
