@@ -89,27 +89,16 @@ def token_scores(
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn and when a completion ends.
+    """How tokens are drawn and when a completion ends."""
 
-    Attributes:
-      temperature: 0 is greedy; the logits are divided by it before anything else.
-      top_k: keep the k most likely tokens, 0 for all.
-      top_p: keep the smallest set of likely tokens whose mass reaches top_p (nucleus); 1 for all.
-      eos_ids: tokens that end a completion (kept in it).
-      stop: texts that end a completion; the token that completes one is the last.
-      banned_ids: tokens that are never drawn, see `banned_token_ids`.
-      pad_id: what output arrays hold after the end of a completion.
-      require_exact: refuse everything that makes the draw differ from the policy whose log-probs are recorded.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    eos_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
-    banned_ids: tuple[int, ...] = ()
-    pad_id: int = 0
-    require_exact: bool = False
+    temperature: float = 0.0  # 0 is greedy; the logits are divided by it before anything else
+    top_k: int = 0  # keep the k most likely tokens, 0 for all
+    top_p: float = 1.0  # keep the smallest set of likely tokens whose mass reaches top_p (nucleus); 1 for all
+    eos_ids: tuple[int, ...] = ()  # tokens that end a completion (kept in it)
+    stop: tuple[str, ...] = ()  # texts that end a completion; the token that completes one is the last
+    banned_ids: tuple[int, ...] = ()  # tokens that are never drawn, see `banned_token_ids`
+    pad_id: int = 0  # what output arrays hold after the end of a completion
+    require_exact: bool = False  # refuse all that makes the draw differ from the policy whose log-probs are recorded
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
