@@ -27,8 +27,8 @@ from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.grids import pack_vision
 from mllm4d_jax.models import text, vision
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.rows.batch import ModelInputs
 
 SIDE = 14  # patches per side of a 224 x 224 frame

@@ -126,7 +126,7 @@ class Theirs:
 
 def options(tokenizer: Any, vocab_size: int) -> Any:
     """How both sides draw: greedily, without visual placeholders, up to an end token."""
-    from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
+    from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
 
     return SamplingOptions(eos_ids=tokenizer.eos_ids, banned_ids=banned_token_ids(tokenizer, vocab_size))
 

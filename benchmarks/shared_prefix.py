@@ -29,8 +29,8 @@ from mllm4d_jax.encode.example import Example
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.rows.batch import collate
 from mllm4d_jax.rows.rows import Group, RowBatch, collate_rows, needed_sizes
 

@@ -31,7 +31,7 @@ from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.files.atomic import write_json
-from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
+from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.qwen_vl import QwenVL

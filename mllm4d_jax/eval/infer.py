@@ -17,7 +17,7 @@ from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example, VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
-from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
+from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh

@@ -12,14 +12,13 @@ import numpy as np
 from flax import nnx
 
 from mllm4d_jax.encode.example import Example, Grid
-from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.export.merged import DTYPES, ModelExportError
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import TensorFiles
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.peft import adapted_linears
-from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.models.qwen_vl import QwenVL, text_positions, vision_geometry
 from mllm4d_jax.rows.batch import ModelInputs, collate
 
 _SIDE = 2  # merged patches of the image along each side
@@ -28,15 +27,10 @@ _WORDS = 40  # text tokens of the prompt
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two sets of logits are apart.
+    """How far two sets of logits are apart."""
 
-    Attributes:
-      largest: largest absolute difference.
-      scale: largest absolute logit, at least 1; tolerances are shares of it.
-    """
-
-    largest: float
-    scale: float
+    largest: float  # largest absolute difference
+    scale: float  # largest absolute logit, at least 1; tolerances are shares of it
 
     def require(self, tolerance: float, what: str, advice: str) -> None:
         """Raises ModelExportError above `tolerance * scale`, and for values that are not finite."""
@@ -61,20 +55,9 @@ def probe(config: ModelConfig) -> ModelInputs:
     image = np.full(_SIDE**2, config.image_token_id)
     tokens = np.concatenate([[config.vision_start_token_id], image, [config.vision_end_token_id], words])
     v, side = config.vision, _SIDE * config.vision.merge_size
-    width = v.in_channels * v.temporal_patch_size * v.patch_size**2
-    pixels = np.random.default_rng(0).uniform(-1, 1, (side * side, width)).astype(np.float32)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (side * side, v.patch_dim)).astype(np.float32)
     grid = Grid("image", 1, side, side)
-    positions, delta = mrope_positions(
-        tokens.astype(np.int32),
-        [grid],
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        merge_size=v.merge_size,
-        family=config.family,
-        second_per_grid=[],
-        tokens_per_second=v.tokens_per_second,
-        rule="release",
-    )
+    positions, delta = text_positions(config, tokens.astype(np.int32), [grid])
     nothing = np.zeros(len(tokens), bool)
     example = Example("probe", tokens.astype(np.int32), positions, delta, nothing, pixels, (grid,), (), "")
     return collate([example], vision_geometry(config), visual_token_ids=ids)

@@ -28,24 +28,11 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 # What goes along with the weights; anything else in the folder is left where it is.
 _COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
+    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json",
+    "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "LICENSE", "LICENSE.txt", "NOTICE",
+)  # fmt: skip
 
 # the stored tensor -> the f32 values to put in its place, in the stored layout
 Change = Callable[[np.ndarray], np.ndarray]

@@ -81,10 +81,8 @@ def export_merged(
 
 
 def _reloaded(difference: Difference, tolerance: float) -> str:
-    return (
-        f"read back and compared: logits differ by up to {difference.largest:.2g} "
-        f"(allowed {tolerance * difference.scale:.2g})"
-    )
+    allowed = f"(allowed {tolerance * difference.scale:.2g})"
+    return f"read back and compared: logits differ by up to {difference.largest:.2g} {allowed}"
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -117,15 +115,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
             lines = export_peft(tuned, source, folder, config.base_name, tolerance)
         else:
             lines = export_merged(tuned, source, folder, tolerance, config.tol.rounding)
-    _report(output, source, lines, effect, empty)
-    return 0
-
-
-def _report(output: pathlib.Path, source: ModelChoice, lines: list[str], effect: Difference, empty: bool) -> None:
-    print(f"{output}: {lines[0]}")
-    print(f"  from {source.adapter}; base model {source.base}")
-    for line in lines[1:]:
-        print(f"  {line}")
-    print(f"  what was trained moves the logits of the test prompt by up to {effect.largest:.2g}")
+    moved = f"what was trained moves the logits of the test prompt by up to {effect.largest:.2g}"
     if empty:
-        print("  WARNING: this adapter changes nothing: in every pair of its matrices one is zero. Was it trained?")
+        moved += "\n  WARNING: this adapter changes nothing: in every pair of its matrices one is zero. Was it trained?"
+    origin = f"from {source.adapter}; base model {source.base}"
+    print(f"{output}: {lines[0]}", origin, *lines[1:], moved, sep="\n  ")
+    return 0

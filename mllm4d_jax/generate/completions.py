@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.policy import SamplingOptions
+from mllm4d_jax.generate.slots import Packing
 
 FINISH_REASONS = ("", "stop", "length", "stop_string")  # the record's codes; "" while a branch goes on
 
@@ -16,41 +17,24 @@ Detokenize = Callable[[Sequence[int]], str]
 
 @dataclasses.dataclass(frozen=True)
 class SamplingStatistics:
-    """What one call cost.
+    """What one call cost."""
 
-    Attributes:
-      steps: decode steps.
-      branch_steps: tokens the device computed in them, idle branches included.
-      wasted_branch_steps: those of them that are in no completion.
-      compactions: how often the branches were packed into smaller or longer arrays.
-      prefill_seconds: until the first tokens were there, encoding of videos included.
-      chunks: (steps, seconds) of every device call after it; the first of a shape includes compilation.
-    """
-
-    steps: int
-    branch_steps: int
-    wasted_branch_steps: int
-    compactions: int
-    prefill_seconds: float
-    chunks: tuple[tuple[int, float], ...]
+    steps: int  # decode steps
+    branch_steps: int  # tokens the device computed in them, idle branches included
+    wasted_branch_steps: int  # those of them that are in no completion
+    compactions: int  # how often the branches were packed into smaller or longer arrays
+    prefill_seconds: float  # until the first tokens were there, encoding of videos included
+    chunks: tuple[tuple[int, float], ...]  # (steps, seconds) of each device call; the first of a shape compiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-    """G completions of each of B prompts; on the host.
+    """G completions of each of B prompts; on the host."""
 
-    Attributes:
-      tokens: i32[B, G, T], `pad_id` after the end; an end token is kept.
-      lengths: i32[B, G], the end token included.
-      logprobs: f32[B, G, T] under the policy (`generate/policy.py`), 0 after the end.
-      finish_reason: B x G of "stop" (an end token), "length" (the cap) or "stop_string".
-      statistics: what it cost.
-    """
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: tuple[tuple[str, ...], ...]
+    tokens: np.ndarray  # i32[B, G, T], `pad_id` after the end; an end token is kept
+    lengths: np.ndarray  # i32[B, G], the end token included
+    logprobs: np.ndarray  # f32[B, G, T] under the policy (`generate/policy.py`), 0 after the end
+    finish_reason: tuple[tuple[str, ...], ...]  # B x G of "stop" (an end token), "length" (the cap) or "stop_string"
     statistics: SamplingStatistics
 
     def ids(self, prompt: int, branch: int) -> list[int]:
@@ -91,23 +75,15 @@ class CompletionRecord:
         """Token number `step - 1` of the branches at (rows, branches)."""
         return self._tokens[rows, branches, step - 1]
 
-    def add(
-        self,
-        rows: np.ndarray,
-        branches: np.ndarray,
-        used: np.ndarray,
-        tokens: np.ndarray,
-        logprobs: np.ndarray,
-        step: int,
-    ) -> None:
+    def add(self, packing: Packing, tokens: np.ndarray, logprobs: np.ndarray, step: int) -> None:
         """Takes the tokens number `step ..` of some branches; those of branches that have ended are ignored.
 
         Args:
-          rows, branches: i32[b, g], whose they are; used: bool[b, g], False where an entry only fills the array.
+          packing: says whose they are.
           tokens: i32[b, g, n]; logprobs: f32[b, g, n].
         """
-        rows, branches = rows[used], branches[used]
-        tokens, logprobs = tokens[used], logprobs[used]
+        per_branch = (packing.row_grid, packing.branches, tokens, logprobs)
+        rows, branches, tokens, logprobs = (x[packing.used] for x in per_branch)
         before = self._lengths.copy()
         for i in range(tokens.shape[-1]):
             live = self._reason[rows, branches] == 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mllm4d_jax.models import rope
+from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import KVCache, run_lengths
@@ -26,63 +27,36 @@ from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows
 from mllm4d_jax.rows.batch import ModelInputs
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)
-
 
 class PromptCache(NamedTuple):
-    """Keys and values of prompts, never written again.
+    """Keys and values of prompts, never written again."""
 
-    Attributes:
-      kv: [layers, B, K, P, head_dim].
-      visible: bool[B, P], True where a slot holds a real token.
-    """
-
-    kv: KVCache
-    visible: jax.Array
+    kv: KVCache  # [layers, B, K, P, head_dim]
+    visible: jax.Array  # bool[B, P], True where a slot holds a real token
 
 
 class PrefilledPrompts(NamedTuple):
-    """Result of `prefill`.
-
-    Attributes:
-      cache: see `PromptCache`.
-      hidden: [B, H] of the last real token, after the final norm: it predicts the first token of every branch.
-      next_position: i32[B] M-RoPE position of that first token, the same on all three axes.
-    """
+    """Result of `prefill`."""
 
     cache: PromptCache
-    hidden: jax.Array
-    next_position: jax.Array
+    hidden: jax.Array  # [B, H] of the last real token, after the final norm: predicts the first token of every branch
+    next_position: jax.Array  # i32[B] M-RoPE position of that first token, the same on all three axes
 
 
 class Asked(NamedTuple):
-    """Tokens of their own that branches had before their first new one.
+    """Tokens of their own that branches had before their first new one."""
 
-    Attributes:
-      lengths: i32[B, G], in the first slots of each branch's cache.
-      slots: i32[] slots left for them in every branch; new tokens come after.
-    """
-
-    lengths: jax.Array
-    slots: jax.Array
+    lengths: jax.Array  # i32[B, G], in the first slots of each branch's cache
+    slots: jax.Array  # i32[] slots left for them in every branch; new tokens come after
 
 
 class PromptRows(NamedTuple):
-    """Result of `prefill_rows`; N branch slots of L tokens.
+    """Result of `prefill_rows`; N branch slots of L tokens."""
 
-    Attributes:
-      cache: of the prefixes.
-      own: [layers, B, N, K, L, head_dim] of what each branch was given.
-      asked: lengths i32[B, N], 0 for a slot without a branch; slots L.
-      hidden: [B, N, H] of the last token of each branch, after the final norm.
-      next_position: i32[B, N] M-RoPE position of the token that follows.
-    """
-
-    cache: PromptCache
-    own: KVCache
-    asked: Asked
-    hidden: jax.Array
-    next_position: jax.Array
+    cache: PromptCache  # of the prefixes
+    own: KVCache  # [layers, B, N, K, L, head_dim] of what each branch was given
+    hidden: jax.Array  # [B, N, H] of the last token of each branch, after the final norm
+    next_position: jax.Array  # i32[B, N] M-RoPE position of the token that follows
 
 
 def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PrefilledPrompts:
@@ -124,7 +98,7 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     p, branches = layout.prefix, (layout.slots, layout.length)
     real = inputs.segment_ids != 0
     in_slots = real[:, p:].reshape(-1, *branches)  # bool[B, N, L]
-    lengths = in_slots.sum(-1, dtype=jnp.int32)
+    lengths = in_slots.sum(-1, dtype=jnp.int32)  # 0 for a slot without a branch
     hidden = out.hidden[:, p:].reshape(*in_slots.shape, -1)
     hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[..., None, None], 2)[:, :, 0]
     places = jnp.where(real[None], inputs.positions, -1).max(0)
@@ -137,7 +111,6 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     return PromptRows(
         PromptCache(constrain_cache(prefix, model.mesh), real[:, :p]),
         constrain_cache(KVCache(*map(own, out.cache)), model.mesh),
-        Asked(lengths, jnp.int32(layout.length)),
         hidden,
         following.astype(jnp.int32),
     )
@@ -229,13 +202,13 @@ def branch_attention(
     grouped = q.reshape(b, g, prompt.k.shape[1], -1, d)
     first = einsum_f32("bgknd,bkpd->bgknp", grouped, prompt.k) * d**-0.5
     second = einsum_f32("bgknd,bgktd->bgknt", grouped, own.k) * d**-0.5
-    first = jnp.where(visible[:, None, None, None], first, _LOWEST)
+    first = jnp.where(visible[:, None, None, None], first, LOWEST)
     places = jnp.arange(own.k.shape[-2])
     seen = places <= slot
     if asked is not None:
         given = (places < asked.lengths[..., None]) | (places >= asked.slots)  # bool[B,G,T]
         seen = (seen & given)[:, :, None, None]
-    second = jnp.where(seen, second, _LOWEST)
+    second = jnp.where(seen, second, LOWEST)
     top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
     first, second = jnp.exp(first - top), jnp.exp(second - top)
     total = first.sum(-1) + second.sum(-1)

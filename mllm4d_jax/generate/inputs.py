@@ -15,20 +15,13 @@ from mllm4d_jax.rows.batch import ModelInputs
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """Numbers of B prompts with G branches.
+    """Numbers of B prompts with G branches."""
 
-    Attributes:
-      limits: i32[B, G], longest completion in tokens; 1 where a slot of a shared-prefix row is empty.
-      prompt_ids: u32[B, G]; numbers: i32[B, G], of the branches within their prompts: what random keys are made of.
-      asked: i32[B, G] tokens that each branch of shared-prefix rows begins with; None for plain rows.
-      slots: places that these tokens have, 0 for plain rows.
-    """
-
-    limits: np.ndarray
-    prompt_ids: np.ndarray
-    numbers: np.ndarray
-    asked: np.ndarray | None
-    slots: int
+    limits: np.ndarray  # i32[B, G], longest completion in tokens; 1 where a slot of a shared-prefix row is empty
+    prompt_ids: np.ndarray  # u32[B, G], with the next one what random keys are made of
+    numbers: np.ndarray  # i32[B, G], of the branches within their prompts
+    asked: np.ndarray | None  # i32[B, G] tokens each branch of shared-prefix rows begins with; None for plain rows
+    slots: int  # places that these tokens have, 0 for plain rows
 
     @property
     def most(self) -> int:

@@ -33,9 +33,8 @@ from mllm4d_jax.generate.decoding import (
     prefill,
     prefill_rows,
 )
-from mllm4d_jax.generate.draw import SamplingOptions, branch_keys, draw
 from mllm4d_jax.generate.inputs import Call, fill_rows
-from mllm4d_jax.generate.policy import head_logits
+from mllm4d_jax.generate.policy import SamplingOptions, branch_keys, draw, head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.text import KVCache
@@ -46,52 +45,23 @@ from mllm4d_jax.rows.batch import ModelInputs
 
 
 class KeyNumbers(NamedTuple):
-    """seed: u32[]; prompt_ids: u32[B, G]; numbers: i32[B, G] of the branches within their prompts."""
+    """What `branch_keys` makes random keys of: seed u32[]; prompt_ids u32[B, G]; numbers i32[B, G] of the branches."""
 
     seed: Any
     prompt_ids: Any
     numbers: Any
 
-    def keys(self) -> jax.Array:
-        """A random key for each branch, [B, G]."""
-        return branch_keys(self.seed, self.prompt_ids.reshape(-1), self.numbers.reshape(-1, 1)).reshape(
-            self.numbers.shape
-        )
-
 
 class ChunkInputs(NamedTuple):
-    """What the host sends with every chunk.
+    """What the host sends with every chunk."""
 
-    Attributes:
-      last: i32[B, G], the token before; done: bool[B, G].
-      next_position: i32[B, G], M-RoPE position of each branch's first new token.
-      keys: what random keys are made of.
-      limits: i32[B, G], longest completion.
-      asked: what branches of shared-prefix rows began with; None for plain rows.
-      step: i32[], number of the first token to draw.
-    """
-
-    last: Any
-    done: Any
-    next_position: Any
+    last: Any  # i32[B, G], the token before
+    done: Any  # bool[B, G]
+    next_position: Any  # i32[B, G], M-RoPE position of each branch's first new token
     keys: KeyNumbers
-    limits: Any
-    asked: Asked | None
-    step: Any
-
-
-class Chunk(NamedTuple):
-    """Result of a chunk of n steps.
-
-    Attributes:
-      own: the branch cache.
-      tokens: i32[B, G, n]; logprobs: f32[B, G, n]; only the first `steps` were computed.
-    """
-
-    own: KVCache
-    tokens: jax.Array
-    logprobs: jax.Array
-    steps: jax.Array
+    limits: Any  # i32[B, G], longest completion
+    asked: Asked | None  # what branches of shared-prefix rows began with; None for plain rows
+    step: Any  # i32[], number of the first token to draw
 
 
 class Sampler:
@@ -189,7 +159,7 @@ class Sampler:
             options=on_device,
         )
         following = np.asarray(following)[: len(call.limits)]
-        record.add(packing.row_grid, packing.branches, packing.used, np.asarray(first), np.asarray(scores), 0)
+        record.add(packing, np.asarray(first), np.asarray(scores), 0)
         prefill_seconds = time.monotonic() - started
         state = _Run(record, packing, call, following, np.uint32(seed), on_device)
         return record.result(self._continue(weights, state, cache, own, prefill_seconds))
@@ -217,10 +187,10 @@ class Sampler:
                 packing, compactions = wanted, compactions + 1
             feed = self._everywhere(run.feed(packing, step))
             # The cache by its name: a jitted function of any arguments donates none that comes by its place.
-            out = self._decode(weights, cache, own=own, feed=feed, options=run.options, chunk=self.chunk)
-            own, n = out.own, int(out.steps)
-            tokens, logprobs = np.asarray(out.tokens)[..., :n], np.asarray(out.logprobs)[..., :n]
-            record.add(packing.row_grid, packing.branches, packing.used, tokens, logprobs, step)
+            own, *drawn, n = self._decode(weights, cache, own=own, feed=feed, options=run.options, chunk=self.chunk)
+            n = int(n)
+            tokens, logprobs = (np.asarray(x)[..., :n] for x in drawn)
+            record.add(packing, tokens, logprobs, step)
             step, computed = step + n, computed + n * packing.used.size
             chunks.append((n, time.monotonic() - started))
         return SamplingStatistics(step - 1, computed, 0, compactions, prefill_seconds, tuple(chunks))
@@ -276,7 +246,7 @@ def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches
     else:
         prompt = prefill_rows(model, inputs, features)
         own, logits, following = prompt.own, head_logits(prompt.hidden, head), prompt.next_position
-    tokens, logprobs = draw(logits, numbers.keys(), 0, options)
+    tokens, logprobs = draw(logits, branch_keys(*numbers), 0, options)
     small = (following, tokens[..., None], logprobs[..., None])
     return prompt.cache, own, *(constrain(x, model.mesh) for x in small)
 
@@ -287,11 +257,15 @@ def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
 
 def _decode_chunk(
     graphdef, weights, cache: PromptCache, own: KVCache, feed: ChunkInputs, *, options: SamplingOptions, chunk: int
-) -> Chunk:
-    """Up to `chunk` steps; ends when every branch has ended by an end token or its limit."""
+) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
+    """Up to n = `chunk` steps; ends when every branch has ended by an end token or its limit.
+
+    Returns:
+      (branches' cache, tokens i32[B, G, n], log-probs f32[B, G, n], number of steps i32[] that were computed).
+    """
     model = merge_model(graphdef, *weights)
     head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
-    keys, asked = feed.keys.keys(), feed.asked
+    keys, asked = branch_keys(*feed.keys), feed.asked
     first = 0 if asked is None else asked.slots  # slot of the first new token
 
     def going(carry):
@@ -312,8 +286,8 @@ def _decode_chunk(
     blank = jnp.full((*feed.last.shape, chunk), options.pad_id, jnp.int32)
     carry = (jnp.int32(0), feed.done, feed.last, own, blank, jnp.zeros(blank.shape, jnp.float32))
     steps, _, _, own, tokens, logprobs = jax.lax.while_loop(going, body, carry)
-    own = constrain_cache(own, model.mesh)
-    return Chunk(own, constrain(tokens, model.mesh), constrain(logprobs, model.mesh), steps)
+    tokens, logprobs = (constrain(x, model.mesh) for x in (tokens, logprobs))
+    return constrain_cache(own, model.mesh), tokens, logprobs, steps
 
 
 def _take_prompts(mesh: Mesh | None, cache: PromptCache, rows) -> PromptCache:

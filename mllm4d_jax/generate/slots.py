@@ -13,19 +13,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
-    """Contents of the device's arrays.
+    """Contents of the device's arrays."""
 
-    Attributes:
-      rows: i32[b], prompt number of each row; entries that only fill up repeat one that is there.
-      branches: i32[b, g], branch number within the prompt.
-      used: bool[b, g], False where an entry only fills up.
-      slots: positions in the cache of each branch.
-    """
-
-    rows: np.ndarray
-    branches: np.ndarray
-    used: np.ndarray
-    slots: int
+    rows: np.ndarray  # i32[b], prompt number of each row; entries that only fill up repeat one that is there
+    branches: np.ndarray  # i32[b, g], branch number within the prompt
+    used: np.ndarray  # bool[b, g], False where an entry only fills up
+    slots: int  # positions in the cache of each branch
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,10 +33,10 @@ class Packing:
     @classmethod
     def whole(cls, prompts: int, filled: int, branches: int, slots: int) -> Self:
         """All branches of `prompts` prompts, on `filled` rows (rows beyond the prompts repeat the first)."""
-        rows = np.where(np.arange(filled) < prompts, np.arange(filled), 0).astype(np.int32)
-        numbers = np.broadcast_to(np.arange(branches, dtype=np.int32), (filled, branches))
-        used = np.broadcast_to((np.arange(filled) < prompts)[:, None], (filled, branches))
-        return cls(rows, numbers, used, slots)
+        real, shape = np.arange(filled) < prompts, (filled, branches)
+        rows = np.where(real, np.arange(filled), 0).astype(np.int32)
+        numbers = np.broadcast_to(np.arange(branches, dtype=np.int32), shape)
+        return cls(rows, numbers, np.broadcast_to(real[:, None], shape), slots)
 
     def places(self, wanted: Packing) -> tuple[np.ndarray, np.ndarray]:
         """Where the entries of `wanted` are in the arrays of this packing: (i32[b] rows, i32[b, g] branches)."""
@@ -64,19 +57,12 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """The sizes a packing may have.
+    """The sizes a packing may have."""
 
-    Attributes:
-      ratio: between neighbouring sizes; small packs tighter, large compiles less.
-      shards: rows are a multiple of this (the devices they are split over).
-      first_slots: cache positions per branch at the start; they grow by the ratio when they are full.
-      compact: drop finished branches; without it arrays keep their size.
-    """
-
-    ratio: int = 2
-    shards: int = 1
-    first_slots: int = 256
-    compact: bool = True
+    ratio: int = 2  # between neighbouring sizes; small packs tighter, large compiles less
+    shards: int = 1  # rows are a multiple of this (the devices they are split over)
+    first_slots: int = 256  # cache positions per branch at the start; they grow by the ratio when they are full
+    compact: bool = True  # drop finished branches; without it arrays keep their size
 
     def __post_init__(self):
         if self.ratio < 2 or self.shards < 1 or self.first_slots < 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.completions import Completions
-from mllm4d_jax.generate.draw import SamplingOptions, prompt_id
+from mllm4d_jax.generate.policy import SamplingOptions, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep

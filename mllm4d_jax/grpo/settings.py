@@ -9,7 +9,7 @@ import jax
 import ml_collections
 
 from mllm4d_jax.encode.tokenizer import Tokenizer
-from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids
+from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
 from mllm4d_jax.grpo.presets import ObjectiveConfig, resolve_objective
 from mllm4d_jax.models.split import trained
 from mllm4d_jax.parallel.mesh import MeshError, mesh_shape

@@ -17,7 +17,7 @@ from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
-from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.generate.weights import SamplingWeights, sampling_mesh

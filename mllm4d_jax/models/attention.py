@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mllm4d_jax.parallel.products import einsum_f32
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+LOWEST = float(jnp.finfo(jnp.float32).min)  # score of what is not seen
 QUERY_BLOCK = 512  # queries whose scores the xla form holds at a time on an accelerator
 
 
@@ -25,19 +26,12 @@ class BackendError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """How attention is computed.
+    """How attention is computed."""
 
-    Attributes:
-      name: "xla", "cudnn" or "splash".
-      mesh: devices over which a kernel that XLA cannot split by itself (splash) has to be split; None for one.
-      query_block: queries of shared-prefix rows whose scores exist at a time in the xla form; None for all.
-      interpret: run the TPU kernel in the Pallas interpreter (tests on CPU).
-    """
-
-    name: str
-    mesh: Mesh | None = None
-    query_block: int | None = None
-    interpret: bool = False
+    name: str  # "xla", "cudnn" or "splash"
+    mesh: Mesh | None = None  # over which a kernel that XLA cannot split by itself (splash) is split
+    query_block: int | None = None  # queries of rows whose scores exist at a time in the xla form; None for all
+    interpret: bool = False  # run the TPU kernel in the Pallas interpreter (tests on CPU)
 
     def __str__(self) -> str:
         return self.name
@@ -57,21 +51,17 @@ def choose_backend(requested: str, dtype, mesh: Mesh | None = None) -> Backend:
       BackendError: unknown name, or a backend that this platform or dtype cannot run.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    half = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
-    name = requested
+    half, name = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)), requested
+    here = f"this process runs on {platform}: use 'auto' or 'xla'"
     if requested == "auto":
         fused = platform == "gpu" and half and _compute_capability() >= 8.0
         name = "splash" if platform == "tpu" else "cudnn" if fused else "xla"
     elif requested not in BACKENDS:
         raise BackendError(f"unknown attention backend {requested!r} (known: {', '.join(BACKENDS)})")
     elif requested == "splash" and platform != "tpu":
-        raise BackendError(
-            f"attention='splash' is a TPU kernel and this process runs on {platform}: use 'auto' or 'xla'"
-        )
+        raise BackendError(f"attention='splash' is a TPU kernel and {here}")
     elif requested == "cudnn" and platform != "gpu":
-        raise BackendError(
-            f"attention='cudnn' needs an NVIDIA GPU and this process runs on {platform}: use 'auto' or 'xla'"
-        )
+        raise BackendError(f"attention='cudnn' needs an NVIDIA GPU and {here}")
     elif requested == "cudnn" and not half:
         raise BackendError(f"attention='cudnn' needs bfloat16 or float16 activations, got {jnp.dtype(dtype)}")
     elif requested == "cudnn" and _compute_capability() < 8.0:
@@ -85,22 +75,15 @@ def _compute_capability() -> float:
 
 
 def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
-    causal: bool,
-    backend: Backend,
+    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, causal: bool, backend: Backend
 ) -> jax.Array:
     """Softmax attention within segments; scale head_dim^-0.5, softmax in fp32.
 
     Args:
       q: [B, S, N, d].
-      k, v: [B, T, K, d] with N a multiple of K; key head j serves query heads j*N/K .. (j+1)*N/K - 1.
-      q_segments, kv_segments: i32[B, S] and i32[B, T].
-      causal: position s sees positions t <= s (needs S == T).
+      k, v: [B, S, K, d] with N a multiple of K; key head j serves query heads j*N/K .. (j+1)*N/K - 1.
+      segments: i32[B, S].
+      causal: position s sees positions t <= s.
       backend: from `choose_backend`.
 
     Returns:
@@ -109,9 +92,8 @@ def attention(
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
-        where = dict(mesh=backend.mesh, interpret=backend.interpret)
-        return splash_attention(q, k, v, q_segments, kv_segments, causal=causal, **where)
-    mask = q_segments[:, :, None] == kv_segments[:, None, :]  # bool[B,S,T]
+        return splash_attention(q, k, v, segments, causal=causal, mesh=backend.mesh, interpret=backend.interpret)
+    mask = segments[:, :, None] == segments[:, None, :]  # bool[B,S,S]
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
     if backend.name == "cudnn":
@@ -131,6 +113,6 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     b, s, n, d = q.shape
     grouped = q.reshape(b, s, k.shape[1], n // k.shape[1], d)
     scores = einsum_f32("bskgd,bktd->bkgst", grouped, k) * d**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], scores, LOWEST)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("bkgst,bktd->bskgd", probs, v).reshape(b, s, n, d)

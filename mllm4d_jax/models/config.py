@@ -16,11 +16,7 @@ from typing import Any
 
 _CONTEXT = "original_max_position_embeddings"
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-FAMILIES = {
-    "qwen3_vl": "qwen3_vl",
-    "qwen3_vl_moe": "qwen3_vl",
-    "qwen2_5_vl": "qwen2_5_vl",
-}
+FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}
 
 
 class ModelConfigError(ValueError):
@@ -29,19 +25,12 @@ class ModelConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of the text decoder.
+    """Rotary embedding of the text decoder."""
 
-    Attributes:
-      theta: base of the inverse frequencies.
-      sections: number of frequencies taken from the (T, H, W) position rows; sums to `head_dim / 2`.
-      interleaved: True for Qwen3-VL (T,H,W,T,H,W,...), False for Qwen2.5-VL (contiguous runs).
-      yarn: None, or the YaRN parameters as a sorted tuple of (key, value).
-    """
-
-    theta: float
-    sections: tuple[int, int, int]
-    interleaved: bool
-    yarn: tuple[tuple[str, float], ...] | None = None
+    theta: float  # base of the inverse frequencies
+    sections: tuple[int, int, int]  # frequencies taken from the (T, H, W) position rows; sums to `head_dim / 2`
+    interleaved: bool  # True for Qwen3-VL (T,H,W,T,H,W,...), False for Qwen2.5-VL (contiguous runs)
+    yarn: tuple[tuple[str, float], ...] | None = None  # the YaRN parameters, sorted (key, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +68,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower.
-
-    Attributes:
-      position_side: side of the learned position table (0: none, Qwen2.5-VL).
-      deepstack: indices of the blocks whose output is tapped (empty for Qwen2.5-VL).
-      window: side of an attention window in patches (0: none); `full_blocks` then attend within the frame.
-    """
+    """Vision tower. Sizes as in the HF keys of the same meaning."""
 
     depth: int
     hidden_size: int
@@ -96,10 +79,10 @@ class VisionConfig:
     patch_size: int
     temporal_patch_size: int
     merge_size: int
-    position_side: int = 0
-    deepstack: tuple[int, ...] = ()
-    window: int = 0
-    full_blocks: tuple[int, ...] = ()
+    position_side: int = 0  # of the learned position table (0: none, Qwen2.5-VL)
+    deepstack: tuple[int, ...] = ()  # indices of the blocks whose output is tapped (empty for Qwen2.5-VL)
+    window: int = 0  # side of an attention window in pixels (0: none)
+    full_blocks: tuple[int, ...] = ()  # attend within the frame where there are windows
     tokens_per_second: float = 0.0
 
     @property
@@ -324,15 +307,10 @@ def _read_vision(r: _Reader, model_type: str) -> VisionConfig:
     if not qwen3:
         full, window = tuple(r.get("fullatt_block_indexes")), r.int("window_size")
         if window < common["merge_size"] * common["patch_size"]:
-            raise r.error(
-                f"window_size {window} is smaller than one merged token "
-                f"({common['merge_size']} x {common['patch_size']} pixels)"
-            )
+            merged = f"({common['merge_size']} x {common['patch_size']} pixels)"
+            raise r.error(f"window_size {window} is smaller than one merged token {merged}")
         return VisionConfig(
-            **common,
-            window=window,
-            full_blocks=full,
-            tokens_per_second=float(r.get("tokens_per_second")),
+            **common, window=window, full_blocks=full, tokens_per_second=float(r.get("tokens_per_second"))
         )
     positions = r.int("num_position_embeddings")
     side = round(positions**0.5)
@@ -341,8 +319,4 @@ def _read_vision(r: _Reader, model_type: str) -> VisionConfig:
     deepstack = tuple(r.get("deepstack_visual_indexes"))
     if any(not 0 <= i < common["depth"] for i in deepstack) or len(set(deepstack)) != len(deepstack):
         raise r.error(f"deepstack_visual_indexes {list(deepstack)} must be distinct block indices")
-    return VisionConfig(
-        **common,
-        position_side=side,
-        deepstack=deepstack,
-    )
+    return VisionConfig(**common, position_side=side, deepstack=deepstack)

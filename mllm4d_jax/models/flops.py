@@ -30,43 +30,27 @@ _KERNEL_REPEATS: Mapping[str, float] = {"xla": 0.0, "cudnn": 0.5, "splash": 1.5}
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """How much there is to compute in a step.
+    """How much there is to compute in a step."""
 
-    Attributes:
-      tokens: decoder tokens.
-      pairs: visible (query, key) pairs of the decoder.
-      patches: vision patches, before merging.
-      frame_pairs: visible pairs of patches when a frame attends to itself whole.
-      window_pairs: the same inside windows; only read for towers that have them.
-      supervised: positions the head is applied to.
-    """
-
-    tokens: int
-    pairs: int
-    patches: int
-    frame_pairs: int
-    window_pairs: int
-    supervised: int
+    tokens: int  # of the decoder
+    pairs: int  # visible (query, key) pairs of the decoder
+    patches: int  # of the vision tower, before merging
+    frame_pairs: int  # visible pairs of patches when a frame attends to itself whole
+    window_pairs: int  # the same inside windows; only read for towers that have them
+    supervised: int  # positions the head is applied to
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What is trained and what is kept for the backward pass.
+    """What is trained and what is kept for the backward pass."""
 
-    Attributes:
-      rank: of the adapters, 0 for none; `targets`: projections that have one.
-      text, vision: the decoder's, the tower's own weights are trained.
-      remat, vision_remat: "none", "full" or "dots".
-      attention: "xla", "cudnn" or "splash".
-    """
-
-    rank: int = 0
-    targets: Sequence[str] = ()
-    text: bool = False
-    vision: bool = False
-    remat: str = "full"
+    rank: int = 0  # of the adapters, 0 for none
+    targets: Sequence[str] = ()  # projections that have an adapter
+    text: bool = False  # the decoder's own weights are trained
+    vision: bool = False  # the tower's own weights are trained
+    remat: str = "full"  # "none", "full" or "dots"
     vision_remat: str = "full"
-    attention: str = "xla"
+    attention: str = "xla"  # "xla", "cudnn" or "splash"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,19 +37,12 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """Index of a checkpoint's tensors.
-
-    Attributes:
-      folder: the checkpoint folder.
-      location: tensor name -> file name.
-      shapes: tensor name -> stored shape.
-      dtypes: tensor name -> safetensors dtype name.
-    """
+    """Index of a checkpoint's tensors."""
 
     folder: pathlib.Path
-    location: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
+    location: Mapping[str, str]  # tensor name -> file name
+    shapes: Mapping[str, tuple[int, ...]]  # tensor name -> stored shape
+    dtypes: Mapping[str, str]  # tensor name -> safetensors dtype name
 
     @classmethod
     def scan(cls, folder: str | pathlib.Path) -> TensorFiles:
@@ -106,12 +99,7 @@ def _expected_locations(folder: pathlib.Path) -> dict[str, str]:
 
 
 def load_model(
-    path: str | pathlib.Path,
-    *,
-    dtype=None,
-    mesh: Mesh | None = None,
-    attention: str = "auto",
-    remat: str = "none",
+    path: str | pathlib.Path, *, dtype=None, mesh: Mesh | None = None, attention: str = "auto", remat: str = "none"
 ) -> QwenVL:
     """Loads a model from a folder in Hugging Face format.
 
@@ -177,9 +165,8 @@ def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
     problems = counted({"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
     if problems:
         raise CheckpointError(
-            f"{files.folder}: tensors do not match config.json. "
-            + "; ".join(problems)
-            + ". Is this the right config.json for these weights, and is the download complete?"
+            f"{files.folder}: tensors do not match config.json. {'; '.join(problems)}. "
+            "Is this the right config.json for these weights, and is the download complete?"
         )
     return swapped
 
@@ -221,8 +208,7 @@ def _load_leaf(leaf: Leaf, files: TensorFiles, dtype, mesh: Mesh | None, swapped
         index = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
         single = index[1:] if leaf.stacked else index
         names = leaf.names[index[0]] if leaf.stacked else leaf.names
-        shape = [s.stop - s.start for s in single]
-        out = np.empty((len(names), *shape), dtype)
+        out = np.empty((len(names), *(s.stop - s.start for s in single)), dtype)
         for row, name in zip(out, names, strict=True):
             row[...] = _read_part(leaf, files, name, single, swapped)
         return out if leaf.stacked else out[0]
@@ -230,13 +216,12 @@ def _load_leaf(leaf: Leaf, files: TensorFiles, dtype, mesh: Mesh | None, swapped
     if mesh is None:
         return jnp.asarray(assemble(tuple(slice(None) for _ in leaf.shape)))
     sharding = parameter_sharding(leaf.axes, leaf.shape, mesh)
-    cached: dict[str, np.ndarray] = {}  # replicas of one shard are read once
+    cached: dict[str, np.ndarray] = {}
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        key = str(index)
-        if key not in cached:
-            cached[key] = assemble(index)
-        return cached[key]
+        if str(index) not in cached:  # replicas of one shard are read once
+            cached[str(index)] = assemble(index)
+        return cached[str(index)]
 
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
 

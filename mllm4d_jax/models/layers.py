@@ -1,4 +1,4 @@
-"""Leaf modules and the layer stack.
+"""Leaf modules, the dense and the sparse feed-forward layer, and the layer stack.
 
 Every parameter carries `logical_axes`, a name per dimension; `parallel/rules.py` turns the names into mesh axes. Axes:
 "layers", "embed" (model width), "heads" (attention width), "kv" (key/value width), "mlp", "vocab", "experts",
@@ -8,10 +8,13 @@ Every parameter carries `logical_axes`, a name per dimension; `parallel/rules.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mllm4d_jax.models.config import MoEConfig
 
 Axes = tuple[str | None, ...]
 REMAT = ("none", "full", "dots")
@@ -20,10 +23,8 @@ ATTENTION = "attention"  # name under which a layer offers the result of its att
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], dtype, axes: Axes, init: str | float = 0.02) -> nnx.Param:
     """A parameter with logical axes; `init` is "ones", "zeros" or the standard deviation of a normal."""
-    if init == "ones":
-        value = jnp.ones(shape, dtype)
-    elif init == "zeros":
-        value = jnp.zeros(shape, dtype)
+    if isinstance(init, str):
+        value = {"ones": jnp.ones, "zeros": jnp.zeros}[init](shape, dtype)
     else:
         value = (jax.random.normal(rngs.params(), shape, jnp.float32) * init).astype(dtype)
     return nnx.Param(value, logical_axes=axes)
@@ -40,7 +41,7 @@ def fold(key: jax.Array | None, number: jax.Array | int) -> jax.Array | None:
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W stored [in, out], optionally with a low-rank adapter (see `models/lora.py`).
+    """y = x W + b, W stored [in, out], optionally with a low-rank adapter (see `models/split.py`).
 
     The adapter is fp32 and is cast to the activation dtype, as mixed-precision adapters are elsewhere; the base product
     is never re-materialised with the adapter merged.
@@ -49,10 +50,8 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, *, axes: Axes, bias: bool, dtype, rngs: nnx.Rngs):
         self.kernel = parameter(rngs, (d_in, d_out), dtype, axes)
         self.bias = parameter(rngs, (d_out,), dtype, axes[1:], "zeros") if bias else None
-        self.lora_a = nnx.data(None)
-        self.lora_b = nnx.data(None)
-        self.lora_scale = 0.0
-        self.lora_dropout = 0.0
+        self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
+        self.lora_scale = self.lora_dropout = 0.0
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]; a random key drops some of the adapter's inputs, None (not in training) none."""
@@ -108,6 +107,72 @@ class GatedMLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up, fold(key, 2))
 
 
+class RouterStats(NamedTuple):
+    """What the load-balancing loss needs, summed over the real tokens of one layer."""
+
+    assignments: jax.Array  # f32[E] number of tokens routed to each expert
+    probabilities: jax.Array  # f32[E] sum of the router probabilities
+    tokens: jax.Array  # f32[] number of real tokens
+
+
+class SparseMLP(nnx.Module):
+    """Weighted sum of the top-k experts' gated MLPs: softmax router, no capacity and no dropped token.
+
+    Expert weights keep the published layout: gate_up [E, H, 2I] with the gate columns first, down [E, I, H]. Tokens are
+    sorted by expert and multiplied by `jax.lax.ragged_dot`, so that cost follows top-k, not the number of experts.
+    """
+
+    def __init__(self, width: int, config: MoEConfig, *, dtype, rngs: nnx.Rngs):
+        e, i = config.num_experts, config.intermediate_size
+        self.router = parameter(rngs, (width, e), dtype, ("embed", None))
+        self.gate_up = parameter(rngs, (e, width, 2 * i), dtype, ("experts", "embed", "mlp"))
+        self.down = parameter(rngs, (e, i, width), dtype, ("experts", "mlp", "embed"))
+        self.top_k = config.top_k
+
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, RouterStats, tuple]:
+        """Applies the layer.
+
+        Args:
+          x: [B, S, H].
+          real: bool[B, S], False for padding (only the statistics look at it).
+
+        Returns:
+          (y [B, S, H], statistics, (router logits, weights, indices) of the B*S tokens).
+        """
+        shape, experts = x.shape, self.gate_up.shape[0]
+        x = x.reshape(-1, shape[-1])
+        logits = x @ self.router[...].astype(x.dtype)
+        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        weights, chosen = jax.lax.top_k(probs, self.top_k)
+        weights = (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
+
+        flat = chosen.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        sizes = jnp.bincount(flat, length=experts).astype(jnp.int32)
+        rows = x[order // self.top_k]
+        gate, up = jnp.split(jax.lax.ragged_dot(rows, self.gate_up[...].astype(x.dtype), sizes), 2, axis=-1)
+        out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down[...].astype(x.dtype), sizes)
+        out = out * weights.reshape(-1)[order][:, None]
+        y = jnp.zeros_like(x).at[order // self.top_k].add(out)
+
+        mask = real.reshape(-1, 1).astype(jnp.float32)
+        hits = jax.nn.one_hot(chosen, experts, dtype=jnp.float32).sum(1)
+        stats = RouterStats((hits * mask).sum(0), (probs * mask).sum(0), mask.sum())
+        return y.reshape(shape), stats, (logits, weights, chosen)
+
+
+def load_balancing_loss(stats: RouterStats) -> jax.Array:
+    """Switch-style auxiliary loss over all sparse layers pooled: E * sum_e f_e P_e (f sums to top-k).
+
+    Args:
+      stats: RouterStats with a leading layer dimension.
+    """
+    total = stats.tokens.sum()
+    fraction = stats.assignments.sum(0) / total
+    probability = stats.probabilities.sum(0) / total
+    return stats.assignments.shape[-1] * jnp.sum(fraction * probability)
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """`layers` modules as one whose parameters have a leading "layers" dimension, for `jax.lax.scan`."""
     blocks = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(layers))
@@ -117,14 +182,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return blocks
 
 
-def scan_layers(
-    blocks: nnx.Module,
-    step: Callable,
-    carry,
-    xs,
-    *,
-    remat: str = "none",
-):
+def scan_layers(blocks: nnx.Module, step: Callable, carry, xs, *, remat: str = "none"):
     """Scans `step(block, carry, x) -> (carry, y)` over stacked blocks: one compiled body for all layers.
 
     Args:
@@ -144,10 +202,8 @@ def scan_layers(
     if remat == "dots":
         policies = jax.checkpoint_policies
         # Products with a batch dimension are attention scores, which must not be kept: they are S x S.
-        named = policies.save_only_these_names(ATTENTION)
-        body = jax.checkpoint(
-            body, policy=policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
-        )
+        kept = (policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION))
+        body = jax.checkpoint(body, policy=policies.save_from_both_policies(*kept))
     elif remat == "full":
         body = jax.checkpoint(body)
     return jax.lax.scan(body, carry, (state, xs))

@@ -22,32 +22,24 @@ from flax import nnx
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import counted, write_tensors
 from mllm4d_jax.models.layers import Linear
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.split import attach_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."
 _PREFIXES = ("model.language_model.", "model.")  # of the decoder; the first is written, each is read
 _TENSOR = re.compile(re.escape(_WRAPPER) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-# Options that do not change what a loaded adapter computes, or that are read below. Every other one, known to this
-# version of PEFT or not, must be off.
+# Options that are read below, or that do not change what a loaded adapter computes (the tensors say which modules there
+# are, not `target_modules`). Every other one, known to this version of PEFT or not, must be off.
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias"}
 _NO_EFFECT = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "target_modules",  # the tensors say which modules there are
-    "exclude_modules",
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "qalora_group_size",
-    "ensure_weight_tying",
-    "runtime_config",
-}
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "megatron_core", "loftq_config", "eva_config", "qalora_group_size",
+    "ensure_weight_tying", "runtime_config",
+}  # fmt: skip
+# Options that a written file names and that are off.
+_NULL = ("auto_mapping", "layers_pattern", "layers_to_transform", "modules_to_save", "revision")
+_FALSE = ("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora")
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others begin by changing the base weights
 
 
@@ -57,21 +49,13 @@ class PeftError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder holds.
+    """What an adapter folder holds."""
 
-    Attributes:
-      rank: of every pair of matrices.
-      scale: factor of the product, `alpha / rank` (`alpha / sqrt(rank)` where the folder says `use_rslora`).
-      dropout: share of the adapter's inputs that was dropped in training.
-      targets: last names of the adapted modules, sorted.
-      base: name or path of the base model as the folder gives it, "" without one.
-    """
-
-    rank: int
-    scale: float
-    dropout: float
-    targets: tuple[str, ...]
-    base: str
+    rank: int  # of every pair of matrices
+    scale: float  # of the product: `alpha / rank` (`alpha / sqrt(rank)` where the folder says `use_rslora`)
+    dropout: float  # share of the adapter's inputs that was dropped in training
+    targets: tuple[str, ...]  # last names of the adapted modules, sorted
+    base: str  # name or path of the base model as the folder gives it, "" without one
 
 
 def is_peft_folder(path: str | pathlib.Path) -> bool:
@@ -81,8 +65,7 @@ def is_peft_folder(path: str | pathlib.Path) -> bool:
 
 def adapted_linears(model: QwenVL) -> dict[tuple, Linear]:
     """NNX path -> layer, for every layer of the model that carries an adapter."""
-    linears = ((path, m) for path, m in nnx.iter_modules(model) if isinstance(m, Linear))
-    return {path: m for path, m in linears if m.lora_a is not None}
+    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, Linear) and m.lora_a is not None}
 
 
 def save_peft(model: QwenVL, folder: str | pathlib.Path, *, base: str, dropout: float = 0.0) -> int:
@@ -124,29 +107,16 @@ def save_peft(model: QwenVL, folder: str | pathlib.Path, *, base: str, dropout: 
 
 
 def _config_file(rank: int, alpha: float, dropout: float, targets: list[str] | str, base: str) -> dict[str, Any]:
-    return dict(
-        alpha_pattern={},
-        auto_mapping=None,
+    own = dict(
         base_model_name_or_path=base or None,
-        bias="none",
-        fan_in_fan_out=False,
-        inference_mode=True,
-        init_lora_weights=True,
-        layers_pattern=None,
-        layers_to_transform=None,
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,
-        lora_bias=False,
         lora_dropout=dropout,
-        modules_to_save=None,
-        peft_type="LORA",
         r=rank,
-        rank_pattern={},
-        revision=None,
         target_modules=targets,
-        task_type="CAUSAL_LM",
-        use_dora=False,
-        use_rslora=False,
     )
+    constant = dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True, init_lora_weights=True)
+    off = dict.fromkeys(_NULL) | dict.fromkeys(_FALSE, False) | dict(alpha_pattern={}, rank_pattern={})
+    return own | constant | off
 
 
 def _target_modules(model: QwenVL, targets: list[str]) -> list[str] | str:
@@ -160,14 +130,12 @@ def _target_modules(model: QwenVL, targets: list[str]) -> list[str] | str:
 def _places(model: QwenVL) -> dict[str, tuple[tuple, int]]:
     """`layers.3.self_attn.q_proj` -> (NNX path of the stacked layer, number within the stack), for the decoder."""
     linears = {path for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
-    places = {}
-    for leaf in weight_map.leaves(model):
-        path = leaf.path[:-1]
-        if leaf.path[0] == "text" and leaf.path[-1] == "kernel" and path in linears:
-            for layer, name in enumerate(leaf.names):
-                module = name[name.index("layers.") :].removesuffix(".weight")
-                places[module] = (path, layer)
-    return places
+    return {
+        name[name.index("layers.") :].removesuffix(".weight"): (leaf.path[:-1], layer)
+        for leaf in weight_map.leaves(model)
+        if leaf.path[0] == "text" and leaf.path[-1] == "kernel" and leaf.path[:-1] in linears
+        for layer, name in enumerate(leaf.names)
+    }
 
 
 def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
@@ -198,9 +166,9 @@ def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
     if problems:
         raise _refusal(folder, problems)
     if not adapted_linears(model):
-        alpha = adapter.scale * adapter.rank
-        drop = dict(dropout=adapter.dropout, rngs=nnx.Rngs(0), mesh=model.mesh)
-        attach_lora(model, rank=adapter.rank, alpha=alpha, targets=targets, **drop)
+        alpha, drop = adapter.scale * adapter.rank, adapter.dropout
+        how = dict(targets=targets, dropout=drop, rngs=nnx.Rngs(0), mesh=model.mesh)
+        attach_lora(model, rank=adapter.rank, alpha=alpha, **how)
     by_path: dict[tuple, list[str]] = {}
     for module, (path, _) in places.items():  # in the order of the layers
         by_path.setdefault(path, []).append(module)
@@ -320,13 +288,12 @@ def _shape_problems(stored: Mapping, places: Mapping, adapter: Adapter, modules:
                 misshapen.append(f"{name} {list(value.shape)}, expected {list(want)}")
             elif not np.isfinite(value).all():
                 infinite.append(name)
-    return counted(
-        {
-            "tensors missing (a kind of module has to be adapted in every layer)": missing,
-            f"tensors of another shape than r = {adapter.rank} and the model ask for": misshapen,
-            "tensors with values that are not finite": infinite,
-        }
-    )
+    offending = {
+        "tensors missing (a kind of module has to be adapted in every layer)": missing,
+        f"tensors of another shape than r = {adapter.rank} and the model ask for": misshapen,
+        "tensors with values that are not finite": infinite,
+    }
+    return counted(offending)
 
 
 def _fit_problems(model: QwenVL, adapter: Adapter) -> list[str]:

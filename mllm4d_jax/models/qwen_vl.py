@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.grids import VisionGeometry, VisionInputs
+from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.text import Decoder, DecoderOutput
 from mllm4d_jax.models.vision import VisionFeatures, VisionTower
-from mllm4d_jax.parallel.rules import (
-    BATCH_AXES,
-    RULES,
-    batch_shards,
-    constrain,
-    constrain_rows,
-    partition_spec,
-)
+from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows, partition_spec
 from mllm4d_jax.rows.batch import ModelInputs
 
 
 def vision_geometry(config: ModelConfig) -> VisionGeometry:
     """The numbers the host needs to make the vision tower's index arrays."""
     v = config.vision
-    return VisionGeometry(
-        merge_size=v.merge_size,
-        position_side=v.position_side,
-        window=v.window // v.merge_size // v.patch_size,
+    window = v.window // v.merge_size // v.patch_size
+    return VisionGeometry(merge_size=v.merge_size, position_side=v.position_side, window=window)
+
+
+def text_positions(
+    config: ModelConfig, tokens: np.ndarray, grids: Sequence[Grid], seconds: Sequence[float] = (), rule: str = "release"
+) -> tuple[np.ndarray, int]:
+    """M-RoPE positions i32[3, S] of a sequence for this model, and the delta of what follows: see `mrope_positions`."""
+    return mrope_positions(
+        tokens,
+        grids,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        merge_size=config.vision.merge_size,
+        family=config.family,
+        second_per_grid=seconds,
+        tokens_per_second=config.vision.tokens_per_second,
+        rule=rule,
     )
 
 
@@ -67,9 +79,8 @@ class QwenVL(nnx.Module):
         self.remat, self.vision_remat = remat, vision_remat
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)
         self.text = Decoder(config.text, dtype=dtype, rngs=rngs)
-        shape = (config.text.hidden_size, config.text.vocab_size)
-        head = None if config.tied else Linear(*shape, axes=("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
-        self.lm_head = head
+        shape, kw = (config.text.hidden_size, config.text.vocab_size), dict(bias=False, dtype=dtype, rngs=rngs)
+        self.lm_head = None if config.tied else Linear(*shape, axes=("embed", "vocab"), **kw)
 
     def encode_vision(self, vision: VisionInputs) -> VisionFeatures:
         """Runs the vision tower once for all frames of a batch."""
@@ -95,9 +106,7 @@ class QwenVL(nnx.Module):
             merged = constrain_rows(take(features.merged.reshape(rows, count // rows, width), index), self.mesh)
             taps = features.deepstack.reshape(len(features.deepstack), rows, count // rows, width)
             deepstack = constrain_rows(jax.vmap(take, (0, None))(taps, index), self.mesh, 1)
-        x = jnp.where(visual, merged.astype(x.dtype), x)
-        deepstack = jnp.where(visual, deepstack.astype(x.dtype), 0)
-        return x, deepstack
+        return jnp.where(visual, merged.astype(x.dtype), x), jnp.where(visual, deepstack.astype(x.dtype), 0)
 
     def _look_up(self, tokens: jax.Array) -> jax.Array:
         """Rows of the embedding table, [B, S] -> [B, S, H].
@@ -150,10 +159,7 @@ class QwenVL(nnx.Module):
         return out
 
     def __call__(
-        self,
-        inputs: ModelInputs,
-        features: VisionFeatures | None = None,
-        dropout_key: jax.Array | None = None,
+        self, inputs: ModelInputs, features: VisionFeatures | None = None, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Hidden states after the final norm: [B, S, H]."""
         return self.forward(inputs, features=features, dropout_key=dropout_key).hidden

@@ -10,30 +10,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mllm4d_jax.models.attention import Backend, attention, masked_attention
+from mllm4d_jax.models.attention import LOWEST, Backend, attention, masked_attention
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.rows.batch import RowLayout
 
 jax.tree_util.register_static(RowLayout)  # a layout is part of a batch's shape: one compiled step for each
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)
-
 
 def row_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    segment_ids: jax.Array,
-    layout: RowLayout,
-    backend: Backend,
+    q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array, layout: RowLayout | None, backend: Backend
 ) -> jax.Array:
-    """Softmax attention of shared-prefix rows; scale head_dim^-0.5, softmax in fp32.
+    """Causal softmax attention of rows; scale head_dim^-0.5, softmax in fp32.
 
     Args:
       q: [B, S, N, d]; k, v: [B, S, K, d] with S = layout.size and N a multiple of K.
       segment_ids: i32[B, S], clip of each token, 0 for padding.
-      layout: where prefix and branch slots lie.
+      layout: where prefix and branch slots lie; None for rows that are one causal sequence.
       backend: splash is one kernel call; cudnn does the prefix queries and leaves the branches to xla.
 
     Returns:
@@ -42,26 +34,26 @@ def row_attention(
     Raises:
       ValueError: the rows are not as long as the layout says.
     """
+    if layout is None:
+        return attention(q, k, v, segments=segment_ids, causal=True, backend=backend)
     if q.shape[1] != layout.size:
         raise ValueError(f"rows of {q.shape[1]} tokens for {layout}, which has {layout.size}")
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
         where = dict(mesh=backend.mesh, interpret=backend.interpret)
-        return splash_attention(q, k, v, segment_ids, segment_ids, causal=True, layout=layout, **where)
+        return splash_attention(q, k, v, segment_ids, causal=True, layout=layout, **where)
     p = layout.prefix
-    prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
+    prefix = (q[:, :p], k[:, :p], v[:, :p])
     if backend.name == "cudnn":
-        ids = prefix[2]
-        first = attention(q[:, :p], *prefix[:2], q_segments=ids, kv_segments=ids, causal=True, backend=backend)
+        first = attention(*prefix, segments=segment_ids[:, :p], causal=True, backend=backend)
     else:
-        first = _prefix_queries(q[:, :p], prefix, backend.query_block)
+        first = _prefix_queries(*prefix, segment_ids[:, :p], backend.query_block)
     return jnp.concatenate([first, _branch_queries(q, k, v, segment_ids, layout, backend.query_block)], axis=1)
 
 
-def _prefix_queries(q: jax.Array, prefix: tuple, block: int | None) -> jax.Array:
+def _prefix_queries(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, block: int | None) -> jax.Array:
     """Causal attention of the prefix region, `block` queries at a time."""
-    k, v, segments = prefix
     p, keys, values = q.shape[1], k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def attend(q, ids, index):
@@ -102,11 +94,8 @@ def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) 
     # As many slots at a time as fit into a block and divide the slots; at least one.
     some = max(c for c in range(1, slots + 1) if slots % c == 0 and (c == 1 or c * length <= block))
 
-    def attend(x):
-        return _in_slots(*x, *prefix, block=block)
-
-    pieces = [x.reshape(b, slots // some, some, *x.shape[2:]).swapaxes(0, 1) for x in branches]
-    out = jax.lax.map(jax.checkpoint(attend), tuple(pieces))
+    pieces = tuple(x.reshape(b, slots // some, some, *x.shape[2:]).swapaxes(0, 1) for x in branches)
+    out = jax.lax.map(jax.checkpoint(lambda x: _in_slots(*x, *prefix, block=block)), pieces)
     return out.swapaxes(0, 1).reshape(b, slots * length, n, d)
 
 
@@ -135,12 +124,9 @@ def _two_parts(q, prefix_k, prefix_v, see_prefix, own_k, own_v, see_own) -> jax.
     """
     b, c, m, n, d = q.shape
     grouped = q.reshape(b, c, m, prefix_k.shape[2], -1, d)
-    scores = [
-        einsum_f32("bcmkgd,bpkd->bkgcmp", grouped, prefix_k),
-        einsum_f32("bcmkgd,bclkd->bkgcml", grouped, own_k),
-    ]
+    scores = [einsum_f32("bcmkgd,bpkd->bkgcmp", grouped, prefix_k), einsum_f32("bcmkgd,bclkd->bkgcml", grouped, own_k)]
     masks = (see_prefix[:, None, None], see_own[:, None, None])
-    scores = [jnp.where(mask, s * d**-0.5, _LOWEST) for s, mask in zip(scores, masks, strict=True)]
+    scores = [jnp.where(mask, s * d**-0.5, LOWEST) for s, mask in zip(scores, masks, strict=True)]
     # The result does not depend on the maximum, so it needs no gradient.
     top = jax.lax.stop_gradient(jnp.maximum(*(s.max(-1, keepdims=True) for s in scores)))
     weights = [jnp.exp(s - top) for s in scores]

@@ -49,8 +49,7 @@ def splash_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    q_segments: jax.Array,
-    kv_segments: jax.Array,
+    segments: jax.Array,
     *,
     causal: bool,
     mesh: Mesh | None,
@@ -63,7 +62,7 @@ def splash_attention(
     kernel on its rows (axes data, fsdp) and heads (axis tensor); rows or heads that do not divide are repeated on them.
 
     Args:
-      q: [B, S, N, d]; k, v: [B, T, K, d]; q_segments: i32[B, S]; kv_segments: i32[B, T].
+      q: [B, S, N, d]; k, v: [B, S, K, d]; segments: i32[B, S].
       causal: implied by a layout.
       mesh, interpret: as in `attention.Backend`.
 
@@ -72,36 +71,30 @@ def splash_attention(
     """
     s, d = q.shape[1], q.shape[3]
     # Padding gets segment -1: it is seen by nothing real and its own rows are cut off below.
-    q, q_segments = _pad(q, 0), _pad(q_segments, -1)
-    k, v, kv_segments = _pad(k, 0), _pad(v, 0), _pad(kv_segments, -1)
-    size = (q.shape[1], k.shape[1])
+    q, k, v, segments = _pad(q, 0), _pad(k, 0), _pad(v, 0), _pad(segments, -1)
     rows, heads = _split(mesh, q.shape[0], q.shape[2], k.shape[2])
     if layout is not None:
-        mask = SharedPrefixMask(size[0], layout)
+        mask = SharedPrefixMask(q.shape[1], layout)
     else:
-        mask = masks.CausalMask(size) if causal else masks.FullMask(size)
+        mask = (masks.CausalMask if causal else masks.FullMask)((q.shape[1], q.shape[1]))
     local_heads = q.shape[2] // (mesh.shape[heads] if mesh is not None and heads else 1)
     attend = _make_kernel(mask, local_heads, interpret)
 
-    def run(q, k, v, q_segments, kv_segments):
-        return jax.vmap(attend)(q, k, v, segment_ids=kernel.SegmentIds(q=q_segments, kv=kv_segments))
+    def run(q, k, v, segments):
+        return jax.vmap(attend)(q, k, v, segment_ids=kernel.SegmentIds(q=segments, kv=segments))
 
     if mesh is not None and mesh.size > 1:
         wide, ids = PartitionSpec(rows, heads), PartitionSpec(rows)
         # The kernel's results carry no record of the axes they vary over, so that check has to be off.
-        run = jax.shard_map(run, mesh=mesh, in_specs=(wide, wide, wide, ids, ids), out_specs=wide, check_vma=False)
-    heads_first = [x.swapaxes(1, 2) for x in (q * d**-0.5, k, v)]
-    out = run(*heads_first, q_segments, kv_segments)
+        run = jax.shard_map(run, mesh=mesh, in_specs=(wide, wide, wide, ids), out_specs=wide, check_vma=False)
+    out = run(*(x.swapaxes(1, 2) for x in (q * d**-0.5, k, v)), segments)
     return out.swapaxes(1, 2)[:, :s].astype(q.dtype)
 
 
 def _make_kernel(mask: masks.Mask, heads: int, interpret: bool):
-    bq, bkv = (_block(n) for n in mask.shape)
-    blocks = kernel.BlockSizes(
-        block_q=bq, block_kv=bkv, block_kv_compute=bkv,
-        block_q_dkv=bq, block_kv_dkv=bkv, block_kv_dkv_compute=bkv,
-        block_q_dq=bq, block_kv_dq=bkv,
-    )  # fmt: skip
+    block = next(b for b in (512, 256, _LANES) if mask.shape[0] % b == 0)
+    names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    blocks = kernel.BlockSizes(**{f"block_{name}": block for name in names})
     # The block lists must be plain arrays: traced ones could not leave the scan over layers.
     with jax.ensure_compile_time_eval():
         return kernel.make_splash_mha(
@@ -125,10 +118,4 @@ def _split(mesh: Mesh | None, batch: int, heads: int, kv_heads: int) -> tuple[tu
 def _pad(x: jax.Array, value: int) -> jax.Array:
     """Dimension 1 up to a multiple of the lanes."""
     pad = -x.shape[1] % _LANES
-    if not pad:
-        return x
-    return jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
-
-
-def _block(length: int) -> int:
-    return next(b for b in (512, 256, _LANES) if length % b == 0)
+    return jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=value) if pad else x

@@ -5,7 +5,9 @@ Decoding feeds the same blocks one token at a time, see `generate/decoding.py`.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,51 +16,45 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import Backend, attention
+from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.models.config import TextConfig
-from mllm4d_jax.models.layers import ATTENTION, GatedMLP, Linear, RMSNorm, fold, scan_layers, stack
-from mllm4d_jax.models.moe import RouterStats, SparseMLP
+from mllm4d_jax.models.layers import (
+    ATTENTION,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    RouterStats,
+    SparseMLP,
+    fold,
+    parameter,
+    scan_layers,
+    stack,
+)
 from mllm4d_jax.models.shared_prefix import row_attention
 from mllm4d_jax.parallel.rules import constrain_rows
 from mllm4d_jax.rows.batch import RowLayout
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers; heads come before positions, as the products of attention want them.
+    """Keys and values of all layers; heads come before positions, as the products of attention want them."""
 
-    Attributes:
-      k, v: [layers, B, K, S, head_dim] in the activation dtype; keys are stored rotated.
-    """
-
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array  # [layers, B, K, S, head_dim] in the activation dtype, rotated
+    v: jax.Array  # the same, not rotated
 
 
 class DecoderOutput(NamedTuple):
-    """Result of a decoder pass.
+    """Result of a decoder pass."""
 
-    Attributes:
-      hidden: [B, S, H] after the final norm.
-      cache: keys and values of the S tokens, None unless asked for.
-      router: RouterStats with a leading layer dimension, None for dense models.
-      collected: dict of intermediate tensors, empty unless asked for.
-    """
-
-    hidden: jax.Array
-    cache: KVCache | None
-    router: RouterStats | None
-    collected: dict
+    hidden: jax.Array  # [B, S, H] after the final norm
+    cache: KVCache | None  # keys and values of the S tokens, None unless asked for
+    router: RouterStats | None  # with a leading layer dimension, None for dense models
+    collected: dict  # intermediate tensors, empty unless asked for
 
 
 def run_lengths(config: TextConfig) -> list[tuple[int, int, bool]]:
     """Layers grouped into (start, count, sparse) runs of one kind; each run is one scanned stack."""
-    runs: list[tuple[int, int, bool]] = []
-    for i in range(config.num_layers):
-        if runs and runs[-1][2] == config.sparse(i):
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2])
-        else:
-            runs.append((i, 1, config.sparse(i)))
-    return runs
+    runs = ((sparse, list(layers)) for sparse, layers in itertools.groupby(range(config.num_layers), config.sparse))
+    return [(layers[0], len(layers), sparse) for sparse, layers in runs]
 
 
 class SelfAttention(nnx.Module):
@@ -100,6 +96,13 @@ class DecoderBlock(nnx.Module):
             self.mlp = GatedMLP(h, config.intermediate_size, bias=False, **kw)
         self.sparse = sparse
 
+    def attend(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attention: Callable, key: jax.Array | None):
+        """First half of the block; `attention` of (q, k, v). Returns (x, k, v)."""
+        q, k, v = self.attn.project(self.input_norm(x), cos, sin, key)
+        out = attention(q, k, v)
+        out = checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION)
+        return x + self.attn.o_proj(out, fold(key, 3)), k, v
+
     def feed_forward(self, x: jax.Array, real: jax.Array, key: jax.Array | None = None):
         """Second half of the block; returns (x, router statistics or None, router tensors or None)."""
         y = self.post_norm(x)
@@ -113,15 +116,12 @@ class Decoder(nnx.Module):
     """Embedding table, block stacks and final norm."""
 
     def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
-        self.embed = nnx.Param(
-            (jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02).astype(dtype),
-            logical_axes=("vocab", "embed"),
-        )
+        self.embed = parameter(rngs, (config.vocab_size, config.hidden_size), dtype, ("vocab", "embed"))
 
-        def make(sparse: bool):
-            return lambda r: DecoderBlock(config, sparse, dtype=dtype, rngs=r)
+        def blocks(count: int, sparse: bool) -> nnx.Module:
+            return stack(lambda r: DecoderBlock(config, sparse, dtype=dtype, rngs=r), count, rngs)
 
-        self.stacks = nnx.List([stack(make(sparse), count, rngs) for _, count, sparse in run_lengths(config)])
+        self.stacks = nnx.List([blocks(count, sparse) for _, count, sparse in run_lengths(config)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.config = config
 
@@ -155,14 +155,26 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: rows that are not as long as the layout.
         """
-        config = self.config
+        config, taps = self.config, 0 if deepstack is None else len(deepstack)
         cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, positions, x.dtype)
-        keep = dict(keep_cache=keep_cache, collect=collect)
-        layer_pass = _LayerPass(cos, sin, segment_ids, backend, layout, deepstack, dropout_key, **keep)
+        attend = functools.partial(row_attention, segment_ids=segment_ids, layout=layout, backend=backend)
+
+        def step(block: DecoderBlock, hidden: jax.Array, layer: jax.Array):
+            """Hidden states before `layer` -> those after it, and what the scan stacks."""
+            attention_key, mlp_key = (fold(fold(dropout_key, layer), half) for half in range(2))
+            hidden, k, v = block.attend(hidden, cos, sin, attend, attention_key)
+            raw, stats, routed = block.feed_forward(hidden, segment_ids != 0, mlp_key)
+            hidden = raw
+            if taps:
+                hidden = raw + jnp.where(layer < taps, deepstack[jnp.minimum(layer, taps - 1)], 0)
+            hidden = constrain_rows(hidden, backend.mesh)
+            kept = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if keep_cache else None
+            return hidden, (stats, kept, (raw, hidden, routed) if collect else None)
+
         hidden, outputs, caches = x, [], []
         for (start, count, sparse), blocks in zip(run_lengths(config), self.stacks, strict=True):
             layers = start + jnp.arange(count)
-            hidden, (stats, kept, collected) = scan_layers(blocks, layer_pass.step, hidden, layers, remat=remat)
+            hidden, (stats, kept, collected) = scan_layers(blocks, step, hidden, layers, remat=remat)
             outputs.append((sparse, stats, collected))
             caches.append(kept)
         sparse_stats = [stats for sparse, stats, _ in outputs if sparse]
@@ -170,44 +182,6 @@ class Decoder(nnx.Module):
         tensors = _gather_collected(outputs, cos, sin) if collect else {}
         cache = jax.tree.map(lambda *a: a[0] if len(a) == 1 else jnp.concatenate(a), *caches) if keep_cache else None
         return DecoderOutput(self.norm(hidden), cache, router, tensors)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LayerPass:
-    """What every layer of one pass shares; `step` is the body of the scan."""
-
-    cos: jax.Array
-    sin: jax.Array
-    segment_ids: jax.Array
-    backend: Backend
-    layout: RowLayout | None
-    deepstack: jax.Array | None
-    dropout_key: jax.Array | None
-    keep_cache: bool
-    collect: bool
-
-    def step(self, block: DecoderBlock, hidden: jax.Array, layer: jax.Array):
-        """Hidden states before `layer` -> those after it, and what the scan stacks."""
-        attention_key, mlp_key = (fold(fold(self.dropout_key, layer), half) for half in range(2))
-        hidden, kept = self._attend(block, hidden, attention_key)
-        raw, stats, routed = block.feed_forward(hidden, self.segment_ids != 0, mlp_key)
-        hidden = raw
-        if self.deepstack is not None and len(self.deepstack):
-            taps = len(self.deepstack)
-            hidden = raw + jnp.where(layer < taps, self.deepstack[jnp.minimum(layer, taps - 1)], 0)
-        hidden = constrain_rows(hidden, self.backend.mesh)
-        return hidden, (stats, kept, (raw, hidden, routed) if self.collect else None)
-
-    def _attend(self, block: DecoderBlock, hidden: jax.Array, key: jax.Array | None):
-        q, k, v = block.attn.project(block.input_norm(hidden), self.cos, self.sin, key)
-        ids = self.segment_ids
-        if self.layout is not None:
-            out = row_attention(q, k, v, segment_ids=ids, layout=self.layout, backend=self.backend)
-        else:
-            out = attention(q, k, v, q_segments=ids, kv_segments=ids, causal=True, backend=self.backend)
-        out = checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION)
-        kept = KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2)) if self.keep_cache else None
-        return hidden + block.attn.o_proj(out, fold(key, 3)), kept
 
 
 def _gather_collected(outputs, cos, sin) -> dict:

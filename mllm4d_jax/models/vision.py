@@ -24,15 +24,10 @@ NORM_EPS = 1e-6  # fixed in every release, not a configuration key
 
 
 class VisionFeatures(NamedTuple):
-    """Output of the tower; R = F * L / merge_size^2 rows, raster order within a frame, padding rows meaningless.
+    """Output of the tower; R = F * L / merge_size^2 rows, raster order within a frame, padding rows meaningless."""
 
-    Attributes:
-      merged: [R, H] features that replace placeholder embeddings.
-      deepstack: [K, R, H] features added after the first K decoder layers, earliest tapped block first; K = 0 for
-        Qwen2.5-VL.
-    """
-
-    merged: jax.Array
+    merged: jax.Array  # [R, H] features that replace placeholder embeddings
+    # [K, R, H] added after the first K decoder layers, earliest tapped block first; K = 0 for Qwen2.5-VL.
     deepstack: jax.Array
 
 
@@ -71,7 +66,7 @@ class VisionBlock(nnx.Module):
         qkv = self.qkv(self.norm1(x)).reshape(f, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q, k = (rope.rotate(t.astype(jnp.float32), cos, sin).astype(x.dtype) for t in (q, k))
-        out = attention(q, k, v, q_segments=segments, kv_segments=segments, causal=False, backend=backend)
+        out = attention(q, k, v, segments=segments, causal=False, backend=backend)
         x = x + self.proj(out.reshape(f, n, d))
         return x + self.mlp(self.norm2(x))
 

@@ -16,13 +16,16 @@ from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import run_lengths
 
-_QWEN3_VISION = {
+_VISION = {
     "patch_embed": "patch_embed.proj",
-    "pos_embed": "pos_embed",
     "blocks.norm1": "blocks.{i}.norm1",
     "blocks.norm2": "blocks.{i}.norm2",
     "blocks.qkv": "blocks.{i}.attn.qkv",
     "blocks.proj": "blocks.{i}.attn.proj",
+}
+_QWEN3_VISION = {
+    **_VISION,
+    "pos_embed": "pos_embed",
     "blocks.mlp.fc1": "blocks.{i}.mlp.linear_fc1",
     "blocks.mlp.fc2": "blocks.{i}.mlp.linear_fc2",
     "merger.norm": "merger.norm",
@@ -33,14 +36,8 @@ _QWEN3_VISION = {
     "deepstack_mergers.{j}.mlp.fc2": "deepstack_merger_list.{j}.linear_fc2",
 }
 _QWEN2_5_VISION = {
-    "patch_embed": "patch_embed.proj",
-    "blocks.norm1": "blocks.{i}.norm1",
-    "blocks.norm2": "blocks.{i}.norm2",
-    "blocks.qkv": "blocks.{i}.attn.qkv",
-    "blocks.proj": "blocks.{i}.attn.proj",
-    "blocks.mlp.gate_proj": "blocks.{i}.mlp.gate_proj",
-    "blocks.mlp.up_proj": "blocks.{i}.mlp.up_proj",
-    "blocks.mlp.down_proj": "blocks.{i}.mlp.down_proj",
+    **_VISION,
+    **{f"blocks.mlp.{p}": f"blocks.{{i}}.mlp.{p}" for p in ("gate_proj", "up_proj", "down_proj")},
     "merger.norm": "merger.ln_q",
     "merger.mlp.fc1": "merger.mlp.0",
     "merger.mlp.fc2": "merger.mlp.2",
@@ -50,42 +47,34 @@ _TEXT = {
     "norm": "norm",
     "stacks.{j}.input_norm": "layers.{i}.input_layernorm",
     "stacks.{j}.post_norm": "layers.{i}.post_attention_layernorm",
-    **{f"stacks.{{j}}.attn.{p}": f"layers.{{i}}.self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{f"stacks.{{j}}.attn.{p}": f"layers.{{i}}.self_attn.{p}" for p in ("q_norm", "k_norm")},
+    **{f"stacks.{{j}}.attn.{p}_proj": f"layers.{{i}}.self_attn.{p}_proj" for p in "qkvo"},
+    **{f"stacks.{{j}}.attn.{p}_norm": f"layers.{{i}}.self_attn.{p}_norm" for p in "qk"},
     **{f"stacks.{{j}}.mlp.{p}": f"layers.{{i}}.mlp.{p}" for p in ("gate_proj", "up_proj", "down_proj")},
     "stacks.{j}.mlp.router": "layers.{i}.mlp.gate",
     "stacks.{j}.mlp.gate_up": "layers.{i}.mlp.experts.gate_up_proj",
     "stacks.{j}.mlp.down": "layers.{i}.mlp.experts.down_proj",
 }
+_VISION_OF = {"qwen3_vl": _QWEN3_VISION, "qwen2_5_vl": _QWEN2_5_VISION}
 _PREFIX = {
     "qwen3_vl": {"vision": "model.visual.", "text": "model.language_model."},
     "qwen2_5_vl": {"vision": "visual.", "text": "model."},
 }
 HEAD = "lm_head.weight"
-# How the published layout of one tensor becomes ours.
+# How the published layout of one tensor becomes ours: as it is, [out,in] -> [in,out], [D,C,tp,p,p] -> [C*tp*p*p,D], or
+# as it is (files written by transformers 5 hold the last two dimensions of experts swapped).
 COPY, TRANSPOSE, CONV, EXPERTS = "copy", "transpose", "conv", "experts"
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter of the model and the checkpoint tensors it is made of.
+    """One parameter of the model and the checkpoint tensors it is made of."""
 
-    Attributes:
-      path: NNX path of the parameter.
-      shape: its shape, with a leading layer dimension if `stacked`.
-      axes: its logical axes.
-      names: checkpoint tensors, one per layer if `stacked`, else one.
-      published: shape of each of those tensors in the published layout.
-      layout: COPY, TRANSPOSE ([out,in] -> [in,out]), CONV ([D,C,tp,p,p] -> [C*tp*p*p, D]) or EXPERTS (published as
-        ours; files written by transformers 5 hold the last two dimensions swapped).
-    """
-
-    path: tuple
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    names: tuple[str, ...]
-    published: tuple[int, ...]
-    layout: str
+    path: tuple  # NNX path of the parameter
+    shape: tuple[int, ...]  # its shape, with a leading layer dimension if `stacked`
+    axes: tuple[str | None, ...]  # its logical axes
+    names: tuple[str, ...]  # checkpoint tensors, one per layer if `stacked`, else one
+    published: tuple[int, ...]  # shape of each of those tensors in the published layout
+    layout: str  # COPY, TRANSPOSE, CONV or EXPERTS
     stacked: bool
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
@@ -111,15 +100,11 @@ def abstract_model(config: ModelConfig, **kwargs) -> QwenVL:
 def leaves(model: QwenVL) -> list[Leaf]:
     """Every base parameter of a (possibly abstract) model with its source tensors; LoRA parameters are left out."""
     config = model.config
-    vision = _QWEN3_VISION if config.family == "qwen3_vl" else _QWEN2_5_VISION
-    tables = {"vision": vision, "text": _TEXT}
-    out = []
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if isinstance(variable, nnx.LoRAParam):
-            continue
-        value = variable.get_value()
-        out.append(_leaf(path, tuple(value.shape), variable.get_metadata("logical_axes"), config, tables))
-    return out
+    return [
+        _leaf(path, tuple(variable.get_value().shape), variable.get_metadata("logical_axes"), config)
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if not isinstance(variable, nnx.LoRAParam)
+    ]
 
 
 def embedding_name(config: ModelConfig) -> str:
@@ -127,29 +112,26 @@ def embedding_name(config: ModelConfig) -> str:
     return f"{_PREFIX[config.family]['text']}{_TEXT['embed']}.weight"
 
 
-def _leaf(path: Sequence, shape, axes, config: ModelConfig, tables) -> Leaf:
+def _leaf(path: Sequence, shape, axes, config: ModelConfig) -> Leaf:
     part, rest = path[0], list(path[1:])
     leaf_kind = rest.pop() if rest and rest[-1] in ("kernel", "bias", "scale") else ""
     numbers = [p for p in rest if isinstance(p, int)]
     key = ".".join("{j}" if isinstance(p, int) else str(p) for p in rest)
     if part == "lm_head":
-        template, prefix = "lm_head", ""
+        name = "lm_head"
     else:
-        template, prefix = tables[part][key], _PREFIX[config.family][part]
-    name = prefix + template
+        name = _PREFIX[config.family][part] + (_TEXT if part == "text" else _VISION_OF[config.family])[key]
     layout, suffix = COPY, ".weight"
     if leaf_kind == "bias":
         suffix = ".bias"
     elif leaf_kind == "kernel" or key.endswith(".router"):
         layout = CONV if key == "patch_embed" else TRANSPOSE
-    elif ".experts." in template:
+    elif ".experts." in name:
         layout, suffix = EXPERTS, ""
     stacked = "{i}" in name
-    indices = [0]
-    if stacked:
-        start = run_lengths(config.text)[numbers[0]][0] if part == "text" else 0
-        indices = range(start, start + shape[0])
-    names = tuple(name.format(i=i, j=numbers[0] if numbers else 0) + suffix for i in indices)
+    start = run_lengths(config.text)[numbers[0]][0] if stacked and part == "text" else 0
+    layers = range(start, start + shape[0]) if stacked else [0]
+    names = tuple(name.format(i=i, j=numbers[0] if numbers else 0) + suffix for i in layers)
     single = shape[1:] if stacked else shape
     published = single[::-1] if layout == TRANSPOSE else single
     if layout == CONV:

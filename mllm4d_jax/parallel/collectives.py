@@ -18,57 +18,32 @@ _HEAD = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = ")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_PASSED_ON = (
-    "parameter",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "while",
-    "conditional",
-    "call",
-    "optimization-barrier",
-)
+_PASSED_ON = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call",
+              "optimization-barrier")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One line of a computation."""
 
-    Attributes:
-      name, opcode: e.g. "add.3" and "add".
-      shapes: (dtype, dimensions) of the result, several for a tuple.
-      operands: names.
-      rest: the operands in brackets and what follows them.
-      root: it is the computation's result.
-    """
-
-    name: str
-    opcode: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
+    name: str  # e.g. "add.3"
+    opcode: str  # e.g. "add"
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # (dtype, dimensions) of the result, several for a tuple
+    operands: tuple[str, ...]  # names
+    rest: str  # the operands in brackets and what follows them
+    root: bool  # it is the computation's result
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of the program.
+    """A collective of the program."""
 
-    Attributes:
-      kind: "all-gather" and so on.
-      shapes: of its result on one device.
-      group: devices that take part together.
-      received: bytes a device receives in one execution, by a ring.
-      times: executions in a run of the program.
-      source: the operation of the model it comes from.
-    """
-
-    kind: str
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    group: int
-    received: int
-    times: int
-    source: str
+    kind: str  # "all-gather" and so on
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of its result on one device
+    group: int  # devices that take part together
+    received: int  # bytes a device receives in one execution, by a ring
+    times: int  # executions in a run of the program
+    source: str  # the operation of the model it comes from
 
     @property
     def total(self) -> int:
@@ -123,7 +98,7 @@ def _closing(text: str) -> int:
 
 def executions(entry: str, computations: Mapping[str, list[Instruction]]) -> dict[str, int]:
     """How often each computation runs in a run of the program; both branches of a conditional count."""
-    times: dict[str, int] = dict.fromkeys(computations, 0)
+    times = dict.fromkeys(computations, 0)
 
     def visit(name: str, count: int) -> None:
         times[name] += count
@@ -155,12 +130,10 @@ def _loop(loop: Instruction, table, computations) -> tuple[str, int]:
     if root.opcode != "compare" or "direction=LT" not in root.rest:
         return body[1], 1
     counter, limit = (tests.get(name) for name in root.operands)
-    end = _constant(limit)
-    index = re.search(r"index=(\d+)", counter.rest) if counter is not None else None
+    end, index = _constant(limit), re.search(r"index=(\d+)", counter.rest) if counter is not None else None
     if end is None or index is None:
         return body[1], 1
-    at = int(index[1])
-    start, step = _start(loop, at, table), _step(at, computations[body[1]])
+    start, step = _start(loop, int(index[1]), table), _step(int(index[1]), computations[body[1]])
     return body[1], max(0, -(-(end - start) // step))
 
 
@@ -222,12 +195,8 @@ def _collective(kind: str, i: Instruction, times: int) -> Collective:
         shapes = shapes[half:] if len(shapes) > 1 and kind != "all-reduce" else shapes
     size, group = sum(_size(s) for s in shapes), _group(i.rest)
     others = (group - 1) / group
-    received = {
-        "all-gather": size * others,
-        "all-reduce": 2 * size * others,
-        "reduce-scatter": size * (group - 1),
-        "collective-permute": size,
-    }.get(kind, size * others)
+    shares = {"all-reduce": 2 * others, "reduce-scatter": group - 1, "collective-permute": 1}
+    received = size * shares.get(kind, others)
     source = re.search(r'op_name="([^"]*)"', i.rest)
     return Collective(kind, shapes, group, round(received), times, source[1] if source else "")
 
@@ -253,18 +222,14 @@ def _group(rest: str) -> int:
 
 def received_bytes(found: list[Collective]) -> dict[str, int]:
     """Bytes a device receives in a run of the program, by kind."""
-    total: dict[str, int] = {}
-    for c in found:
-        total[c.kind] = total.get(c.kind, 0) + c.total
-    return total
+    return {kind: sum(c.total for c in found if c.kind == kind) for kind in dict.fromkeys(c.kind for c in found)}
 
 
 def arrays(text: str) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """(opcode, dtype, dimensions, bytes) of every array that a device makes, pieces of fusions left out."""
     entry, computations = parse(text)
-    fused = {
-        name for body in computations.values() for i in body if i.opcode == "fusion" for name in _CALLED.findall(i.rest)
-    }
+    every = (i for body in computations.values() for i in body)
+    fused = {name for i in every if i.opcode == "fusion" for name in _CALLED.findall(i.rest)}
     times = executions(entry, computations)
     for name, body in computations.items():
         if name in fused or not times[name]:

@@ -1,4 +1,4 @@
-"""THE table that maps logical parameter axes to mesh axes.
+"""THE table that maps logical parameter axes to mesh axes, and the one way to lay rows of a batch over the devices.
 
 Modules name the dimensions of their parameters (`logical_axes`); nothing else in the project decides where a weight
 lives. A dimension that the mesh axis does not divide is replicated, so that small norms and odd widths need no rule.

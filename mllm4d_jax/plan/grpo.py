@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import ChunkInputs, KeyNumbers
 from mllm4d_jax.grpo.batch import RolloutBatch
 from mllm4d_jax.grpo.learner import PromptFeatures, scores_first

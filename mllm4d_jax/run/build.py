@@ -27,10 +27,9 @@ from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
-from mllm4d_jax.models.split import split_model, trained
+from mllm4d_jax.models.split import attach_lora, split_model, trained
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.parallel.rules import parameter_sharding

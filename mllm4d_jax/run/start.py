@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 
 from configs.common import task_keys
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.split import merge_model, split_model
+from mllm4d_jax.models.split import attach_lora, merge_model, split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, ResumeError, check_resumable, flat_config
 from mllm4d_jax.run.digest import folder_digest, model_digest
 from mllm4d_jax.run.loop import Progress

@@ -16,8 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mllm4d_jax.models.split import merge_model
-from mllm4d_jax.parallel.logits import over_positions, pick
 from mllm4d_jax.parallel.place import place_rows, placed_rows
+from mllm4d_jax.parallel.products import over_positions, pick
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.rows import RowBatch
 from mllm4d_jax.run.loop import TrainingError

@@ -10,23 +10,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A compared tensor group.
+    """A compared tensor group."""
 
-    Attributes:
-      case: e.g. "qwen3_vl/video".
-      group: e.g. "vision blocks"; groups of a case are listed in the order the model computes them.
-      error: largest absolute (or, for gradients, relative) difference; for exact groups the number of differences.
-      tolerance: the error must not exceed it; 0 for exact groups.
-      compared: number of tensors or table rows.
-      worst: name of the first tensor or row beyond the tolerance, else the one with the largest error.
-    """
-
-    case: str
-    group: str
-    error: float
-    tolerance: float
-    compared: int
-    worst: str = ""
+    case: str  # e.g. "qwen3_vl/video"
+    group: str  # e.g. "vision blocks"; groups of a case are listed in the order the model computes them
+    error: float  # largest absolute (of gradients: relative) difference; of exact groups the number of differences
+    tolerance: float  # the error must not exceed it; 0 for exact groups
+    compared: int  # number of tensors or table rows
+    worst: str = ""  # name of the first tensor or row beyond the tolerance, else the one with the largest error
 
     @property
     def passed(self) -> bool:

@@ -15,7 +15,7 @@ from flax import nnx
 from mllm4d_jax.encode.positions import RULES
 from mllm4d_jax.generate.decoding import decode, empty_branches, prefill
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.moe import load_balancing_loss
+from mllm4d_jax.models.layers import load_balancing_loss
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import DecoderOutput
 from mllm4d_jax.models.vision import VisionFeatures
@@ -41,9 +41,8 @@ class Tolerances:
 
 def case_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The recorded cases of a model folder, cheapest first."""
-    files = [p for p in sorted(folder.glob("*.npz"))]
     order = ["text", "image", "video"]
-    return sorted(files, key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
+    return sorted(folder.glob("*.npz"), key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem))
 
 
 def verify_case(model: QwenVL, path: pathlib.Path, label: str, tol: Tolerances, rule: str) -> Iterable[Check]:
@@ -153,10 +152,8 @@ def _vision(
     names = ("patch embedding", "vision blocks", "vision features")
     embedding, blocks, merged = (found.group(name, tol.vision) for name in names)
     for modality, rows in case.patch_rows.items():
-        windowed, index = (
-            case.patch_rows_windowed[modality],
-            case.inputs.vision_index[case.visual_places(modality, model.config)],
-        )
+        windowed = case.patch_rows_windowed[modality]
+        index = case.inputs.vision_index[case.visual_places(modality, model.config)]
 
         def add(group: Comparison, name: str, ours: np.ndarray, short: str = _SHORT[modality]) -> None:
             group.close(f"{short}_{name}", ours, case.arrays.get(f"{short}_{name}"))

@@ -14,9 +14,9 @@ import numpy as np
 
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.grids import pack_vision, window_order
-from mllm4d_jax.encode.positions import RULES, mrope_positions
+from mllm4d_jax.encode.positions import RULES
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.qwen_vl import vision_geometry
+from mllm4d_jax.models.qwen_vl import text_positions, vision_geometry
 from mllm4d_jax.rows.batch import ModelInputs
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -39,27 +39,16 @@ class RecordedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A recorded case.
+    """A recorded case."""
 
-    Attributes:
-      name: file stem.
-      arrays: the recorded tensors.
-      rows: the samples.
-      inputs: model inputs at the recorded padding, positions by `rule`.
-      rule: the Qwen2.5-VL position rule that was used ("release" for other families).
-      deltas: i32[B] rope deltas of this port.
-      patch_rows: modality -> flat indices into [F*L] frames of each patch, in Hugging Face order.
-      patch_rows_windowed: the same in window order (Qwen2.5-VL block outputs).
-    """
-
-    name: str
-    arrays: Mapping[str, np.ndarray]
-    rows: tuple[RecordedRow, ...]
-    inputs: ModelInputs
-    rule: str
-    deltas: np.ndarray
-    patch_rows: Mapping[str, np.ndarray]
-    patch_rows_windowed: Mapping[str, np.ndarray]
+    name: str  # file stem
+    arrays: Mapping[str, np.ndarray]  # the recorded tensors
+    rows: tuple[RecordedRow, ...]  # the samples
+    inputs: ModelInputs  # at the recorded padding, positions by `rule`
+    rule: str  # the Qwen2.5-VL position rule that was used ("release" for other families)
+    deltas: np.ndarray  # i32[B] rope deltas of this port
+    patch_rows: Mapping[str, np.ndarray]  # modality -> flat indices into [F*L] frames of each patch, in HF order
+    patch_rows_windowed: Mapping[str, np.ndarray]  # the same in window order (Qwen2.5-VL block outputs)
 
     @property
     def mask(self) -> np.ndarray:
@@ -111,22 +100,10 @@ def build_case(name: str, arrays: Mapping[str, np.ndarray], config: ModelConfig,
     b, s = arrays["input_ids"].shape
     positions, deltas = np.zeros((3, b, s), np.int32), np.zeros(b, np.int32)
     for i, row in enumerate(rows):
-        placed, deltas[i] = mrope_positions(
-            row.tokens,
-            row.grids,
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
-            merge_size=config.vision.merge_size,
-            family=config.family,
-            second_per_grid=row.seconds,
-            tokens_per_second=config.vision.tokens_per_second,
-            rule=rule,
-        )
-        positions[:, i, row.places] = placed
+        positions[:, i, row.places], deltas[i] = text_positions(config, row.tokens, row.grids, row.seconds, rule)
     grids = [g for row in rows for g in row.grids]
     index, vision = np.full((b, s), -1, np.int32), None
-    patch_rows: dict[str, np.ndarray] = {}
-    windowed: dict[str, np.ndarray] = {}
+    patch_rows, windowed = {}, {}
     if grids:
         vision, merged_rows = pack_vision(_patches_in_reading_order(arrays, grids), grids, vision_geometry(config))
         used = 0
@@ -166,12 +143,11 @@ def _split_rows(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[
 
 
 def _patches_in_reading_order(arrays: Mapping[str, np.ndarray], grids: list[Grid]) -> np.ndarray:
-    used = dict.fromkeys(PIXELS, 0)
+    left = {m: arrays.get(key) for m, key in PIXELS.items()}
     parts = []
     for g in grids:
-        n, start = g.t * g.h * g.w, used[g.modality]
-        parts.append(arrays[PIXELS[g.modality]][start : start + n])
-        used[g.modality] += n
+        part, left[g.modality] = np.split(left[g.modality], [g.t * g.h * g.w])
+        parts.append(part)
     return np.concatenate(parts)
 
 
@@ -191,8 +167,4 @@ def _patch_rows(grids: list[Grid], length: int, config: ModelConfig):
             plain[g.modality].append(frame * length + np.arange(n))
             windowed[g.modality].append(frame * length + order)
             frame += 1
-
-    def join(parts: dict[str, list]) -> dict[str, np.ndarray]:
-        return {m: np.concatenate(p) for m, p in parts.items() if p}
-
-    return join(plain), join(windowed)
+    return [{m: np.concatenate(p) for m, p in parts.items() if p} for parts in (plain, windowed)]

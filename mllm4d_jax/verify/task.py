@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -87,18 +87,17 @@ def verify_target(target: Target, tol: Tolerances, *, attention: str, rule: str,
     """Checks one folder; `only` restricts it to the case of that name."""
     label = target.folder.name or str(target.folder)
     if target.model is None:
-        yield from (
-            c for c in verify_processor(target.folder, label, tol.patches) if only in ("", c.case.split("/")[-1])
-        )
+        checks = verify_processor(target.folder, label, tol.patches)
+        yield from (c for c in checks if only in ("", c.case.split("/")[-1]))
         return
     model = load_model(target.model, dtype=jnp.float32, attention=attention)
+    rule = _recorded_rule(target.folder, rule)
     for path in case_files(target.folder):
         if only in ("", path.stem):
-            yield from verify_case(model, path, f"{label}/{path.stem}", tol, _recorded_rule(target.folder, rule))
+            yield from verify_case(model, path, f"{label}/{path.stem}", tol, rule)
     for path in sorted(target.folder.glob("grads_*.json")):
         if only in ("", path.stem):
-            recorded = _recorded_rule(target.folder, rule)
-            yield from verify_gradients(model, target.folder, path, f"{label}/{path.stem}", tol, recorded)
+            yield from verify_gradients(model, target.folder, path, f"{label}/{path.stem}", tol, rule)
 
 
 def _recorded_rule(folder: pathlib.Path, rule: str) -> str:
@@ -107,17 +106,6 @@ def _recorded_rule(folder: pathlib.Path, rule: str) -> str:
     if rule != "auto" or not manifest.is_file():
         return rule
     return json.loads(manifest.read_text()).get("rope_rule") or rule
-
-
-def report(checks: Iterable[Check]) -> tuple[int, list[Check]]:
-    """Prints a line a check; returns (number of checks, failed checks)."""
-    total, failed = 0, []
-    for check in checks:
-        print(check.line(_WIDTH), flush=True)
-        total += 1
-        if not check.passed:
-            failed.append(check)
-    return total, failed
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -129,16 +117,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     del workdir  # the report goes to the terminal; nothing is left behind
     started = time.monotonic()
     tol = Tolerances(**{k: float(v) for k, v in config.tol.items()})
-    total, failed = 0, []
+    checks: list[Check] = []
     with jax.default_matmul_precision("highest"):
-        attention, rule = config.model.attention, config.position_rule
+        how = dict(attention=config.model.attention, rule=config.position_rule, only=config.case)
         for target in find_targets(config.golden, config.model.path):
-            checks = verify_target(target, tol, attention=attention, rule=rule, only=config.case)
-            count, bad = report(checks)
-            total, failed = total + count, failed + bad
+            for check in verify_target(target, tol, **how):
+                print(check.line(_WIDTH), flush=True)
+                checks.append(check)
     seconds = time.monotonic() - started
-    if not total:
+    if not checks:
         raise RecordingError(f"no recorded case matches config.case = {config.case!r}")
+    total, failed = len(checks), [c for c in checks if not c.passed]
     if failed:
         first = failed[0]
         print(f"\nFAILED: {len(failed)} of {total} checks in {seconds:.0f} s")

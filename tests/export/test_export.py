@@ -24,9 +24,8 @@ from mllm4d_jax.export import task as export
 from mllm4d_jax.export.check import Difference
 from mllm4d_jax.export.merged import ModelExportError
 from mllm4d_jax.models.hf import TensorFiles, load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import adapted_linears, load_peft
-from mllm4d_jax.models.split import split_model
+from mllm4d_jax.models.split import attach_lora, split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta
 from mllm4d_jax.run.digest import model_digest
 from mllm4d_jax.run.start import StartError, find_adapter, load_tuned

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from mllm4d_jax.export.task import export_merged
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.run.start import ModelChoice, TunedModel
 

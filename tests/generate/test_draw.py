@@ -9,8 +9,15 @@ import pytest
 from scipy import stats
 
 from mllm4d_jax.encode.tokenizer import Tokenizer, build_byte_level_tokenizer
-from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, branch_keys, draw, prompt_id
-from mllm4d_jax.generate.policy import policy_logits, token_scores
+from mllm4d_jax.generate.policy import (
+    SamplingOptions,
+    banned_token_ids,
+    branch_keys,
+    draw,
+    policy_logits,
+    prompt_id,
+    token_scores,
+)
 
 PROBABILITIES = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 N = 20000
@@ -18,7 +25,7 @@ N = 20000
 
 def draws(**options):
     """N branches of one prompt."""
-    keys = branch_keys(jnp.uint32(3), jnp.zeros(1, jnp.uint32), jnp.arange(N)[None])
+    keys = branch_keys(jnp.uint32(3), jnp.zeros((1, N), jnp.uint32), jnp.arange(N)[None])
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)), (1, N, 5))
     tokens, logprobs = draw(logits, keys, 0, SamplingOptions(**options))
     return np.asarray(tokens[0]), np.asarray(logprobs[0])
@@ -56,7 +63,8 @@ def test_logprobs_are_the_policys_whatever_restricts_the_draw():
 
 def test_keys_depend_on_seed_prompt_branch_and_index_only():
     def first(seed, ids, branches, index=0):
-        keys = branch_keys(jnp.uint32(seed), jnp.array(ids, jnp.uint32), jnp.array(branches))
+        prompts = np.broadcast_to(np.array(ids, np.uint32)[:, None], np.shape(branches))
+        keys = branch_keys(jnp.uint32(seed), jnp.asarray(prompts), jnp.array(branches))
         logits = jnp.zeros((*np.shape(branches), 10**5))
         return np.asarray(draw(logits, keys, index, SamplingOptions(temperature=1.0))[0])
 

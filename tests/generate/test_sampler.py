@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from mllm4d_jax.generate.draw import SamplingOptions
-from mllm4d_jax.generate.policy import token_scores
+from mllm4d_jax.generate.policy import SamplingOptions, token_scores
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.hf import load_model

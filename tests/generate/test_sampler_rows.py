@@ -12,8 +12,8 @@ from flax import nnx
 
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.processor_config import ProcessorConfig
-from mllm4d_jax.generate.draw import SamplingOptions
 from mllm4d_jax.generate.inputs import fill_rows
+from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.qwen_vl import vision_geometry

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.generate.completions import CompletionRecord, SamplingStatistics, first_stop
-from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.slots import Ladder, Packing
 
 NOTHING = SamplingStatistics(0, 0, 0, 0, 0.0, ())
@@ -62,8 +62,8 @@ def record(limits, **options):
 
 def add(book, tokens, step=0):
     tokens = np.array(tokens)
-    rows, branches = np.indices(tokens.shape[:2])
-    book.add(rows, branches, np.ones(rows.shape, bool), tokens, -tokens.astype(np.float32), step)
+    prompts, branches = tokens.shape[:2]
+    book.add(Packing.whole(prompts, prompts, branches, 0), tokens, -tokens.astype(np.float32), step)
 
 
 def test_ends_of_completions():

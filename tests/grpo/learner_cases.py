@@ -16,9 +16,8 @@ from mllm4d_jax.grpo.batch import RolloutBatch
 from mllm4d_jax.grpo.learner import Learner
 from mllm4d_jax.grpo.presets import ObjectiveConfig
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
-from mllm4d_jax.models.split import split_model
+from mllm4d_jax.models.split import attach_lora, split_model
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.rows.completion_rows import (
     PromptBatch,

@@ -42,9 +42,7 @@ def reference(q, k, v, segments, causal):
 def test_equals_float64(backend, causal):
     q, k, v, segments = inputs()
     with jax.default_matmul_precision("highest"):
-        out = attention(
-            q, k, v, q_segments=segments, kv_segments=segments, causal=causal, backend=Backend(backend, interpret=True)
-        )
+        out = attention(q, k, v, segments=segments, causal=causal, backend=Backend(backend, interpret=True))
     real = segments > 0
     np.testing.assert_allclose(np.asarray(out)[real], reference(q, k, v, segments, causal)[real], atol=2e-6)
     assert np.isfinite(out).all()
@@ -56,9 +54,7 @@ def test_splash_gradients_equal_xla(causal):
     real = jnp.asarray(segments > 0)[..., None, None]
 
     def loss(backend, *qkv):
-        out = attention(
-            *qkv, q_segments=segments, kv_segments=segments, causal=causal, backend=Backend(backend, interpret=True)
-        )
+        out = attention(*qkv, segments=segments, causal=causal, backend=Backend(backend, interpret=True))
         return jnp.sum(jnp.sin(out) * real)
 
     with jax.default_matmul_precision("highest"):
@@ -73,9 +69,7 @@ def test_nothing_leaks_from_another_segment(backend):
     other = (segments == 2)[..., None, None]
 
     def run(k, v):
-        out = attention(
-            q, k, v, q_segments=segments, kv_segments=segments, causal=False, backend=Backend(backend, interpret=True)
-        )
+        out = attention(q, k, v, segments=segments, causal=False, backend=Backend(backend, interpret=True))
         return np.asarray(out)[segments == 1]
 
     before = run(k, v)
@@ -89,7 +83,7 @@ def test_cache_attention_equals_plain_attention():
     q, k, v, segments = inputs()
     mask = (segments[:, :, None] == segments[:, None, :]) & np.tril(np.ones((70, 70), bool))
     with jax.default_matmul_precision("highest"):
-        whole = attention(q, k, v, q_segments=segments, kv_segments=segments, causal=True, backend=Backend("xla"))
+        whole = attention(q, k, v, segments=segments, causal=True, backend=Backend("xla"))
         one = masked_attention(q[:, 40:41], k.swapaxes(1, 2), v.swapaxes(1, 2), mask[:, 40:41])
     np.testing.assert_allclose(one[:, 0], whole[:, 40], atol=1e-6)
 

@@ -15,8 +15,8 @@ from configs.published import published_config
 from mllm4d_jax.encode.grids import VisionInputs
 from mllm4d_jax.models import flops
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.rows.batch import ModelInputs, RowLayout
 
 ROWS, FRAMES, PATCHES, SUPERVISED = 2, 4, 16, 24

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mllm4d_jax.models.hf import CheckpointError, load_model, save_model
-from mllm4d_jax.models.lora import attach_lora
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.parallel.mesh import make_mesh
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

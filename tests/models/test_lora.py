@@ -13,7 +13,7 @@ from flax import nnx
 from mllm4d_jax.models import layers
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.layers import Linear
-from mllm4d_jax.models.lora import attach_lora
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.rows.batch import ModelInputs
 

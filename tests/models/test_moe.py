@@ -8,11 +8,11 @@ import numpy as np
 from flax import nnx
 
 from mllm4d_jax.models.config import MoEConfig
-from mllm4d_jax.models.moe import RouterStats, SparseMLP, load_balancing_loss
+from mllm4d_jax.models.layers import RouterStats, SparseMLP, load_balancing_loss
 
 
 def layer(experts=5, top_k=2, width=8, hidden=6):
-    config = MoEConfig(experts, top_k, hidden, (True,), 0.001)
+    config = MoEConfig(experts, top_k, hidden, (True,))
     module = SparseMLP(width, config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for p in (module.router, module.gate_up, module.down):

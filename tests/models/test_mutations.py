@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm4d_jax.models import layers, moe, rope, text, vision
+from mllm4d_jax.models import layers, rope, text, vision
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.verify.model import Tolerances, verify_case
@@ -59,11 +59,11 @@ def contiguous_instead_of_interleaved(monkeypatch):
 def frames_see_each_other(monkeypatch):
     original = vision.attention
 
-    def joined(q, k, v, *, q_segments, kv_segments, **kw):
+    def joined(q, k, v, *, segments, **kw):
         def join(x):
             return x.reshape(1, -1, *x.shape[2:])
 
-        out = original(join(q), join(k), join(v), q_segments=join(q_segments), kv_segments=join(kv_segments), **kw)
+        out = original(join(q), join(k), join(v), segments=join(segments), **kw)
         return out.reshape(q.shape)
 
     monkeypatch.setattr(vision, "attention", joined)
@@ -96,13 +96,13 @@ def whole_frame_windows(monkeypatch):
 
 
 def raw_router_weights(monkeypatch):
-    original = moe.jax.lax.top_k
+    original = jax.lax.top_k
 
     def halved(x, k):
         values, index = original(x, k)
         return values.at[..., 0].multiply(0.5), index
 
-    monkeypatch.setattr(moe.jax.lax, "top_k", halved)
+    monkeypatch.setattr(jax.lax, "top_k", halved)
 
 
 @pytest.mark.parametrize(

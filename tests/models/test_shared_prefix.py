@@ -23,8 +23,8 @@ from mllm4d_jax.generate.decoding import prefill, prefill_rows
 from mllm4d_jax.models import shared_prefix, text
 from mllm4d_jax.models.attention import masked_attention
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
+from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.rows.batch import collate
 from mllm4d_jax.rows.rows import RowBatch, collate_rows, needed_sizes, share_prefix
 

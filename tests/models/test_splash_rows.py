@@ -129,7 +129,7 @@ def test_splash_of_frames_on_a_mesh():
     mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
     q, k, v, _ = inputs(b=4)
     ids = np.repeat([[1, 2, 0]], 4, 0).repeat([40, 20, SMALL.size - 60], 1).astype(np.int32)
-    call = functools.partial(attention, q, k, v, q_segments=ids, kv_segments=ids, causal=False)
+    call = functools.partial(attention, q, k, v, segments=ids, causal=False)
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(
             jax.jit(lambda: call(backend=Backend("splash", mesh, interpret=True)))(),

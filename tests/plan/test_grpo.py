@@ -16,7 +16,7 @@ from configs import common
 from configs import grpo as grpo_config
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.generate.decoding import empty_branches
-from mllm4d_jax.generate.draw import SamplingOptions
+from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.grpo.learner import PromptFeatures

@@ -13,8 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
-from mllm4d_jax.models.split import TrainableError, merge_model, split_model, trained
+from mllm4d_jax.models.split import TrainableError, attach_lora, merge_model, split_model, trained
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer, optimizer_placement
 

@@ -14,9 +14,8 @@ from flax import nnx
 
 from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
-from mllm4d_jax.models.split import split_model
+from mllm4d_jax.models.split import attach_lora, split_model
 from mllm4d_jax.rows.rows import Group, collate_rows, needed_sizes
 from mllm4d_jax.sft.step import batch_sums
 

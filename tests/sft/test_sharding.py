@@ -17,9 +17,8 @@ from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
-from mllm4d_jax.models.split import split_model
+from mllm4d_jax.models.split import attach_lora, split_model
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.rows.rows import collate_rows, needed_sizes, share_prefix
 from mllm4d_jax.run.optimizer import init_optimizer, make_optimizer

@@ -17,9 +17,8 @@ from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.qwen_vl import vision_geometry
-from mllm4d_jax.models.split import split_model
+from mllm4d_jax.models.split import attach_lora, split_model
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.batch import ModelInputs, collate
