@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from mllm4d_jax.encode.chat import Visual, render_chat, rendered_text, video_timestamps
 from mllm4d_jax.encode.example import Example, Grid, VideoOptions
+from mllm4d_jax.encode.grids import merged_tokens
 from mllm4d_jax.encode.media_items import Media, MediaCache, MediaItem, media_identity, media_parts
 from mllm4d_jax.encode.patches import patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.media.decode_pool import DecodePool
-from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
+from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
 from mllm4d_jax.media.stored_frames import StoredFrames
-from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_image, read_video
+from mllm4d_jax.media.video import VideoClip, VideoInfo, plan_frames, probe, read_image, read_video
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
 
@@ -44,23 +46,18 @@ class _Outcomes:
     def alive(self) -> list[int]:
         return [i for i, result in enumerate(self.results) if result is None]
 
-    def attempt(self, step: Callable[[Record], Any]) -> dict[int, Any]:
-        """What the step gives for each record that is still good, by number; a record it refuses is out."""
+    def attempt(self, step: Callable[[int], Any]) -> dict[int, Any]:
+        """What the step gives for the number of each record that is still good; a record it refuses is out."""
         found = {}
         for i in self.alive:
             try:
-                found[i] = step(self.records[i])
+                found[i] = step(i)
             except RecordError as error:
                 self.results[i] = error.with_key(self.records[i].key)
         return found
 
-    def fail(self, error: RecordError) -> None:
-        """Every record that is still good meets this error."""
-        for i in self.alive:
-            self.results[i] = error.with_key(self.records[i].key)
 
-
-class Encoder:
+class Encoder(contextlib.AbstractContextManager):
     """Encodes records for one model. Safe to call from several threads; pickles without its decoder processes."""
 
     def __init__(
@@ -129,8 +126,8 @@ class Encoder:
         """
         out = _Outcomes(records)
         # Renders without media first: a malformed conversation is refused before any file is opened.
-        out.attempt(lambda record: render_chat(record.messages, self.config.family))
-        parts = out.attempt(media_parts)
+        out.attempt(lambda i: render_chat(records[i].messages, self.config.family))
+        parts = out.attempt(lambda i: media_parts(records[i]))
         identities = {media_identity(records[i]) for i in out.alive}
         if len(identities) > 1:
             raise ValueError(f"{records[0].key} and its group name different media: {sorted(identities, key=str)}")
@@ -143,21 +140,19 @@ class Encoder:
             if media is None:
                 plan = [self._plan(part) for part in parts[out.alive[0]]]
                 if all(item is not None for item in plan):
-                    prompts = out.attempt(lambda record: self._prompt(record, plan, add_generation_prompt))
+                    prompts = out.attempt(lambda i: self._prompt(records[i], plan, add_generation_prompt))
                 if not out.alive:
                     return out.results
                 media = self._load_all(parts[out.alive[0]], plan)
                 if [i.visual for i in media.items] != [i.visual for i in plan if i is not None]:
                     prompts = None  # a file did not say how long it is, or not truly
             if prompts is None:
-                prompts = out.attempt(lambda record: self._prompt(record, media.items, add_generation_prompt))
+                prompts = out.attempt(lambda i: self._prompt(records[i], media.items, add_generation_prompt))
         except RecordError as error:  # of the media: everybody's
-            out.fail(error)
-            return out.results
+            return [met or error.with_key(r.key) for met, r in zip(out.results, records, strict=True)]
         if cache is not None:
             cache.put(identity, media)
-        numbered = iter(out.alive)
-        made = out.attempt(lambda record: self._assemble(record.key, prompts[next(numbered)], media))
+        made = out.attempt(lambda i: self._assemble(records[i].key, prompts[i], media))
         return [made.get(i, result) for i, result in enumerate(out.results)]
 
     def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
@@ -167,9 +162,8 @@ class Encoder:
             item = self._load(part, planned)
             made, thw = patchify(item.frames, self.config)
             if thw != item.visual.grid.thw:
-                raise PlaceholderError(
-                    f"{item.path}: pixels make a grid of {thw}, the prompt holds {item.visual.grid.thw}"
-                )
+                told = item.visual.grid.thw
+                raise PlaceholderError(f"{item.path}: pixels make a grid of {thw}, the prompt holds {told}")
             patches.append(made)
             items.append(dataclasses.replace(item, frames=None))
         c = self.config
@@ -184,21 +178,14 @@ class Encoder:
             return self._image_item(part["path"])
         if "frames" in part:
             stored: StoredFrames = part["frames"]
-            picked = stored.pick(self._sample)
-            size = stored.size(picked, self._resize)
+            picked, size = stored.plan(self._sample, self._resize)
             indices = np.asarray(stored.indices, np.int64)[picked]
             return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)
         path = part["path"]
         info = self._probe(path)
         if info.frames is None or info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
-        try:
-            indices = self._sample.indices(info.frames, info.fps)
-            size = self._resize.size(len(indices), info.height, info.width)
-        except SamplingError as error:
-            raise MediaError(f"{path}: {error}", "too_few_frames") from error
-        except SizeError as error:
-            raise MediaError(f"{path}: {error}", "bad_size") from error
+        indices, size = plan_frames(path, info, info.frames, self._sample, self._resize)
         return self._video_item(path, indices, info.fps, info.frames, size)
 
     def _load(self, part: Mapping[str, Any], planned: MediaItem | None) -> MediaItem:
@@ -226,12 +213,10 @@ class Encoder:
     def _video_item(self, path: str, indices: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> MediaItem:
         c = self.config
         if len(indices) < _MIN_FRAMES:
-            raise MediaError(
-                f"{path}: {len(indices)} of {total} frames were sampled, at least 2 are needed", "one_frame"
-            )
-        grid = Grid(
-            "video", -(-len(indices) // c.temporal_patch_size), size[0] // c.patch_size, size[1] // c.patch_size
-        )
+            message = f"{path}: {len(indices)} of {total} frames were sampled, at least {_MIN_FRAMES} are needed"
+            raise MediaError(message, "one_frame")
+        t = -(-len(indices) // c.temporal_patch_size)
+        grid = Grid("video", t, size[0] // c.patch_size, size[1] // c.patch_size)
         timestamps = video_timestamps(indices, fps, c.temporal_patch_size)
         sampled_fps = len(indices) / total * fps
         return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
@@ -245,17 +230,15 @@ class Encoder:
             add_generation_prompt=add_generation_prompt,
             outer_markers=self.options.outer_markers,
         )
-        encoding, supervised = self.tokenizer.encode_pieces(pieces)
-        if self.max_tokens is not None and len(encoding.ids) > self.max_tokens:
-            raise self._too_long(len(encoding.ids), items)
-        return _Prompt(encoding.ids, supervised, rendered_text(pieces))
+        tokens, supervised = self.tokenizer.encode_pieces(pieces)
+        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+            raise self._too_long(len(tokens), items)
+        return _Prompt(tokens, supervised, rendered_text(pieces))
 
     def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
-        visual = sum(i.visual.grid.t * i.visual.grid.h * i.visual.grid.w for i in items) // self.config.merge_size**2
-        shapes = ", ".join(
-            f"{g.modality} {g.t}x{g.h * self.config.patch_size}x{g.w * self.config.patch_size}px"
-            for g in (i.visual.grid for i in items)
-        )
+        grids, side = [i.visual.grid for i in items], self.config.patch_size
+        visual = sum(merged_tokens(g, self.config.merge_size) for g in grids)
+        shapes = ", ".join(f"{g.modality} {g.t}x{g.h * side}x{g.w * side}px" for g in grids)
         advice = "raise the token limit or split the conversation"
         if visual:
             advice = "take fewer frames (num_frames, fps), lower the pixel budget (max_pixels) or raise the token limit"
@@ -302,9 +285,6 @@ class Encoder:
         """Ends the decoder processes; the encoder stays usable."""
         if self._pool:
             self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()

@@ -10,11 +10,10 @@ from typing import Any, Self
 import numpy as np
 
 from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.media import frame_sampling, resize
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import ProcessorError
 
-SAMPLING_RULES = ("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils")
-RESIZE_RULES = ("per_frame", "total", "qwen_vl_utils")
 # The paper's training: every frame between 28 x 28 and 224 x 224 pixels.
 FRAME_BUDGET = (784, 50176)
 
@@ -69,10 +68,10 @@ class VideoOptions:
     position_rule: str = "release"
 
     def __post_init__(self):
-        if self.sampling not in SAMPLING_RULES:
-            raise ProcessorError(f"unknown sampling rule {self.sampling!r} (known: {', '.join(SAMPLING_RULES)})")
-        if self.resize_rule not in RESIZE_RULES:
-            raise ProcessorError(f"unknown resize rule {self.resize_rule!r} (known: {', '.join(RESIZE_RULES)})")
+        rules = (("sampling", self.sampling, frame_sampling.RULES), ("resize", self.resize_rule, resize.RULES))
+        for kind, rule, known in rules:
+            if rule not in known:
+                raise ProcessorError(f"unknown {kind} rule {rule!r} (known: {', '.join(known)})")
         if self.num_frames is None and self.fps is None:
             raise ProcessorError("give num_frames, fps, or both: nothing says how many frames to take from a clip")
         if self.num_frames is not None and self.num_frames < 2:
@@ -110,13 +109,10 @@ class VideoOptions:
         Raises:
           ProcessorError: the lower budget exceeds the upper one.
         """
-        budget: tuple[int | None, int | None] = (None, None)
-        if self.resize_rule == "per_frame":
-            budget = FRAME_BUDGET
-        elif self.resize_rule == "total":
-            budget = (processor.video_min_pixels, processor.video_max_pixels)
-        low = budget[0] if self.min_pixels is None else self.min_pixels
-        high = budget[1] if self.max_pixels is None else self.max_pixels
+        budgets = {"per_frame": FRAME_BUDGET, "total": (processor.video_min_pixels, processor.video_max_pixels)}
+        low, high = budgets.get(self.resize_rule, (None, None))
+        low = low if self.min_pixels is None else self.min_pixels
+        high = high if self.max_pixels is None else self.max_pixels
         if low is not None and high is not None and low > high:
             raise ProcessorError(f"resize rule {self.resize_rule!r}: min_pixels {low} exceeds max_pixels {high}")
         return ResizeRule(self.resize_rule, processor.factor, processor.temporal_patch_size, low, high)

@@ -10,18 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-
-class GridLike(Protocol):
-    """A visual item: `modality` is "image" or "video", t/h/w in patches before merging."""
-
-    modality: str
-    t: int
-    h: int
-    w: int
+from mllm4d_jax.encode.example import Grid
 
 
 class VisionInputs(NamedTuple):
@@ -88,15 +81,7 @@ def position_taps(h: int, w: int, merge_size: int, side: int) -> tuple[np.ndarra
     r, c = order[:, 0], order[:, 1]
     dh, dw = dh[r], dw[c]
     one = np.float32(1)
-    index = np.stack(
-        [
-            row_lo[r] * side + col_lo[c],
-            row_lo[r] * side + col_hi[c],
-            row_hi[r] * side + col_lo[c],
-            row_hi[r] * side + col_hi[c],
-        ],
-        -1,
-    )
+    index = np.stack([row[r] * side + col[c] for row in (row_lo, row_hi) for col in (col_lo, col_hi)], -1)
     weight = np.stack([(one - dh) * (one - dw), (one - dh) * dw, dh * (one - dw), dh * dw], -1)
     return index.astype(np.int32), weight.astype(np.float32)
 
@@ -120,14 +105,14 @@ def window_order(h: int, w: int, merge_size: int, window: int) -> np.ndarray:
     return np.argsort(ids, kind="stable").astype(np.int32)
 
 
-def merged_tokens(grid: GridLike, merge_size: int) -> int:
+def merged_tokens(grid: Grid, merge_size: int) -> int:
     """Number of decoder tokens of one visual item."""
     return grid.t * grid.h * grid.w // merge_size**2
 
 
 def pack_vision(
     patches: np.ndarray,
-    grids: Sequence[GridLike],
+    grids: Sequence[Grid],
     geometry: VisionGeometry,
     *,
     frames: int | None = None,
@@ -160,7 +145,7 @@ def pack_vision(
             f"a vision bucket of {f} frames x {length} patches cannot hold {total_frames} frames of up to {longest} "
             f"patches (patches per frame must also be a multiple of {m2})"
         )
-    out = _empty_inputs(f, length, patches.shape[1], geometry)
+    out = empty_vision(f, length, patches.shape[1], geometry)
     rows, frame, start = [], 0, 0
     for g in grids:
         n = g.h * g.w
@@ -179,7 +164,8 @@ def pack_vision(
     return out, np.concatenate(rows)
 
 
-def _empty_inputs(frames: int, length: int, patch_dim: int, geometry: VisionGeometry) -> VisionInputs:
+def empty_vision(frames: int, length: int, patch_dim: int, geometry: VisionGeometry) -> VisionInputs:
+    """Return inputs that are all padding: `frames` frames of `length` patches."""
     table = geometry.position_side > 0
     return VisionInputs(
         patches=np.zeros((frames, length, patch_dim), np.float32),

@@ -8,9 +8,9 @@ import math
 import cv2
 import numpy as np
 
-from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
-from mllm4d_jax.media.resize import ResizeRule, SizeError, resize_bicubic
-from mllm4d_jax.media.video import VideoClip
+from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.resize import ResizeRule, resize_bicubic
+from mllm4d_jax.media.video import VideoClip, VideoInfo, plan_frames
 from mllm4d_jax.qa.errors import MediaError
 
 
@@ -51,34 +51,24 @@ class StoredFrames:
         if len(self.jpegs) < 2:
             raise MediaError(f"{self.name} holds {len(self.jpegs)} frames, at least 2 are needed", "one_frame")
 
-    def pick(self, sample: SampleRule) -> np.ndarray:
-        """Which of the stored frames the rule takes, as positions i64[n] in `jpegs`.
+    def plan(self, sample: SampleRule, resize: ResizeRule) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return which of the stored frames the rule takes, i64[n] in `jpegs`, and their (height, width) when resized.
 
         The stored frames count as the clip, at the mean rate they were taken: a set that was written with the same rule
-        gives all its frames back, one with more frames is thinned by the rule.
+        gives all its frames back, one with more frames is thinned by the rule. Decodes the first frame.
 
         Raises:
-          MediaError: as `check`, and "too_few_frames".
+          MediaError: as `check`, and "undecodable_frame", "too_few_frames", "bad_size".
         """
         self.check()
-        rate = len(self.jpegs) / self.total_frames * self.source_fps
-        try:
-            return sample.indices(len(self.jpegs), rate)
-        except SamplingError as error:
-            raise MediaError(f"{self.name}: {error}", "too_few_frames") from error
-
-    def size(self, picked: np.ndarray, resize: ResizeRule) -> tuple[int, int]:
-        """(height, width) after resizing; decodes one frame. Raises MediaError: "undecodable_frame", "bad_size"."""
-        height, width = self._decode(int(picked[0])).shape[:2]
-        try:
-            return resize.size(len(picked), height, width)
-        except SizeError as error:
-            raise MediaError(f"{self.name}: {error}", "bad_size") from error
+        count = len(self.jpegs)
+        height, width = self._decode(0).shape[:2]
+        info = VideoInfo(height, width, count / self.total_frames * self.source_fps, count)
+        return plan_frames(self.name, info, count, sample, resize)
 
     def read(self, sample: SampleRule, resize: ResizeRule) -> VideoClip:
-        """The picked frames, resized. Raises MediaError as `pick` and `size`, and "varying_size"."""
-        picked = self.pick(sample)
-        size = self.size(picked, resize)
+        """Return the planned frames, resized. Raises MediaError as `plan`, and "varying_size"."""
+        picked, size = self.plan(sample, resize)
         frames = np.empty((len(picked), *size, 3), np.uint8)
         first = None
         for n, position in enumerate(picked):

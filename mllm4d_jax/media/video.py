@@ -91,7 +91,7 @@ def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, 
     with _open(path, threads) as (capture, info, promise):
         guess = info.frames
         if guess is None:
-            guess = _count(capture)
+            guess = sum(1 for _ in iter(capture.grab, False))
             _check_length(path, guess, guess, info, promise)
             clip, total = None, guess
         else:
@@ -103,6 +103,24 @@ def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, 
         if again != total:
             raise MediaError(f"{path}: decoding it twice gave {total} and {again} frames", "truncated_video")
     return clip
+
+
+def plan_frames(
+    name: str, info: VideoInfo, total: int, sample: SampleRule, resize: ResizeRule | None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the frames i64[n] that a rule takes of a clip of `total` frames, and their (height, width) when resized.
+
+    Raises:
+      MediaError: "too_few_frames", "bad_size"; `name` says of which clip.
+    """
+    try:
+        indices = sample.indices(total, info.fps) if total > 1 else np.zeros(1, np.int64)
+        size = (info.height, info.width)
+        return indices, size if resize is None else resize.size(len(indices), *size)
+    except SamplingError as error:
+        raise MediaError(f"{name}: {error}", "too_few_frames") from error
+    except SizeError as error:
+        raise MediaError(f"{name}: {error}", "bad_size") from error
 
 
 @contextmanager
@@ -148,13 +166,6 @@ def _check_file(path: str, kind: str) -> None:
         raise MediaError(f"{kind} file {path} is empty (0 bytes)", "empty_file")
 
 
-def _count(capture: cv2.VideoCapture) -> int:
-    frames = 0
-    while capture.grab():
-        frames += 1
-    return frames
-
-
 def _check_length(path: str, decoded: int, promised: int, info: VideoInfo, promise: Promise) -> None:
     if promise.frames is not None:
         slack = 0 if promise.damage else 2
@@ -179,15 +190,7 @@ def _decode(
 
     The clip is None when the file ends before its last sampled frame.
     """
-    try:
-        indices = sample.indices(total, info.fps) if total > 1 else np.zeros(1, np.int64)
-        size = (info.height, info.width)
-        if resize is not None:
-            size = resize.size(len(indices), *size)
-    except SamplingError as error:
-        raise MediaError(f"{path}: {error}", "too_few_frames") from error
-    except SizeError as error:
-        raise MediaError(f"{path}: {error}", "bad_size") from error
+    indices, size = plan_frames(path, info, total, sample, resize)
     frames = np.empty((len(indices), *size, 3), np.uint8)
     number, kept = 0, 0
     while capture.grab():

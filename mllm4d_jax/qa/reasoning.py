@@ -59,24 +59,6 @@ class ParsedReasoning:
     malformed_cameras: int
     malformed_objects: int
 
-    @property
-    def has_thinking(self) -> bool:
-        return self.thinking is not None
-
-    @property
-    def has_answer(self) -> bool:
-        return self.answer is not None
-
-    @property
-    def camera_written(self) -> bool:
-        """At least one camera centre in brackets, and none malformed."""
-        return not self.malformed_cameras and any(c is not None for c in self.camera_centers)
-
-    @property
-    def object_written(self) -> bool:
-        """At least one object centre in brackets, and none malformed."""
-        return not self.malformed_objects and any(c is not None for c in self.object_centers)
-
 
 def answer_part(response: str) -> str:
     """Return the text of the last `<answer>` block, else what follows the last `</thinking>`, else all; stripped."""

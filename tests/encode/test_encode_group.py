@@ -11,7 +11,7 @@ from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example, VideoOptions
 from mllm4d_jax.encode.patches import patchify
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.resize import image_size, resize_bicubic
+from mllm4d_jax.media.resize import ResizeRule, image_size, resize_bicubic
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import Record
@@ -155,9 +155,10 @@ def test_the_pixels_of_stored_frames_are_theirs(make_encoder, qwen3):
 
 def test_more_stored_frames_than_wanted_are_thinned_by_the_rule():
     frames = stored(jpegs=jpegs(range(0, 160, 10)), indices=tuple(range(0, 48, 3)), total_frames=48)
-    picked = frames.pick(SampleRule("uniform", 4, None))
-    assert picked.tolist() == [0, 5, 10, 15]
-    assert frames.pick(SampleRule("uniform", 32, None)).tolist() == list(range(16))
+    resize = ResizeRule("per_frame", 32, 2, 784, 50176)
+    picked, size = frames.plan(SampleRule("uniform", 4, None), resize)
+    assert picked.tolist() == [0, 5, 10, 15] and size == resize.size(4, 48, 64)
+    assert frames.plan(SampleRule("uniform", 32, None), resize)[0].tolist() == list(range(16))
 
 
 @pytest.mark.parametrize(

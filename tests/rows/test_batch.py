@@ -19,7 +19,7 @@ def example(tokens, grids=(), seed=0):
     n = sum(g.t * g.h * g.w for g in grids)
     positions = np.tile(np.arange(len(tokens)), (3, 1)) + seed
     patches = np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)
-    return SimpleNamespace(tokens=np.array(tokens), positions=positions, grids=tuple(grids), patches=patches)
+    return SimpleNamespace(key="k", tokens=np.array(tokens), positions=positions, grids=tuple(grids), patches=patches)
 
 
 EXAMPLES = [example([1, 2, 3]), example([4, VIDEO, VIDEO, 5], [Grid("video", 2, 2, 2)], seed=7)]
