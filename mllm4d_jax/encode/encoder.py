@@ -4,57 +4,57 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from mllm4d_jax.encode.chat import Visual, render_chat, rendered_text, video_timestamps
 from mllm4d_jax.encode.example import Example, Grid, VideoOptions
-from mllm4d_jax.encode.grids import merged_tokens
-from mllm4d_jax.encode.media_items import Media, MediaCache, MediaItem, media_identity, media_parts
-from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.grids import merged_tokens, patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
-from mllm4d_jax.media.stored_frames import StoredFrames
-from mllm4d_jax.media.video import VideoClip, VideoInfo, plan_frames, probe, read_image, read_video
+from mllm4d_jax.media.video import StoredFrames, plan_frames, read_image
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
 
 _MIN_FRAMES = 2
+_Prompt = tuple[np.ndarray, np.ndarray, str]  # token ids, supervised tokens, text
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prompt:
-    tokens: np.ndarray
-    supervised: np.ndarray
-    text: str
+class MediaItem:
+    """An image or video of a record. `frames` stay out (None) until the token budget is known to hold."""
+
+    path: str
+    visual: Visual
+    seconds_per_grid: float = 0.0  # videos only
+    frames: np.ndarray | None = None  # u8[T, H, W, 3], resized
 
 
-class _Outcomes:
-    """Which records of a group are still good. `results[i]` is the error that record i met, None without one."""
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """The images and videos of a record as the model sees them.
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-        self.results: list[RecordError | None] = [None] * len(records)
+    Attributes:
+      items: one per image or video, without their frames.
+      patches: f32[N, P], as in `Example`; read-only.
+    """
 
-    @property
-    def alive(self) -> list[int]:
-        return [i for i, result in enumerate(self.results) if result is None]
+    items: tuple[MediaItem, ...]
+    patches: np.ndarray
 
-    def attempt(self, step: Callable[[int], Any]) -> dict[int, Any]:
-        """What the step gives for the number of each record that is still good; a record it refuses is out."""
-        found = {}
-        for i in self.alive:
-            try:
-                found[i] = step(i)
-            except RecordError as error:
-                self.results[i] = error.with_key(self.records[i].key)
-        return found
+
+class MediaCache(Protocol):
+    """Where the encoder looks for media before it decodes them."""
+
+    def get(self, identity: Hashable) -> Media | None: ...
+
+    def put(self, identity: Hashable, media: Media) -> None: ...
 
 
 class Encoder(contextlib.AbstractContextManager):
@@ -66,25 +66,20 @@ class Encoder(contextlib.AbstractContextManager):
         tokenizer: Tokenizer,
         options: VideoOptions | None = None,
         max_tokens: int | None = None,
-        *,
-        isolate_decoder: bool = True,
     ):
         """Checks that tokenizer, config and options belong together.
 
         Args:
           max_tokens: longest example; longer ones raise TooLongError before any video is decoded. None = no limit.
-          isolate_decoder: decode in processes that are killed at `options.decode_timeout_s`. Turn it off only inside a
-            process whose owner kills it when it hangs: the time limit is not enforced then.
 
         Raises:
           ProcessorError: placeholder ids differ between tokenizer and config.json.
         """
         tokenizer.check_config(config)
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
-        self.options = options or VideoOptions()
-        opts = self.options
-        self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads) if isolate_decoder else None
-        self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps, opts.min_frames)
+        self.options = opts = options or VideoOptions()
+        self._pool = DecodePool(opts.decode_timeout_s)
+        self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps)
         self._resize = opts.resize_for(config)
 
     def encode(self, record: Record, *, add_generation_prompt: bool = False) -> Example:
@@ -124,36 +119,47 @@ class Encoder(contextlib.AbstractContextManager):
         Raises:
           ValueError: the records name different media.
         """
-        out = _Outcomes(records)
+        refused: dict[int, RecordError] = {}
+
+        def attempt(step: Callable[[int], Any]) -> dict[int, Any]:
+            """What the step gives for the number of each record that is still good; one that it refuses is no more."""
+            made = {}
+            for i in [i for i in range(len(records)) if i not in refused]:
+                try:
+                    made[i] = step(i)
+                except RecordError as error:
+                    refused[i] = error.with_key(records[i].key)
+            return made
+
         # Renders without media first: a malformed conversation is refused before any file is opened.
-        out.attempt(lambda i: render_chat(records[i].messages, self.config.family))
-        parts = out.attempt(lambda i: media_parts(records[i]))
-        identities = {media_identity(records[i]) for i in out.alive}
+        attempt(lambda i: render_chat(records[i].messages, self.config.family))
+        parts = attempt(lambda i: media_parts(records[i]))
+        identities = {media_identity(records[i]) for i in parts}
         if len(identities) > 1:
             raise ValueError(f"{records[0].key} and its group name different media: {sorted(identities, key=str)}")
-        if not identities:
-            return out.results
-        identity = identities.pop()
+        if not parts:
+            return [refused[i] for i in range(len(records))]
+        wanted, identity = next(iter(parts.values())), identities.pop()
         media = cache.get(identity) if cache is not None else None
         try:
             prompts = None
             if media is None:
-                plan = [self._plan(part) for part in parts[out.alive[0]]]
+                plan = [self._plan(part) for part in wanted]
                 if all(item is not None for item in plan):
-                    prompts = out.attempt(lambda i: self._prompt(records[i], plan, add_generation_prompt))
-                if not out.alive:
-                    return out.results
-                media = self._load_all(parts[out.alive[0]], plan)
+                    prompts = attempt(lambda i: self._prompt(records[i], plan, add_generation_prompt))
+                if len(refused) == len(records):
+                    return [refused[i] for i in range(len(records))]
+                media = self._load_all(wanted, plan)
                 if [i.visual for i in media.items] != [i.visual for i in plan if i is not None]:
                     prompts = None  # a file did not say how long it is, or not truly
             if prompts is None:
-                prompts = out.attempt(lambda i: self._prompt(records[i], media.items, add_generation_prompt))
+                prompts = attempt(lambda i: self._prompt(records[i], media.items, add_generation_prompt))
         except RecordError as error:  # of the media: everybody's
-            return [met or error.with_key(r.key) for met, r in zip(out.results, records, strict=True)]
+            return [refused.get(i) or error.with_key(record.key) for i, record in enumerate(records)]
         if cache is not None:
             cache.put(identity, media)
-        made = out.attempt(lambda i: self._assemble(records[i].key, prompts[i], media))
-        return [made.get(i, result) for i, result in enumerate(out.results)]
+        made = attempt(lambda i: self._assemble(records[i].key, prompts[i], media))
+        return [refused.get(i) or made[i] for i in range(len(records))]
 
     def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
         """Decodes what was planned."""
@@ -182,7 +188,7 @@ class Encoder(contextlib.AbstractContextManager):
             indices = np.asarray(stored.indices, np.int64)[picked]
             return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)
         path = part["path"]
-        info = self._probe(path)
+        info = self._pool.probe(path)
         if info.frames is None or info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
         indices, size = plan_frames(path, info, info.frames, self._sample, self._resize)
@@ -195,7 +201,7 @@ class Encoder(contextlib.AbstractContextManager):
         if "frames" in part:
             path, clip = part["frames"].name, part["frames"].read(self._sample, self._resize)
         else:
-            path, clip = part["path"], self._read(part["path"])
+            path, clip = part["path"], self._pool.read(part["path"], self._sample, self._resize)
         item = self._video_item(path, clip.indices, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
         return dataclasses.replace(item, frames=clip.frames)
 
@@ -233,7 +239,7 @@ class Encoder(contextlib.AbstractContextManager):
         tokens, supervised = self.tokenizer.encode_pieces(pieces)
         if self.max_tokens is not None and len(tokens) > self.max_tokens:
             raise self._too_long(len(tokens), items)
-        return _Prompt(tokens, supervised, rendered_text(pieces))
+        return tokens, supervised, rendered_text(pieces)
 
     def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
         grids, side = [i.visual.grid for i in items], self.config.patch_size
@@ -248,10 +254,10 @@ class Encoder(contextlib.AbstractContextManager):
         )
 
     def _assemble(self, key: str, prompt: _Prompt, media: Media) -> Example:
-        c, items = self.config, media.items
+        (tokens, supervised, text), c, items = prompt, self.config, media.items
         grids = tuple(i.visual.grid for i in items)
         positions, delta = mrope_positions(
-            prompt.tokens,
+            tokens,
             grids,
             image_token_id=c.image_token_id,
             video_token_id=c.video_token_id,
@@ -263,28 +269,37 @@ class Encoder(contextlib.AbstractContextManager):
         )
         return Example(
             key=key,
-            tokens=prompt.tokens,
+            tokens=tokens,
             positions=positions,
             rope_delta=delta,
-            supervised=prompt.supervised,
+            supervised=supervised,
             patches=media.patches,
             grids=grids,
             timestamps=tuple(i.visual.timestamps for i in items if i.visual.grid.modality == "video"),
-            text=prompt.text,
+            text=text,
         )
-
-    def _probe(self, path: str) -> VideoInfo:
-        return self._pool.probe(path) if self._pool else probe(path, self.options.decode_threads)
-
-    def _read(self, path: str) -> VideoClip:
-        if self._pool:
-            return self._pool.read(path, self._sample, self._resize)
-        return read_video(path, self._sample, self._resize, self.options.decode_threads)
 
     def close(self) -> None:
         """Ends the decoder processes; the encoder stays usable."""
-        if self._pool:
-            self._pool.close()
+        self._pool.close()
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def media_parts(record: Record) -> list[Mapping[str, Any]]:
+    """The record's images and videos, in reading order. Raises PlaceholderError for one without a file or frames."""
+    parts = [
+        p for m in record.messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"
+    ]
+    for part in parts:
+        if part["type"] == "video" and isinstance(part.get("frames"), StoredFrames):
+            continue
+        if not isinstance(part.get("path"), str) or not part["path"]:
+            raise PlaceholderError(f"an {part['type']} part has no file: {dict(part)!r:.120}")
+    return parts
+
+
+def media_identity(record: Record) -> tuple[tuple[str, str], ...]:
+    """(kind, path or name) of the record's media, in reading order: equal for records that share them all."""
+    return tuple((p["type"], p["frames"].name if "frames" in p else p["path"]) for p in media_parts(record))

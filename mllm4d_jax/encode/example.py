@@ -41,14 +41,12 @@ class VideoOptions:
       fps: frames per second of video to sample; None = `min(num_frames, total)` frames.
       sampling: which frames. "uniform" and "qwen3_vl" spread them over the clip with both ends included; "qwen2_5_vl"
         takes the start of equal intervals, an even number of frames; "qwen_vl_utils" is the first with an even number.
-      min_frames: lower bound of the `fps` rules (4 in every released processor); never more than the clip has.
       resize_rule: what the pixel budget bounds. "per_frame": the area of each frame; "total": the sum over all frames
         (Qwen3-VL HF video processor); "qwen_vl_utils": each frame, with that package's bounds and rounding.
       min_pixels, max_pixels: the budget, areas in pixels. None = the rule's own: 784 and 50,176 (224 x 224) per frame
         as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils".
       image_min_pixels, image_max_pixels: budget of still images; None = the processor folder's.
       decode_timeout_s: seconds a clip may take to decode before its decoder process is killed.
-      decode_threads: codec threads per clip; each one holds frames of its own in memory.
       outer_markers: keep a vision_start/vision_end pair around a whole clip (HF 5.x) instead of replacing it (release).
       position_rule: Qwen2.5-VL temporal positions, see `positions.mrope_positions`.
     """
@@ -56,14 +54,12 @@ class VideoOptions:
     num_frames: int | None = 32
     fps: float | None = None
     sampling: str = "uniform"
-    min_frames: int = 4
     resize_rule: str = "per_frame"
     min_pixels: int | None = None
     max_pixels: int | None = None
     image_min_pixels: int | None = None
     image_max_pixels: int | None = None
     decode_timeout_s: float = 60.0
-    decode_threads: int = 1
     outer_markers: bool = False
     position_rule: str = "release"
 
@@ -80,8 +76,6 @@ class VideoOptions:
             raise ProcessorError(f"fps must be a positive number or None, got {self.fps}")
         if not self.decode_timeout_s > 0:
             raise ProcessorError(f"decode_timeout_s must be positive, got {self.decode_timeout_s}")
-        if self.decode_threads < 1:
-            raise ProcessorError(f"decode_threads must be at least 1, got {self.decode_threads}")
         for low, high in ((self.min_pixels, self.max_pixels), (self.image_min_pixels, self.image_max_pixels)):
             if low is not None and high is not None and not 0 < low <= high:
                 raise ProcessorError(f"pixel budget must satisfy 0 < min <= max, got {low} and {high}")

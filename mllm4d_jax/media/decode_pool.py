@@ -117,24 +117,24 @@ class DecodePool(contextlib.AbstractContextManager):
     manager; its processes also end with this one.
     """
 
-    def __init__(self, timeout_s: float = 60.0, threads: int = 1):
-        """`timeout_s` seconds per request, `threads` codec threads per clip."""
-        self.timeout_s, self.threads = timeout_s, threads
+    def __init__(self, timeout_s: float = 60.0):
+        """`timeout_s` seconds per request."""
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
 
     def __reduce__(self):
-        return type(self), (self.timeout_s, self.threads)
+        return type(self), (self.timeout_s,)
 
     def probe(self, path: str) -> VideoInfo:
         """See `video.probe`; also raises MediaError "timeout", "decoder_crash"."""
-        reply, _ = self._ask({"kind": "probe", "path": path, "threads": self.threads})
+        reply, _ = self._ask({"kind": "probe", "path": path})
         return VideoInfo(**reply)
 
     def read(self, path: str, sample: SampleRule, resize: ResizeRule | None = None) -> VideoClip:
         """See `video.read_video`; also raises MediaError "timeout", "decoder_crash", "decoder_error"."""
         rules = {"sample": dataclasses.asdict(sample), "resize": dataclasses.asdict(resize) if resize else None}
-        reply, frames = self._ask({"kind": "read", "path": path, "threads": self.threads} | rules)
+        reply, frames = self._ask({"kind": "read", "path": path} | rules)
         return VideoClip(frames, np.array(reply["indices"], np.int64), reply["source_fps"], reply["total_frames"])
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -190,9 +190,9 @@ def _receive(stream: BinaryIO) -> dict[str, Any] | None:
 def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
     """(reply, frames) of one request."""
     if request["kind"] == "probe":
-        return dataclasses.asdict(probe(request["path"], request["threads"])), None
+        return dataclasses.asdict(probe(request["path"])), None
     resize = ResizeRule(**request["resize"]) if request["resize"] else None
-    clip = read_video(request["path"], SampleRule(**request["sample"]), resize, request["threads"])
+    clip = read_video(request["path"], SampleRule(**request["sample"]), resize)
     reply = {
         "shape": clip.frames.shape,
         "indices": clip.indices.tolist(),

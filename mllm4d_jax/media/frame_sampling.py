@@ -72,14 +72,13 @@ class SampleRule:
     """The sampling half of `VideoOptions`: at most `num_frames` frames, `fps` per second when that is given.
 
     Without `fps` a clip gives `min(num_frames, total)` frames (rounded down to even where the rule wants even numbers);
-    with it, the rule's `fps` form, `num_frames` being the upper bound (768 when None, as released). Never repeats a
-    frame and never names one that is not there.
+    with it, the rule's `fps` form, at least 4 frames and at most `num_frames` (768 when None), as released. Never
+    repeats a frame and never names one that is not there.
     """
 
     rule: str
     num_frames: int | None
     fps: float | None
-    min_frames: int = 4
 
     def indices(self, total: int, video_fps: float) -> np.ndarray:
         """Frame numbers i64[n] of a clip of `total` >= 2 frames. Raises SamplingError when there are too few."""
@@ -89,5 +88,5 @@ class SampleRule:
                 n -= n % 2
             return sample_indices(self.rule, total, video_fps, num_frames=n)
         cap = 768 if self.num_frames is None else self.num_frames
-        found = sample_indices(self.rule, total, video_fps, fps=self.fps, min_frames=self.min_frames, max_frames=cap)
+        found = sample_indices(self.rule, total, video_fps, fps=self.fps, max_frames=cap)
         return found[found < total]

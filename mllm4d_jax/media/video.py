@@ -55,17 +55,17 @@ class VideoClip:
     total_frames: int
 
 
-def probe(path: str, threads: int = 1) -> VideoInfo:
+def probe(path: str) -> VideoInfo:
     """Size, rate and promised length of a video, without decoding it.
 
     Raises:
       MediaError: "missing_file", "empty_file", "truncated_video", "not_a_video", "missing_fps".
     """
-    with _open(path, threads) as (_, info, _promise):
+    with _open(path) as (_, info, _promise):
         return info
 
 
-def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, threads: int = 1) -> VideoClip:
+def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None) -> VideoClip:
     """Decodes a video once from front to back and keeps the sampled frames.
 
     Every frame is resized as it comes, so memory holds one source frame plus the codec's own and the resized clip: 32
@@ -82,13 +82,12 @@ def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, 
 
     Args:
       resize: sizes of the kept frames; None keeps the source size.
-      threads: codec threads.
 
     Raises:
       MediaError: as `probe`, and "zero_frames", "one_frame", "truncated_video", "too_few_frames", "bad_size",
         "undecodable_frame", "varying_size".
     """
-    with _open(path, threads) as (capture, info, promise):
+    with _open(path) as (capture, info, promise):
         guess = info.frames
         if guess is None:
             guess = sum(1 for _ in iter(capture.grab, False))
@@ -98,7 +97,7 @@ def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, 
             clip, total = _decode(path, capture, info, sample, resize, guess)
             _check_length(path, total, guess, info, promise)
     if clip is None or total != guess:
-        with _open(path, threads) as (capture, info, promise):
+        with _open(path) as (capture, info, promise):
             clip, again = _decode(path, capture, info, sample, resize, total)
         if again != total:
             raise MediaError(f"{path}: decoding it twice gave {total} and {again} frames", "truncated_video")
@@ -124,13 +123,13 @@ def plan_frames(
 
 
 @contextmanager
-def _open(path: str, threads: int):
+def _open(path: str):
     """Yields (capture, VideoInfo, Promise) of an opened video."""
     _check_file(path, "video")
     promise = read_promise(path)
     # The FFmpeg backend by name: others would take the path for a pattern of numbered images.
-    options = [cv2.CAP_PROP_N_THREADS, threads]
-    capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, options)
+    one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # each one holds frames of its own in memory
+    capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, one_thread)
     try:
         if not capture.isOpened():
             if promise.damage:
@@ -230,3 +229,85 @@ def read_image(path: str) -> np.ndarray:
     if image is None:
         raise MediaError(f"{path} is not an image (or a damaged one)", "not_an_image")
     return image[..., ::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFrames:
+    """Frames of one clip as JPEG files, picked from their source video when the data set was written.
+
+    The frame numbers and the rate of the source come with them: without both, frames cannot be dated.
+
+    Attributes:
+      name: says which clip it is, in errors and as its identity.
+      jpegs: T JPEG files.
+      indices: their frame numbers in the source, ascending, one per file.
+      source_fps: frames per second of the source.
+      total_frames: frames that the source has.
+    """
+
+    name: str
+    jpegs: tuple[bytes, ...]
+    indices: tuple[int, ...]
+    source_fps: float
+    total_frames: int
+
+    def check(self) -> None:
+        """Raises MediaError: "missing_fps", "missing_indices" (not one per frame, not ascending), "one_frame"."""
+        if not (math.isfinite(self.source_fps) and self.source_fps > 0):
+            raise MediaError(
+                f"{self.name} has no frame rate ({self.source_fps}): its frames cannot be dated", "missing_fps"
+            )
+        ascending = all(a < b for a, b in zip(self.indices[:-1], self.indices[1:], strict=True))
+        inside = not self.indices or (self.indices[0] >= 0 and self.indices[-1] < self.total_frames)
+        if len(self.indices) != len(self.jpegs) or not ascending or not inside:
+            raise MediaError(
+                f"{self.name} has {len(self.jpegs)} frames and the frame numbers {list(self.indices)[:8]}... of a "
+                f"source of {self.total_frames}: one number per frame is needed, ascending and inside the source",
+                "missing_indices",
+            )
+        if len(self.jpegs) < 2:
+            raise MediaError(f"{self.name} holds {len(self.jpegs)} frames, at least 2 are needed", "one_frame")
+
+    def plan(self, sample: SampleRule, resize: ResizeRule) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return which of the stored frames the rule takes, i64[n] in `jpegs`, and their (height, width) when resized.
+
+        The stored frames count as the clip, at the mean rate they were taken: a set that was written with the same rule
+        gives all its frames back, one with more frames is thinned by the rule. Decodes the first frame.
+
+        Raises:
+          MediaError: as `check`, and "undecodable_frame", "too_few_frames", "bad_size".
+        """
+        self.check()
+        count = len(self.jpegs)
+        height, width = self._decode(0).shape[:2]
+        info = VideoInfo(height, width, count / self.total_frames * self.source_fps, count)
+        return plan_frames(self.name, info, count, sample, resize)
+
+    def read(self, sample: SampleRule, resize: ResizeRule) -> VideoClip:
+        """Return the planned frames, resized. Raises MediaError as `plan`, and "varying_size"."""
+        picked, size = self.plan(sample, resize)
+        frames = np.empty((len(picked), *size, 3), np.uint8)
+        first = None
+        for n, position in enumerate(picked):
+            image = self._decode(int(position))
+            first = first or image.shape
+            if image.shape != first:
+                raise MediaError(
+                    f"{self.name}: frame {position} is {image.shape[0]}x{image.shape[1]}, the first one "
+                    f"{first[0]}x{first[1]}",
+                    "varying_size",
+                )
+            frames[n] = resize_bicubic(image, *size)[..., ::-1]
+        indices = np.asarray(self.indices, np.int64)[picked]
+        return VideoClip(frames, indices, self.source_fps, self.total_frames)
+
+    def _decode(self, position: int) -> np.ndarray:
+        """u8[H, W, 3] BGR of one stored frame."""
+        data = self.jpegs[position]
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+        except cv2.error:
+            image = None
+        if image is None:
+            raise MediaError(f"{self.name}: stored frame {position} is no readable JPEG file", "undecodable_frame")
+        return image

@@ -17,7 +17,7 @@ import numpy as np
 from mllm4d_jax.encode import grids
 from mllm4d_jax.encode.chat import Visual, render_chat, rendered_text, timestamp_text, video_timestamps
 from mllm4d_jax.encode.example import Grid
-from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.grids import patchify
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.media import resize
 from mllm4d_jax.media.frame_sampling import sample_indices
