@@ -217,12 +217,9 @@ def build_byte_level_tokenizer(
 def _qwen_shell(model: models.BPE) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated", invert=False)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend

@@ -90,12 +90,10 @@ def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None) 
     with _open(path) as (capture, info, promise):
         guess = info.frames
         if guess is None:
-            guess = sum(1 for _ in iter(capture.grab, False))
-            _check_length(path, guess, guess, info, promise)
-            clip, total = None, guess
+            clip, total = None, sum(1 for _ in iter(capture.grab, False))
         else:
             clip, total = _decode(path, capture, info, sample, resize, guess)
-            _check_length(path, total, guess, info, promise)
+        _check_length(path, total, total if guess is None else guess, info, promise)
     if clip is None or total != guess:
         with _open(path) as (capture, info, promise):
             clip, again = _decode(path, capture, info, sample, resize, total)
@@ -132,17 +130,14 @@ def _open(path: str):
     capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, one_thread)
     try:
         if not capture.isOpened():
-            if promise.damage:
-                raise MediaError(
-                    f"{path} is truncated, none of its frames can be decoded: {promise.damage}", "truncated_video"
-                )
-            raise MediaError(f"{path} is not a video (no decoder recognises it)", "not_a_video")
+            if not promise.damage:
+                raise MediaError(f"{path} is not a video (no decoder recognises it)", "not_a_video")
+            message = f"{path} is truncated, none of its frames can be decoded: {promise.damage}"
+            raise MediaError(message, "truncated_video")
         size = (int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)))
         if min(size) < 1:  # a decoder took other bytes for its own
-            because, reason = (
-                (promise.damage, "truncated_video") if promise.damage else ("no picture size", "not_a_video")
-            )
-            raise MediaError(f"{path} is not a video that can be read: {because}", reason)
+            reason = "truncated_video" if promise.damage else "not_a_video"
+            raise MediaError(f"{path} is not a video that can be read: {promise.damage or 'no picture size'}", reason)
         fps = capture.get(cv2.CAP_PROP_FPS)
         if not (math.isfinite(fps) and 0 < fps <= _MAX_FPS):
             raise MediaError(
@@ -166,9 +161,8 @@ def _check_file(path: str, kind: str) -> None:
 
 
 def _check_length(path: str, decoded: int, promised: int, info: VideoInfo, promise: Promise) -> None:
-    if promise.frames is not None:
-        slack = 0 if promise.damage else 2
-    else:
+    slack = 0 if promise.damage else 2
+    if promise.frames is None:
         slack = min(max(2.0, 0.05 * promised), max(2.0, info.fps))
     if decoded < promised - slack:
         because = f" ({promise.damage})" if promise.damage else ""
@@ -198,11 +192,8 @@ def _decode(
             if not ok:
                 raise MediaError(f"{path}: frame {number} of {total} cannot be decoded", "undecodable_frame")
             if image.shape[:2] != (info.height, info.width):
-                raise MediaError(
-                    f"{path}: frame {number} is {image.shape[0]}x{image.shape[1]}, the file says "
-                    f"{info.height}x{info.width}",
-                    "varying_size",
-                )
+                told, found = f"{info.height}x{info.width}", f"{image.shape[0]}x{image.shape[1]}"
+                raise MediaError(f"{path}: frame {number} is {found}, the file says {told}", "varying_size")
             small = resize_bicubic(image, *size)[..., ::-1]
             while kept < len(indices) and number == indices[kept]:
                 frames[kept] = small
@@ -292,11 +283,8 @@ class StoredFrames:
             image = self._decode(int(position))
             first = first or image.shape
             if image.shape != first:
-                raise MediaError(
-                    f"{self.name}: frame {position} is {image.shape[0]}x{image.shape[1]}, the first one "
-                    f"{first[0]}x{first[1]}",
-                    "varying_size",
-                )
+                told, found = f"{first[0]}x{first[1]}", f"{image.shape[0]}x{image.shape[1]}"
+                raise MediaError(f"{self.name}: frame {position} is {found}, the first one {told}", "varying_size")
             frames[n] = resize_bicubic(image, *size)[..., ::-1]
         indices = np.asarray(self.indices, np.int64)[picked]
         return VideoClip(frames, indices, self.source_fps, self.total_frames)

@@ -59,14 +59,10 @@ class CompletionRows(NamedTuple):
 def needed_prompt_sizes(examples: Sequence[Example]) -> RowSizes:
     """Return the smallest sizes that hold these prompts: rows that are all prefix."""
     grids = [grid for e in examples for grid in e.grids]
-    return RowSizes(
-        prefix=max(len(e.tokens) for e in examples),
-        slots=1,
-        length=1,
-        frames=max(sum(grid.t for grid in e.grids) for e in examples),
-        frame_patches=max((grid.h * grid.w for grid in grids), default=0),
-        supervised=1,
-    )
+    prefix = max(len(e.tokens) for e in examples)
+    frames = max(sum(grid.t for grid in e.grids) for e in examples)
+    frame_patches = max((grid.h * grid.w for grid in grids), default=0)
+    return RowSizes(prefix, slots=1, length=1, frames=frames, frame_patches=frame_patches, supervised=1)
 
 
 def collate_prompts(
@@ -80,17 +76,11 @@ def collate_prompts(
     Raises:
       ValueError: a size is too small, or placeholders and merged patches differ in number. Names the record.
     """
-    inputs = collate(
-        examples,
-        geometry,
-        visual_token_ids=visual_token_ids,
-        length=sizes.prefix,
-        frames=sizes.frames,
-        frame_patches=sizes.frame_patches,
-    )
+    length, f, n = sizes.prefix, sizes.frames, sizes.frame_patches
+    inputs = collate(examples, geometry, visual_token_ids=visual_token_ids, length=length, frames=f, frame_patches=n)
     lengths = np.array([len(e.tokens) for e in examples], np.int32)
     following = lengths + np.array([e.rope_delta for e in examples], np.int32)
-    return PromptBatch(inputs, lengths, following, sizes.frames * sizes.frame_patches // geometry.merge_size**2)
+    return PromptBatch(inputs, lengths, following, f * n // geometry.merge_size**2)
 
 
 def assign_rows(lengths: np.ndarray, per_row: int, parts: int) -> list[list[tuple[int, tuple[int, ...]]]]:

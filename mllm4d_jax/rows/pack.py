@@ -65,8 +65,6 @@ def spread(loads: Sequence[tuple[int, Sequence[int]]], rows: int) -> list[list[i
 
 def _improve(packed: list[list[int]], needs: Sequence[tuple[int, int, int]]) -> bool:
     """Makes the exchange of two groups that helps most; False when none does."""
-    if len(packed) < 2:
-        return False
     rows = [_need(row, needs) for row in packed]
     best, chosen = _shape(rows), None
     # Only the rows that decide the shape can make it smaller.

@@ -109,7 +109,9 @@ def share_prefix(examples: Sequence[Example], visual_token_ids: Sequence[int]) -
     """
     groups: list[tuple[int, list[Example]]] = []
     for e in examples:
-        floor = _floor(e, visual_token_ids)
+        # The shortest prefix: to the last visual token, and at least one token that predicts the next.
+        visual = np.flatnonzero(np.isin(e.tokens, visual_token_ids))
+        floor = int(visual[-1]) + 1 if len(visual) else 1
         if floor >= len(e.tokens):
             raise ValueError(f"{e.key}: nothing follows the first {floor} tokens, so there is no branch to train on")
         for other_floor, members in groups:
@@ -119,12 +121,6 @@ def share_prefix(examples: Sequence[Example], visual_token_ids: Sequence[int]) -
         else:
             groups.append((floor, [e]))
     return tuple(Group(tuple(members), _shared(members, floor)) for floor, members in groups)
-
-
-def _floor(example: Example, visual_token_ids: Sequence[int]) -> int:
-    """The shortest legal prefix: up to and with the last visual token, at least one token to predict the next from."""
-    visual = np.flatnonzero(np.isin(example.tokens, visual_token_ids))
-    return int(visual[-1]) + 1 if len(visual) else 1
 
 
 def _same_beginning(a: Example, b: Example, floor: int) -> bool:

@@ -148,14 +148,8 @@ class RowShape:
         if sizes is None:
             needed = self.needed(rows)
             sizes, packed_length = self.sizes(needed), needed.length
-        return collate_rows(
-            rows,
-            sizes,
-            self.geometry,
-            visual_token_ids=self.visual_token_ids,
-            patch_dim=self.patch_dim,
-            packed_length=packed_length,
-        )
+        ids, dim, length = self.visual_token_ids, self.patch_dim, packed_length
+        return collate_rows(rows, sizes, self.geometry, visual_token_ids=ids, patch_dim=dim, packed_length=length)
 
 
 def bucket(n: int, per_octave: int) -> int:

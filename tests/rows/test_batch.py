@@ -33,7 +33,12 @@ def test_rows_are_padded_and_visual_rows_point_at_their_patches(side):
     assert batch.segment_ids.sum(1).tolist() == [3, 4]
     assert batch.positions[:, 1, start : start + 4].tolist() == [[7, 8, 9, 10]] * 3
     assert (batch.vision_index[0] == -1).all()
-    assert batch.vision_index[1, start : start + 4].tolist() == [-1, 3, 4, -1]  # its own frames come behind the first row's three
+    assert batch.vision_index[1, start : start + 4].tolist() == [
+        -1,
+        3,
+        4,
+        -1,
+    ]
     np.testing.assert_array_equal(batch.vision.patches[3:5].reshape(8, 5), EXAMPLES[1].patches)
     assert batch.vision.patches.shape == (6, 4, 5) and not batch.vision.patches[[0, 1, 2, 5]].any()
 
