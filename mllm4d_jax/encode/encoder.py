@@ -183,7 +183,7 @@ class Encoder(contextlib.AbstractContextManager):
         if part["type"] == "image":
             return self._image_item(part["path"])
         if "frames" in part:
-            stored: StoredFrames = part["frames"]
+            stored = part["frames"]
             picked, size = stored.plan(self._sample, self._resize)
             indices = np.asarray(stored.indices, np.int64)[picked]
             return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)

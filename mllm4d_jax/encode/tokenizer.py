@@ -147,14 +147,12 @@ class Tokenizer:
         Returns:
           (token ids i32[S], supervised bool[S]).
         """
-        ids: list[np.ndarray] = []
-        flags: list[np.ndarray] = []
+        ids, flags = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
         for control, run in groupby((p for p in pieces if p.text), key=lambda p: p.control):
             run = list(run)
             if control:
-                for p in run:
-                    ids.append(np.full(p.count, self.special_ids[p.text]))
-                    flags.append(np.full(p.count, p.supervised))
+                ids += [np.full(p.count, self.special_ids[p.text]) for p in run]
+                flags += [np.full(p.count, p.supervised) for p in run]
                 continue
             encoded = self._backend.encode("".join(p.rendered for p in run), add_special_tokens=False)
             spans = np.array(encoded.offsets, np.int64).reshape(-1, 2)
@@ -162,8 +160,6 @@ class Tokenizer:
             before = np.concatenate([[0], np.cumsum(unsupervised)])
             ids.append(np.array(encoded.ids, np.int64))
             flags.append((before[spans[:, 1]] == before[spans[:, 0]]) & (spans[:, 1] > spans[:, 0]))
-        if not ids:
-            return np.zeros(0, np.int32), np.zeros(0, bool)
         return np.concatenate(ids).astype(np.int32), np.concatenate(flags)
 
     def decode(self, ids: Iterable[int]) -> str:

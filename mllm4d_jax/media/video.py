@@ -1,4 +1,4 @@
-"""Videos and images to RGB arrays with OpenCV: read front to back, sizes reduced while decoding, never a seek.
+"""Videos, stored frames and images to RGB arrays with OpenCV: front to back, sizes reduced while decoding, no seek.
 
 `probe` and `read_video` run the codec in this process and cannot be interrupted. Use them inside a process that may be
 killed; everyone else goes through `decode_pool.DecodePool`, which runs them in such a process.
@@ -7,6 +7,7 @@ killed; everyone else goes through `decode_pool.DecodePool`, which runs them in 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from contextlib import contextmanager
@@ -242,23 +243,6 @@ class StoredFrames:
     source_fps: float
     total_frames: int
 
-    def check(self) -> None:
-        """Raises MediaError: "missing_fps", "missing_indices" (not one per frame, not ascending), "one_frame"."""
-        if not (math.isfinite(self.source_fps) and self.source_fps > 0):
-            raise MediaError(
-                f"{self.name} has no frame rate ({self.source_fps}): its frames cannot be dated", "missing_fps"
-            )
-        ascending = all(a < b for a, b in zip(self.indices[:-1], self.indices[1:], strict=True))
-        inside = not self.indices or (self.indices[0] >= 0 and self.indices[-1] < self.total_frames)
-        if len(self.indices) != len(self.jpegs) or not ascending or not inside:
-            raise MediaError(
-                f"{self.name} has {len(self.jpegs)} frames and the frame numbers {list(self.indices)[:8]}... of a "
-                f"source of {self.total_frames}: one number per frame is needed, ascending and inside the source",
-                "missing_indices",
-            )
-        if len(self.jpegs) < 2:
-            raise MediaError(f"{self.name} holds {len(self.jpegs)} frames, at least 2 are needed", "one_frame")
-
     def plan(self, sample: SampleRule, resize: ResizeRule) -> tuple[np.ndarray, tuple[int, int]]:
         """Return which of the stored frames the rule takes, i64[n] in `jpegs`, and their (height, width) when resized.
 
@@ -266,10 +250,23 @@ class StoredFrames:
         gives all its frames back, one with more frames is thinned by the rule. Decodes the first frame.
 
         Raises:
-          MediaError: as `check`, and "undecodable_frame", "too_few_frames", "bad_size".
+          MediaError: "missing_fps", "missing_indices" (not one per frame, not ascending), "one_frame",
+            "undecodable_frame", "too_few_frames", "bad_size".
         """
-        self.check()
+        if not (math.isfinite(self.source_fps) and self.source_fps > 0):
+            message = f"{self.name} has no frame rate ({self.source_fps}): its frames cannot be dated"
+            raise MediaError(message, "missing_fps")
         count = len(self.jpegs)
+        ascending = all(a < b for a, b in itertools.pairwise(self.indices))
+        inside = not self.indices or (self.indices[0] >= 0 and self.indices[-1] < self.total_frames)
+        if len(self.indices) != count or not ascending or not inside:
+            raise MediaError(
+                f"{self.name} has {count} frames and the frame numbers {list(self.indices)[:8]}... of a "
+                f"source of {self.total_frames}: one number per frame is needed, ascending and inside the source",
+                "missing_indices",
+            )
+        if count < 2:
+            raise MediaError(f"{self.name} holds {count} frames, at least 2 are needed", "one_frame")
         height, width = self._decode(0).shape[:2]
         info = VideoInfo(height, width, count / self.total_frames * self.source_fps, count)
         return plan_frames(self.name, info, count, sample, resize)
@@ -286,8 +283,7 @@ class StoredFrames:
                 told, found = f"{first[0]}x{first[1]}", f"{image.shape[0]}x{image.shape[1]}"
                 raise MediaError(f"{self.name}: frame {position} is {found}, the first one {told}", "varying_size")
             frames[n] = resize_bicubic(image, *size)[..., ::-1]
-        indices = np.asarray(self.indices, np.int64)[picked]
-        return VideoClip(frames, indices, self.source_fps, self.total_frames)
+        return VideoClip(frames, np.asarray(self.indices, np.int64)[picked], self.source_fps, self.total_frames)
 
     def _decode(self, position: int) -> np.ndarray:
         """u8[H, W, 3] BGR of one stored frame."""
