@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.media.stored_frames import StoredFrames
+from mllm4d_jax.media.video import StoredFrames
 from mllm4d_jax.qa.errors import MediaError, RecordError
 from mllm4d_jax.qa.records import Record, parse_record
 

@@ -6,9 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 from mllm4d_jax.data.sources import Questions, Source
-from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.encoder import Encoder, Media, media_identity
 from mllm4d_jax.encode.example import Example
-from mllm4d_jax.encode.media_items import Media, media_identity
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import Record
 

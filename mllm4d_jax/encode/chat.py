@@ -20,7 +20,6 @@ from mllm4d_jax.qa.errors import PlaceholderError, RecordError
 QWEN2_5_DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 _PAD = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-_LABEL = {"image": "Picture", "video": "Video"}
 _START, _END = Piece("<|vision_start|>", control=True), Piece("<|vision_end|>", control=True)
 
 
@@ -56,7 +55,6 @@ def render_chat(
     visuals: Sequence[Visual] | None = None,
     merge_size: int = 2,
     add_generation_prompt: bool = False,
-    add_vision_id: bool = False,
     outer_markers: bool = False,
 ) -> list[Piece]:
     """Renders a conversation.
@@ -70,7 +68,6 @@ def render_chat(
       family: "qwen3_vl" (no default system prompt) or "qwen2_5_vl" (has one).
       visuals: one per image or video part, in reading order; None leaves a single placeholder for each.
       add_generation_prompt: end with the header of an assistant turn (Instruct models).
-      add_vision_id: number images and videos ("Picture 1: ", "Video 1: ") over the whole conversation.
       outer_markers: Qwen3-VL videos only, keep the template's own vision_start/vision_end pair around the clip.
 
     Raises:
@@ -88,7 +85,6 @@ def render_chat(
             f"got {len(visuals)} ({', '.join(v.grid.modality for v in visuals) or 'none'})"
         )
     queue: Iterator[Visual | None] = iter(visuals if visuals is not None else [None] * len(kinds))
-    seen = {"image": 0, "video": 0}
     pieces: list[Piece] = []
     if family == "qwen2_5_vl" and messages[0]["role"] != "system":
         pieces += _turn("system", [Piece(QWEN2_5_DEFAULT_SYSTEM)])
@@ -99,11 +95,8 @@ def render_chat(
         for part in turn_parts:
             if part["type"] == "text":
                 body.append(Piece(part["text"], supervised=message["role"] == "assistant"))
-                continue
-            seen[part["type"]] += 1
-            if add_vision_id:
-                body.append(Piece(f"{_LABEL[part['type']]} {seen[part['type']]}: "))
-            body += _visual_pieces(part["type"], next(queue), family, merge_size, outer_markers)
+            else:
+                body += _visual_pieces(part["type"], next(queue), family, merge_size, outer_markers)
         pieces += _turn(message["role"], body)
     if add_generation_prompt:
         pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n")]
@@ -145,23 +138,17 @@ def _parts(message: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            _check_text(part["text"], index)
+            try:  # JSON can spell half of a surrogate pair, which is no character and cannot be tokenised
+                part["text"].encode()
+            except UnicodeEncodeError as error:
+                reason = f"message {index} holds text that is not valid Unicode ({error.reason})"
+                raise RecordError(reason, "bad_text") from error
             continue
         if kind not in _PAD:
             raise RecordError(f"message {index} has a part that is no text, image or video: {part!r:.120}", "bad_part")
         if role != "user":
             raise RecordError(f"message {index} ({role}) has an {kind} part; only user messages can", "bad_part")
     return list(content)
-
-
-def _check_text(text: str, index: int) -> None:
-    """JSON can spell half of a surrogate pair, which is no character and cannot be tokenised."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RecordError(
-            f"message {index} holds text that is not valid Unicode ({error.reason})", "bad_text"
-        ) from error
 
 
 def _visual_pieces(kind: str, visual: Visual | None, family: str, merge_size: int, outer_markers: bool) -> list[Piece]:

@@ -2,65 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from mllm4d_jax.encode.chat import Visual, render_chat, rendered_text, video_timestamps
 from mllm4d_jax.encode.example import Example, Grid, VideoOptions
-from mllm4d_jax.encode.media_items import Media, MediaCache, MediaItem, media_identity, media_parts
-from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.grids import merged_tokens, patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.media.decode_pool import DecodePool
-from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError
+from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
-from mllm4d_jax.media.stored_frames import StoredFrames
-from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_image, read_video
+from mllm4d_jax.media.video import StoredFrames, plan_frames, read_image
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
 
 _MIN_FRAMES = 2
+_Prompt = tuple[np.ndarray, np.ndarray, str]  # token ids, supervised tokens, text
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prompt:
-    tokens: np.ndarray
-    supervised: np.ndarray
-    text: str
+class MediaItem:
+    """An image or video of a record. `frames` stay out (None) until the token budget is known to hold."""
+
+    path: str
+    visual: Visual
+    seconds_per_grid: float = 0.0  # videos only
+    frames: np.ndarray | None = None  # u8[T, H, W, 3], resized
 
 
-class _Outcomes:
-    """Which records of a group are still good. `results[i]` is the error that record i met, None without one."""
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """The images and videos of a record as the model sees them.
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-        self.results: list[RecordError | None] = [None] * len(records)
+    Attributes:
+      items: one per image or video, without their frames.
+      patches: f32[N, P], as in `Example`; read-only.
+    """
 
-    @property
-    def alive(self) -> list[int]:
-        return [i for i, result in enumerate(self.results) if result is None]
-
-    def attempt(self, step: Callable[[Record], Any]) -> dict[int, Any]:
-        """What the step gives for each record that is still good, by number; a record it refuses is out."""
-        found = {}
-        for i in self.alive:
-            try:
-                found[i] = step(self.records[i])
-            except RecordError as error:
-                self.results[i] = error.with_key(self.records[i].key)
-        return found
-
-    def fail(self, error: RecordError) -> None:
-        """Every record that is still good meets this error."""
-        for i in self.alive:
-            self.results[i] = error.with_key(self.records[i].key)
+    items: tuple[MediaItem, ...]
+    patches: np.ndarray
 
 
-class Encoder:
+class MediaCache(Protocol):
+    """Where the encoder looks for media before it decodes them."""
+
+    def get(self, identity: Hashable) -> Media | None: ...
+
+    def put(self, identity: Hashable, media: Media) -> None: ...
+
+
+class Encoder(contextlib.AbstractContextManager):
     """Encodes records for one model. Safe to call from several threads; pickles without its decoder processes."""
 
     def __init__(
@@ -69,25 +66,20 @@ class Encoder:
         tokenizer: Tokenizer,
         options: VideoOptions | None = None,
         max_tokens: int | None = None,
-        *,
-        isolate_decoder: bool = True,
     ):
         """Checks that tokenizer, config and options belong together.
 
         Args:
           max_tokens: longest example; longer ones raise TooLongError before any video is decoded. None = no limit.
-          isolate_decoder: decode in processes that are killed at `options.decode_timeout_s`. Turn it off only inside a
-            process whose owner kills it when it hangs: the time limit is not enforced then.
 
         Raises:
           ProcessorError: placeholder ids differ between tokenizer and config.json.
         """
         tokenizer.check_config(config)
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
-        self.options = options or VideoOptions()
-        opts = self.options
-        self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads) if isolate_decoder else None
-        self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps, opts.min_frames)
+        self.options = opts = options or VideoOptions()
+        self._pool = DecodePool(opts.decode_timeout_s)
+        self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps)
         self._resize = opts.resize_for(config)
 
     def encode(self, record: Record, *, add_generation_prompt: bool = False) -> Example:
@@ -127,38 +119,47 @@ class Encoder:
         Raises:
           ValueError: the records name different media.
         """
-        out = _Outcomes(records)
+        refused: dict[int, RecordError] = {}
+
+        def attempt(step: Callable[[int], Any]) -> dict[int, Any]:
+            """What the step gives for the number of each record that is still good; one that it refuses is no more."""
+            made = {}
+            for i in [i for i in range(len(records)) if i not in refused]:
+                try:
+                    made[i] = step(i)
+                except RecordError as error:
+                    refused[i] = error.with_key(records[i].key)
+            return made
+
         # Renders without media first: a malformed conversation is refused before any file is opened.
-        out.attempt(lambda record: render_chat(record.messages, self.config.family))
-        parts = out.attempt(media_parts)
-        identities = {media_identity(records[i]) for i in out.alive}
+        attempt(lambda i: render_chat(records[i].messages, self.config.family))
+        parts = attempt(lambda i: media_parts(records[i]))
+        identities = {media_identity(records[i]) for i in parts}
         if len(identities) > 1:
             raise ValueError(f"{records[0].key} and its group name different media: {sorted(identities, key=str)}")
-        if not identities:
-            return out.results
-        identity = identities.pop()
+        if not parts:
+            return [refused[i] for i in range(len(records))]
+        wanted, identity = next(iter(parts.values())), identities.pop()
         media = cache.get(identity) if cache is not None else None
         try:
             prompts = None
             if media is None:
-                plan = [self._plan(part) for part in parts[out.alive[0]]]
+                plan = [self._plan(part) for part in wanted]
                 if all(item is not None for item in plan):
-                    prompts = out.attempt(lambda record: self._prompt(record, plan, add_generation_prompt))
-                if not out.alive:
-                    return out.results
-                media = self._load_all(parts[out.alive[0]], plan)
+                    prompts = attempt(lambda i: self._prompt(records[i], plan, add_generation_prompt))
+                if len(refused) == len(records):
+                    return [refused[i] for i in range(len(records))]
+                media = self._load_all(wanted, plan)
                 if [i.visual for i in media.items] != [i.visual for i in plan if i is not None]:
                     prompts = None  # a file did not say how long it is, or not truly
             if prompts is None:
-                prompts = out.attempt(lambda record: self._prompt(record, media.items, add_generation_prompt))
+                prompts = attempt(lambda i: self._prompt(records[i], media.items, add_generation_prompt))
         except RecordError as error:  # of the media: everybody's
-            out.fail(error)
-            return out.results
+            return [refused.get(i) or error.with_key(record.key) for i, record in enumerate(records)]
         if cache is not None:
             cache.put(identity, media)
-        numbered = iter(out.alive)
-        made = out.attempt(lambda record: self._assemble(record.key, prompts[next(numbered)], media))
-        return [made.get(i, result) for i, result in enumerate(out.results)]
+        made = attempt(lambda i: self._assemble(records[i].key, prompts[i], media))
+        return [refused.get(i) or made[i] for i in range(len(records))]
 
     def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
         """Decodes what was planned."""
@@ -167,9 +168,8 @@ class Encoder:
             item = self._load(part, planned)
             made, thw = patchify(item.frames, self.config)
             if thw != item.visual.grid.thw:
-                raise PlaceholderError(
-                    f"{item.path}: pixels make a grid of {thw}, the prompt holds {item.visual.grid.thw}"
-                )
+                told = item.visual.grid.thw
+                raise PlaceholderError(f"{item.path}: pixels make a grid of {thw}, the prompt holds {told}")
             patches.append(made)
             items.append(dataclasses.replace(item, frames=None))
         c = self.config
@@ -183,22 +183,15 @@ class Encoder:
         if part["type"] == "image":
             return self._image_item(part["path"])
         if "frames" in part:
-            stored: StoredFrames = part["frames"]
-            picked = stored.pick(self._sample)
-            size = stored.size(picked, self._resize)
+            stored = part["frames"]
+            picked, size = stored.plan(self._sample, self._resize)
             indices = np.asarray(stored.indices, np.int64)[picked]
             return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)
         path = part["path"]
-        info = self._probe(path)
+        info = self._pool.probe(path)
         if info.frames is None or info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
-        try:
-            indices = self._sample.indices(info.frames, info.fps)
-            size = self._resize.size(len(indices), info.height, info.width)
-        except SamplingError as error:
-            raise MediaError(f"{path}: {error}", "too_few_frames") from error
-        except SizeError as error:
-            raise MediaError(f"{path}: {error}", "bad_size") from error
+        indices, size = plan_frames(path, info, info.frames, self._sample, self._resize)
         return self._video_item(path, indices, info.fps, info.frames, size)
 
     def _load(self, part: Mapping[str, Any], planned: MediaItem | None) -> MediaItem:
@@ -208,7 +201,7 @@ class Encoder:
         if "frames" in part:
             path, clip = part["frames"].name, part["frames"].read(self._sample, self._resize)
         else:
-            path, clip = part["path"], self._read(part["path"])
+            path, clip = part["path"], self._pool.read(part["path"], self._sample, self._resize)
         item = self._video_item(path, clip.indices, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
         return dataclasses.replace(item, frames=clip.frames)
 
@@ -226,12 +219,10 @@ class Encoder:
     def _video_item(self, path: str, indices: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> MediaItem:
         c = self.config
         if len(indices) < _MIN_FRAMES:
-            raise MediaError(
-                f"{path}: {len(indices)} of {total} frames were sampled, at least 2 are needed", "one_frame"
-            )
-        grid = Grid(
-            "video", -(-len(indices) // c.temporal_patch_size), size[0] // c.patch_size, size[1] // c.patch_size
-        )
+            message = f"{path}: {len(indices)} of {total} frames were sampled, at least {_MIN_FRAMES} are needed"
+            raise MediaError(message, "one_frame")
+        t = -(-len(indices) // c.temporal_patch_size)
+        grid = Grid("video", t, size[0] // c.patch_size, size[1] // c.patch_size)
         timestamps = video_timestamps(indices, fps, c.temporal_patch_size)
         sampled_fps = len(indices) / total * fps
         return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
@@ -245,17 +236,15 @@ class Encoder:
             add_generation_prompt=add_generation_prompt,
             outer_markers=self.options.outer_markers,
         )
-        encoding, supervised = self.tokenizer.encode_pieces(pieces)
-        if self.max_tokens is not None and len(encoding.ids) > self.max_tokens:
-            raise self._too_long(len(encoding.ids), items)
-        return _Prompt(encoding.ids, supervised, rendered_text(pieces))
+        tokens, supervised = self.tokenizer.encode_pieces(pieces)
+        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+            raise self._too_long(len(tokens), items)
+        return tokens, supervised, rendered_text(pieces)
 
     def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
-        visual = sum(i.visual.grid.t * i.visual.grid.h * i.visual.grid.w for i in items) // self.config.merge_size**2
-        shapes = ", ".join(
-            f"{g.modality} {g.t}x{g.h * self.config.patch_size}x{g.w * self.config.patch_size}px"
-            for g in (i.visual.grid for i in items)
-        )
+        grids, side = [i.visual.grid for i in items], self.config.patch_size
+        visual = sum(merged_tokens(g, self.config.merge_size) for g in grids)
+        shapes = ", ".join(f"{g.modality} {g.t}x{g.h * side}x{g.w * side}px" for g in grids)
         advice = "raise the token limit or split the conversation"
         if visual:
             advice = "take fewer frames (num_frames, fps), lower the pixel budget (max_pixels) or raise the token limit"
@@ -265,10 +254,10 @@ class Encoder:
         )
 
     def _assemble(self, key: str, prompt: _Prompt, media: Media) -> Example:
-        c, items = self.config, media.items
+        (tokens, supervised, text), c, items = prompt, self.config, media.items
         grids = tuple(i.visual.grid for i in items)
         positions, delta = mrope_positions(
-            prompt.tokens,
+            tokens,
             grids,
             image_token_id=c.image_token_id,
             video_token_id=c.video_token_id,
@@ -280,31 +269,37 @@ class Encoder:
         )
         return Example(
             key=key,
-            tokens=prompt.tokens,
+            tokens=tokens,
             positions=positions,
             rope_delta=delta,
-            supervised=prompt.supervised,
+            supervised=supervised,
             patches=media.patches,
             grids=grids,
             timestamps=tuple(i.visual.timestamps for i in items if i.visual.grid.modality == "video"),
-            text=prompt.text,
+            text=text,
         )
-
-    def _probe(self, path: str) -> VideoInfo:
-        return self._pool.probe(path) if self._pool else probe(path, self.options.decode_threads)
-
-    def _read(self, path: str) -> VideoClip:
-        if self._pool:
-            return self._pool.read(path, self._sample, self._resize)
-        return read_video(path, self._sample, self._resize, self.options.decode_threads)
 
     def close(self) -> None:
         """Ends the decoder processes; the encoder stays usable."""
-        if self._pool:
-            self._pool.close()
-
-    def __enter__(self) -> Self:
-        return self
+        self._pool.close()
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def media_parts(record: Record) -> list[Mapping[str, Any]]:
+    """The record's images and videos, in reading order. Raises PlaceholderError for one without a file or frames."""
+    parts = [
+        p for m in record.messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] != "text"
+    ]
+    for part in parts:
+        if part["type"] == "video" and isinstance(part.get("frames"), StoredFrames):
+            continue
+        if not isinstance(part.get("path"), str) or not part["path"]:
+            raise PlaceholderError(f"an {part['type']} part has no file: {dict(part)!r:.120}")
+    return parts
+
+
+def media_identity(record: Record) -> tuple[tuple[str, str], ...]:
+    """(kind, path or name) of the record's media, in reading order: equal for records that share them all."""
+    return tuple((p["type"], p["frames"].name if "frames" in p else p["path"]) for p in media_parts(record))

@@ -10,11 +10,10 @@ from typing import Any, Self
 import numpy as np
 
 from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.media import frame_sampling, resize
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import ProcessorError
 
-SAMPLING_RULES = ("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils")
-RESIZE_RULES = ("per_frame", "total", "qwen_vl_utils")
 # The paper's training: every frame between 28 x 28 and 224 x 224 pixels.
 FRAME_BUDGET = (784, 50176)
 
@@ -42,14 +41,12 @@ class VideoOptions:
       fps: frames per second of video to sample; None = `min(num_frames, total)` frames.
       sampling: which frames. "uniform" and "qwen3_vl" spread them over the clip with both ends included; "qwen2_5_vl"
         takes the start of equal intervals, an even number of frames; "qwen_vl_utils" is the first with an even number.
-      min_frames: lower bound of the `fps` rules (4 in every released processor); never more than the clip has.
       resize_rule: what the pixel budget bounds. "per_frame": the area of each frame; "total": the sum over all frames
         (Qwen3-VL HF video processor); "qwen_vl_utils": each frame, with that package's bounds and rounding.
       min_pixels, max_pixels: the budget, areas in pixels. None = the rule's own: 784 and 50,176 (224 x 224) per frame
         as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils".
       image_min_pixels, image_max_pixels: budget of still images; None = the processor folder's.
       decode_timeout_s: seconds a clip may take to decode before its decoder process is killed.
-      decode_threads: codec threads per clip; each one holds frames of its own in memory.
       outer_markers: keep a vision_start/vision_end pair around a whole clip (HF 5.x) instead of replacing it (release).
       position_rule: Qwen2.5-VL temporal positions, see `positions.mrope_positions`.
     """
@@ -57,22 +54,20 @@ class VideoOptions:
     num_frames: int | None = 32
     fps: float | None = None
     sampling: str = "uniform"
-    min_frames: int = 4
     resize_rule: str = "per_frame"
     min_pixels: int | None = None
     max_pixels: int | None = None
     image_min_pixels: int | None = None
     image_max_pixels: int | None = None
     decode_timeout_s: float = 60.0
-    decode_threads: int = 1
     outer_markers: bool = False
     position_rule: str = "release"
 
     def __post_init__(self):
-        if self.sampling not in SAMPLING_RULES:
-            raise ProcessorError(f"unknown sampling rule {self.sampling!r} (known: {', '.join(SAMPLING_RULES)})")
-        if self.resize_rule not in RESIZE_RULES:
-            raise ProcessorError(f"unknown resize rule {self.resize_rule!r} (known: {', '.join(RESIZE_RULES)})")
+        rules = (("sampling", self.sampling, frame_sampling.RULES), ("resize", self.resize_rule, resize.RULES))
+        for kind, rule, known in rules:
+            if rule not in known:
+                raise ProcessorError(f"unknown {kind} rule {rule!r} (known: {', '.join(known)})")
         if self.num_frames is None and self.fps is None:
             raise ProcessorError("give num_frames, fps, or both: nothing says how many frames to take from a clip")
         if self.num_frames is not None and self.num_frames < 2:
@@ -81,8 +76,6 @@ class VideoOptions:
             raise ProcessorError(f"fps must be a positive number or None, got {self.fps}")
         if not self.decode_timeout_s > 0:
             raise ProcessorError(f"decode_timeout_s must be positive, got {self.decode_timeout_s}")
-        if self.decode_threads < 1:
-            raise ProcessorError(f"decode_threads must be at least 1, got {self.decode_threads}")
         for low, high in ((self.min_pixels, self.max_pixels), (self.image_min_pixels, self.image_max_pixels)):
             if low is not None and high is not None and not 0 < low <= high:
                 raise ProcessorError(f"pixel budget must satisfy 0 < min <= max, got {low} and {high}")
@@ -110,13 +103,10 @@ class VideoOptions:
         Raises:
           ProcessorError: the lower budget exceeds the upper one.
         """
-        budget: tuple[int | None, int | None] = (None, None)
-        if self.resize_rule == "per_frame":
-            budget = FRAME_BUDGET
-        elif self.resize_rule == "total":
-            budget = (processor.video_min_pixels, processor.video_max_pixels)
-        low = budget[0] if self.min_pixels is None else self.min_pixels
-        high = budget[1] if self.max_pixels is None else self.max_pixels
+        budgets = {"per_frame": FRAME_BUDGET, "total": (processor.video_min_pixels, processor.video_max_pixels)}
+        low, high = budgets.get(self.resize_rule, (None, None))
+        low = low if self.min_pixels is None else self.min_pixels
+        high = high if self.max_pixels is None else self.max_pixels
         if low is not None and high is not None and low > high:
             raise ProcessorError(f"resize rule {self.resize_rule!r}: min_pixels {low} exceeds max_pixels {high}")
         return ResizeRule(self.resize_rule, processor.factor, processor.temporal_patch_size, low, high)

@@ -1,4 +1,4 @@
-"""Everything that follows from the patch grids alone, computed on the host.
+"""Patches of resized frames, and everything that follows from their grids alone, computed on the host.
 
 A *grid* is (t, h, w) in patches before merging. The vision tower is shape-static: it sees frames, `[F, L]` patches of
 at most L per frame, together with the index arrays made here. Frames of one video share a grid, so padding appears only
@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-
-class GridLike(Protocol):
-    """A visual item: `modality` is "image" or "video", t/h/w in patches before merging."""
-
-    modality: str
-    t: int
-    h: int
-    w: int
+from mllm4d_jax.encode.example import Grid
+from mllm4d_jax.encode.processor_config import ProcessorConfig
 
 
 class VisionInputs(NamedTuple):
@@ -88,15 +82,7 @@ def position_taps(h: int, w: int, merge_size: int, side: int) -> tuple[np.ndarra
     r, c = order[:, 0], order[:, 1]
     dh, dw = dh[r], dw[c]
     one = np.float32(1)
-    index = np.stack(
-        [
-            row_lo[r] * side + col_lo[c],
-            row_lo[r] * side + col_hi[c],
-            row_hi[r] * side + col_lo[c],
-            row_hi[r] * side + col_hi[c],
-        ],
-        -1,
-    )
+    index = np.stack([row[r] * side + col[c] for row in (row_lo, row_hi) for col in (col_lo, col_hi)], -1)
     weight = np.stack([(one - dh) * (one - dw), (one - dh) * dw, dh * (one - dw), dh * dw], -1)
     return index.astype(np.int32), weight.astype(np.float32)
 
@@ -120,14 +106,14 @@ def window_order(h: int, w: int, merge_size: int, window: int) -> np.ndarray:
     return np.argsort(ids, kind="stable").astype(np.int32)
 
 
-def merged_tokens(grid: GridLike, merge_size: int) -> int:
+def merged_tokens(grid: Grid, merge_size: int) -> int:
     """Number of decoder tokens of one visual item."""
     return grid.t * grid.h * grid.w // merge_size**2
 
 
 def pack_vision(
     patches: np.ndarray,
-    grids: Sequence[GridLike],
+    grids: Sequence[Grid],
     geometry: VisionGeometry,
     *,
     frames: int | None = None,
@@ -160,7 +146,7 @@ def pack_vision(
             f"a vision bucket of {f} frames x {length} patches cannot hold {total_frames} frames of up to {longest} "
             f"patches (patches per frame must also be a multiple of {m2})"
         )
-    out = _empty_inputs(f, length, patches.shape[1], geometry)
+    out = empty_vision(f, length, patches.shape[1], geometry)
     rows, frame, start = [], 0, 0
     for g in grids:
         n = g.h * g.w
@@ -179,7 +165,8 @@ def pack_vision(
     return out, np.concatenate(rows)
 
 
-def _empty_inputs(frames: int, length: int, patch_dim: int, geometry: VisionGeometry) -> VisionInputs:
+def empty_vision(frames: int, length: int, patch_dim: int, geometry: VisionGeometry) -> VisionInputs:
+    """Return inputs that are all padding: `frames` frames of `length` patches."""
     table = geometry.position_side > 0
     return VisionInputs(
         patches=np.zeros((frames, length, patch_dim), np.float32),
@@ -189,3 +176,45 @@ def _empty_inputs(frames: int, length: int, patch_dim: int, geometry: VisionGeom
         table_index=np.zeros((frames, length, 4), np.int32) if table else None,
         table_weight=np.zeros((frames, length, 4), np.float32) if table else None,
     )
+
+
+def patchify(frames: np.ndarray, config: ProcessorConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Normalises frames and cuts them into patches, in merge-block order (Qwen-VL processors).
+
+    A clip whose length is no multiple of temporal_patch_size repeats its last frame; a still image is a clip of one
+    frame, so it is repeated throughout its temporal patch.
+
+    Args:
+      frames: u8[T, H, W, 3] RGB, H and W multiples of `config.factor`.
+
+    Returns:
+      (f32[t*h*w, 3*temporal_patch_size*patch_size^2], (t, h, w) in patches). A patch vector runs over channel, frame,
+      pixel row, pixel column.
+
+    Raises:
+      ValueError: wrong dtype or shape, or sides that are no multiples of `config.factor`.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise ValueError(f"expected u8[T, H, W, 3] with T > 0, got {frames.dtype}{list(frames.shape)}")
+    _, height, width, _ = frames.shape
+    if height % config.factor or width % config.factor:
+        raise ValueError(f"frames of {height}x{width} pixels are no multiple of {config.factor}")
+    tp, p, m = config.temporal_patch_size, config.patch_size, config.merge_size
+    short = -len(frames) % tp
+    if short:
+        frames = np.concatenate([frames, np.repeat(frames[-1:], short, axis=0)])
+    t, h, w = len(frames) // tp, height // p, width // p
+    blocks = frames.reshape(t, tp, h // m, m, p, w // m, m, p, 3)
+    blocks = np.ascontiguousarray(blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)).reshape(t * h * w, 3, -1)
+    patches = np.empty(blocks.shape, np.float32)
+    for channel, levels in enumerate(normalised_levels(config)):
+        patches[:, channel] = levels[blocks[:, channel]]
+    return patches.reshape(t * h * w, -1), (t, h, w)
+
+
+def normalised_levels(config: ProcessorConfig) -> np.ndarray:
+    """Value of each pixel level after normalisation, `(x - 255*mean) / (255*std)` in fp32: f32[3, 256]."""
+    levels = np.arange(256, dtype=np.float32)
+    mean = np.array(config.image_mean, np.float32) * np.float32(255)
+    std = np.array(config.image_std, np.float32) * np.float32(255)
+    return (levels - mean[:, None]) / std[:, None]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mllm4d_jax.encode.grids import GridLike, merged_tokens
+from mllm4d_jax.encode.example import Grid
+from mllm4d_jax.encode.grids import merged_tokens
 from mllm4d_jax.qa.errors import PlaceholderError
 
 RULES = ("release", "hf517", "hf523")
@@ -15,7 +16,7 @@ RULES = ("release", "hf517", "hf523")
 
 def mrope_positions(
     tokens: np.ndarray,
-    grids: Sequence[GridLike],
+    grids: Sequence[Grid],
     *,
     image_token_id: int,
     video_token_id: int,
@@ -90,7 +91,7 @@ def _place_runs(kinds: np.ndarray, runs: Sequence[tuple[int, np.ndarray, int]]) 
 
 
 def _frame_steps(
-    grids: Sequence[GridLike], family: str, second_per_grid: Sequence[float], tokens_per_second: float, rule: str
+    grids: Sequence[Grid], family: str, second_per_grid: Sequence[float], tokens_per_second: float, rule: str
 ) -> list[np.ndarray]:
     """T offsets of the temporal patches of each item: i32[t] each."""
     if family == "qwen3_vl":
@@ -120,7 +121,7 @@ def _frame_steps(
 
 
 def _item_runs(
-    grid: GridLike, steps: np.ndarray, family: str, merge_size: int, rule: str
+    grid: Grid, steps: np.ndarray, family: str, merge_size: int, rule: str
 ) -> list[tuple[int, np.ndarray, int]]:
     """Placeholder runs of one item: (kind 1 image / 2 video, offsets i32[3, n], advance of the counter)."""
     kind = 1 if grid.modality == "image" else 2

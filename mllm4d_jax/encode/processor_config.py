@@ -13,18 +13,23 @@ from mllm4d_jax.qa.errors import ProcessorError
 FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
-# What the published checkpoints ship, for folders without preprocessor files.
-_QWEN3 = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-_QWEN2_5 = {
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "mean": (0.48145466, 0.4578275, 0.40821073),
-    "std": (0.26862954, 0.26130258, 0.27577711),
+_SIZES = ("patch_size", "temporal_patch_size", "merge_size")
+# What the published checkpoints ship, for folders without preprocessor files: numbers, and areas of images and videos.
+_PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "qwen3_vl": {
+        "patch_size": 16,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "image": (65536, 16777216),
+        "video": (4096, 25165824),
+    },
+    "qwen2_5_vl": {
+        "patch_size": 14,
+        "mean": (0.48145466, 0.4578275, 0.40821073),
+        "std": (0.26862954, 0.26130258, 0.27577711),
+        "image": (3136, 12845056),
+    },
 }
-_PUBLISHED = {"qwen3_vl": _QWEN3, "qwen2_5_vl": _QWEN2_5}
-_IMAGE_BUDGET = {"qwen3_vl": (65536, 16777216), "qwen2_5_vl": (3136, 12845056)}
-_QWEN3_VIDEO_BUDGET = (4096, 25165824)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,10 @@ class ProcessorConfig:
         config = _read_json(folder / "config.json")
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
-        return cls.of(config, folder, *_processor_files(folder))
+        both = _read_json(folder / "processor_config.json") or {}
+        image = _read_json(folder / "preprocessor_config.json") or both.get("image_processor")
+        video = _read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
+        return cls.of(config, folder, image, video)
 
     @classmethod
     def of(
@@ -110,18 +118,11 @@ class ProcessorConfig:
             if not isinstance(config.get(name), int):
                 raise ProcessorError(f"{where}: {name} is missing")
             ids[name] = config[name]
-        sizes = {
-            name: _agreed(folder, name, vision.get(vision_name), image, video, published[name])
-            for name, vision_name in (
-                ("patch_size", "patch_size"),
-                ("temporal_patch_size", "temporal_patch_size"),
-                ("merge_size", "spatial_merge_size"),
-            )
-        }
-        image_budget = _budget(folder, image, _IMAGE_BUDGET[family])
+        vision = vision | {"merge_size": vision.get("spatial_merge_size")}
+        sizes = {n: _agreed(folder, n, vision.get(n), image, video, published.get(n, 2)) for n in _SIZES}
+        image_budget = _budget(folder, image, published["image"])
         # Qwen2.5-VL ships one preprocessor file for both; Qwen3-VL's budgets mean different things.
-        video_default = _QWEN3_VIDEO_BUDGET if family == "qwen3_vl" else image_budget
-        video_budget = _budget(folder, video, video_default)
+        video_budget = _budget(folder, video, published.get("video", image_budget))
         tokens_per_second = vision.get("tokens_per_second", 0) if family == "qwen2_5_vl" else 0
         if family == "qwen2_5_vl" and not tokens_per_second:
             raise ProcessorError(f"{where}: vision_config.tokens_per_second is missing")
@@ -149,14 +150,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ProcessorError(f"{path}: expected a JSON object")
     return value
-
-
-def _processor_files(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Image and video processor settings; empty where the folder has none."""
-    both = _read_json(folder / "processor_config.json") or {}
-    image = _read_json(folder / "preprocessor_config.json") or both.get("image_processor") or {}
-    video = _read_json(folder / "video_preprocessor_config.json") or both.get("video_processor") or {}
-    return image, video
 
 
 def _agreed(folder: Path, name: str, in_model: int | None, image: Mapping, video: Mapping, default: int) -> int:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import tokenizers
@@ -24,15 +24,14 @@ from mllm4d_jax.qa.errors import ProcessorError
 from mllm4d_jax.qa.special_tokens import QWEN_TOKENS
 
 QWEN_SPECIAL_IDS: Mapping[str, int] = {content: i for content, i, _ in QWEN_TOKENS}
-REQUIRED = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+# What config.json calls the tokens that the model treats as vision.
+_PLACEHOLDERS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+REQUIRED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_PLACEHOLDERS.values())
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 # Words with an optional leading mark, single digits, marks with trailing line breaks, line breaks, other space.
@@ -61,13 +60,6 @@ class Piece:
     @property
     def rendered(self) -> str:
         return self.text * self.count
-
-
-class Encoding(NamedTuple):
-    """ids i32[S]; offsets i32[S, 2], the characters [start, end) of the rendered text that each token covers."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
 
 
 class Tokenizer:
@@ -138,65 +130,41 @@ class Tokenizer:
 
     def check_config(self, config: ProcessorConfig) -> None:
         """Raises ProcessorError when placeholder ids of the tokenizer and of config.json differ."""
-        pairs = (
-            ("<|image_pad|>", "image_token_id"),
-            ("<|video_pad|>", "video_token_id"),
-            ("<|vision_start|>", "vision_start_token_id"),
-            ("<|vision_end|>", "vision_end_token_id"),
-        )
         wrong = [
             f"{content} is {self.special_ids[content]} in {self.source}, config.json has {name} {getattr(config, name)}"
-            for content, name in pairs
+            for name, content in _PLACEHOLDERS.items()
             if self.special_ids[content] != getattr(config, name)
         ]
         if wrong:
             raise ProcessorError("; ".join(wrong) + ": tokenizer and model do not belong together")
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[Encoding, np.ndarray]:
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenises a prompt.
 
         A text token is supervised when all its characters are: one that straddles the border (line breaks that open an
         answer merge with the header's) is not, since it cannot be generated after the header.
 
         Returns:
-          (Encoding over the concatenated `rendered` texts, supervised bool[S]).
+          (token ids i32[S], supervised bool[S]).
         """
-        ids: list[np.ndarray] = []
-        offsets: list[np.ndarray] = []
-        flags: list[np.ndarray] = []
-        position = 0
+        ids, flags = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
         for control, run in groupby((p for p in pieces if p.text), key=lambda p: p.control):
             run = list(run)
             if control:
-                for p in run:
-                    starts = position + len(p.text) * np.arange(p.count)
-                    ids.append(np.full(p.count, self._control_id(p.text)))
-                    offsets.append(np.stack([starts, starts + len(p.text)], 1))
-                    flags.append(np.full(p.count, p.supervised))
-                    position += len(p.text) * p.count
+                ids += [np.full(p.count, self.special_ids[p.text]) for p in run]
+                flags += [np.full(p.count, p.supervised) for p in run]
                 continue
-            text = "".join(p.rendered for p in run)
-            encoded = self._backend.encode(text, add_special_tokens=False)
+            encoded = self._backend.encode("".join(p.rendered for p in run), add_special_tokens=False)
             spans = np.array(encoded.offsets, np.int64).reshape(-1, 2)
             unsupervised = np.repeat([not p.supervised for p in run], [len(p.rendered) for p in run])
             before = np.concatenate([[0], np.cumsum(unsupervised)])
             ids.append(np.array(encoded.ids, np.int64))
-            offsets.append(position + spans)
             flags.append((before[spans[:, 1]] == before[spans[:, 0]]) & (spans[:, 1] > spans[:, 0]))
-            position += len(text)
-        if not ids:
-            return Encoding(np.zeros(0, np.int32), np.zeros((0, 2), np.int32)), np.zeros(0, bool)
-        encoding = Encoding(np.concatenate(ids).astype(np.int32), np.concatenate(offsets).astype(np.int32))
-        return encoding, np.concatenate(flags)
+        return np.concatenate(ids).astype(np.int32), np.concatenate(flags)
 
-    def _control_id(self, content: str) -> int:
-        if content not in self.special_ids:
-            raise ProcessorError(f"{self.source} has no special token {content!r}")
-        return self.special_ids[content]
-
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that do not form a character come out as U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def build_byte_level_tokenizer(
@@ -235,25 +203,19 @@ def build_byte_level_tokenizer(
     free = (i for i in range(len(used) + len(QWEN_TOKENS) + 1) if i not in used)
     ids = {content: fixed[content] if content in fixed else next(free) for content, _, _ in QWEN_TOKENS}
     # Added tokens stand in the BPE vocabulary too: that is what lets their ids be chosen freely.
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in _merges(trained)]
+    merges = json.loads(trained.to_str())["model"]["merges"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
     shaped = _qwen_shell(models.BPE(vocab=vocab | ids, merges=merges))
     shaped.add_tokens([tokenizers.AddedToken(c, normalized=False, special=s) for c, _, s in QWEN_TOKENS])
     return shaped
 
 
-def _merges(backend: tokenizers.Tokenizer) -> list:
-    return json.loads(backend.to_str())["model"]["merges"]
-
-
 def _qwen_shell(model: models.BPE) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated", invert=False)
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend

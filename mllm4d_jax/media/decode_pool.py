@@ -4,27 +4,36 @@ A codec that hangs inside C++ cannot be interrupted from Python; only ending its
 process per concurrent caller and reuses it, so that a clip pays for the transfer of its resized frames through a pipe
 (about 2 ms for 32 frames of 224 x 224) and not for a new interpreter (about 0.2 s, once, and again after each kill).
 Processes are started as fresh programs, never forked: safe after JAX has started threads.
+
+Such a process is `python -m mllm4d_jax.media.decode_pool`. It speaks length-prefixed messages over stdin and stdout: a
+request is a JSON object, a reply a JSON object followed by the raw frames it announces. It ends when stdin closes, so
+it does not outlive its parent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 
-from mllm4d_jax.media.decode_worker import receive, send
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
-from mllm4d_jax.media.video import VideoClip, VideoInfo
+from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_video
 from mllm4d_jax.qa.errors import MediaError
 
+_LENGTH = struct.Struct(">Q")
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -39,7 +48,7 @@ class _Worker:
         env["OPENBLAS_NUM_THREADS"] = "1"  # the matrix products of a resize are too small to share
         self._stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mllm4d_jax.media.decode_worker"],
+            [sys.executable, "-m", "mllm4d_jax.media.decode_pool"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -59,8 +68,8 @@ class _Worker:
         timer.daemon = True
         timer.start()
         try:
-            send(self.process.stdin, request | {"timeout_s": timeout_s})
-            reply = receive(self.process.stdout)
+            _send(self.process.stdin, request | {"timeout_s": timeout_s})
+            reply = _receive(self.process.stdout)
             frames = None
             if reply is not None and "shape" in reply:
                 frames = np.empty(reply["shape"], np.uint8)
@@ -101,37 +110,31 @@ class _Worker:
                 pass  # an unsent request; nobody is left to read it
 
 
-class DecodePool:
+class DecodePool(contextlib.AbstractContextManager):
     """`probe` and `read` with a time limit; may be called from several threads at once.
 
     Pickles without its processes, so that it can travel to data-loader workers. Close it, or use it as a context
     manager; its processes also end with this one.
     """
 
-    def __init__(self, timeout_s: float = 60.0, threads: int = 1):
-        """`timeout_s` seconds per request, `threads` codec threads per clip."""
-        self.timeout_s, self.threads = timeout_s, threads
+    def __init__(self, timeout_s: float = 60.0):
+        """`timeout_s` seconds per request."""
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
 
     def __reduce__(self):
-        return type(self), (self.timeout_s, self.threads)
+        return type(self), (self.timeout_s,)
 
     def probe(self, path: str) -> VideoInfo:
         """See `video.probe`; also raises MediaError "timeout", "decoder_crash"."""
-        reply, _ = self._ask({"kind": "probe", "path": path, "threads": self.threads})
+        reply, _ = self._ask({"kind": "probe", "path": path})
         return VideoInfo(**reply)
 
     def read(self, path: str, sample: SampleRule, resize: ResizeRule | None = None) -> VideoClip:
         """See `video.read_video`; also raises MediaError "timeout", "decoder_crash", "decoder_error"."""
-        request = {
-            "kind": "read",
-            "path": path,
-            "threads": self.threads,
-            "sample": dataclasses.asdict(sample),
-            "resize": dataclasses.asdict(resize) if resize else None,
-        }
-        reply, frames = self._ask(request)
+        rules = {"sample": dataclasses.asdict(sample), "resize": dataclasses.asdict(resize) if resize else None}
+        reply, frames = self._ask({"kind": "read", "path": path} | rules)
         return VideoClip(frames, np.array(reply["indices"], np.int64), reply["source_fps"], reply["total_frames"])
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -159,12 +162,66 @@ class DecodePool:
         for worker in idle:
             worker.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
     def __del__(self):
         if getattr(self, "_idle", None):
             self.close()
+
+
+def _send(stream: BinaryIO, message: dict[str, Any], payload: memoryview | bytes = b"") -> None:
+    body = json.dumps(message).encode()
+    stream.write(_LENGTH.pack(len(body)) + body)
+    stream.write(payload)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message, None at the end of the stream."""
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    size = _LENGTH.unpack(head)[0]
+    body = stream.read(size)
+    return json.loads(body) if len(body) == size else None
+
+
+def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+    """(reply, frames) of one request."""
+    if request["kind"] == "probe":
+        return dataclasses.asdict(probe(request["path"])), None
+    resize = ResizeRule(**request["resize"]) if request["resize"] else None
+    clip = read_video(request["path"], SampleRule(**request["sample"]), resize)
+    reply = {
+        "shape": clip.frames.shape,
+        "indices": clip.indices.tolist(),
+        "source_fps": clip.source_fps,
+        "total_frames": clip.total_frames,
+    }
+    return reply, clip.frames
+
+
+def _serve() -> None:
+    """Answer requests from stdin until it closes."""
+    # Codecs may print: keep the reply channel to ourselves and send everything else to stderr.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    cv2.setNumThreads(1)
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interrupt, signal.SIG_IGN)  # whoever asked decides when to stop; it kills or closes stdin
+    while (request := _receive(sys.stdin.buffer)) is not None:
+        # Should the parent be gone by the time a codec hangs, the alarm's default action still ends this process.
+        signal.setitimer(signal.ITIMER_REAL, 2 * request["timeout_s"] + 5)
+        try:
+            reply, frames = _answer(request)
+        except MediaError as error:
+            reply, frames = {"error": error.message, "reason": error.reason}, None
+        except (cv2.error, MemoryError, OSError) as error:
+            reply, frames = {"error": f"{request['path']}: decoding failed ({error})", "reason": "decoder_error"}, None
+        _send(replies, reply, b"" if frames is None else frames.data)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+if __name__ == "__main__":
+    _serve()

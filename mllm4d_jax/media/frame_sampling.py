@@ -44,36 +44,27 @@ def sample_indices(
     """
     if (fps is None) == (num_frames is None):
         raise ValueError("give exactly one of fps and num_frames")
+    if rule not in RULES:
+        raise ValueError(f"unknown sampling rule {rule!r} (known: {', '.join(RULES)})")
     if rule in ("qwen3_vl", "uniform"):
         n = num_frames if fps is None else min(max(int(total / video_fps * fps), min_frames), max_frames, total)
         return _spread(total, n)
-    if rule == "qwen2_5_vl":
-        if fps is None:
-            n = round(num_frames / 2) * 2
-        else:
-            limit = math.floor(min(max_frames, total) / 2) * 2
-            n = math.floor(min(max(total / video_fps * fps, min_frames), limit, total) / 2) * 2
-        _check(rule, n, total)
-        step = total / n
-        return np.floor(np.arange(math.ceil(total / step)) * step).astype(np.int64)
+    if fps is None:
+        n = round(num_frames / 2) * 2
+    else:
+        low = min_frames if rule == "qwen2_5_vl" else math.ceil(min_frames / 2) * 2
+        high = math.floor(min(max_frames, total) / 2) * 2
+        n = math.floor(min(max(total / video_fps * fps, low), high, total) / 2) * 2
+    if not 2 <= n <= total:
+        raise SamplingError(f"sampling rule {rule} wants {n} frames of a clip of {total}")
     if rule == "qwen_vl_utils":
-        if fps is None:
-            n = round(num_frames / 2) * 2
-        else:
-            low, high = math.ceil(min_frames / 2) * 2, math.floor(min(max_frames, total) / 2) * 2
-            n = math.floor(min(max(total / video_fps * fps, low), high, total) / 2) * 2
-        _check(rule, n, total)
         return _spread(total, n)
-    raise ValueError(f"unknown sampling rule {rule!r} (known: {', '.join(RULES)})")
+    step = total / n
+    return np.floor(np.arange(math.ceil(total / step)) * step).astype(np.int64)
 
 
 def _spread(total: int, n: int) -> np.ndarray:
     return np.linspace(0, total - 1, n).round().astype(np.int64)
-
-
-def _check(rule: str, n: int, total: int) -> None:
-    if not 2 <= n <= total:
-        raise SamplingError(f"sampling rule {rule} wants {n} frames of a clip of {total}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +72,13 @@ class SampleRule:
     """The sampling half of `VideoOptions`: at most `num_frames` frames, `fps` per second when that is given.
 
     Without `fps` a clip gives `min(num_frames, total)` frames (rounded down to even where the rule wants even numbers);
-    with it, the rule's `fps` form, `num_frames` being the upper bound (768 when None, as released). Never repeats a
-    frame and never names one that is not there.
+    with it, the rule's `fps` form, at least 4 frames and at most `num_frames` (768 when None), as released. Never
+    repeats a frame and never names one that is not there.
     """
 
     rule: str
     num_frames: int | None
     fps: float | None
-    min_frames: int = 4
 
     def indices(self, total: int, video_fps: float) -> np.ndarray:
         """Frame numbers i64[n] of a clip of `total` >= 2 frames. Raises SamplingError when there are too few."""
@@ -98,5 +88,5 @@ class SampleRule:
                 n -= n % 2
             return sample_indices(self.rule, total, video_fps, num_frames=n)
         cap = 768 if self.num_frames is None else self.num_frames
-        found = sample_indices(self.rule, total, video_fps, fps=self.fps, min_frames=self.min_frames, max_frames=cap)
+        found = sample_indices(self.rule, total, video_fps, fps=self.fps, max_frames=cap)
         return found[found < total]

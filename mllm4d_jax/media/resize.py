@@ -13,6 +13,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
+RULES = ("per_frame", "total", "qwen_vl_utils")
 MAX_RATIO = 200
 _STRIP_BYTES = 8 << 20  # working set of the width pass: fits a core's share of the cache, bounds memory for 8K frames
 _BAND_INPUTS = 96  # input rows per band of outputs, besides its margins: larger wastes zeros, smaller reads rows twice
@@ -31,9 +32,7 @@ def image_size(h: int, w: int, factor: int, min_pixels: float, max_pixels: float
     Raises:
       SizeError: one side is more than 200 times the other.
     """
-    _check_ratio(h, w)
-    new_h, new_w = round(h / factor) * factor, round(w / factor) * factor
-    return _fit(h, w, 1, new_h * new_w, new_h, new_w, factor, min_pixels, max_pixels)
+    return _fit(h, w, 1, 1, factor, min_pixels, max_pixels)
 
 
 def video_size(
@@ -55,24 +54,21 @@ def video_size(
     if h < factor or w < factor:
         scale = max(factor / h, factor / w)
         h, w = int(h * scale), int(w * scale)
+    judged = round(num_frames / temporal_patch_size) * temporal_patch_size
+    return _fit(h, w, num_frames, judged, factor, min_pixels, max_pixels)
+
+
+def _fit(h: int, w: int, frames: int, judged: int, factor: int, low: float, high: float) -> tuple[int, int]:
+    """Rounded sides if `judged` frames of them are within the budget, else sides so scaled that `frames` frames are."""
     _check_ratio(h, w)
-    new_h, new_w = round(h / factor) * factor, round(w / factor) * factor
-    rounded_frames = round(num_frames / temporal_patch_size) * temporal_patch_size
-    volume = rounded_frames * new_h * new_w
-    return _fit(h, w, num_frames, volume, new_h, new_w, factor, min_pixels, max_pixels)
-
-
-def _fit(
-    h: int, w: int, frames: int, volume: int, new_h: int, new_w: int, factor: int, low: float, high: float
-) -> tuple[int, int]:
+    new_h, new_w = (round(side / factor) * factor for side in (h, w))
+    volume = judged * new_h * new_w
     if volume > high:
         shrink = math.sqrt(frames * h * w / high)
-        return max(factor, math.floor(h / shrink / factor) * factor), max(
-            factor, math.floor(w / shrink / factor) * factor
-        )
-    if volume < low:
+        new_h, new_w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (h, w))
+    elif volume < low:
         grow = math.sqrt(low / (frames * h * w))
-        return math.ceil(h * grow / factor) * factor, math.ceil(w * grow / factor) * factor
+        new_h, new_w = (math.ceil(side * grow / factor) * factor for side in (h, w))
     return new_h, new_w
 
 
@@ -115,7 +111,7 @@ class ResizeRule:
     """How large the frames of a clip become.
 
     Attributes:
-      rule: "per_frame", "total" or "qwen_vl_utils".
+      rule: one of `RULES`.
       factor: pixel side of a merged token; every side is a multiple of it.
       temporal_patch_size: frames per temporal patch.
       min_pixels, max_pixels: budget of the rule, areas; None = qwen-vl-utils' own (only for that rule).
@@ -140,7 +136,7 @@ class ResizeRule:
             return image_size(h, w, self.factor, self.min_pixels, self.max_pixels)
         if self.rule == "total":
             return video_size(num_frames, h, w, self.factor, self.temporal_patch_size, self.min_pixels, self.max_pixels)
-        raise ValueError(f"unknown resize rule {self.rule!r} (known: per_frame, total, qwen_vl_utils)")
+        raise ValueError(f"unknown resize rule {self.rule!r} (known: {', '.join(RULES)})")
 
     def largest_frame(self, num_frames: int) -> int:
         """Return the largest area, in pixels, of a resized frame of a clip of so many frames.

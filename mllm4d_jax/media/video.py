@@ -1,4 +1,4 @@
-"""Videos and images to RGB arrays with OpenCV: read front to back, sizes reduced while decoding, never a seek.
+"""Videos, stored frames and images to RGB arrays with OpenCV: front to back, sizes reduced while decoding, no seek.
 
 `probe` and `read_video` run the codec in this process and cannot be interrupted. Use them inside a process that may be
 killed; everyone else goes through `decode_pool.DecodePool`, which runs them in such a process.
@@ -7,6 +7,7 @@ killed; everyone else goes through `decode_pool.DecodePool`, which runs them in 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from contextlib import contextmanager
@@ -55,17 +56,17 @@ class VideoClip:
     total_frames: int
 
 
-def probe(path: str, threads: int = 1) -> VideoInfo:
+def probe(path: str) -> VideoInfo:
     """Size, rate and promised length of a video, without decoding it.
 
     Raises:
       MediaError: "missing_file", "empty_file", "truncated_video", "not_a_video", "missing_fps".
     """
-    with _open(path, threads) as (_, info, _promise):
+    with _open(path) as (_, info, _promise):
         return info
 
 
-def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, threads: int = 1) -> VideoClip:
+def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None) -> VideoClip:
     """Decodes a video once from front to back and keeps the sampled frames.
 
     Every frame is resized as it comes, so memory holds one source frame plus the codec's own and the resized clip: 32
@@ -82,50 +83,62 @@ def read_video(path: str, sample: SampleRule, resize: ResizeRule | None = None, 
 
     Args:
       resize: sizes of the kept frames; None keeps the source size.
-      threads: codec threads.
 
     Raises:
       MediaError: as `probe`, and "zero_frames", "one_frame", "truncated_video", "too_few_frames", "bad_size",
         "undecodable_frame", "varying_size".
     """
-    with _open(path, threads) as (capture, info, promise):
+    with _open(path) as (capture, info, promise):
         guess = info.frames
         if guess is None:
-            guess = _count(capture)
-            _check_length(path, guess, guess, info, promise)
-            clip, total = None, guess
+            clip, total = None, sum(1 for _ in iter(capture.grab, False))
         else:
             clip, total = _decode(path, capture, info, sample, resize, guess)
-            _check_length(path, total, guess, info, promise)
+        _check_length(path, total, total if guess is None else guess, info, promise)
     if clip is None or total != guess:
-        with _open(path, threads) as (capture, info, promise):
+        with _open(path) as (capture, info, promise):
             clip, again = _decode(path, capture, info, sample, resize, total)
         if again != total:
             raise MediaError(f"{path}: decoding it twice gave {total} and {again} frames", "truncated_video")
     return clip
 
 
+def plan_frames(
+    name: str, info: VideoInfo, total: int, sample: SampleRule, resize: ResizeRule | None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the frames i64[n] that a rule takes of a clip of `total` frames, and their (height, width) when resized.
+
+    Raises:
+      MediaError: "too_few_frames", "bad_size"; `name` says of which clip.
+    """
+    try:
+        indices = sample.indices(total, info.fps) if total > 1 else np.zeros(1, np.int64)
+        size = (info.height, info.width)
+        return indices, size if resize is None else resize.size(len(indices), *size)
+    except SamplingError as error:
+        raise MediaError(f"{name}: {error}", "too_few_frames") from error
+    except SizeError as error:
+        raise MediaError(f"{name}: {error}", "bad_size") from error
+
+
 @contextmanager
-def _open(path: str, threads: int):
+def _open(path: str):
     """Yields (capture, VideoInfo, Promise) of an opened video."""
     _check_file(path, "video")
     promise = read_promise(path)
     # The FFmpeg backend by name: others would take the path for a pattern of numbered images.
-    options = [cv2.CAP_PROP_N_THREADS, threads]
-    capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, options)
+    one_thread = [cv2.CAP_PROP_N_THREADS, 1]  # each one holds frames of its own in memory
+    capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, one_thread)
     try:
         if not capture.isOpened():
-            if promise.damage:
-                raise MediaError(
-                    f"{path} is truncated, none of its frames can be decoded: {promise.damage}", "truncated_video"
-                )
-            raise MediaError(f"{path} is not a video (no decoder recognises it)", "not_a_video")
+            if not promise.damage:
+                raise MediaError(f"{path} is not a video (no decoder recognises it)", "not_a_video")
+            message = f"{path} is truncated, none of its frames can be decoded: {promise.damage}"
+            raise MediaError(message, "truncated_video")
         size = (int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)))
         if min(size) < 1:  # a decoder took other bytes for its own
-            because, reason = (
-                (promise.damage, "truncated_video") if promise.damage else ("no picture size", "not_a_video")
-            )
-            raise MediaError(f"{path} is not a video that can be read: {because}", reason)
+            reason = "truncated_video" if promise.damage else "not_a_video"
+            raise MediaError(f"{path} is not a video that can be read: {promise.damage or 'no picture size'}", reason)
         fps = capture.get(cv2.CAP_PROP_FPS)
         if not (math.isfinite(fps) and 0 < fps <= _MAX_FPS):
             raise MediaError(
@@ -148,17 +161,9 @@ def _check_file(path: str, kind: str) -> None:
         raise MediaError(f"{kind} file {path} is empty (0 bytes)", "empty_file")
 
 
-def _count(capture: cv2.VideoCapture) -> int:
-    frames = 0
-    while capture.grab():
-        frames += 1
-    return frames
-
-
 def _check_length(path: str, decoded: int, promised: int, info: VideoInfo, promise: Promise) -> None:
-    if promise.frames is not None:
-        slack = 0 if promise.damage else 2
-    else:
+    slack = 0 if promise.damage else 2
+    if promise.frames is None:
         slack = min(max(2.0, 0.05 * promised), max(2.0, info.fps))
     if decoded < promised - slack:
         because = f" ({promise.damage})" if promise.damage else ""
@@ -179,15 +184,7 @@ def _decode(
 
     The clip is None when the file ends before its last sampled frame.
     """
-    try:
-        indices = sample.indices(total, info.fps) if total > 1 else np.zeros(1, np.int64)
-        size = (info.height, info.width)
-        if resize is not None:
-            size = resize.size(len(indices), *size)
-    except SamplingError as error:
-        raise MediaError(f"{path}: {error}", "too_few_frames") from error
-    except SizeError as error:
-        raise MediaError(f"{path}: {error}", "bad_size") from error
+    indices, size = plan_frames(path, info, total, sample, resize)
     frames = np.empty((len(indices), *size, 3), np.uint8)
     number, kept = 0, 0
     while capture.grab():
@@ -196,11 +193,8 @@ def _decode(
             if not ok:
                 raise MediaError(f"{path}: frame {number} of {total} cannot be decoded", "undecodable_frame")
             if image.shape[:2] != (info.height, info.width):
-                raise MediaError(
-                    f"{path}: frame {number} is {image.shape[0]}x{image.shape[1]}, the file says "
-                    f"{info.height}x{info.width}",
-                    "varying_size",
-                )
+                told, found = f"{info.height}x{info.width}", f"{image.shape[0]}x{image.shape[1]}"
+                raise MediaError(f"{path}: frame {number} is {found}, the file says {told}", "varying_size")
             small = resize_bicubic(image, *size)[..., ::-1]
             while kept < len(indices) and number == indices[kept]:
                 frames[kept] = small
@@ -227,3 +221,77 @@ def read_image(path: str) -> np.ndarray:
     if image is None:
         raise MediaError(f"{path} is not an image (or a damaged one)", "not_an_image")
     return image[..., ::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFrames:
+    """Frames of one clip as JPEG files, picked from their source video when the data set was written.
+
+    The frame numbers and the rate of the source come with them: without both, frames cannot be dated.
+
+    Attributes:
+      name: says which clip it is, in errors and as its identity.
+      jpegs: T JPEG files.
+      indices: their frame numbers in the source, ascending, one per file.
+      source_fps: frames per second of the source.
+      total_frames: frames that the source has.
+    """
+
+    name: str
+    jpegs: tuple[bytes, ...]
+    indices: tuple[int, ...]
+    source_fps: float
+    total_frames: int
+
+    def plan(self, sample: SampleRule, resize: ResizeRule) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return which of the stored frames the rule takes, i64[n] in `jpegs`, and their (height, width) when resized.
+
+        The stored frames count as the clip, at the mean rate they were taken: a set that was written with the same rule
+        gives all its frames back, one with more frames is thinned by the rule. Decodes the first frame.
+
+        Raises:
+          MediaError: "missing_fps", "missing_indices" (not one per frame, not ascending), "one_frame",
+            "undecodable_frame", "too_few_frames", "bad_size".
+        """
+        if not (math.isfinite(self.source_fps) and self.source_fps > 0):
+            message = f"{self.name} has no frame rate ({self.source_fps}): its frames cannot be dated"
+            raise MediaError(message, "missing_fps")
+        count = len(self.jpegs)
+        ascending = all(a < b for a, b in itertools.pairwise(self.indices))
+        inside = not self.indices or (self.indices[0] >= 0 and self.indices[-1] < self.total_frames)
+        if len(self.indices) != count or not ascending or not inside:
+            raise MediaError(
+                f"{self.name} has {count} frames and the frame numbers {list(self.indices)[:8]}... of a "
+                f"source of {self.total_frames}: one number per frame is needed, ascending and inside the source",
+                "missing_indices",
+            )
+        if count < 2:
+            raise MediaError(f"{self.name} holds {count} frames, at least 2 are needed", "one_frame")
+        height, width = self._decode(0).shape[:2]
+        info = VideoInfo(height, width, count / self.total_frames * self.source_fps, count)
+        return plan_frames(self.name, info, count, sample, resize)
+
+    def read(self, sample: SampleRule, resize: ResizeRule) -> VideoClip:
+        """Return the planned frames, resized. Raises MediaError as `plan`, and "varying_size"."""
+        picked, size = self.plan(sample, resize)
+        frames = np.empty((len(picked), *size, 3), np.uint8)
+        first = None
+        for n, position in enumerate(picked):
+            image = self._decode(int(position))
+            first = first or image.shape
+            if image.shape != first:
+                told, found = f"{first[0]}x{first[1]}", f"{image.shape[0]}x{image.shape[1]}"
+                raise MediaError(f"{self.name}: frame {position} is {found}, the first one {told}", "varying_size")
+            frames[n] = resize_bicubic(image, *size)[..., ::-1]
+        return VideoClip(frames, np.asarray(self.indices, np.int64)[picked], self.source_fps, self.total_frames)
+
+    def _decode(self, position: int) -> np.ndarray:
+        """u8[H, W, 3] BGR of one stored frame."""
+        data = self.jpegs[position]
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+        except cv2.error:
+            image = None
+        if image is None:
+            raise MediaError(f"{self.name}: stored frame {position} is no readable JPEG file", "undecodable_frame")
+        return image

@@ -111,14 +111,8 @@ class _Options:
         """The letter of the only option whose text occurs in a plain text."""
         if self._mention is None:
             return None
-        found = None
-        for match in self._mention.finditer(plain):
-            if match[1] is None or match[1] == found:
-                continue
-            if found is not None:
-                return None
-            found = match[1]
-        return None if found is None else self.first[found]
+        named = {match[1] for match in self._mention.finditer(plain)} - {None}
+        return self.first[named.pop()] if len(named) == 1 else None
 
 
 def _by_the_rules(part: str, options: _Options) -> ExtractedAnswer:

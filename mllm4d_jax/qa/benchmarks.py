@@ -37,18 +37,16 @@ from mllm4d_jax.qa.rewards import solution_fields
 # The published id of the last question about a video that was filmed from outside; later ones are egocentric.
 VLM4D_LAST_EXOCENTRIC = 922
 # MLLM4D-Bench: scenario, as curation names it -> subtask
-SUBTASKS: Mapping[str, str] = MappingProxyType(
-    {
-        "camera_absolute_distance": "camera_absolute_distance",
-        "camera_relative_direction": "camera_relative_direction",
-        "object_absolute_distance": "object_absolute_distance",
-        "object_camera_absolute_distance": "object_camera_absolute_distance",
-        "object_camera_relative_distance": "object_camera_relative_distance",
-        "object_camera_relative_direction": "object_camera_relative_direction",
-        "object_camera_lateral_direction": "object_camera_relative_direction",
-        "object_camera_longitudinal_direction": "object_camera_relative_direction",
-    }
-)
+SUBTASKS: Mapping[str, str] = {
+    "camera_absolute_distance": "camera_absolute_distance",
+    "camera_relative_direction": "camera_relative_direction",
+    "object_absolute_distance": "object_absolute_distance",
+    "object_camera_absolute_distance": "object_camera_absolute_distance",
+    "object_camera_relative_distance": "object_camera_relative_distance",
+    "object_camera_relative_direction": "object_camera_relative_direction",
+    "object_camera_lateral_direction": "object_camera_relative_direction",
+    "object_camera_longitudinal_direction": "object_camera_relative_direction",
+}
 _VLM4D_PATH = re.compile(r"(?:^|[/\\])(videos_(real|synthetic))[/\\](.+)$")
 
 
@@ -176,9 +174,7 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
     )
 
 
-PARSERS: Mapping[str, ParseFn] = MappingProxyType(
-    {"vlm4d": vlm4d_question, "mllm4d": bench_question, "jsonl": record_question}
-)
+PARSERS: Mapping[str, ParseFn] = {"vlm4d": vlm4d_question, "mllm4d": bench_question, "jsonl": record_question}
 
 
 def _choices(value: Any) -> Mapping[str, str]:

@@ -132,21 +132,17 @@ def load_function(path: str) -> CustomReward:
         if function is not None:
             what = f"where it is of type {type(function).__name__}"
         raise RewardError(f"reward {path!r}: {name!r} is not a function of {module_name}, {what}")
-    _check_signature(function, path)
-    return function
-
-
-def _check_signature(function: CustomReward, path: str) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some functions written in C do not say
-        return
+        return function
     try:
         signature.bind("", None, None)
     except TypeError as error:
         raise RewardError(
             f"reward {path!r} must be callable as function(completion, solution, record), but takes {signature}"
         ) from error
+    return function
 
 
 def _call(path: str, function: CustomReward, completion: str, solution: Any, record: Any) -> float:

@@ -21,6 +21,7 @@ MAX_NUMBER_CHARS = 32
 MAX_METRES = 1e6  # a centre farther away than this is no position in a video
 
 _MARKER = re.compile("(Camera|Object) Center:[ \t]*")
+_NULL = re.compile(r"null(?!\w)")
 _NUMBER_CHARS = frozenset("0123456789+-.eE")
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 
@@ -58,24 +59,6 @@ class ParsedReasoning:
     object_centers: tuple[Vec3 | None, ...]
     malformed_cameras: int
     malformed_objects: int
-
-    @property
-    def has_thinking(self) -> bool:
-        return self.thinking is not None
-
-    @property
-    def has_answer(self) -> bool:
-        return self.answer is not None
-
-    @property
-    def camera_written(self) -> bool:
-        """At least one camera centre in brackets, and none malformed."""
-        return not self.malformed_cameras and any(c is not None for c in self.camera_centers)
-
-    @property
-    def object_written(self) -> bool:
-        """At least one object centre in brackets, and none malformed."""
-        return not self.malformed_objects and any(c is not None for c in self.object_centers)
 
 
 def answer_part(response: str) -> str:
@@ -169,7 +152,7 @@ def _centers(text: str) -> tuple[dict[str, list[Vec3 | None]], dict[str, int]]:
         if len(centers[kind]) + malformed[kind] >= MAX_CENTERS:
             malformed[kind] += 1
             continue
-        if _is_null(text, start):
+        if _NULL.match(text, start):
             centers[kind].append(None)
             continue
         end = text.find("]", start, start + MAX_CENTER_CHARS) + 1  # 0: no closing bracket within reach
@@ -179,11 +162,3 @@ def _centers(text: str) -> tuple[dict[str, list[Vec3 | None]], dict[str, int]]:
         else:
             centers[kind].append(center)
     return centers, malformed
-
-
-def _is_null(text: str, start: int) -> bool:
-    """The word `null` stands at `start`."""
-    if not text.startswith("null", start):
-        return False
-    following = text[start + 4 : start + 5]
-    return not (following.isalnum() or following == "_")

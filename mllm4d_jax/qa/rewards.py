@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from mllm4d_jax.qa.errors import SolutionError, did_you_mean, shown
 from mllm4d_jax.qa.options import split_label
-from mllm4d_jax.qa.reasoning import ParsedReasoning, Vec3, parse
+from mllm4d_jax.qa.reasoning import Vec3, parse
 
 COMPONENTS = ("accuracy", "format", "camera", "object")  # of the total, by the names of their shares
 FORMAT_PARTS = ("tags", "centers", "length")
@@ -116,9 +116,7 @@ def resolve_weights(preset: str | RewardWeights) -> RewardWeights:
 
 
 def score(
-    completion: str,
-    solution: Solution | Mapping[str, Any] | Sequence[Any],
-    preset: str | RewardWeights = "paper",
+    completion: str, solution: Solution | Mapping[str, Any] | Sequence[Any], preset: str | RewardWeights = "paper"
 ) -> dict[str, float]:
     """Return rewards in [0, 1]: accuracy, format, camera, object, total; tags, centers, length.
 
@@ -134,17 +132,13 @@ def score(
       SolutionError, ValueError: the solution or the preset is wrong; never because of the completion.
     """
     solution = solution if isinstance(solution, Solution) else Solution.from_record(solution)
-    return score_parsed(parse(completion), solution, resolve_weights(preset))
-
-
-def score_parsed(parsed: ParsedReasoning, solution: Solution, weights: RewardWeights) -> dict[str, float]:
-    """Return `score` of a completion that is already taken apart."""
-    tags = parsed.well_formed if weights.strict_tags else parsed.has_thinking and parsed.has_answer
+    parsed, weights = parse(completion), resolve_weights(preset)
+    tags = parsed.well_formed if weights.strict_tags else None not in (parsed.thinking, parsed.answer)
     nulls = weights.null_counts
     camera, camera_written = _kind(parsed.camera_centers, parsed.malformed_cameras, solution.camera_center, nulls)
     objects, object_written = _kind(parsed.object_centers, parsed.malformed_objects, solution.object_center, nulls)
     parts = {
-        "accuracy": float(parsed.has_answer and parsed.answers_agree and parsed.answer == solution.answer),
+        "accuracy": float(parsed.answers_agree and parsed.answer == solution.answer),
         "camera": camera,
         "object": objects,
         "tags": float(tags),

@@ -32,33 +32,27 @@ part in the question. Put only the letter of the chosen option between <answer> 
 PRESETS: Mapping[str, str] = {"st_cot": ST_COT}
 
 
-def load_system_prompt(path: str | Path) -> str:
-    """Return the text of a UTF-8 file, without line breaks at its very end.
-
-    Raises:
-      ProcessorError: missing, not UTF-8, or blank.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ProcessorError(f"system prompt file {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ProcessorError(f"system prompt file {path} is not UTF-8 text") from error
-    if not text.strip():
-        raise ProcessorError(f"system prompt file {path} is empty")
-    return text.rstrip("\r\n")
-
-
 def resolve_system_prompt(system: str = "", file: str = "") -> str | None:
     """Return the configured system prompt: a preset by its name, literal text or a file's text; None without any.
 
+    A file is UTF-8; line breaks at its very end are left out.
+
     Raises:
-      ProcessorError: both are set, or `system` is a single word that is no preset (a typing error, not a prompt).
+      ProcessorError: both are set, the file is missing, not UTF-8 or blank, or `system` is a single word that is no
+        preset (a typing error, not a prompt).
     """
     if system and file:
         raise ProcessorError("give a system prompt or a system prompt file, not both")
     if file:
-        return load_system_prompt(file)
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ProcessorError(f"system prompt file {file} cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise ProcessorError(f"system prompt file {file} is not UTF-8 text") from error
+        if not text.strip():
+            raise ProcessorError(f"system prompt file {file} is empty")
+        return text.rstrip("\r\n")
     if not system:
         return None
     if system in PRESETS:

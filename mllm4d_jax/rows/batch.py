@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from mllm4d_jax.encode.grids import GridLike, VisionGeometry, VisionInputs, pack_vision
+from mllm4d_jax.encode.example import Example
+from mllm4d_jax.encode.grids import VisionGeometry, VisionInputs, empty_vision, merged_tokens, pack_vision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +53,8 @@ class ModelInputs(NamedTuple):
     layout: RowLayout | None = None
 
 
-class ExampleLike(Protocol):
-    """The part of `encode.encoder.Example` that a batch needs."""
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    patches: np.ndarray
-    grids: Sequence[GridLike]
-
-
 def collate(
-    examples: Sequence[ExampleLike],
+    examples: Sequence[Example],
     geometry: VisionGeometry,
     *,
     visual_token_ids: Sequence[int],
@@ -71,41 +63,95 @@ def collate(
     frame_patches: int | None = None,
     pad_side: str = "right",
 ) -> ModelInputs:
-    """Pads examples to one batch.
+    """Pad examples to one batch; each row has its own frames of the vision tower.
 
     Args:
       examples: the rows.
       geometry: numbers of the vision tower.
       visual_token_ids: image and video placeholder ids.
-      length, frames, frame_patches: static sizes S, F, L; None for exactly what the examples need.
+      length, frames, frame_patches: static sizes S, F of a row, L; None for exactly what the examples need.
       pad_side: "right" (training) or "left".
 
     Raises:
-      ValueError: a static size is too small, or placeholders and merged patches differ in number.
+      ValueError: a static size is too small, or placeholders and merged patches differ in number. Names the record.
     """
-    need = max(len(e.tokens) for e in examples)
-    s = need if length is None else length
-    if s < need:
-        raise ValueError(f"a length bucket of {s} tokens cannot hold a row of {need}")
+    b, s = len(examples), max(len(e.tokens) for e in examples) if length is None else length
+    if frames is None:
+        frames = max(sum(g.t for g in e.grids) for e in examples)
+    if frame_patches is None:
+        frame_patches = max((g.h * g.w for e in examples for g in e.grids), default=0)
     if pad_side not in ("left", "right"):
         raise ValueError(f"pad_side must be 'left' or 'right', got {pad_side!r}")
-    b = len(examples)
     tokens, segments = np.zeros((b, s), np.int32), np.zeros((b, s), np.int32)
     index, positions = np.full((b, s), -1, np.int32), np.zeros((3, b, s), np.int32)
-    grids = [g for e in examples for g in e.grids]
-    vision, rows = None, np.zeros(0, np.int32)
-    if grids:
-        patches = np.concatenate([e.patches for e in examples if len(e.grids)])
-        vision, rows = pack_vision(patches, grids, geometry, frames=frames, frame_patches=frame_patches)
-    used = 0
+    vision, merged = pack_rows([[e] for e in examples], frames, frame_patches, geometry)
+    features = frames * frame_patches // geometry.merge_size**2
     for i, e in enumerate(examples):
         n = len(e.tokens)
+        if n > s:
+            raise ValueError(f"{e.key}: {n} tokens for rows of {s}")
         at = slice(s - n, s) if pad_side == "left" else slice(0, n)
         tokens[i, at], segments[i, at], positions[:, i, at] = e.tokens, 1, e.positions
-        visual = np.flatnonzero(np.isin(e.tokens, visual_token_ids))
-        count = sum(g.t * g.h * g.w for g in e.grids) // geometry.merge_size**2
-        if len(visual) != count:
-            raise ValueError(f"row {i} has {len(visual)} visual placeholders for {count} merged patches")
-        index[i, at][visual] = rows[used : used + count]
-        used += count
+        index[i, at][visual_places(e, visual_token_ids, geometry)] = i * features + merged[i]
     return ModelInputs(tokens, positions, segments, index, vision)
+
+
+def visual_places(
+    example: Example, visual_token_ids: Sequence[int], geometry: VisionGeometry, stop: int | None = None
+) -> np.ndarray:
+    """Return where the visual tokens of an example are, i64[n], among all of its tokens or its first `stop`.
+
+    Raises:
+      ValueError: they and the merged patches differ in number. Names the record.
+    """
+    visual = np.flatnonzero(np.isin(example.tokens[:stop], visual_token_ids))
+    count = sum(merged_tokens(grid, geometry.merge_size) for grid in example.grids)
+    if len(visual) != count:
+        raise ValueError(f"{example.key}: {len(visual)} visual placeholders for {count} merged patches")
+    return visual
+
+
+def pack_rows(
+    rows: Sequence[Sequence[Example]],
+    frames: int,
+    frame_patches: int,
+    geometry: VisionGeometry,
+    patch_dim: int | None = None,
+) -> tuple[VisionInputs | None, list[np.ndarray]]:
+    """Pack the images and videos of the examples of each row, so that every row has `frames` frames of its own.
+
+    Args:
+      frame_patches: patches per frame.
+      patch_dim: numbers per patch; None for those of the examples.
+
+    Returns:
+      (frames of all rows, None where a row has none; for each row i32[n], the feature of each visual token, counted
+      within the row)
+
+    Raises:
+      ValueError: a size is too small, naming the row's first record; or nothing says how large patches are.
+    """
+    if not frames:
+        for e in (e for row in rows for e in row if e.grids):
+            raise ValueError(f"{e.key} has images or videos and the sizes leave no frames for them")
+        return None, [np.zeros(0, np.int32)] * len(rows)
+    if patch_dim is None:
+        patch_dim = next((e.patches.shape[1] for row in rows for e in row), None)
+        if patch_dim is None:
+            raise ValueError("all rows are empty but the sizes have frames: give patch_dim")
+    packed = []
+    for row in rows:
+        grids = [grid for e in row for grid in e.grids]
+        if not grids:
+            # Padding alone, so that rows without media fit the compiled step of the others.
+            packed.append((empty_vision(frames, frame_patches, patch_dim, geometry), np.zeros(0, np.int32)))
+            continue
+        patches = [e.patches for e in row if e.grids]
+        joined = patches[0] if len(patches) == 1 else np.concatenate(patches)
+        try:
+            packed.append(pack_vision(joined, grids, geometry, frames=frames, frame_patches=frame_patches))
+        except ValueError as error:
+            raise ValueError(f"the row that starts with {row[0].key}: {error}") from error
+    parts = zip(*(vision for vision, _ in packed), strict=True)
+    vision = VisionInputs(*(None if part[0] is None else np.concatenate(part) for part in parts))
+    return vision, [features for _, features in packed]

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mllm4d_jax.encode.example import Example
-from mllm4d_jax.encode.grids import VisionGeometry, VisionInputs, pack_vision
-from mllm4d_jax.rows.batch import ModelInputs, RowLayout
+from mllm4d_jax.encode.grids import VisionGeometry
+from mllm4d_jax.rows.batch import ModelInputs, RowLayout, collate
 from mllm4d_jax.rows.rows import RowSizes
 
 
@@ -59,14 +59,10 @@ class CompletionRows(NamedTuple):
 def needed_prompt_sizes(examples: Sequence[Example]) -> RowSizes:
     """Return the smallest sizes that hold these prompts: rows that are all prefix."""
     grids = [grid for e in examples for grid in e.grids]
-    return RowSizes(
-        prefix=max(len(e.tokens) for e in examples),
-        slots=1,
-        length=1,
-        frames=max(sum(grid.t for grid in e.grids) for e in examples),
-        frame_patches=max((grid.h * grid.w for grid in grids), default=0),
-        supervised=1,
-    )
+    prefix = max(len(e.tokens) for e in examples)
+    frames = max(sum(grid.t for grid in e.grids) for e in examples)
+    frame_patches = max((grid.h * grid.w for grid in grids), default=0)
+    return RowSizes(prefix, slots=1, length=1, frames=frames, frame_patches=frame_patches, supervised=1)
 
 
 def collate_prompts(
@@ -80,38 +76,11 @@ def collate_prompts(
     Raises:
       ValueError: a size is too small, or placeholders and merged patches differ in number. Names the record.
     """
-    b, p = len(examples), sizes.prefix
-    tokens, segments = np.zeros((b, p), np.int32), np.zeros((b, p), np.int32)
-    index, positions = np.full((b, p), -1, np.int32), np.zeros((3, b, p), np.int32)
-    vision, merged, features = _vision(examples, sizes, geometry)
-    for i, e in enumerate(examples):
-        n = len(e.tokens)
-        if n > p:
-            raise ValueError(f"{e.key}: {n} prompt tokens for rows of {p}")
-        tokens[i, :n], segments[i, :n], positions[:, i, :n] = e.tokens, 1, e.positions
-        visual = np.flatnonzero(np.isin(e.tokens, visual_token_ids))
-        if len(visual) != len(merged[i]):
-            raise ValueError(f"{e.key}: {len(visual)} visual placeholders for {len(merged[i])} merged patches")
-        index[i, visual] = i * features + merged[i]
+    length, f, n = sizes.prefix, sizes.frames, sizes.frame_patches
+    inputs = collate(examples, geometry, visual_token_ids=visual_token_ids, length=length, frames=f, frame_patches=n)
     lengths = np.array([len(e.tokens) for e in examples], np.int32)
     following = lengths + np.array([e.rope_delta for e in examples], np.int32)
-    return PromptBatch(ModelInputs(tokens, positions, segments, index, vision), lengths, following, features)
-
-
-def _vision(
-    examples: Sequence[Example], sizes: RowSizes, geometry: VisionGeometry
-) -> tuple[VisionInputs | None, list[np.ndarray], int]:
-    """(frames of all prompts, for each prompt the feature of each visual token within its block, size of a block)."""
-    if not sizes.frames:
-        return None, [np.zeros(0, np.int32)] * len(examples), 0
-    shapes = dict(frames=sizes.frames, frame_patches=sizes.frame_patches)
-    packed = [pack_vision(e.patches, e.grids, geometry, **shapes) if e.grids else None for e in examples]
-    some = next(found[0] for found in packed if found is not None)
-    blank = VisionInputs(*(None if x is None else np.zeros_like(x) for x in some))
-    packed = [(blank, np.zeros(0, np.int32)) if found is None else found for found in packed]
-    parts = zip(*(vision for vision, _ in packed), strict=True)
-    vision = VisionInputs(*(None if part[0] is None else np.concatenate(part) for part in parts))
-    return vision, [rows for _, rows in packed], sizes.frames * sizes.frame_patches // geometry.merge_size**2
+    return PromptBatch(inputs, lengths, following, f * n // geometry.merge_size**2)
 
 
 def assign_rows(lengths: np.ndarray, per_row: int, parts: int) -> list[list[tuple[int, tuple[int, ...]]]]:

@@ -8,21 +8,7 @@ of its own group, so neighbours from other groups do not exist for it.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What a group takes of a row.
-
-    Attributes:
-      prefix: tokens of its prefix.
-      branches: tokens of each of its branches.
-    """
-
-    prefix: int
-    branches: tuple[int, ...]
 
 
 def place_branches(row: Sequence[Sequence[int]], length: int) -> tuple[list[list[tuple[int, int]]], int]:
@@ -52,22 +38,25 @@ def place_branches(row: Sequence[Sequence[int]], length: int) -> tuple[list[list
     return placed, len(free)
 
 
-def spread(loads: Sequence[Load], rows: int) -> list[list[int]]:
+def spread(loads: Sequence[tuple[int, Sequence[int]]], rows: int) -> list[list[int]]:
     """Which groups each row gets: largest first, each into the row that is emptiest so far; then pairs of groups change
     places as long as that makes the rows' common shape smaller.
 
     Ties go to what comes first, so the result depends on the arguments alone. Rows may stay empty.
+
+    Args:
+      loads: tokens of each group's prefix, and of each of its branches.
     """
-    sizes = [load.prefix + sum(load.branches) for load in loads]
+    sizes = [prefix + sum(branches) for prefix, branches in loads]
     packed: list[list[int]] = [[] for _ in range(rows)]
     filled = [0] * rows
     for i in sorted(range(len(loads)), key=lambda i: -sizes[i]):
         row = filled.index(min(filled))
         packed[row].append(i)
         filled[row] += sizes[i]
-    longest = max((max(load.branches) for load in loads), default=0)
+    longest = max((max(branches) for _, branches in loads), default=0)
     # A group's branches never share a slot with each other, so a row takes at least the slots of its largest group.
-    needs = [(load.prefix, sum(load.branches), len(load.branches) * longest) for load in loads]
+    needs = [(prefix, sum(branches), len(branches) * longest) for prefix, branches in loads]
     for _ in range(len(loads)):
         if not _improve(packed, needs):
             break
@@ -76,8 +65,6 @@ def spread(loads: Sequence[Load], rows: int) -> list[list[int]]:
 
 def _improve(packed: list[list[int]], needs: Sequence[tuple[int, int, int]]) -> bool:
     """Makes the exchange of two groups that helps most; False when none does."""
-    if len(packed) < 2:
-        return False
     rows = [_need(row, needs) for row in packed]
     best, chosen = _shape(rows), None
     # Only the rows that decide the shape can make it smaller.

@@ -20,12 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mllm4d_jax.encode.example import Example, Grid
-from mllm4d_jax.encode.grids import VisionGeometry, VisionInputs, merged_tokens, pack_vision
-from mllm4d_jax.rows.batch import ModelInputs, RowLayout
-from mllm4d_jax.rows.pack import Load, place_branches, spread
-
-__all__ = ["Group", "RowBatch", "RowLayout", "RowSizes", "collate_rows", "needed_sizes", "pack_groups", "share_prefix"]
+from mllm4d_jax.encode.example import Example
+from mllm4d_jax.encode.grids import VisionGeometry
+from mllm4d_jax.rows.batch import ModelInputs, RowLayout, pack_rows, visual_places
+from mllm4d_jax.rows.pack import place_branches, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +49,6 @@ class Group:
     def branches(self) -> tuple[int, ...]:
         """Tokens of each branch."""
         return tuple(len(e.tokens) - self.shared for e in self.examples)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest branch."""
-        return max(self.branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +109,9 @@ def share_prefix(examples: Sequence[Example], visual_token_ids: Sequence[int]) -
     """
     groups: list[tuple[int, list[Example]]] = []
     for e in examples:
-        floor = _floor(e, visual_token_ids)
+        # The shortest prefix: to the last visual token, and at least one token that predicts the next.
+        visual = np.flatnonzero(np.isin(e.tokens, visual_token_ids))
+        floor = int(visual[-1]) + 1 if len(visual) else 1
         if floor >= len(e.tokens):
             raise ValueError(f"{e.key}: nothing follows the first {floor} tokens, so there is no branch to train on")
         for other_floor, members in groups:
@@ -126,12 +121,6 @@ def share_prefix(examples: Sequence[Example], visual_token_ids: Sequence[int]) -
         else:
             groups.append((floor, [e]))
     return tuple(Group(tuple(members), _shared(members, floor)) for floor, members in groups)
-
-
-def _floor(example: Example, visual_token_ids: Sequence[int]) -> int:
-    """The shortest legal prefix: up to and with the last visual token, at least one token to predict the next from."""
-    visual = np.flatnonzero(np.isin(example.tokens, visual_token_ids))
-    return int(visual[-1]) + 1 if len(visual) else 1
 
 
 def _same_beginning(a: Example, b: Example, floor: int) -> bool:
@@ -156,9 +145,8 @@ def _shared(members: Sequence[Example], floor: int) -> int:
 
 
 def pack_groups(groups: Sequence[Group], rows: int) -> list[list[Group]]:
-    """Spreads groups over `rows` rows so that their common shape is small (`packing.spread`). Rows may stay empty."""
-    loads = [Load(g.shared, g.branches) for g in groups]
-    return [[groups[i] for i in row] for row in spread(loads, rows)]
+    """Spreads groups over `rows` rows so that their common shape is small (`pack.spread`). Rows may stay empty."""
+    return [[groups[i] for i in row] for row in spread([(g.shared, g.branches) for g in groups], rows)]
 
 
 def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry, lengths: Sequence[int] = ()) -> RowSizes:
@@ -175,7 +163,7 @@ def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry, leng
     for grid in grids:
         if grid.h % geometry.merge_size or grid.w % geometry.merge_size:
             raise ValueError(f"a grid of {grid.h}x{grid.w} patches cannot be merged in {geometry.merge_size}s")
-    longest = max([1, *(g.longest for g in groups)])
+    longest = max([1, *(max(g.branches) for g in groups)])
     length = next((n for n in lengths if n >= longest), longest)
     return RowSizes(
         prefix=max([1, *(sum(g.shared for g in row) for row in rows)]),
@@ -216,7 +204,8 @@ def collate_rows(
     tokens, segments = np.zeros((b, s), np.int32), np.zeros((b, s), np.int32)
     index, positions = np.full((b, s), -1, np.int32), np.zeros((3, b, s), np.int32)
     losses = np.zeros((b, sizes.supervised, 3), np.int32)
-    vision, merged = _pack_clips(rows, sizes, geometry, patch_dim)
+    clips = [[group.examples[0] for group in row] for row in rows]
+    vision, merged = pack_rows(clips, sizes.frames, sizes.frame_patches, geometry, patch_dim)
     for i, row in enumerate(rows):
         used, entries = 0, []
         places = _places(row, layout, packed_length or layout.length)
@@ -269,12 +258,7 @@ def _visual(group: Group, visual_token_ids: Sequence[int], geometry: VisionGeome
     for e in group.examples:
         if np.isin(e.tokens[group.shared :], visual_token_ids).any():
             raise ValueError(f"{e.key}: a visual token after the first {group.shared} tokens, which are the prefix")
-    first = group.examples[0]
-    visual = np.flatnonzero(np.isin(first.tokens[: group.shared], visual_token_ids))
-    count = sum(merged_tokens(grid, geometry.merge_size) for grid in first.grids)
-    if len(visual) != count:
-        raise ValueError(f"{first.key}: {len(visual)} visual placeholders for {count} merged patches")
-    return visual
+    return visual_places(group.examples[0], visual_token_ids, geometry, group.shared)
 
 
 def _targets(group: Group) -> list[tuple[int, int, int]]:
@@ -287,51 +271,3 @@ def _targets(group: Group) -> list[tuple[int, int, int]]:
     for j, e in enumerate(group.examples):
         targets += [(j, group.shared + int(t), 1) for t in np.flatnonzero(e.supervised[group.shared :])]
     return targets
-
-
-def _pack_clips(
-    rows: Sequence[Sequence[Group]], sizes: RowSizes, geometry: VisionGeometry, patch_dim: int | None
-) -> tuple[VisionInputs | None, list[np.ndarray]]:
-    """Vision inputs of all clips, row after row, and for each row the feature of each of its visual tokens."""
-    clips = [[e for e in (g.examples[0] for g in row) if len(e.grids)] for row in rows]
-    nothing = np.zeros(0, np.int32)
-    if not sizes.frames:
-        if any(clips):
-            key = next(e.key for row in clips for e in row)
-            raise ValueError(f"{key} has images or videos and the sizes leave no frames for them")
-        return None, [nothing] * len(rows)
-    buckets = dict(frames=sizes.frames, frame_patches=sizes.frame_patches)
-    empty = None
-    packed = []
-    for row, examples in zip(rows, clips, strict=True):
-        if not examples:
-            if empty is None:
-                empty = _no_clips(_patch_dim(rows, clips, patch_dim), geometry, buckets)
-            packed.append((empty, nothing))
-            continue
-        patches = [e.patches for e in examples]
-        grids = [grid for e in examples for grid in e.grids]
-        try:
-            packed.append(
-                pack_vision(patches[0] if len(patches) == 1 else np.concatenate(patches), grids, geometry, **buckets)
-            )
-        except ValueError as error:
-            raise ValueError(f"{_named(row)}: {error}") from error
-    parts = zip(*(vision for vision, _ in packed), strict=True)
-    vision = VisionInputs(*(None if part[0] is None else np.concatenate(part) for part in parts))
-    return vision, [merged for _, merged in packed]
-
-
-def _patch_dim(rows, clips, patch_dim: int | None) -> int:
-    examples = [e for row in clips for e in row] or [g.examples[0] for row in rows for g in row]
-    if patch_dim is None and not examples:
-        raise ValueError("all rows are empty but the sizes have frames: give patch_dim")
-    return examples[0].patches.shape[1] if patch_dim is None else patch_dim
-
-
-def _no_clips(patch_dim: int, geometry: VisionGeometry, buckets: dict[str, int]) -> VisionInputs:
-    """Padding alone, so that rows without media fit the compiled step of the others."""
-    m = geometry.merge_size
-    block = np.zeros((m * m, patch_dim), np.float32)
-    vision, _ = pack_vision(block, [Grid("image", 1, m, m)], geometry, **buckets)
-    return VisionInputs(*(None if x is None else np.zeros_like(x) for x in vision))

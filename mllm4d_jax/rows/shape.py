@@ -100,11 +100,6 @@ class RowShape:
         """Patches per decoder token."""
         return self.geometry.merge_size**2
 
-    @property
-    def clip_tokens(self) -> int:
-        """Visual tokens of the largest clip, 0 without a limit."""
-        return self.clip_frames * self.frame_patches // self.merge_area
-
     def needed(self, rows: Sequence[Sequence[Group]]) -> RowSizes:
         """Return the smallest sizes that hold the groups of each row, with branch slots of an allowed length."""
         return needed_sizes(rows, self.geometry, self.branch_lengths)
@@ -122,7 +117,7 @@ class RowShape:
             length=_listed(needed.length, self.branch_lengths),
             frames=frames,
             frame_patches=frame_patches,
-            supervised=_supervised(needed.supervised),
+            supervised=next((n for n in (16, 64, 256, 1024) if n >= needed.supervised), bucket(needed.supervised, 2)),
         )
 
     def largest(self, prefix: int, branch: int, answer: int, frame_patches: int | None = None) -> RowSizes:
@@ -153,14 +148,8 @@ class RowShape:
         if sizes is None:
             needed = self.needed(rows)
             sizes, packed_length = self.sizes(needed), needed.length
-        return collate_rows(
-            rows,
-            sizes,
-            self.geometry,
-            visual_token_ids=self.visual_token_ids,
-            patch_dim=self.patch_dim,
-            packed_length=packed_length,
-        )
+        ids, dim, length = self.visual_token_ids, self.patch_dim, packed_length
+        return collate_rows(rows, sizes, self.geometry, visual_token_ids=ids, patch_dim=dim, packed_length=length)
 
 
 def bucket(n: int, per_octave: int) -> int:
@@ -173,10 +162,6 @@ def bucket(n: int, per_octave: int) -> int:
 
 def _listed(n: int, sizes: Sequence[int]) -> int:
     return next((size for size in sizes if size >= n), -(-n // sizes[-1]) * sizes[-1])
-
-
-def _supervised(n: int) -> int:
-    return next((size for size in (16, 64, 256, 1024) if size >= n), bucket(n, 2))
 
 
 def _snap(n: int, per_octave: int, full: int, near: bool = False) -> int:

@@ -10,9 +10,9 @@ import time
 import jax
 import numpy as np
 
+from mllm4d_jax.encode.encoder import media_identity
 from mllm4d_jax.encode.example import Example, Grid, VideoOptions
 from mllm4d_jax.encode.grids import VisionGeometry
-from mllm4d_jax.encode.media_items import media_identity
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.shape import RowShape
 

@@ -17,11 +17,11 @@ from mllm4d_jax.data.clip_sets import ClipSet
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import Questions, open_source
-from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
 from mllm4d_jax.qa.errors import RecordError
+from tests.encode.decoding import in_process
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = (151655, 151656, 151652, 151653)
@@ -61,7 +61,7 @@ def encoder():
     config = ProcessorConfig("qwen3_vl", 16, 2, 2, half, half, 65536, 16777216, 4096, 25165824, 0.0, *IDS)
     words = ["user assistant <0.3 seconds> What moves?"] * 3
     tokenizer = Tokenizer(build_byte_level_tokenizer(words, 400, QWEN_SPECIAL_IDS))
-    return Encoder(config, tokenizer, VideoOptions(num_frames=8), isolate_decoder=False)
+    return in_process(config, tokenizer, VideoOptions(num_frames=8))
 
 
 def test_questions_are_records_and_clips_their_groups(folder):

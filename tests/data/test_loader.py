@@ -14,7 +14,7 @@ from mllm4d_jax.data.quarantine import QuarantineError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.data.stream import LoaderError
-from mllm4d_jax.encode.media_items import Media
+from mllm4d_jax.encode.encoder import Media
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.shape import largest
 from tests.data.fakes import PATCH, SHAPE, FakeEncoder, arrays, write_records

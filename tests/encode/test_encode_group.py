@@ -6,15 +6,15 @@ import cv2
 import numpy as np
 import pytest
 
-from mllm4d_jax.encode import encoder as encode
-from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example, VideoOptions
-from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.grids import patchify
+from mllm4d_jax.media import video
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.resize import image_size, resize_bicubic
-from mllm4d_jax.media.stored_frames import StoredFrames
+from mllm4d_jax.media.resize import ResizeRule, image_size, resize_bicubic
+from mllm4d_jax.media.video import StoredFrames
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import Record
+from tests.encode.decoding import in_process
 
 ARRAYS = ("tokens", "positions", "supervised", "patches")
 
@@ -35,20 +35,20 @@ def same(a, b):
 def decodes(monkeypatch):
     """Counts the clips that are decoded."""
     seen = []
-    read = encode.read_video
+    read = video.read_video
 
     def counted(path, *args):
         seen.append(path)
         return read(path, *args)
 
-    monkeypatch.setattr(encode, "read_video", counted)
+    monkeypatch.setattr(video, "read_video", counted)
     return seen
 
 
 @pytest.fixture
 def make_encoder(qwen3, tokenizer):
     def make(max_tokens=None, **options):
-        return Encoder(qwen3, tokenizer, VideoOptions(num_frames=4, **options), max_tokens, isolate_decoder=False)
+        return in_process(qwen3, tokenizer, VideoOptions(num_frames=4, **options), max_tokens)
 
     return make
 
@@ -155,9 +155,10 @@ def test_the_pixels_of_stored_frames_are_theirs(make_encoder, qwen3):
 
 def test_more_stored_frames_than_wanted_are_thinned_by_the_rule():
     frames = stored(jpegs=jpegs(range(0, 160, 10)), indices=tuple(range(0, 48, 3)), total_frames=48)
-    picked = frames.pick(SampleRule("uniform", 4, None))
-    assert picked.tolist() == [0, 5, 10, 15]
-    assert frames.pick(SampleRule("uniform", 32, None)).tolist() == list(range(16))
+    resize = ResizeRule("per_frame", 32, 2, 784, 50176)
+    picked, size = frames.plan(SampleRule("uniform", 4, None), resize)
+    assert picked.tolist() == [0, 5, 10, 15] and size == resize.size(4, 48, 64)
+    assert frames.plan(SampleRule("uniform", 32, None), resize)[0].tolist() == list(range(16))
 
 
 @pytest.mark.parametrize(

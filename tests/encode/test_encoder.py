@@ -14,13 +14,14 @@ import tokenizers
 
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Grid, VideoOptions
-from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.grids import patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule, image_size, resize_bicubic
 from mllm4d_jax.media.video import read_image, read_video
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
+from tests.encode.decoding import in_process
 
 
 def ask(path, answer: str | None = "B", question: str = "What moves?", kind: str = "video") -> Record:
@@ -34,7 +35,7 @@ def ask(path, answer: str | None = "B", question: str = "What moves?", kind: str
 @pytest.fixture
 def encoder(qwen3, tokenizer):
     """Decodes in this process: the time limit is tested elsewhere."""
-    return Encoder(qwen3, tokenizer, isolate_decoder=False)
+    return in_process(qwen3, tokenizer)
 
 
 def test_video_example(encoder, qwen3, tokenizer, make_video, tmp_path):
@@ -115,7 +116,7 @@ def test_text_only(encoder):
 def test_qwen2_5(qwen2_5, tokenizer, make_video, tmp_path):
     """8 of 40 frames at 10 per second: 2 sampled frames per second, so a temporal patch lasts one second."""
     options = VideoOptions(num_frames=8, sampling="qwen2_5_vl")
-    encoder = Encoder(qwen2_5, tokenizer, options, isolate_decoder=False)
+    encoder = in_process(qwen2_5, tokenizer, options)
     e = encoder.encode(ask(make_video(tmp_path / "a.mp4", 40)))
     g = e.grids[0]
     pads = "<|video_pad|>" * (g.t * g.h * g.w // 4)
@@ -130,8 +131,8 @@ def test_qwen2_5(qwen2_5, tokenizer, make_video, tmp_path):
 
 def test_outer_markers_are_an_option(qwen3, tokenizer, make_video, tmp_path):
     path = make_video(tmp_path / "a.mp4", 4)
-    plain = Encoder(qwen3, tokenizer, isolate_decoder=False).encode(ask(path))
-    outer = Encoder(qwen3, tokenizer, VideoOptions(outer_markers=True), isolate_decoder=False).encode(ask(path))
+    plain = in_process(qwen3, tokenizer).encode(ask(path))
+    outer = in_process(qwen3, tokenizer, VideoOptions(outer_markers=True)).encode(ask(path))
     assert len(outer.tokens) == len(plain.tokens) + 2
 
 
@@ -161,20 +162,20 @@ def test_total_rule_and_frame_rate(qwen3, tokenizer, make_video, tmp_path):
     """HF's rule on a whole clip: 2 frames per second of 3 seconds, sizes from the folder's total budget."""
     options = VideoOptions(num_frames=None, fps=2.0, sampling="qwen3_vl", resize_rule="total")
     path = make_video(tmp_path / "a.mp4", 30, h=64, w=96)
-    e = Encoder(qwen3, tokenizer, options, isolate_decoder=False).encode(ask(path))
+    e = in_process(qwen3, tokenizer, options).encode(ask(path))
     assert e.grids == (Grid("video", 3, 4, 6),)
     assert e.timestamps[0] == pytest.approx((0.3, 1.45, 2.6))
     small = dataclasses.replace(options, max_pixels=6 * 32 * 32)
-    e = Encoder(qwen3, tokenizer, small, isolate_decoder=False).encode(ask(path))
+    e = in_process(qwen3, tokenizer, small).encode(ask(path))
     assert e.grids == (Grid("video", 3, 2, 2),)
 
 
 def test_too_long_is_found_before_decoding(qwen3, tokenizer, make_video, tmp_path, monkeypatch):
     path = make_video(tmp_path / "a.mp4", 10)
-    fits = Encoder(qwen3, tokenizer, isolate_decoder=False).encode(ask(path))
-    Encoder(qwen3, tokenizer, max_tokens=len(fits.tokens), isolate_decoder=False).encode(ask(path))
-    tight = Encoder(qwen3, tokenizer, max_tokens=len(fits.tokens) - 1, isolate_decoder=False)
-    monkeypatch.setattr("mllm4d_jax.encode.encoder.read_video", lambda *_: pytest.fail("decoded"))
+    fits = in_process(qwen3, tokenizer).encode(ask(path))
+    in_process(qwen3, tokenizer, max_tokens=len(fits.tokens)).encode(ask(path))
+    tight = in_process(qwen3, tokenizer, max_tokens=len(fits.tokens) - 1)
+    monkeypatch.setattr("mllm4d_jax.media.video.read_video", lambda *_: pytest.fail("decoded"))
     with pytest.raises(
         TooLongError, match=f"data.json#7: needs {len(fits.tokens)} tokens .*limit.*num_frames"
     ) as caught:
@@ -238,7 +239,6 @@ def test_tokenizer_must_belong_to_the_model(qwen3, tokenizer):
         {"fps": -1.0},
         {"fps": float("nan")},
         {"decode_timeout_s": 0.0},
-        {"decode_threads": 0},
         {"min_pixels": 100, "max_pixels": 50},
     ],
 )
@@ -260,6 +260,6 @@ def test_zero_budget_of_a_config_is_the_rules_own(rule, low, high, qwen3, tokeni
     grids = []
     for budget in ({"min_pixels": 0, "max_pixels": 0}, {"min_pixels": low, "max_pixels": high}):
         options = VideoOptions.from_mapping({"num_frames": 32, "fps": 0.0, "resize_rule": rule, **budget})
-        grids.append(Encoder(qwen3, tokenizer, options, isolate_decoder=False).encode(ask(path)).grids)
+        grids.append(in_process(qwen3, tokenizer, options).encode(ask(path)).grids)
     assert grids[0] == grids[1]
     assert (grids[0][0].h * 16 * grids[0][0].w * 16 <= 50176) == (rule == "per_frame")

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mllm4d_jax.encode.patches import patchify
+from mllm4d_jax.encode.grids import patchify
 
 
 @pytest.mark.parametrize("name", ["video_budget", "video_even", "video_noresize", "video_odd", "video_qwen2_5"])

@@ -45,8 +45,8 @@ def test_pre_tokeniser_splits_like_qwen(tokenizer):
     """Digits one by one, a leading mark stays with its word, line breaks together, decomposed letters composed."""
     split = tokenizer._backend.pre_tokenizer.pre_tokenize_str("It's 12.50 <see>.\n\n  x\n")
     assert [s for s, _ in split] == ["It", "'s", "Ġ", "1", "2", ".", "5", "0", "Ġ<", "see", ">.ĊĊ", "Ġ", "Ġx", "Ċ"]
-    assert typed(tokenizer, "e\u0301").ids.tolist() == typed(tokenizer, "é").ids.tolist()
-    assert typed(tokenizer, "\n").ids.tolist() == [198]
+    assert typed(tokenizer, "e\u0301").tolist() == typed(tokenizer, "é").tolist()
+    assert typed(tokenizer, "\n").tolist() == [198]
 
 
 def test_published_ids(tokenizer):
@@ -57,7 +57,7 @@ def test_published_ids(tokenizer):
 
 def test_text_never_becomes_control_tokens(tokenizer):
     text = "say <|im_end|> and <|video_pad|><|im_start|>system\n"
-    ids = typed(tokenizer, text).ids
+    ids = typed(tokenizer, text)
     assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
     assert tokenizer.decode(ids) == text
     assert set(whole_string(tokenizer, text).ids) & set(tokenizer.special_ids.values())
@@ -76,11 +76,9 @@ def test_pieces_tokenise_like_the_whole_string(tokenizer):
         Piece("\n"),
     ]
     text = "".join(p.rendered for p in pieces)
-    encoding, supervised = tokenizer.encode_pieces(pieces)
-    whole = whole_string(tokenizer, text)
-    assert encoding.ids.tolist() == whole.ids
-    np.testing.assert_array_equal(encoding.offsets, whole.offsets)
-    assert not supervised.any() and encoding.ids.dtype == np.int32
+    ids, supervised = tokenizer.encode_pieces(pieces)
+    assert ids.tolist() == whole_string(tokenizer, text).ids
+    assert not supervised.any() and ids.dtype == np.int32
 
 
 def test_supervision_follows_pieces(tokenizer):
@@ -91,29 +89,27 @@ def test_supervision_follows_pieces(tokenizer):
         Piece("\n", supervised=True),
         Piece("<|im_end|>", control=True),
     ]
-    encoding, supervised = tokenizer.encode_pieces(pieces)
-    text = "".join(p.rendered for p in pieces)
-    covered = [text[a:b] for (a, b), s in zip(encoding.offsets, supervised, strict=True) if s]
+    ids, supervised = tokenizer.encode_pieces(pieces)
     # The header's line break and the answer's are one token here or two, never a supervised header.
-    assert "".join(covered) in ("\nB.<|im_end|>\n", "B.<|im_end|>\n")
+    assert tokenizer.decode(ids[supervised]) in ("\nB.<|im_end|>\n", "B.<|im_end|>\n")
 
 
 def test_a_token_that_straddles_the_header_is_not_supervised():
     """With a merge of two line breaks, the header's and the answer's become one token."""
     tokenizer = Tokenizer(build_byte_level_tokenizer(["a\n\nb"] * 50, 290))
     pieces = [Piece("assistant\n"), Piece("\nB", supervised=True)]
-    encoding, supervised = tokenizer.encode_pieces(pieces)
-    texts = [tokenizer.decode([i]) for i in encoding.ids]
+    ids, supervised = tokenizer.encode_pieces(pieces)
+    texts = [tokenizer.decode([i]) for i in ids]
     assert texts[-2:] == ["\n\n", "B"] and supervised.tolist()[-2:] == [False, True]
 
 
 def test_empty_text(tokenizer):
-    assert typed(tokenizer, "").ids.shape == (0,)
+    assert typed(tokenizer, "").shape == (0,)
 
 
 def test_travels_between_processes(tokenizer):
     clone = copy.deepcopy(tokenizer)
-    assert typed(clone, "a<|im_end|>").ids.tolist() == typed(tokenizer, "a<|im_end|>").ids.tolist()
+    assert typed(clone, "a<|im_end|>").tolist() == typed(tokenizer, "a<|im_end|>").tolist()
     assert clone.source == tokenizer.source
 
 

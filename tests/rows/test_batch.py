@@ -19,7 +19,7 @@ def example(tokens, grids=(), seed=0):
     n = sum(g.t * g.h * g.w for g in grids)
     positions = np.tile(np.arange(len(tokens)), (3, 1)) + seed
     patches = np.random.default_rng(seed).normal(size=(n, 5)).astype(np.float32)
-    return SimpleNamespace(tokens=np.array(tokens), positions=positions, grids=tuple(grids), patches=patches)
+    return SimpleNamespace(key="k", tokens=np.array(tokens), positions=positions, grids=tuple(grids), patches=patches)
 
 
 EXAMPLES = [example([1, 2, 3]), example([4, VIDEO, VIDEO, 5], [Grid("video", 2, 2, 2)], seed=7)]
@@ -33,9 +33,14 @@ def test_rows_are_padded_and_visual_rows_point_at_their_patches(side):
     assert batch.segment_ids.sum(1).tolist() == [3, 4]
     assert batch.positions[:, 1, start : start + 4].tolist() == [[7, 8, 9, 10]] * 3
     assert (batch.vision_index[0] == -1).all()
-    assert batch.vision_index[1, start : start + 4].tolist() == [-1, 0, 1, -1]
-    np.testing.assert_array_equal(batch.vision.patches[:2].reshape(8, 5), EXAMPLES[1].patches)
-    assert batch.vision.patches.shape == (3, 4, 5)
+    assert batch.vision_index[1, start : start + 4].tolist() == [
+        -1,
+        3,
+        4,
+        -1,
+    ]
+    np.testing.assert_array_equal(batch.vision.patches[3:5].reshape(8, 5), EXAMPLES[1].patches)
+    assert batch.vision.patches.shape == (6, 4, 5) and not batch.vision.patches[[0, 1, 2, 5]].any()
 
 
 def test_text_alone_has_no_vision_input():
@@ -43,9 +48,9 @@ def test_text_alone_has_no_vision_input():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="length bucket of 3 tokens cannot hold a row of 4"):
+    with pytest.raises(ValueError, match="k: 4 tokens for rows of 3"):
         collate(EXAMPLES, GEOMETRY, visual_token_ids=(VIDEO,), length=3)
-    with pytest.raises(ValueError, match="row 0 has 1 visual placeholders for 2 merged patches"):
+    with pytest.raises(ValueError, match="k: 1 visual placeholders for 2 merged patches"):
         collate([example([4, VIDEO, 5], [Grid("video", 2, 2, 2)])], GEOMETRY, visual_token_ids=(VIDEO,))
     with pytest.raises(ValueError, match="pad_side"):
         collate(EXAMPLES, GEOMETRY, visual_token_ids=(VIDEO,), pad_side="centre")

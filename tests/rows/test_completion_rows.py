@@ -75,6 +75,6 @@ def test_sizes_that_are_too_small():
         with pytest.raises(ValueError, match=f"slots of {slot} and lists of {entries}"):
             completion_rows(batch, rows, rollouts.tokens, lengths, slot=slot, entries=entries)
     config, sizes = cases.parts("qwen3_vl")[0], needed_prompt_sizes(examples)
-    with pytest.raises(ValueError, match="p[01]: .* prompt tokens for rows of"):
+    with pytest.raises(ValueError, match="p[01]: .* tokens for rows of"):
         small = dataclasses.replace(sizes, prefix=sizes.prefix - 1)
         collate_prompts(examples, small, cases.vision_geometry(config), (config.video_token_id,))

@@ -19,7 +19,7 @@ def test_folder_is_read_by_the_ordinary_readers(tiny_world):
     tokenizer.check_config(ProcessorConfig.from_folder(folder))
     assert tokenizer.vocab_size <= config.text.vocab_size
     text = records.read_text()
-    assert tokenizer.decode(tokenizer.encode_pieces([Piece(text)])[0].ids) == text
+    assert tokenizer.decode(tokenizer.encode_pieces([Piece(text)])[0]) == text
     names = set(load_file(folder / "model.safetensors"))
     assert "model.visual.deepstack_merger_list.1.norm.weight" in names and "lm_head.weight" in names
 
