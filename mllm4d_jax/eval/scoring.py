@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import Prediction
 from mllm4d_jax.eval.statistics import Bootstrap
-from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer
+from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer, extract_answer
 
 MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
 _SHOWN_IDS = 20
@@ -41,18 +41,17 @@ class Scored:
 
 
 def score(predictions: Iterable[Prediction], extractor: str = "strict") -> list[Scored]:
-    """What an extractor makes of each prediction. Raises PredictionError for an unknown extractor."""
-    return [Scored(one, one.extracted(extractor)) for one in predictions]
+    """What an extractor makes of each prediction. Raises ValueError for an unknown extractor."""
+    return [Scored(one, extract_answer(one.response, one.choices, extractor)) for one in predictions]
 
 
 def figures(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
     """The figure of a group of answers; see the module."""
-    right, videos = _right(scored), _videos(scored)
-    estimate = statistics.accuracy(right, videos, bootstrap)
+    right = _right(scored)
     asked = [s.prediction for s in scored]
     letters = Counter(letter for one in asked for letter in one.truth)
     return {
-        **_interval(estimate),
+        **_interval(statistics.accuracy(right, _videos(scored), bootstrap)),
         "correct": sum(right),
         "unparsed": sum(s.found.letter is None for s in scored),
         "blank": sum(not one.response.strip() for one in asked),
@@ -90,15 +89,10 @@ def results(
     beside = [score(control, extractor) for control in controls]
     for control in beside:
         _check_control(named, control)
-    groups = [
-        {
-            "table": table,
-            "name": name,
-            **figures(group, bootstrap),
-            "controls": [_control(group, control) for control in beside],
-        }
-        for table, name, group in grouped(scored)
-    ]
+    groups = []
+    for table, name, group in grouped(scored):
+        others = [_control(group, control) for control in beside]
+        groups.append({"table": table, "name": name, **figures(group, bootstrap), "controls": others})
     benchmarks = sorted({one.benchmark for one in predictions})
     return {
         "benchmark": ", ".join(benchmarks),
@@ -123,22 +117,14 @@ def grouped(scored: Sequence[Scored]) -> list[tuple[str, str, list[Scored]]]:
     With several splits, the names of categories and subtasks begin with the split's. A table of one row that would
     repeat the row above it is left out.
     """
-    splits = {s.prediction.split for s in scored}
-
-    def within(value: str | None, s: Scored) -> str | None:
-        return f"{s.prediction.split}: {value}" if value is not None and len(splits) > 1 else value
-
-    keys: Mapping[str, Callable[[Scored], str | None]] = {
-        "split": lambda s: s.prediction.split,
-        "category": lambda s: within(s.prediction.category, s),
-        "subtask": lambda s: within(s.prediction.subtask, s),
-    }
+    several = len({s.prediction.split for s in scored}) > 1
     found = [("all", "all", list(scored))]
-    for table, key in keys.items():
+    for table in ("split", "category", "subtask"):
         parts: dict[str, list[Scored]] = {}
         for s in scored:
-            if (name := key(s)) is not None:
-                parts.setdefault(name, []).append(s)
+            if (name := getattr(s.prediction, table)) is not None:
+                within = f"{s.prediction.split}: " if several and table != "split" else ""
+                parts.setdefault(within + name, []).append(s)
         if len(parts) > 1 or sum(map(len, parts.values())) not in (0, len(scored)):
             found += [(table, name, parts[name]) for name in sorted(parts)]
     return found
@@ -160,20 +146,18 @@ def comparison(
         _check_same(earlier[s.prediction.id].prediction, s.prediction)
     rows = []
     for table, name, group in grouped(later):
-        a, b = _right([earlier[s.prediction.id] for s in group]), _right(group)
-        videos = _videos(group)
-        change = statistics.paired_difference(a, b, videos, bootstrap)
-        test = statistics.mcnemar(a, b)
+        a, b, videos = _right([earlier[s.prediction.id] for s in group]), _right(group), _videos(group)
+        only_first, only_second, p = statistics.mcnemar(a, b)
         rows.append(
             {
                 "table": table,
                 "name": name,
                 "first": _mean(a),
                 "second": _mean(b),
-                **_interval(change, "difference"),
-                "only_first": test.only_first,
-                "only_second": test.only_second,
-                "mcnemar_p": test.p,
+                **_interval(statistics.paired_difference(a, b, videos, bootstrap), "difference"),
+                "only_first": only_first,
+                "only_second": only_second,
+                "mcnemar_p": p,
                 "detectable": _number(statistics.detectable_difference(a, b, videos)),
             }
         )

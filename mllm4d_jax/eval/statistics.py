@@ -49,18 +49,6 @@ class Estimate:
     clusters: int
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Questions that only one of two runs has right (`only_first`, `only_second`), and the exact two-sided p-value.
-
-    The test takes questions for independent: with many questions per video p comes out too small.
-    """
-
-    only_first: int
-    only_second: int
-    p: float
-
-
 def accuracy(correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT) -> Estimate:
     """Return the share of right answers with its interval.
 
@@ -98,11 +86,15 @@ def paired_difference(
     return _estimate(change, -1.0, clusters, [""] * len(change), bootstrap)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Test exactly whether two runs on the same questions are equally often right when they differ."""
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """Test exactly whether two runs on the same questions are equally often right when they differ.
+
+    Returns the questions that only the first has right, those that only the second has, and the two-sided p-value. The
+    test takes questions for independent: with many questions per video p comes out too small.
+    """
     change = _change(first, second)
     lost, won = int((change < 0).sum()), int((change > 0).sum())
-    return McNemar(lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0)
+    return lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def detectable_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> float:

@@ -7,19 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm4d_jax.report.charts import (
-    WIDTH,
-    colour,
-    dash,
-    empty,
-    figure,
-    legend,
-    line,
-    number_text,
-    polyline,
-    text,
-    ticks,
-)
+from mllm4d_jax.report.charts import WIDTH, empty, figure, legend, line, number_text, polyline, series_look, text, ticks
 from mllm4d_jax.report.page import Markup, tag
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 12.0, 22.0, 36.0
@@ -142,10 +130,13 @@ def _looks(paths: Sequence[MapPath]) -> list[tuple[str, str, str | None]]:
     found, used = [], 0
     for path in paths:
         if path.guess:
-            found.append((found[-1][0], path.name, _GUESS))
-            continue
-        found.append(("ink", path.name, None) if path.camera else (colour(used), path.name, dash(used)))
-        used += not path.camera
+            look, pattern = found[-1][0], _GUESS
+        elif path.camera:
+            look, pattern = "ink", None
+        else:
+            look, pattern = series_look(used)
+            used += 1
+        found.append((look, path.name, pattern))
     return found
 
 
@@ -154,14 +145,13 @@ def _path(path: MapPath, frame: _Frame, look: str, pattern: str | None) -> list[
     thick = " thick" if path.camera else ""
     body = [polyline(place, look + thick, title=path.name, pattern=pattern)]
     seen = np.flatnonzero(np.isfinite(place).all(1))
-    if path.headings is not None:
-        for n in _spread(place, seen):
-            turn = path.headings[n] * (1.0, -1.0)  # the page's y runs down
-            size = float(np.hypot(*turn))
-            if size > 1e-9:
-                x, y = place[n].tolist()
-                dx, dy = (turn * (9.0 / size)).tolist()
-                body.append(line(x, y, x + dx, y + dy, f"line {look}"))
+    for n in [] if path.headings is None else _spread(place, seen):
+        turn = path.headings[n] * (1.0, -1.0)  # the page's y runs down
+        size = float(np.hypot(*turn))
+        if size > 1e-9:
+            x, y = place[n].tolist()
+            dx, dy = (turn * (9.0 / size)).tolist()
+            body.append(line(x, y, x + dx, y + dy, f"line {look}"))
     for n, kind, what in ((seen[:1], "open", "start"), (seen[-1:], "dot", "end")):
         for x, y in place[n].tolist():
             inner = tag("title", f"{path.name}: {what}")

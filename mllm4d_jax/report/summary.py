@@ -13,9 +13,8 @@ from mllm4d_jax.files.jsonl import Row
 from mllm4d_jax.report import reading
 from mllm4d_jax.report.charts import number_text
 from mllm4d_jax.report.columns import column, line, over, quantities, summary, tenths, title, total, written
-from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
+from mllm4d_jax.report.page import Cell, Column, Markup, join, shortened, table, tag
 from mllm4d_jax.report.reading import PredictionPlace, Run, number, text
-from mllm4d_jax.report.said import shortened
 from mllm4d_jax.report.scores import accuracies
 
 _MAX_ROWS = 500  # of the table of quarantined records
