@@ -18,7 +18,6 @@ import jax
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mllm4d_jax.data.quarantine import Quarantine
@@ -34,7 +33,6 @@ from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.draw import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
-from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
@@ -196,10 +194,13 @@ class _Asker:
         self.encoder = ShuffledEncoder(*of, seed=config.seed) if config.control == "shuffled" else Encoder(*of)
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
         model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
-        self._layout = _layout(config, self.encoder, model, mesh, videos)
+        rows, shards = max(1, min(config.prompts_at_once, videos)), batch_shards(mesh)
+        shape = row_shape(config, self.encoder.config, model.config)
+        # Rows enough for all devices, but not for more than the videos there are.
+        self._layout = Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)
         graphdef, state = nnx.split(model)
         self._weights = (state,)
-        self._sampler = Sampler(graphdef, mesh, chunk=config.chunk, ladder=Ladder(shards=batch_shards(mesh)))
+        self._sampler = Sampler(graphdef, mesh, chunk=config.chunk, ladder=Ladder(shards=shards))
         self._options = SamplingOptions(
             temperature=config.temperature,
             eos_ids=self._tokenizer.eos_ids,
@@ -248,10 +249,3 @@ class _Asker:
             for slot, key in enumerate(places)
             if key
         ]
-
-
-def _layout(config: ml_collections.ConfigDict, encoder: Encoder, model: QwenVL, mesh: Mesh, videos: int) -> Layout:
-    """Rows enough for all devices, but not for more than the videos there are."""
-    rows, shards = max(1, min(config.prompts_at_once, videos)), batch_shards(mesh)
-    shape = row_shape(config, encoder.config, model.config)
-    return Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)

@@ -6,6 +6,7 @@ asked twice. Every host of a run writes a file of its own and reads all of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -137,17 +138,6 @@ def config_hash(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prediction_files(path: str | Path) -> tuple[Path, ...]:
-    """A file itself; of a folder the files of all hosts. Raises PredictionError if there is none."""
-    path = Path(path)
-    if path.is_file():
-        return (path,)
-    found = tuple(jsonl.of_all_hosts(path / PREDICTIONS))
-    if not found:
-        raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
-    return found
-
-
 def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
     """The predictions of a run, in the order of the files.
 
@@ -159,10 +149,10 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
       PredictionError: nothing there, a line that is no prediction, an id twice, predictions of two configurations;
         JsonLinesError: a damaged line.
     """
-    return _read(prediction_files(path))
-
-
-def _read(files: Iterable[Path]) -> tuple[Prediction, ...]:
+    path = Path(path)
+    files = [path] if path.is_file() else jsonl.of_all_hosts(path / PREDICTIONS)
+    if not files:
+        raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
     found: dict[str, tuple[Prediction, str]] = {}
     for file in files:
         for line in jsonl.read(file):
@@ -203,10 +193,10 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
     found, silent = [], []
     for item, raw in read_benchmark(benchmark, files, None):
         response = raw.get("response")
-        if not isinstance(response, str):
+        if isinstance(response, str):
+            found.append(Prediction.of(item, response, prompt_mode="published", config="published"))
+        else:
             silent.append(item.id)
-            continue
-        found.append(Prediction.of(item, response, prompt_mode="published", config="published"))
     if silent:
         raise PredictionError(
             f"{path}: {len(silent)} questions have no text 'response', the first are {', '.join(silent[:5])}; a "
@@ -249,25 +239,22 @@ class PredictionStore:
             see `read_predictions`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self.path.open("ab")
-        try:
+        with contextlib.ExitStack() as stack:  # closes the file unless all goes well
+            self._lock = stack.enter_context(self.path.open("ab"))
             try:
                 # The kernel drops this lock when the process ends, however it ends.
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise PredictionError(
-                    f"another run is writing to {self.path}: wait for it or use another workdir"
-                ) from None
+                problem = f"another run is writing to {self.path}: wait for it or use another workdir"
+                raise PredictionError(problem) from None
             jsonl.rewind(self.path)
-            found = _read(prediction_files(self.folder))
+            found = read_predictions(self.folder)
             if found and found[0].config != self.config:
                 raise PredictionError(
                     f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
                     f"run is {self.config}): use another workdir, or delete them to start over"
                 )
-        except BaseException:
-            self._lock.close()
-            raise
+            stack.pop_all()
         self.done = {one.id for one in found}
         return self
 

@@ -103,7 +103,7 @@ def results(
         "level": statistics.LEVEL,
         "bootstrap": {"samples": bootstrap.samples, "seed": bootstrap.seed},
         "groups": groups,
-        "macro": _macro(scored, bootstrap) if benchmarks and set(benchmarks) <= set(MACRO) else None,
+        "macro": _macro(scored, bootstrap) if set(benchmarks) <= set(MACRO) else None,
         "letters": _letters(scored),
         "rules": {rule: n for rule in RULES if (n := sum(s.found.rule == rule for s in scored))},
         "extractors": _extractors(predictions),
@@ -148,19 +148,10 @@ def comparison(
     for table, name, group in grouped(later):
         a, b, videos = _right([earlier[s.prediction.id] for s in group]), _right(group), _videos(group)
         only_first, only_second, p = statistics.mcnemar(a, b)
-        rows.append(
-            {
-                "table": table,
-                "name": name,
-                "first": _mean(a),
-                "second": _mean(b),
-                **_interval(statistics.paired_difference(a, b, videos, bootstrap), "difference"),
-                "only_first": only_first,
-                "only_second": only_second,
-                "mcnemar_p": p,
-                "detectable": _number(statistics.detectable_difference(a, b, videos)),
-            }
-        )
+        row = {"table": table, "name": name, "first": _mean(a), "second": _mean(b)}
+        row |= _interval(statistics.paired_difference(a, b, videos, bootstrap), "difference")
+        row |= {"only_first": only_first, "only_second": only_second, "mcnemar_p": p}
+        rows.append(row | {"detectable": _number(statistics.detectable_difference(a, b, videos))})
     return {
         "configs": sorted({one.config for one in first}),
         "only_in_first": len(earlier) - len(later),
@@ -171,7 +162,7 @@ def comparison(
 
 def _macro(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
     subtasks = [str(s.prediction.subtask) for s in scored]
-    estimate = statistics.macro_accuracy(_right(scored), _videos(scored), subtasks, bootstrap)
+    estimate = statistics.accuracy(_right(scored), _videos(scored), bootstrap, groups=subtasks)
     return {"subtasks": len(set(subtasks)), **_interval(estimate)}
 
 
@@ -180,23 +171,15 @@ def _extractors(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     rows = []
     for split in sorted({one.split for one in predictions}):
         part = [one for one in predictions if one.split == split]
+        blank = sum(not one.response.strip() for one in part)
         by = {extractor: score(part, extractor) for extractor in EXTRACTORS}
         pairs = zip(*by.values(), strict=True)
         differ = [s.prediction.id for s, t in pairs if s.found.letter != t.found.letter]
         for extractor, scored in by.items():
-            right = sum(_right(scored))
-            rows.append(
-                {
-                    "split": split,
-                    "extractor": extractor,
-                    "n": len(part),
-                    "correct": right,
-                    "unparsed": sum(s.found.letter is None for s in scored),
-                    "correct_with_blanks": right + sum(not one.response.strip() for one in part),
-                    "differ": len(differ),
-                    "differ_ids": differ[:_SHOWN_IDS],
-                }
-            )
+            right, unparsed = sum(_right(scored)), sum(s.found.letter is None for s in scored)
+            row = {"split": split, "extractor": extractor, "n": len(part), "correct": right, "unparsed": unparsed}
+            row |= {"correct_with_blanks": right + blank, "differ": len(differ), "differ_ids": differ[:_SHOWN_IDS]}
+            rows.append(row)
     return rows
 
 

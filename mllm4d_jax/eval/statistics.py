@@ -49,26 +49,19 @@ class Estimate:
     clusters: int
 
 
-def accuracy(correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT) -> Estimate:
-    """Return the share of right answers with its interval.
+def accuracy(
+    correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT, groups: Sequence[str] = ()
+) -> Estimate:
+    """Return the share of right answers, or the mean of the groups' shares, with its interval.
 
     When all answers are right, or all wrong, draws do not differ; the interval's inner end is then the share at which
     as many videos in a row without an exception have probability 2.5 %.
 
     Args:
       correct: bool[N]; clusters: the video of each question.
+      groups: the group of each question; every group counts the same, and groups may share videos. () = one group.
     """
-    return macro_accuracy(correct, clusters, [""] * len(correct), bootstrap)
-
-
-def macro_accuracy(
-    correct: Sequence[bool], clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap = DEFAULT
-) -> Estimate:
-    """Return the mean of the groups' accuracies, each group counting the same; groups may share videos.
-
-    Args:
-      groups: str[N], the group of each question. The other arguments are those of `accuracy`.
-    """
+    groups = groups if len(groups) else [""] * len(correct)
     return _estimate(np.asarray(correct, dtype=float), 0.0, clusters, groups, bootstrap)
 
 

@@ -126,8 +126,7 @@ def blocks(results: Results) -> list[Block]:
 
 def _groups_block(title: str, groups: Sequence[Mapping[str, Any]]) -> Block:
     heads = ["", "n", "videos", "right", "accuracy %", "unparsed (%)", "conflicts", "truncated"]
-    heads += ["chance %", "best letter %"]
-    heads += [f"{control['control']} %" for control in groups[0]["controls"]]
+    heads += ["chance %", "best letter %", *(f"{control['control']} %" for control in groups[0]["controls"])]
     rows = [
         [
             group["name"],

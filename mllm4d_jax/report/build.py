@@ -11,7 +11,7 @@ from mllm4d_jax.report import compare, page, scores, summary
 from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, spread
 from mllm4d_jax.report.curves import curve_section
 from mllm4d_jax.report.items import completion_item, prediction_item
-from mllm4d_jax.report.page import Section, join
+from mllm4d_jax.report.page import Section, join, shortened, tag
 from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError, Run, read_at, read_run
 
 REPORT = "report.html"
@@ -108,9 +108,11 @@ def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
     if any(found.metrics or found.evals for found in runs.values()):
         sections.append(Section("curves", "Curves", curve_section(runs)))
         sections.append(Section("figures", "Figures", join(compare.figure_columns(runs))))
-    counted, results = compare.accuracy_columns(runs), compare.result_columns(runs)
-    if counted or results:
-        sections.append(Section("evaluation", "Evaluation", join([counted, *results])))
+    tables = [compare.accuracy_columns(runs)]
+    for name, found in runs.items():  # as they stand, under the run's name
+        tables += [tag("h3", name), scores.result_tables(found.results)] if found.results else []
+    if any(tables):
+        sections.append(Section("evaluation", "Evaluation", join(tables)))
     sections += _answered_by_both(first, second, names, options)
     if any(found.config for found in runs.values()):
         sections.append(Section("config", "Configuration", compare.config_columns(runs)))
@@ -187,4 +189,5 @@ def choose_predictions(places: Sequence[PredictionPlace], limit: int) -> list[Pr
 
 def _notes(runs: Sequence[Run]) -> list[Section]:
     notes = [note for found in runs for note in found.notes]
-    return [Section("notes", "What could not be read", summary.notes_section(notes))] if notes else []
+    listed = tag("ul", *(tag("li", shortened(note, summary.FIELD)) for note in notes))
+    return [Section("notes", "What could not be read", listed)] if notes else []

@@ -21,6 +21,7 @@ COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 22.0, 36.0
 _HEIGHT = 220.0
 _MAX_LINE_POINTS = 800
+_BINS = 24  # of a histogram
 _DASHES = (None, "6 3", "2 3")
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -133,9 +134,7 @@ def bars(
     """
     for name, values in series.items():
         if len(values) != len(labels) or any(v < 0 or math.isinf(v) for v in values):
-            raise ValueError(
-                f"bars {title!r}: series {name!r} needs a finite value >= 0 for each of {len(labels)} labels"
-            )
+            raise ValueError(f"bars {title!r}: series {name!r} needs a finite value >= 0 for all {len(labels)} labels")
     known = [v for values in series.values() for v in values if not math.isnan(v)]
     if not known:
         return empty(title)
@@ -164,15 +163,9 @@ def bars(
 
 
 def histogram(
-    values: Sequence[float] | np.ndarray,
-    *,
-    title: str,
-    x_label: str,
-    bins: int = 24,
-    step: float = 0.0,
-    upper: float | None = None,
+    values: Sequence[float] | np.ndarray, *, title: str, x_label: str, step: float = 0.0, upper: float | None = None
 ) -> Markup:
-    """Vertical bars: how many values fall into each of about `bins` equal ranges.
+    """Vertical bars: how many values fall into each of about `_BINS` equal ranges.
 
     Args:
       values: [N]; what is not finite is left out and counted in the note.
@@ -184,7 +177,7 @@ def histogram(
     drawn = finite if upper is None else finite[finite <= upper]
     if not drawn.size:
         return empty(title)
-    edges = _edges(drawn, bins, step)
+    edges = _edges(drawn, step)
     counts, _ = np.histogram(drawn, edges)
     _, y_step = ticks(0.0, float(counts.max()), 4)
     box = _Box(edges[0], edges[-1], 0.0, y_step * math.ceil(counts.max() / y_step))
@@ -207,13 +200,13 @@ def _rect(title: str, x: float, y: float, width: float, height: float, look: str
     return tag("rect", tag("title", title), x=_n(x), y=_n(y), **size, class_=f"bar {look}")
 
 
-def _edges(values: np.ndarray, bins: int, step: float) -> np.ndarray:
-    """Borders of the ranges, f64[<= bins + 2]; between the multiples of `step` if it is not 0."""
+def _edges(values: np.ndarray, step: float) -> np.ndarray:
+    """Borders of the ranges, f64[<= _BINS + 2]; between the multiples of `step` if it is not 0."""
     low, high = float(values.min()), float(values.max())
     if not step:
-        return np.linspace(low, high if high > low else low + 1.0, bins + 1)
+        return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     first, count = round(low / step), round((high - low) / step) + 1
-    each = math.ceil(count / bins)  # multiples in a bar
+    each = math.ceil(count / _BINS)  # multiples in a bar
     return step * (first - 0.5 + each * np.arange(math.ceil(count / each) + 1))
 
 

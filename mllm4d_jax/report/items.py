@@ -144,5 +144,5 @@ def _states(value: Any) -> tuple[Vec3 | None, ...]:
 def _point(value: Any) -> Vec3 | None:
     if not isinstance(value, list) or len(value) != 3:
         return None
-    found = tuple(number(v) for v in value)
-    return found if all(math.isfinite(v) for v in found) else None
+    found = tuple(map(number, value))
+    return found if all(map(math.isfinite, found)) else None

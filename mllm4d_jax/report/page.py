@@ -238,7 +238,7 @@ def page(
     for anchor in anchors:
         if not _ANCHOR.fullmatch(anchor) or anchors.count(anchor) > 1:
             raise ValueError(f"section anchor {anchor!r} must be lower case letters, digits, dashes, and be there once")
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     head = tag(
         "head",
@@ -279,10 +279,6 @@ def _section(section: Section) -> Markup:
         id=section.anchor,
         aria_labelledby=heading,
     )
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

@@ -22,15 +22,11 @@ class Count:
     """How the predictions of one group came out.
 
     Attributes:
-      group: benchmark and split.
-      part: "all", "category" or "subtask".
-      name: which category or subtask; '' for all.
+      key: benchmark and split; "all", "category" or "subtask"; which category or subtask, '' for all.
       n, correct, unparsed, conflicts: numbers of predictions.
     """
 
-    group: str
-    part: str
-    name: str
+    key: tuple[str, str, str]
     n: int
     correct: int
     unparsed: int
@@ -39,10 +35,6 @@ class Count:
     @property
     def accuracy(self) -> float:
         return self.correct / self.n
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.group, self.part, self.name
 
 
 def counts(predictions: Sequence[PredictionPlace]) -> list[Count]:
@@ -55,7 +47,7 @@ def counts(predictions: Sequence[PredictionPlace]) -> list[Count]:
                 groups.setdefault((group, part, name), []).append(one)
     return [
         Count(
-            *key,
+            key,
             n=len(found),
             correct=sum(one.outcome == "correct" for one in found),
             unparsed=sum(one.outcome == "unparsed" for one in found),
