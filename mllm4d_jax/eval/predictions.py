@@ -1,7 +1,7 @@
 """The record of an evaluation: one line per answered question, only ever appended to.
 
 A run that is killed at any moment and started again answers what is not in its files yet: nothing is lost, nothing is
-asked twice. Every host of a run writes a file of its own and reads all of them.
+asked twice. Every host of a run writes a file of its own and reads all of them. Published responses are read as well.
 """
 
 from __future__ import annotations
