@@ -42,7 +42,7 @@ TASKS = MappingProxyType(
         "curate": Task(CURATE_KEYS, "data_prep.curate", "make questions from clips with known geometry"),
         "infer": Task(INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
         "verify": Task(VERIFY_KEYS, "mllm4d_jax.verify.task", "compare a checkpoint with a recorded reference"),
-        "eval": Task(EVAL_KEYS, "mllm4d_jax.eval.task", "score a model or predictions on a benchmark", page=True),
+        "eval": Task(EVAL_KEYS, "mllm4d_jax.eval.evaluate", "score a model or predictions on a benchmark", page=True),
         "export": Task(EXPORT_KEYS, "mllm4d_jax.export.task", "write what was trained for PEFT or as a merged model"),
         "report": Task(REPORT_KEYS, "mllm4d_jax.report.build", "make the page of a run, or of two runs side by side"),
     }

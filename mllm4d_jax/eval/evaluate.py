@@ -1,4 +1,6 @@
-"""Asks a model the questions of a benchmark, all questions about a video together, and keeps every answer at once.
+"""The `eval` task: asks a model the questions of a benchmark, those about a video together, and keeps every answer.
+
+Predictions that are there already, those of a run or published ones, are scored without model and videos.
 
 Every process asks about its own videos, on its own devices; they meet only at the end, when the first one makes the
 tables. What an answer is depends on its question, the model and the seed, not on which process asks it beside what.
@@ -9,32 +11,28 @@ from __future__ import annotations
 import collections
 import hashlib
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
 import jax
 import ml_collections
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from tqdm import tqdm
 
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
-from mllm4d_jax.eval import rescore
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, encode_ahead, share_of_host
-from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_predictions
+from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
-from mllm4d_jax.eval.statistics import Bootstrap
+from mllm4d_jax.eval.tables import publish
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
-from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
@@ -46,7 +44,7 @@ from mllm4d_jax.run.build import row_shape
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 
 QUARANTINE = "quarantine.jsonl"
-_QUIET_S = 30.0  # between two lines of progress where there is no terminal
+_QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
 
 
 class EvaluationError(ValueError):
@@ -58,14 +56,24 @@ class StoppedElsewhereError(EvaluationError):
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Asks what is not answered in the workdir yet, then scores everything that is.
+    """Entry point of the task: asks what is not answered in the workdir yet, then scores everything that is.
+
+    With `rescore.path` nothing is asked, and what that names is scored.
 
     Raises:
-      EvaluationError: nothing to ask, or another process of the run could not finish.
+      EvaluationError: no model and nothing to score, nothing to ask, or another process of the run could not finish.
       ModelError, ExportError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError: the questions;
-        PredictionError: the workdir; ProcessorError, MeshError: what they are asked with.
+        PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what they are asked with.
     """
     folder = Path(workdir)
+    if config.rescore.path:
+        publish(read_any(config.rescore.path, config.benchmark), config, folder)
+        return 0
+    if not (config.model.path or config.model.adapter):
+        raise EvaluationError(
+            "model.path and rescore.path are empty: name the model to ask with --config.model.path=DIR, or predictions "
+            "to score with --config.rescore.path=FILE"
+        )
     try:
         bad = _ask_all(config, folder)
     except StoppedElsewhereError:
@@ -77,15 +85,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     if multihost.is_primary():
         if unusable:
             print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
-        rescore.publish(
-            read_predictions(folder),
-            folder,
-            extractor=config.extractor,
-            bootstrap=Bootstrap(config.bootstrap.samples, config.seed),
-            controls=[rescore.read_any(path, config.benchmark) for path in config.controls],
-            compare=rescore.read_any(config.compare, config.benchmark) if config.compare else (),
-            unusable=unusable,
-        )
+        publish(read_predictions(folder), config, folder, unusable)
     return 0
 
 
@@ -106,11 +106,8 @@ def _agree(number: int) -> np.ndarray:
 
 def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     """Asks this process's questions; returns how many of them could not be asked, now or earlier."""
-    items, manner, choice = (
-        load_questions(config),
-        manner_of(config),
-        choose_model(config.model.path, config.model.adapter, config.model.step),
-    )
+    items, manner = load_questions(config), manner_of(config)
+    choice = choose_model(config.model.path, config.model.adapter, config.model.step)
     host, hosts = jax.process_index(), jax.process_count()
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:
@@ -124,13 +121,18 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
         # All processes load the model or none: those that read a checkpoint do it together.
         if _agree(asked).any():
             print(f"asking {asked} of {len(items)} questions about {len(left)} videos: {choice}", flush=True)
-            ask, progress = _Asker(config, items, manner, choice, len(left)), Progress(asked)
-            with ask.encoder:
-                for predictions in ask(left, digest, quarantine, progress):
+            ask = _Asker(config, items, manner, choice, len(left))
+            with ask.encoder, progress_bar(asked) as bar:
+                for predictions in ask(left, digest, quarantine, bar):
                     store.append(predictions)
-                    progress.add(len(predictions))
-            progress.close()
+                    bar.update(len(predictions))
         return sum(quarantine.knows(0, i) for i in mine)
+
+
+def progress_bar(questions: int) -> tqdm:
+    """Return the bar on stderr, with rate and time left; where that is no terminal it says so only now and then."""
+    seconds = 0.1 if sys.stderr.isatty() else _QUIET_S
+    return tqdm(total=questions, unit="question", dynamic_ncols=True, mininterval=seconds, maxinterval=_QUIET_S)
 
 
 def load_questions(config: ml_collections.ConfigDict) -> tuple[BenchmarkQuestion, ...]:
@@ -192,25 +194,29 @@ class _Asker:
         self.encoder = ShuffledEncoder(*of, seed=config.seed) if config.control == "shuffled" else Encoder(*of)
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
         model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
-        self._layout = _layout(config, self.encoder, model, mesh, videos)
+        rows, shards = max(1, min(config.prompts_at_once, videos)), batch_shards(mesh)
+        shape = row_shape(config, self.encoder.config, model.config)
+        # Rows enough for all devices, but not for more than the videos there are.
+        self._layout = Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)
         graphdef, state = nnx.split(model)
         self._weights = (state,)
-        self._sampler = Sampler(graphdef, mesh, chunk=config.chunk, ladder=Ladder(shards=batch_shards(mesh)))
+        self._sampler = Sampler(graphdef, mesh, chunk=config.chunk, ladder=Ladder(shards=shards))
         self._options = SamplingOptions(
             temperature=config.temperature,
             eos_ids=self._tokenizer.eos_ids,
             banned_ids=banned_token_ids(self._tokenizer, model.config.text.vocab_size),
         )
 
-    def __call__(self, videos: Sequence[tuple[int, ...]], digest: str, quarantine: Quarantine, progress: Progress):
-        """Predictions of one batch after the other; what cannot be asked goes to quarantine."""
-        rows, waiting = self._layout.rows, collections.deque[Group]()
-        workers = self._config.data.workers
+    def __call__(
+        self, videos: Sequence[tuple[int, ...]], digest: str, quarantine: Quarantine, bar: tqdm
+    ) -> Iterator[list[Prediction]]:
+        """Yields the predictions of one batch after the other; what cannot be asked goes to quarantine."""
+        rows, waiting, workers = self._layout.rows, collections.deque[Group](), self._config.data.workers
         ahead = max(2 * rows, workers)
         for encoded in encode_ahead(self.encoder, self._source, videos, workers, ahead):
             for i, error in encoded.refused:
                 quarantine.add(0, i, error)
-            progress.drop(len(encoded.refused))
+            bar.total -= len(encoded.refused)
             if encoded.examples:
                 waiting.extend(self._layout.groups(encoded.examples))
             while len(waiting) >= rows:
@@ -243,63 +249,3 @@ class _Asker:
             for slot, key in enumerate(places)
             if key
         ]
-
-
-def _layout(config: ml_collections.ConfigDict, encoder: Encoder, model: QwenVL, mesh: Mesh, videos: int) -> Layout:
-    """Rows enough for all devices, but not for more than the videos there are."""
-    rows, shards = max(1, min(config.prompts_at_once, videos)), batch_shards(mesh)
-    shape = row_shape(config, encoder.config, model.config)
-    return Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)
-
-
-class Progress:
-    """How far it is, at what rate, and how long it will take: a line that changes, or now and then a new one."""
-
-    def __init__(self, total: int, out: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """
-        Args:
-          total: questions.
-          out: None = the standard error stream.
-        """
-        self._out, self._clock, self._total = out or sys.stderr, clock, total
-        self._done, self._shown, self._last = 0, -_QUIET_S, ""
-        # Recent ones only: the first batch of a shape has to be compiled.
-        self._recent = collections.deque([(clock(), 0)], maxlen=16)
-
-    def add(self, questions: int) -> None:
-        """So many more are answered."""
-        self._done += questions
-        now = self._clock()
-        self._recent.append((now, self._done))
-        if self._out.isatty():
-            print(f"\r{self.line():<79}", end="", file=self._out, flush=True)
-        elif now - self._shown >= _QUIET_S:
-            self._shown, self._last = now, self.line()
-            print(self._last, file=self._out, flush=True)
-
-    def drop(self, questions: int) -> None:
-        """So many cannot be asked."""
-        self._total -= questions
-
-    def line(self) -> str:
-        """The text."""
-        (start, before), (now, done) = self._recent[0], self._recent[-1]
-        rate = (done - before) / (now - start) if now > start else 0.0
-        left = self._total - self._done
-        share = self._done / self._total if self._total else 1.0
-        text = f"{self._done} of {self._total} questions answered ({share:.0%})"
-        return f"{text}, {rate:.2f} a second, {_duration(left / rate)} left" if rate and left else text
-
-    def close(self) -> None:
-        """Shows the last state, if it was not."""
-        text = self.line()
-        if self._out.isatty():
-            print(f"\r{text:<79}", file=self._out, flush=True)
-        elif text != self._last:
-            self._last = text
-            print(text, file=self._out, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,11 +1,12 @@
 """The record of an evaluation: one line per answered question, only ever appended to.
 
 A run that is killed at any moment and started again answers what is not in its files yet: nothing is lost, nothing is
-asked twice. Every host of a run writes a file of its own and reads all of them.
+asked twice. Every host of a run writes a file of its own and reads all of them. Published responses are read as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -20,9 +21,12 @@ import ml_collections
 
 from configs.common import task_keys
 from configs.schema import fixed
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
-from mllm4d_jax.qa.answers import EXTRACTORS, ExtractedAnswer, extract_answer
+from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.report.reading import PREDICTIONS
 
 
@@ -81,17 +85,8 @@ class Prediction:
         """The prediction for a question whose response has come in."""
         found = extract_answer(response, item.choices)
         asked = {field: getattr(item, field) for field in _OF_ITEM}
-        return cls(
-            **asked,
-            prompt_mode=prompt_mode,
-            control=control,
-            response=response,
-            tokens=tokens,
-            finish=finish,
-            **dataclasses.asdict(found),
-            correct=found.letter in item.truth,
-            config=config,
-        )
+        made = {"prompt_mode": prompt_mode, "control": control, "tokens": tokens, "finish": finish, "config": config}
+        return cls(**asked, **made, response=response, **dataclasses.asdict(found), correct=found.letter in item.truth)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Self:
@@ -114,12 +109,6 @@ class Prediction:
         """The line for the file, as JSON values."""
         values = {field: getattr(self, field) for field in _FIELDS}
         return values | {"truth": list(self.truth), "choices": dict(self.choices)}
-
-    def extracted(self, extractor: str) -> ExtractedAnswer:
-        """What the response chose, worked out again."""
-        if extractor not in EXTRACTORS:
-            raise PredictionError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {extractor!r}")
-        return extract_answer(self.response, self.choices, extractor)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
@@ -149,17 +138,6 @@ def config_hash(config: ml_collections.ConfigDict, content: Mapping[str, Any]) -
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def prediction_files(path: str | Path) -> tuple[Path, ...]:
-    """A file itself; of a folder the files of all hosts. Raises PredictionError if there is none."""
-    path = Path(path)
-    if path.is_file():
-        return (path,)
-    found = tuple(jsonl.of_all_hosts(path / PREDICTIONS))
-    if not found:
-        raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
-    return found
-
-
 def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
     """The predictions of a run, in the order of the files.
 
@@ -171,10 +149,10 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
       PredictionError: nothing there, a line that is no prediction, an id twice, predictions of two configurations;
         JsonLinesError: a damaged line.
     """
-    return _read(prediction_files(path))
-
-
-def _read(files: Iterable[Path]) -> tuple[Prediction, ...]:
+    path = Path(path)
+    files = [path] if path.is_file() else jsonl.of_all_hosts(path / PREDICTIONS)
+    if not files:
+        raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
     found: dict[str, tuple[Prediction, str]] = {}
     for file in files:
         for line in jsonl.read(file):
@@ -192,25 +170,65 @@ def _read(files: Iterable[Path]) -> tuple[Prediction, ...]:
     return tuple(one for one, _ in found.values())
 
 
+def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
+    """Predictions of a run (a file or its workdir), or published ones (a file, or a folder of files).
+
+    Args:
+      benchmark: how the questions of published files are laid out.
+
+    Raises:
+      PredictionError: nothing there, or a published question without a response; BenchmarkError: unusable questions.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.glob("predictions*.jsonl")):
+        return read_predictions(path)
+    try:
+        files = question_files(path)
+    except BenchmarkError:
+        raise PredictionError(
+            f"{path}: no such file, and no folder with predictions*.jsonl or with published .json files"
+        ) from None
+    if len(files) == 1 and _is_of_a_run(files[0]):
+        return read_predictions(files[0])
+    found, silent = [], []
+    for item, raw in read_benchmark(benchmark, files, None):
+        response = raw.get("response")
+        if isinstance(response, str):
+            found.append(Prediction.of(item, response, prompt_mode="published", config="published"))
+        else:
+            silent.append(item.id)
+    if silent:
+        raise PredictionError(
+            f"{path}: {len(silent)} questions have no text 'response', the first are {', '.join(silent[:5])}; a "
+            "question without an answer needs an empty one"
+        )
+    return tuple(found)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether the file's first readable record is a line that a run wrote."""
+    records = RecordFile(path, "")
+    for n in range(len(records)):
+        try:
+            return "truth" in (raw := records.raw(n)) and "config" in raw
+        except RecordError:
+            continue
+    return False
+
+
 class PredictionStore:
     """Appends predictions to the file of this host. Use it in a `with` block.
 
     Attributes:
       path: the file.
-      done: ids that are answered already, by any host of this run or of an earlier one with another number of hosts.
+      done: ids that are answered, by any host of this run or of an earlier one with another number of hosts.
     """
 
     def __init__(self, folder: str | Path, config: str, *, host: int = 0) -> None:
-        """
-        Args:
-          folder: the workdir, made if needed.
-          config: hash of the configuration of this run.
-          host: number of this host, from 0.
-        """
+        """Name the workdir (made if needed), the hash of this run's configuration, and the host's number from 0."""
         self.folder, self.config = Path(folder), config
         self.path = jsonl.of_host(self.folder / PREDICTIONS, host)
-        self.done: frozenset[str] = frozenset()
-        self._ids: set[str] = set()
+        self.done: set[str] = set()
         self._lock: Any = None
 
     def __enter__(self) -> Self:
@@ -221,27 +239,23 @@ class PredictionStore:
             see `read_predictions`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self.path.open("ab")
-        try:
+        with contextlib.ExitStack() as stack:  # closes the file unless all goes well
+            self._lock = stack.enter_context(self.path.open("ab"))
             try:
                 # The kernel drops this lock when the process ends, however it ends.
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise PredictionError(
-                    f"another run is writing to {self.path}: wait for it or use another workdir"
-                ) from None
+                problem = f"another run is writing to {self.path}: wait for it or use another workdir"
+                raise PredictionError(problem) from None
             jsonl.rewind(self.path)
-            found = _read(prediction_files(self.folder))
+            found = read_predictions(self.folder)
             if found and found[0].config != self.config:
                 raise PredictionError(
                     f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
                     f"run is {self.config}): use another workdir, or delete them to start over"
                 )
-        except BaseException:
-            self._lock.close()
-            raise
-        self._ids = {one.id for one in found}
-        self.done = frozenset(self._ids)
+            stack.pop_all()
+        self.done = {one.id for one in found}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -259,8 +273,8 @@ class PredictionStore:
         for one in predictions:
             if one.config != self.config:
                 raise PredictionError(f"prediction {one.id!r} has the config {one.config}, this store {self.config}")
-            if one.id in self._ids or one.id in new:
+            if one.id in self.done or one.id in new:
                 raise PredictionError(f"question {one.id!r} is answered already in {self.folder}")
             new.add(one.id)
         jsonl.append(self.path, [one.to_row() for one in predictions])
-        self._ids.update(new)
+        self.done |= new

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import Prediction
 from mllm4d_jax.eval.statistics import Bootstrap
-from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer
+from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer, extract_answer
 
 MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
 _SHOWN_IDS = 20
@@ -41,18 +41,17 @@ class Scored:
 
 
 def score(predictions: Iterable[Prediction], extractor: str = "strict") -> list[Scored]:
-    """What an extractor makes of each prediction. Raises PredictionError for an unknown extractor."""
-    return [Scored(one, one.extracted(extractor)) for one in predictions]
+    """What an extractor makes of each prediction. Raises ValueError for an unknown extractor."""
+    return [Scored(one, extract_answer(one.response, one.choices, extractor)) for one in predictions]
 
 
 def figures(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
     """The figure of a group of answers; see the module."""
-    right, videos = _right(scored), _videos(scored)
-    estimate = statistics.accuracy(right, videos, bootstrap)
+    right = _right(scored)
     asked = [s.prediction for s in scored]
     letters = Counter(letter for one in asked for letter in one.truth)
     return {
-        **_interval(estimate),
+        **_interval(statistics.accuracy(right, _videos(scored), bootstrap)),
         "correct": sum(right),
         "unparsed": sum(s.found.letter is None for s in scored),
         "blank": sum(not one.response.strip() for one in asked),
@@ -90,15 +89,10 @@ def results(
     beside = [score(control, extractor) for control in controls]
     for control in beside:
         _check_control(named, control)
-    groups = [
-        {
-            "table": table,
-            "name": name,
-            **figures(group, bootstrap),
-            "controls": [_control(group, control) for control in beside],
-        }
-        for table, name, group in grouped(scored)
-    ]
+    groups = []
+    for table, name, group in grouped(scored):
+        others = [_control(group, control) for control in beside]
+        groups.append({"table": table, "name": name, **figures(group, bootstrap), "controls": others})
     benchmarks = sorted({one.benchmark for one in predictions})
     return {
         "benchmark": ", ".join(benchmarks),
@@ -109,7 +103,7 @@ def results(
         "level": statistics.LEVEL,
         "bootstrap": {"samples": bootstrap.samples, "seed": bootstrap.seed},
         "groups": groups,
-        "macro": _macro(scored, bootstrap) if benchmarks and set(benchmarks) <= set(MACRO) else None,
+        "macro": _macro(scored, bootstrap) if set(benchmarks) <= set(MACRO) else None,
         "letters": _letters(scored),
         "rules": {rule: n for rule in RULES if (n := sum(s.found.rule == rule for s in scored))},
         "extractors": _extractors(predictions),
@@ -123,22 +117,14 @@ def grouped(scored: Sequence[Scored]) -> list[tuple[str, str, list[Scored]]]:
     With several splits, the names of categories and subtasks begin with the split's. A table of one row that would
     repeat the row above it is left out.
     """
-    splits = {s.prediction.split for s in scored}
-
-    def within(value: str | None, s: Scored) -> str | None:
-        return f"{s.prediction.split}: {value}" if value is not None and len(splits) > 1 else value
-
-    keys: Mapping[str, Callable[[Scored], str | None]] = {
-        "split": lambda s: s.prediction.split,
-        "category": lambda s: within(s.prediction.category, s),
-        "subtask": lambda s: within(s.prediction.subtask, s),
-    }
+    several = len({s.prediction.split for s in scored}) > 1
     found = [("all", "all", list(scored))]
-    for table, key in keys.items():
+    for table in ("split", "category", "subtask"):
         parts: dict[str, list[Scored]] = {}
         for s in scored:
-            if (name := key(s)) is not None:
-                parts.setdefault(name, []).append(s)
+            if (name := getattr(s.prediction, table)) is not None:
+                within = f"{s.prediction.split}: " if several and table != "split" else ""
+                parts.setdefault(within + name, []).append(s)
         if len(parts) > 1 or sum(map(len, parts.values())) not in (0, len(scored)):
             found += [(table, name, parts[name]) for name in sorted(parts)]
     return found
@@ -160,23 +146,12 @@ def comparison(
         _check_same(earlier[s.prediction.id].prediction, s.prediction)
     rows = []
     for table, name, group in grouped(later):
-        a, b = _right([earlier[s.prediction.id] for s in group]), _right(group)
-        videos = _videos(group)
-        change = statistics.paired_difference(a, b, videos, bootstrap)
-        test = statistics.mcnemar(a, b)
-        rows.append(
-            {
-                "table": table,
-                "name": name,
-                "first": _mean(a),
-                "second": _mean(b),
-                **_interval(change, "difference"),
-                "only_first": test.only_first,
-                "only_second": test.only_second,
-                "mcnemar_p": test.p,
-                "detectable": _number(statistics.detectable_difference(a, b, videos)),
-            }
-        )
+        a, b, videos = _right([earlier[s.prediction.id] for s in group]), _right(group), _videos(group)
+        only_first, only_second, p = statistics.mcnemar(a, b)
+        row = {"table": table, "name": name, "first": _mean(a), "second": _mean(b)}
+        row |= _interval(statistics.paired_difference(a, b, videos, bootstrap), "difference")
+        row |= {"only_first": only_first, "only_second": only_second, "mcnemar_p": p}
+        rows.append(row | {"detectable": _number(statistics.detectable_difference(a, b, videos))})
     return {
         "configs": sorted({one.config for one in first}),
         "only_in_first": len(earlier) - len(later),
@@ -187,7 +162,7 @@ def comparison(
 
 def _macro(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
     subtasks = [str(s.prediction.subtask) for s in scored]
-    estimate = statistics.macro_accuracy(_right(scored), _videos(scored), subtasks, bootstrap)
+    estimate = statistics.accuracy(_right(scored), _videos(scored), bootstrap, groups=subtasks)
     return {"subtasks": len(set(subtasks)), **_interval(estimate)}
 
 
@@ -196,23 +171,15 @@ def _extractors(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     rows = []
     for split in sorted({one.split for one in predictions}):
         part = [one for one in predictions if one.split == split]
+        blank = sum(not one.response.strip() for one in part)
         by = {extractor: score(part, extractor) for extractor in EXTRACTORS}
         pairs = zip(*by.values(), strict=True)
         differ = [s.prediction.id for s, t in pairs if s.found.letter != t.found.letter]
         for extractor, scored in by.items():
-            right = sum(_right(scored))
-            rows.append(
-                {
-                    "split": split,
-                    "extractor": extractor,
-                    "n": len(part),
-                    "correct": right,
-                    "unparsed": sum(s.found.letter is None for s in scored),
-                    "correct_with_blanks": right + sum(not one.response.strip() for one in part),
-                    "differ": len(differ),
-                    "differ_ids": differ[:_SHOWN_IDS],
-                }
-            )
+            right, unparsed = sum(_right(scored)), sum(s.found.letter is None for s in scored)
+            row = {"split": split, "extractor": extractor, "n": len(part), "correct": right, "unparsed": unparsed}
+            row |= {"correct_with_blanks": right + blank, "differ": len(differ), "differ_ids": differ[:_SHOWN_IDS]}
+            rows.append(row)
     return rows
 
 

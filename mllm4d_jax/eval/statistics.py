@@ -49,38 +49,19 @@ class Estimate:
     clusters: int
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Questions that only one of two runs has right (`only_first`, `only_second`), and the exact two-sided p-value.
-
-    The test takes questions for independent: with many questions per video p comes out too small.
-    """
-
-    only_first: int
-    only_second: int
-    p: float
-
-
-def accuracy(correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT) -> Estimate:
-    """Return the share of right answers with its interval.
+def accuracy(
+    correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT, groups: Sequence[str] = ()
+) -> Estimate:
+    """Return the share of right answers, or the mean of the groups' shares, with its interval.
 
     When all answers are right, or all wrong, draws do not differ; the interval's inner end is then the share at which
     as many videos in a row without an exception have probability 2.5 %.
 
     Args:
       correct: bool[N]; clusters: the video of each question.
+      groups: the group of each question; every group counts the same, and groups may share videos. () = one group.
     """
-    return macro_accuracy(correct, clusters, [""] * len(correct), bootstrap)
-
-
-def macro_accuracy(
-    correct: Sequence[bool], clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap = DEFAULT
-) -> Estimate:
-    """Return the mean of the groups' accuracies, each group counting the same; groups may share videos.
-
-    Args:
-      groups: str[N], the group of each question. The other arguments are those of `accuracy`.
-    """
+    groups = groups if len(groups) else [""] * len(correct)
     return _estimate(np.asarray(correct, dtype=float), 0.0, clusters, groups, bootstrap)
 
 
@@ -98,11 +79,15 @@ def paired_difference(
     return _estimate(change, -1.0, clusters, [""] * len(change), bootstrap)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Test exactly whether two runs on the same questions are equally often right when they differ."""
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """Test exactly whether two runs on the same questions are equally often right when they differ.
+
+    Returns the questions that only the first has right, those that only the second has, and the two-sided p-value. The
+    test takes questions for independent: with many questions per video p comes out too small.
+    """
     change = _change(first, second)
     lost, won = int((change < 0).sum()), int((change > 0).sum())
-    return McNemar(lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0)
+    return lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
 def detectable_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> float:

@@ -1,14 +1,21 @@
-"""The results of an evaluation as tables of text: in Markdown, and in results.json for the page of the run."""
+"""The results of an evaluation as files, with tables of text: in Markdown, and in results.json for the run's page."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ml_collections
+
+from mllm4d_jax.eval import scoring
+from mllm4d_jax.eval.predictions import Prediction, read_any
+from mllm4d_jax.eval.statistics import Bootstrap
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.atomic import write_atomic
-from mllm4d_jax.report.reading import RESULTS
+from mllm4d_jax.report.reading import RESULTS, SCORED
 
 TITLES = {"all": "All questions", "split": "By split", "category": "By category", "subtask": "By subtask"}
 EXPLANATION = {
@@ -25,8 +32,36 @@ PUBLISHED = (
 )
 
 Results = Mapping[str, Any]
-Row = list[str]
-Block = tuple[str, str, list[str], list[Row]]  # title, note, heads, rows of text
+Block = tuple[str, str, list[str], list[list[str]]]  # title, note, heads, rows of text
+
+
+def publish(
+    predictions: Sequence[Prediction], config: ml_collections.ConfigDict, workdir: str | Path, unusable: int = 0
+) -> None:
+    """Score predictions, write `write_results` and scored.jsonl, and print the tables.
+
+    scored.jsonl has the predictions with what the extractor made of them, for the page of the run.
+
+    Args:
+      config: of an evaluation: extractor, bootstrap, controls and the run to compare with.
+      unusable: questions of the run that could not be asked: in no figure, but said, and in the results by this name.
+
+    Raises:
+      PredictionError, BenchmarkError, ScoringError, RecordFileError: files that cannot be used.
+    """
+    found = scoring.results(
+        predictions,
+        extractor=config.extractor,
+        bootstrap=Bootstrap(config.bootstrap.samples, config.seed),
+        controls=[read_any(path, config.benchmark) for path in config.controls],
+        compare=read_any(config.compare, config.benchmark) if config.compare else (),
+    )
+    found["unusable"] = unusable
+    write_results(workdir, found)
+    scored = scoring.score(predictions, config.extractor)
+    rows = (one.prediction.to_row() | asdict(one.found) | {"correct": one.correct} for one in scored)
+    write_atomic(Path(workdir) / SCORED, jsonl.encoded(rows))
+    print(markdown(found), flush=True)
 
 
 def write_results(folder: str | Path, results: Results) -> None:
@@ -50,7 +85,8 @@ def markdown(results: Results) -> str:
     """All tables as Markdown."""
     parts = [f"# Results: {results['benchmark']}", summary(results)]
     for title, note, heads, rows in blocks(results):
-        lines = ["| " + " | ".join(line) + " |" for line in (heads, *map(_escaped, rows))]
+        cells = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows]  # on one line, no bars
+        lines = ["| " + " | ".join(line) + " |" for line in (heads, *cells)]
         lines.insert(1, "|" + "|".join("---" if n == 0 else "---:" for n in range(len(heads))) + "|")
         parts += [f"## {title}", *([note] if note else []), "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
@@ -74,39 +110,36 @@ def summary(results: Results) -> str:
 
 def blocks(results: Results) -> list[Block]:
     """Every table as text."""
-    found = []
-    for table, title in TITLES.items():
-        groups = [group for group in results["groups"] if group["table"] == table]
-        if groups:
-            found.append(_groups_block(title, groups))
-    if results["comparison"]:
-        found.append(_comparison_block(results["comparison"]))
-    found += [_extractors_block(results), _letters_block(results["letters"])]
+    parts = {title: [one for one in results["groups"] if one["table"] == table] for table, title in TITLES.items()}
+    found = [_groups_block(title, groups) for title, groups in parts.items() if groups]
+    found += [_comparison_block(results["comparison"])] if results["comparison"] else []
+    letters = [[row["letter"], str(row["right"]), str(row["given"])] for row in results["letters"]]
+    note = "How often each letter is right, and how often it was given."
     rules = [[rule, str(n)] for rule, n in results["rules"].items()]
-    return [*found, ("How answers were found", "", ["rule", "answers"], rules)]
+    return [
+        *found,
+        _extractors_block(results),
+        ("Letters", note, ["letter", "right", "given"], letters),
+        ("How answers were found", "", ["rule", "answers"], rules),
+    ]
 
 
 def _groups_block(title: str, groups: Sequence[Mapping[str, Any]]) -> Block:
     heads = ["", "n", "videos", "right", "accuracy %", "unparsed (%)", "conflicts", "truncated"]
-    heads += ["chance %", "best letter %"]
-    kinds = [f"{control['control']} %" for control in groups[0]["controls"]]
-    rows = []
-    for group in groups:
-        counts = [str(group[name]) for name in ("n", "clusters", "correct")]
-        rows.append(
-            [
-                group["name"],
-                *counts,
-                _with_interval(group, "accuracy"),
-                f"{group['unparsed']} ({_percent(_share(group['unparsed'], group['n']))})",
-                str(group["conflicts"]),
-                str(group["truncated"]),
-                _percent(group["chance"]),
-                _percent(group["best_letter"]),
-                *(f"{_percent(control['accuracy'])} (n = {control['n']})" for control in group["controls"]),
-            ]
-        )
-    return title, "", [*heads, *kinds], rows
+    heads += ["chance %", "best letter %", *(f"{control['control']} %" for control in groups[0]["controls"])]
+    rows = [
+        [
+            group["name"],
+            *(str(group[name]) for name in ("n", "clusters", "correct")),
+            _with_interval(group, "accuracy"),
+            f"{group['unparsed']} ({_percent(group['unparsed'] / group['n'])})",
+            *(str(group[name]) for name in ("conflicts", "truncated")),
+            *(_percent(group[name]) for name in ("chance", "best_letter")),
+            *(f"{_percent(control['accuracy'])} (n = {control['n']})" for control in group["controls"]),
+        ]
+        for group in groups
+    ]
+    return title, "", heads, rows
 
 
 def _comparison_block(comparison: Mapping[str, Any]) -> Block:
@@ -119,14 +152,9 @@ def _comparison_block(comparison: Mapping[str, Any]) -> Block:
     heads = ["", "n", "first %", "second %", "difference", "detectable", "only first right", "only second right", "p"]
     rows = [
         [
-            row["name"],
-            str(row["n"]),
-            _percent(row["first"]),
-            _percent(row["second"]),
+            *(row["name"], str(row["n"]), _percent(row["first"]), _percent(row["second"])),
             _with_interval(row, "difference", signed=True),
-            _percent(row["detectable"]),
-            str(row["only_first"]),
-            str(row["only_second"]),
+            *(_percent(row["detectable"]), str(row["only_first"]), str(row["only_second"])),
             f"{row['mcnemar_p']:.3g}",
         ]
         for row in comparison["rows"]
@@ -137,46 +165,28 @@ def _comparison_block(comparison: Mapping[str, Any]) -> Block:
 def _extractors_block(results: Results) -> Block:
     rows = results["extractors"]
     explained = "; ".join(f"{name}: {text}" for name, text in EXPLANATION.items())
-    differing = {row["split"]: row["differ"] for row in rows}
-    differ = ", ".join(f"{n} in {split}" for split, n in differing.items())
-    ids = [one for split in differing for row in rows if row["split"] == split for one in row["differ_ids"]]
-    named = f", among them {', '.join(list(dict.fromkeys(ids))[:5])}" if ids else ""
+    differ = ", ".join(dict.fromkeys(f"{row['differ']} in {row['split']}" for row in rows))
+    ids = list(dict.fromkeys(one for row in rows for one in row["differ_ids"]))[:5]
+    named = f", among them {', '.join(ids)}" if ids else ""
     note = f"{explained}. Answers on which the two differ: {differ}{named}. {BLANKS}"
     if results["benchmark"] == "vlm4d" and results["prompt_modes"] == ["published"]:
         note += f" {PUBLISHED}"
     heads = ["", "extractor", "n", "right", "accuracy %", "unparsed", "blanks credited (%)"]
-    made = []
+    cells = []
     for row in rows:
-        credited = f"{row['correct_with_blanks']} ({_percent(_share(row['correct_with_blanks'], row['n']), 2)})"
-        share = _percent(_share(row["correct"], row["n"]), 2)
-        counts = [str(row["n"]), str(row["correct"]), share, str(row["unparsed"])]
-        made.append([row["split"], row["extractor"], *counts, credited])
-    return "Both extractors", note, heads, made
-
-
-def _letters_block(letters: Sequence[Mapping[str, Any]]) -> Block:
-    rows = [[row["letter"], str(row["right"]), str(row["given"])] for row in letters]
-    return "Letters", "How often each letter is right, and how often it was given.", ["letter", "right", "given"], rows
+        right, credited = (_percent(row[name] / row["n"], 2) for name in ("correct", "correct_with_blanks"))
+        counts = [str(row["n"]), str(row["correct"]), right, str(row["unparsed"])]
+        cells.append([row["split"], row["extractor"], *counts, f"{row['correct_with_blanks']} ({credited})"])
+    return "Both extractors", note, heads, cells
 
 
 def _with_interval(values: Mapping[str, Any], name: str, *, signed: bool = False) -> str:
-    form = "+.1f" if signed else ".1f"
     if values[name] is None:
         return "–"
-    value = format(100 * values[name], form)
-    if values["low"] is None:
-        return value
-    return f"{value} [{format(100 * values['low'], form)}, {format(100 * values['high'], form)}]"
+    known = [v for v in (values[name], values["low"], values["high"]) if v is not None]
+    value, *ends = (format(100 * v, "+.1f" if signed else ".1f") for v in known)
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def _percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f}"
-
-
-def _share(part: int, n: int) -> float | None:
-    return part / n if n else None
-
-
-def _escaped(row: Row) -> Row:
-    """Cells for a Markdown table: no line breaks, no bars."""
-    return [" ".join(text.split()).replace("|", "\\|") for text in row]

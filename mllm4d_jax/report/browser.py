@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mllm4d_jax.report import centers, page
-from mllm4d_jax.report.items import TONES, ShownAnswer
-from mllm4d_jax.report.page import Card, Markup, tag
-from mllm4d_jax.report.pictures import PictureRule, Pictures, read_pictures
-from mllm4d_jax.report.said import said, shortened
+from mllm4d_jax.qa.reasoning import find_blocks
+from mllm4d_jax.report import page
+from mllm4d_jax.report.items import TONES, Centers, ShownAnswer, Vec3
+from mllm4d_jax.report.maps import MapPath, top_map
+from mllm4d_jax.report.page import Card, Markup, shortened, tag
+from mllm4d_jax.report.pictures import Pictures, read_pictures
 
 # Of the page's 10 MB. A picture in the page takes 4/3 of its bytes.
 PICTURE_BYTES, TEXT_BYTES = 4_000_000, 2_400_000
 _PICTURE, _TEXT = 14_000, 24_000  # at most for one picture, and for one completion
 _FIELD = 400  # bytes of a title, an option or a fact
 _SHOWN_FILES = 4  # clips of one question
+_LOOKS = {"thinking": "thought", "answer": "answer"}
 
 Entry = Mapping[str, ShownAnswer]  # run -> what it answered to one question; the run is '' where there is only one
 
@@ -50,7 +54,9 @@ def browser(entries: Sequence[Entry], options: BrowserOptions, *, label: str) ->
     """A card for each entry, in order."""
     paths = [path for entry in entries for path in _media(entry)] if options.frames else []
     size = min(_PICTURE, PICTURE_BYTES // max(options.frames * len(paths), 1))
-    pictures = read_pictures(paths, PictureRule(options.frames, size, options.clip_s, options.pictures_s))
+    pictures = read_pictures(
+        paths, frames=options.frames, max_bytes=size, clip_s=options.clip_s, total_s=options.pictures_s
+    )
     text = min(_TEXT, TEXT_BYTES // max(sum(map(len, entries)), 1))
     cards = [_card(entry, pictures, text) for entry in entries]
     return page.cards(cards, label=label, ranges=("step",), wide=True)
@@ -63,10 +69,10 @@ def _media(entry: Entry) -> tuple[str, ...]:
 def _card(entry: Entry, pictures: Mapping[str, Pictures], max_text: int) -> Card:
     item = next(iter(entry.values()))
     left = [
-        *(strip(pictures[path], path) for path in _media(entry) if path in pictures),
+        *(_strip(pictures[path], path) for path in _media(entry) if path in pictures),
         tag("p", shortened(item.question, max_text // 4), class_="question", tabindex="0"),
         _options(item, entry) if item.choices else None,
-        *(centers.center_map(one, _called("Centres from above", name)) for name, one in entry.items()),
+        *(center_map(one, _called("Centres from above", name)) for name, one in entry.items()),
     ]
     right = [part for name, one in entry.items() for part in _answer(name, one, max_text)]
     body = tag("div", tag("div", *left, class_="stack"), tag("div", *right, class_="stack"), class_="review")
@@ -80,10 +86,10 @@ def _answer(name: str, item: ShownAnswer, max_text: int) -> list[Markup | None]:
     """What one run answered, and what came of it."""
     return [
         tag("h4", name) if name else None,
-        verdict(item),
+        _verdict(item),
         _scores(item.scores) if item.scores else None,
         said(item.response, max_text),
-        facts([*item.facts, *centers.facts(item)]),
+        _facts([*item.facts, *_center_facts(item)]),
     ]
 
 
@@ -91,7 +97,7 @@ def _called(what: str, name: str) -> str:
     return f"{name}: {what}" if name else what
 
 
-def strip(pictures: Pictures, path: str) -> Markup:
+def _strip(pictures: Pictures, path: str) -> Markup:
     """The frames of a clip side by side, or why there are none."""
     if not pictures.frames:
         return tag("div", tag("div", shortened(pictures.note, _FIELD), class_="missing"), class_="strip")
@@ -103,20 +109,18 @@ def strip(pictures: Pictures, path: str) -> Markup:
     return tag("div", *shown, class_="strip", title=name)
 
 
-def verdict(item: ShownAnswer) -> Markup:
+def _verdict(item: ShownAnswer) -> Markup:
     """The outcome, what was extracted, and what is right."""
     extracted = tag("b", shortened(item.answer, _FIELD)) if item.answer else "nothing"
     truth = shortened(", ".join(item.truth), _FIELD) if item.truth else "not known"
-    mark = tag("span", item.outcome, class_=" ".join(filter(None, ("mark", TONES[item.outcome]))))
+    mark = tag("span", item.outcome, class_=f"mark {TONES[item.outcome]}".rstrip())
     return tag("p", mark, " extracted: ", extracted, "; right: ", tag("b", truth))
 
 
-def facts(pairs: Sequence[tuple[str, str]]) -> Markup | None:
+def _facts(pairs: Sequence[tuple[str, str]]) -> Markup | None:
     """A list of names and values; None for none."""
-    if not pairs:
-        return None
     parts = [part for name, value in pairs for part in (tag("dt", name), tag("dd", shortened(value, _FIELD)))]
-    return tag("dl", *parts, class_="facts")
+    return tag("dl", *parts, class_="facts") if parts else None
 
 
 def _scores(scores: Mapping[str, float]) -> Markup:
@@ -133,6 +137,75 @@ def _options(item: ShownAnswer, entry: Entry) -> Markup:
         look = "good" if right else "bad" if answered else None
         lines.append(tag("li", shortened(f"{letter}. {text}", _FIELD), notes or None, class_=look))
     return tag("ul", *lines, class_="options")
+
+
+def pieces(completion: str) -> list[tuple[str, str]]:
+    """Return (kind, text) in order, together the whole text; kind is "thinking", "answer" or "".
+
+    Marked are the blocks that the reward reads (`reasoning.find_blocks`), their tags included. An answer block inside
+    the thinking is marked as the answer.
+    """
+    thinking, answers = find_blocks(completion)
+    blocks = (("answer", answers[-1] if answers else None), ("thinking", thinking))
+    spans = {kind: (block.start, block.end) for kind, block in blocks if block}
+    edges = sorted({0, len(completion)}.union(*spans.values()))
+    kinds = (next((kind for kind, (a, b) in spans.items() if a <= start < b), "") for start in edges)
+    return [(kind, completion[a:b]) for kind, (a, b) in zip(kinds, itertools.pairwise(edges), strict=False)]
+
+
+def said(completion: str, max_bytes: int) -> Markup:
+    """The marked completion; an empty one says that it is."""
+    if not completion:
+        return tag("p", "The completion is empty.", class_="empty")
+    shares = {"thinking": max_bytes * 3 // 5, "answer": max_bytes // 5, "": max_bytes // 10}
+    parts = []
+    for kind, text in (piece for piece in pieces(completion) if piece[1]):
+        whole = max_bytes if len(completion) == len(text) else shares[kind]
+        inner = shortened(text, whole)
+        parts.append(tag("span", inner, class_=_LOOKS[kind], title=kind) if kind else inner)
+    return tag("div", *parts, class_="said", tabindex="0", role="region", aria_label="completion")
+
+
+def distances(centers: Centers) -> list[float]:
+    """Metres between the predicted and the true centre of each state that has both."""
+    both = zip(centers.truth, centers.predicted, strict=False)
+    return [math.dist(a, b) for a, b in both if a is not None and b is not None]
+
+
+def center_map(item: ShownAnswer, title: str) -> Markup | None:
+    """Map of the true and the predicted centres from above; None where neither are known."""
+    paths = []
+    for called, centers in (("camera", item.camera), ("object", item.objects)):
+        camera, known = called == "camera", _known(centers.truth)
+        if known:
+            paths.append(MapPath(f"{called}, true", _from_above(centers.truth), camera=camera))
+        if _known(centers.predicted):
+            paths.append(MapPath(f"{called}, said", _from_above(centers.predicted), camera=camera, guess=known))
+    return top_map(paths, title=title, x_label="x, m", y_label="z, m") if paths else None
+
+
+def _center_facts(item: ShownAnswer) -> Iterator[tuple[str, str]]:
+    """What is to be said of the centres: (name, text) pairs."""
+    for called, centers in (("camera", item.camera), ("object", item.objects)):
+        if _known(centers.truth):
+            yield f"{called}, true", _states(centers.truth)
+        if _known(centers.predicted) or (_known(centers.truth) and centers.predicted):
+            yield f"{called}, said", _states(centers.predicted)
+        if apart := distances(centers):
+            yield f"{called}, apart", ", ".join(f"{d:.2f} m" for d in apart)
+
+
+def _known(states: Sequence[Vec3 | None]) -> bool:
+    return any(state is not None for state in states)
+
+
+def _from_above(states: Sequence[Vec3 | None]) -> np.ndarray:
+    """f64[N, 2] (x, z); the world's y points down."""
+    return np.array([(np.nan, np.nan) if s is None else (s[0], s[2]) for s in states], np.float64)
+
+
+def _states(states: Sequence[Vec3 | None]) -> str:
+    return " → ".join("none" if s is None else f"({', '.join(f'{v:.4g}' for v in s)})" for s in states)
 
 
 def overview(items: Sequence[ShownAnswer]) -> str:

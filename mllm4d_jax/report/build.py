@@ -11,10 +11,11 @@ from mllm4d_jax.report import compare, page, scores, summary
 from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, spread
 from mllm4d_jax.report.curves import curve_section
 from mllm4d_jax.report.items import completion_item, prediction_item
-from mllm4d_jax.report.page import Section, join
+from mllm4d_jax.report.page import Section, join, shortened, tag
 from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError, Run, read_at, read_run
 
 REPORT = "report.html"
+_DEFAULT = BrowserOptions()
 
 
 def run(config: Any, workdir: str) -> int:
@@ -36,7 +37,7 @@ def write_report(
     workdir: str | Path,
     out: str | Path | None = None,
     other: str | Path | None = None,
-    options: BrowserOptions | None = None,
+    options: BrowserOptions = _DEFAULT,
 ) -> Path:
     """Write the page of a run, whole or not at all, and return where.
 
@@ -48,7 +49,6 @@ def write_report(
     Raises:
       ReportError: a workdir with nothing to show, or a file that cannot be written.
     """
-    options = options or BrowserOptions()
     found = read_run(workdir)
     html = render(found, options) if other is None else render_pair(found, read_run(other), options)
     return _write(Path(out) if out is not None else found.path / REPORT, html)
@@ -61,7 +61,7 @@ def close_run(workdir: str | Path) -> str:
       ReportError: see `write_report`.
     """
     found = read_run(workdir)
-    path = _write(found.path / REPORT, render(found, BrowserOptions()))
+    path = _write(found.path / REPORT, render(found, _DEFAULT))
     return "\n".join([*(f"{name}: {said}" for name, said in summary.findings(found).items()), f"report: {path}"])
 
 
@@ -80,8 +80,14 @@ def render(found: Run, options: BrowserOptions) -> str:
     if found.metrics or found.evals:
         sections.append(Section("curves", "Curves", curve_section({found.name: found})))
     sections += _evaluation(found)
-    sections += _completions(found, options)
-    sections += _predictions(found, options)
+    chosen = choose_completions(found.completions, options.answers)
+    entries = [{"": completion_item(read_at(one.place))} for one in chosen]
+    how = "whole groups of a prompt, evenly over the steps"
+    sections += _answers("completions", "Completions", entries, len(found.completions), how, options)
+    chosen = choose_predictions(found.predictions, options.answers)
+    entries = [{"": prediction_item(read_at(one.place))} for one in chosen]
+    how = "evenly over the file, those first that are wrong, unparsed or contradictory"
+    sections += _answers("predictions", "Predictions", entries, len(found.predictions), how, options)
     if found.metrics or found.evals or found.facts:
         sections.append(Section("figures", "Figures", summary.figure_tables(found)))
     if found.quarantine:
@@ -102,9 +108,11 @@ def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
     if any(found.metrics or found.evals for found in runs.values()):
         sections.append(Section("curves", "Curves", curve_section(runs)))
         sections.append(Section("figures", "Figures", join(compare.figure_columns(runs))))
-    counted, results = compare.accuracy_columns(runs), compare.result_columns(runs)
-    if counted or results:
-        sections.append(Section("evaluation", "Evaluation", join([counted, *results])))
+    tables = [compare.accuracy_columns(runs)]
+    for name, found in runs.items():  # as they stand, under the run's name
+        tables += [tag("h3", name), scores.result_tables(found.results)] if found.results else []
+    if any(tables):
+        sections.append(Section("evaluation", "Evaluation", join(tables)))
     sections += _answered_by_both(first, second, names, options)
     if any(found.config for found in runs.values()):
         sections.append(Section("config", "Configuration", compare.config_columns(runs)))
@@ -113,27 +121,13 @@ def render_pair(first: Run, second: Run, options: BrowserOptions) -> str:
 
 
 def _evaluation(found: Run) -> list[Section]:
-    """The tables of results.json; without it they are counted from the predictions."""
+    """The tables of results.json; without it they are counted from the predictions; [] without either."""
     if found.results:
-        return [Section("evaluation", "Evaluation", scores.result_tables(found.results), "As results.json has it.")]
-    if found.predictions:
+        tables, note = scores.result_tables(found.results), "As results.json has it."
+    else:
+        tables = scores.count_table(scores.counts(found.predictions))
         note = "There is no results.json: these are plain counts. A response without a letter counts as wrong."
-        return [Section("evaluation", "Evaluation", scores.count_table(scores.counts(found.predictions)), note)]
-    return []
-
-
-def _completions(found: Run, options: BrowserOptions) -> list[Section]:
-    chosen = choose_completions(found.completions, options.answers)
-    entries = [{"": completion_item(read_at(one.place))} for one in chosen]
-    how = "whole groups of a prompt, evenly over the steps"
-    return _answers("completions", "Completions", entries, len(found.completions), how, options)
-
-
-def _predictions(found: Run, options: BrowserOptions) -> list[Section]:
-    chosen = choose_predictions(found.predictions, options.answers)
-    entries = [{"": prediction_item(read_at(one.place))} for one in chosen]
-    how = "evenly over the file, those first that are wrong, unparsed or contradictory"
-    return _answers("predictions", "Predictions", entries, len(found.predictions), how, options)
+    return [Section("evaluation", "Evaluation", tables, note)] if found.results or found.predictions else []
 
 
 def _answered_by_both(first: Run, second: Run, names: Sequence[str], options: BrowserOptions) -> list[Section]:
@@ -195,4 +189,5 @@ def choose_predictions(places: Sequence[PredictionPlace], limit: int) -> list[Pr
 
 def _notes(runs: Sequence[Run]) -> list[Section]:
     notes = [note for found in runs for note in found.notes]
-    return [Section("notes", "What could not be read", summary.notes_section(notes))] if notes else []
+    listed = tag("ul", *(tag("li", shortened(note, summary.FIELD)) for note in notes))
+    return [Section("notes", "What could not be read", listed)] if notes else []

@@ -10,27 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
-from mllm4d_jax.report.page import Markup, join, tag
+from mllm4d_jax.report.page import Markup, tag
 
 WIDTH = 360.0
 COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 22.0, 36.0
 _HEIGHT = 220.0
 _MAX_LINE_POINTS = 800
+_BINS = 24  # of a histogram
 _DASHES = (None, "6 3", "2 3")
 
-
-def colour(index: int) -> str:
-    """Class of the n-th series; the colours come round again."""
-    return f"s{index % COLOURS}"
+Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 
 
-def dash(index: int) -> str | None:
-    """Dash pattern of the n-th series, another one each time the colours come round."""
-    return _DASHES[index // COLOURS % len(_DASHES)]
+def series_look(index: int) -> tuple[str, str | None]:
+    """Class and dash pattern of the n-th series: each time the colours come round, the dashes are others."""
+    return f"s{index % COLOURS}", _DASHES[index // COLOURS % len(_DASHES)]
 
 
 def number_text(value: float, step: float = 0.0) -> str:
@@ -135,49 +134,38 @@ def bars(
     """
     for name, values in series.items():
         if len(values) != len(labels) or any(v < 0 or math.isinf(v) for v in values):
-            raise ValueError(
-                f"bars {title!r}: series {name!r} needs a finite value >= 0 for each of {len(labels)} labels"
-            )
+            raise ValueError(f"bars {title!r}: series {name!r} needs a finite value >= 0 for all {len(labels)} labels")
     known = [v for values in series.values() for v in values if not math.isnan(v)]
     if not known:
         return empty(title)
     top = max([*known, reference or 0.0]) or 1.0
     marks, step = ticks(0.0, top, 4)
-    left, y = 2.0, 4.0
-    scale, shapes, words = (WIDTH - 66.0) / top, [], []
+    left, y, scale, shapes, words = 2.0, 4.0, (WIDTH - 66.0) / top, [], []
     for n, label in enumerate(labels):
-        y += 12
-        words.append(text(left, y, label, look="name"))
-        y += 4
+        words.append(text(left, y + 12, label, look="name"))
+        y += 16
         for s, (name, values) in enumerate(series.items()):
-            shown = "–" if math.isnan(values[n]) else f"{number_text(values[n])}{unit}"
-            width = 0.0 if math.isnan(values[n]) else values[n] * scale
-            inner = tag("title", f"{label}, {name}: {shown}")
-            size = {"width": _n(width), "height": 10}
-            shapes.append(tag("rect", inner, x=_n(left), y=_n(y), **size, class_=f"bar {colour(s)}"))
+            missing = math.isnan(values[n])
+            shown, width = ("–", 0.0) if missing else (f"{number_text(values[n])}{unit}", values[n] * scale)
+            shapes.append(_rect(f"{label}, {name}: {shown}", left, y, width, 10, series_look(s)[0]))
             words.append(text(left + width + 4, y + 9, shown, look="value"))
             y += 12
         y += 5
-    grid = [line(left + m * scale, 2, left + m * scale, y, "axis" if not m else "grid") for m in marks]
+    grid = []
+    for mark in marks:
+        x = left + mark * scale
+        grid.append(line(x, 2, x, y, "grid" if mark else "axis"))
+        words.append(text(x, y + 12, number_text(mark, step) + unit, anchor="middle" if mark else "start"))
     if reference is not None:
         shapes.append(line(left + reference * scale, 2, left + reference * scale, y, "reference"))
-    for mark in marks:
-        where = left + mark * scale
-        words.append(text(where, y + 12, number_text(mark, step) + unit, anchor="middle" if mark else "start"))
-    names = legend((colour(s), name, None) for s, name in enumerate(series)) if len(series) > 1 else None
+    names = legend((series_look(s)[0], name, None) for s, name in enumerate(series)) if len(series) > 1 else None
     return figure(title, [*grid, *shapes, *words], y + 18, legend=names, note=note)
 
 
 def histogram(
-    values: Sequence[float] | np.ndarray,
-    *,
-    title: str,
-    x_label: str,
-    bins: int = 24,
-    step: float = 0.0,
-    upper: float | None = None,
+    values: Sequence[float] | np.ndarray, *, title: str, x_label: str, step: float = 0.0, upper: float | None = None
 ) -> Markup:
-    """Vertical bars: how many values fall into each of about `bins` equal ranges.
+    """Vertical bars: how many values fall into each of about `_BINS` equal ranges.
 
     Args:
       values: [N]; what is not finite is left out and counted in the note.
@@ -189,7 +177,7 @@ def histogram(
     drawn = finite if upper is None else finite[finite <= upper]
     if not drawn.size:
         return empty(title)
-    edges = _edges(drawn, bins, step)
+    edges = _edges(drawn, step)
     counts, _ = np.histogram(drawn, edges)
     _, y_step = ticks(0.0, float(counts.max()), 4)
     box = _Box(edges[0], edges[-1], 0.0, y_step * math.ceil(counts.max() / y_step))
@@ -197,9 +185,7 @@ def histogram(
     for count, start, end in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         x, x_end, y = box.x(start), box.x(end), box.y(count)
         range_text = f"{start + step / 2:.6g}" + (f" to {end - step / 2:.6g}" if end - start > 1.5 * step else "")
-        inner = tag("title", f"{range_text}: {count}")
-        size = {"width": _n(max(0.5, x_end - x - 1)), "height": _n(box.y(0) - y)}
-        body.append(tag("rect", inner, x=_n(x + 0.5), y=_n(y), **size, class_="bar s0"))
+        body.append(_rect(f"{range_text}: {count}", x + 0.5, y, max(0.5, x_end - x - 1), box.y(0) - y, "s0"))
     notes = [f"n = {given.size:,}"]
     if drawn.size < finite.size:
         notes.append(f"{finite.size - drawn.size:,} above {number_text(upper)} are not drawn")
@@ -208,24 +194,30 @@ def histogram(
     return figure(title, body, _HEIGHT, note="; ".join(notes))
 
 
-def _edges(values: np.ndarray, bins: int, step: float) -> np.ndarray:
-    """Borders of the ranges, f64[<= bins + 2]; between the multiples of `step` if it is not 0."""
+def _rect(title: str, x: float, y: float, width: float, height: float, look: str) -> Markup:
+    """A bar with its numbers."""
+    size = {"width": _n(width), "height": _n(height)}
+    return tag("rect", tag("title", title), x=_n(x), y=_n(y), **size, class_=f"bar {look}")
+
+
+def _edges(values: np.ndarray, step: float) -> np.ndarray:
+    """Borders of the ranges, f64[<= _BINS + 2]; between the multiples of `step` if it is not 0."""
     low, high = float(values.min()), float(values.max())
     if not step:
-        return np.linspace(low, high if high > low else low + 1.0, bins + 1)
+        return np.linspace(low, high if high > low else low + 1.0, _BINS + 1)
     first, count = round(low / step), round((high - low) / step) + 1
-    each = math.ceil(count / bins)  # multiples in a bar
+    each = math.ceil(count / _BINS)  # multiples in a bar
     return step * (first - 0.5 + each * np.arange(math.ceil(count / each) + 1))
 
 
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, Curve],
     *,
     title: str,
     x_label: str,
     y_label: str,
     log_y: bool = False,
-    faint: Mapping[str, tuple[Sequence[float], Sequence[float]]] = MappingProxyType({}),
+    faint: Mapping[str, Curve] = MappingProxyType({}),
     bands: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]] = MappingProxyType({}),
     like: Mapping[str, str] = MappingProxyType({}),
     note: str = "",
@@ -272,7 +264,7 @@ def lines(
 
 def _looks(names: Sequence[str], like: Mapping[str, str]) -> dict[str, tuple[str, str | None]]:
     """Series -> (class, dash pattern)."""
-    own = {name: (colour(n), dash(n)) for n, name in enumerate(name for name in names if name not in like)}
+    own = {name: series_look(n) for n, name in enumerate(name for name in names if name not in like)}
     return {name: own[name] if name in own else (own[like[name]][0], _DASHES[1]) for name in names}
 
 
@@ -308,9 +300,8 @@ def _area(
 def _filled(low: np.ndarray, high: np.ndarray, look: str) -> list[Markup]:
     """The area between two edges f64[N, 2] in drawing units, one piece between two gaps."""
     known = np.isfinite(low).all(1) & np.isfinite(high).all(1)
-    pieces = np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1)
     drawn = []
-    for piece in pieces:
+    for piece in np.split(np.arange(len(known)), np.flatnonzero(np.diff(known)) + 1):
         if len(piece) > 1 and known[piece[0]]:
             ring = np.concatenate([low[piece], high[piece][::-1]]).tolist()
             d = "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in ring) + "Z"
@@ -332,13 +323,13 @@ def _thinned(points: np.ndarray) -> np.ndarray:
     return points[np.unique([*kept, len(points) - 1])]
 
 
-class _Box:
+class _Box(NamedTuple):
     """The frame of a chart with two axes: data to drawing units."""
 
-    def __init__(self, x0: float, x1: float, y0: float, y1: float) -> None:
-        self.x0, self.x1, self.y0, self.y1 = float(x0), float(x1), float(y0), float(y1)
-        if self.y1 <= self.y0:
-            self.y1 = self.y0 + 1.0
+    x0: float
+    x1: float
+    y0: float
+    y1: float
 
     def x(self, value):
         return _LEFT + (value - self.x0) * ((WIDTH - _LEFT - _RIGHT) / (self.x1 - self.x0))
@@ -354,24 +345,19 @@ class _Box:
         self, x_label: str, y_label: str, *, whole_x: bool = False, whole_y: bool = False, log_y: bool = False
     ) -> list[Markup]:
         """Grid, tick labels and both axis names. `whole_*`: ticks at whole numbers only; `log_y`: y are exponents."""
-        bottom, right = _HEIGHT - _BOTTOM, WIDTH - _RIGHT
-        body = []
+        bottom, right, body = _HEIGHT - _BOTTOM, WIDTH - _RIGHT, []
         marks, step = ticks(self.y0, self.y1, 4)
         for mark in marks:
-            if whole_y and mark != round(mark):
-                continue
-            shown = number_text(10**mark) if log_y else number_text(mark, step)
-            body += [line(_LEFT, self.y(mark), right, self.y(mark), "grid")]
-            body += [text(_LEFT - 5, self.y(mark) + 4, shown, anchor="end")]
+            if not whole_y or mark == round(mark):
+                y, shown = self.y(mark), number_text(10**mark) if log_y else number_text(mark, step)
+                body += [line(_LEFT, y, right, y, "grid"), text(_LEFT - 5, y + 4, shown, anchor="end")]
         marks, step = ticks(self.x0, self.x1, 5)
         for mark in marks:
-            if whole_x and mark != round(mark):
-                continue
-            body += [line(self.x(mark), bottom, self.x(mark), bottom + 4, "axis")]
-            body += [text(self.x(mark), bottom + 15, number_text(mark, step), anchor="middle")]
+            if not whole_x or mark == round(mark):
+                x, shown = self.x(mark), number_text(mark, step)
+                body += [line(x, bottom, x, bottom + 4, "axis"), text(x, bottom + 15, shown, anchor="middle")]
         body += [line(_LEFT, bottom, right, bottom, "axis"), line(_LEFT, _TOP, _LEFT, bottom, "axis")]
-        body += [text(2, 12, y_label), text(right, _HEIGHT - 4, x_label, anchor="end")]
-        return [join(body)]
+        return [*body, text(2, 12, y_label), text(right, _HEIGHT - 4, x_label, anchor="end")]
 
 
 def _n(value: float) -> str:

@@ -37,14 +37,9 @@ class Quantity:
 _TABLE: Mapping[str, Quantity] = MappingProxyType(
     {
         "step": Quantity(form=".0f", kind="place"),
-        "position": Quantity(kind="place"),
-        "devices": Quantity(kind="place"),
+        **dict.fromkeys(("position", "devices"), Quantity(kind="place")),
         "n": Quantity(form=".0f", kind="last"),
-        "examples": Quantity(kind="sum"),
-        "clips": Quantity(kind="sum"),
-        "tokens": Quantity(kind="sum"),
-        "visual": Quantity(kind="sum"),
-        "supervised": Quantity(kind="sum"),
+        **dict.fromkeys(("examples", "clips", "tokens", "visual", "supervised"), Quantity(kind="sum")),
         "loss": Quantity(form=".4f"),
         "eval_loss": Quantity("held-out loss", ".4f", "last"),
         "accuracy": Quantity("token accuracy", ".3f"),
@@ -70,12 +65,11 @@ _TABLE: Mapping[str, Quantity] = MappingProxyType(
         "retraces": Quantity(form=".0f", kind="last"),
     }
 )
-_REWARD = Quantity(form=".3f")  # every component
 
 
 def quantity(key: str) -> Quantity:
-    """Return what is known of a column."""
-    return _TABLE.get(key) or (_REWARD if key.startswith("reward/") else Quantity())
+    """Return what is known of a column; every component of the reward is like the reward."""
+    return _TABLE.get("reward" if key.startswith("reward/") else key, Quantity())
 
 
 def title(key: str) -> str:

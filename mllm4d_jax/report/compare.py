@@ -8,7 +8,7 @@ from typing import Any
 
 from mllm4d_jax.report import scores, summary
 from mllm4d_jax.report.columns import over, quantities, tenths
-from mllm4d_jax.report.page import Cell, Column, Markup, join, number, table, tag
+from mllm4d_jax.report.page import Cell, Column, Markup, number, table, tag
 from mllm4d_jax.report.reading import Place, PredictionPlace, Run
 
 
@@ -72,11 +72,6 @@ def accuracy_columns(runs: Mapping[str, Run]) -> Markup | None:
     return table([*heads, Column("difference", True)], rows, caption=f"Accuracy, {source}", filter=len(rows) > 8)
 
 
-def result_columns(runs: Mapping[str, Run]) -> list[Markup]:
-    """The tables of results.json of each run, as they stand, under the run's name."""
-    return [join([tag("h3", name), scores.result_tables(run.results)]) for name, run in runs.items() if run.results]
-
-
 def config_columns(runs: Mapping[str, Run]) -> Markup:
     """The keys on which the configs differ."""
     configs = [run.config for run in runs.values()]
@@ -96,8 +91,7 @@ def crossed(first: Sequence[PredictionPlace], second: Sequence[PredictionPlace])
     others = {one.id: one for one in second if one.id}
     found: dict[tuple[str, str], list[tuple[Place, Place]]] = {}
     for one in first:
-        if one.id in others:
-            other = others[one.id]
+        if other := others.get(one.id):
             found.setdefault((one.outcome, other.outcome), []).append((one.place, other.place))
     return found
 
@@ -117,6 +111,5 @@ def differing(found: Mapping[tuple[str, str], Sequence[tuple[Place, Place]]]) ->
 def _difference(values: Sequence[float], *, percent: bool = False) -> Cell:
     """Second less first; a dash where one is missing."""
     change = values[1] - values[0]
-    if not math.isfinite(change):
-        return Cell("–", math.nan)
-    return Cell(f"{100 * change:+.1f} points" if percent else f"{change:+.4g}", change)
+    shown = f"{100 * change:+.1f} points" if percent else f"{change:+.4g}"
+    return Cell(shown, change) if math.isfinite(change) else Cell("–", math.nan)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -19,7 +19,7 @@ _BLOCK = 4096  # steps averaged at once, for the sake of memory
 HELD_OUT = "held out"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Panel:
     """One chart: its title, what its y axis is, and the quantities in it (keys of a row, without a run's name)."""
 
@@ -77,10 +77,9 @@ def groups(rows: Sequence[Row]) -> list[tuple[str, list[Panel]]]:
     named.append((_OTHER, tuple(Panel(key, "value", (key,)) for key in sorted(present - known))))
     found = []
     for group, panels in named:
-        kept = [Panel(p.title, p.unit, tuple(k for k in p.keys if k in present), p.log) for p in panels]
-        if any(panel.keys for panel in kept):
-            found.append((group, [panel for panel in kept if panel.keys]))
-    return found
+        kept = [dataclasses.replace(p, keys=tuple(k for k in p.keys if k in present)) for p in panels]
+        found.append((group, [panel for panel in kept if panel.keys]))
+    return [(group, panels) for group, panels in found if panels]
 
 
 def curve_section(runs: Mapping[str, Run]) -> Markup:
@@ -92,27 +91,24 @@ def curve_section(runs: Mapping[str, Run]) -> Markup:
     for group, panels in groups([row for run in runs.values() for row in (*run.metrics, *run.evals)]):
         if len(runs) > 1:
             panels = [part for panel in panels for part in _split(panel)]
-        parts.append(_group(group, [_chart(panel, runs) for panel in panels]))
+        body = tag("div", *(_chart(panel, runs) for panel in panels), class_="charts")
+        if group == _OTHER:  # what has no place of its own is folded away
+            parts.append(tag("details", tag("summary", f"{group} ({len(panels)})"), body))
+        else:
+            parts += [tag("h3", group), body]
     return join(parts)
 
 
 def _split(panel: Panel) -> list[Panel]:
     """A panel for each of its quantities."""
-    titles = [panel.title if len(panel.keys) == 1 else f"{panel.title}: {_short(key)}" for key in panel.keys]
-    return [Panel(title, panel.unit, (key,), panel.log) for title, key in zip(titles, panel.keys, strict=True)]
-
-
-def _group(name: str, charts: Sequence[Markup]) -> Markup:
-    """A group of charts under its name; what has no place of its own is folded away."""
-    body = tag("div", *charts, class_="charts")
-    if name == _OTHER:
-        return tag("details", tag("summary", f"{name} ({len(charts)})"), body)
-    return join([tag("h3", name), body])
+    if len(panel.keys) == 1:
+        return [panel]
+    return [dataclasses.replace(panel, title=f"{panel.title}: {_short(key)}", keys=(key,)) for key in panel.keys]
 
 
 def _chart(panel: Panel, runs: Mapping[str, Run]) -> Markup:
     """Some quantities of one run, or one quantity of several; a run without it keeps its place in the legend."""
-    series, faint, bands, like, widths = {}, {}, {}, {}, set()
+    series, faint, bands, like, longest = {}, {}, {}, {}, 1
     alone = len(runs) == 1
     named = [(_short(key) if alone else name, key, run) for name, run in runs.items() for key in panel.keys]
     for name, key, run in named:
@@ -121,15 +117,14 @@ def _chart(panel: Panel, runs: Mapping[str, Run]) -> Markup:
         if len(x) or not alone:
             series[name] = (x, running_mean(y, width))
         if width > 1:
-            faint[name] = (x, y)
-            widths.add(width)
+            faint[name], longest = (x, y), max(longest, width)
         bands |= _band(run.metrics, key, name, width) if alone else {}
     for name, key, run in named:
         x, y = column(run.evals, key)
         if len(x):
             like |= {f"{name}, {HELD_OUT}": name} if name in series else {}
             series[f"{name}, {HELD_OUT}"] = (x, y)
-    means = f"the mean of {max(widths, default=1)} steps" if alone else "means over some steps"
+    means = f"the mean of {longest} steps" if alone else "means over some steps"
     notes = [f"{means}, each step faint"] if faint else []
     notes += ["the area is one standard deviation either way"] if bands else []
     axes = {"title": panel.title, "x_label": "step", "y_label": panel.unit, "log_y": panel.log and _is_wide(series)}
@@ -176,6 +171,4 @@ def _band(metrics: Sequence[Row], key: str, name: str, width: int) -> dict[str, 
 
 
 def _short(key: str) -> str:
-    for prefix in (_REWARD, _TIME):
-        key = key.removeprefix(prefix)
-    return key.replace("_", " ")
+    return key.removeprefix(_REWARD).removeprefix(_TIME).replace("_", " ")

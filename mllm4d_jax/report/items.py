@@ -68,8 +68,7 @@ def completion_item(row: Row) -> ShownAnswer:
     solution = row["solution"] if isinstance(row.get("solution"), Mapping) else {}
     rewards = row["rewards"] if isinstance(row.get("rewards"), Mapping) else {}
     scores = {name: number(value) for name, value in list(rewards.items())[:MAX_PARTS]}
-    scores |= {name: number(row.get(name)) for name in ("total", "advantage")}
-    scores = {name: value for name, value in scores.items() if math.isfinite(value)}
+    scores = _finite(scores | {name: number(row.get(name)) for name in ("total", "advantage")})
     answer, truth, outcome = text(row.get("answer")), text(solution.get("answer")), "not judged"
     if not answer:
         outcome = "unparsed"
@@ -102,6 +101,7 @@ def prediction_item(row: Row) -> ShownAnswer:
     truth = row.get("truth") if isinstance(row.get("truth"), list) else [row.get("answer")]
     outcome = outcome_of_prediction(row)
     shown = ("subtask", "category", "benchmark", "split", "rule", "finish", "tokens", "prompt_mode", "control", "video")
+    conflict = (("conflict", "several answers are given"),) if row.get("conflict") is True else ()
     return ShownAnswer(
         title=text(row.get("id")) or "prediction",
         question=text(row.get("question")),
@@ -111,8 +111,7 @@ def prediction_item(row: Row) -> ShownAnswer:
         outcome=outcome,
         answer=text(row.get("letter")),
         truth=tuple(text(value) for value in truth if text(value)),
-        facts=_facts(row, shown)
-        + ((("conflict", "several answers are given"),) if row.get("conflict") is True else ()),
+        facts=_facts(row, shown) + conflict,
         facets=_facets(row, outcome, ("benchmark", "split", "category", "subtask", "finish", "rule", "control")),
         keys=_finite({"tokens": number(row.get("tokens"))}),
     )
@@ -139,13 +138,11 @@ def _states(value: Any) -> tuple[Vec3 | None, ...]:
     """Centres of a solution or a completion; a single [x, y, z] counts as one state, what is malformed as None."""
     if not isinstance(value, list):
         return ()
-    if len(value) == 3 and all(math.isfinite(number(v)) for v in value):
-        value = [value]
-    return tuple(_point(state) for state in value[:MAX_STATES])
+    return tuple(map(_point, [value] if _point(value) else value[:MAX_STATES]))
 
 
 def _point(value: Any) -> Vec3 | None:
     if not isinstance(value, list) or len(value) != 3:
         return None
-    found = tuple(number(v) for v in value)
-    return found if all(math.isfinite(v) for v in found) else None
+    found = tuple(map(number, value))
+    return found if all(map(math.isfinite, found)) else None

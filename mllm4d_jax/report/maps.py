@@ -7,19 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mllm4d_jax.report.charts import (
-    WIDTH,
-    colour,
-    dash,
-    empty,
-    figure,
-    legend,
-    line,
-    number_text,
-    polyline,
-    text,
-    ticks,
-)
+from mllm4d_jax.report.charts import WIDTH, empty, figure, legend, line, number_text, polyline, series_look, text, ticks
 from mllm4d_jax.report.page import Markup, tag
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 12.0, 22.0, 36.0
@@ -27,7 +15,6 @@ _LEAST, _MOST = 150.0, 330.0  # height of the map itself
 _LEAST_SPAN = 0.2  # of the map's unit: a still camera's rounding errors are not blown up to a path
 _APART = 12.0  # drawing units between two headings of a path
 _SAME = 5.0  # labelled points closer than this share a label
-_SHAPES = ("dot", "cross")
 _GUESS = "3 4"  # dash pattern
 
 
@@ -59,7 +46,6 @@ class MapPoint:
       label: written beside it where there is room; '' for none.
       title: what a reader sees when pointing at it.
       path: number of the path whose colour it takes.
-      shape: "dot" or "cross".
     """
 
     x: float
@@ -67,7 +53,6 @@ class MapPoint:
     label: str = ""
     title: str = ""
     path: int = 0
-    shape: str = "dot"
 
 
 class _Frame:
@@ -109,8 +94,8 @@ def top_map(
     """Paths with their starts (open) and ends (filled), and points with labels that keep out of each other's way.
 
     Raises:
-      ValueError: points not [N, 2], headings of another shape, an unknown shape or path number of a point, a guess
-        that comes first.
+      ValueError: points not [N, 2], headings of another shape, an unknown path number of a point, a guess that comes
+        first.
     """
     if paths and paths[0].guess:
         raise ValueError(f"map {title!r}: path {paths[0].name!r} is a guess, but no path comes before it")
@@ -119,8 +104,8 @@ def top_map(
         if any(len(s) != 2 or s[1] != 2 or s[0] != len(path.points) for s in shapes):
             raise ValueError(f"map {title!r}: path {path.name!r} must have points and headings [N, 2], not {shapes}")
     for point in points:
-        if point.shape not in _SHAPES or not 0 <= point.path < len(paths):
-            raise ValueError(f"map {title!r}: {point} needs a shape of {_SHAPES} and the number of one of the paths")
+        if not 0 <= point.path < len(paths):
+            raise ValueError(f"map {title!r}: {point} needs the number of one of the paths")
     places = [np.asarray(path.points, np.float64) for path in paths]
     places.append(np.array([(p.x, p.y) for p in points], np.float64).reshape(-1, 2))
     known = np.concatenate(places)
@@ -131,8 +116,8 @@ def top_map(
     body = frame.axes(x_label, y_label)
     for path, (look, _, pattern) in zip(paths, looks, strict=True):
         body += _path(path, frame, look, pattern)
-    obstacles = [_dense(frame.place(place)) for place in places[:-1]]
-    body += _points(points, frame, [look for look, _, _ in looks], obstacles)
+    obstacles = np.concatenate([_dense(frame.place(place)) for place in places[:-1]])
+    body += _points(points, frame, [look for look, _, _ in looks], obstacles[np.isfinite(obstacles).all(1)])
     height = _TOP + frame.height + _BOTTOM
     return figure(title, body, round(height, 2), legend=legend(looks), note=note)
 
@@ -142,10 +127,13 @@ def _looks(paths: Sequence[MapPath]) -> list[tuple[str, str, str | None]]:
     found, used = [], 0
     for path in paths:
         if path.guess:
-            found.append((found[-1][0], path.name, _GUESS))
-            continue
-        found.append(("ink", path.name, None) if path.camera else (colour(used), path.name, dash(used)))
-        used += not path.camera
+            look, pattern = found[-1][0], _GUESS
+        elif path.camera:
+            look, pattern = "ink", None
+        else:
+            look, pattern = series_look(used)
+            used += 1
+        found.append((look, path.name, pattern))
     return found
 
 
@@ -154,14 +142,13 @@ def _path(path: MapPath, frame: _Frame, look: str, pattern: str | None) -> list[
     thick = " thick" if path.camera else ""
     body = [polyline(place, look + thick, title=path.name, pattern=pattern)]
     seen = np.flatnonzero(np.isfinite(place).all(1))
-    if path.headings is not None:
-        for n in _spread(place, seen):
-            turn = path.headings[n] * (1.0, -1.0)  # the page's y runs down
-            size = float(np.hypot(*turn))
-            if size > 1e-9:
-                x, y = place[n].tolist()
-                dx, dy = (turn * (9.0 / size)).tolist()
-                body.append(line(x, y, x + dx, y + dy, f"line {look}"))
+    for n in [] if path.headings is None else _spread(place, seen):
+        turn = path.headings[n] * (1.0, -1.0)  # the page's y runs down
+        size = float(np.hypot(*turn))
+        if size > 1e-9:
+            x, y = place[n].tolist()
+            dx, dy = (turn * (9.0 / size)).tolist()
+            body.append(line(x, y, x + dx, y + dy, f"line {look}"))
     for n, kind, what in ((seen[:1], "open", "start"), (seen[-1:], "dot", "end")):
         for x, y in place[n].tolist():
             inner = tag("title", f"{path.name}: {what}")
@@ -171,8 +158,6 @@ def _path(path: MapPath, frame: _Frame, look: str, pattern: str | None) -> list[
 
 def _dense(place: np.ndarray) -> np.ndarray:
     """The places of a path f64[N, 2] and points between them, so that a long stroke counts as covered."""
-    if len(place) < 2:
-        return place
     share = np.linspace(0.0, 1.0, 6)[:-1, None, None]
     return np.concatenate([(place[:-1] * (1 - share) + place[1:] * share).reshape(-1, 2), place])
 
@@ -186,9 +171,7 @@ def _spread(place: np.ndarray, seen: np.ndarray) -> list[int]:
     return kept
 
 
-def _points(
-    points: Sequence[MapPoint], frame: _Frame, looks: Sequence[str], obstacles: Sequence[np.ndarray]
-) -> list[Markup]:
+def _points(points: Sequence[MapPoint], frame: _Frame, looks: Sequence[str], obstacles: np.ndarray) -> list[Markup]:
     """Marks and labels; labels avoid the `obstacles` f64[N, 2] (drawing units) and each other."""
     marks, labelled = [], []
     for point in points:
@@ -196,17 +179,12 @@ def _points(
         if not np.isfinite([x, y]).all():
             continue
         inner = tag("title", point.title or point.label)
-        if point.shape == "dot":
-            marks.append(tag("circle", inner, cx=f"{x:.2f}", cy=f"{y:.2f}", r=2.6, class_=f"dot {looks[point.path]}"))
-        else:
-            d = f"M{x - 4:.2f} {y - 4:.2f}l8 8m0 -8l-8 8"
-            marks.append(tag("path", inner, d=d, class_=f"line {looks[point.path]}"))
+        marks.append(tag("circle", inner, cx=f"{x:.2f}", cy=f"{y:.2f}", r=2.6, class_=f"dot {looks[point.path]}"))
         if point.label:
             labelled.append((x, y, point.label))
-    known = np.concatenate([np.zeros((0, 2)), *obstacles])
-    known, taken, labels = known[np.isfinite(known).all(1)], [], []
+    taken, labels = [], []
     for x, y, label in _grouped(labelled):
-        box = _free_spot(x, y, label, known, taken, frame)
+        box = _free_spot(x, y, label, obstacles, taken, frame)
         if box is not None:
             taken.append(box)
             near_x, near_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])

@@ -59,6 +59,22 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     return Markup(opening if name in _VOID else f"{opening}{join(children)}</{name}>")
 
 
+def shortened(text: str, max_bytes: int) -> Markup:
+    """The text as HTML of at most about `max_bytes` bytes: two thirds from its beginning, the rest from its end."""
+    keep = min(len(text), max_bytes)  # every character takes a byte at least
+    while True:
+        head, tail = (text, "") if keep == len(text) else (text[: keep - keep // 3], text[len(text) - keep // 3 :])
+        shown = escape(head), escape(tail)
+        size = sum(len(part.encode("utf-8")) for part in shown)
+        if size <= max_bytes or keep <= 16:
+            break
+        keep = max(16, min(keep - 1, keep * max_bytes // size))
+    if keep == len(text):
+        return shown[0]
+    cut = tag("span", f" … {len(text) - keep:,} characters are left out here … ", class_="cut")
+    return join([shown[0], cut, shown[1]])
+
+
 def thumbnail(frame: np.ndarray, *, max_side: int = 320, max_bytes: int = 40_000) -> bytes:
     """JPEG file of a frame, made smaller until it fits.
 
@@ -138,14 +154,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], *, captio
         body.append(tag("tr", *(_cell(c, value) for c, value in zip(columns, row, strict=True))))
     if not rows:
         body.append(tag("tr", tag("td", "nothing", colspan=len(columns), class_="empty")))
-    whole = tag(
-        "table",
-        tag("caption", caption),
-        tag("thead", tag("tr", *heads)),
-        tag("tbody", *body),
-        data_filter=filter and bool(rows),
-        data_sortable=len(rows) > 1,
-    )
+    parts = (tag("caption", caption), tag("thead", tag("tr", *heads)), tag("tbody", *body))
+    whole = tag("table", *parts, data_filter=filter and bool(rows), data_sortable=len(rows) > 1)
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
 
@@ -190,22 +200,14 @@ def cards(items: Sequence[Card], *, label: str, ranges: Sequence[str] = (), wide
       ranges: keys of the cards that the reader can keep within bounds.
       wide: one card under the other, instead of as many beside each other as there is room for.
     """
-    made = [
-        tag(
-            "article",
-            tag("h3", card.title),
-            card.body,
-            class_=" ".join(filter(None, ("card", _tone(card.tone)))),
-            tabindex="0",
-            data_facets=json.dumps(dict(card.facets), sort_keys=True) if card.facets else None,
-            data_keys=json.dumps({k: v for k, v in sorted(card.keys.items()) if math.isfinite(v)})
-            if card.keys
-            else None,
-        )
-        for card in items
-    ]
-    if not made:
+    if not items:
         return tag("p", "Nothing to show.", class_="empty")
+    made = []
+    for card in items:
+        facets = json.dumps(dict(card.facets), sort_keys=True) if card.facets else None
+        keys = json.dumps({k: v for k, v in sorted(card.keys.items()) if math.isfinite(v)}) if card.keys else None
+        look = {"class_": f"card {_tone(card.tone)}".rstrip(), "tabindex": "0"}
+        made.append(tag("article", tag("h3", card.title), card.body, **look, data_facets=facets, data_keys=keys))
     looks = "cards wide" if wide else "cards"
     bounds = json.dumps(list(ranges)) if ranges else None
     return tag("div", *made, class_=looks, role="group", aria_label=label, data_ranges=bounds)
@@ -236,7 +238,7 @@ def page(
     for anchor in anchors:
         if not _ANCHOR.fullmatch(anchor) or anchors.count(anchor) > 1:
             raise ValueError(f"section anchor {anchor!r} must be lower case letters, digits, dashes, and be there once")
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}"
     head = tag(
         "head",
@@ -277,10 +279,6 @@ def _section(section: Section) -> Markup:
         id=section.anchor,
         aria_labelledby=heading,
     )
-
-
-def _asset(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

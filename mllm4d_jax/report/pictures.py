@@ -13,29 +13,12 @@ from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.media.video import read_image
 from mllm4d_jax.qa.errors import MediaError
-from mllm4d_jax.report.page import thumbnail
+from mllm4d_jax.report import page
 
 SIDE = 240  # pixels, the longer side of a small frame
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # A frame is reduced while its clip is decoded: four frames of an 8K clip would be 400 MB.
 _REDUCED = ResizeRule("per_frame", 2, 2, 256, SIDE * SIDE)
-
-
-@dataclass(frozen=True)
-class PictureRule:
-    """How the pictures are made.
-
-    Attributes:
-      frames: of a clip, evenly spaced, both ends included.
-      max_bytes: of one picture.
-      clip_s: seconds that a clip may take to decode.
-      total_s: seconds after which no further clip is begun.
-    """
-
-    frames: int
-    max_bytes: int
-    clip_s: float
-    total_s: float
 
 
 @dataclass(frozen=True)
@@ -46,29 +29,33 @@ class Pictures:
     note: str = ""
 
 
-def read_pictures(paths: Sequence[str], rule: PictureRule) -> dict[str, Pictures]:
-    """Pictures of each file, every file read once; never raises because of a file."""
+def read_pictures(
+    paths: Sequence[str], *, frames: int, max_bytes: int, clip_s: float, total_s: float
+) -> dict[str, Pictures]:
+    """Pictures of each file, every file read once; never raises because of a file.
+
+    Args:
+      frames: of a clip, evenly spaced, both ends included.
+      max_bytes: of one picture.
+      clip_s: seconds that a clip may take to decode.
+      total_s: seconds after which no further clip is begun.
+    """
     started = time.monotonic()
 
     def read(path: str) -> Pictures:
-        if time.monotonic() - started > rule.total_s:
-            return Pictures((), f"{path} was not decoded: the {rule.total_s:g} s for all pictures were used up")
+        if time.monotonic() - started > total_s:
+            return Pictures((), f"{path} was not decoded: the {total_s:g} s for all pictures were used up")
         try:
-            return _image(path, rule) if path.lower().endswith(_IMAGES) else _clip(pool, path, rule)
+            if path.lower().endswith(_IMAGES):
+                images, captions = [read_image(path)], ["image"]
+            else:
+                clip = pool.read(path, SampleRule("uniform", frames, None), _REDUCED)
+                images, captions = clip.frames, [f"{i / clip.source_fps:.1f} s" for i in clip.indices.tolist()]
+            files = (page.thumbnail(image, max_side=SIDE, max_bytes=max_bytes) for image in images)
+            return Pictures(tuple(zip(files, captions, strict=True)))
         except (MediaError, ValueError, OSError) as problem:
             return Pictures((), str(problem))
 
     wanted = list(dict.fromkeys(paths))
-    with DecodePool(rule.clip_s) as pool, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+    with DecodePool(clip_s) as pool, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
         return dict(zip(wanted, threads.map(read, wanted), strict=True))
-
-
-def _clip(pool: DecodePool, path: str, rule: PictureRule) -> Pictures:
-    clip = pool.read(path, SampleRule("uniform", rule.frames, None), _REDUCED)
-    captions = [f"{index / clip.source_fps:.1f} s" for index in clip.indices.tolist()]
-    files = (thumbnail(frame, max_side=SIDE, max_bytes=rule.max_bytes) for frame in clip.frames)
-    return Pictures(tuple(zip(files, captions, strict=True)))
-
-
-def _image(path: str, rule: PictureRule) -> Pictures:
-    return Pictures(((thumbnail(read_image(path), max_side=SIDE, max_bytes=rule.max_bytes), "image"),))

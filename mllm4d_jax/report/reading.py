@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,9 @@ def read_run(workdir: str | Path) -> Run:
         raise ReportError(f"{path} is not a folder: name the workdir of a run")
     notes: list[str] = []
     metrics, evals = (_by_step(row for _, row in _scan(path / name, notes)) for name in (METRICS, EVALS))
-    completions = _unique(_completion(*found) for found in _scan(path / COMPLETIONS, notes))
+    completions = _distinct(_scan(path / COMPLETIONS, notes), _completion, "step", "key", "branch")
     answers = SCORED if (path / SCORED).is_file() else PREDICTIONS
-    predictions = _unique(_prediction(*found) for found in _scan(path / answers, notes))
+    predictions = _distinct(_scan(path / answers, notes), _prediction, "id")
     results = _json(path / RESULTS, notes)
     if not (metrics or evals or completions or predictions or results):
         raise ReportError(
@@ -161,18 +161,13 @@ def outcome_of_prediction(row: Mapping[str, Any]) -> str:
     return "correct" if row.get("correct") is True else "wrong"
 
 
-def _completion(place: Place, row: Row) -> tuple[str | None, CompletionPlace]:
-    """(identity, value) of a line of completions."""
-    return _identity(row, "step", "key", "branch"), CompletionPlace(
-        place, number(row.get("step")), text(row.get("key"))
-    )
+def _completion(place: Place, row: Row) -> CompletionPlace:
+    return CompletionPlace(place, number(row.get("step")), text(row.get("key")))
 
 
-def _prediction(place: Place, row: Row) -> tuple[str | None, PredictionPlace]:
-    """(identity, value) of a line of predictions."""
+def _prediction(place: Place, row: Row) -> PredictionPlace:
     names = (text(row.get(field)) for field in ("id", "benchmark", "split", "category", "subtask"))
-    value = PredictionPlace(place, *names, outcome_of_prediction(row), row.get("conflict") is True)
-    return _identity(row, "id"), value
+    return PredictionPlace(place, *names, outcome_of_prediction(row), row.get("conflict") is True)
 
 
 def _scan(path: Path, notes: list[str]) -> Iterator[tuple[Place, Row]]:
@@ -194,18 +189,12 @@ def _by_step(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(steps[step] for step in sorted(step for step in steps if math.isfinite(step)))
 
 
-def _identity(row: Row, *fields: str) -> str | None:
-    """What makes a line the same as another one; None where a field is missing: such a line is like no other."""
-    if any(row.get(field) is None for field in fields):
-        return None
-    return json.dumps([row[field] for field in fields])
-
-
-def _unique(found: Iterable[tuple[str | None, Any]]) -> tuple[Any, ...]:
-    """The values, of those with the same identity the last one, at the place of the first."""
+def _distinct(lines: Iterable[tuple[Place, Row]], make: Callable[[Place, Row], Any], *fields: str) -> tuple[Any, ...]:
+    """What is made of each line; of lines with the same `fields`, all of them there, the last, where the first was."""
     kept: dict[Any, Any] = {}
-    for identity, value in found:
-        kept[identity if identity is not None else len(kept)] = value
+    for place, row in lines:
+        named = all(row.get(field) is not None for field in fields)
+        kept[json.dumps([row[field] for field in fields]) if named else len(kept)] = make(place, row)
     return tuple(kept.values())
 
 

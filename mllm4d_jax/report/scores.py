@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mllm4d_jax.report.charts import bars
-from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
+from mllm4d_jax.report.page import Cell, Column, Markup, join, shortened, table, tag
 from mllm4d_jax.report.page import number as number_cell
 from mllm4d_jax.report.reading import PredictionPlace, number, text
-from mllm4d_jax.report.said import shortened
 
 _MAX_ROWS = 2000  # of one table of results.json
 _FIELD, _LONG = 600, 20_000  # bytes of a value, and of what is not in a table
@@ -23,15 +22,11 @@ class Count:
     """How the predictions of one group came out.
 
     Attributes:
-      group: benchmark and split.
-      part: "all", "category" or "subtask".
-      name: which category or subtask; '' for all.
+      key: benchmark and split; "all", "category" or "subtask"; which category or subtask, '' for all.
       n, correct, unparsed, conflicts: numbers of predictions.
     """
 
-    group: str
-    part: str
-    name: str
+    key: tuple[str, str, str]
     n: int
     correct: int
     unparsed: int
@@ -41,31 +36,24 @@ class Count:
     def accuracy(self) -> float:
         return self.correct / self.n
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.group, self.part, self.name
-
 
 def counts(predictions: Sequence[PredictionPlace]) -> list[Count]:
     """All, per category and per subtask of each benchmark and split; what has no letter counts as wrong."""
     groups: dict[tuple[str, str, str], list[PredictionPlace]] = {}
     for one in predictions:
         group = " ".join(filter(None, (one.benchmark, one.split))) or "predictions"
-        groups.setdefault((group, "all", ""), []).append(one)
-        for part, name in (("category", one.category), ("subtask", one.subtask)):
-            if name:
+        for part, name in (("all", ""), ("category", one.category), ("subtask", one.subtask)):
+            if name or part == "all":
                 groups.setdefault((group, part, name), []).append(one)
     return [
         Count(
-            *key,
+            key,
             n=len(found),
             correct=sum(one.outcome == "correct" for one in found),
             unparsed=sum(one.outcome == "unparsed" for one in found),
             conflicts=sum(one.conflict for one in found),
         )
-        for key, found in sorted(
-            groups.items(), key=lambda item: (item[0][0], ("all", "category", "subtask").index(item[0][1]), item[0][2])
-        )
+        for key, found in sorted(groups.items())
     ]
 
 
@@ -75,9 +63,7 @@ def count_table(found: Sequence[Count]) -> Markup:
     columns += [Column("unparsed", True, "no letter was found in the response"), Column("conflicts", True, "several")]
     rows = [
         [
-            c.group,
-            c.part,
-            c.name,
+            *c.key,
             number_cell(c.n),
             number_cell(c.accuracy, 1, percent=True),
             number_cell(c.unparsed / c.n, 1, percent=True, tone="warn" if c.unparsed else ""),

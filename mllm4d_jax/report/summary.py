@@ -13,13 +13,12 @@ from mllm4d_jax.files.jsonl import Row
 from mllm4d_jax.report import reading
 from mllm4d_jax.report.charts import number_text
 from mllm4d_jax.report.columns import column, line, over, quantities, summary, tenths, title, total, written
-from mllm4d_jax.report.page import Cell, Column, Markup, join, table, tag
+from mllm4d_jax.report.page import Cell, Column, Markup, join, shortened, table, tag
 from mllm4d_jax.report.reading import PredictionPlace, Run, number, text
-from mllm4d_jax.report.said import shortened
 from mllm4d_jax.report.scores import accuracies
 
 _MAX_ROWS = 500  # of the table of quarantined records
-_FIELD = 600  # bytes of a value
+FIELD = 600  # bytes of a value
 _SPEED = ("step_s", "qa_per_s", "rollouts_per_s", "tokens_per_s_device", "mfu", "padding", "data_wait", "memory_gib")
 _LEARNING = ("loss", "accuracy", "completion_tokens", "truncated", "dead_groups", "kl", "entropy", "gap", "lr")
 _TIME, _REWARD = "time/", "reward/"
@@ -49,10 +48,8 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         found += [("time in steps", duration(seconds))] if seconds else []
     if run.evals and math.isfinite(number(run.evals[-1].get("reward"))):
         found.append(("reward, held out", number_text(number(run.evals[-1]["reward"]))))
-    if run.completions:
-        found.append(("completions", f"{len(run.completions):,}"))
-    if run.predictions:
-        found.append(("predictions", f"{len(run.predictions):,}"))
+    places = {"completions": run.completions, "predictions": run.predictions}
+    found += [(name, f"{len(several):,}") for name, several in places.items() if several]
     _, share = accuracies(run.results).get(("all", "all"), (0.0, accuracy(run.predictions)))
     found += [("accuracy", f"{share:.1%}")] if math.isfinite(share) else []
     if run.quarantine:
@@ -101,8 +98,7 @@ def _steady(rows: Sequence[Row]) -> list[Row]:
 
 def accuracy(predictions: Sequence[PredictionPlace]) -> float:
     """Share of the predictions that are right; those without a letter are not. NaN for none."""
-    right = sum(one.outcome == "correct" for one in predictions)
-    return right / len(predictions) if predictions else math.nan
+    return sum(one.outcome == "correct" for one in predictions) / len(predictions) if predictions else math.nan
 
 
 def duration(seconds: float) -> str:
@@ -117,7 +113,7 @@ def duration(seconds: float) -> str:
 def figure_tables(run: Run) -> Markup:
     """Return everything there is about a run in numbers."""
     said = dict(run.facts) | findings(run)
-    about = [[name, shortened(value, _FIELD)] for name, value in said.items()]
+    about = [[name, shortened(value, FIELD)] for name, value in said.items()]
     tables = [table([Column("about the run"), Column("value")], about, caption="The run")] if about else []
     tables += [steps_table(run.metrics), phases_table(run.metrics), evals_table(run.evals), metric_table(run.metrics)]
     return join(tables)
@@ -190,7 +186,7 @@ def config_table(config: Mapping[str, Any]) -> Markup:
 
 def value_text(value: Any) -> Markup:
     """A config value as JSON writes it, texts without quotes, '' as ''."""
-    return shortened(text(value) or ("null" if value is None else "''"), _FIELD)
+    return shortened(text(value) or ("null" if value is None else "''"), FIELD)
 
 
 def file_table(run: Run) -> Markup:
@@ -201,20 +197,11 @@ def file_table(run: Run) -> Markup:
 
 def quarantine_section(rows: Sequence[Row]) -> Markup:
     """Counts by reason, and the records themselves."""
-    reasons = Counter(text(row.get("reason")) or "unknown" for row in rows)
-    counts = [[shortened(reason, _FIELD), Cell(f"{n:,}", n)] for reason, n in reasons.most_common()]
+    counted = Counter(text(row.get("reason")) or "unknown" for row in rows)
+    counts = [[shortened(reason, FIELD), Cell(f"{n:,}", n)] for reason, n in counted.most_common()]
     fields = ("key", "reason", "message")
-    shown = [[shortened(text(row.get(name)), _FIELD) for name in fields] for row in rows[:_MAX_ROWS]]
+    shown = [[shortened(text(row.get(name)), FIELD) for name in fields] for row in rows[:_MAX_ROWS]]
     more = f"{len(rows) - _MAX_ROWS:,} further records are in quarantine.jsonl." if len(rows) > _MAX_ROWS else ""
-    return join(
-        [
-            table([Column("reason"), Column("records", True)], counts, caption="Reasons"),
-            table([Column(name) for name in fields], shown, caption="Records that could not be used", filter=True),
-            tag("p", more, class_="note") if more else None,
-        ]
-    )
-
-
-def notes_section(notes: Sequence[str]) -> Markup:
-    """What could not be read."""
-    return tag("ul", *(tag("li", shortened(note, _FIELD)) for note in notes))
+    reasons = table([Column("reason"), Column("records", True)], counts, caption="Reasons")
+    records = table([Column(name) for name in fields], shown, caption="Records that could not be used", filter=True)
+    return join([reasons, records, tag("p", more, class_="note") if more else None])

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import sys
 import time
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.eval import evaluate
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
-from mllm4d_jax.eval.evaluate import EvaluationError, Progress
+from mllm4d_jax.eval.evaluate import EvaluationError
 from mllm4d_jax.eval.predictions import PredictionError, read_predictions
 from mllm4d_jax.export import task as export
 from mllm4d_jax.qa.options import INSTRUCTION
@@ -259,25 +260,30 @@ def test_a_quarantined_question_is_not_tried_again(asked, world, tmp_path, capsy
     assert "1 questions could not be asked" in capsys.readouterr().out
 
 
-def test_progress():
-    now, out = [0.0], io.StringIO()
-    progress = Progress(40, out, lambda: now[0])
-    now[0] = 10.0
-    progress.add(10)
-    assert progress.line() == "10 of 40 questions answered (25%), 1.00 a second, 30 s left"
-    progress.drop(5)
-    now[0] = 20.0
-    progress.add(20)
-    assert progress.line() == "30 of 35 questions answered (86%), 1.50 a second, 3 s left"
-    progress.add(5)
-    progress.close()
-    shown = out.getvalue()
-    progress.close()
-    assert out.getvalue() == shown
-    assert shown.splitlines() == [
-        "10 of 40 questions answered (25%), 1.00 a second, 30 s left",
-        "35 of 35 questions answered (100%)",
-    ]
+def test_the_bar_leaves_out_what_cannot_be_asked(capsys):
+    with evaluate.progress_bar(40) as bar:
+        bar.update(10)
+        bar.total -= 5
+        bar.update(25)
+    shown = capsys.readouterr().err
+    assert "35/35" in shown and "question/s" in shown
+
+
+@pytest.mark.parametrize(("terminal", "seconds"), [(False, 30.0), (True, 0.1)])
+def test_the_bar_is_quiet_where_there_is_no_terminal(monkeypatch, terminal, seconds):
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", out)
+    now = [0.0]
+    monkeypatch.setattr(evaluate.tqdm, "monitor_interval", 0)  # no thread, so that time is what this test says
+    with evaluate.progress_bar(1000) as bar:
+        bar._time, bar.start_t, bar.last_print_t = lambda: now[0], 0.0, 0.0
+        assert bar.mininterval == seconds
+        for n in range(100):
+            now[0] = float(n)
+            bar.update(1)
+        states = out.getvalue().count("/1000")
+    assert states > 90 if terminal else states <= 5
 
 
 @pytest.mark.slow

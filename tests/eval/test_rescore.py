@@ -11,9 +11,8 @@ import run
 from configs import common
 from configs.schema import ConfigError
 from mllm4d_jax.eval.evaluate import EvaluationError
-from mllm4d_jax.eval.predictions import PredictionError, PredictionStore
-from mllm4d_jax.eval.rescore import read_any
-from mllm4d_jax.eval.task import run as run_task
+from mllm4d_jax.eval.evaluate import run as run_task
+from mllm4d_jax.eval.predictions import PredictionError, PredictionStore, read_any
 from tests.eval.question_fixtures import prediction, vlm4d_rows
 from tests.report.reading import read
 

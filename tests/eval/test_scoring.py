@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from mllm4d_jax.eval.predictions import PredictionError
 from mllm4d_jax.eval.scoring import ScoringError, comparison, figures, grouped, results, score
 from mllm4d_jax.eval.statistics import Bootstrap
 from tests.eval.question_fixtures import prediction
@@ -50,7 +49,7 @@ def test_extractors_differ_on_more_than_letters():
         1,
         {"exact": 2, "unparsed": 3},
     )
-    with pytest.raises(PredictionError, match="strict, official"):
+    with pytest.raises(ValueError, match="strict, official"):
         results(answered(["A"]), extractor="judge")
 
 

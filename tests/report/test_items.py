@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm4d_jax.report import centers
-from mllm4d_jax.report.browser import BrowserOptions, browser
+from mllm4d_jax.report.browser import BrowserOptions, browser, center_map, distances
 from mllm4d_jax.report.items import Centers, ShownAnswer, completion_item, prediction_item
 from tests.report.reading import read
 
@@ -63,12 +62,12 @@ def test_a_prediction():
 
 
 def test_distances_are_between_states_that_both_have():
-    assert centers.distances(completion_item(COMPLETION).camera) == [1.0, 2.0]
-    assert centers.distances(Centers(((0, 0, 0),), ())) == []
+    assert distances(completion_item(COMPLETION).camera) == [1.0, 2.0]
+    assert distances(Centers(((0, 0, 0),), ())) == []
 
 
 def test_the_map_has_truth_and_what_was_said_from_above():
-    made = read(centers.center_map(completion_item(COMPLETION), "t"))
+    made = read(center_map(completion_item(COMPLETION), "t"))
     assert [e.text for e in made.all("li")] == ["camera, true", "camera, said"]
     dashes = [e.attributes.get("stroke-dasharray") for e in made.all("path")]
     assert dashes[0] is None and dashes[1]
@@ -76,18 +75,18 @@ def test_the_map_has_truth_and_what_was_said_from_above():
     assert "ink" in looks[0] and "ink" in looks[1]
     (x0, y0), (x1, y1) = (re.findall(r"[\d.]+", step) for step in re.findall(r"[ML][\d. ]+", _truth_path()))
     assert (float(y0) - float(y1)) / (float(x1) - float(x0)) == pytest.approx(5 / 3, abs=0.02)
-    assert centers.center_map(ShownAnswer("", "", (), {}, "", "wrong", "", ()), "t") is None
+    assert center_map(ShownAnswer("", "", (), {}, "", "wrong", "", ()), "t") is None
 
 
 def _truth_path() -> str:
     """The drawn path of a camera that moved 3 m to the right, 2 m down and 5 m forward."""
     item = ShownAnswer("", "", (), {}, "", "wrong", "", (), camera=Centers(((0, 0, 0), (3, 2, 5))))
-    return read(centers.center_map(item, "t")).all("path")[0].attributes["d"]
+    return read(center_map(item, "t")).all("path")[0].attributes["d"]
 
 
 def test_said_centres_alone_are_drawn_too():
     item = completion_item(COMPLETION | {"solution": {"answer": "A"}})
-    assert [e.text for e in read(centers.center_map(item, "t")).all("li")] == ["camera, said"]
+    assert [e.text for e in read(center_map(item, "t")).all("li")] == ["camera, said"]
 
 
 def test_no_line_makes_the_page_long():

@@ -8,9 +8,9 @@ import pytest
 
 from mllm4d_jax.data.samples import write_video
 from mllm4d_jax.report import pictures
-from mllm4d_jax.report.pictures import PictureRule, read_pictures
+from mllm4d_jax.report.pictures import read_pictures
 
-RULE = PictureRule(frames=4, max_bytes=4000, clip_s=20.0, total_s=60.0)
+RULE = {"frames": 4, "max_bytes": 4000, "clip_s": 20.0, "total_s": 60.0}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def decoded(jpeg: bytes) -> np.ndarray:
 
 def test_frames_are_spread_over_the_clip_and_dated(files):
     path = str(files / "clip.mp4")
-    found = read_pictures([path, path], RULE)
+    found = read_pictures([path, path], **RULE)
     assert list(found) == [path] and found[path].note == ""
     assert [caption for _, caption in found[path].frames] == ["0.0 s", "0.6 s", "1.2 s", "1.9 s"]
     reds = [decoded(jpeg)[..., 0].mean() for jpeg, _ in found[path].frames]
@@ -44,13 +44,13 @@ def test_frames_are_spread_over_the_clip_and_dated(files):
 
 def test_large_frames_are_made_small(files):
     path = str(files / "noise.mp4")
-    for jpeg, _ in read_pictures([path], RULE)[path].frames:
+    for jpeg, _ in read_pictures([path], **RULE)[path].frames:
         assert len(jpeg) <= 4000 and max(decoded(jpeg).shape) <= 240
 
 
 def test_images_are_shown_as_they_are(files):
     path = str(files / "image.PNG")
-    ((jpeg, caption),) = read_pictures([path], RULE)[path].frames
+    ((jpeg, caption),) = read_pictures([path], **RULE)[path].frames
     assert caption == "image" and decoded(jpeg)[..., 0].mean() > 180
 
 
@@ -61,14 +61,14 @@ def test_images_are_shown_as_they_are(files):
 )  # fmt: skip
 def test_what_cannot_be_read_gives_a_note(files, name, why):
     path, good = f"{files}/{name}", str(files / "clip.mp4")
-    found = read_pictures([path, good], RULE)
+    found = read_pictures([path, good], **RULE)
     assert not found[path].frames and found[path].note and why in found[path].note
     assert len(found[good].frames) == 4  # and the decoder goes on
 
 
 def test_a_damaged_clip_gives_a_note(files):
     path = str(files / "cut.mp4")
-    assert "truncated" in read_pictures([path], RULE)[path].note
+    assert "truncated" in read_pictures([path], **RULE)[path].note
 
 
 def test_a_file_that_the_system_refuses_gives_a_note(files, monkeypatch):
@@ -77,14 +77,14 @@ def test_a_file_that_the_system_refuses_gives_a_note(files, monkeypatch):
 
     monkeypatch.setattr(pictures, "read_image", refuse)
     path = str(files / "image.PNG")
-    assert "not allowed" in read_pictures([path], RULE)[path].note
+    assert "not allowed" in read_pictures([path], **RULE)[path].note
 
 
 def test_when_the_time_is_up_no_further_clip_is_begun(files):
     path = str(files / "clip.mp4")
-    found = read_pictures([path], PictureRule(4, 4000, 20.0, -1.0))
+    found = read_pictures([path], **RULE | {"total_s": -1.0})
     assert not found[path].frames and "were used up" in found[path].note
 
 
 def test_nothing_to_read_is_nothing():
-    assert read_pictures([], RULE) == {}
+    assert read_pictures([], **RULE) == {}

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mllm4d_jax.qa.reasoning import parse
-from mllm4d_jax.report.said import pieces, said, shortened
+from mllm4d_jax.report.browser import pieces, said
+from mllm4d_jax.report.page import shortened
 from tests.report.reading import read
 
 PARTS = ["<thinking>", "</thinking>", "<answer>", "</answer>", "a", "B\n", " ", "<", "é"]

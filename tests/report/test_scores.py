@@ -45,8 +45,8 @@ def test_counts_are_those_of_a_plain_loop(tmp_path):
         assert count.correct == sum(bool(r["letter"]) and r["correct"] for r in mine)
         assert count.unparsed == sum(not r["letter"] for r in mine)
         assert count.conflicts == sum(r["conflict"] for r in mine)
-    assert sum(c.n for c in found.values() if c.part == "all") == len(rows)
-    assert sum(c.n for c in found.values() if c.part == "category") == sum(bool(r["category"]) for r in rows)
+    assert sum(c.n for c in found.values() if c.key[1] == "all") == len(rows)
+    assert sum(c.n for c in found.values() if c.key[1] == "category") == sum(bool(r["category"]) for r in rows)
 
 
 def test_tables_of_results_are_shown_and_sorted_by_their_figures():
@@ -80,7 +80,7 @@ def test_a_response_without_a_letter_lowers_the_accuracy():
               for n, outcome in enumerate(["correct", "unparsed", "wrong", "correct"])]  # fmt: skip
     assert summary.accuracy(places) == 0.5
     (count,) = scores.counts(places)
-    assert (count.group, count.accuracy, count.unparsed) == ("predictions", 0.5, 1)
+    assert (count.key[0], count.accuracy, count.unparsed) == ("predictions", 0.5, 1)
 
 
 def pair(tmp_path, results: bool) -> dict[str, Run]:
