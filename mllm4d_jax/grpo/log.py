@@ -11,9 +11,8 @@ from mllm4d_jax.grpo.held_out import mean_rewards
 from mllm4d_jax.grpo.prompts import Prompt
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.qa.reasoning import parse
-from mllm4d_jax.run.log import Display
 
-DISPLAY = Display("grpo", ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s"))
+COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s")  # of the terminal
 
 
 def step_row(rollouts: Rollouts, step_s: float, **values: float | None) -> dict[str, float | None]:

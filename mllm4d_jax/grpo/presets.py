@@ -57,12 +57,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         known = dict(
-            scale=SCALES,
-            ratio=LEVELS,
-            surrogate=SURROGATES,
-            kl=KL_ESTIMATORS,
-            reduction=REDUCTIONS,
-            overlong=OVERLONG,
+            scale=SCALES, ratio=LEVELS, surrogate=SURROGATES, kl=KL_ESTIMATORS, reduction=REDUCTIONS, overlong=OVERLONG
         )
         for name, choices in known.items():
             if getattr(self, name) not in choices:

@@ -16,16 +16,15 @@ from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
 from mllm4d_jax.grpo.learner import Update
-from mllm4d_jax.grpo.log import DISPLAY, completion_lines, step_row
+from mllm4d_jax.grpo.log import COLUMNS, completion_lines, step_row
 from mllm4d_jax.grpo.prompts import PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.setup import GrpoSetup, set_up
 from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
 from mllm4d_jax.rows.shape import RowShape
-from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import RunLog, say, write_facts
-from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
+from mllm4d_jax.run.log import say
+from mllm4d_jax.run.loop import TrainingError, TrainingRun, carry_out
 from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.throughput import peak_memory_gib
 
@@ -50,22 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """
     folder = open_workdir(workdir)
     settings.check(config)
-    c = config.train
-    with Checkpoints(folder / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
-        setup = set_up(config, folder, checkpoints)
-        write_facts(folder, setup.facts)
-        done = setup.progress.step
-        if done < c.steps:
-            log = RunLog(folder, DISPLAY, steps=c.steps, start=done, log_every=c.log_every)
-            under_way = TrainingRun(config, folder, checkpoints, setup.content, setup.progress, log, stop)
-            with setup.encoder, under_way:
-                train(setup, under_way)
-            done = under_way.progress.step
-    if done < c.steps:
-        say(f"stopped after step {done} of {c.steps} and saved; the same command goes on from there")
-        return 0
-    say(f"{done} steps done")
-    return 0
+    return carry_out(config, folder, COLUMNS, set_up, train)
 
 
 class Rounds:
@@ -83,7 +67,7 @@ class Rounds:
         """
         self._setup, self._run, self._prompts = setup, run, prompts
         self.started = time.perf_counter()
-        self.pending: Drawn | None = self._restored() if setup.progress.step else None
+        self.pending: Drawn | None = self._restored() if run.progress.step else None
 
     def take(self, step: int) -> Drawn | None:
         """Return the completions of step number `step`; None once asked to stop.
@@ -163,12 +147,7 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     rewards = deque((row["reward"] for row in jsonl.read_steps(run.workdir / METRICS, start)), maxlen=10)
     for name in (EVALS, COMPLETIONS):
         jsonl.rewind(run.workdir / name, start)
-    with (
-        setup.loader,
-        setup.actor,
-        setup.greedy,
-        Prefetcher(setup.loader.next_step) as prompts,
-    ):
+    with setup.loader, setup.actor, setup.greedy, Prefetcher(setup.loader.next_step) as prompts:
         rounds = Rounds(setup, run, prompts)
 
         def save(step: int) -> None:
@@ -210,7 +189,7 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
     state.trainable, state.opt_state, update = setup.learner.update(
         state.trainable,
         state.opt_state,
-        setup.frozen,
+        setup.begun.parts.frozen,
         drawn.features,
         parts,
         rollouts.batch(longest),
@@ -226,7 +205,7 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
         )
     return update, values | {
         "time/update": time.perf_counter() - started,
-        "lr": float(setup.rates[rollouts.step]),
+        "lr": float(setup.begun.parts.rates[rollouts.step]),
         "memory_gib": peak_memory_gib(),
         "compiles": setup.learner.compiles,
     }

@@ -13,15 +13,16 @@ import dataclasses
 import logging
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
 import ml_collections
 
+from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
-from mllm4d_jax.run.log import RunLog
+from mllm4d_jax.run.log import RunLog, say, write_facts
 from mllm4d_jax.run.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -31,19 +32,35 @@ class TrainingError(ValueError):
     """Training cannot go on; the message names the step and the records."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run is; counts are over all processes, so that another number of them can go on.
+def carry_out(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    columns: Sequence[str],
+    set_up: Callable[[ml_collections.ConfigDict, Path, Checkpoints], Any],
+    train: Callable[[Any, TrainingRun], None],
+) -> int:
+    """Open the checkpoints, set a run up, train until the last step or until asked to stop, and say how far it came.
 
-    Attributes:
-      step: optimiser steps done.
-      position: groups of questions consumed, the loader's whole state (see `data.loader`).
-      rejected: records that could not be used.
+    Args:
+      columns: of the log, that the terminal shows.
+      set_up: makes what `train` is given; has the run as `begun` and `facts` about it.
+      train: runs the steps that are left, and saves.
+
+    Returns:
+      0, also when it was asked to stop.
     """
-
-    step: int = 0
-    position: int = 0
-    rejected: int = 0
+    c = config.train
+    with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
+        setup = set_up(config, workdir, checkpoints)
+        write_facts(workdir, setup.facts)
+        done = setup.begun.progress.step
+        if done < c.steps:
+            with setup.begun.encoder, TrainingRun(setup.begun, columns, stop) as run:
+                train(setup, run)
+            done = run.progress.step
+    stopped = f"stopped after step {done} of {c.steps} and saved; the same command goes on from there"
+    say(stopped if done < c.steps else f"{done} steps done")
+    return 0
 
 
 class StopSignal:
@@ -107,26 +124,13 @@ class TrainingRun:
       watchdog: is told what the process waits for.
     """
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        workdir: Path,
-        checkpoints: Checkpoints,
-        content: Mapping[str, str],
-        progress: Progress,
-        log: RunLog,
-        stop: StopSignal,
-    ) -> None:
-        """
-        Args:
-          content: digests that a resumed run has to match, see `digest.content_digests`.
-          progress: where it begins.
-          log: of the steps.
-        """
-        c = config.train
-        self.config, self.workdir, self.progress, self.stop = config, workdir, progress, stop
-        self.checkpoints, self._content, self._log, self._start = checkpoints, content, log, progress.step
-        self.watchdog, self._trace = Watchdog(c.watchdog_s), Trace(workdir / "trace", c.trace_steps)
+    def __init__(self, begun: Begun, columns: Sequence[str], stop: StopSignal) -> None:
+        """`columns`: of the log, that the terminal shows."""
+        self.config, self.workdir, self.checkpoints = begun.config, begun.workdir, begun.checkpoints
+        self.progress, self.stop, self._content, self._start = begun.progress, stop, begun.content, begun.progress.step
+        c = self.config.train
+        self._log = RunLog(self.workdir, self.config.task, columns, c.steps, self._start, c.log_every)
+        self.watchdog, self._trace = Watchdog(c.watchdog_s), Trace(self.workdir / "trace", c.trace_steps)
         self._hooks: list[_Hook] = []
         self._open = contextlib.ExitStack()
 

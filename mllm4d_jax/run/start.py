@@ -28,9 +28,17 @@ from mllm4d_jax.models.lora import attach_lora
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import merge_model, split_model
-from mllm4d_jax.run.checkpoint import Checkpoints, Meta, ResumeError, check_resumable, flat_config
-from mllm4d_jax.run.digest import folder_digest, model_digest
-from mllm4d_jax.run.loop import Progress
+from mllm4d_jax.run.checkpoint import (
+    Checkpoints,
+    Meta,
+    Progress,
+    ResumeError,
+    abstract,
+    check_resumable,
+    flat_config,
+    folder_digest,
+    model_digest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +213,7 @@ def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
             mesh=model.mesh,
         )
     graphdef, trainable, frozen = split_model(model, patterns)
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    wanted = abstract(trainable)
     del model, trainable  # so that the values before training can go
     with Checkpoints(adapter.folder, keep=1) as earlier:
         trainable = earlier.restore_trainable(adapter.step, wanted)
@@ -228,7 +236,7 @@ def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], 
     """Return the progress of the workdir's newest checkpoint, or of a run from the start.
 
     Args:
-      content: digests, see `digest.content_digests`.
+      content: digests, see `checkpoint.content_digests`.
 
     Raises:
       ResumeError: the checkpoint is of a run with other settings, or train.resume is off and there is one.

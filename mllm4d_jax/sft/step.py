@@ -167,12 +167,7 @@ class TokenLoss(NamedTuple):
 
 
 def token_cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    chunk: int,
-    mesh: Mesh | None = None,
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, mesh: Mesh | None = None
 ) -> TokenLoss:
     """Softmax cross-entropy of `hidden @ head` in float32.
 

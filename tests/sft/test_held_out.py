@@ -43,7 +43,7 @@ def trained(config, workdir):
 
 def separate_loss(config, setup):
     """Mean over the supervised tokens of the usable records, each a sample of its own; no row, no mesh, no dropout."""
-    encoder, source = setup.encoder, setup.held_out._encoder.sources[0]
+    encoder, source = setup.begun.encoder, setup.held_out._encoder.sources[0]
     model, total, count = load_trainable(config, setup.trainer._step.mesh), 0.0, 0
     for i in (0, 1, 3, 4):
         example = encoder.encode(source[i])
@@ -61,7 +61,7 @@ def test_it_is_the_mean_over_the_tokens_of_the_usable_records(config, tmp_path):
     config.data.questions_per_video, config.data.rows, config.lora.dropout = 2, 8, 0.3
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
-    with setup.encoder:
+    with setup.begun.encoder:
         measured = setup.held_out(setup.trainer.trainable)
         np.testing.assert_allclose(measured, separate_loss(config, setup), rtol=1e-5)
         assert setup.held_out(setup.trainer.trainable) == measured
@@ -96,7 +96,7 @@ def test_what_cannot_be_used(config, tmp_path):
     config.data.eval_path = str(bad)
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
-    with setup.encoder, pytest.raises(HeldOutError, match="not one usable record"):
+    with setup.begun.encoder, pytest.raises(HeldOutError, match="not one usable record"):
         setup.held_out(setup.trainer.trainable)
     config.data.eval_path = str(tmp_path / "none.json")
     with pytest.raises(PreflightError, match="data.eval_path = .*none.json is not a file"):
