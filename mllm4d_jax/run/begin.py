@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.run.build import Parts, build, encoder_of, needs_adapter, open_records
-from mllm4d_jax.run.checkpoint import Checkpoints, Progress, content_digests
-from mllm4d_jax.run.start import resume_point
+from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError, check_resumable, content_digests, flat_config
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +90,26 @@ def begin(
     if multihost.is_primary():
         write_json(workdir / CONFIG, config.to_dict())
     return Begun(workdir, checkpoints, mixture, content, progress, build(config), encoder_of(config))
+
+
+def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
+    """Return the progress of the workdir's newest checkpoint, or of a run from the start.
+
+    Args:
+      content: digests, see `checkpoint.content_digests`.
+
+    Raises:
+      ResumeError: the checkpoint is of a run with other settings, or train.resume is off and there is one.
+    """
+    latest = checkpoints.latest()
+    if latest is None:
+        return Progress()
+    if not config.train.resume:
+        raise ResumeError(
+            f"{checkpoints.folder} already holds step {latest}: give another --workdir for a new run, or leave "
+            "train.resume on to go on with that one"
+        )
+    stored = checkpoints.meta(latest)
+    check_resumable(stored, flat_config(config), content, checkpoints.folder)
+    log.info("continuing after step %d", latest)
+    return Progress(stored.step, stored.position, stored.rejected)

@@ -70,11 +70,6 @@ class Parts:
     shape: RowShape
     tuning: Tuning
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """What is trained, as `train.trainable` names it."""
-        return tuple(self.config.train.trainable)
-
 
 def build(
     config: ml_collections.ConfigDict, *, devices: Sequence[jax.Device] | None = None, abstract: bool = False

@@ -96,10 +96,6 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """Step of the kept checkpoint with the lowest loss, None without one."""
-        return self._manager.best_step()
-
     def save(
         self, trainable: Any, opt_state: Any, meta: Meta, loss: float, pending: Mapping[str, Any] | None = None
     ) -> None:

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -97,20 +97,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class _Hook:
-    """Something done after some of the steps.
+    """Something done after some of the steps."""
 
-    Attributes:
-      every: steps between.
-      call: given the number of steps done.
-      last: also after the last step of the run; unsaved: also after the last one before it ends for any reason.
-      done: step of the last call.
-    """
-
-    every: int
-    call: Callable[[int], None]
-    last: bool
-    unsaved: bool
-    done: int
+    every: int  # steps between
+    call: Callable[[int], None]  # given the number of steps done
+    last: bool  # also after the last step of the run
+    unsaved: bool  # also after the last one before it ends for any reason
+    done: int  # step of the last call
 
 
 class TrainingRun:
@@ -130,12 +123,11 @@ class TrainingRun:
         self.progress, self.stop, self._content, self._start = begun.progress, stop, begun.content, begun.progress.step
         c = self.config.train
         self._log = RunLog(self.workdir, self.config.task, columns, c.steps, self._start, c.log_every)
-        self.watchdog, self._trace = Watchdog(c.watchdog_s), Trace(self.workdir / "trace", c.trace_steps)
-        self._hooks: list[_Hook] = []
-        self._open = contextlib.ExitStack()
+        self.watchdog, self._hooks = Watchdog(c.watchdog_s), []
+        self._open, self._tracing = contextlib.ExitStack(), contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        for part in (self._log, self.watchdog, self._trace):
+        for part in (self._log, self.watchdog, self._tracing):
             self._open.enter_context(part)
         return self
 
@@ -154,18 +146,24 @@ class TrainingRun:
     def steps(
         self, take: Callable[[int], T | None], wait: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[int, T]]:
-        """Yield (number from 1, data) of every step that is left.
+        """Yield (number from 1, data) of every step that is left, and trace those that the config names.
+
+        Neighbouring steps go into one trace; look at it with `tensorboard --logdir DIR` and the package xprof, or at
+        ui.perfetto.dev.
 
         Args:
           take: gives the data of a step, None once the run was asked to stop.
           wait: returns once the devices are done; called before a trace ends.
         """
-        total, step = self.config.train.steps, self._start
+        total, step, traced = self.config.train.steps, self._start, self.config.train.trace_steps
         while step < total and (data := take(step + 1)) is not None:
             step += 1
-            self._trace.before(step)
+            if step in traced and (step - 1 not in traced or step - 1 == self._start):
+                self._tracing.enter_context(jax.profiler.trace(str(self.workdir / "trace")))
             yield step, data
-            self._trace.after(step, wait)
+            if step in traced and step + 1 not in traced:
+                wait()
+                self._tracing.close()
             self._call(step, [h for h in self._hooks if step % h.every == 0 or h.last and step == total])
         self._call(step, [h for h in self._hooks if h.unsaved and h.done < step])
 
@@ -183,37 +181,3 @@ class TrainingRun:
         meta = Meta(**dataclasses.asdict(self.progress), config=flat_config(self.config), content=self._content)
         with self.watchdog.phase("saving"):
             self.checkpoints.save(trainable, opt_state, meta, loss, pending)
-
-
-class Trace:
-    """Traces the steps it was given; neighbouring ones go into one trace. Use as a context manager.
-
-    Look at it with `tensorboard --logdir DIR` and the package xprof, or at ui.perfetto.dev.
-    """
-
-    def __init__(self, folder: str | Path, steps: Collection[int]) -> None:
-        """`steps`: counted from 1, as everywhere in a run's output."""
-        self._folder, self._steps, self._on = Path(folder), frozenset(steps), False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop()
-
-    def before(self, step: int) -> None:
-        """Call before a step is sent to the devices."""
-        if step in self._steps and not self._on:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
-
-    def after(self, step: int, wait: Callable[[], object]) -> None:
-        """Call after a step was sent. `wait` returns once it is done; it is called before a trace ends."""
-        if self._on and step + 1 not in self._steps:
-            wait()
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._on:
-            jax.profiler.stop_trace()
-            self._on = False

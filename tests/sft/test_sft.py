@@ -252,7 +252,7 @@ def test_the_best_checkpoints_stay(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.Losses, "value", property(lambda self: next(losses)))
     train(config, tmp_path / "w")
     with Checkpoints(tmp_path / "w/checkpoints", 1, 1) as checkpoints:
-        assert (checkpoints.latest(), checkpoints.best()) == (STEPS, 2)
+        assert (checkpoints.latest(), checkpoints._manager.best_step()) == (STEPS, 2)
     kept = sorted(p.name for p in (tmp_path / "w/checkpoints").iterdir() if p.name.isdigit())
     assert kept == ["2", "6"]
 
