@@ -226,11 +226,8 @@ class Learner:
             found = self._scores(tree, frozen, features, rows)
             part, slot = _rows_of(batch, rows), found.logprobs.shape[-1]
             logprobs, entropy = (x.reshape(-1, slot) for x in found)
-            metrics, gap_max = {}, jnp.float32(0)
-            if part.importance is None:
-                how = dict(bound=self.objective.gap_bound, cap=self.objective.importance_cap)
-                part, gap = correct_for_gap(part, jax.lax.stop_gradient(logprobs), **how)
-                metrics, gap_max = {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
+            found = None if part.importance is not None else jax.lax.stop_gradient(logprobs)
+            part, metrics, gap_max = _corrected(self.objective, part, found)
             value, more = objective(logprobs, part, totals, self.objective, entropy)
             return value, (metrics | more, gap_max)
 
@@ -267,14 +264,21 @@ def _begin(
     The weight is 0 when nothing could move the parameters: no group of different rewards and no KL term. The optimiser
     then rests, too, instead of following its momentum.
     """
-    metrics, gap_max = {}, jnp.float32(0)
-    if first is not None:
-        batch, gap = correct_for_gap(batch, first, bound=config.gap_bound, cap=config.importance_cap)
-        metrics, gap_max = {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
+    batch, metrics, gap_max = _corrected(config, batch, first)
     batch, more = prepare(batch, config)
     pulls = jnp.any((batch.mask > 0) & (batch.advantages[:, None] != 0)) | (config.beta > 0)
     weight = (pulls & jnp.any(batch.mask > 0)).astype(jnp.float32)
     return batch, denominators(batch.mask), weight, metrics | more, gap_max
+
+
+def _corrected(
+    config: ObjectiveConfig, batch: RolloutBatch, logprobs: jax.Array | None
+) -> tuple[RolloutBatch, dict[str, Mean], jax.Array]:
+    """(batch corrected for its gap to the learner's log-probs, metrics, largest gap); None leaves it as it is."""
+    if logprobs is None:
+        return batch, {}, jnp.float32(0)
+    batch, gap = correct_for_gap(batch, logprobs, bound=config.gap_bound, cap=config.importance_cap)
+    return batch, {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
 
 
 def _rows_of(batch: RolloutBatch, rows: CompletionRows) -> RolloutBatch:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from typing import Any
 
 import jax
 import ml_collections
@@ -24,7 +23,7 @@ from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
 from mllm4d_jax.rows.shape import RowShape
 from mllm4d_jax.run.log import say
-from mllm4d_jax.run.loop import TrainingError, TrainingRun, carry_out
+from mllm4d_jax.run.loop import TrainingRun, carry_out, check_finite
 from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.throughput import peak_memory_gib
 
@@ -196,14 +195,14 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
         reference=setup.reference,
         iterations=run.config.objective.iterations,
     )
-    values = _read(update)
-    if not bool(update.step.finite):
-        raise TrainingError(
-            f"the loss or gradient of step {rollouts.step + 1} is not finite (loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']}); its records: {', '.join(p.key for p in drawn.prompts)}. The parameters were "
-            "left as they were before it. Look at these records, or lower optim.lr and start anew"
-        )
+    done, metrics, gap_max = jax.device_get((update.step, update.metrics, update.gap_max))  # waits for the devices
+    loss, norm = float(done.loss), float(done.grad_norm)
+    check_finite(bool(done.finite), rollouts.step + 1, loss, norm, (p.key for p in drawn.prompts))
+    values = {name: float(mean.value) for name, mean in metrics.items() if name != "reward"}
     return update, values | {
+        "loss": loss,
+        "grad_norm": norm,
+        "gap_max": float(gap_max),
         "time/update": time.perf_counter() - started,
         "lr": float(setup.begun.parts.rates[rollouts.step]),
         "memory_gib": peak_memory_gib(),
@@ -222,10 +221,3 @@ def rows_of(config: ml_collections.ConfigDict, shape: RowShape, drawn: Drawn) ->
         slot, entries = shape.completion_sizes(max(map(max, counts)), max(map(sum, counts)))
         parts.append(completion_rows(drawn.batch, rows, rollouts.tokens, rollouts.lengths, slot=slot, entries=entries))
     return shape.completion_sizes(int(rollouts.lengths.max()), 1)[0], parts
-
-
-def _read(update: Update) -> dict[str, float]:
-    """The device's numbers; waits for them."""
-    step, metrics, gap_max = jax.device_get((update.step, update.metrics, update.gap_max))
-    values: dict[str, Any] = {name: float(mean.value) for name, mean in metrics.items() if name != "reward"}
-    return values | {"loss": float(step.loss), "grad_norm": float(step.grad_norm), "gap_max": float(gap_max)}

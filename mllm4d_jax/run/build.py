@@ -98,19 +98,9 @@ def build(
         opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), places)
     else:
         opt_state = init_optimizer(optimizer, trainable, mesh)
-    return Parts(
-        config=config,
-        sizes=model.config,
-        mesh=mesh,
-        graphdef=graphdef,
-        trainable=trainable,
-        frozen=frozen,
-        optimizer=optimizer,
-        opt_state=opt_state,
-        rates=rates,
-        shape=row_shape(config, processor_of(config), model.config),
-        tuning=tuning(config, model),
-    )
+    shape = row_shape(config, processor_of(config), model.config)
+    trees = graphdef, trainable, frozen, optimizer, opt_state
+    return Parts(config, model.config, mesh, *trees, rates, shape, tuning(config, model))
 
 
 def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -72,14 +73,12 @@ class Checkpoints:
           keep_best: number of checkpoints with the lowest loss kept besides.
         """
         self.folder = Path(folder).absolute()
-        policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep)]
-        if keep_best:
-            kept.append(policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best))
+        policies, loss = ocp.checkpoint_managers, operator.itemgetter("loss")
+        best = [policies.BestN(get_metric_fn=loss, reverse=True, n=keep_best)] if keep_best else []
         options = ocp.CheckpointManagerOptions(
-            best_fn=_loss,
+            best_fn=loss,
             best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *best]),
             enable_async_checkpointing=True,
             create=True,
         )
@@ -164,10 +163,6 @@ class Checkpoints:
             raise ResumeError(f"the parameters in {self.folder / str(step)} do not fit the model: {listed}")
         args = {name: ocp.args.StandardRestore(abstract(tree)) for name, tree in trees.items()}
         return self._manager.restore(step, args=ocp.args.Composite(**args))
-
-
-def _loss(metrics: Mapping[str, float]) -> float:
-    return metrics["loss"]
 
 
 def abstract(tree: Any) -> Any:

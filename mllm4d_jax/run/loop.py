@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -30,6 +31,22 @@ log = logging.getLogger(__name__)
 
 class TrainingError(ValueError):
     """Training cannot go on; the message names the step and the records."""
+
+
+def check_finite(finite: bool, step: int, loss: float, norm: float, keys: Iterable[str]) -> None:
+    """Raise TrainingError if the results of a step are not finite.
+
+    Args:
+      step: from 1; `loss`, `norm`: its loss and gradient norm.
+      keys: of its records.
+    """
+    if not finite:
+        raise TrainingError(
+            f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step} is not finite (loss {loss}, gradient "
+            f"norm {norm}); its records{' on this process' if jax.process_count() > 1 else ''}: "
+            f"{', '.join(keys) or 'none'}. The parameters were left as they were before it, and the newest checkpoint "
+            "is from before it. Look at these records, or lower optim.lr and start anew"
+        )
 
 
 def carry_out(

@@ -20,7 +20,7 @@ from mllm4d_jax.parallel.logits import over_positions, pick
 from mllm4d_jax.parallel.place import place_rows, placed_rows
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.rows import RowBatch
-from mllm4d_jax.run.loop import TrainingError
+from mllm4d_jax.run.loop import check_finite
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 from mllm4d_jax.run.throughput import mfu, peak_memory_gib
 from mllm4d_jax.sft.feed import StepData
@@ -237,14 +237,7 @@ class Trainer:
 
     def _read(self, step: int, data: StepData, m: StepMetrics) -> dict[str, float | None]:
         counts, loss, norm = data.counts, float(m.loss), float(m.grad_norm)
-        if not bool(m.finite):
-            what = "loss" if not np.isfinite(loss) else "gradient"
-            raise TrainingError(
-                f"the {what} of step {step} is not finite (loss {loss}, gradient norm {norm}); its records"
-                f"{' on this process' if jax.process_count() > 1 else ''}: {', '.join(data.keys) or 'none'}. The "
-                "parameters were left as they were before it, and the newest checkpoint is from before it. Look at "
-                "these records, or lower optim.lr and start anew"
-            )
+        check_finite(bool(m.finite), step, loss, norm, data.keys)
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         return {
