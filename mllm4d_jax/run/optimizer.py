@@ -95,7 +95,7 @@ class Sums(NamedTuple):
 
     Attributes:
       grads: gradient of `loss`, f32, like the trainable tree.
-      loss, correct, weight: see `losses.TokenLoss`.
+      loss, correct, weight: see `sft.step.TokenLoss`.
     """
 
     grads: Any

@@ -49,8 +49,8 @@ class TrainStep:
     ) -> None:
         """
         Args:
-          graphdef: structure of the model, from `state.split_model`.
-          optimizer: see `state.make_optimizer`.
+          graphdef: structure of the model, from `models.split.split_model`.
+          optimizer: see `run.optimizer.make_optimizer`.
           trainable, opt_state: the trees to train, or their shapes with shardings; the results are placed like them.
           mesh: devices, the same as the model was made for.
           chunk: supervised positions whose logits exist at a time.
@@ -95,7 +95,7 @@ class TrainStep:
         """Runs one step; returns before it has finished on the device.
 
         Args:
-          trainable, opt_state, frozen: see `state.split_model` and `state.init_optimizer`.
+          trainable, opt_state, frozen: see `models.split.split_model` and `run.optimizer.init_optimizer`.
           batches: the micro-batches of this step, in any shapes; each supervised token counts the same.
           step: number of the step, from 0.
         """
