@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from configs import help, reading, schema
+from configs import reading, schema
 from configs.common import TASKS
 from configs.schema import ConfigError, Key
 
@@ -29,12 +29,12 @@ def main(argv: Sequence[str]) -> int:
         asked, rest = split_flags(argv)
         if not asked.config:
             refuse_leftovers(rest, {})
-            print(help.overview())
+            print(reading.overview())
             return 0 if asked.help else 2
         loaded = reading.load_config(asked.config)
         config = override(loaded.config, loaded.keys, rest)
         if asked.help:
-            print(help.config_help(loaded, config))
+            print(reading.config_help(loaded, config))
             return 0
         name = f"{loaded.path.stem}-{loaded.variant}" if loaded.variant else loaded.path.stem
         config.workdir = str(pathlib.Path(asked.workdir or config.workdir or f"runs/{name}"))

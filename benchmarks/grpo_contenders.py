@@ -116,7 +116,7 @@ class Ours:
         # Without an end token every completion is as long as the cap, on both sides.
         setup.actor.options = dataclasses.replace(setup.actor.options, eos_ids=())
         self.banned_ids = setup.actor.options.banned_ids
-        self.decode = setup.encoder.tokenizer.decode
+        self.decode = setup.begun.encoder.tokenizer.decode
         self._steps = 0
 
     @property
@@ -138,14 +138,16 @@ class Ours:
         setup = self._setup
         length, parts = rows_of(self._config, setup.actor.shape, drawn)
         batch = drawn.rollouts.batch(length)
-        scored = np.asarray(setup.learner.score(setup.reference, setup.frozen, drawn.features, parts, batch))
+        scored = np.asarray(
+            setup.learner.score(setup.reference, setup.begun.parts.frozen, drawn.features, parts, batch)
+        )
         return batch._replace(reference_logprobs=scored), parts, scored
 
     def update(self, drawn: Drawn, batch: Any, parts: list[CompletionRows]) -> tuple[float, float]:
         """One optimiser step: (loss, gradient norm) before it."""
         setup, state = self._setup, self._setup.state
         state.trainable, state.opt_state, update = setup.learner.update(
-            state.trainable, state.opt_state, setup.frozen, drawn.features, parts, batch
+            state.trainable, state.opt_state, setup.begun.parts.frozen, drawn.features, parts, batch
         )
         jax.block_until_ready(state.trainable)
         return float(update.step.loss), float(update.step.grad_norm)
@@ -153,7 +155,7 @@ class Ours:
     def numbers(self, drawn: Drawn) -> Numbers:
         """Log-probs, loss and gradient norm of the policy as it is, which then makes an optimiser step."""
         setup, (batch, parts, reference) = self._setup, self.reference(drawn)
-        policy = setup.learner.score(setup.state.trainable, setup.frozen, drawn.features, parts, batch)
+        policy = setup.learner.score(setup.state.trainable, setup.begun.parts.frozen, drawn.features, parts, batch)
         return Numbers(np.asarray(policy), reference, *self.update(drawn, batch, parts))
 
     def step(self, found: PromptStep) -> Timed:
@@ -196,7 +198,7 @@ def open_ours(config: ml_collections.ConfigDict, folder: Path) -> Iterator[Ours]
     settings.check(config)
     with Checkpoints(folder / "checkpoints", config.train.keep_checkpoints) as checkpoints:
         setup = set_up(config, folder, checkpoints)
-        with setup.encoder, setup.loader, setup.actor, setup.greedy:
+        with setup.begun.encoder, setup.loader, setup.actor, setup.greedy:
             yield Ours(config, setup)
 
 

@@ -24,8 +24,9 @@ from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.weight_map import published_tensors
 from mllm4d_jax.qa.records import Record
+from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.build import build, encoder_of, open_records
-from mllm4d_jax.run.loop import Progress
+from mllm4d_jax.run.checkpoint import Checkpoints, Progress
 from mllm4d_jax.run.optimizer import init_optimizer
 from mllm4d_jax.sft.setup import make_loader
 from mllm4d_jax.sft.step import TrainStep
@@ -144,7 +145,9 @@ class Ours:
         chunk = config.train.loss_chunk
         self._step = TrainStep(parts.graphdef, self._optimizer, self._lora, self._state, parts.mesh, chunk)
         self.encoder = encoder_of(config)
-        self._loader = make_loader(parts, folder, open_records(config), self.encoder, Progress())
+        with Checkpoints(folder / "checkpoints", 1) as checkpoints:
+            begun = Begun(folder, checkpoints, open_records(config), {}, Progress(), parts, self.encoder)
+        self._loader = make_loader(begun)
         self._batches: list[tuple[LoadedBatch, float]] = []
 
     def load(self, steps: int) -> list[list[int]]:

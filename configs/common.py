@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from configs.schema import ConfigError, Key, complete, did_you_mean
-from configs.tables.answering import INFER_KEYS, VERIFY_KEYS
 from configs.tables.curation import CURATE_KEYS
-from configs.tables.evaluation import EVAL_KEYS
-from configs.tables.export import EXPORT_KEYS
 from configs.tables.reinforcement import GRPO_KEYS
-from configs.tables.report import REPORT_KEYS
 from configs.tables.training import SFT_KEYS
+from configs.tables.use import EVAL_KEYS, EXPORT_KEYS, INFER_KEYS, REPORT_KEYS, VERIFY_KEYS
 
 
 class Task(NamedTuple):

@@ -7,7 +7,7 @@ Start it again with the same workdir after an interruption: it asks what is not 
 """
 
 from configs.schema import Presets
-from configs.tables.evaluation import EVAL_KEYS
+from configs.tables.use import EVAL_KEYS
 
 get_config = Presets(
     "configs/eval.py",

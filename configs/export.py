@@ -5,7 +5,7 @@ python run.py --config=configs/export.py:merged --config.model.adapter=runs/sft 
 """
 
 from configs.schema import Presets
-from configs.tables.export import EXPORT_KEYS
+from configs.tables.use import EXPORT_KEYS
 
 get_config = Presets(
     "configs/export.py",

@@ -74,7 +74,11 @@ def published_config(name: str) -> dict[str, Any]:
     """
     if name not in SIZES:
         raise ConfigError(f"unknown published size '{name}'{did_you_mean(name, SIZES)} (known: {', '.join(SIZES)})")
-    size = SIZES[name]
+    return hugging_face_config(SIZES[name])
+
+
+def hugging_face_config(size: Size) -> dict[str, Any]:
+    """Return the config.json dictionary of a model of this size, in the spelling of the releases."""
     if size.tower is None:
         return _qwen2_5_vl(size)
     kind = "qwen3_vl_moe" if size.experts else "qwen3_vl"

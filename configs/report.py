@@ -5,6 +5,6 @@ python run.py --config=configs/report.py --config.run=runs/first --config.other=
 """
 
 from configs.schema import Presets
-from configs.tables.report import REPORT_KEYS
+from configs.tables.use import REPORT_KEYS
 
 get_config = Presets("configs/report.py", REPORT_KEYS, {"": ("at most 200 answers, four frames of each clip", {})})

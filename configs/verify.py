@@ -4,7 +4,7 @@ python run.py --config=configs/verify.py --config.model.path=DIR --config.golden
 """
 
 from configs.schema import Presets
-from configs.tables.answering import VERIFY_KEYS
+from configs.tables.use import VERIFY_KEYS
 
 get_config = Presets(
     "configs/verify.py", VERIFY_KEYS, {"": ("float32, every recorded case, the tolerances float32 allows", {})}

@@ -43,11 +43,7 @@ GRPO_KEYS = (
         "'name::weight' each: a preset (paper, release), a component (accuracy, format, camera, object) or the path of "
         "a function, package.module:function",
     ),
-    Key(
-        "objective.preset",
-        "paper",
-        "by name in grpo/presets.py; a key below that is not '' or -1 changes a piece of it",
-    ),
+    Key("objective.preset", "paper", "of grpo/presets.py; a key below that is not '' or -1 changes a piece of it"),
     Key("objective.scale", "", "divisor of the advantages", choices=("", "group", "batch", "none")),
     Key("objective.ratio", "", "level of the importance ratio", choices=("", "token", "sequence", "sequence_token")),
     Key("objective.surrogate", "", "policy term of a token", choices=("", "clip", "cispo")),

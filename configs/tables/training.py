@@ -22,12 +22,7 @@ TRAINED_KEYS = (
     Key("model.published", "", "plans only: a published size in place of model.path", choices=("", *SIZES), free=True),
 )
 DATA_KEYS = (
-    Key(
-        "data.path",
-        "",
-        "records: a JSON list, a JSONL file, or a TFDS set's version folder (folder@split)",
-        content=True,
-    ),
+    Key("data.path", "", "records: JSON list, JSONL file, or a TFDS set's version folder (folder@split)", content=True),
     Key("data.root", "", "folder that the records' media paths are relative to", content=True),
     Key(
         "data.eval_path",
@@ -37,12 +32,7 @@ DATA_KEYS = (
     ),
     Key("data.eval_root", "", "folder of their media; '' = data.root", content=True),
     Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16),
-    Key(
-        "data.mixture",
-        (),
-        "in place of data.path: 'path::root::rate' each, rates as shares of the groups",
-        content=True,
-    ),
+    Key("data.mixture", (), "in place of data.path: 'path::root::rate' each, rates as shares of groups", content=True),
     Key("data.questions_per_video", 1, "most questions about a clip that share its prefix; divides the batch", low=1),
     Key(
         "data.rows",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from mllm4d_jax.rows.completion_rows import PromptBatch, collate_prompts, needed
 from mllm4d_jax.rows.shape import RowShape
 
 Encode = Callable[[Any, int], PromptFeatures | None]  # (vision inputs of so many prompts, their number)
+Scores = list[tuple[str, Mapping[str, float]]]  # (text, rewards) of every completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,35 +44,37 @@ class Drawn:
     rollouts: Rollouts
 
 
+@dataclasses.dataclass(eq=False)
 class Actor:
-    """Samples and scores. Use as a context manager."""
+    """Samples and scores. Use as a context manager.
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        tokenizer: Tokenizer,
-        shape: RowShape,
-        encode: Encode,
-        rewards: Rewards,
-        options: SamplingOptions,
-        *,
-        branches: int,
-        max_new_tokens: int,
-        prompts_at_once: int = 0,
-        seed: int = 0,
-    ) -> None:
-        """
-        Args:
-          encode: vision features of prompts, see `Learner.encode`.
-          branches: completions of each prompt, G.
-          max_new_tokens: length cap.
-          prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
-          seed: of the whole run; each step draws from a seed of its own.
-        """
-        self._sampler, self._tokenizer, self.shape, self._encode = sampler, tokenizer, shape, encode
-        self._rewards, self.options, self._branches = rewards, options, branches
-        self._longest, self._at_once, self._seed = max_new_tokens, prompts_at_once, seed
-        self._scorer = concurrent.futures.ThreadPoolExecutor(1, "scorer")
+    Attributes:
+      encode: vision features of prompts, see `Learner.encode`.
+      branches: completions of each prompt, G.
+      max_new_tokens: length cap.
+      prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
+      seed: of the whole run; each step draws from a seed of its own.
+    """
+
+    sampler: Sampler
+    tokenizer: Tokenizer
+    shape: RowShape
+    encode: Encode
+    rewards: Rewards
+    options: SamplingOptions
+    branches: int
+    max_new_tokens: int
+    prompts_at_once: int
+    seed: int
+
+    @functools.cached_property
+    def _scorer(self) -> concurrent.futures.Executor:
+        return concurrent.futures.ThreadPoolExecutor(1, "scorer")
+
+    def greedy(self) -> Actor:
+        """Return an actor with the same sampler that gives one greedy completion per prompt."""
+        options = dataclasses.replace(self.options, temperature=0.0, require_exact=False)
+        return dataclasses.replace(self, options=options, branches=1, prompts_at_once=0)
 
     def __enter__(self) -> Actor:
         return self
@@ -92,20 +96,24 @@ class Actor:
           RewardError: a reward function misbehaves.
         """
         started = time.perf_counter()
-        prompts, rewards = found.prompts, []
+        prompts, scores = found.prompts, []
         batch, features = self.prepare(prompts)
         jax.block_until_ready(features)
         encoded = time.perf_counter()
-        size = self._at_once or len(prompts)
-        parts: list[Completions] = []
+        size = self.prompts_at_once or len(prompts)
+        parts: list[tuple[slice, Completions]] = []
         for at in range(0, len(prompts), size):
             chosen = slice(at, at + size)
             out = self._sample(prompts[chosen], _rows(batch, chosen), _features(features, chosen), weights, step)
-            parts.append(out)
-            rewards.append(self._scorer.submit(self._score, prompts[chosen], out))
+            parts.append((chosen, out))
+            scores.append(self._scorer.submit(self._score, prompts[chosen], out))
         sampled = time.perf_counter()
-        scored = [(text, values) for future in rewards for text, values in future.result()]
-        prefill = sum(part.statistics.prefill_seconds for part in parts)
+        drawn = [
+            _rollouts(found, chosen, out, scored.result(), (step, policy_step))
+            for (chosen, out), scored in zip(parts, scores, strict=True)
+        ]
+        rollouts = Rollouts.join(drawn, self.options.pad_id)
+        prefill = rollouts.seconds["prefill"]
         seconds = {
             "data": waited,
             "vision": encoded - started,
@@ -113,57 +121,35 @@ class Actor:
             "decode": sampled - encoded - prefill,
             "score": time.perf_counter() - sampled,
         }
-        tokens, lengths, logprobs = _joined(parts, self.options.pad_id)
-        rollouts = Rollouts(
-            step=step,
-            policy_step=policy_step,
-            positions=tuple(p.position for p in prompts),
-            position=found.position,
-            rejected=found.rejected,
-            tokens=tokens,
-            lengths=lengths,
-            logprobs=logprobs,
-            finish=tuple(reason for part in parts for row in part.finish_reason for reason in row),
-            texts=tuple(text for text, _ in scored),
-            rewards=tuple(values for _, values in scored),
-            seconds=seconds,
-            counts=_counts(parts),
-        )
-        return Drawn(prompts, batch, features, rollouts)
+        return Drawn(prompts, batch, features, dataclasses.replace(rollouts, seconds=seconds))
 
     def prepare(self, prompts: Sequence[Prompt]) -> tuple[PromptBatch, PromptFeatures | None]:
         """The prompts as arrays, their vision features on the devices; the frames are not kept."""
         examples = [p.example for p in prompts]
         sizes = self.shape.sizes(needed_prompt_sizes(examples))
         batch = collate_prompts(examples, sizes, self.shape.geometry, self.shape.visual_token_ids)
-        features = self._encode(batch.inputs.vision, len(prompts))
+        features = self.encode(batch.inputs.vision, len(prompts))
         return dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None)), features
 
     def _sample(
-        self,
-        prompts: Sequence[Prompt],
-        batch: PromptBatch,
-        features: PromptFeatures | None,
-        weights: tuple,
-        step: int,
+        self, prompts: Sequence[Prompt], batch: PromptBatch, features: PromptFeatures | None, weights: tuple, step: int
     ) -> Completions:
-        return self._sampler.generate(
+        return self.sampler.generate(
             weights,
             batch.inputs,
             prompt_ids=[prompt_id(f"{p.key}@{p.position}") for p in prompts],
-            branches=self._branches,
-            max_new_tokens=self._longest,
+            branches=self.branches,
+            max_new_tokens=self.max_new_tokens,
             options=self.options,
-            seed=step_seed(self._seed, step),
+            seed=step_seed(self.seed, step),
             features=None if features is None else features.flat(),
-            detokenize=self._tokenizer.decode,
+            detokenize=self.tokenizer.decode,
         )
 
-    def _score(self, prompts: Sequence[Prompt], out: Completions) -> list[tuple[str, Mapping[str, float]]]:
-        """(text, rewards) of every completion."""
+    def _score(self, prompts: Sequence[Prompt], out: Completions) -> Scores:
         return [
-            (text, self._rewards(text, prompt.record.solution, prompt.described()))
-            for prompt, texts in zip(prompts, out.texts(self._tokenizer.decode), strict=True)
+            (text, self.rewards(text, prompt.record.solution, prompt.described()))
+            for prompt, texts in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
             for text in texts
         ]
 
@@ -196,23 +182,26 @@ def _features(features: PromptFeatures | None, chosen: slice) -> PromptFeatures 
     return PromptFeatures(features.merged[chosen], features.deepstack[:, chosen])
 
 
-def _joined(parts: Sequence[Completions], pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens i32[C, T], lengths i32[C], log-probs f32[C, T]), cut to the longest completion."""
-    longest = max(int(part.lengths.max()) for part in parts)
-
-    def rows(name: str, value: float) -> np.ndarray:
-        found = (getattr(part, name)[..., :longest] for part in parts)
-        wide = (np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[-1])), constant_values=value) for x in found)
-        return np.concatenate([x.reshape(-1, longest) for x in wide])
-
-    lengths = np.concatenate([part.lengths.reshape(-1) for part in parts])
-    return rows("tokens", pad_id), lengths, rows("logprobs", 0.0)
-
-
-def _counts(parts: Sequence[Completions]) -> dict[str, float]:
-    found = [part.statistics for part in parts]
-    return {
-        "decode_steps": sum(s.steps for s in found),
-        "branch_steps": sum(s.branch_steps for s in found),
-        "wasted_branch_steps": sum(s.wasted_branch_steps for s in found),
-    }
+def _rollouts(found: PromptStep, chosen: slice, out: Completions, scored: Scores, steps: tuple[int, int]) -> Rollouts:
+    """Of some prompts of a step, cut to the longest completion; `steps`: the step, and that of the policy."""
+    lengths, cost = out.lengths.reshape(-1), out.statistics
+    longest, (texts, rewards) = int(lengths.max()), zip(*scored, strict=True)
+    return Rollouts(
+        step=steps[0],
+        policy_step=steps[1],
+        positions=tuple(p.position for p in found.prompts[chosen]),
+        position=found.position,
+        rejected=found.rejected,
+        tokens=out.tokens[..., :longest].reshape(-1, longest),
+        lengths=lengths,
+        logprobs=out.logprobs[..., :longest].reshape(-1, longest),
+        finish=tuple(reason for row in out.finish_reason for reason in row),
+        texts=texts,
+        rewards=rewards,
+        seconds={"prefill": cost.prefill_seconds},
+        counts={
+            "decode_steps": cost.steps,
+            "branch_steps": cost.branch_steps,
+            "wasted_branch_steps": cost.wasted_branch_steps,
+        },
+    )

@@ -8,7 +8,7 @@ with two small trees; both are scored by one compiled function.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +30,6 @@ from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import constrain_rows, replicated
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
-
-Scored = Callable[..., TokenScores]
 
 
 class PromptFeatures(NamedTuple):
@@ -98,19 +96,18 @@ class Learner:
           chunk: positions whose logits exist at a time.
         """
         self.mesh, self.objective, self.compiles = mesh, objective, 0
+        self._graphdef, self._optimizer, self._chunk = graphdef, optimizer, chunk
+        self._temperature, self._banned_ids = float(temperature), tuple(banned_ids)
         places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
         scalar = replicated(mesh)
-        scored = functools.partial(_scores, graphdef, float(temperature), tuple(banned_ids), chunk, mesh)
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
-        add = functools.partial(_add, scored, objective)
-        finish = functools.partial(_finish, optimizer)
-        self._encode = self._compiled(functools.partial(_encode, graphdef, mesh), static_argnums=3)
-        self._score = self._compiled(functools.partial(_score_into, scored), donate_argnums=0, out_shardings=scalar)
+        self._encode = self._compiled(self._encode_prompts, static_argnums=3)
+        self._score = self._compiled(self._score_into, donate_argnums=0, out_shardings=scalar)
         self._begin = self._compiled(functools.partial(_begin, objective), out_shardings=scalar)
         self._zeros = self._compiled(zeros, out_shardings=places[0])
-        self._add = self._compiled(add, donate_argnums=0, out_shardings=(places[0], scalar, scalar, scalar))
+        self._add = self._compiled(self._add_rows, donate_argnums=0, out_shardings=(places[0], scalar, scalar, scalar))
         metrics = StepMetrics(*[scalar] * len(StepMetrics._fields))
-        self._finish = self._compiled(finish, donate_argnums=(0, 1), out_shardings=(*places, metrics))
+        self._finish = self._compiled(self._apply, donate_argnums=(0, 1), out_shardings=(*places, metrics))
 
     def _compiled(self, function, **options):
         def counted(*args):
@@ -184,44 +181,69 @@ class Learner:
             trainable, opt_state, step = self._finish(trainable, opt_state, grads, loss, weight)
         return trainable, opt_state, Update(step, metrics | add_means(*found), gap_max, batch.advantages)
 
+    def _encode_prompts(self, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int) -> PromptFeatures:
+        found = merge_model(self._graphdef, trainable, frozen).encode_vision(vision)
+        rows, width = found.merged.shape
+        merged = found.merged.reshape(prompts, rows // prompts, width)
+        deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
+        return PromptFeatures(constrain_rows(merged, self.mesh), constrain_rows(deepstack, self.mesh, 1))
+
+    def _scores(self, tree: Any, frozen: Any, features: PromptFeatures | None, rows: CompletionRows) -> TokenScores:
+        """Log-probs and entropies f32[R, N, T], 0 where there is no token."""
+        model = merge_model(self._graphdef, tree, frozen)
+        hidden = model(rows.inputs, features=_features_of_rows(features, rows.prompts, self.mesh))
+        chosen = jax.vmap(lambda row, index: row[index])(hidden, rows.loss_index)
+        sampling, how = (self._temperature, self._banned_ids), dict(chunk=self._chunk, mesh=self.mesh)
+        found = token_scores(chosen, model.head_kernel(), rows.loss_target, *sampling, **how)
+
+        def lay_out(values: jax.Array) -> jax.Array:
+            padded = jnp.pad(values, ((0, 0), (0, 1)))  # entry M: no token
+            return jax.vmap(lambda row, index: row[index])(padded, rows.places)
+
+        return TokenScores(*map(lay_out, found))
+
+    def _score_into(
+        self, whole: jax.Array, tree: Any, frozen: Any, features: PromptFeatures | None, rows: CompletionRows
+    ) -> jax.Array:
+        """`whole` f32[C, T] with the log-probs of these rows in place."""
+        logprobs = self._scores(tree, frozen, features, rows).logprobs
+        slot = logprobs.shape[-1]
+        return whole.at[rows.completions.reshape(-1), :slot].set(logprobs.reshape(-1, slot))
+
+    def _add_rows(
+        self,
+        total: Any,
+        trainable: Any,
+        frozen: Any,
+        features: PromptFeatures | None,
+        rows: CompletionRows,
+        batch: RolloutBatch,
+        totals: Denominators,
+    ) -> tuple[Any, jax.Array, dict[str, Mean], jax.Array]:
+        """(total + gradient of these rows, their loss, metrics, largest gap)."""
+
+        def loss(tree: Any) -> tuple[jax.Array, tuple[dict[str, Mean], jax.Array]]:
+            found = self._scores(tree, frozen, features, rows)
+            part, slot = _rows_of(batch, rows), found.logprobs.shape[-1]
+            logprobs, entropy = (x.reshape(-1, slot) for x in found)
+            found = None if part.importance is not None else jax.lax.stop_gradient(logprobs)
+            part, metrics, gap_max = _corrected(self.objective, part, found)
+            value, more = objective(logprobs, part, totals, self.objective, entropy)
+            return value, (metrics | more, gap_max)
+
+        (value, (metrics, gap_max)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), value, metrics, gap_max
+
+    def _apply(
+        self, trainable: Any, opt_state: Any, grads: Any, loss: jax.Array, weight: jax.Array
+    ) -> tuple[Any, Any, StepMetrics]:
+        # The objective has divided by the step's counts: the weight only says whether there is anything to learn.
+        return apply_sums(self._optimizer, trainable, opt_state, Sums(grads, loss, jnp.float32(0), weight))
+
 
 def scores_first(parts: int, iterations: int) -> bool:
     """Return whether a step of so many micro-batches and iterations makes the policy's log-probs in a pass before."""
     return parts > 1 or iterations > 1
-
-
-def _encode(
-    graphdef: nnx.GraphDef, mesh: Mesh, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int
-) -> PromptFeatures:
-    found = merge_model(graphdef, trainable, frozen).encode_vision(vision)
-    rows, width = found.merged.shape
-    merged = found.merged.reshape(prompts, rows // prompts, width)
-    deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
-    return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1))
-
-
-def _scores(
-    graphdef: nnx.GraphDef,
-    temperature: float,
-    banned_ids: tuple[int, ...],
-    chunk: int,
-    mesh: Mesh,
-    tree: Any,
-    frozen: Any,
-    features: PromptFeatures | None,
-    rows: CompletionRows,
-) -> TokenScores:
-    """Log-probs and entropies f32[R, N, T], 0 where there is no token."""
-    model = merge_model(graphdef, tree, frozen)
-    hidden = model(rows.inputs, features=_features_of_rows(features, rows.prompts, mesh))
-    chosen = jax.vmap(lambda row, index: row[index])(hidden, rows.loss_index)
-    found = token_scores(chosen, model.head_kernel(), rows.loss_target, temperature, banned_ids, chunk=chunk, mesh=mesh)
-
-    def lay_out(values: jax.Array) -> jax.Array:
-        padded = jnp.pad(values, ((0, 0), (0, 1)))  # entry M: no token
-        return jax.vmap(lambda row, index: row[index])(padded, rows.places)
-
-    return TokenScores(*map(lay_out, found))
 
 
 def _features_of_rows(features: PromptFeatures | None, prompts: jax.Array | None, mesh: Mesh) -> VisionFeatures | None:
@@ -234,20 +256,6 @@ def _features_of_rows(features: PromptFeatures | None, prompts: jax.Array | None
     return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1)).flat()
 
 
-def _score_into(
-    scored: Scored,
-    whole: jax.Array,
-    tree: Any,
-    frozen: Any,
-    features: PromptFeatures | None,
-    rows: CompletionRows,
-) -> jax.Array:
-    """`whole` f32[C, T] with the log-probs of these rows in place."""
-    logprobs = scored(tree, frozen, features, rows).logprobs
-    slot = logprobs.shape[-1]
-    return whole.at[rows.completions.reshape(-1), :slot].set(logprobs.reshape(-1, slot))
-
-
 def _begin(
     config: ObjectiveConfig, batch: RolloutBatch, first: jax.Array | None
 ) -> tuple[RolloutBatch, Denominators, jax.Array, dict[str, Mean], jax.Array]:
@@ -256,58 +264,24 @@ def _begin(
     The weight is 0 when nothing could move the parameters: no group of different rewards and no KL term. The optimiser
     then rests, too, instead of following its momentum.
     """
-    metrics, gap_max = {}, jnp.float32(0)
-    if first is not None:
-        batch, gap = correct_for_gap(batch, first, bound=config.gap_bound, cap=config.importance_cap)
-        metrics, gap_max = {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
+    batch, metrics, gap_max = _corrected(config, batch, first)
     batch, more = prepare(batch, config)
     pulls = jnp.any((batch.mask > 0) & (batch.advantages[:, None] != 0)) | (config.beta > 0)
     weight = (pulls & jnp.any(batch.mask > 0)).astype(jnp.float32)
     return batch, denominators(batch.mask), weight, metrics | more, gap_max
 
 
+def _corrected(
+    config: ObjectiveConfig, batch: RolloutBatch, logprobs: jax.Array | None
+) -> tuple[RolloutBatch, dict[str, Mean], jax.Array]:
+    """(batch corrected for its gap to the learner's log-probs, metrics, largest gap); None leaves it as it is."""
+    if logprobs is None:
+        return batch, {}, jnp.float32(0)
+    batch, gap = correct_for_gap(batch, logprobs, bound=config.gap_bound, cap=config.importance_cap)
+    return batch, {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
+
+
 def _rows_of(batch: RolloutBatch, rows: CompletionRows) -> RolloutBatch:
     """The completions of some rows, branch by branch."""
     numbers, slot = rows.completions.reshape(-1), rows.places.shape[-1]
     return jax.tree.map(lambda x: x[numbers, :slot] if x.ndim == 2 else x[numbers], batch)
-
-
-def _add(
-    scored: Scored,
-    config: ObjectiveConfig,
-    total: Any,
-    trainable: Any,
-    frozen: Any,
-    features: PromptFeatures | None,
-    rows: CompletionRows,
-    batch: RolloutBatch,
-    totals: Denominators,
-) -> tuple[Any, jax.Array, dict[str, Mean], jax.Array]:
-    """(total + gradient of these rows, their loss, metrics, largest gap)."""
-
-    def loss(tree: Any) -> tuple[jax.Array, tuple[dict[str, Mean], jax.Array]]:
-        found = scored(tree, frozen, features, rows)
-        part, slot = _rows_of(batch, rows), found.logprobs.shape[-1]
-        logprobs, entropy = (x.reshape(-1, slot) for x in found)
-        metrics, gap_max = {}, jnp.float32(0)
-        if part.importance is None:
-            how = dict(bound=config.gap_bound, cap=config.importance_cap)
-            part, gap = correct_for_gap(part, jax.lax.stop_gradient(logprobs), **how)
-            metrics, gap_max = {"gap": gap.mean_abs, "gap_kl": gap.kl}, gap.max_abs
-        value, more = objective(logprobs, part, totals, config, entropy)
-        return value, (metrics | more, gap_max)
-
-    (value, (metrics, gap_max)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-    return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), value, metrics, gap_max
-
-
-def _finish(
-    optimizer: optax.GradientTransformation,
-    trainable: Any,
-    opt_state: Any,
-    grads: Any,
-    loss: jax.Array,
-    weight: jax.Array,
-) -> tuple[Any, Any, StepMetrics]:
-    # The objective has divided by the step's counts already: the weight only says whether there is anything to learn.
-    return apply_sums(optimizer, trainable, opt_state, Sums(grads, loss, jnp.float32(0), weight))

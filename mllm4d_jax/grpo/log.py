@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ from mllm4d_jax.grpo.held_out import mean_rewards
 from mllm4d_jax.grpo.prompts import Prompt
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.qa.reasoning import parse
-from mllm4d_jax.run.log import Display
 
-DISPLAY = Display("grpo", ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s"))
+COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s")  # of the terminal
 
 
 def step_row(rollouts: Rollouts, step_s: float, **values: float | None) -> dict[str, float | None]:
@@ -24,8 +23,7 @@ def step_row(rollouts: Rollouts, step_s: float, **values: float | None) -> dict[
       step_s: seconds of the whole step.
       values: further columns.
     """
-    names = list(rollouts.rewards[0])
-    spread = {f"reward_std/{n}": float(np.std([r[n] for r in rollouts.rewards])) for n in names}
+    spread = {f"reward_std/{n}": float(np.std([r[n] for r in rollouts.rewards])) for n in rollouts.rewards[0]}
     tokens = int(rollouts.lengths.sum())
     return {
         "step": rollouts.step + 1,
@@ -46,31 +44,29 @@ def step_row(rollouts: Rollouts, step_s: float, **values: float | None) -> dict[
 
 
 def completion_lines(prompts: Sequence[Prompt], rollouts: Rollouts, advantages: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yield the completions of a step as lines of completions.jsonl.
+    """Yield the completions of a step as lines of completions.jsonl: what was asked, what it says, how it was judged.
 
     Args:
       advantages: f32[C].
     """
-    for i, text in enumerate(rollouts.texts):
-        prompt, branch = divmod(i, rollouts.branches)
-        row = completion_row(prompts[prompt], text, rollouts.rewards[i])
-        row |= {"step": rollouts.step + 1, "branch": branch, "finish": rollouts.finish[i]}
-        yield row | {"tokens": int(rollouts.lengths[i]), "advantage": float(advantages[i])}
-
-
-def completion_row(prompt: Prompt, text: str, rewards: Mapping[str, float]) -> dict[str, Any]:
-    """Return one completion with what it was asked, what it says and how it was judged."""
-    parsed = parse(text)
-    solution = prompt.record.solution
-    return {
-        "key": prompt.key,
-        "question": prompt.question,
-        "media": list(prompt.media),
-        "completion": text,
-        "rewards": dict(rewards),
-        "total": rewards["total"],
-        "answer": parsed.answer or None,
-        "solution": solution[0] if isinstance(solution, list) and len(solution) == 1 else solution,
-        "camera": [None if c is None else list(c) for c in parsed.camera_centers],
-        "object": [None if c is None else list(c) for c in parsed.object_centers],
-    }
+    for i, (text, rewards) in enumerate(zip(rollouts.texts, rollouts.rewards, strict=True)):
+        number, branch = divmod(i, rollouts.branches)
+        prompt, parsed = prompts[number], parse(text)
+        solution = prompt.record.solution
+        yield {
+            "key": prompt.key,
+            "question": prompt.question,
+            "media": list(prompt.media),
+            "completion": text,
+            "rewards": dict(rewards),
+            "total": rewards["total"],
+            "answer": parsed.answer or None,
+            "solution": solution[0] if isinstance(solution, list) and len(solution) == 1 else solution,
+            "camera": [None if c is None else list(c) for c in parsed.camera_centers],
+            "object": [None if c is None else list(c) for c in parsed.object_centers],
+            "step": rollouts.step + 1,
+            "branch": branch,
+            "finish": rollouts.finish[i],
+            "tokens": int(rollouts.lengths[i]),
+            "advantage": float(advantages[i]),
+        }

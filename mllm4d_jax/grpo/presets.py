@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 
+from configs.schema import did_you_mean
 from mllm4d_jax.grpo.advantages import SCALES
 from mllm4d_jax.grpo.ratios import LEVELS
 
@@ -57,12 +57,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         known = dict(
-            scale=SCALES,
-            ratio=LEVELS,
-            surrogate=SURROGATES,
-            kl=KL_ESTIMATORS,
-            reduction=REDUCTIONS,
-            overlong=OVERLONG,
+            scale=SCALES, ratio=LEVELS, surrogate=SURROGATES, kl=KL_ESTIMATORS, reduction=REDUCTIONS, overlong=OVERLONG
         )
         for name, choices in known.items():
             if getattr(self, name) not in choices:
@@ -106,12 +101,8 @@ PRESETS: Mapping[str, ObjectiveConfig] = {
 }
 
 
-def resolve_objective(preset: str | ObjectiveConfig) -> ObjectiveConfig:
-    """Objective by the name of a preset; a config is passed through. Raises ValueError for an unknown name."""
-    if isinstance(preset, ObjectiveConfig):
-        return preset
+def resolve_objective(preset: str) -> ObjectiveConfig:
+    """Return the objective of a preset. Raises ValueError for an unknown name."""
     if preset not in PRESETS:
-        near = difflib.get_close_matches(str(preset), PRESETS, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no objective preset {preset!r} (known: {', '.join(PRESETS)}){hint}")
+        raise ValueError(f"no objective preset {preset!r} (known: {', '.join(PRESETS)}){did_you_mean(preset, PRESETS)}")
     return PRESETS[preset]

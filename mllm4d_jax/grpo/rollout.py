@@ -11,6 +11,8 @@ import numpy as np
 from mllm4d_jax.grpo.advantages import DEAD_SPREAD
 from mllm4d_jax.grpo.batch import RolloutBatch
 
+_OF_EACH = ("finish", "texts", "rewards")  # tuples with an entry per completion
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollouts:
@@ -89,7 +91,7 @@ class Rollouts:
             tokens=self.tokens[chosen],
             lengths=self.lengths[chosen],
             logprobs=self.logprobs[chosen],
-            **{name: tuple(getattr(self, name)[i] for i in chosen) for name in ("finish", "texts", "rewards")},
+            **{name: tuple(getattr(self, name)[i] for i in chosen) for name in _OF_EACH},
         )
 
     @classmethod
@@ -115,20 +117,19 @@ class Rollouts:
             counts=summed("counts"),
             **{
                 name: tuple(value for part in parts for value in getattr(part, name))
-                for name in ("positions", "finish", "texts", "rewards")
+                for name in ("positions", *_OF_EACH)
             },
         )
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint. float32 values survive the way through JSON's numbers to the bit."""
-        plain = dataclasses.asdict(self)
         arrays = {name: getattr(self, name).tolist() for name in ("tokens", "lengths", "logprobs")}
-        return plain | arrays
+        return dataclasses.asdict(self) | arrays
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """What `to_json` returned, after a way through JSON."""
         types = {"tokens": np.int32, "lengths": np.int32, "logprobs": np.float32}
         values = {name: np.asarray(stored[name], kind) for name, kind in types.items()}
-        tuples = {name: tuple(stored[name]) for name in ("positions", "finish", "texts", "rewards")}
+        tuples = {name: tuple(stored[name]) for name in ("positions", *_OF_EACH)}
         return cls(**{**stored, **values, **tuples})

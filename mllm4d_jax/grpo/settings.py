@@ -15,7 +15,6 @@ from mllm4d_jax.models.split import trained
 from mllm4d_jax.parallel.mesh import MeshError, mesh_shape
 from mllm4d_jax.qa.custom_rewards import RewardError, Rewards, load_rewards
 from mllm4d_jax.run import preflight
-from mllm4d_jax.run.preflight import PreflightError
 
 _SEPARATOR = "::"
 _UNSET = ("", -1.0)  # values of a key below `objective` that leave the preset's piece as it is
@@ -58,20 +57,9 @@ def sampling_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, vocab_s
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Looks for everything a run needs.
-
-    Raises:
-      PreflightError: one line per missing or impossible thing, each with what to do about it.
-    """
-    problems = [*preflight.model_problems(config), *preflight.data_problems(config), *preflight.prompt_problems(config)]
-    problems += [*_setting_problems(config), *layout_problems(config), *division_problems(config, len(jax.devices()))]
-    if problems:
-        listed = "\n".join(f"  - {p}" for p in problems)
-        raise PreflightError(
-            f"this run cannot start yet:\n{listed}\n"
-            "To see the whole path work without any download: python run.py --config=configs/sft.py:tiny, then "
-            "configs/cold_start.py:tiny, then configs/grpo.py:tiny"
-        )
+    """Look for everything a run needs. Raises PreflightError."""
+    divisions = [*layout_problems(config), *division_problems(config, len(jax.devices()))]
+    preflight.refuse(config, [*_setting_problems(config), *divisions])
 
 
 def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
@@ -82,19 +70,12 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             yield str(error)
     if jax.process_count() > 1:
         yield "reinforcement learning over several processes is not supported: run it on the devices of one host"
-    buckets = list(config.rollout.buckets)
-    if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
-        yield f"rollout.buckets = {buckets} must be positive, ascending and not empty"
-    elif buckets[-1] < config.rollout.max_new_tokens:
-        yield (
-            f"the largest of rollout.buckets is {buckets[-1]}, but rollout.max_new_tokens = "
-            f"{config.rollout.max_new_tokens}: add a bucket of that size"
-        )
+    c = config.rollout
+    yield from preflight.bucket_problems("rollout.buckets", c.buckets, "rollout.max_new_tokens", c.max_new_tokens)
     patterns = tuple(config.train.trainable)
     if trained("vision/blocks/attn/qkv/kernel", patterns) or trained("vision/merger/fc1/kernel", patterns):
         yield "train.trainable names the vision tower, which is frozen here: each clip is encoded once for all its uses"
-    if config.eval.path and not preflight.is_source(config.eval.path):
-        yield f"eval.path = {config.eval.path} is not a file of records, nor the folder of a TFDS set"
+    yield from preflight.place_problems("eval.path =", config.eval.path, config.eval.root)
 
 
 def completions_per_row(config: ml_collections.ConfigDict) -> int:

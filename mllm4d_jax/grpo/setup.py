@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.stream import GroupStream
-from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -28,12 +23,11 @@ from mllm4d_jax.grpo.learner import Learner
 from mllm4d_jax.grpo.prompts import PromptLoader
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.records import as_prompt, as_scored_prompt
-from mllm4d_jax.report.reading import CONFIG
-from mllm4d_jax.run.build import Parts, build, describe_trained, encoder_of, open_held_out, open_records
+from mllm4d_jax.report.reading import EVALS
+from mllm4d_jax.run.begin import Begun, begin
+from mllm4d_jax.run.build import Parts, open_held_out
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.digest import content_digests
-from mllm4d_jax.run.loop import Progress
-from mllm4d_jax.run.start import resume_point, start_from_run
+from mllm4d_jax.run.start import start_from_run
 
 
 @dataclasses.dataclass
@@ -49,73 +43,71 @@ class GrpoSetup:
     """A run ready to train.
 
     Attributes:
-      content: digests for `checkpoint.check_resumable`.
-      progress: where it begins.
-      encoder: its decoder processes have to be closed.
+      begun: what every task has.
       loader: of prompts.
       actor: of the steps; `greedy`: of held-out prompts.
       learner, weights: see their modules.
       held_out: None without held-out prompts.
-      frozen: tree of the base weights; `reference`: tree of the policy at the start, None without a KL term.
+      reference: tree of the policy at the start; None without a KL term.
       state: of the policy.
-      rates: f32[steps].
-      facts: for the report.
     """
 
-    content: Mapping[str, str]
-    progress: Progress
-    encoder: Encoder
+    begun: Begun
     loader: PromptLoader
     actor: Actor
     greedy: Actor
     learner: Learner
     weights: SamplingWeights
     held_out: HeldOut | None
-    frozen: Any
     reference: Any
     state: PolicyState
-    rates: np.ndarray
-    facts: Mapping[str, Any]
 
     def sampling_weights(self) -> tuple:
         """Return the trees of the policy as it is now, for the sampler."""
         return self.weights.of(self.state.trainable)
 
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """For the report."""
+        config = self.begun.config
+        return self.begun.facts() | {
+            "completions of a step": f"{config.rollout.prompts} prompts x {config.rollout.completions}",
+            "objective": f"{config.objective.preset}: {self.learner.objective}",
+            "rewards": ", ".join(config.reward.functions),
+            "sampling on": f"mesh {dict(self.weights.mesh.shape)}",
+        }
+
 
 def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> GrpoSetup:
     """Load everything a run needs and restore the newest checkpoint. Raises as `task.run`."""
-    mixture = open_records(config)
-    content = content_digests(config.model.path, mixture)
-    progress = resume_point(config, content, checkpoints)
-    write_json(workdir / CONFIG, config.to_dict())
-    parts, objective = build(config), settings.objective_of(config)
-    trainable, opt_state = _start(config, workdir, parts.trainable, content, progress), parts.opt_state
-    reference = jax.tree.map(lambda x: x.copy(), trainable) if objective.beta > 0 else None
+    begun = begin(config, workdir, checkpoints)
+    parts, encoder, progress = begun.parts, begun.encoder, begun.progress
+    trainable, opt_state = _start(begun), parts.opt_state
+    reference = jax.tree.map(lambda x: x.copy(), trainable) if settings.objective_of(config).beta > 0 else None
     if progress.step:
         trainable, opt_state = checkpoints.restore(progress.step, trainable, opt_state)
-    encoder = encoder_of(config)
     sampling = settings.sampling_of(config, encoder.tokenizer, parts.sizes.text.vocab_size)
     learner = make_learner(parts, trainable, opt_state, sampling)
     weights = sampling_weights(parts, trainable)
     state = PolicyState(trainable, opt_state)
-    actor, greedy = _actors(config, parts, weights, encoder, sampling, learner, state)
+    actor = _actor(begun, weights, sampling, learner, state)
+    greedy, held_out, c = actor.greedy(), None, config.eval
     judged = as_prompt if settings.rewards_of(config).builtin is None else as_scored_prompt
-    return GrpoSetup(
-        content=content,
-        progress=progress,
-        encoder=encoder,
-        loader=_loader(config, workdir, mixture, GroupEncoder(mixture.sources, encoder, as_prompt=judged), progress),
-        actor=actor,
-        greedy=greedy,
-        learner=learner,
-        weights=weights,
-        held_out=_held_out(config, workdir, encoder, greedy, judged) if config.eval.path else None,
-        frozen=parts.frozen,
-        reference=reference,
-        state=state,
-        rates=parts.rates,
-        facts=_facts(config, mixture, parts, weights),
+    if c.path:
+        held_encoder = GroupEncoder([open_held_out(config, c.path, c.root)], encoder, as_prompt=judged)
+        held_out = HeldOut(workdir / EVALS, held_encoder, greedy, limit=c.limit, at_once=config.rollout.prompts)
+    stream = GroupStream(
+        begun.mixture,
+        GroupEncoder(begun.mixture.sources, encoder, as_prompt=judged),
+        begun.open_quarantine(),
+        per_group=1,
+        step_groups=1,
+        workers=config.data.workers,
+        seed=config.seed,
+        position=progress.position,
     )
+    loader = PromptLoader(stream, config.rollout.prompts)
+    return GrpoSetup(begun, loader, actor, greedy, learner, weights, held_out, reference, state)
 
 
 def make_learner(parts: Parts, trainable: Any, opt_state: Any, sampling: SamplingOptions) -> Learner:
@@ -142,24 +134,9 @@ def sampling_weights(parts: Parts, trainable: Any) -> SamplingWeights:
         parts.frozen,
         sampling_mesh(parts.mesh, config.rollout.tensor),
         learner_mesh=parts.mesh,
-        patterns=parts.patterns,
+        patterns=tuple(config.train.trainable),
         attention=config.model.attention,
     )
-
-
-def _start(
-    config: ml_collections.ConfigDict, workdir: Path, trainable: Any, content: Mapping[str, str], progress: Progress
-) -> Any:
-    """The trained tree at step 0, which is what the reference is, too.
-
-    It is kept in the workdir, since the run that `model.adapter` names may go on or be deleted.
-    """
-    with Checkpoints(workdir / "start", keep=1) as kept:
-        if progress.step:
-            return kept.restore_trainable(0, trainable)
-        trainable = start_from_run(config, trainable, content)
-        kept.replace_trainable(0, trainable)
-    return trainable
 
 
 def make_sampler(config: ml_collections.ConfigDict, weights: SamplingWeights) -> Sampler:
@@ -173,76 +150,37 @@ def make_ladder(config: ml_collections.ConfigDict, shards: int) -> Ladder:
     return Ladder(ratio=config.rollout.ladder_ratio, shards=shards)
 
 
-def _actors(
-    config: ml_collections.ConfigDict,
-    parts: Parts,
-    weights: SamplingWeights,
-    encoder: Encoder,
-    sampling: SamplingOptions,
-    learner: Learner,
-    state: PolicyState,
-) -> tuple[Actor, Actor]:
-    """The actor of the steps, and one that gives a greedy completion per held-out prompt; they share the sampler."""
+def _start(begun: Begun) -> Any:
+    """The trained tree at step 0, which is what the reference is, too.
+
+    It is kept in the workdir, since the run that `model.adapter` names may go on or be deleted.
+    """
+    with Checkpoints(begun.workdir / "start", keep=1) as kept:
+        if begun.progress.step:
+            return kept.restore_trainable(0, begun.parts.trainable)
+        trainable = start_from_run(begun.config, begun.parts.trainable, begun.content)
+        kept.replace_trainable(0, trainable)
+    return trainable
+
+
+def _actor(
+    begun: Begun, weights: SamplingWeights, sampling: SamplingOptions, learner: Learner, state: PolicyState
+) -> Actor:
+    """The actor of the steps."""
 
     def encode(vision: Any, prompts: int) -> Any:
-        return learner.encode(state.trainable, parts.frozen, vision, prompts)
+        return learner.encode(state.trainable, begun.parts.frozen, vision, prompts)
 
-    c = config.rollout
-    shared = (make_sampler(config, weights), encoder.tokenizer, parts.shape, encode, settings.rewards_of(config))
-    greedy = dataclasses.replace(sampling, temperature=0.0, require_exact=False)
-    actor = Actor(
-        *shared,
+    c = begun.config.rollout
+    return Actor(
+        make_sampler(begun.config, weights),
+        begun.encoder.tokenizer,
+        begun.parts.shape,
+        encode,
+        settings.rewards_of(begun.config),
         sampling,
         branches=c.completions,
-        prompts_at_once=c.prompts_at_once,
         max_new_tokens=c.max_new_tokens,
-        seed=config.seed,
+        prompts_at_once=c.prompts_at_once,
+        seed=begun.config.seed,
     )
-    return actor, Actor(*shared, greedy, branches=1, max_new_tokens=c.max_new_tokens, seed=config.seed)
-
-
-def _loader(
-    config: ml_collections.ConfigDict, workdir: Path, mixture: Mixture, encoder: GroupEncoder, progress: Progress
-) -> PromptLoader:
-    """The loader of prompts at `progress`."""
-    quarantine = Quarantine(
-        workdir / "quarantine.jsonl",
-        config.data.max_quarantine_rate,
-        rejected=progress.rejected,
-        fresh=progress.step == 0,
-    )
-    stream = GroupStream(
-        mixture,
-        encoder,
-        quarantine,
-        per_group=1,
-        step_groups=1,
-        workers=config.data.workers,
-        seed=config.seed,
-        position=progress.position,
-    )
-    return PromptLoader(stream, config.rollout.prompts)
-
-
-def _held_out(
-    config: ml_collections.ConfigDict, workdir: Path, encoder: Encoder, actor: Actor, judged: Callable
-) -> HeldOut:
-    c = config.eval
-    source = open_held_out(config, c.path, c.root)
-    group_encoder = GroupEncoder([source], encoder, as_prompt=judged)
-    return HeldOut(workdir / "evals.jsonl", group_encoder, actor, limit=c.limit, at_once=config.rollout.prompts)
-
-
-def _facts(
-    config: ml_collections.ConfigDict, mixture: Mixture, parts: Parts, weights: SamplingWeights
-) -> dict[str, str]:
-    c = config.rollout
-    return {
-        "records": f"{len(mixture):,} in {mixture.name}",
-        "trained": f"{sum(x.size for x in jax.tree.leaves(parts.trainable)):,} parameters ({describe_trained(config)})",
-        "completions of a step": f"{c.prompts} prompts x {c.completions}",
-        "objective": f"{config.objective.preset}: {settings.objective_of(config)}",
-        "rewards": ", ".join(config.reward.functions),
-        "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(parts.mesh.shape)}, sampling on "
-        f"{dict(weights.mesh.shape)}",
-    }

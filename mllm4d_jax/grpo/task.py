@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from typing import Any
 
 import jax
 import ml_collections
@@ -16,16 +15,15 @@ from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
 from mllm4d_jax.grpo.learner import Update
-from mllm4d_jax.grpo.log import DISPLAY, completion_lines, step_row
+from mllm4d_jax.grpo.log import COLUMNS, completion_lines, step_row
 from mllm4d_jax.grpo.prompts import PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.setup import GrpoSetup, set_up
 from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
 from mllm4d_jax.rows.shape import RowShape
-from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import RunLog, say, write_facts
-from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
+from mllm4d_jax.run.log import say
+from mllm4d_jax.run.loop import TrainingRun, carry_out, check_finite
 from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.throughput import peak_memory_gib
 
@@ -50,22 +48,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """
     folder = open_workdir(workdir)
     settings.check(config)
-    c = config.train
-    with Checkpoints(folder / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
-        setup = set_up(config, folder, checkpoints)
-        write_facts(folder, setup.facts)
-        done = setup.progress.step
-        if done < c.steps:
-            log = RunLog(folder, DISPLAY, steps=c.steps, start=done, log_every=c.log_every)
-            under_way = TrainingRun(config, folder, checkpoints, setup.content, setup.progress, log, stop)
-            with setup.encoder, under_way:
-                train(setup, under_way)
-            done = under_way.progress.step
-    if done < c.steps:
-        say(f"stopped after step {done} of {c.steps} and saved; the same command goes on from there")
-        return 0
-    say(f"{done} steps done")
-    return 0
+    return carry_out(config, folder, COLUMNS, set_up, train)
 
 
 class Rounds:
@@ -83,7 +66,7 @@ class Rounds:
         """
         self._setup, self._run, self._prompts = setup, run, prompts
         self.started = time.perf_counter()
-        self.pending: Drawn | None = self._restored() if setup.progress.step else None
+        self.pending: Drawn | None = self._restored() if run.progress.step else None
 
     def take(self, step: int) -> Drawn | None:
         """Return the completions of step number `step`; None once asked to stop.
@@ -163,12 +146,7 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     rewards = deque((row["reward"] for row in jsonl.read_steps(run.workdir / METRICS, start)), maxlen=10)
     for name in (EVALS, COMPLETIONS):
         jsonl.rewind(run.workdir / name, start)
-    with (
-        setup.loader,
-        setup.actor,
-        setup.greedy,
-        Prefetcher(setup.loader.next_step) as prompts,
-    ):
+    with setup.loader, setup.actor, setup.greedy, Prefetcher(setup.loader.next_step) as prompts:
         rounds = Rounds(setup, run, prompts)
 
         def save(step: int) -> None:
@@ -210,23 +188,23 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
     state.trainable, state.opt_state, update = setup.learner.update(
         state.trainable,
         state.opt_state,
-        setup.frozen,
+        setup.begun.parts.frozen,
         drawn.features,
         parts,
         rollouts.batch(longest),
         reference=setup.reference,
         iterations=run.config.objective.iterations,
     )
-    values = _read(update)
-    if not bool(update.step.finite):
-        raise TrainingError(
-            f"the loss or gradient of step {rollouts.step + 1} is not finite (loss {values['loss']}, gradient norm "
-            f"{values['grad_norm']}); its records: {', '.join(p.key for p in drawn.prompts)}. The parameters were "
-            "left as they were before it. Look at these records, or lower optim.lr and start anew"
-        )
+    done, metrics, gap_max = jax.device_get((update.step, update.metrics, update.gap_max))  # waits for the devices
+    loss, norm = float(done.loss), float(done.grad_norm)
+    check_finite(bool(done.finite), rollouts.step + 1, loss, norm, (p.key for p in drawn.prompts))
+    values = {name: float(mean.value) for name, mean in metrics.items() if name != "reward"}
     return update, values | {
+        "loss": loss,
+        "grad_norm": norm,
+        "gap_max": float(gap_max),
         "time/update": time.perf_counter() - started,
-        "lr": float(setup.rates[rollouts.step]),
+        "lr": float(setup.begun.parts.rates[rollouts.step]),
         "memory_gib": peak_memory_gib(),
         "compiles": setup.learner.compiles,
     }
@@ -243,10 +221,3 @@ def rows_of(config: ml_collections.ConfigDict, shape: RowShape, drawn: Drawn) ->
         slot, entries = shape.completion_sizes(max(map(max, counts)), max(map(sum, counts)))
         parts.append(completion_rows(drawn.batch, rows, rollouts.tokens, rollouts.lengths, slot=slot, entries=entries))
     return shape.completion_sizes(int(rollouts.lengths.max()), 1)[0], parts
-
-
-def _read(update: Update) -> dict[str, float]:
-    """The device's numbers; waits for them."""
-    step, metrics, gap_max = jax.device_get((update.step, update.metrics, update.gap_max))
-    values: dict[str, Any] = {name: float(mean.value) for name, mean in metrics.items() if name != "reward"}
-    return values | {"loss": float(step.loss), "grad_norm": float(step.grad_norm), "gap_max": float(gap_max)}

@@ -69,11 +69,6 @@ class Parts:
     shape: RowShape
     tuning: Tuning
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """What is trained, as `train.trainable` names it."""
-        return tuple(self.config.train.trainable)
-
 
 def build(
     config: ml_collections.ConfigDict, *, devices: Sequence[jax.Device] | None = None, abstract: bool = False
@@ -95,31 +90,16 @@ def build(
     o, iterations = config.optim, config.objective.iterations if config.task == "grpo" else 1
     rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
     optimizer = make_optimizer(
-        np.repeat(rates, iterations),
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        clip_norm=o.clip_norm,
+        np.repeat(rates, iterations), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
     )
     if abstract:
         places = optimizer_placement(optimizer, trainable, mesh)
         opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), places)
     else:
         opt_state = init_optimizer(optimizer, trainable, mesh)
-    return Parts(
-        config=config,
-        sizes=model.config,
-        mesh=mesh,
-        graphdef=graphdef,
-        trainable=trainable,
-        frozen=frozen,
-        optimizer=optimizer,
-        opt_state=opt_state,
-        rates=rates,
-        shape=row_shape(config, processor_of(config), model.config),
-        tuning=tuning(config, model),
-    )
+    shape = row_shape(config, processor_of(config), model.config)
+    trees = graphdef, trainable, frozen, optimizer, opt_state
+    return Parts(config, model.config, mesh, *trees, rates, shape, tuning(config, model))
 
 
 def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
@@ -225,13 +205,6 @@ def open_held_out(config: ml_collections.ConfigDict, path: str, root: str) -> So
 def needs_adapter(config: ml_collections.ConfigDict) -> bool:
     """Return whether something of an adapter is trained: a part named "lora", or a pattern that asks for its leaves."""
     return any("lora" in pattern for pattern in config.train.trainable)
-
-
-def describe_trained(config: ml_collections.ConfigDict) -> str:
-    """Return what is trained, for people."""
-    adapter = f"LoRA rank {config.lora.rank} on {', '.join(config.lora.targets)}"
-    others = [pattern for pattern in config.train.trainable if pattern != "lora"]
-    return ", ".join([adapter] * needs_adapter(config) + others)
 
 
 def load_trainable(config: ml_collections.ConfigDict, mesh: Mesh) -> QwenVL:

@@ -6,9 +6,11 @@ Dropout and the order of the data are functions of the seed and the step, so tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import operator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import ml_collections
@@ -16,8 +18,12 @@ import orbax.checkpoint as ocp
 
 from configs.common import task_keys
 from configs.schema import flatten
+from mllm4d_jax.data.sources import Mixture, Source
+from mllm4d_jax.parallel.place import placed
 
 _LISTED = 5  # differences named in an error
+_SAMPLED = 1 << 20  # bytes read at either end of a large file
+_MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 class ResumeError(ValueError):
@@ -25,12 +31,26 @@ class ResumeError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is; counts are over all processes, so that another number of them can go on.
+
+    Attributes:
+      step: optimiser steps done.
+      position: groups of questions consumed, the loader's whole state (see `data.loader`).
+      rejected: records that could not be used.
+    """
+
+    step: int = 0
+    position: int = 0
+    rejected: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Meta:
     """The part of a checkpoint that is not arrays.
 
     Attributes:
-      step: optimiser steps done.
-      position, rejected: the loader's state, see `data.loader`.
+      step, position, rejected: as in `Progress`.
       config: the resolved config, flat (dotted names).
       content: digests of what the config's paths point at, by config key.
     """
@@ -53,20 +73,18 @@ class Checkpoints:
           keep_best: number of checkpoints with the lowest loss kept besides.
         """
         self.folder = Path(folder).absolute()
-        policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep)]
-        if keep_best:
-            kept.append(policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best))
+        policies, loss = ocp.checkpoint_managers, operator.itemgetter("loss")
+        best = [policies.BestN(get_metric_fn=loss, reverse=True, n=keep_best)] if keep_best else []
         options = ocp.CheckpointManagerOptions(
-            best_fn=_loss,
+            best_fn=loss,
             best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *best]),
             enable_async_checkpointing=True,
             create=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -76,10 +94,6 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
-
-    def best(self) -> int | None:
-        """Step of the kept checkpoint with the lowest loss, None without one."""
-        return self._manager.best_step()
 
     def save(
         self, trainable: Any, opt_state: Any, meta: Meta, loss: float, pending: Mapping[str, Any] | None = None
@@ -134,36 +148,26 @@ class Checkpoints:
         Raises:
           ResumeError: the stored parameters have other names or shapes.
         """
-        self._check_shapes(step, trainable)
-        target = _abstract((trainable, opt_state))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardRestore(target[0]), opt=ocp.args.StandardRestore(target[1])
-            ),
-        )
+        restored = self._restore(step, trainable=trainable, opt=opt_state)
         return restored["trainable"], restored["opt"]
 
     def restore_trainable(self, step: int, trainable: Any) -> Any:
         """`restore` without the optimiser."""
-        self._check_shapes(step, trainable)
-        args = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(trainable)))
-        return self._manager.restore(step, args=args)["trainable"]
+        return self._restore(step, trainable=trainable)["trainable"]
 
-    def _check_shapes(self, step: int, trainable: Any) -> None:
-        stored, wanted = self._json(step)["shapes"], _shapes(trainable)
+    def _restore(self, step: int, **trees: Any) -> Any:
+        stored, wanted = self._json(step)["shapes"], _shapes(trees["trainable"])
         differing = [name for name in sorted(stored | wanted) if stored.get(name) != wanted.get(name)]
         if differing:
             listed = ", ".join(f"{n}: stored {stored.get(n)}, model {wanted.get(n)}" for n in differing[:_LISTED])
             raise ResumeError(f"the parameters in {self.folder / str(step)} do not fit the model: {listed}")
+        args = {name: ocp.args.StandardRestore(abstract(tree)) for name, tree in trees.items()}
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
 
 
-def _loss(metrics: Mapping[str, float]) -> float:
-    return metrics["loss"]
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def abstract(tree: Any) -> Any:
+    """Return the shapes of a tree of arrays, placed like these."""
+    return jax.tree.map(lambda x: placed(x, x.sharding), tree)
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
@@ -211,3 +215,41 @@ def _plain(value: Any) -> Any:
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Return dotted name -> value, in the config's own order; tuples as lists, as JSON gives them back."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
+
+
+def content_digests(model: str | Path, records: Mixture, held_out: Source | None = None) -> Mapping[str, str]:
+    """Return digests of what must be the same again when a run is resumed, by config key."""
+    digests = {
+        "model.path": model_digest(model),
+        "data.path": records.digest,
+        "prompt.system": hashlib.sha256(records.system_prompt.encode()).hexdigest(),
+    }
+    return digests if held_out is None else digests | {"data.eval_path": held_out.digest}
+
+
+def model_digest(folder: str | Path) -> str:
+    """Return the digest of a model folder: config and tokenizer whole, weights sampled."""
+    sha = hashlib.sha256()
+    for name in _MODEL_FILES:
+        file = Path(folder) / name
+        sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
+    _add_sampled(sha, Path(folder), sorted(Path(folder).glob("*.safetensors")))
+    return sha.hexdigest()
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Return the digest of all files below a folder, sampled: the same wherever the folder is moved."""
+    sha = hashlib.sha256()
+    _add_sampled(sha, Path(folder), sorted(p for p in Path(folder).rglob("*") if p.is_file()))
+    return sha.hexdigest()
+
+
+def _add_sampled(sha: hashlib._Hash, folder: Path, files: Iterable[Path]) -> None:
+    """Add name, size and a mebibyte at either end of each file."""
+    for file in files:
+        size = file.stat().st_size
+        sha.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
+        with file.open("rb") as f:
+            sha.update(f.read(_SAMPLED))
+            f.seek(max(0, size - _SAMPLED))
+            sha.update(f.read(_SAMPLED))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,14 +14,6 @@ from mllm4d_jax.report.columns import line, summary
 from mllm4d_jax.report.reading import FACTS, METRICS
 
 
-@dataclass(frozen=True)
-class Display:
-    """What the terminal shows of a task: the name of its progress bar and the columns beside it."""
-
-    name: str
-    columns: tuple[str, ...]
-
-
 class RunLog:
     """Record every step. Use as a context manager.
 
@@ -31,12 +22,14 @@ class RunLog:
     records.
     """
 
-    def __init__(self, workdir: str | Path, display: Display, *, steps: int, start: int, log_every: int) -> None:
+    def __init__(
+        self, workdir: str | Path, name: str, columns: Sequence[str], steps: int, start: int, log_every: int
+    ) -> None:
         """Takes the files up after step `start`; what an interrupted run wrote beyond it is removed.
 
         Args:
           workdir: gets metrics.jsonl and tb/.
-          display: of the task.
+          name: of the progress bar; `columns`: beside it.
           steps: of the whole run.
           start: steps already done.
           log_every: steps between updates of bar and TensorBoard.
@@ -44,7 +37,7 @@ class RunLog:
         Raises:
           JsonLinesError: metrics.jsonl is damaged.
         """
-        self.path, self._display, self._every, self._window = Path(workdir) / METRICS, display, log_every, []
+        self.path, self._columns, self._every, self._window = Path(workdir) / METRICS, columns, log_every, []
         self._board = self._bar = None
         if multihost.is_primary():
             # Imported here: it takes a moment, and only a run that trains needs it.
@@ -52,7 +45,7 @@ class RunLog:
 
             jsonl.rewind(self.path, start)
             self._board = SummaryWriter(str(Path(workdir) / "tb"), purge_step=start + 1)
-            self._bar = tqdm(total=steps, initial=start, desc=display.name, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
         return self
@@ -77,7 +70,7 @@ class RunLog:
             values = summary(self._window)
             for name, value in values.items():
                 self._board.add_scalar(f"train/{name}", value, int(row["step"]))
-            self._bar.set_postfix_str(line(values, self._display.columns))
+            self._bar.set_postfix_str(line(values, self._columns))
             self._window = []
 
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
 import ml_collections
 
+from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
-from mllm4d_jax.run.log import RunLog
+from mllm4d_jax.run.log import RunLog, say, write_facts
 from mllm4d_jax.run.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -31,19 +33,51 @@ class TrainingError(ValueError):
     """Training cannot go on; the message names the step and the records."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a run is; counts are over all processes, so that another number of them can go on.
+def check_finite(finite: bool, step: int, loss: float, norm: float, keys: Iterable[str]) -> None:
+    """Raise TrainingError if the results of a step are not finite.
 
-    Attributes:
-      step: optimiser steps done.
-      position: groups of questions consumed, the loader's whole state (see `data.loader`).
-      rejected: records that could not be used.
+    Args:
+      step: from 1; `loss`, `norm`: its loss and gradient norm.
+      keys: of its records.
     """
+    if not finite:
+        raise TrainingError(
+            f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step} is not finite (loss {loss}, gradient "
+            f"norm {norm}); its records{' on this process' if jax.process_count() > 1 else ''}: "
+            f"{', '.join(keys) or 'none'}. The parameters were left as they were before it, and the newest checkpoint "
+            "is from before it. Look at these records, or lower optim.lr and start anew"
+        )
 
-    step: int = 0
-    position: int = 0
-    rejected: int = 0
+
+def carry_out(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    columns: Sequence[str],
+    set_up: Callable[[ml_collections.ConfigDict, Path, Checkpoints], Any],
+    train: Callable[[Any, TrainingRun], None],
+) -> int:
+    """Open the checkpoints, set a run up, train until the last step or until asked to stop, and say how far it came.
+
+    Args:
+      columns: of the log, that the terminal shows.
+      set_up: makes what `train` is given; has the run as `begun` and `facts` about it.
+      train: runs the steps that are left, and saves.
+
+    Returns:
+      0, also when it was asked to stop.
+    """
+    c = config.train
+    with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
+        setup = set_up(config, workdir, checkpoints)
+        write_facts(workdir, setup.facts)
+        done = setup.begun.progress.step
+        if done < c.steps:
+            with setup.begun.encoder, TrainingRun(setup.begun, columns, stop) as run:
+                train(setup, run)
+            done = run.progress.step
+    stopped = f"stopped after step {done} of {c.steps} and saved; the same command goes on from there"
+    say(stopped if done < c.steps else f"{done} steps done")
+    return 0
 
 
 class StopSignal:
@@ -80,20 +114,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class _Hook:
-    """Something done after some of the steps.
+    """Something done after some of the steps."""
 
-    Attributes:
-      every: steps between.
-      call: given the number of steps done.
-      last: also after the last step of the run; unsaved: also after the last one before it ends for any reason.
-      done: step of the last call.
-    """
-
-    every: int
-    call: Callable[[int], None]
-    last: bool
-    unsaved: bool
-    done: int
+    every: int  # steps between
+    call: Callable[[int], None]  # given the number of steps done
+    last: bool  # also after the last step of the run
+    unsaved: bool  # also after the last one before it ends for any reason
+    done: int  # step of the last call
 
 
 class TrainingRun:
@@ -107,31 +134,17 @@ class TrainingRun:
       watchdog: is told what the process waits for.
     """
 
-    def __init__(
-        self,
-        config: ml_collections.ConfigDict,
-        workdir: Path,
-        checkpoints: Checkpoints,
-        content: Mapping[str, str],
-        progress: Progress,
-        log: RunLog,
-        stop: StopSignal,
-    ) -> None:
-        """
-        Args:
-          content: digests that a resumed run has to match, see `digest.content_digests`.
-          progress: where it begins.
-          log: of the steps.
-        """
-        c = config.train
-        self.config, self.workdir, self.progress, self.stop = config, workdir, progress, stop
-        self.checkpoints, self._content, self._log, self._start = checkpoints, content, log, progress.step
-        self.watchdog, self._trace = Watchdog(c.watchdog_s), Trace(workdir / "trace", c.trace_steps)
-        self._hooks: list[_Hook] = []
-        self._open = contextlib.ExitStack()
+    def __init__(self, begun: Begun, columns: Sequence[str], stop: StopSignal) -> None:
+        """`columns`: of the log, that the terminal shows."""
+        self.config, self.workdir, self.checkpoints = begun.config, begun.workdir, begun.checkpoints
+        self.progress, self.stop, self._content, self._start = begun.progress, stop, begun.content, begun.progress.step
+        c = self.config.train
+        self._log = RunLog(self.workdir, self.config.task, columns, c.steps, self._start, c.log_every)
+        self.watchdog, self._hooks = Watchdog(c.watchdog_s), []
+        self._open, self._tracing = contextlib.ExitStack(), contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        for part in (self._log, self.watchdog, self._trace):
+        for part in (self._log, self.watchdog, self._tracing):
             self._open.enter_context(part)
         return self
 
@@ -150,18 +163,24 @@ class TrainingRun:
     def steps(
         self, take: Callable[[int], T | None], wait: Callable[[], object] = lambda: None
     ) -> Iterator[tuple[int, T]]:
-        """Yield (number from 1, data) of every step that is left.
+        """Yield (number from 1, data) of every step that is left, and trace those that the config names.
+
+        Neighbouring steps go into one trace; look at it with `tensorboard --logdir DIR` and the package xprof, or at
+        ui.perfetto.dev.
 
         Args:
           take: gives the data of a step, None once the run was asked to stop.
           wait: returns once the devices are done; called before a trace ends.
         """
-        total, step = self.config.train.steps, self._start
+        total, step, traced = self.config.train.steps, self._start, self.config.train.trace_steps
         while step < total and (data := take(step + 1)) is not None:
             step += 1
-            self._trace.before(step)
+            if step in traced and (step - 1 not in traced or step - 1 == self._start):
+                self._tracing.enter_context(jax.profiler.trace(str(self.workdir / "trace")))
             yield step, data
-            self._trace.after(step, wait)
+            if step in traced and step + 1 not in traced:
+                wait()
+                self._tracing.close()
             self._call(step, [h for h in self._hooks if step % h.every == 0 or h.last and step == total])
         self._call(step, [h for h in self._hooks if h.unsaved and h.done < step])
 
@@ -179,37 +198,3 @@ class TrainingRun:
         meta = Meta(**dataclasses.asdict(self.progress), config=flat_config(self.config), content=self._content)
         with self.watchdog.phase("saving"):
             self.checkpoints.save(trainable, opt_state, meta, loss, pending)
-
-
-class Trace:
-    """Traces the steps it was given; neighbouring ones go into one trace. Use as a context manager.
-
-    Look at it with `tensorboard --logdir DIR` and the package xprof, or at ui.perfetto.dev.
-    """
-
-    def __init__(self, folder: str | Path, steps: Collection[int]) -> None:
-        """`steps`: counted from 1, as everywhere in a run's output."""
-        self._folder, self._steps, self._on = Path(folder), frozenset(steps), False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop()
-
-    def before(self, step: int) -> None:
-        """Call before a step is sent to the devices."""
-        if step in self._steps and not self._on:
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
-
-    def after(self, step: int, wait: Callable[[], object]) -> None:
-        """Call after a step was sent. `wait` returns once it is done; it is called before a trace ends."""
-        if self._on and step + 1 not in self._steps:
-            wait()
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._on:
-            jax.profiler.stop_trace()
-            self._on = False

@@ -46,8 +46,7 @@ def make_optimizer(
         return table[jnp.minimum(count, len(rates) - 1)]
 
     return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     )
 
 
@@ -96,7 +95,7 @@ class Sums(NamedTuple):
 
     Attributes:
       grads: gradient of `loss`, f32, like the trainable tree.
-      loss, correct, weight: see `losses.TokenLoss`.
+      loss, correct, weight: see `sft.step.TokenLoss`.
     """
 
     grads: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -25,21 +25,29 @@ class PreflightError(ValueError):
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Looks for everything a training run needs.
+    """Look for everything a run of fine-tuning needs. Raises PreflightError."""
+    refuse(config, [*_setting_problems(config), *_division_problems(config)])
+
+
+def refuse(config: ml_collections.ConfigDict, own: Sequence[str]) -> None:
+    """Look for what a training run of any task needs.
+
+    Args:
+      own: what its own task has found to be missing or impossible.
 
     Raises:
       PreflightError: one line per missing or impossible thing, each with what to do about it.
     """
-    problems = [*model_problems(config), *data_problems(config), *prompt_problems(config), *_setting_problems(config)]
+    problems = [*_model_problems(config), *data_problems(config), *_prompt_problems(config), *own]
     if problems:
         listed = "\n".join(f"  - {p}" for p in problems)
         raise PreflightError(
-            f"this run cannot start yet:\n{listed}\n"
-            "To see the whole path work without any download: python run.py --config=configs/sft.py:tiny"
+            f"this run cannot start yet:\n{listed}\nTo see the whole path work without any download: python run.py "
+            "--config=configs/sft.py:tiny, then configs/cold_start.py:tiny, then configs/grpo.py:tiny"
         )
 
 
-def model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     """What is wrong with the base model and the adapter to start from, one line each."""
     base = SIZES[config.model.published or PAPER].repository
     local = f"weights/{base.split('/')[1]}"
@@ -76,7 +84,7 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         return
     if parts:
         for part in parts:
-            yield from _place_problems("data.mixture:", part.path, part.root)
+            yield from place_problems("data.mixture:", part.path, part.root)
         return
     if not config.data.path:
         yield (
@@ -85,19 +93,15 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         )
     if not config.data.root and not _is_clip_set(config.data.path):
         yield "no media folder (data.root is not set): --config.data.root=DIR, where the records' video paths start"
-    yield from _place_problems("data.path =", config.data.path, config.data.root)
+    yield from place_problems("data.path =", config.data.path, config.data.root)
 
 
-def _place_problems(name: str, path: str, root: str) -> Iterator[str]:
-    if path and not is_source(path):
+def place_problems(name: str, path: str, root: str) -> Iterator[str]:
+    """Yield what is wrong with a place of records and with their media folder, one line each; '' is not looked at."""
+    if path and not (Path(path).is_file() or _is_clip_set(path)):
         yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
     if root and not Path(root).is_dir():
-        yield f"data.root = {root} is not a folder"
-
-
-def is_source(path: str) -> bool:
-    """Whether records could be at a path: a file, or the folder of a TFDS set."""
-    return Path(path).is_file() or _is_clip_set(path)
+        yield f"{root} is not a folder: media of {path or 'the records'} should be in it"
 
 
 def _is_clip_set(path: str) -> bool:
@@ -105,16 +109,11 @@ def _is_clip_set(path: str) -> bool:
     return any((Path(p) / "features.json").is_file() for p in (path, path.rpartition("@")[0]) if p)
 
 
-def prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
+def _prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     """What is wrong with the room for prompts, the system prompt and the optimiser, one line each."""
-    buckets = list(config.data.prefix_buckets)
-    if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
-        yield f"data.prefix_buckets = {buckets} must be positive, ascending and not empty"
-    elif buckets[-1] < config.data.max_tokens:
-        yield (
-            f"the largest of data.prefix_buckets is {buckets[-1]}, but data.max_tokens lets through up to "
-            f"{config.data.max_tokens}: add a bucket of that size or lower data.max_tokens"
-        )
+    yield from bucket_problems(
+        "data.prefix_buckets", config.data.prefix_buckets, "data.max_tokens", config.data.max_tokens
+    )
     try:
         resolve_system_prompt(config.prompt.system, config.prompt.system_file)
     except ProcessorError as error:
@@ -123,11 +122,22 @@ def prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield "optim.clip_norm must be above 0: gradients are scaled down to it"
 
 
+def bucket_problems(name: str, lengths: Sequence[int], longest_name: str, longest: int) -> Iterator[str]:
+    """Yield what is wrong with padded lengths that have to hold up to `longest` tokens, one line each."""
+    buckets = list(lengths)
+    if not buckets or buckets != sorted(set(buckets)) or buckets[0] < 1:
+        yield f"{name} = {buckets} must be positive, ascending and not empty"
+    elif buckets[-1] < longest:
+        yield (
+            f"the largest of {name} is {buckets[-1]}, but {longest_name} lets through up to {longest}: add a bucket of "
+            f"that size or lower {longest_name}"
+        )
+
+
 def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     if config.lora.dropout >= 1:
         yield f"lora.dropout = {config.lora.dropout:g} would drop everything: it must be below 1"
-    yield from _place_problems("data.eval_path =", config.data.eval_path, config.data.eval_root)
-    yield from _division_problems(config)
+    yield from place_problems("data.eval_path =", config.data.eval_path, config.data.eval_root)
 
 
 def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:

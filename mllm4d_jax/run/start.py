@@ -1,6 +1,6 @@
 """Where weights come from, in this order:
 
-1. the newest checkpoint of the workdir (`resume_point`);
+1. the newest checkpoint of the workdir (`begin.resume_point`);
 2. the earlier run that `model.adapter` names (`start_from_run`);
 3. the PEFT adapter that it names (put on the model when it is built);
 4. a fresh adapter on the base model.
@@ -11,7 +11,6 @@ Evaluation, export and inference put 2 and 3 to use with `choose_model` and `loa
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,7 @@ from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import attach_lora, merge_model, split_model
-from mllm4d_jax.run.checkpoint import Checkpoints, Meta, ResumeError, check_resumable, flat_config
-from mllm4d_jax.run.digest import folder_digest, model_digest
-from mllm4d_jax.run.loop import Progress
-
-log = logging.getLogger(__name__)
+from mllm4d_jax.run.checkpoint import Checkpoints, Meta, abstract, flat_config, folder_digest, model_digest
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b")
 
@@ -204,7 +199,7 @@ def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
             mesh=model.mesh,
         )
     graphdef, trainable, frozen = split_model(model, patterns)
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trainable)
+    wanted = abstract(trainable)
     del model, trainable  # so that the values before training can go
     with Checkpoints(adapter.folder, keep=1) as earlier:
         trainable = earlier.restore_trainable(adapter.step, wanted)
@@ -221,29 +216,6 @@ def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
 def _leaves(tree: Any) -> dict[tuple, Any]:
     """NNX path -> leaf of nested dicts."""
     return {tuple(k.key for k in path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:
-    """Return the progress of the workdir's newest checkpoint, or of a run from the start.
-
-    Args:
-      content: digests, see `digest.content_digests`.
-
-    Raises:
-      ResumeError: the checkpoint is of a run with other settings, or train.resume is off and there is one.
-    """
-    latest = checkpoints.latest()
-    if latest is None:
-        return Progress()
-    if not config.train.resume:
-        raise ResumeError(
-            f"{checkpoints.folder} already holds step {latest}: give another --workdir for a new run, or leave "
-            "train.resume on to go on with that one"
-        )
-    stored = checkpoints.meta(latest)
-    check_resumable(stored, flat_config(config), content, checkpoints.folder)
-    log.info("continuing after step %d", latest)
-    return Progress(stored.step, stored.position, stored.rejected)
 
 
 def start_from_run(config: ml_collections.ConfigDict, trainable: Any, content: Mapping[str, str]) -> Any:

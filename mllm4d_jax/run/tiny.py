@@ -1,81 +1,57 @@
-"""A tiny random Qwen3-VL in a Hugging Face folder, so that the whole training path can be tried without a download."""
+"""What a tiny run needs and the user did not give: a sample world, and a tiny random Qwen3-VL that knows its words."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 
-from mllm4d_jax.data.samples import build_folder
+from configs.published import Size, Tower, hugging_face_config
+from mllm4d_jax.data.samples import build_folder, write_sample_world
+from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import save_model
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.weight_map import abstract_model
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.run import preflight
+from mllm4d_jax.run.build import open_records
 
 VOCABULARY = 512
-WIDTH = 128
+_RECORDS = 1000  # the tokenizer is learned from at most so many of a source
 # What a prompt holds besides the records' own text.
 _SCAFFOLD = ("system\nuser\nassistant\n", *(f"<{t / 10:.1f} seconds>" for t in range(40)))
 
 
-def tiny_config(special_ids: dict[str, int]) -> dict[str, Any]:
-    """config.json of the tiny model, in the spelling of the released checkpoints.
+def tiny_config(special_ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return config.json of the tiny model, in the spelling of the released checkpoints.
 
     Args:
       special_ids: ids of the tokenizer's special tokens, by content.
     """
-    text = dict(
-        model_type="qwen3_vl_text",
-        attention_bias=False,
+    size = Size("", 128, 3, 4, 2, 256, Tower(depth=3, width=64, inner=128, taps=(0, 1)))
+    config = hugging_face_config(size)
+    config["text_config"] |= dict(
         bos_token_id=special_ids["<|endoftext|>"],
+        dtype="float32",
         eos_token_id=special_ids["<|im_end|>"],
         head_dim=32,
-        hidden_act="silu",
-        hidden_size=WIDTH,
-        intermediate_size=256,
         max_position_embeddings=4096,
-        num_attention_heads=4,
-        num_hidden_layers=3,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
         rope_scaling=dict(mrope_interleaved=True, mrope_section=[6, 5, 5], rope_type="default"),
-        rope_theta=5000000,
         vocab_size=VOCABULARY,
     )
-    vision = dict(
-        model_type="qwen3_vl",
-        deepstack_visual_indexes=[0, 1],
-        depth=3,
-        hidden_act="gelu_pytorch_tanh",
-        hidden_size=64,
-        in_channels=3,
-        intermediate_size=128,
-        num_heads=2,
-        num_position_embeddings=64,
-        out_hidden_size=WIDTH,
-        patch_size=16,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-    )
-    return dict(
-        architectures=["Qwen3VLForConditionalGeneration"],
-        model_type="qwen3_vl",
-        image_token_id=special_ids["<|image_pad|>"],
-        video_token_id=special_ids["<|video_pad|>"],
-        vision_start_token_id=special_ids["<|vision_start|>"],
-        vision_end_token_id=special_ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-        torch_dtype="float32",
-        text_config=text,
-        vision_config=vision,
-    )
+    config["vision_config"] |= dict(num_heads=2, num_position_embeddings=64)
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>")
+    names |= dict(vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+    return config | {key: special_ids[name] for key, name in names.items()} | dict(torch_dtype="float32")
 
 
 def write_tiny_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> bool:
@@ -141,3 +117,51 @@ def _random_model(config: ModelConfig, seed: int) -> QwenVL:
             value = np.ones(shape) if kind == "scale" else np.zeros(shape)
         filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def with_sample(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+    """The config with the tiny sample in place of what is not configured; unchanged without data.sample.
+
+    Without data of the user's own, the sample world is written; without a model, a tiny random one whose tokenizer is
+    learned from the records.
+
+    Raises:
+      PreflightError: data.path or data.mixture names something that holds no records.
+    """
+    if not config.data.sample:
+        return config
+    config = config.copy_and_resolve_references()
+    sample = workdir / "sample"
+    if not config.data.path and not config.data.root and not config.data.mixture:
+        records = write_sample_world(sample / "world", config.seed)
+        config.data.path, config.data.root = str(records), str(records.parent)
+    if not config.model.path:
+        problems = list(preflight.data_problems(config))
+        if problems:
+            raise preflight.PreflightError("; ".join(problems))
+        write_tiny_model(sample / "model", _record_texts(open_records(config)) + _reasoning(sample), config.seed)
+        config.model.path = str(sample / "model")
+    return config
+
+
+def _reasoning(sample: Path) -> list[str]:
+    """Answers of the sample world's cold start, so that the tokenizer of the runs to come knows their words."""
+    file = sample / "world" / "cold_start.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return [row["conversations"][-1]["value"] for row in rows]
+
+
+def _record_texts(mixture: Mixture) -> list[str]:
+    """Texts of the first records, for a tokenizer; records that cannot be read are left to the loader to report."""
+    texts = []
+    for source in mixture.sources:
+        for i in range(min(len(source), _RECORDS)):
+            try:
+                messages = source[i].messages
+            except RecordError:
+                continue
+            parts = [p for m in messages for p in ([m["content"]] if isinstance(m["content"], str) else m["content"])]
+            texts += [
+                p if isinstance(p, str) else p["text"] for p in parts if isinstance(p, str) or p["type"] == "text"
+            ]
+    return texts

@@ -12,29 +12,19 @@ import ml_collections
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import Loader
-from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.sources import Mixture, Source
-from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.files.atomic import write_json
-from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.chips import peak_flops
-from mllm4d_jax.report.reading import CONFIG
-from mllm4d_jax.run.build import (
-    Parts,
-    build,
-    describe_trained,
-    encoder_of,
-    loader_options,
-    open_held_out,
-    open_records,
-)
+from mllm4d_jax.run.begin import Begun, begin
+from mllm4d_jax.run.build import Parts, loader_options, open_held_out
 from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.digest import content_digests
-from mllm4d_jax.run.loop import Progress
-from mllm4d_jax.run.start import resume_point, start_from_run
+from mllm4d_jax.run.start import start_from_run
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.sft.held_out import HeldOutLoss
 from mllm4d_jax.sft.step import Trainer, TrainStep
+
+_SAMPLE = {
+    "what it shows": "that the training path works here: a sample run learns a few answers by heart and measures "
+    "nothing about understanding video"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,67 +32,44 @@ class SftSetup:
     """A run ready to train.
 
     Attributes:
-      content: digests for `checkpoint.check_resumable`.
-      progress: where it begins.
-      encoder, loader: its data.
+      begun: what every task has.
+      loader: of its batches; `flops`: of one of them.
       trainer: its state.
-      flops: of a batch.
       held_out: measures the loss on data.eval_path; None without one.
-      facts: for the report.
     """
 
-    content: Mapping[str, str]
-    progress: Progress
-    encoder: Encoder
+    begun: Begun
     loader: Loader
-    trainer: Trainer
     flops: FlopCounter
+    trainer: Trainer
     held_out: HeldOutLoss | None
-    facts: Mapping[str, Any]
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """For the report."""
+        return self.begun.facts() | (_SAMPLE if self.begun.config.data.sample else {})
 
 
 def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> SftSetup:
     """Load everything a run needs and restore the newest checkpoint. Raises as `task.run`."""
-    mixture = open_records(config)
     c = config.data
-    held_out = open_held_out(config, c.eval_path, c.eval_root) if c.eval_path else None
-    content = content_digests(config.model.path, mixture, held_out)
-    progress = resume_point(config, content, checkpoints)
-    if multihost.is_primary():
-        write_json(workdir / CONFIG, config.to_dict())
-    parts = build(config)
-    encoder = encoder_of(config)
-    loader = make_loader(parts, workdir, mixture, encoder, progress)
-    return SftSetup(
-        content=content,
-        progress=progress,
-        encoder=encoder,
-        loader=loader,
-        trainer=make_trainer(parts, checkpoints, progress, content),
-        flops=FlopCounter(parts.sizes, parts.tuning),
-        held_out=None if held_out is None else _held_out(held_out, parts, loader),
-        facts=_facts(config, mixture, parts),
-    )
+    records = open_held_out(config, c.eval_path, c.eval_root) if c.eval_path else None
+    begun = begin(config, workdir, checkpoints, records)
+    loader, parts, held_out = make_loader(begun), begun.parts, None
+    if records is not None:
+        encoder, model = GroupEncoder([records], begun.encoder), (parts.graphdef, parts.frozen, parts.mesh)
+        held_out = HeldOutLoss(encoder, loader.options, parts.shape, *model, config.train.loss_chunk)
+    return SftSetup(begun, loader, FlopCounter(parts.sizes, parts.tuning), make_trainer(begun), held_out)
 
 
-def _facts(config: ml_collections.ConfigDict, mixture: Mixture, parts: Parts) -> dict[str, str]:
-    trained, frozen = (f"{sum(x.size for x in jax.tree.leaves(tree)):,}" for tree in (parts.trainable, parts.frozen))
-    return {
-        "records": f"{len(mixture):,} in {mixture.name}",
-        "trainable parameters": f"{trained} ({describe_trained(config)})",
-        "frozen parameters": frozen,
-        "devices": f"{parts.mesh.size} x {jax.devices()[0].device_kind} of {jax.process_count()} process(es), "
-        f"mesh {dict(parts.mesh.shape)}",
-    }
-
-
-def make_trainer(parts: Parts, checkpoints: Checkpoints, progress: Progress, content: Mapping[str, str]) -> Trainer:
-    """Return the trainer at `progress`: restored from its checkpoint, or at the start with a fresh optimiser."""
-    config, trainable, opt_state = parts.config, parts.trainable, parts.opt_state
+def make_trainer(begun: Begun) -> Trainer:
+    """Return the trainer of a run: restored from its checkpoint, or at the start with a fresh optimiser."""
+    parts, config, progress = begun.parts, begun.config, begun.progress
+    trainable, opt_state = parts.trainable, parts.opt_state
     if progress.step:
-        trainable, opt_state = checkpoints.restore(progress.step, trainable, opt_state)
+        trainable, opt_state = begun.checkpoints.restore(progress.step, trainable, opt_state)
     else:
-        trainable = start_from_run(config, trainable, content)
+        trainable = start_from_run(config, trainable, begun.content)
     step = train_step(parts, trainable, opt_state)
     peak = peak_flops(parts.mesh.devices.flat[0].device_kind) if config.model.dtype == "bfloat16" else None
     return Trainer(step, parts.frozen, trainable, opt_state, parts.rates, peak)
@@ -114,32 +81,17 @@ def train_step(parts: Parts, trainable: Any, opt_state: Any) -> TrainStep:
     return TrainStep(parts.graphdef, parts.optimizer, trainable, opt_state, parts.mesh, chunk, seed)
 
 
-def make_loader(parts: Parts, workdir: Path, mixture: Mixture, encoder: Encoder, progress: Progress) -> Loader:
-    """Return the loader of micro-batches at `progress`."""
-    config = parts.config
-    options = loader_options(config)
-    quarantine = Quarantine(
-        workdir / "quarantine.jsonl",
-        config.data.max_quarantine_rate,
-        rejected=multihost.share(progress.rejected),
-        fresh=progress.step == 0,
-        host=jax.process_index(),
-        per_group=options.questions_per_video,
-    )
+def make_loader(begun: Begun) -> Loader:
+    """Return the loader of a run's micro-batches."""
+    options = loader_options(begun.config)
     return Loader(
-        mixture,
-        GroupEncoder(mixture.sources, encoder),
+        begun.mixture,
+        GroupEncoder(begun.mixture.sources, begun.encoder),
         options,
-        parts.shape,
-        quarantine,
-        seed=config.seed,
-        position=progress.position,
+        begun.parts.shape,
+        begun.open_quarantine(options.questions_per_video),
+        seed=begun.config.seed,
+        position=begun.progress.position,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
-
-
-def _held_out(source: Source, parts: Parts, loader: Loader) -> HeldOutLoss:
-    encoder = GroupEncoder([source], loader.encoder.encoder)
-    options, chunk = loader.options, parts.config.train.loss_chunk
-    return HeldOutLoss(encoder, options, parts.shape, parts.graphdef, parts.frozen, parts.mesh, chunk)

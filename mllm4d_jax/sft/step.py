@@ -20,7 +20,7 @@ from mllm4d_jax.parallel.place import place_rows, placed_rows
 from mllm4d_jax.parallel.products import over_positions, pick
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.rows import RowBatch
-from mllm4d_jax.run.loop import TrainingError
+from mllm4d_jax.run.loop import check_finite
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 from mllm4d_jax.run.throughput import mfu, peak_memory_gib
 from mllm4d_jax.sft.feed import StepData
@@ -49,8 +49,8 @@ class TrainStep:
     ) -> None:
         """
         Args:
-          graphdef: structure of the model, from `state.split_model`.
-          optimizer: see `state.make_optimizer`.
+          graphdef: structure of the model, from `models.split.split_model`.
+          optimizer: see `run.optimizer.make_optimizer`.
           trainable, opt_state: the trees to train, or their shapes with shardings; the results are placed like them.
           mesh: devices, the same as the model was made for.
           chunk: supervised positions whose logits exist at a time.
@@ -95,7 +95,7 @@ class TrainStep:
         """Runs one step; returns before it has finished on the device.
 
         Args:
-          trainable, opt_state, frozen: see `state.split_model` and `state.init_optimizer`.
+          trainable, opt_state, frozen: see `models.split.split_model` and `run.optimizer.init_optimizer`.
           batches: the micro-batches of this step, in any shapes; each supervised token counts the same.
           step: number of the step, from 0.
         """
@@ -167,12 +167,7 @@ class TokenLoss(NamedTuple):
 
 
 def token_cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    chunk: int,
-    mesh: Mesh | None = None,
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int, mesh: Mesh | None = None
 ) -> TokenLoss:
     """Softmax cross-entropy of `hidden @ head` in float32.
 
@@ -196,45 +191,29 @@ def token_cross_entropy(
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Running:
-    """A step that was sent to the device and whose results were not read yet."""
-
-    step: int
-    data: StepData
-    metrics: StepMetrics
-
-
+@dataclasses.dataclass(eq=False)
 class Trainer:
     """Trained parameters and optimiser state; advances them step by step.
 
     The host reads the results of a step while the device works on the next one.
 
     Attributes:
-      trainable, opt_state: trees on the devices.
-      frozen: tree that is not trained.
+      step: the compiled step.
+      frozen, trainable, opt_state: its trees, on the devices.
+      rates: f32[steps] learning rate of every step.
+      peak: FLOP/s of a device, None when not known.
     """
 
-    def __init__(
-        self,
-        train_step: TrainStep,
-        frozen: Any,
-        trainable: Any,
-        opt_state: Any,
-        rates: np.ndarray,
-        peak: float | None = None,
-    ) -> None:
-        """
-        Args:
-          train_step: the compiled step.
-          frozen, trainable, opt_state: its trees.
-          rates: f32[steps] learning rate of every step.
-          peak: FLOP/s of a device, None when not known.
-        """
-        self.trainable, self.opt_state, self.frozen = trainable, opt_state, frozen
-        self._step, self._rates, self._peak = train_step, rates, peak
-        self._running: _Running | None = None
-        self._clock = time.perf_counter()
+    step: TrainStep
+    frozen: Any
+    trainable: Any
+    opt_state: Any
+    rates: np.ndarray
+    peak: float | None = None
+
+    def __post_init__(self) -> None:
+        self._running: tuple[int, StepData, StepMetrics] | None = None  # sent to the device, and not read yet
+        self.restart_clock()
 
     def advance(self, step: int, data: StepData) -> dict[str, float | None] | None:
         """Start a step (numbered from 1) and return the results of the one before it (None for the first).
@@ -242,40 +221,31 @@ class Trainer:
         Raises:
           TrainingError: loss or gradient of the step before was not finite; the trees are as they were before it.
         """
-        self.trainable, self.opt_state, metrics = self._step(
-            self.trainable, self.opt_state, self.frozen, data.batches, step - 1
-        )
-        before, self._running = self._running, _Running(step, data, metrics)
-        return self._read(before) if before else None
+        trees = self.trainable, self.opt_state, self.frozen
+        self.trainable, self.opt_state, metrics = self.step(*trees, data.batches, step - 1)
+        before, self._running = self._running, (step, data, metrics)
+        return self._read(*before) if before else None
 
     def finish(self) -> dict[str, float | None] | None:
         """Results of the step under way, None when there is none. Raises as `advance`."""
         running, self._running = self._running, None
-        return self._read(running) if running else None
+        return self._read(*running) if running else None
 
     def restart_clock(self) -> None:
         """Leaves the time since the last results out of the next step's: something other than steps was done."""
         self._clock = time.perf_counter()
 
-    def _read(self, running: _Running) -> dict[str, float | None]:
-        data, m, counts = running.data, running.metrics, running.data.counts
-        loss, norm = float(m.loss), float(m.grad_norm)
-        if not bool(m.finite):
-            what = "loss" if not np.isfinite(loss) else "gradient"
-            raise TrainingError(
-                f"the {what} of step {running.step} is not finite (loss {loss}, gradient norm {norm}); its records"
-                f"{' on this process' if jax.process_count() > 1 else ''}: {', '.join(data.keys) or 'none'}. The "
-                "parameters were left as they were before it, and the newest checkpoint is from before it. Look at "
-                "these records, or lower optim.lr and start anew"
-            )
+    def _read(self, step: int, data: StepData, m: StepMetrics) -> dict[str, float | None]:
+        counts, loss, norm = data.counts, float(m.loss), float(m.grad_norm)
+        check_finite(bool(m.finite), step, loss, norm, data.keys)
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         return {
-            "step": running.step,
+            "step": step,
             "loss": loss,
             "accuracy": float(m.accuracy),
             "grad_norm": norm,
-            "lr": float(self._rates[running.step - 1]),
+            "lr": float(self.rates[step - 1]),
             "step_s": elapsed,
             "data_wait_s": data.waited,
             "examples": counts.examples,
@@ -284,11 +254,11 @@ class Trainer:
             "visual": counts.visual,
             "supervised": counts.supervised,
             "padding": 1 - counts.tokens / counts.slots,
-            "mfu": mfu(counts.gflops * 1e9, elapsed, self._step.mesh.size, self._peak),
+            "mfu": mfu(counts.gflops * 1e9, elapsed, self.step.mesh.size, self.peak),
             "memory_gib": peak_memory_gib(),
-            "devices": self._step.mesh.size,
+            "devices": self.step.mesh.size,
             "position": data.position,
             "quarantined": counts.rejected,
-            "compiles": self._step.compiles,
-            "retraces": self._step.retraces,
+            "compiles": self.step.compiles,
+            "retraces": self.step.retraces,
         }

@@ -12,19 +12,14 @@ from mllm4d_jax.files import jsonl
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.report.reading import METRICS
 from mllm4d_jax.run import preflight
-from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.log import Display, RunLog, say, write_facts
-from mllm4d_jax.run.loop import Progress, StopSignal, TrainingRun
+from mllm4d_jax.run.checkpoint import Progress
+from mllm4d_jax.run.loop import TrainingRun, carry_out
 from mllm4d_jax.run.preflight import open_workdir
+from mllm4d_jax.run.tiny import with_sample
 from mllm4d_jax.sft.feed import Feed
-from mllm4d_jax.sft.sample import with_sample
 from mllm4d_jax.sft.setup import SftSetup, set_up
 
-DISPLAY = Display("sft", ("loss", "lr", "qa_per_s", "tokens_per_s_device", "mfu", "data_wait"))
-_SAMPLE = {
-    "what it shows": "that the training path works here: a sample run learns a few answers by heart and measures "
-    "nothing about understanding video"
-}
+COLUMNS = ("loss", "lr", "qa_per_s", "tokens_per_s_device", "mfu", "data_wait")  # that the terminal shows
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -50,22 +45,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     folder = multihost.primary_first(lambda: open_workdir(workdir))
     config = multihost.primary_first(lambda: with_sample(config, folder))
     preflight.check(config)
-    c = config.train
-    with Checkpoints(folder / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
-        setup = set_up(config, folder, checkpoints)
-        write_facts(folder, setup.facts | (_SAMPLE if config.data.sample else {}))
-        done = setup.progress.step
-        if done < c.steps:
-            log = RunLog(folder, DISPLAY, steps=c.steps, start=done, log_every=c.log_every)
-            under_way = TrainingRun(config, folder, checkpoints, setup.content, setup.progress, log, stop)
-            with setup.encoder, under_way:
-                train(setup, under_way)
-            done = under_way.progress.step
-    if done < c.steps:
-        say(f"stopped after step {done} of {c.steps} and saved; the same command goes on from there")
-        return 0
-    say(f"{done} steps done")
-    return 0
+    return carry_out(config, folder, COLUMNS, set_up, train)
 
 
 def train(setup: SftSetup, run: TrainingRun) -> None:

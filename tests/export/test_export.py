@@ -26,8 +26,7 @@ from mllm4d_jax.export.merged import ModelExportError
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft
 from mllm4d_jax.models.split import attach_lora, split_model
-from mllm4d_jax.run.checkpoint import Checkpoints, Meta
-from mllm4d_jax.run.digest import model_digest
+from mllm4d_jax.run.checkpoint import Checkpoints, Meta, model_digest
 from mllm4d_jax.run.start import StartError, find_adapter, load_tuned
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

@@ -17,8 +17,9 @@ from mllm4d_jax.plan.sft import SftPhases
 from mllm4d_jax.qa.records import parse_record
 from mllm4d_jax.rows.completion_rows import needed_prompt_sizes
 from mllm4d_jax.rows.rows import RowSizes, share_prefix
+from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.build import BuildError, build, encoder_of, open_records, processor_of
-from mllm4d_jax.run.loop import Progress
+from mllm4d_jax.run.checkpoint import Checkpoints, Progress
 from mllm4d_jax.sft.setup import make_loader
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -82,8 +83,10 @@ def test_planned_sizes_are_those_of_full_clips(model, clips, tmp_path, rule, bou
     sft.data.questions_per_video, sft.train.batch_size, sft.data.rows = 2, 4, 1
     sft.data.branch_buckets = (group.longest,)
     parts = build(sft, devices=jax.devices()[:1], abstract=True)
-    with encoder_of(sft) as encoder, make_loader(parts, tmp_path, open_records(sft), encoder, Progress()) as loader:
-        batch = loader.next_batch().batch
+    with encoder_of(sft) as encoder, Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        begun = Begun(tmp_path, checkpoints, open_records(sft), {}, Progress(), parts, encoder)
+        with make_loader(begun) as loader:
+            batch = loader.next_batch().batch
     job = PlanJob.of(sft, Lengths(branch=group.longest, answer=int(examples[0].supervised.sum())))
     planned = SftPhases(job, jax.devices()[:1]).step(1).lower.args[-1]
     assert job.shape == parts.shape and job.rows == 1

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
-from mllm4d_jax.run.log import Display, RunLog
+from mllm4d_jax.run.log import RunLog
 from tests.run.step_rows import row
-
-DISPLAY = Display("sft", ("loss", "lr"))
 
 
 def open_log(tmp_path, start):
-    return RunLog(tmp_path, DISPLAY, steps=9, start=start, log_every=2)
+    return RunLog(tmp_path, "sft", ("loss", "lr"), steps=9, start=start, log_every=2)
 
 
 def test_lines_beyond_the_restored_step_go_away(tmp_path):

@@ -8,9 +8,9 @@ from configs import common
 from configs import sft as sft_config
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.run import preflight
-from mllm4d_jax.run.digest import content_digests, model_digest
+from mllm4d_jax.run.checkpoint import content_digests, model_digest
 from mllm4d_jax.run.preflight import PreflightError
-from mllm4d_jax.sft.sample import with_sample
+from mllm4d_jax.run.tiny import with_sample
 from mllm4d_jax.sft.task import run
 
 

@@ -43,8 +43,8 @@ def trained(config, workdir):
 
 def separate_loss(config, setup):
     """Mean over the supervised tokens of the usable records, each a sample of its own; no row, no mesh, no dropout."""
-    encoder, source = setup.encoder, setup.held_out._encoder.sources[0]
-    model, total, count = load_trainable(config, setup.trainer._step.mesh), 0.0, 0
+    encoder, source = setup.begun.encoder, setup.held_out._encoder.sources[0]
+    model, total, count = load_trainable(config, setup.trainer.step.mesh), 0.0, 0
     for i in (0, 1, 3, 4):
         example = encoder.encode(source[i])
         ids = (encoder.config.image_token_id, encoder.config.video_token_id)
@@ -61,7 +61,7 @@ def test_it_is_the_mean_over_the_tokens_of_the_usable_records(config, tmp_path):
     config.data.questions_per_video, config.data.rows, config.lora.dropout = 2, 8, 0.3
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
-    with setup.encoder:
+    with setup.begun.encoder:
         measured = setup.held_out(setup.trainer.trainable)
         np.testing.assert_allclose(measured, separate_loss(config, setup), rtol=1e-5)
         assert setup.held_out(setup.trainer.trainable) == measured
@@ -76,7 +76,7 @@ def test_measuring_changes_nothing_and_picks_the_best(config, tmp_path):
     assert list(losses) == [2, 3, 4, 6] and losses[6] != losses[3] and all(np.isfinite(x) for x in losses.values())
     assert summary(rows)["eval_loss"] == losses[6] and "eval_loss" not in summary(rows[:1])
     with Checkpoints(tmp_path / "measured/checkpoints", 1, 1) as checkpoints:
-        assert checkpoints.best() == min((3, 6), key=losses.get)
+        assert checkpoints._manager.best_step() == min((3, 6), key=losses.get)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads((tmp_path / "held_out.json").read_text())[:2]))
     with Checkpoints(tmp_path / "measured/checkpoints", 1, 1) as checkpoints:
@@ -96,7 +96,7 @@ def test_what_cannot_be_used(config, tmp_path):
     config.data.eval_path = str(bad)
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
-    with setup.encoder, pytest.raises(HeldOutError, match="not one usable record"):
+    with setup.begun.encoder, pytest.raises(HeldOutError, match="not one usable record"):
         setup.held_out(setup.trainer.trainable)
     config.data.eval_path = str(tmp_path / "none.json")
     with pytest.raises(PreflightError, match="data.eval_path = .*none.json is not a file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 
@@ -13,8 +14,7 @@ from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import rows_divide
 from mllm4d_jax.run.build import build
-from mllm4d_jax.run.checkpoint import Checkpoints
-from mllm4d_jax.run.loop import Progress
+from mllm4d_jax.run.checkpoint import Checkpoints, Progress
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft.feed import Feed
 from mllm4d_jax.sft.setup import make_trainer, set_up
@@ -38,9 +38,10 @@ def one_process(config, workdir, steps, progress=None, saved=None):
     workdir.mkdir()
     with Checkpoints(saved or workdir / "checkpoints", 1) as checkpoints:
         setup, parts = set_up(config, workdir, checkpoints), build(config, devices=jax.devices()[:1])
-        trainer = make_trainer(parts, checkpoints, progress or Progress(), setup.content)
+        begun = dataclasses.replace(setup.begun, parts=parts, progress=progress or Progress())
+        trainer = make_trainer(begun)
     first = 1 + (progress.step if progress else 0)
-    with setup.encoder, Feed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0)) as feed:
+    with begun.encoder, Feed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0)) as feed:
         rows = [trainer.advance(first + n, feed.next(last=False)) for n in range(steps)][1:] + [trainer.finish()]
     return rows, jax.tree.map(np.array, trainer.trainable)
 

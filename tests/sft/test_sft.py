@@ -17,9 +17,8 @@ import run as cli
 from configs import sft as sft_config
 from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
 from mllm4d_jax.run.build import build
-from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
-from mllm4d_jax.run.log import RunLog
-from mllm4d_jax.run.loop import Progress, StopSignal, TrainingError, TrainingRun
+from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError
+from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
 from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft import task as sft
@@ -51,10 +50,9 @@ def train(config, workdir, stop_at=STEPS):
     c, stop = config.train, StopAt(stop_at)
     with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints:
         setup = set_up(config, workdir, checkpoints)
-        log = RunLog(workdir, sft.DISPLAY, steps=c.steps, start=setup.progress.step, log_every=c.log_every)
-        run = TrainingRun(config, workdir, checkpoints, setup.content, setup.progress, log, stop)
+        run = TrainingRun(setup.begun, sft.COLUMNS, stop)
         stop.run = run
-        with setup.encoder, run:
+        with setup.begun.encoder, run:
             sft.train(setup, run)
         return jax.tree.map(np.array, (setup.trainer.trainable, setup.trainer.opt_state))
 
@@ -94,8 +92,8 @@ def test_eight_devices_train_like_one(config, straight, tmp_path):
     """The run above was split over eight devices; the same batches through one device."""
     with Checkpoints(tmp_path / "none", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
-        trainer = make_trainer(build(config, devices=jax.devices()[:1]), checkpoints, Progress(), setup.content)
-    with setup.encoder, Feed(setup.loader, 1, setup.flops, False, Watchdog(0)) as feed:
+        trainer = make_trainer(dataclasses.replace(setup.begun, parts=build(config, devices=jax.devices()[:1])))
+    with setup.begun.encoder, Feed(setup.loader, 1, setup.flops, False, Watchdog(0)) as feed:
         rows = [trainer.advance(n, feed.next(last=False)) for n in range(1, STEPS + 1)][1:] + [trainer.finish()]
     workdir, (lora, _) = straight
     for ours, theirs in zip(rows, curve(workdir), strict=True):
@@ -238,7 +236,7 @@ def test_a_run_can_start_from_the_adapter_of_another(config, straight, tmp_path)
     config.model.adapter = str(workdir)
     with Checkpoints(tmp_path / "new", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
-    assert setup.progress == Progress()
+    assert setup.begun.progress == Progress()
     assert jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, setup.trainer.trainable)))
     assert not any(np.any(x) for x in jax.tree.leaves(setup.trainer.opt_state))  # moments and counters begin anew
     config.lora.alpha = 1.0
@@ -254,7 +252,7 @@ def test_the_best_checkpoints_stay(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.Losses, "value", property(lambda self: next(losses)))
     train(config, tmp_path / "w")
     with Checkpoints(tmp_path / "w/checkpoints", 1, 1) as checkpoints:
-        assert (checkpoints.latest(), checkpoints.best()) == (STEPS, 2)
+        assert (checkpoints.latest(), checkpoints._manager.best_step()) == (STEPS, 2)
     kept = sorted(p.name for p in (tmp_path / "w/checkpoints").iterdir() if p.name.isdigit())
     assert kept == ["2", "6"]
 

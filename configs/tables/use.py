@@ -1,0 +1,102 @@
+"""Keys of the tasks that use what was trained: one answer, evaluation, export, check against numbers, and the page."""
+
+from configs.schema import Key
+from configs.tables.shared import MESH_KEYS, MODEL_KEYS, VIDEO_KEYS, run_keys, take
+from configs.tables.training import DATA_KEYS
+
+INFER_KEYS = (
+    *run_keys("infer"),
+    *MODEL_KEYS,
+    *take(MESH_KEYS, "tensor"),
+    *VIDEO_KEYS,
+    Key("clip", "", "video file to ask about; '' = none"),
+    Key("image", "", "image file to ask about; '' = none"),
+    Key("question", "", "what to ask"),
+    Key("system_file", "", "file with a system prompt; '' = none"),
+    Key("max_new_tokens", 256, "longest answer, in tokens", low=1),
+    Key("temperature", 0.0, "0 = greedy", low=0),
+    Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
+    Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", low=0),
+)
+
+VERIFY_KEYS = (
+    *run_keys("verify"),
+    *take(MODEL_KEYS, "path", attention="xla"),
+    Key("golden", "", "reference: a model's folder (perhaps with weights), a root of several, or a processor's folder"),
+    Key("case", "", "check only this case; '' = all"),
+    Key(
+        "position_rule",
+        "auto",
+        "Qwen2.5-VL temporal positions; 'auto' = what the recording says",
+        ("auto", "release", "hf517", "hf523"),
+    ),
+    Key("tol.patches", 1e-6, "largest absolute error of the pixel patches", low=0),
+    Key("tol.vision", 2e-5, "largest absolute error of the vision tensors", low=0),
+    Key("tol.hidden", 2e-4, "largest absolute error of the decoder's hidden states", low=0),
+    Key("tol.logits", 1e-4, "largest absolute error of the logits", low=0),
+    Key("tol.loss", 1e-5, "largest absolute error of the loss", low=0),
+    Key("tol.grad_rel", 1e-3, "largest relative error of a gradient's norm", low=0),
+)
+
+EVAL_KEYS = (
+    *run_keys("eval"),
+    Key(
+        "benchmark",
+        "vlm4d",
+        "layout of the questions: VLM4D's lists, MLLM4D-Bench (also as curation writes it), or any questions in a "
+        "released record layout",
+        choices=("vlm4d", "mllm4d", "jsonl"),
+    ),
+    Key("data.path", "", "file with the questions, or a folder of .json and .jsonl files", content=True),
+    Key("data.root", "", "folder that the questions' video paths are relative to", content=True),
+    Key("data.workers", 2, "videos decoded and encoded at a time while the model answers others", low=1, free=True),
+    Key("data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16, free=True),
+    *take(DATA_KEYS, "prefix_buckets", "branch_buckets"),
+    *MODEL_KEYS,
+    *take(MESH_KEYS, "data", "tensor"),
+    *VIDEO_KEYS,
+    Key(
+        "prompt.mode",
+        "direct",
+        "ask for the letter, ask for spatio-temporal reasoning first, or use the system prompt in prompt.file",
+        choices=("direct", "st_cot", "file"),
+    ),
+    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
+    Key("max_new_tokens", 64, "longest response, in tokens", low=1),
+    Key("temperature", 0.0, "0 = greedy", low=0),
+    Key("questions_per_video", 8, "questions about a video asked together, over one shared prefix", low=1, free=True),
+    Key("prompts_at_once", 8, "videos in the model at a time (memory of prefill and caches)", low=1, free=True),
+    Key("chunk", 32, "tokens between two looks at which responses have ended", low=1, free=True),
+    Key("limit", 0, "ask only this many questions; 0 = all", low=0, free=True),
+    Key("control", "", "without the video, or its frames in random order; '' = as usual", ("", "blind", "shuffled")),
+    Key(
+        "rescore.path", "", "score these instead of asking: predictions.jsonl, a workdir, or published files", free=True
+    ),
+    Key("extractor", "strict", "read answers by our rules, or the release's", ("strict", "official"), free=True),
+    Key("controls", (), "predictions of control runs on the same questions, shown beside", free=True),
+    Key("compare", "", "predictions of another run on the same questions, to compare with; '' = none", free=True),
+    Key("bootstrap.samples", 10000, "draws for the intervals", low=100, free=True),
+)
+
+EXPORT_KEYS = (
+    *run_keys("export"),
+    Key("form", "peft", "a PEFT adapter, or the whole model with everything merged", choices=("peft", "merged")),
+    Key("output", "", "folder to write; it must not exist yet"),
+    # dtype and attention are those of the comparison with the model; the files keep their own dtype.
+    *take(MODEL_KEYS, "path", "adapter", "step", dtype="float32", attention="xla"),
+    Key("base_name", "", "PEFT: name of the base model to put into adapter_config.json; '' = what is known of it"),
+    Key("tol.float32", 1e-4, "largest difference of the logits read back, as a share of the largest logit", low=0),
+    Key("tol.bfloat16", 2e-2, "the same when the comparison is in bfloat16", low=0),
+    Key("tol.rounding", 0.1, "merged into 16-bit files: the same against the model as it was trained", low=0),
+)
+
+REPORT_KEYS = (
+    *run_keys("report"),
+    Key("run", "", "workdir of the run to show"),
+    Key("other", "", "workdir of a run to compare it with; '' = none"),
+    Key("out", "", "file to write; '' = report.html in the run, for two runs in this task's own workdir"),
+    Key("answers", 200, "completions and predictions shown at most; more are sampled evenly", low=1),
+    Key("frames", 4, "frames shown of a clip; 0 = none, and no video is opened", low=0),
+    Key("clip_s", 20.0, "seconds a clip may take to decode", low=0),
+    Key("pictures_s", 120.0, "seconds after which no further clip is decoded", low=0),
+)
