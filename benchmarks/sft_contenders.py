@@ -161,7 +161,7 @@ class Ours:
         self._state = init_optimizer(self._optimizer, self._lora, self._mesh)
 
     def record(self, i: int) -> Record:
-        return self._loader.mixture.sources[0][i]
+        return self._loader.stream.mixture.sources[0][i]
 
     def run(self, step: int) -> Timed:
         """One step on the batch loaded for it."""

@@ -14,7 +14,7 @@ import numpy as np
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.data.stream import GroupStream, StreamOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.draw import SamplingOptions
@@ -28,7 +28,7 @@ from mllm4d_jax.grpo.learner import Learner
 from mllm4d_jax.grpo.prompts import PromptLoader
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.records import as_prompt, as_scored_prompt
-from mllm4d_jax.report.reading import CONFIG
+from mllm4d_jax.report.reading import CONFIG, EVALS
 from mllm4d_jax.run.build import Parts, build, describe_trained, encoder_of, open_held_out, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.digest import content_digests
@@ -211,17 +211,9 @@ def _loader(
         rejected=progress.rejected,
         fresh=progress.step == 0,
     )
-    stream = GroupStream(
-        mixture,
-        encoder,
-        quarantine,
-        per_group=1,
-        step_groups=1,
-        workers=config.data.workers,
-        seed=config.seed,
-        position=progress.position,
-    )
-    return PromptLoader(stream, config.rollout.prompts)
+    number = config.rollout.prompts
+    options = StreamOptions(per_group=1, step_groups=1, seed=config.seed, workers=config.data.workers, ahead=number)
+    return PromptLoader(GroupStream(mixture, encoder, quarantine, options, progress.position), number)
 
 
 def _held_out(
@@ -230,7 +222,8 @@ def _held_out(
     c = config.eval
     source = open_held_out(config, c.path, c.root)
     group_encoder = GroupEncoder([source], encoder, as_prompt=judged)
-    return HeldOut(workdir / "evals.jsonl", group_encoder, actor, limit=c.limit, at_once=config.rollout.prompts)
+    at_once, workers = config.rollout.prompts, config.data.workers
+    return HeldOut(workdir / EVALS, group_encoder, actor, limit=c.limit, at_once=at_once, workers=workers)
 
 
 def _facts(

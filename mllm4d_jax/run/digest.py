@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mllm4d_jax.data.sources import Mixture, Source
+from mllm4d_jax.data.sources import Mixture, RecordSource
 
 _SAMPLED = 1 << 20  # bytes read at either end of a large file
 _MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
-def content_digests(model: str | Path, records: Mixture, held_out: Source | None = None) -> Mapping[str, str]:
+def content_digests(model: str | Path, records: Mixture, held_out: RecordSource | None = None) -> Mapping[str, str]:
     """Return digests of what must be the same again when a run is resumed, by config key."""
     digests = {
         "model.path": model_digest(model),

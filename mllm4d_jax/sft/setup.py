@@ -13,7 +13,8 @@ import ml_collections
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.sources import Mixture, Source
+from mllm4d_jax.data.sources import Mixture, RecordSource
+from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
@@ -126,20 +127,13 @@ def make_loader(parts: Parts, workdir: Path, mixture: Mixture, encoder: Encoder,
         host=jax.process_index(),
         per_group=options.questions_per_video,
     )
-    return Loader(
-        mixture,
-        GroupEncoder(mixture.sources, encoder),
-        options,
-        parts.shape,
-        quarantine,
-        seed=config.seed,
-        position=progress.position,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+    groups = options.stream(seed=config.seed, ahead_steps=config.train.accumulation, **hosts)
+    stream = GroupStream(mixture, GroupEncoder(mixture.sources, encoder), quarantine, groups, progress.position)
+    return Loader(stream, options, parts.shape)
 
 
-def _held_out(source: Source, parts: Parts, loader: Loader) -> HeldOutLoss:
-    encoder = GroupEncoder([source], loader.encoder.encoder)
+def _held_out(source: RecordSource, parts: Parts, loader: Loader) -> HeldOutLoss:
+    encoder = GroupEncoder([source], loader.stream.encoder.encoder)
     options, chunk = loader.options, parts.config.train.loss_chunk
     return HeldOutLoss(encoder, options, parts.shape, parts.graphdef, parts.frozen, parts.mesh, chunk)

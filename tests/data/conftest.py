@@ -9,11 +9,14 @@ from mllm4d_jax.data.loader import Loader, LoaderOptions
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.stream import GroupStream
 from tests.data.fakes import SHAPE, FakeEncoder, write_records
 
 
 @pytest.fixture
 def make_loader(tmp_path):
+    made = []
+
     def make(
         *files,
         position=0,
@@ -40,16 +43,13 @@ def make_loader(tmp_path):
             host=host,
             per_group=options.questions_per_video,
         )
-        return Loader(
-            Mixture(sources, rates or [1.0] * len(sources)),
-            GroupEncoder(sources, encoder or FakeEncoder()),
-            options,
-            SHAPE,
-            quarantine,
-            seed=seed,
-            position=position,
-            host=host,
-            hosts=hosts,
-        )
+        mixture = Mixture(sources, rates or [1.0] * len(sources))
+        group_encoder = GroupEncoder(sources, encoder or FakeEncoder())
+        groups = options.stream(seed=seed, host=host, hosts=hosts)
+        stream = GroupStream(mixture, group_encoder, quarantine, groups, position)
+        made.append(stream)
+        return Loader(stream, options, SHAPE)
 
-    return make
+    yield make
+    for stream in made:
+        stream.close()

@@ -37,10 +37,10 @@ def assert_same(a, b):
 
 def test_an_epoch_uses_every_good_record_once(make_loader):
     loader = make_loader(CLIPS, batch_size=6, questions_per_video=3)
-    groups = loader.order.sources[0].groups
+    groups = loader.stream.order.sources[0].groups
     seen = sum(keys(loader, 2 * groups // 2), ())  # two groups a step: two epochs
     good = sorted(f"r.json#{i}" for i, (_, n) in enumerate(CLIPS) if n > 0)
-    assert sorted(seen) == sorted(2 * good) and loader.position == 2 * groups
+    assert sorted(seen) == sorted(2 * good) and loader.stream.position == 2 * groups
 
 
 @pytest.mark.parametrize("options", [{}, {"questions_per_video": 3, "batch_size": 6, "rows": 1}])
@@ -148,14 +148,14 @@ def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [1, 4]
     assert lines[0].keys() == {"source", "index", "key", "reason", "message"} and lines[0]["reason"] == "missing_file"
-    calls = loader.encoder.encoder.calls
+    calls = loader.stream.encoder.encoder.calls
     assert calls.count("r.json#1") == 1  # never tried again
     assert batches[-1].position == 24 and batches[-1].rejected == 6
     # A later part of the run neither tries them again nor writes them again.
     resumed = make_loader(numbers, position=batches[-1].position, rejected=6)
     assert resumed.next_batch().rejected >= 6
     keys(resumed, 7)
-    assert not {"r.json#1", "r.json#4"} & set(resumed.encoder.encoder.calls)
+    assert not {"r.json#1", "r.json#4"} & set(resumed.stream.encoder.encoder.calls)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
 
 
@@ -166,7 +166,7 @@ def test_a_bad_clip_costs_its_questions_and_a_bad_question_only_itself(make_load
     assert sorted(batch.keys) == ["r.json#4", "r.json#6", "r.json#7"] and batch.clips == 1
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [0, 1, 2, 3, 5] and batch.rejected == 5
-    assert len(loader.encoder.encoder.groups) == 2
+    assert [len(group) for group in loader.stream.encoder.encoder.groups[:2]] == [4, 4]
 
 
 def test_five_percent_of_a_thousand_records(make_loader, tmp_path):
@@ -178,7 +178,7 @@ def test_five_percent_of_a_thousand_records(make_loader, tmp_path):
     want = {i for i, (clip, number) in enumerate(records) if clip == "bad.mp4" or number < 0}
     assert 0.045 < len(want) / 1000 < 0.055
     loader = make_loader(records, batch_size=40, questions_per_video=10, rate=0.06)
-    groups = loader.order.sources[0].groups  # the three bad clips are one file with thirty questions
+    groups = loader.stream.order.sources[0].groups  # the three bad clips are one file with thirty questions
     seen = sum(keys(loader, groups // 4), ())
     assert sorted(seen) == sorted(f"r.json#{i}" for i in range(1000) if i not in want)
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
@@ -240,7 +240,7 @@ def test_records_that_only_look_alike_are_encoded_apart(tmp_path):
     """Records of different clips in one group, as a collision of hashes would make it."""
     records = RecordFile(write_records(tmp_path / "r.json", [("a.mp4", 5), ("b.mp4", 6), ("a.mp4", 7)]), tmp_path)
     encoder = GroupEncoder([records], FakeEncoder())
-    examples = encoder(Questions(0, (0, 1, 2)))
+    examples = encoder(Questions(0, (0, 1, 2))).examples
     assert [e.key for e in examples] == ["r.json#0", "r.json#1", "r.json#2"]
     assert encoder.encoder.groups == [["r.json#0", "r.json#2"], ["r.json#1"]]
 

@@ -16,7 +16,7 @@ from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints
 from mllm4d_jax.run.loop import Progress
 from mllm4d_jax.run.watchdog import Watchdog
-from mllm4d_jax.sft.feed import Feed
+from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import make_trainer, set_up
 from tests.processes import Processes, write_config
 
@@ -40,7 +40,8 @@ def one_process(config, workdir, steps, progress=None, saved=None):
         setup, parts = set_up(config, workdir, checkpoints), build(config, devices=jax.devices()[:1])
         trainer = make_trainer(parts, checkpoints, progress or Progress(), setup.content)
     first = 1 + (progress.step if progress else 0)
-    with setup.encoder, Feed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0)) as feed:
+    feed = StepFeed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0))
+    with setup.encoder, setup.loader.stream:
         rows = [trainer.advance(first + n, feed.next(last=False)) for n in range(steps)][1:] + [trainer.finish()]
     return rows, jax.tree.map(np.array, trainer.trainable)
 
