@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -179,6 +180,8 @@ class GroupReader:
         self._waiter.shutdown()
         self._next = self._iterator = None
         gc.collect()  # the error that ended a thread of Grain holds the thread's last array in shared memory
+        if self._workers:
+            time.sleep(0.1)  # arrays are freed in another thread, which the end of the interpreter would cut short
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Groups encoded ahead: the same with worker processes as without them, and none that dies or hangs holds up the run."""
+"""Groups encoded ahead: the same with worker processes as without, and none that dies or hangs holds up the run."""
 
 from __future__ import annotations
 
