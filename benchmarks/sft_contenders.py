@@ -177,8 +177,8 @@ class Ours:
         """Sizes of the first batch."""
         loaded = self._batches[0][0]
         rows, length = loaded.batch.inputs.tokens.shape
-        padding = 1 - loaded.tokens / loaded.slots
-        return f"{rows} rows of {length} tokens, {padding:.0%} of them padding, {loaded.visual} visual"
+        padding = 1 - loaded.counts.tokens / loaded.counts.slots
+        return f"{rows} rows of {length} tokens, {padding:.0%} of them padding, {loaded.counts.visual} visual"
 
 
 def _random_b(lora):

@@ -143,15 +143,14 @@ class HostOrder:
     """
 
     def __init__(self, order: Order, step_groups: int, host: int, hosts: int) -> None:
-        """`step_groups`: groups of a step, over all `hosts`."""
+        """`step_groups`: groups of a step, over all `hosts`, which divide it."""
         self._order, self._step, self._host, self._hosts = order, step_groups, host, hosts
-        self.per_step = step_groups // hosts
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, place: int) -> Questions:
-        step, part = divmod(place, self.per_step)
+        step, part = divmod(place, self._step // self._hosts)
         return self._order[step * self._step + self._host + part * self._hosts]
 
 

@@ -7,7 +7,8 @@ run over all hosts, is the whole state of a stream; a checkpoint holds it and no
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from mllm4d_jax.data.group_encoder import EncodedGroup, GroupEncoder
 from mllm4d_jax.data.order import HostOrder, Order
@@ -21,25 +22,59 @@ class LoaderError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamOptions:
-    """Which groups a host reads, and how.
+class LoaderOptions:
+    """What a step holds, and how it is read.
 
     Attributes:
-      per_group: most questions about one clip that are taken together.
-      step_groups: groups of a step, over all hosts.
-      seed: of the order.
+      batch_size: places for questions in a step, over all hosts.
+      questions_per_video: most questions about one clip that share its prefix, N.
+      rows: rows of a step, over all hosts; 0 = one per group.
       workers: processes that encode; 0 = a thread of this process.
-      ahead: groups of this host that are encoded ahead of the step under way.
+      ahead: steps that are encoded ahead of the one under way.
+      seed: of the order.
       host, hosts: which of the processes that share the run this is.
     """
 
-    per_group: int
-    step_groups: int
-    seed: int
+    batch_size: int
+    questions_per_video: int = 1
+    rows: int = 0
     workers: int = 0
     ahead: int = 1
+    seed: int = 0
     host: int = 0
     hosts: int = 1
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], batch_size: int) -> Self:
+        """Options from a config group such as `config.data`; its other keys are not the loader's."""
+        known = {f.name for f in dataclasses.fields(cls)} & set(values.keys())
+        return cls(batch_size, **{name: values[name] for name in known})
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step, over all hosts."""
+        return self.batch_size // self.questions_per_video
+
+    @property
+    def clips_per_row(self) -> int:
+        """Clips of a full row."""
+        return -(-self.groups // (self.rows or self.groups))
+
+    def local(self, hosts: int) -> tuple[int, int]:
+        """(groups, rows) of a step on each host.
+
+        Raises:
+          LoaderError: questions, groups or rows cannot be divided.
+        """
+        if self.questions_per_video < 1 or self.batch_size % self.questions_per_video:
+            raise LoaderError(
+                f"train.batch_size = {self.batch_size} questions cannot be taken data.questions_per_video = "
+                f"{self.questions_per_video} at a time"
+            )
+        rows = self.rows or self.groups
+        if self.groups % hosts or rows % hosts:
+            raise LoaderError(f"{self.groups} groups in {rows} rows cannot be split evenly over {hosts} hosts")
+        return self.groups // hosts, rows // hosts
 
 
 class GroupStream:
@@ -56,7 +91,7 @@ class GroupStream:
         mixture: Mixture,
         encoder: GroupEncoder,
         quarantine: Quarantine,
-        options: StreamOptions,
+        options: LoaderOptions,
         position: int = 0,
     ) -> None:
         """
@@ -64,30 +99,26 @@ class GroupStream:
           mixture: where records come from.
           encoder: of its sources.
           quarantine: where unusable records go.
-          options: which groups are read, and how.
+          options: what a step holds, and how it is read.
           position: groups consumed before this point of the run, a whole number of steps.
 
         Raises:
           LoaderError: groups that cannot be divided, or a position inside a step.
         """
-        step, hosts = options.step_groups, options.hosts
-        if step < 1 or step % hosts:
-            raise LoaderError(f"{step} groups a step cannot be split evenly over {hosts} hosts")
-        if position % step:
-            raise LoaderError(f"position {position} is inside a step of {step} groups")
+        self._groups, _ = options.local(options.hosts)
+        if position % options.groups:
+            raise LoaderError(f"position {position} is inside a step of {options.groups} groups")
         self.mixture, self.encoder, self.quarantine, self.options = mixture, encoder, quarantine, options
-        self.order = Order(
-            [s.clips for s in mixture.sources], mixture.rates, per_group=options.per_group, seed=options.seed
-        )
+        clips, per_group = [source.clips for source in mixture.sources], options.questions_per_video
+        self.order = Order(clips, mixture.rates, per_group=per_group, seed=options.seed)
         self.position = position
         self._barren = 0  # records in a row of which none was usable
-        mine = HostOrder(self.order, step, options.host, hosts)
         self._reader = GroupReader(
-            mine,
+            HostOrder(self.order, options.groups, options.host, options.hosts),
             encoder,
             workers=options.workers,
-            ahead=options.ahead,
-            start=position // step * mine.per_step,
+            ahead=options.ahead * self._groups,
+            start=position // options.hosts,
             known=quarantine.knows,
         )
 
@@ -101,12 +132,12 @@ class GroupStream:
           QuarantineError: too many records are unusable.
         """
         hosts, groups = self.options.hosts, []
-        for n in range(self.options.step_groups // hosts):
+        for n in range(self._groups):
             group = self._reader.take(stop)
             if group is None:
                 return None
             groups.append(self._accounted(group, self.order.questions_until(self.position + (n + 1) * hosts) / hosts))
-        self.position += self.options.step_groups
+        self.position += self.options.groups
         return groups
 
     def _accounted(self, group: EncodedGroup, seen: float) -> EncodedGroup:

@@ -14,7 +14,7 @@ import numpy as np
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.stream import GroupStream, StreamOptions
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.generate.draw import SamplingOptions
@@ -212,7 +212,7 @@ def _loader(
         fresh=progress.step == 0,
     )
     number = config.rollout.prompts
-    options = StreamOptions(per_group=1, step_groups=1, seed=config.seed, workers=config.data.workers, ahead=number)
+    options = LoaderOptions(batch_size=1, workers=config.data.workers, ahead=number, seed=config.seed)
     return PromptLoader(GroupStream(mixture, encoder, quarantine, options, progress.position), number)
 
 

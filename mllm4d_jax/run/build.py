@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from configs.published import published_config
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.loader import LoaderError, LoaderOptions
 from mllm4d_jax.data.sources import Mixture, RecordSource, open_mixture, open_source
+from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig

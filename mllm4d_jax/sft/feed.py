@@ -15,42 +15,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from mllm4d_jax.data.loader import Loader
-from mllm4d_jax.data.steps import LoadedBatch, PreparedStep
+from mllm4d_jax.data.steps import Counts, LoadedBatch, PreparedStep
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.rows.rows import RowBatch, RowSizes
-from mllm4d_jax.rows.shape import largest
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.run.watchdog import Watchdog
 
-_SIZES = tuple(f.name for f in dataclasses.fields(RowSizes))
 _GO, _STOP, _FAILED = range(3)
 
 
 class FeedError(ValueError):
     """Another process of the run cannot go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What a step held, over all processes.
-
-    Attributes:
-      examples: questions; `clips`: prefixes.
-      tokens: real tokens, of `slots` places; `visual` of them are of images and videos.
-      supervised: tokens that are training targets.
-      rejected: records that could not be used since the run began.
-      gflops: 1e9 floating-point operations that the model needs for it, forward and backward, without padding.
-    """
-
-    examples: int = 0
-    clips: int = 0
-    tokens: int = 0
-    slots: int = 0
-    visual: int = 0
-    supervised: int = 0
-    rejected: int = 0
-    gflops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,40 +106,33 @@ class StepFeed:
 
     def _agree(self, counts: Counts, last: bool) -> tuple[_Agreed | None, Counts]:
         """Sizes of the next step, and the sum of the counts of the one before it."""
-        prepared, problem, needed = (), None, []
+        prepared, problem = (), None
         if not last:
             try:
                 prepared = self._prepare()
-                needed = [getattr(p.needed, name) for p in prepared for name in _SIZES]
             except Exception as error:  # the others must hear of it before it is raised
                 problem = error
         status = _FAILED if problem is not None else _STOP if self._stop else _GO
-        needed = needed or [0] * (self._number * len(_SIZES))
+        needed = np.zeros((self._number, len(dataclasses.fields(RowSizes))), int)
+        needed[: len(prepared)] = [dataclasses.astuple(step.needed) for step in prepared] or 0
         with self._watchdog.phase("agreeing with the other processes"):
-            rows = multihost.gather([status, *dataclasses.astuple(counts), *needed]).tolist()
-        failed = [host for host, row in enumerate(rows) if row[0] == _FAILED]
-        if failed:
-            raise problem or FeedError(
-                f"process {', '.join(map(str, failed))} of {len(rows)} cannot go on; its own output says why"
-            )
-        at = 1 + len(dataclasses.fields(Counts))
-        total = Counts(*(sum(column) for column in zip(*(row[1:at] for row in rows), strict=True)))
+            gathered = multihost.gather([status, *dataclasses.astuple(counts), *needed.ravel().tolist()])
+        statuses, told, needs = np.split(gathered, [1, 1 + len(dataclasses.fields(Counts))], axis=1)
+        if (statuses == _FAILED).any():
+            failed = ", ".join(map(str, np.flatnonzero(statuses == _FAILED)))
+            raise problem or FeedError(f"process {failed} of {len(statuses)} cannot go on; its own output says why")
+        total = Counts(*told.sum(axis=0).tolist())
         if last:
             return None, total
-        parts = [range(at + i * len(_SIZES), at + (i + 1) * len(_SIZES)) for i in range(self._number)]
-        sizes = [largest([RowSizes(*(row[n] for n in part)) for row in rows]) for part in parts]
-        stop = any(row[0] == _STOP for row in rows)
+        sizes = [RowSizes(*size) for size in needs.max(axis=0).reshape(needed.shape).tolist()]
+        stop = bool((statuses == _STOP).any())
         return _Agreed(prepared, [self._loader.shape.sizes(size) for size in sizes], stop), total
 
     def _count(self, batches: Sequence[LoadedBatch]) -> Counts:
         """Of this process alone."""
-        summed = ("clips", "tokens", "slots", "visual", "supervised")
-        return Counts(
-            examples=sum(len(b.keys) for b in batches),
-            rejected=batches[-1].rejected,
-            gflops=round(sum(self._flops(b) for b in batches) / 1e9),
-            **{name: sum(getattr(b, name) for b in batches) for name in summed},
-        )
+        summed = Counts(*np.sum([dataclasses.astuple(b.counts) for b in batches], axis=0).tolist())
+        gflops = round(sum(self._flops(b) for b in batches) / 1e9)
+        return dataclasses.replace(summed, rejected=batches[-1].counts.rejected, gflops=gflops)
 
 
 @dataclasses.dataclass(frozen=True)

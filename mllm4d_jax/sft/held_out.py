@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -15,15 +16,15 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.data.group_encoder import EncodedGroup, GroupEncoder
 from mllm4d_jax.data.kept import KeptGroups
-from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.data.stream import LoaderOptions
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, pack_groups, share_prefix
-from mllm4d_jax.rows.shape import RowShape, largest
+from mllm4d_jax.rows.shape import RowShape
 from mllm4d_jax.sft.step import token_cross_entropy
 
 log = logging.getLogger(__name__)
@@ -104,9 +105,8 @@ class HeldOutLoss:
         _, count = self._options.local(jax.process_count())
         rows = tuple(tuple(row) for row in pack_groups(groups, count))
         needed = self._shape.needed(rows)
-        gathered = multihost.gather([getattr(needed, name) for name in RowSizes.__dataclass_fields__]).tolist()
-        sizes = self._shape.sizes(largest([RowSizes(*row) for row in gathered]))
-        return self._shape.collate(rows, sizes, needed.length)
+        of_all = RowSizes(*multihost.gather(dataclasses.astuple(needed)).max(axis=0).tolist())
+        return self._shape.collate(rows, self._shape.sizes(of_all), needed.length)
 
 
 def _groups(clips: np.ndarray, most: int) -> Iterator[Questions]:

@@ -118,7 +118,13 @@ def train_step(parts: Parts, trainable: Any, opt_state: Any) -> TrainStep:
 def make_loader(parts: Parts, workdir: Path, mixture: Mixture, encoder: Encoder, progress: Progress) -> Loader:
     """Return the loader of micro-batches at `progress`."""
     config = parts.config
-    options = loader_options(config)
+    options = dataclasses.replace(
+        loader_options(config),
+        ahead=config.train.accumulation,
+        seed=config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
     quarantine = Quarantine(
         workdir / "quarantine.jsonl",
         config.data.max_quarantine_rate,
@@ -127,13 +133,11 @@ def make_loader(parts: Parts, workdir: Path, mixture: Mixture, encoder: Encoder,
         host=jax.process_index(),
         per_group=options.questions_per_video,
     )
-    hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-    groups = options.stream(seed=config.seed, ahead_steps=config.train.accumulation, **hosts)
-    stream = GroupStream(mixture, GroupEncoder(mixture.sources, encoder), quarantine, groups, progress.position)
-    return Loader(stream, options, parts.shape)
+    stream = GroupStream(mixture, GroupEncoder(mixture.sources, encoder), quarantine, options, progress.position)
+    return Loader(stream, parts.shape)
 
 
 def _held_out(source: RecordSource, parts: Parts, loader: Loader) -> HeldOutLoss:
     encoder = GroupEncoder([source], loader.stream.encoder.encoder)
-    options, chunk = loader.options, parts.config.train.loss_chunk
+    options, chunk = loader.stream.options, parts.config.train.loss_chunk
     return HeldOutLoss(encoder, options, parts.shape, parts.graphdef, parts.frozen, parts.mesh, chunk)

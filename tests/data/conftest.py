@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.loader import Loader, LoaderOptions
+from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from tests.data.fakes import SHAPE, FakeEncoder, write_records
 
 
@@ -34,7 +34,7 @@ def make_loader(tmp_path):
             RecordFile(write_records(tmp_path / f"r{n or ''}.json", entries), tmp_path)
             for n, entries in enumerate(files)
         ]
-        options = LoaderOptions(**({"batch_size": 3} | options))
+        options = LoaderOptions(**({"batch_size": 3, "seed": seed, "host": host, "hosts": hosts} | options))
         quarantine = Quarantine(
             tmp_path / "quarantine.jsonl",
             rate,
@@ -45,10 +45,8 @@ def make_loader(tmp_path):
         )
         mixture = Mixture(sources, rates or [1.0] * len(sources))
         group_encoder = GroupEncoder(sources, encoder or FakeEncoder())
-        groups = options.stream(seed=seed, host=host, hosts=hosts)
-        stream = GroupStream(mixture, group_encoder, quarantine, groups, position)
-        made.append(stream)
-        return Loader(stream, options, SHAPE)
+        made.append(GroupStream(mixture, group_encoder, quarantine, options, position))
+        return Loader(made[-1], SHAPE)
 
     yield make
     for stream in made:

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.loader import Loader, LoaderOptions
+from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.reader import GroupReader, WorkerError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture, Questions
-from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example, VideoOptions
 from mllm4d_jax.encode.grids import VisionGeometry
@@ -63,8 +63,8 @@ def real_loader(world, tmp_path, workers):
     sources = [RecordFile(world / "r.json", world)]
     options = LoaderOptions(batch_size=8, questions_per_video=4, workers=workers)
     quarantine = Quarantine(tmp_path / f"q{workers}.jsonl", 1.0)
-    stream = GroupStream(Mixture(sources), GroupEncoder(sources, encoder), quarantine, options.stream(seed=0))
-    return Loader(stream, options, RowShape(VisionGeometry(2, 8, 0), IDS[:2], 1536, (64, 128, 256), (32, 64)))
+    stream = GroupStream(Mixture(sources), GroupEncoder(sources, encoder), quarantine, options)
+    return Loader(stream, RowShape(VisionGeometry(2, 8, 0), IDS[:2], 1536, (64, 128, 256), (32, 64)))
 
 
 def test_workers_change_nothing(world, tmp_path):

@@ -8,7 +8,7 @@ from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.stream import GroupStream, LoaderError, StreamOptions
+from mllm4d_jax.data.stream import GroupStream, LoaderError, LoaderOptions
 from tests.data.fakes import FakeEncoder, write_records
 
 NUMBERS = [("a.mp4", 5), ("a.mp4", -1), ("b.mp4", 6), ("b.mp4", 7), ("c.mp4", 8), ("c.mp4", 9), ("c.mp4", 2)]
@@ -22,8 +22,8 @@ def unchanged(record):
 def make_stream(tmp_path):
     source = RecordFile(write_records(tmp_path / "r.json", NUMBERS), tmp_path)
 
-    def make(encoder=None, prompts=False, name="q.jsonl", position=0, **options):
-        chosen = StreamOptions(**({"per_group": 1, "step_groups": 4, "seed": 0} | options))
+    def make(encoder=None, prompts=False, name="q.jsonl", position=0, per_group=1, step_groups=4, **options):
+        chosen = LoaderOptions(step_groups * per_group, per_group, **options)
         group_encoder = GroupEncoder([source], encoder or FakeEncoder(), as_prompt=unchanged if prompts else None)
         quarantine = Quarantine(tmp_path / name, 1.0, fresh=True)
         return GroupStream(Mixture([source]), group_encoder, quarantine, chosen, position)

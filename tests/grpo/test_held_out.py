@@ -9,10 +9,10 @@ import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.grpo.held_out import HeldOut
-from mllm4d_jax.grpo.prompts import as_prompt
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.run.log import read_metrics
+from mllm4d_jax.qa.records import as_prompt
 from tests.data.fakes import FakeEncoder, write_records
 
 
@@ -67,7 +67,7 @@ def test_prompts_are_read_once_and_asked_in_the_same_order_every_time(make_held_
     # One shape for every batch: where a prompt is missing, the first one of the batch is asked again and not counted.
     batches = [[first[0], first[0]], [first[2], first[3]], [first[4], first[4]]]
     assert actor.drawn == batches * 2
-    assert rows[0] == rows[1] | {"step": 0} == read_metrics(tmp_path / "evals.jsonl")[0]
+    assert rows[0] == rows[1] | {"step": 0} == read_steps(tmp_path / "evals.jsonl")[0]
     assert (rows[0]["n"], rows[0]["unusable"], rows[0]["reward"]) == (4, 1, (5 + 6 + 7 + 8) / 4)
 
 

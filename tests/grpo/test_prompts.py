@@ -11,7 +11,7 @@ from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import open_mixture
-from mllm4d_jax.data.stream import GroupStream, StreamOptions
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
@@ -32,7 +32,7 @@ def make_loader(tiny_world, tmp_path):
         mixture = open_mixture(str(path), str(folder), ())
         group_encoder = GroupEncoder(mixture.sources, encoder, as_prompt=as_scored_prompt)
         quarantine = Quarantine(tmp_path / "q.jsonl", 0.9, fresh=position == 0)
-        options = StreamOptions(per_group=1, step_groups=1, seed=3, workers=workers, ahead=prompts)
+        options = LoaderOptions(batch_size=1, workers=workers, ahead=prompts, seed=3)
         return PromptLoader(GroupStream(mixture, group_encoder, quarantine, options, position), prompts)
 
     with encoder:
