@@ -12,6 +12,7 @@ from mllm4d_jax.data.group_encoder import GroupEncoder, LeastRecentMedia
 from mllm4d_jax.data.quarantine import QuarantineError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.data.steps import Counts
 from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.media_items import Media
 from mllm4d_jax.qa.errors import RecordError
@@ -115,14 +116,9 @@ def test_counts_of_a_batch(make_loader):
     loader = make_loader([("a.mp4", 5), ("a.mp4", 6)], batch_size=2, questions_per_video=2)
     b = loader.next_batch()
     # Two placeholders and two more tokens are shared (the first target comes after them), then 3 and 4 of their own.
-    assert (b.counts.clips, len(b.batch.loss_index), len(b.keys), b.counts.visual, b.counts.supervised) == (
-        1,
-        1,
-        2,
-        2,
-        4,
-    )
-    assert b.counts.tokens == 4 + 3 + 4 and b.counts.slots == b.batch.inputs.tokens.size and b.load_s > 0
+    slots = b.batch.inputs.tokens.size
+    assert b.counts == Counts(examples=2, clips=1, tokens=4 + 3 + 4, slots=slots, visual=2, supervised=4)
+    assert len(b.keys) == 2 and len(b.batch.loss_index) == 1 and b.load_s > 0
     assert b.batch.inputs.vision.patches.shape[0] == 2  # the clip's two frames, once
 
 
