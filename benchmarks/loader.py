@@ -12,6 +12,8 @@ children together, the largest of samples a tenth of a second apart. Medians of 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -20,6 +22,8 @@ import sys
 import tempfile
 import threading
 import time
+import types
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -123,8 +127,8 @@ def write_world(folder: Path, clips: int) -> None:
 
 
 def drive(folder: Path, workers: int) -> dict[str, float]:
-    """Goes through one epoch with the loader of a training run. The imports are those of today's tree or of the one
-    before it was ordered by rooms, whose loader makes its batches ahead in a thread of its own."""
+    """Goes through one epoch with the loader of a training run; returns the seconds to the first batch and the clips
+    per second after it."""
     from absl import flags
 
     from configs import sft
@@ -135,37 +139,50 @@ def drive(folder: Path, workers: int) -> dict[str, float]:
     config.model.path, config.data.workers, config.video.num_frames = str(folder / "model"), workers, FRAMES
     config.data.questions_per_video, config.train.batch_size, config.data.rows = 1, BATCH, 0
     config.video.max_pixels = 224 * 224
-    new = (Path.cwd() / "mllm4d_jax/encode").is_dir()
-    rooms = ("sft.job", "run.preflight", "encode.encoder", "encode.processor_config", "encode.tokenizer")
-    places = ("train.job", "train.preflight", "processing.encode", "processing.config", "processing.tokenizer")
-    job, preflight, encode, processor, text = (import_module(f"mllm4d_jax.{m}") for m in (rooms if new else places))
-    options = encode.VideoOptions.from_mapping(config.video)
-    model = (processor.ProcessorConfig.from_folder(folder / "model"), text.Tokenizer.from_folder(folder / "model"))
-    grids = import_module("mllm4d_jax.encode.grids" if new else "mllm4d_jax.processing.grids")
-    mixture = preflight.open_data(config)
-    with tempfile.TemporaryDirectory() as out, encode.Encoder(*model, options, config.data.max_tokens) as encoder:
-        made = job.make_loader(config, Path(out), mixture, encoder, grids.VisionGeometry(2, 8, 0), job.Progress())
-        return timed(made, len(mixture) // BATCH, ahead=not new)
-
-
-def timed(loader: Any, batches: int, ahead: bool) -> dict[str, float]:
-    """Returns the seconds to the first batch and the clips per second after it."""
+    batches = (old_batches if (Path.cwd() / "mllm4d_jax/train").is_dir() else new_batches)(config)
+    number = len(json.loads((folder / "records.json").read_text())) // BATCH
     started = time.perf_counter()
-    if ahead:
-        prefetcher = import_module("mllm4d_jax.data.prefetch").Prefetcher
-        with loader, prefetcher(loader.next_batch) as made:
-            moments = [time.perf_counter() for _ in range(batches) if waited(made)]
-    else:
-        with loader.stream:
-            moments = [time.perf_counter() for _ in range(batches) if loader.next_batch()]
-    return {"start": moments[0] - started, "rate": BATCH * (batches - 1) / (moments[-1] - moments[0])}
+    with contextlib.closing(batches):
+        moments = [time.perf_counter() for _ in itertools.islice(batches, number)]
+    return {"start": moments[0] - started, "rate": BATCH * (number - 1) / (moments[-1] - moments[0])}
 
 
-def waited(prefetcher: Any) -> Any:
-    """Returns the next batch of a prefetcher."""
-    while (batch := prefetcher.poll(1.0)) is None:
-        pass
-    return batch
+def new_batches(config: Any) -> Iterator[Any]:
+    """Yields the batches of a tree that is ordered by rooms."""
+    from mllm4d_jax.models.config import ModelConfig
+    from mllm4d_jax.run.build import encoder_of, open_records, processor_of, row_shape
+    from mllm4d_jax.run.loop import Progress
+    from mllm4d_jax.sft.setup import make_loader
+
+    shape = row_shape(config, processor_of(config), ModelConfig.from_folder(config.model.path))
+    parts = types.SimpleNamespace(config=config, shape=shape)
+    with tempfile.TemporaryDirectory() as out, encoder_of(config) as encoder:
+        yield from batches_of(make_loader(parts, Path(out), open_records(config), encoder, Progress()))
+
+
+def old_batches(config: Any) -> Iterator[Any]:
+    """Yields the batches of the tree before that."""
+    modules = ("train.job", "train.preflight", "processing.encode", "processing.config", "processing.tokenizer")
+    job, preflight, encode, processor, text = (import_module(f"mllm4d_jax.{name}") for name in modules)
+    geometry = import_module("mllm4d_jax.processing.grids").VisionGeometry(2, 8, 0)
+    model = (processor.ProcessorConfig.from_folder(config.model.path), text.Tokenizer.from_folder(config.model.path))
+    options = encode.VideoOptions.from_mapping(config.video)
+    with tempfile.TemporaryDirectory() as out, encode.Encoder(*model, options, config.data.max_tokens) as encoder:
+        records = preflight.open_data(config)
+        yield from batches_of(job.make_loader(config, Path(out), records, encoder, geometry, job.Progress()))
+
+
+def batches_of(loader: Any) -> Iterator[Any]:
+    """Yields a loader's batches as a run takes them; before Grain, they were made ahead in a thread."""
+    with loader.stream:
+        if not (Path.cwd() / "mllm4d_jax/data/prefetch.py").exists():
+            while True:
+                yield loader.next_batch()
+        with import_module("mllm4d_jax.data.prefetch").Prefetcher(loader.next_batch) as made:
+            while True:
+                batch = made.poll(1.0)
+                if batch is not None:
+                    yield batch
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import ml_collections
 from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import parse_mixture
-from mllm4d_jax.data.stream import LoaderError, LoaderOptions
+from mllm4d_jax.data.stream import LoaderError
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.errors import ProcessorError
