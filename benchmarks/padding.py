@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 from configs import sft
 from configs.published import published_config
-from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.order import Order
+from mllm4d_jax.data.stream import LoaderOptions
 from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.models.config import ModelConfig

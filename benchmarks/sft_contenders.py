@@ -164,7 +164,7 @@ class Ours:
         self._state = init_optimizer(self._optimizer, self._lora, self._mesh)
 
     def record(self, i: int) -> Record:
-        return self._loader.mixture.sources[0][i]
+        return self._loader.stream.mixture.sources[0][i]
 
     def run(self, step: int) -> Timed:
         """One step on the batch loaded for it."""
@@ -180,8 +180,8 @@ class Ours:
         """Sizes of the first batch."""
         loaded = self._batches[0][0]
         rows, length = loaded.batch.inputs.tokens.shape
-        padding = 1 - loaded.tokens / loaded.slots
-        return f"{rows} rows of {length} tokens, {padding:.0%} of them padding, {loaded.visual} visual"
+        padding = 1 - loaded.counts.tokens / loaded.counts.slots
+        return f"{rows} rows of {length} tokens, {padding:.0%} of them padding, {loaded.counts.visual} visual"
 
 
 def _random_b(lora):

@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 import cv2  # noqa: E402
 import jax  # noqa: E402
+from absl import flags  # noqa: E402
 
 from configs import sft as sft_config  # noqa: E402
 from mllm4d_jax.data.samples import write_sample_world  # noqa: E402
@@ -24,6 +25,7 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig  # noqa: E402
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer  # noqa: E402
 from mllm4d_jax.run.tiny import write_tiny_model  # noqa: E402
 
+flags.FLAGS.mark_as_parsed()  # as run.py does: Grain asks for a flag of its own when it starts processes
 GOLDEN = Path(__file__).parent / "golden" / "processor"
 IDS = {
     "image_token_id": 151655,

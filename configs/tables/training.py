@@ -41,7 +41,7 @@ DATA_KEYS = (
         low=0,
         free=True,
     ),
-    Key("data.workers", 0, "processes that decode and encode; 0 = in the main process", low=0, free=True),
+    Key("data.workers", 0, "processes that decode and encode ahead; 0 = a thread of the main one", low=0, free=True),
     Key("data.max_quarantine_rate", 0.01, "the run stops above this share of unusable records", low=0, free=True),
     Key(
         "data.prefix_buckets",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
-from mllm4d_jax.data.sources import Questions, Source
+from mllm4d_jax.data.sources import Questions, RecordSource
 from mllm4d_jax.encode.encoder import Encoder, Media, media_identity
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.errors import RecordError
@@ -13,7 +14,37 @@ from mllm4d_jax.qa.records import Record
 
 CACHE_BYTES = 256 << 20
 
-Encoded = list[Example | RecordError]
+
+@dataclasses.dataclass(frozen=True)
+class EncodedGroup:
+    """A group of questions and what came of encoding it.
+
+    Attributes:
+      questions: the group.
+      results: record index -> its Example, or what is wrong with the record, in the order of `questions`; without the
+        records that were known to be unusable before.
+      records: record index -> the prompt that was encoded; empty for records to be trained on.
+    """
+
+    questions: Questions
+    results: Mapping[int, Example | RecordError]
+    records: Mapping[int, Record] = dataclasses.field(default_factory=dict)
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """What can be used of it."""
+        return tuple(r for r in self.results.values() if not isinstance(r, RecordError))
+
+    @property
+    def errors(self) -> dict[int, RecordError]:
+        """Record index -> what is wrong with it."""
+        return {i: r for i, r in self.results.items() if isinstance(r, RecordError)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays; patches that examples share are counted once."""
+        arrays = (a for e in self.examples for a in (e.patches, e.tokens, e.positions, e.supervised))
+        return sum({id(a): a.nbytes for a in arrays}.values())
 
 
 class LeastRecentMedia:
@@ -40,11 +71,11 @@ class LeastRecentMedia:
 
 
 class GroupEncoder:
-    """Questions -> examples, in this process or in a worker. Pickles with an empty cache."""
+    """Questions -> examples, in this process or in a worker, one thread at a time. Pickles with an empty cache."""
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[RecordSource],
         encoder: Encoder,
         cache_bytes: int = CACHE_BYTES,
         as_prompt: Callable[[Record], Record] | None = None,
@@ -68,17 +99,17 @@ class GroupEncoder:
         """The same with an empty cache of another size."""
         return type(self)(self.sources, self.encoder, cache_bytes, self._as_prompt)
 
-    def __call__(self, questions: Questions) -> Encoded:
-        """An Example for each record of the group, or what is wrong with it (naming its key).
+    def __call__(self, questions: Questions) -> EncodedGroup:
+        """Encodes a group; what is wrong with a record names its key.
 
         Records that turn out to be about different media (their source knows that by a hash only) are encoded apart.
         """
-        source = self.sources[questions.source]
+        source, prompting = self.sources[questions.source], self._as_prompt is not None
         results: dict[int, Example | RecordError] = {}
         by_media: dict[Hashable, dict[int, Record]] = {}
         for i in questions.indices:
             try:
-                record = source[i] if self._as_prompt is None else self._as_prompt(source[i])
+                record = self._as_prompt(source[i]) if prompting else source[i]
                 by_media.setdefault(media_identity(record), {})[i] = record
             except RecordError as error:
                 results[i] = error.with_key(source.key(i))
@@ -87,19 +118,20 @@ class GroupEncoder:
             # A decoder can die of a signal or of memory running out, which is no fault of the clip: one more try.
             again = {i: records[i] for i in records if _crashed(results[i])}
             results |= self._encode(again) if again else {}
-        if self._as_prompt is not None:
-            return [results[i] for i in questions.indices]
-        return [_with_target(results[i], source.key(i)) for i in questions.indices]
+        if prompting:
+            prompts = {i: record for records in by_media.values() for i, record in records.items()}
+            return EncodedGroup(questions, {i: results[i] for i in questions.indices}, prompts)
+        return EncodedGroup(questions, {i: _with_target(results[i], source.key(i)) for i in questions.indices})
 
     def _encode(self, records: dict[int, Record]) -> dict[int, Example | RecordError]:
         more = {} if self._as_prompt is None else {"add_generation_prompt": True}
         encoded = self.encoder.encode_group(list(records.values()), cache=self._cache, **more)
         return dict(zip(records, encoded, strict=True))
 
-    def refuse(self, questions: Questions, message: str, reason: str) -> Encoded:
+    def refuse(self, questions: Questions, message: str, reason: str) -> EncodedGroup:
         """The answer for a group that could not be encoded at all."""
         source = self.sources[questions.source]
-        return [RecordError(message, reason, source.key(i)) for i in questions.indices]
+        return EncodedGroup(questions, {i: RecordError(message, reason, source.key(i)) for i in questions.indices})
 
 
 def _crashed(result: Example | RecordError) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 from mllm4d_jax.data.sources import Questions
 
 BLOCK = 1000  # groups over which the sampling rates of a mixture hold exactly
+ENDLESS = 1 << 48  # a length that no run comes to the end of
 WINDOW = 512  # groups of a source that are put into an even order together
 
 
@@ -40,7 +41,7 @@ class SourceOrder:
           per_group: most questions in a group.
           seed: two numbers; sources of a run must differ in it.
         """
-        self._per_group, self._seed = per_group, tuple(seed)
+        self._per_group, self._seed, self._clips = per_group, tuple(seed), clips
         self._by_clip = np.argsort(clips, kind="stable").astype(np.int32)
         sizes = np.unique(clips, return_counts=True)[1]
         self._first = np.concatenate([[0], np.cumsum(sizes)])  # where each clip starts in _by_clip
@@ -50,6 +51,10 @@ class SourceOrder:
         # Grain adds the epoch number to its seed; hashed first, neighbouring seeds do not share epochs.
         hashed = int(np.random.SeedSequence(self._seed).generate_state(1)[0])
         self._shuffled = grain.MapDataset.range(self.groups).shuffle(seed=hashed).repeat()
+
+    def __reduce__(self):
+        # Rebuilt in a worker: its source brings the clip numbers along, and pickle sends an array once.
+        return type(self), (self._clips, self._per_group, self._seed)
 
     def __getitem__(self, position: int) -> tuple[int, ...]:
         """The records of the group at `position`, counted from the start of the run."""
@@ -65,7 +70,8 @@ class SourceOrder:
     def _window(self, epoch: int, window: int) -> list[int]:
         """The numbers of the groups of a window, the last one of an epoch cut short. The last one asked for is kept."""
         start = epoch * self.groups + window * WINDOW
-        if self._last[0] != start:
+        last = self._last  # read once: a thread of Grain and the main thread may ask at the same time
+        if last[0] != start:
             end = min(start + WINDOW, (epoch + 1) * self.groups)
             numbers = np.array([self._shuffled[p] for p in range(start, end)])
             clips = np.searchsorted(self._first_group, numbers, side="right") - 1
@@ -74,8 +80,8 @@ class SourceOrder:
             if sizes.min() < sizes.max():
                 rng = np.random.default_rng((*self._seed, epoch, window, 1))
                 numbers = numbers[even_order(np.argsort(sizes, kind="stable"), rng)]
-            self._last = (start, numbers.tolist())
-        return self._last[1]
+            self._last = last = (start, numbers.tolist())
+        return last[1]
 
 
 class Order:
@@ -107,26 +113,45 @@ class Order:
     def __getitem__(self, position: int) -> Questions:
         """The group at `position`, counted from the start of the run over all hosts."""
         if len(self.sources) == 1:
-            return Questions(0, self.sources[0][position])
+            return Questions(0, self.sources[0][position], position)
         block, place = divmod(position, BLOCK)
         drawn = self._block(block)
         source = int(drawn[place])
         before = int(np.count_nonzero(drawn[:place] == source))
-        return Questions(source, self.sources[source][block * self._quota[source] + before])
+        return Questions(source, self.sources[source][block * self._quota[source] + before], position)
 
     def _block(self, block: int) -> np.ndarray:
         """Which source each group of a block is from: i64[BLOCK]. The last one asked for is kept."""
-        if self._last[0] != block:
+        last = self._last
+        if last[0] != block:
             drawn = np.repeat(np.arange(len(self._quota)), self._quota)
             rng = np.random.default_rng((self.seed, len(self._quota), block))
-            self._last = (block, rng.permutation(drawn))
-        return self._last[1]
+            self._last = last = (block, rng.permutation(drawn))
+        return last[1]
 
     def questions_until(self, position: int) -> float:
         """How many questions the first `position` groups hold: exact at the end of an epoch, the mean rate within."""
         share = [q / BLOCK for q in self._quota]
         mean = [n / order.groups for n, order in zip(self._records, self.sources, strict=True)]
         return position * sum(s * m for s, m in zip(share, mean, strict=True))
+
+
+class HostOrder:
+    """One host's groups of an order, whose steps the hosts share: the random-access source that Grain reads from.
+
+    Host h of H has the groups h, h + H, ... of each step.
+    """
+
+    def __init__(self, order: Order, step_groups: int, host: int, hosts: int) -> None:
+        """`step_groups`: groups of a step, over all `hosts`, which divide it."""
+        self._order, self._step, self._host, self._hosts = order, step_groups, host, hosts
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, place: int) -> Questions:
+        step, part = divmod(place, self._step // self._hosts)
+        return self._order[step * self._step + self._host + part * self._hosts]
 
 
 def even_order(ascending: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -20,13 +20,17 @@ _SEPARATOR = "::"
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-    """A group before anything is read: records `indices` of source `source`, about one clip."""
+    """A group before anything is read: records `indices` of source `source`, about one clip.
+
+    `position`: in the order of a run, counted over all hosts.
+    """
 
     source: int
     indices: tuple[int, ...]
+    position: int = 0
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """Random access to records. Pickles, and opens what it reads from anew in another process.
 
     Attributes:
@@ -84,7 +88,7 @@ def parse_mixture(entries: Iterable[str]) -> tuple[Ingredient, ...]:
     return tuple(found)
 
 
-def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> Source:
+def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> RecordSource:
     """Opens a record file (JSON list or JSONL), or a TFDS set of clips: its version's folder, "@split" behind it if not
     the training split.
 
@@ -114,7 +118,9 @@ class Mixture:
       system_prompt: given to records without one.
     """
 
-    def __init__(self, sources: Sequence[Source], rates: Sequence[float] = (1.0,), system_prompt: str = "") -> None:
+    def __init__(
+        self, sources: Sequence[RecordSource], rates: Sequence[float] = (1.0,), system_prompt: str = ""
+    ) -> None:
         """
         Raises:
           RecordFileError: a source without records, or rates and sources that differ in number.

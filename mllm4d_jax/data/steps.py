@@ -1,4 +1,4 @@
-"""One step of rows: what a host found for it, and the padded arrays with what the run must know about them."""
+"""One step of rows: what a host has for it, and the padded arrays with what the run must know about them."""
 
 from __future__ import annotations
 
@@ -12,31 +12,43 @@ from mllm4d_jax.rows.shape import RowShape
 
 
 @dataclasses.dataclass(frozen=True)
+class Counts:
+    """What a batch or a step holds, on this host or on all of them.
+
+    Attributes:
+      examples: questions; `clips`: prefixes.
+      tokens: real tokens, a shared prefix counted once, of `slots` places; `visual` of them are of images and videos.
+      supervised: tokens that are training targets.
+      rejected: records that could not be used since the run began.
+      gflops: 1e9 floating-point operations that the model needs for it, forward and backward, without padding.
+    """
+
+    examples: int = 0
+    clips: int = 0
+    tokens: int = 0
+    slots: int = 0
+    visual: int = 0
+    supervised: int = 0
+    rejected: int = 0
+    gflops: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class LoadedBatch:
-    """A batch and what the run must know about it; counts are of this host.
+    """A batch and what the run must know about it.
 
     Attributes:
       batch: the arrays.
       keys: record keys of the questions.
-      position, rejected: the loader's state after this batch.
-      tokens: real tokens in the rows, a shared prefix counted once; `slots` is B * S, the difference is padding.
-      supervised: tokens that are training targets.
-      visual: of the tokens, those of images and videos.
-      clips: prefixes.
-      rows: B.
+      position: the loader's after this batch.
+      counts: of this host; without `gflops`.
       load_s: seconds it took to put together, waiting for workers included.
     """
 
     batch: RowBatch
     keys: tuple[str, ...]
     position: int
-    rejected: int
-    tokens: int
-    slots: int
-    supervised: int
-    visual: int
-    clips: int
-    rows: int
+    counts: Counts
     load_s: float
 
 
@@ -46,10 +58,10 @@ class PreparedStep:
 
     Attributes:
       rows: groups of each row.
-      needed: the smallest sizes that hold them, with slots of an allowed length; the hosts pad to
-        `shape.sizes(largest(all needed))`.
+      needed: the smallest sizes that hold them, with slots of an allowed length; the hosts pad to `shape.sizes` of what
+        holds the needs of all.
       shape: how rows are laid out.
-      position, rejected, load_s: as in `LoadedBatch`.
+      position, load_s: as in `LoadedBatch`; `rejected`: as in `Counts`.
     """
 
     rows: tuple[tuple[Group, ...], ...]
@@ -60,26 +72,22 @@ class PreparedStep:
     load_s: float
 
     def finish(self, sizes: RowSizes) -> LoadedBatch:
-        """Pads to the sizes that all hosts agreed on; the global arrays are the hosts' parts one after the other.
+        """Pad to the sizes that all hosts agreed on; the global arrays are the hosts' parts one after the other.
 
         Raises:
           ValueError: a size is too small.
         """
         started = time.perf_counter()
         batch = self.shape.collate(self.rows, sizes, self.needed.length)
-        tokens = int(np.count_nonzero(batch.inputs.segment_ids))
-        visual = int(np.count_nonzero(batch.inputs.vision_index >= 0))
         groups = [g for row in self.rows for g in row]
-        return LoadedBatch(
-            batch=batch,
-            keys=tuple(e.key for g in groups for e in g.examples),
-            position=self.position,
-            rejected=self.rejected,
-            tokens=tokens,
-            slots=batch.inputs.tokens.size,
-            supervised=int(batch.loss_weight.sum()),
-            visual=visual,
+        keys = tuple(e.key for g in groups for e in g.examples)
+        counts = Counts(
+            examples=len(keys),
             clips=len(groups),
-            rows=len(self.rows),
-            load_s=self.load_s + time.perf_counter() - started,
+            tokens=int(np.count_nonzero(batch.inputs.segment_ids)),
+            slots=batch.inputs.tokens.size,
+            visual=int(np.count_nonzero(batch.inputs.vision_index >= 0)),
+            supervised=int(batch.loss_weight.sum()),
+            rejected=self.rejected,
         )
+        return LoadedBatch(batch, keys, self.position, counts, self.load_s + time.perf_counter() - started)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.media.video import VideoClip
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.options import INSTRUCTION, write_question
-from mllm4d_jax.qa.records import Record, as_prompt, user_content
+from mllm4d_jax.qa.records import Record, user_content
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import Group, share_prefix
@@ -65,7 +61,7 @@ class Manner:
 
 
 class ItemSource:
-    """Questions as a source of records; see `data.sources.Source`."""
+    """Questions as a source of records; see `data.sources.RecordSource`."""
 
     def __init__(self, items: Sequence[BenchmarkQuestion], manner: Manner) -> None:
         self.items, self.manner = tuple(items), manner
@@ -151,35 +147,3 @@ class Layout:
             for example, (slot, _) in zip(group.examples, places, strict=True):
                 row[slot] = example.key
         return inputs, keys
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """The questions about a video: examples, and what is wrong with the others, by number."""
-
-    examples: tuple[Example, ...]
-    refused: tuple[tuple[int, RecordError], ...]
-
-
-def encode_ahead(
-    encoder: Encoder, source: ItemSource, videos: Iterable[tuple[int, ...]], workers: int, ahead: int
-) -> Iterator[Encoded]:
-    """Encodes videos in order, `workers` at a time, while up to `ahead` wait to be taken."""
-    group_encoder = GroupEncoder([source], encoder, cache_bytes=0, as_prompt=as_prompt)
-
-    def work(numbers: tuple[int, ...]) -> Encoded:
-        found = list(zip(numbers, group_encoder(Questions(0, numbers)), strict=True))
-        examples = tuple(result for _, result in found if not isinstance(result, RecordError))
-        return Encoded(examples, tuple((i, result) for i, result in found if isinstance(result, RecordError)))
-
-    waiting: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(workers, "encoder")
-    try:
-        for numbers in videos:
-            waiting.append(pool.submit(work, numbers))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -20,12 +20,15 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.reader import GroupReader
+from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
-from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, encode_ahead, share_of_host
+from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
@@ -37,6 +40,7 @@ from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.rows.rows import Group
@@ -211,16 +215,18 @@ class _Asker:
         self, videos: Sequence[tuple[int, ...]], digest: str, quarantine: Quarantine, bar: tqdm
     ) -> Iterator[list[Prediction]]:
         """Yields the predictions of one batch after the other; what cannot be asked goes to quarantine."""
-        rows, waiting, workers = self._layout.rows, collections.deque[Group](), self._config.data.workers
-        ahead = max(2 * rows, workers)
-        for encoded in encode_ahead(self.encoder, self._source, videos, workers, ahead):
-            for i, error in encoded.refused:
-                quarantine.add(0, i, error)
-            bar.total -= len(encoded.refused)
-            if encoded.examples:
-                waiting.extend(self._layout.groups(encoded.examples))
-            while len(waiting) >= rows:
-                yield self._answer([waiting.popleft() for _ in range(rows)], digest)
+        rows, waiting = self._layout.rows, collections.deque[Group]()
+        encoder = GroupEncoder([self._source], self.encoder, cache_bytes=0, as_prompt=as_prompt)
+        asked = [Questions(0, numbers) for numbers in videos]
+        with GroupReader(asked, encoder, workers=self._config.data.workers, ahead=2 * rows) as reader:
+            for encoded in reader:
+                for i, error in encoded.errors.items():
+                    quarantine.add(0, i, error)
+                bar.total -= len(encoded.errors)
+                if encoded.examples:
+                    waiting.extend(self._layout.groups(encoded.examples))
+                while len(waiting) >= rows:
+                    yield self._answer([waiting.popleft() for _ in range(rows)], digest)
         if waiting:
             yield self._answer(list(waiting), digest)
 

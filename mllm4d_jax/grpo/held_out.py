@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.kept import KeptGroups
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo.actor import Actor
-from mllm4d_jax.grpo.prompts import Prompt, PromptStep
+from mllm4d_jax.grpo.prompts import PromptStep, prompts_of
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import as_prompt
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,20 @@ log = logging.getLogger(__name__)
 class HeldOut:
     """The held-out prompts of a run and the file of its evaluations, `evals.jsonl`."""
 
-    def __init__(self, path: Path, encoder: GroupEncoder, actor: Actor, *, limit: int, at_once: int) -> None:
+    def __init__(
+        self, path: Path, encoder: GroupEncoder, actor: Actor, *, limit: int, at_once: int, workers: int
+    ) -> None:
         """
         Args:
           path: the file.
-          encoder: of one source.
+          encoder: of one source, one that makes prompts.
           actor: one completion per prompt, with the rewards of the run.
           limit: prompts; at_once: prompts of a batch.
+          workers: processes that encode; 0 = a thread of this process.
         """
-        self._path, self._encoder, self._actor, self._at_once = path, encoder, actor, at_once
-        self._number = min(limit, len(encoder.sources[0]))
+        self._path, self._actor, self._at_once, self._name = path, actor, at_once, encoder.sources[0].name
+        groups = [Questions(0, (n,), n) for n in range(min(limit, len(encoder.sources[0])))]
+        self._groups = KeptGroups(groups, encoder, workers=workers, ahead=at_once)
 
     def done(self, step: int) -> bool:
         """Whether the evaluation after so many steps is in the file."""
@@ -46,31 +52,25 @@ class HeldOut:
           RecordError: not one of the prompts can be used.
         """
         found: list[tuple[Mapping[str, float], int]] = []
-        unusable = 0
-        for start in tqdm(range(0, self._number, self._at_once), desc="held-out", unit="batch", leave=False):
-            prompts = self._prompts(range(start, min(start + self._at_once, self._number)))
-            unusable += min(self._at_once, self._number - start) - len(prompts)
-            if not prompts:
-                continue
-            full = prompts + prompts[:1] * (self._at_once - len(prompts))  # one shape for every batch
-            rollouts = self._actor.draw(PromptStep(tuple(full), 0, 0), weights, 0, step).rollouts
-            found += list(zip(rollouts.rewards, rollouts.lengths.tolist(), strict=True))[: len(prompts)]
+        unusable, number = 0, len(self._groups.groups)
+        with contextlib.closing(iter(self._groups)) as encoded:
+            for _ in tqdm(range(0, number, self._at_once), desc="held-out", unit="batch", leave=False):
+                batch = list(itertools.islice(encoded, self._at_once))
+                prompts = [prompt for group in batch for prompt in prompts_of(group)]
+                for error in (error for group in batch for error in group.errors.values()):
+                    log.warning("held-out record %s cannot be used: %s", error.key, error.message)
+                unusable += len(batch) - len(prompts)
+                if not prompts:
+                    continue
+                full = prompts + prompts[:1] * (self._at_once - len(prompts))  # one shape for every batch
+                rollouts = self._actor.draw(PromptStep(tuple(full), 0, 0), weights, 0, step).rollouts
+                found += list(zip(rollouts.rewards, rollouts.lengths.tolist(), strict=True))[: len(prompts)]
         if not found:
-            raise RecordError("not one of the held-out prompts can be used", "no_prompt", self._encoder.sources[0].name)
+            raise RecordError("not one of the held-out prompts can be used", "no_prompt", self._name)
         row = {"step": step, "n": len(found), "unusable": unusable, **mean_rewards([values for values, _ in found])}
         row["completion_tokens"] = float(np.mean([length for _, length in found]))
         jsonl.append(self._path, [row])
         return row
-
-    def _prompts(self, numbers: Sequence[int]) -> list[Prompt]:
-        found, source = [], self._encoder.sources[0]
-        for n in numbers:
-            result = self._encoder(Questions(0, (n,)))[0]
-            if isinstance(result, RecordError):
-                log.warning("held-out record %s cannot be used: %s", result.key, result.message)
-            else:
-                found.append(Prompt(n, result, as_prompt(source[n])))
-        return found
 
 
 def mean_rewards(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Sequence
 from typing import Any, Self
 
-from mllm4d_jax.data.stream import GroupStream, StreamItem
+from mllm4d_jax.data.group_encoder import EncodedGroup
+from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import Record, as_prompt
+from mllm4d_jax.qa.records import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,12 @@ class PromptStep:
     rejected: int
 
 
+def prompts_of(group: EncodedGroup) -> list[Prompt]:
+    """Return the usable prompts of an encoded group, in its order."""
+    usable = ((i, r) for i, r in group.results.items() if not isinstance(r, RecordError))
+    return [Prompt(group.questions.position, example, group.records[i]) for i, example in usable]
+
+
 class PromptLoader:
     """Gives as many usable prompts as asked for at a time. Use as a context manager.
 
@@ -82,19 +88,19 @@ class PromptLoader:
         """
         self._stream, self._number = stream, prompts
 
-    def next_step(self, stop: threading.Event | None = None) -> PromptStep | None:
-        """The next prompts; None when `stop` was set first.
+    def next_step(self, stop: object = False) -> PromptStep | None:
+        """The next prompts; None when `stop` became true first.
 
         Raises:
           QuarantineError: too many records are unusable.
         """
-        found: list[Prompt] = []
-        while len(found) < self._number:
-            items = self._stream.next_groups(stop)
-            if items is None:
+        prompts: list[Prompt] = []
+        while len(prompts) < self._number:
+            groups = self._stream.next_groups(stop)
+            if groups is None:
                 return None
-            found += [prompt for item in items for prompt in self._prompts(item)]
-        return PromptStep(tuple(found), self._stream.position, self._stream.quarantine.rejected)
+            prompts += [prompt for group in groups for prompt in prompts_of(group)]
+        return PromptStep(tuple(prompts), self._stream.position, self._stream.quarantine.rejected)
 
     def again(self, positions: Sequence[int]) -> tuple[Prompt, ...]:
         """Prompts that were given before, one per position.
@@ -102,20 +108,13 @@ class PromptLoader:
         Raises:
           RecordError: one of them cannot be used now.
         """
-        found = []
+        prompts, encode = [], self._stream.encoder.with_cache(0)
         for position in positions:
-            questions = self._stream.order[position]
-            results = self._stream.encoder(questions)
-            for result in results:
-                if isinstance(result, RecordError):
-                    raise result
-            found += self._prompts(StreamItem(questions, tuple(zip(questions.indices, results, strict=True)), position))
-        return tuple(found)
-
-    def _prompts(self, item: StreamItem) -> list[Prompt]:
-        source = self._stream.mixture.sources[item.questions.source]
-        usable = ((i, result) for i, result in item.results if not isinstance(result, RecordError))
-        return [Prompt(item.position, example, as_prompt(source[i])) for i, example in usable]
+            group = encode(self._stream.order[position])
+            for error in group.errors.values():
+                raise error
+            prompts += prompts_of(group)
+        return tuple(prompts)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -95,18 +95,19 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     judged = as_prompt if settings.rewards_of(config).builtin is None else as_scored_prompt
     if c.path:
         held_encoder = GroupEncoder([open_held_out(config, c.path, c.root)], encoder, as_prompt=judged)
-        held_out = HeldOut(workdir / EVALS, held_encoder, greedy, limit=c.limit, at_once=config.rollout.prompts)
-    stream = GroupStream(
-        begun.mixture,
-        GroupEncoder(begun.mixture.sources, encoder, as_prompt=judged),
-        begun.open_quarantine(),
-        per_group=1,
-        step_groups=1,
-        workers=config.data.workers,
-        seed=config.seed,
-        position=progress.position,
-    )
-    loader = PromptLoader(stream, config.rollout.prompts)
+        held_out = HeldOut(
+            workdir / EVALS,
+            held_encoder,
+            greedy,
+            limit=c.limit,
+            at_once=config.rollout.prompts,
+            workers=config.data.workers,
+        )
+    number = config.rollout.prompts
+    options = LoaderOptions(batch_size=1, workers=config.data.workers, ahead=number, seed=config.seed)
+    prompts = GroupEncoder(begun.mixture.sources, encoder, as_prompt=judged)
+    stream = GroupStream(begun.mixture, prompts, begun.open_quarantine(), options, progress.position)
+    loader = PromptLoader(stream, number)
     return GrpoSetup(begun, loader, actor, greedy, learner, weights, held_out, reference, state)
 
 

@@ -10,7 +10,6 @@ import jax
 import ml_collections
 import numpy as np
 
-from mllm4d_jax.data.prefetch import Prefetcher
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
@@ -59,12 +58,8 @@ class Rounds:
       started: clock when the newest step was asked for.
     """
 
-    def __init__(self, setup: GrpoSetup, run: TrainingRun, prompts: Prefetcher) -> None:
-        """
-        Args:
-          prompts: gives prompt after prompt step, read ahead.
-        """
-        self._setup, self._run, self._prompts = setup, run, prompts
+    def __init__(self, setup: GrpoSetup, run: TrainingRun) -> None:
+        self._setup, self._run = setup, run
         self.started = time.perf_counter()
         self.pending: Drawn | None = self._restored() if run.progress.step else None
 
@@ -123,11 +118,7 @@ class Rounds:
 
     def _next_prompts(self) -> PromptStep | None:
         with self._run.watchdog.phase("waiting for data"):
-            while not self._run.stop:
-                prompts = self._prompts.poll(timeout=0.2)
-                if prompts is not None:
-                    return prompts
-        return None
+            return self._setup.loader.next_step(self._run.stop)
 
     def _restored(self) -> Drawn | None:
         """Completions that were drawn for the next step before the run ended."""
@@ -146,8 +137,8 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     rewards = deque((row["reward"] for row in jsonl.read_steps(run.workdir / METRICS, start)), maxlen=10)
     for name in (EVALS, COMPLETIONS):
         jsonl.rewind(run.workdir / name, start)
-    with setup.loader, setup.actor, setup.greedy, Prefetcher(setup.loader.next_step) as prompts:
-        rounds = Rounds(setup, run, prompts)
+    with setup.loader, setup.actor, setup.greedy:
+        rounds = Rounds(setup, run)
 
         def save(step: int) -> None:
             pending = None if rounds.pending is None else rounds.pending.rollouts.to_json()

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.sources import Mixture, Source
+from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.parallel import multihost
@@ -74,7 +74,7 @@ class Begun:
 
 
 def begin(
-    config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints, held_out: Source | None = None
+    config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints, held_out: RecordSource | None = None
 ) -> Begun:
     """Open the records, find the step to go on after, write config.json, and build model, optimiser and encoder.
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from configs.published import published_config
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.loader import LoaderError, LoaderOptions
-from mllm4d_jax.data.sources import Mixture, Source, open_mixture, open_source
+from mllm4d_jax.data.sources import Mixture, RecordSource, open_mixture, open_source
+from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
@@ -187,7 +187,7 @@ def open_records(config: ml_collections.ConfigDict) -> Mixture:
         raise BuildError(f"no training records: {error}") from error
 
 
-def open_held_out(config: ml_collections.ConfigDict, path: str, root: str) -> Source:
+def open_held_out(config: ml_collections.ConfigDict, path: str, root: str) -> RecordSource:
     """Open held-out records; without a root their media are where those of training are.
 
     Raises:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from configs.common import task_keys
 from configs.schema import flatten
-from mllm4d_jax.data.sources import Mixture, Source
+from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.parallel.place import placed
 
 _LISTED = 5  # differences named in an error
@@ -217,7 +217,7 @@ def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config)}
 
 
-def content_digests(model: str | Path, records: Mixture, held_out: Source | None = None) -> Mapping[str, str]:
+def content_digests(model: str | Path, records: Mixture, held_out: RecordSource | None = None) -> Mapping[str, str]:
     """Return digests of what must be the same again when a run is resumed, by config key."""
     digests = {
         "model.path": model_digest(model),

@@ -20,7 +20,7 @@ class FlopCounter:
 
     def __call__(self, loaded: LoadedBatch) -> float:
         """FLOPs of this process's rows."""
-        work = real_work(loaded.batch.inputs, loaded.supervised)
+        work = real_work(loaded.batch.inputs, loaded.counts.supervised)
         return step_flops(self._config, work, self._tuning).total.model
 
 

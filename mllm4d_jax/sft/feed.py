@@ -11,48 +11,24 @@ leave the device idle while the arrays are put together.
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
+
+import numpy as np
 
 from mllm4d_jax.data.loader import Loader
-from mllm4d_jax.data.prefetch import Prefetcher
-from mllm4d_jax.data.steps import LoadedBatch, PreparedStep
+from mllm4d_jax.data.steps import Counts, LoadedBatch, PreparedStep
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.rows.rows import RowBatch, RowSizes
-from mllm4d_jax.rows.shape import largest
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.run.watchdog import Watchdog
 
-_SIZES = tuple(f.name for f in dataclasses.fields(RowSizes))
 _GO, _STOP, _FAILED = range(3)
 
 
 class FeedError(ValueError):
     """Another process of the run cannot go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What a step held, over all processes.
-
-    Attributes:
-      examples: questions; `clips`: prefixes.
-      tokens: real tokens, of `slots` places; `visual` of them are of images and videos.
-      supervised: tokens that are training targets.
-      rejected: records that could not be used since the run began.
-      gflops: 1e9 floating-point operations that the model needs for it, forward and backward, without padding.
-    """
-
-    examples: int = 0
-    clips: int = 0
-    tokens: int = 0
-    slots: int = 0
-    visual: int = 0
-    supervised: int = 0
-    rejected: int = 0
-    gflops: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +50,8 @@ class StepData:
     waited: float
 
 
-class Feed:
-    """Gives steps until asked to stop. Use as a context manager, inside that of the loader."""
+class StepFeed:
+    """Gives steps until asked to stop. Use inside the context of the loader's stream."""
 
     def __init__(self, loader: Loader, accumulation: int, flops: FlopCounter, stop: Any, watchdog: Watchdog) -> None:
         """
@@ -84,20 +60,13 @@ class Feed:
           accumulation: micro-batches of a step.
           flops: counts what a batch costs.
           stop: true once this process was asked to stop.
+          watchdog: told what is waited for.
         """
         self._loader, self._number, self._flops = loader, accumulation, flops
         self._stop, self._watchdog = stop, watchdog
         self._alone = multihost.gather([0]).shape[0] == 1
-        self._ahead: Prefetcher[tuple] = Prefetcher(self._produce)
         self._agreed: _Agreed | None = None
         self._waited = 0.0
-
-    def __enter__(self) -> Self:
-        self._ahead.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._ahead.__exit__(*exc)
 
     def next(self, last: bool) -> StepData | None:
         """The next step, or None once a process was asked to stop. `last`: the run needs none after it.
@@ -106,82 +75,64 @@ class Feed:
           QuarantineError: as `Loader.next_step`.
           FeedError: that happened on another process.
         """
-        if self._alone:
-            started = time.perf_counter()
-            batches = self._wait()
-            return batches and _step_data(batches, self._count(batches), time.perf_counter() - started)
-        if self._agreed is None:
-            self._agreed, _ = self._agree(Counts(), last=False)
-        agreed, waited = self._agreed, self._waited
+        if self._alone:  # arrays are put together while the device works on the step before
+            prepared = self._prepare()
+            sizes = [self._loader.shape.sizes(step.needed) for step in prepared]
+            agreed = _Agreed(prepared, sizes, stop=not prepared)
+        else:
+            agreed = self._agreed or self._agree(Counts(), last=False)[0]
         if agreed.stop:
             return None
+        waited, self._waited = self._waited, 0.0
         with self._watchdog.phase("putting a batch together"):
             batches = tuple(p.finish(s) for p, s in zip(agreed.prepared, agreed.sizes, strict=True))
-        self._waited = 0.0
-        self._agreed, total = self._agree(self._count(batches), last)
-        return _step_data(batches, total, waited)
+        counts = self._count(batches)
+        if not self._alone:
+            self._agreed, counts = self._agree(counts, last)
+        keys = tuple(key for b in batches for key in b.keys)
+        return StepData(tuple(b.batch for b in batches), keys, batches[-1].position, counts, waited)
 
-    def _produce(self, stop: threading.Event) -> tuple[LoadedBatch, ...] | tuple[PreparedStep, ...] | None:
-        """The micro-batches of a step; runs in the prefetcher's thread."""
-        get = self._loader.next_batch if self._alone else self._loader.next_step
-        found = []
-        for _ in range(self._number):
-            part = get(stop)
-            if part is None:
-                return None
-            found.append(part)
-        return tuple(found)
-
-    def _wait(self) -> tuple | None:
-        """What the thread made. Alone, None once asked to stop; otherwise stopping is agreed on first."""
-        started = time.perf_counter()
+    def _prepare(self) -> tuple[PreparedStep, ...]:
+        """The micro-batches of a step. Alone, none of them once asked to stop; otherwise stopping is agreed on."""
+        started, parts = time.perf_counter(), []
         with self._watchdog.phase("waiting for data"):
-            while not (self._alone and self._stop):
-                found = self._ahead.poll(timeout=0.2)
-                if found is not None:
-                    self._waited += time.perf_counter() - started
-                    return found
-        return None
+            while len(parts) < self._number:
+                part = self._loader.next_step(self._stop if self._alone else False)
+                if part is None:
+                    return ()
+                parts.append(part)
+        self._waited = time.perf_counter() - started
+        return tuple(parts)
 
     def _agree(self, counts: Counts, last: bool) -> tuple[_Agreed | None, Counts]:
         """Sizes of the next step, and the sum of the counts of the one before it."""
-        prepared, problem, needed = (), None, []
+        prepared, problem = (), None
         if not last:
             try:
-                prepared = self._wait()
-                needed = [getattr(p.needed, name) for p in prepared for name in _SIZES]
+                prepared = self._prepare()
             except Exception as error:  # the others must hear of it before it is raised
                 problem = error
         status = _FAILED if problem is not None else _STOP if self._stop else _GO
-        needed = needed or [0] * (self._number * len(_SIZES))
+        needed = np.zeros((self._number, len(dataclasses.fields(RowSizes))), int)
+        needed[: len(prepared)] = [dataclasses.astuple(step.needed) for step in prepared] or 0
         with self._watchdog.phase("agreeing with the other processes"):
-            rows = multihost.gather([status, *dataclasses.astuple(counts), *needed]).tolist()
-        failed = [host for host, row in enumerate(rows) if row[0] == _FAILED]
-        if failed:
-            raise problem or FeedError(
-                f"process {', '.join(map(str, failed))} of {len(rows)} cannot go on; its own output says why"
-            )
-        at = 1 + len(dataclasses.fields(Counts))
-        total = Counts(*(sum(column) for column in zip(*(row[1:at] for row in rows), strict=True)))
+            gathered = multihost.gather([status, *dataclasses.astuple(counts), *needed.ravel().tolist()])
+        statuses, told, needs = np.split(gathered, [1, 1 + len(dataclasses.fields(Counts))], axis=1)
+        if (statuses == _FAILED).any():
+            failed = ", ".join(map(str, np.flatnonzero(statuses == _FAILED)))
+            raise problem or FeedError(f"process {failed} of {len(statuses)} cannot go on; its own output says why")
+        total = Counts(*told.sum(axis=0).tolist())
         if last:
             return None, total
-        parts = [range(at + i * len(_SIZES), at + (i + 1) * len(_SIZES)) for i in range(self._number)]
-        sizes = [largest([RowSizes(*(row[n] for n in part)) for row in rows]) for part in parts]
-        stop = any(row[0] == _STOP for row in rows)
-        return _Agreed(prepared, tuple(map(self._loader.shape.sizes, sizes)), stop), total
+        sizes = [RowSizes(*size) for size in needs.max(axis=0).reshape(needed.shape).tolist()]
+        stop = bool((statuses == _STOP).any())
+        return _Agreed(prepared, [self._loader.shape.sizes(size) for size in sizes], stop), total
 
     def _count(self, batches: Sequence[LoadedBatch]) -> Counts:
         """Of this process alone."""
-        return Counts(
-            examples=sum(len(b.keys) for b in batches),
-            clips=sum(b.clips for b in batches),
-            tokens=sum(b.tokens for b in batches),
-            slots=sum(b.slots for b in batches),
-            visual=sum(b.visual for b in batches),
-            supervised=sum(b.supervised for b in batches),
-            rejected=batches[-1].rejected,
-            gflops=round(sum(self._flops(b) for b in batches) / 1e9),
-        )
+        summed = Counts(*np.sum([dataclasses.astuple(b.counts) for b in batches], axis=0).tolist())
+        gflops = round(sum(self._flops(b) for b in batches) / 1e9)
+        return dataclasses.replace(summed, rejected=batches[-1].counts.rejected, gflops=gflops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +140,5 @@ class _Agreed:
     """A step that all processes know the sizes of; `stop`: one of them wants it not to be taken."""
 
     prepared: tuple[PreparedStep, ...]
-    sizes: tuple[RowSizes, ...]
+    sizes: Sequence[RowSizes]
     stop: bool
-
-
-def _step_data(batches: Sequence[LoadedBatch], counts: Counts, waited: float) -> StepData:
-    keys = tuple(key for b in batches for key in b.keys)
-    return StepData(tuple(b.batch for b in batches), keys, batches[-1].position, counts, waited)

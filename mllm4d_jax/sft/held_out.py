@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.loader import LoaderOptions
+from mllm4d_jax.data.group_encoder import EncodedGroup, GroupEncoder
+from mllm4d_jax.data.kept import KeptGroups
 from mllm4d_jax.data.sources import Questions
+from mllm4d_jax.data.stream import LoaderOptions
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, pack_groups, share_prefix
-from mllm4d_jax.rows.shape import RowShape, largest
+from mllm4d_jax.rows.shape import RowShape
 from mllm4d_jax.sft.step import token_cross_entropy
 
 log = logging.getLogger(__name__)
@@ -52,8 +58,8 @@ class HeldOutLoss:
           mesh: the model's devices.
           chunk: supervised positions whose logits exist at a time.
         """
-        self._encoder, self._options, self._shape = encoder, options, shape
-        self._frozen, self._mesh, self._told = frozen, mesh, False
+        self._options, self._shape = options, shape
+        self._frozen, self._mesh, self._warned = frozen, mesh, False
 
         def sums(trainable: Any, frozen: Any, batch: RowBatch) -> tuple[jax.Array, jax.Array]:
             model = merge_model(graphdef, trainable, frozen)
@@ -62,7 +68,12 @@ class HeldOutLoss:
             return out.loss, out.weight
 
         self._sums = jax.jit(sums, out_shardings=(replicated(mesh),) * 2)
-        self._groups = list(_groups(encoder, options.questions_per_video))
+        groups = list(_groups(encoder.sources[0].clips, options.questions_per_video))
+        hosts, host = jax.process_count(), jax.process_index()
+        batches = [groups[n : n + options.groups][host::hosts] for n in range(0, len(groups), options.groups)]
+        self._counts = [len(batch) for batch in batches]  # groups of this process in each batch
+        mine, ahead = [group for batch in batches for group in batch], options.groups // hosts
+        self._groups = KeptGroups(mine, encoder, workers=options.workers, ahead=ahead)
 
     def __call__(self, trainable: Any) -> float:
         """The loss, nats per supervised token. Every process of the run has to call it at the same point.
@@ -72,40 +83,37 @@ class HeldOutLoss:
         """
         total = weight = 0.0
         bad: list[RecordError] = []
-        for start in range(0, len(self._groups), self._options.groups):
-            batch = self._batch(self._groups[start : start + self._options.groups], bad)
-            loss, count = self._sums(trainable, self._frozen, place_rows(batch, self._mesh))
-            total, weight = total + float(loss), weight + float(count)
+        with contextlib.closing(iter(self._groups)) as encoded:
+            for count in self._counts:
+                batch = self._batch(itertools.islice(encoded, count), bad)
+                loss, tokens = self._sums(trainable, self._frozen, place_rows(batch, self._mesh))
+                total, weight = total + float(loss), weight + float(tokens)
         if not weight:
             raise HeldOutError(f"data.eval_path: not one usable record; the first: {bad[0] if bad else 'none at all'}")
-        if bad and not self._told:
+        if bad and not self._warned:
             listed = "; ".join(str(error) for error in bad[:5])
             log.warning("%d held-out records cannot be used and are left out, the first: %s", len(bad), listed)
-        self._told = True
+        self._warned = True
         return total / weight
 
-    def _batch(self, questions: list[Questions], bad: list[RecordError]) -> RowBatch:
+    def _batch(self, encoded: Iterable[EncodedGroup], bad: list[RecordError]) -> RowBatch:
         """This process's rows of a few groups, in the shape that all processes agree on."""
-        hosts = jax.process_count()
         groups: list[Group] = []
-        for group in questions[jax.process_index() :: hosts]:
-            encoded = self._encoder(group)
-            bad += [e for e in encoded if isinstance(e, RecordError)]
-            examples = [e for e in encoded if not isinstance(e, RecordError)]
-            groups += share_prefix(examples, self._shape.visual_token_ids) if examples else ()
-        _, count = self._options.local(hosts)
+        for group in encoded:
+            bad += group.errors.values()
+            groups += share_prefix(group.examples, self._shape.visual_token_ids)
+        _, count = self._options.local(jax.process_count())
         rows = tuple(tuple(row) for row in pack_groups(groups, count))
         needed = self._shape.needed(rows)
-        told = multihost.gather([getattr(needed, name) for name in RowSizes.__dataclass_fields__]).tolist()
-        sizes = self._shape.sizes(largest([RowSizes(*row) for row in told]))
-        return self._shape.collate(rows, sizes, needed.length)
+        of_all = RowSizes(*multihost.gather(dataclasses.astuple(needed)).max(axis=0).tolist())
+        return self._shape.collate(rows, self._shape.sizes(of_all), needed.length)
 
 
-def _groups(encoder: GroupEncoder, most: int):
+def _groups(clips: np.ndarray, most: int) -> Iterator[Questions]:
     """The records of a source by clip, at most so many together, in the order of the file."""
-    clips: dict[int, list[int]] = {}
-    for i, clip in enumerate(encoder.sources[0].clips.tolist()):
-        clips.setdefault(clip, []).append(i)
-    for records in clips.values():
+    by_clip: dict[int, list[int]] = {}
+    for i, clip in enumerate(clips.tolist()):
+        by_clip.setdefault(clip, []).append(i)
+    for records in by_clip.values():
         for start in range(0, len(records), most):
             yield Questions(0, tuple(records[start : start + most]))

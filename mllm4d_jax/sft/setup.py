@@ -12,6 +12,7 @@ import ml_collections
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.loader import Loader
+from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.parallel.chips import peak_flops
 from mllm4d_jax.run.begin import Begun, begin
 from mllm4d_jax.run.build import Parts, loader_options, open_held_out
@@ -58,7 +59,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     loader, parts, held_out = make_loader(begun), begun.parts, None
     if records is not None:
         encoder, model = GroupEncoder([records], begun.encoder), (parts.graphdef, parts.frozen, parts.mesh)
-        held_out = HeldOutLoss(encoder, loader.options, parts.shape, *model, config.train.loss_chunk)
+        held_out = HeldOutLoss(encoder, loader.stream.options, parts.shape, *model, config.train.loss_chunk)
     return SftSetup(begun, loader, FlopCounter(parts.sizes, parts.tuning), make_trainer(begun), held_out)
 
 
@@ -83,15 +84,14 @@ def train_step(parts: Parts, trainable: Any, opt_state: Any) -> TrainStep:
 
 def make_loader(begun: Begun) -> Loader:
     """Return the loader of a run's micro-batches."""
-    options = loader_options(begun.config)
-    return Loader(
-        begun.mixture,
-        GroupEncoder(begun.mixture.sources, begun.encoder),
-        options,
-        begun.parts.shape,
-        begun.open_quarantine(options.questions_per_video),
+    options = dataclasses.replace(
+        loader_options(begun.config),
+        ahead=begun.config.train.accumulation,
         seed=begun.config.seed,
-        position=begun.progress.position,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
+    encoder = GroupEncoder(begun.mixture.sources, begun.encoder)
+    quarantine = begun.open_quarantine(options.questions_per_video)
+    stream = GroupStream(begun.mixture, encoder, quarantine, options, begun.progress.position)
+    return Loader(stream, begun.parts.shape)

@@ -16,7 +16,7 @@ from mllm4d_jax.run.checkpoint import Progress
 from mllm4d_jax.run.loop import TrainingRun, carry_out
 from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.tiny import with_sample
-from mllm4d_jax.sft.feed import Feed
+from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import SftSetup, set_up
 
 COLUMNS = ("loss", "lr", "qa_per_s", "tokens_per_s_device", "mfu", "data_wait")  # that the terminal shows
@@ -80,7 +80,8 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
         run.every(c.eval_every, measure, last=True)
         run.every(c.checkpoint_every, measure)
     run.every(c.checkpoint_every, save, unsaved=True)
-    with setup.loader, Feed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog) as feed:
+    feed = StepFeed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog)
+    with setup.loader.stream:
         wait = lambda: jax.block_until_ready(trainer.trainable)  # noqa: E731
         for step, data in run.steps(lambda step: feed.next(last=step == c.steps), wait):
             with run.watchdog.phase(f"step {step} is compiled or the devices work on step {step - 1}"):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder, LeastRecentMedia
-from mllm4d_jax.data.loader import LoaderOptions
 from mllm4d_jax.data.quarantine import QuarantineError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Questions
-from mllm4d_jax.data.stream import LoaderError
+from mllm4d_jax.data.steps import Counts
+from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.encoder import Media
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.shape import largest
@@ -37,10 +37,10 @@ def assert_same(a, b):
 
 def test_an_epoch_uses_every_good_record_once(make_loader):
     loader = make_loader(CLIPS, batch_size=6, questions_per_video=3)
-    groups = loader.order.sources[0].groups
+    groups = loader.stream.order.sources[0].groups
     seen = sum(keys(loader, 2 * groups // 2), ())  # two groups a step: two epochs
     good = sorted(f"r.json#{i}" for i, (_, n) in enumerate(CLIPS) if n > 0)
-    assert sorted(seen) == sorted(2 * good) and loader.position == 2 * groups
+    assert sorted(seen) == sorted(2 * good) and loader.stream.position == 2 * groups
 
 
 @pytest.mark.parametrize("options", [{}, {"questions_per_video": 3, "batch_size": 6, "rows": 1}])
@@ -49,7 +49,7 @@ def test_any_position_can_be_the_start(make_loader, options):
     batches = [straight.next_batch() for _ in range(14)]
     for start in (0, 5, 11):
         before = batches[start]
-        resumed = make_loader(CLIPS, position=before.position, rejected=before.rejected, **options)
+        resumed = make_loader(CLIPS, position=before.position, rejected=before.counts.rejected, **options)
         for want in batches[start + 1 :]:
             assert_same(resumed.next_batch(), want)
     with pytest.raises(LoaderError, match="inside a step"):
@@ -89,7 +89,7 @@ def check_indices(batches):
     lists = [np.concatenate([getattr(p, name) for p in parts]) for name in ("loss_index", "loss_target", "loss_weight")]
     real = np.concatenate([p.inputs.vision.frame_segments for p in parts]).reshape(len(tokens), -1, 4)
     layout = parts[0].inputs.layout
-    assert sum(b.supervised for b in batches) == lists[2].sum() > 0
+    assert sum(b.counts.supervised for b in batches) == lists[2].sum() > 0
     for row, row_vision, row_real, *row_lists in zip(tokens, vision, real, *lists, strict=True):
         for index, target in zip(*(x[row_lists[2] > 0] for x in row_lists[:2]), strict=True):
             if index >= layout.prefix:
@@ -116,8 +116,9 @@ def test_counts_of_a_batch(make_loader):
     loader = make_loader([("a.mp4", 5), ("a.mp4", 6)], batch_size=2, questions_per_video=2)
     b = loader.next_batch()
     # Two placeholders and two more tokens are shared (the first target comes after them), then 3 and 4 of their own.
-    assert (b.clips, b.rows, len(b.keys), b.visual, b.supervised) == (1, 1, 2, 2, 4)
-    assert b.tokens == 4 + 3 + 4 and b.slots == b.batch.inputs.tokens.size and b.load_s > 0
+    slots = b.batch.inputs.tokens.size
+    assert b.counts == Counts(examples=2, clips=1, tokens=4 + 3 + 4, slots=slots, visual=2, supervised=4)
+    assert len(b.keys) == 2 and len(b.batch.loss_index) == 1 and b.load_s > 0
     assert b.batch.inputs.vision.patches.shape[0] == 2  # the clip's two frames, once
 
 
@@ -126,7 +127,7 @@ def test_a_step_without_a_usable_record_is_empty(make_loader):
     batches = [loader.next_batch() for _ in range(4)]
     assert sorted(len(b.keys) for b in batches) == [0, 0, 1, 1] and [b.position for b in batches] == [1, 2, 3, 4]
     empty = next(b for b in batches if not b.keys)
-    assert (empty.tokens, empty.supervised, empty.clips) == (0, 0, 0)
+    assert (empty.counts.tokens, empty.counts.supervised, empty.counts.clips) == (0, 0, 0)
     assert not empty.batch.loss_weight.any() and not empty.batch.inputs.segment_ids.any()
 
 
@@ -137,7 +138,7 @@ def test_shapes_are_few_over_a_mixed_dataset(make_loader):
     batches = [loader.next_batch() for _ in range(100)]
     shapes = {(b.batch.inputs.layout, tuple(x.shape for x in arrays(b))) for b in batches}
     assert len(shapes) <= 12
-    assert len({b.rows for b in batches}) == 1
+    assert len({len(b.batch.loss_index) for b in batches}) == 1
 
 
 def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
@@ -148,14 +149,14 @@ def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [1, 4]
     assert lines[0].keys() == {"source", "index", "key", "reason", "message"} and lines[0]["reason"] == "missing_file"
-    calls = loader.encoder.encoder.calls
+    calls = loader.stream.encoder.encoder.calls
     assert calls.count("r.json#1") == 1  # never tried again
-    assert batches[-1].position == 24 and batches[-1].rejected == 6
+    assert batches[-1].position == 24 and batches[-1].counts.rejected == 6
     # A later part of the run neither tries them again nor writes them again.
     resumed = make_loader(numbers, position=batches[-1].position, rejected=6)
-    assert resumed.next_batch().rejected >= 6
+    assert resumed.next_batch().counts.rejected >= 6
     keys(resumed, 7)
-    assert not {"r.json#1", "r.json#4"} & set(resumed.encoder.encoder.calls)
+    assert not {"r.json#1", "r.json#4"} & set(resumed.stream.encoder.encoder.calls)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
 
 
@@ -163,10 +164,10 @@ def test_a_bad_clip_costs_its_questions_and_a_bad_question_only_itself(make_load
     records = [("bad.mp4", 5)] * 4 + [("a.mp4", 5), ("a.mp4", -1), ("a.mp4", 6), ("a.mp4", 7)]
     loader = make_loader(records, batch_size=8, questions_per_video=4, rate=1.0)
     batch = loader.next_batch()
-    assert sorted(batch.keys) == ["r.json#4", "r.json#6", "r.json#7"] and batch.clips == 1
+    assert sorted(batch.keys) == ["r.json#4", "r.json#6", "r.json#7"] and batch.counts.clips == 1
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert sorted(line["index"] for line in lines) == [0, 1, 2, 3, 5] and batch.rejected == 5
-    assert len(loader.encoder.encoder.groups) == 2
+    assert sorted(line["index"] for line in lines) == [0, 1, 2, 3, 5] and batch.counts.rejected == 5
+    assert [len(group) for group in loader.stream.encoder.encoder.groups[:2]] == [4, 4]
 
 
 def test_five_percent_of_a_thousand_records(make_loader, tmp_path):
@@ -178,7 +179,7 @@ def test_five_percent_of_a_thousand_records(make_loader, tmp_path):
     want = {i for i, (clip, number) in enumerate(records) if clip == "bad.mp4" or number < 0}
     assert 0.045 < len(want) / 1000 < 0.055
     loader = make_loader(records, batch_size=40, questions_per_video=10, rate=0.06)
-    groups = loader.order.sources[0].groups  # the three bad clips are one file with thirty questions
+    groups = loader.stream.order.sources[0].groups  # the three bad clips are one file with thirty questions
     seen = sum(keys(loader, groups // 4), ())
     assert sorted(seen) == sorted(f"r.json#{i}" for i in range(1000) if i not in want)
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
@@ -240,7 +241,7 @@ def test_records_that_only_look_alike_are_encoded_apart(tmp_path):
     """Records of different clips in one group, as a collision of hashes would make it."""
     records = RecordFile(write_records(tmp_path / "r.json", [("a.mp4", 5), ("b.mp4", 6), ("a.mp4", 7)]), tmp_path)
     encoder = GroupEncoder([records], FakeEncoder())
-    examples = encoder(Questions(0, (0, 1, 2)))
+    examples = encoder(Questions(0, (0, 1, 2))).examples
     assert [e.key for e in examples] == ["r.json#0", "r.json#1", "r.json#2"]
     assert encoder.encoder.groups == [["r.json#0", "r.json#2"], ["r.json#1"]]
 

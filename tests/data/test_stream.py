@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
-from mllm4d_jax.data.stream import GroupStream, LoaderError
-from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.data.stream import GroupStream, LoaderError, LoaderOptions
 from tests.data.fakes import FakeEncoder, write_records
 
 NUMBERS = [("a.mp4", 5), ("a.mp4", -1), ("b.mp4", 6), ("b.mp4", 7), ("c.mp4", 8), ("c.mp4", 9), ("c.mp4", 2)]
@@ -25,14 +22,11 @@ def unchanged(record):
 def make_stream(tmp_path):
     source = RecordFile(write_records(tmp_path / "r.json", NUMBERS), tmp_path)
 
-    def make(encoder=None, prompts=False, name="q.jsonl", **options):
-        options = {"per_group": 1, "step_groups": 4, "workers": 0, "seed": 0} | options
-        return GroupStream(
-            Mixture([source]),
-            GroupEncoder([source], encoder or FakeEncoder(), as_prompt=unchanged if prompts else None),
-            Quarantine(tmp_path / name, 1.0, fresh=True),
-            **options,
-        )
+    def make(encoder=None, prompts=False, name="q.jsonl", position=0, per_group=1, step_groups=4, **options):
+        chosen = LoaderOptions(step_groups * per_group, per_group, **options)
+        group_encoder = GroupEncoder([source], encoder or FakeEncoder(), as_prompt=unchanged if prompts else None)
+        quarantine = Quarantine(tmp_path / name, 1.0, fresh=True)
+        return GroupStream(Mixture([source]), group_encoder, quarantine, chosen, position)
 
     return make
 
@@ -40,13 +34,13 @@ def make_stream(tmp_path):
 def test_items_are_the_groups_of_the_order(make_stream):
     stream = make_stream(per_group=2)
     items = [item for _ in range(6) for item in stream.next_groups()]
-    assert stream.position == 24 and [item.position for item in items] == list(range(24))
+    assert stream.position == 24 and [item.questions.position for item in items] == list(range(24))
     tried = set()
     for item in items:
-        assert item.questions == stream.order[item.position]
+        assert item.questions == stream.order[item.questions.position]
         asked = [i for i in item.questions.indices if i not in tried]
-        assert [i for i, _ in item.results] == asked
-        bad = {i for i, result in item.results if isinstance(result, RecordError)}
+        assert list(item.results) == asked
+        bad = set(item.errors)
         assert bad == {1, 6} & set(asked)  # made to fail; nothing to learn from
         assert [e.key for e in item.examples] == [f"r.json#{i}" for i in asked if i not in bad]
         tried |= bad
@@ -62,7 +56,6 @@ def test_hosts_share_each_step_and_any_step_can_be_the_first(make_stream, hosts)
         found = [part.next_groups() for part in parts]
         for host, items in enumerate(found):
             assert [i.questions for i in items] == [i.questions for i in step[host::hosts]]
-            assert [i.position for i in items] == [i.position for i in step[host::hosts]]
 
 
 def test_prompts_need_nothing_to_learn(make_stream):
@@ -72,15 +65,13 @@ def test_prompts_need_nothing_to_learn(make_stream):
             return super().encode_group(records, cache)
 
     stream = make_stream(Asked(), prompts=True, step_groups=7)
-    usable = {i for item in stream.next_groups() for i, r in item.results if not isinstance(r, RecordError)}
+    usable = {i for item in stream.next_groups() for i in item.results.keys() - item.errors.keys()}
     assert usable == {0, 2, 3, 4, 5, 6}
 
 
 def test_a_stopped_stream_gives_nothing(make_stream):
-    stop = threading.Event()
-    stop.set()
     stream = make_stream()
-    assert stream.next_groups(stop) is None and stream.position == 0
+    assert stream.next_groups(stop=True) is None and stream.position == 0
 
 
 def test_settings_that_cannot_work(make_stream):

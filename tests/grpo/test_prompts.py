@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import open_mixture
-from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
@@ -28,17 +30,10 @@ def make_loader(tiny_world, tmp_path):
 
     def make(path=folder / "r1.jsonl", prompts=3, position=0, workers=0):
         mixture = open_mixture(str(path), str(folder), ())
-        stream = GroupStream(
-            mixture,
-            GroupEncoder(mixture.sources, encoder, as_prompt=as_scored_prompt),
-            Quarantine(tmp_path / "q.jsonl", 0.9, fresh=position == 0),
-            per_group=1,
-            step_groups=1,
-            workers=workers,
-            seed=3,
-            position=position,
-        )
-        return PromptLoader(stream, prompts)
+        group_encoder = GroupEncoder(mixture.sources, encoder, as_prompt=as_scored_prompt)
+        quarantine = Quarantine(tmp_path / "q.jsonl", 0.9, fresh=position == 0)
+        options = LoaderOptions(batch_size=1, workers=workers, ahead=prompts, seed=3)
+        return PromptLoader(GroupStream(mixture, group_encoder, quarantine, options, position), prompts)
 
     with encoder:
         yield make
@@ -55,6 +50,14 @@ def test_steps_follow_the_order_and_any_of_them_can_be_the_first(make_loader):
     assert prompt.example.text.endswith("<|im_start|>assistant\n") and not prompt.example.supervised.any()
     assert prompt.question.startswith(("Which way", "How many")) and prompt.media[0].endswith(".mp4")
     assert prompt.described()["solution"][0]["answer"] in "ABCD"
+
+
+def test_a_record_is_parsed_once(make_loader, monkeypatch):
+    parsed, parse = Counter(), RecordFile.__getitem__
+    monkeypatch.setattr(RecordFile, "__getitem__", lambda self, i: parsed.update([i]) or parse(self, i))
+    with make_loader(prompts=2) as loader:  # these two and those read ahead are of one epoch
+        loader.next_step()
+    assert len(parsed) >= 2 and set(parsed.values()) == {1}
 
 
 def test_worker_processes_make_prompts_too(make_loader):

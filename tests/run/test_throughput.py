@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.published import published_config
-from mllm4d_jax.data.steps import LoadedBatch
+from mllm4d_jax.data.steps import Counts, LoadedBatch
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.rows.batch import ModelInputs
@@ -29,8 +29,8 @@ def test_padding_is_no_work_and_an_adapter_costs_two_thirds_of_full_training():
         segments[:, :512] = 1
         inputs = ModelInputs(tokens, np.zeros((3, *tokens.shape), np.int32), segments, tokens - 1, None)
         batch = RowBatch(inputs, *(np.zeros((1, 64)) for _ in range(3)))
-        counts = dict(position=1, rejected=0, tokens=512, slots=tokens.size, supervised=64, visual=0, clips=1, rows=1)
-        return FlopCounter(config, tuning)(LoadedBatch(batch=batch, keys=("k",), load_s=0.0, **counts))
+        counts = Counts(examples=1, clips=1, tokens=512, slots=tokens.size, supervised=64)
+        return FlopCounter(config, tuning)(LoadedBatch(batch, ("k",), 1, counts, 0.0))
 
     assert flops(Tuning(text=True)) == flops(Tuning(text=True), padding=512)
     decoder = 6.95e9  # parameters of the 36 layers

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.loader import Loader, LoaderOptions
+from mllm4d_jax.data.loader import Loader
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
+from mllm4d_jax.data.stream import GroupStream, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.grids import VisionGeometry
@@ -98,9 +99,10 @@ def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, ro
     seen = []
     with Encoder(config, tokenizer, VideoOptions(num_frames=8), max_tokens=1024) as encoder:
         mixture = Mixture([RecordFile(path, root)])
-        loader = Loader(mixture, GroupEncoder(mixture.sources, encoder), options, shape, quarantine, seed=0)
-        while loader.position < loader.order.sources[0].groups:
-            seen += loader.next_batch().keys
+        with GroupStream(mixture, GroupEncoder(mixture.sources, encoder), quarantine, options) as stream:
+            loader = Loader(stream, shape)
+            while stream.position < stream.order.sources[0].groups:
+                seen += loader.next_batch().keys
     good = [f"records.jsonl#{i}" for i in range(len(lines)) if i not in expected]
     assert sorted(seen) == sorted(good)
     rows = [json.loads(line) for line in quarantine.path.read_text().splitlines()]

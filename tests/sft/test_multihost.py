@@ -16,7 +16,7 @@ from mllm4d_jax.parallel.mesh import rows_divide
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress
 from mllm4d_jax.run.watchdog import Watchdog
-from mllm4d_jax.sft.feed import Feed
+from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import make_trainer, set_up
 from tests.processes import Processes, write_config
 
@@ -41,7 +41,8 @@ def one_process(config, workdir, steps, progress=None, saved=None):
         begun = dataclasses.replace(setup.begun, parts=parts, progress=progress or Progress())
         trainer = make_trainer(begun)
     first = 1 + (progress.step if progress else 0)
-    with begun.encoder, Feed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0)) as feed:
+    feed = StepFeed(setup.loader, config.train.accumulation, setup.flops, False, Watchdog(0))
+    with begun.encoder, setup.loader.stream:
         rows = [trainer.advance(first + n, feed.next(last=False)) for n in range(steps)][1:] + [trainer.finish()]
     return rows, jax.tree.map(np.array, trainer.trainable)
 

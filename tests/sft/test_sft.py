@@ -22,7 +22,7 @@ from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
 from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft import task as sft
-from mllm4d_jax.sft.feed import Feed
+from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import make_trainer, set_up
 from mllm4d_jax.sft.step import Trainer
 
@@ -93,7 +93,8 @@ def test_eight_devices_train_like_one(config, straight, tmp_path):
     with Checkpoints(tmp_path / "none", 1) as checkpoints:
         setup = set_up(config, tmp_path, checkpoints)
         trainer = make_trainer(dataclasses.replace(setup.begun, parts=build(config, devices=jax.devices()[:1])))
-    with setup.begun.encoder, Feed(setup.loader, 1, setup.flops, False, Watchdog(0)) as feed:
+    feed = StepFeed(setup.loader, 1, setup.flops, False, Watchdog(0))
+    with setup.begun.encoder, setup.loader.stream:
         rows = [trainer.advance(n, feed.next(last=False)) for n in range(1, STEPS + 1)][1:] + [trainer.finish()]
     workdir, (lora, _) = straight
     for ours, theirs in zip(rows, curve(workdir), strict=True):

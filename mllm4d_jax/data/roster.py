@@ -1,0 +1,72 @@
+"""Which worker encodes which group since when: so that one that hangs or dies is told from the others."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class ReaderClosedError(RuntimeError):
+    """Nothing more is to be encoded. Ends what Grain runs; nobody else sees it."""
+
+
+class Roster:
+    """A file that all processes map, with a row (pid, place of the group + 1, since when, closed) for each worker.
+
+    What one writes the others see at once, and a worker that is killed can leave no lock behind. Made and closed by the
+    main process; pickles into the workers.
+    """
+
+    def __init__(self, workers: int, path: str = "") -> None:
+        """`path`: of the file; '' makes one."""
+        self._workers, self._file = workers, None if path else tempfile.NamedTemporaryFile(prefix="loader-workers-")
+        self._path, self._made = path or self._file.name, time.monotonic()
+        self._rows = np.memmap(self._path, np.int64, "r+" if path else "w+", shape=(workers, 4))
+
+    def __reduce__(self):
+        return type(self), (self._workers, self._path)
+
+    def enter(self, worker: int) -> None:
+        """Notes that this process is worker number `worker`."""
+        self._rows[worker, 0] = os.getpid()
+
+    @contextlib.contextmanager
+    def at_work(self, worker: int, place: int) -> Iterator[None]:
+        """Notes that a worker encodes the group at `place` inside the block. Raises ReaderClosedError after `close`."""
+        row = self._rows[worker]
+        if row[3]:
+            raise ReaderClosedError
+        row[2], row[1] = time.monotonic_ns(), place + 1
+        try:
+            yield
+        finally:
+            row[1] = 0
+
+    def kill(self, longer_than_s: float = 0.0) -> list[int]:
+        """Kills the workers that have encoded a group for so long; returns the places of these groups."""
+        children = {child.pid: child for child in multiprocessing.active_children()}
+        before = time.monotonic_ns() - int(longer_than_s * 1e9)
+        slow = [(pid, place - 1) for pid, place, since, _ in self._rows.tolist() if place and since <= before]
+        for pid, _ in slow:
+            if pid in children:
+                children[pid].kill()
+        return [place for pid, place in slow if pid in children]
+
+    def died(self) -> list[int]:
+        """Returns the places of the groups that workers encoded when they died."""
+        alive = {child.pid for child in multiprocessing.active_children()}
+        return [place - 1 for pid, place, *_ in self._rows.tolist() if place and pid not in alive]
+
+    def missing_for(self) -> float:
+        """Returns the seconds that a worker has taken to start, 0 once all have."""
+        return 0.0 if self._rows[:, 0].all() else time.monotonic() - self._made
+
+    def close(self) -> None:
+        """Lets no other group begin."""
+        self._rows[:, 3] = 1

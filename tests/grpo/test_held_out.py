@@ -1,0 +1,77 @@
+"""Held-out prompts: read ahead, decoded and parsed once, however often the policy is evaluated."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+
+import pytest
+
+from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.files.jsonl import read_steps
+from mllm4d_jax.grpo.held_out import HeldOut
+from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.records import as_prompt
+from tests.data.fakes import FakeEncoder, write_records
+
+
+class AskedEncoder(FakeEncoder):
+    def encode_group(self, records, cache=None, *, add_generation_prompt=False):
+        assert add_generation_prompt
+        return super().encode_group(records, cache)
+
+
+class CountedRecords(RecordFile):
+    """Counts how often each record is parsed."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.parsed = Counter()
+
+    def __getitem__(self, i):
+        self.parsed[i] += 1
+        return super().__getitem__(i)
+
+
+class EchoActor:
+    """Rewards a prompt with the number of its text tokens, and notes what it is given."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def draw(self, found, weights, step, policy_step):
+        self.drawn.append([(p.position, p.key, p.record.key) for p in found.prompts])
+        rewards = [{"total": float(len(p.example.tokens))} for p in found.prompts]
+        lengths = types.SimpleNamespace(tolist=lambda: [3] * len(rewards))
+        return types.SimpleNamespace(rollouts=types.SimpleNamespace(rewards=rewards, lengths=lengths))
+
+
+@pytest.fixture
+def make_held_out(tmp_path):
+    def make(*numbers):
+        source = CountedRecords(write_records(tmp_path / "r.json", numbers), tmp_path)
+        encoder, actor = AskedEncoder(), EchoActor()
+        group_encoder = GroupEncoder([source], encoder, as_prompt=as_prompt)
+        how = dict(limit=5, at_once=2, workers=0)
+        return HeldOut(tmp_path / "evals.jsonl", group_encoder, actor, **how), source, encoder, actor
+
+    return make
+
+
+def test_prompts_are_read_once_and_asked_in_the_same_order_every_time(make_held_out, tmp_path):
+    held_out, source, encoder, actor = make_held_out(5, -1, 6, 7, 8, 9)
+    rows = [held_out.run((), step) for step in (0, 10)]
+    assert source.parsed == dict.fromkeys(range(5), 1) and len(encoder.calls) == 5
+    first = [(n, f"r.json#{n}", f"r.json#{n}") for n in range(5)]
+    # One shape for every batch: where a prompt is missing, the first one of the batch is asked again and not counted.
+    batches = [[first[0], first[0]], [first[2], first[3]], [first[4], first[4]]]
+    assert actor.drawn == batches * 2
+    assert rows[0] == rows[1] | {"step": 0} == read_steps(tmp_path / "evals.jsonl")[0]
+    assert (rows[0]["n"], rows[0]["unusable"], rows[0]["reward"]) == (4, 1, (5 + 6 + 7 + 8) / 4)
+
+
+def test_not_one_usable(make_held_out):
+    held_out, *_ = make_held_out(-1, -2)
+    with pytest.raises(RecordError, match="not one of the held-out prompts"):
+        held_out.run((), 0)
