@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -13,11 +15,12 @@ import numpy as np
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
+from mllm4d_jax.grpo.held_out import mean_rewards
 from mllm4d_jax.grpo.learner import Update
-from mllm4d_jax.grpo.log import COLUMNS, completion_lines, step_row
-from mllm4d_jax.grpo.prompts import PromptStep
+from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.setup import GrpoSetup, set_up
+from mllm4d_jax.qa.reasoning import parse
 from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
 from mllm4d_jax.rows.shape import RowShape
@@ -25,6 +28,8 @@ from mllm4d_jax.run.log import say
 from mllm4d_jax.run.loop import TrainingRun, carry_out, check_finite
 from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.throughput import peak_memory_gib
+
+COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s")  # of the terminal
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -212,3 +217,60 @@ def rows_of(config: ml_collections.ConfigDict, shape: RowShape, drawn: Drawn) ->
         slot, entries = shape.completion_sizes(max(map(max, counts)), max(map(sum, counts)))
         parts.append(completion_rows(drawn.batch, rows, rollouts.tokens, rollouts.lengths, slot=slot, entries=entries))
     return shape.completion_sizes(int(rollouts.lengths.max()), 1)[0], parts
+
+
+def step_row(rollouts: Rollouts, step_s: float, **values: float | None) -> dict[str, float | None]:
+    """Return the row of one step for metrics.jsonl.
+
+    Args:
+      rollouts: of the step.
+      step_s: seconds of the whole step.
+      values: further columns.
+    """
+    spread = {f"reward_std/{n}": float(np.std([r[n] for r in rollouts.rewards])) for n in rollouts.rewards[0]}
+    tokens = int(rollouts.lengths.sum())
+    return {
+        "step": rollouts.step + 1,
+        **mean_rewards(rollouts.rewards),
+        **spread,
+        "completion_tokens": tokens / len(rollouts.lengths),
+        "completion_tokens_max": int(rollouts.lengths.max()),
+        "staleness": rollouts.step - rollouts.policy_step,
+        "step_s": step_s,
+        **{f"time/{name}": seconds for name, seconds in rollouts.seconds.items()},
+        **rollouts.counts,
+        "rollouts_per_s": len(rollouts.lengths) / step_s,
+        "tokens_per_s": tokens / step_s,
+        "position": rollouts.position,
+        "quarantined": rollouts.rejected,
+        **values,
+    }
+
+
+def completion_lines(prompts: Sequence[Prompt], rollouts: Rollouts, advantages: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yield the completions of a step as lines of completions.jsonl: what was asked, what it says, how it was judged.
+
+    Args:
+      advantages: f32[C].
+    """
+    for i, (text, rewards) in enumerate(zip(rollouts.texts, rollouts.rewards, strict=True)):
+        number, branch = divmod(i, rollouts.branches)
+        prompt, parsed = prompts[number], parse(text)
+        solution = prompt.record.solution
+        yield {
+            "key": prompt.key,
+            "question": prompt.question,
+            "media": list(prompt.media),
+            "completion": text,
+            "rewards": dict(rewards),
+            "total": rewards["total"],
+            "answer": parsed.answer or None,
+            "solution": solution[0] if isinstance(solution, list) and len(solution) == 1 else solution,
+            "camera": [None if c is None else list(c) for c in parsed.camera_centers],
+            "object": [None if c is None else list(c) for c in parsed.object_centers],
+            "step": rollouts.step + 1,
+            "branch": branch,
+            "finish": rollouts.finish[i],
+            "tokens": int(rollouts.lengths[i]),
+            "advantage": float(advantages[i]),
+        }
