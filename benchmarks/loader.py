@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -148,37 +147,37 @@ def drive(folder: Path, workers: int) -> dict[str, float]:
 
 
 def new_batches(config: Any) -> Iterator[Any]:
-    """Yields the batches of a tree that is ordered by rooms."""
+    """Yields the batches of today's tree."""
+    from mllm4d_jax.data.group_encoder import GroupEncoder
+    from mllm4d_jax.data.loader import Loader
+    from mllm4d_jax.data.quarantine import Quarantine
+    from mllm4d_jax.data.stream import GroupStream
     from mllm4d_jax.models.config import ModelConfig
-    from mllm4d_jax.run.build import encoder_of, open_records, processor_of, row_shape
-    from mllm4d_jax.run.loop import Progress
-    from mllm4d_jax.sft.setup import make_loader
+    from mllm4d_jax.run.build import encoder_of, loader_options, open_records, processor_of, row_shape
 
     shape = row_shape(config, processor_of(config), ModelConfig.from_folder(config.model.path))
-    parts = types.SimpleNamespace(config=config, shape=shape)
+    records = open_records(config)
     with tempfile.TemporaryDirectory() as out, encoder_of(config) as encoder:
-        yield from batches_of(make_loader(parts, Path(out), open_records(config), encoder, Progress()))
+        quarantine = Quarantine(Path(out) / "quarantine.jsonl", 0.0)
+        groups = GroupEncoder(records.sources, encoder)
+        with GroupStream(records, groups, quarantine, loader_options(config)) as stream:
+            loader = Loader(stream, shape)
+            while True:
+                yield loader.next_batch()
 
 
 def old_batches(config: Any) -> Iterator[Any]:
-    """Yields the batches of the tree before that."""
+    """Yields the batches of the tree before it was ordered by rooms; its runs made them ahead in a thread."""
     modules = ("train.job", "train.preflight", "processing.encode", "processing.config", "processing.tokenizer")
     job, preflight, encode, processor, text = (import_module(f"mllm4d_jax.{name}") for name in modules)
     geometry = import_module("mllm4d_jax.processing.grids").VisionGeometry(2, 8, 0)
+    prefetch = import_module("mllm4d_jax.data.prefetch")
     model = (processor.ProcessorConfig.from_folder(config.model.path), text.Tokenizer.from_folder(config.model.path))
     options = encode.VideoOptions.from_mapping(config.video)
     with tempfile.TemporaryDirectory() as out, encode.Encoder(*model, options, config.data.max_tokens) as encoder:
         records = preflight.open_data(config)
-        yield from batches_of(job.make_loader(config, Path(out), records, encoder, geometry, job.Progress()))
-
-
-def batches_of(loader: Any) -> Iterator[Any]:
-    """Yields a loader's batches as a run takes them; before Grain, they were made ahead in a thread."""
-    with loader.stream:
-        if not (Path.cwd() / "mllm4d_jax/data/prefetch.py").exists():
-            while True:
-                yield loader.next_batch()
-        with import_module("mllm4d_jax.data.prefetch").Prefetcher(loader.next_batch) as made:
+        loader = job.make_loader(config, Path(out), records, encoder, geometry, job.Progress())
+        with loader, prefetch.Prefetcher(loader.next_batch) as made:
             while True:
                 batch = made.poll(1.0)
                 if batch is not None:
