@@ -91,7 +91,7 @@ def test_a_set_goes_through_the_encoder_with_exact_times_and_its_bad_records_are
     sizes = np.bincount(source.clips)
     for clip in np.unique(source.clips):
         records = np.flatnonzero(source.clips == clip)
-        found = groups(Questions(0, tuple(int(i) for i in records)))
+        found = groups(Questions(0, tuple(int(i) for i in records))).results.values()
         reasons = [e.reason if isinstance(e, RecordError) else "" for e in found]
         if sizes[clip] == 5:
             assert reasons == ["undecodable_frame"] * 5

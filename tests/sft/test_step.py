@@ -204,8 +204,10 @@ def test_micro_batches_are_one_batch(tiny_world, encoded):
     moments = [jax.tree.leaves(optax.tree.get(state, "mu")) for _, state, _ in (whole, split)]
     for a, b in zip(*moments, strict=True):  # a tenth of the clipped gradient, exactly
         assert np.abs(a - b).max() <= 1e-6 * max(np.abs(x).max() for x in moments[0])
-    for a, b in zip(jax.tree.leaves(whole[0]), jax.tree.leaves(split[0]), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    # Adam's first update is lr * g / (|g| + eps), so a difference of gradients counts by lr * eps / (|g| + eps)^2.
+    for a, b, *mu in zip(*(jax.tree.leaves(tree) for tree in (whole[0], split[0])), *moments, strict=True):
+        small, gap = 10 * np.minimum(*np.abs(mu)), 10 * np.abs(mu[0] - mu[1])
+        assert np.all(np.abs(a - b) <= 1e-6 + 1e-2 * 1e-8 * gap / (small + 1e-8) ** 2)
 
 
 @pytest.mark.parametrize("count", [1, 3])
