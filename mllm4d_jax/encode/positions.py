@@ -57,8 +57,7 @@ def mrope_positions(
     steps = _frame_steps(grids, family, second_per_grid, tokens_per_second, rule)
     runs = [run for g, t in zip(grids, steps, strict=True) for run in _item_runs(g, t, family, merge_size, rule)]
     positions = _place_runs(kinds, runs)
-    largest = int(positions.max()) if len(tokens) else -1
-    return positions, largest + 1 - len(tokens)
+    return positions, int(positions.max(initial=-1)) + 1 - len(tokens)
 
 
 def _place_runs(kinds: np.ndarray, runs: Sequence[tuple[int, np.ndarray, int]]) -> np.ndarray:

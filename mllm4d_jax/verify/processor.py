@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from mllm4d_jax.models.rope import frequency_axes
 from mllm4d_jax.verify.checks import CaseChecks, Check, Comparison
 
 PATCH_TOLERANCE = 1e-6
+_NUMBER = re.compile(r"(?:Picture|Video) \d+: (?=<\|vision_start\|>)")
 # Pixel statistics by patch size: the releases differ in both together.
 _STATISTICS = {
     16: ((0.5,) * 3, (0.5,) * 3),
@@ -131,8 +133,8 @@ def _smart_resize(path: pathlib.Path, found: CaseChecks) -> None:
 def _prompts(path: pathlib.Path, found: CaseChecks) -> None:
     recorded = json.loads(path.read_text())
     for c in recorded["conversations"]:
-        if c["add_vision_id"]:
-            continue  # numbered images and videos, which no prompt of ours has
+        if c["add_vision_id"]:  # prompts of ours do not number images and videos; the rest is compared
+            c = {k: _NUMBER.sub("", v) if isinstance(v, str) else v for k, v in c.items()}
         options = dict(add_generation_prompt=c["add_generation_prompt"])
         for family in ("qwen3_vl", "qwen2_5_vl"):
             text = rendered_text(render_chat(c["messages"], family, **options))

@@ -194,7 +194,7 @@ def compare(shared, separate):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_equal_separate_samples(name):
     compare(*results(name))
-    assert case(name).frames == (2 * (2 + 2), 23 * 2 + 2)  # each of two rows has as many as the fuller one
+    assert case(name).frames == (2 * (2 + 2), 25 * 2)  # each row has as many as the fullest one
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_the_marks_are_what_the_reward_reads(text):
         if match:
             wanted[slice(*match.span())] = [kind] * len(match[0])
     assert [kind for kind, part in found for _ in part] == wanted
-    assert (thinking is not None, len(answer) > 0) == (parsed.has_thinking, parsed.has_answer)
+    assert (thinking is not None, len(answer) > 0) == (parsed.thinking is not None, parsed.answer is not None)
     assert not answer or answer[0][0][len("<answer>") : -len("</answer>")].strip() == parsed.answer
 
 
