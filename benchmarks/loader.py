@@ -6,7 +6,9 @@ Writes clips of 160 x 120 pixels and 48 frames, one question each, and takes pad
 a clip, as fast as they come; no model runs. The trees take turns: a process each for every round and number of workers,
 one of the first, one of the second, and so on. "Start" is the time to the first batch, the rate is that of the others.
 Memory is the proportional set size (shared pages are divided among those who share them) of the process and all its
-children together, the largest of samples a tenth of a second apart. Medians of the rounds, with their range.
+children together, the largest of samples a tenth of a second apart. Processor seconds are those of all of them from
+start to end, imports included, and depend less than the clock on what else the machine does. Medians of the rounds,
+with their range.
 """
 
 from __future__ import annotations
@@ -53,9 +55,11 @@ def main() -> None:
                 for tree in trees:
                     found.setdefault((tree, workers), []).append(measure(tree, workers, Path(folder)))
     print(f"load after: {os.getloadavg()[0]:.1f}")
-    print("| tree | workers | clips/s | start, s | peak memory, MiB |\n|---|---:|---:|---:|---:|")
+    print(
+        "| tree | workers | clips/s | start, s | processor seconds | peak memory, MiB |\n|---|---:|---:|---:|---:|---:|"
+    )
     for (tree, workers), rows in found.items():
-        cells = (spread([row[name] for row in rows]) for name in ("rate", "start", "memory"))
+        cells = (spread([row[name] for row in rows]) for name in ("rate", "start", "cpu", "memory"))
         print(f"| {tree} | {workers} | {' | '.join(cells)} |")
 
 
@@ -70,10 +74,13 @@ def measure(tree: Path, workers: str, folder: Path) -> dict[str, float]:
     environment = os.environ | {"PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
     peak, over = [0.0], threading.Event()
+    seconds: dict[int, float] = {}  # of each process when it was last seen
 
     def watch() -> None:
         while not over.wait(0.1):
-            peak[0] = max(peak[0], sum(map(memory, family(process.pid))))
+            used = {pid: usage(pid) for pid in family(process.pid)}
+            peak[0] = max(peak[0], sum(memory for memory, _ in used.values()))
+            seconds.update((pid, max(seconds.get(pid, 0.0), cpu)) for pid, (_, cpu) in used.items())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -82,7 +89,7 @@ def measure(tree: Path, workers: str, folder: Path) -> dict[str, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{tree}: the loader failed with {workers} workers; its own output says why")
-    return json.loads(said.splitlines()[-1]) | {"memory": peak[0]}
+    return json.loads(said.splitlines()[-1]) | {"memory": peak[0], "cpu": sum(seconds.values())}
 
 
 def family(pid: int) -> list[int]:
@@ -94,13 +101,15 @@ def family(pid: int) -> list[int]:
         return [pid]
 
 
-def memory(pid: int) -> float:
-    """Returns the proportional set size of a process, MiB."""
+def usage(pid: int) -> tuple[float, float]:
+    """Returns the proportional set size of a process in MiB, and the processor seconds it has used."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended meanwhile
+        return 0.0, 0.0
+    memory = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return memory, (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def write_world(folder: Path, clips: int) -> None:
