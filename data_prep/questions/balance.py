@@ -47,23 +47,14 @@ def split_of(source_id: str, *, bench_share: float, seed: int = 0) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a data set is made of.
+    """What a data set is made of."""
 
-    Attributes:
-      name: of the preset.
-      shares: weight per scenario; normalised over their sum.
-      per_source: most questions from one source video.
-      total: questions wanted; None for as many as the shares allow.
-      min_motion: metres that camera or object must have moved between the frames.
-      split: "train" or "bench".
-    """
-
-    name: str
-    shares: Mapping[str, float]
-    per_source: int
-    total: int | None
-    min_motion: float
-    split: str
+    name: str  # of the preset
+    shares: Mapping[str, float]  # weight per scenario; normalised over their sum
+    per_source: int  # most questions from one source video
+    total: int | None  # questions wanted; None for as many as the shares allow
+    min_motion: float  # metres that camera or object must have moved between the frames
+    split: str  # "train" or "bench"
 
     def quotas(self, total: int) -> dict[str, int]:
         """Share out the questions per scenario of a data set of `total`; largest remainders get the rest."""

@@ -31,21 +31,13 @@ QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
 @dataclasses.dataclass(frozen=True)
 class QuestionRules(RelationRules):
-    """What is asked about a clip, and when it has a clear answer (`RelationRules`).
+    """What is asked about a clip, and when it has a clear answer (`RelationRules`)."""
 
-    Attributes:
-      num_frames: frames the model sees (32 at most in the paper); a shorter clip is seen whole.
-      per_clip: most questions proposed for one clip.
-      pairs: frame pairs tried per clip.
-      min_gap: the two frames are at least this share of the clip apart.
-      options: how distances get their options, a key of `options.SHAPES`.
-    """
-
-    num_frames: int = 32
-    per_clip: int = 28
-    pairs: int = 24
-    min_gap: float = 0.1
-    options: str = "exchangeable"
+    num_frames: int = 32  # frames the model sees (32 at most in the paper); a shorter clip is seen whole
+    per_clip: int = 28  # most questions proposed for one clip
+    pairs: int = 24  # frame pairs tried per clip
+    min_gap: float = 0.1  # the two frames are at least this share of the clip apart
+    options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
 
     def __post_init__(self) -> None:
         super().__post_init__()

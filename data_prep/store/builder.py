@@ -68,25 +68,15 @@ Shards = Mapping[str, Sequence[Sequence[str]]]  # split -> clip ids of each shar
 
 @dataclasses.dataclass(frozen=True)
 class PartLoader:
-    """Loads clips from part files and their videos; the usual `load` of `build_dataset`. Picklable.
+    """Loads clips from part files and their videos; the usual `load` of `build_dataset`. Picklable."""
 
-    Attributes:
-      store_folder: that of the `PartStore`.
-      media_root: what the rows' "video" paths are relative to.
-      sample: which frames are kept; the rule that the questions number frames by.
-      resize: size of the kept frames; None keeps the source's.
-      quality: of the JPEG files, 1-100.
-      pool: decodes under a time limit.
-      chosen: clip id -> ids of the questions that are kept; None keeps all.
-    """
-
-    store_folder: Path
-    media_root: Path
-    sample: SampleRule
-    resize: ResizeRule | None = None
-    quality: int = 95
-    pool: DecodePool = dataclasses.field(default_factory=DecodePool)
-    chosen: Mapping[str, Sequence[str]] | None = None
+    store_folder: Path  # that of the `PartStore`
+    media_root: Path  # what the rows' "video" paths are relative to
+    sample: SampleRule  # which frames are kept; the rule that the questions number frames by
+    resize: ResizeRule | None = None  # size of the kept frames; None keeps the source's
+    quality: int = 95  # of the JPEG files, 1-100
+    pool: DecodePool = dataclasses.field(default_factory=DecodePool)  # decodes under a time limit
+    chosen: Mapping[str, Sequence[str]] | None = None  # clip id -> ids of the questions that are kept; None keeps all
 
     def __call__(self, clip_id: str) -> ClipExample:
         """Load a clip. Raises StoreError (part or video unusable), naming the clip."""

@@ -27,25 +27,15 @@ _HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SyntheticClip:
-    """A rendered clip and its truth.
+    """A rendered clip and its truth."""
 
-    Attributes:
-      scene: exact; scale "metric".
-      left: u8[T, H, W, 3] RGB.
-      right: the same from `baseline` metres to the right, or None.
-      depth: f32[T, H, W] camera z of the left view at pixel centres, metres.
-      background: f64[B, T, 3] tracked points of the room and furniture, world, NaN = not seen.
-      baseline: metres.
-      fps: frames per second.
-    """
-
-    scene: Scene
-    left: np.ndarray
-    right: np.ndarray | None
-    depth: np.ndarray
-    background: np.ndarray
-    baseline: float
-    fps: float
+    scene: Scene  # exact; scale "metric"
+    left: np.ndarray  # u8[T, H, W, 3] RGB
+    right: np.ndarray | None  # the same from `baseline` metres to the right, or None
+    depth: np.ndarray  # f32[T, H, W] camera z of the left view at pixel centres, metres
+    background: np.ndarray  # f64[B, T, 3] tracked points of the room and furniture, world, NaN = not seen
+    baseline: float  # metres
+    fps: float  # frames per second
 
 
 def make_clip(seed: int, index: int, config: SyntheticConfig) -> SyntheticClip:

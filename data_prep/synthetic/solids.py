@@ -153,19 +153,12 @@ def surface_points(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atlas:
-    """All patterns at all mip levels in one picture.
+    """All patterns at all mip levels in one picture."""
 
-    Attributes:
-      image: u8[rows, columns].
-      left: f32[LEVELS], column of texel 0 of a level.
-      top: f32[patterns * LEVELS], row of texel 0 of (pattern, level), pattern-major.
-      size: f32[LEVELS], texels of a tile.
-    """
-
-    image: np.ndarray
-    left: np.ndarray
-    top: np.ndarray
-    size: np.ndarray
+    image: np.ndarray  # u8[rows, columns]
+    left: np.ndarray  # f32[LEVELS], column of texel 0 of a level
+    top: np.ndarray  # f32[patterns * LEVELS], row of texel 0 of (pattern, level), pattern-major
+    size: np.ndarray  # f32[LEVELS], texels of a tile
 
     def sample(self, pattern: np.ndarray, level: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Sample grey values u8[n] (bilinear) at tile coordinates (u, v), period 1, of pattern and level, i64[n]."""

@@ -128,19 +128,13 @@ def numeric_options(truth: float, rng: np.random.Generator) -> list[float]:
 
 @dataclasses.dataclass(frozen=True)
 class SampleQuestion:
-    """A question about a clip.
+    """A question about a clip."""
 
-    Attributes:
-      text: with its options; letter: of the right one.
-      subject: "camera" or the shape's name; path: f64[T, 2] of it, pixels.
-      answer: text of the right option.
-    """
-
-    text: str
-    letter: str
-    subject: str
-    path: np.ndarray
-    answer: str
+    text: str  # with its options
+    letter: str  # of the right option
+    subject: str  # "camera" or the shape's name
+    path: np.ndarray  # f64[T, 2] of it, pixels
+    answer: str  # text of the right option
 
     @property
     def states(self) -> list[list[float]]:

@@ -35,21 +35,13 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedBatch:
-    """A batch and what the run must know about it.
+    """A batch and what the run must know about it."""
 
-    Attributes:
-      batch: the arrays.
-      keys: record keys of the questions.
-      position: the loader's after this batch.
-      counts: of this host; without `gflops`.
-      load_s: seconds it took to put together, waiting for workers included.
-    """
-
-    batch: RowBatch
-    keys: tuple[str, ...]
-    position: int
-    counts: Counts
-    load_s: float
+    batch: RowBatch  # the arrays
+    keys: tuple[str, ...]  # record keys of the questions
+    position: int  # the loader's after this batch
+    counts: Counts  # of this host; without `gflops`
+    load_s: float  # seconds it took to put together, waiting for workers included
 
 
 @dataclasses.dataclass(frozen=True)

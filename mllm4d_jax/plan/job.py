@@ -71,21 +71,13 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class PlanJob:
-    """A run of fine-tuning to plan.
+    """A run of fine-tuning to plan."""
 
-    Attributes:
-      config: of the run.
-      model: sizes of the model.
-      shape: of the run's rows.
-      lengths: what the sizes suppose.
-      sizes: what full rows are padded to; for reinforcement learning what prompts are padded to.
-    """
-
-    config: ml_collections.ConfigDict
-    model: ModelConfig
-    shape: RowShape
-    lengths: Lengths
-    sizes: RowSizes
+    config: ml_collections.ConfigDict  # of the run
+    model: ModelConfig  # sizes of the model
+    shape: RowShape  # of the run's rows
+    lengths: Lengths  # what the sizes suppose
+    sizes: RowSizes  # what full rows are padded to; for reinforcement learning what prompts are padded to
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, lengths: Lengths) -> Self:

@@ -175,21 +175,13 @@ def _tone(tone: str) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """One item of a browsable list.
+    """One item of a browsable list."""
 
-    Attributes:
-      title: its heading.
-      body: what it shows.
-      facets: name -> value; the reader can keep those with one value.
-      keys: name -> number; the reader can sort by them.
-      tone: one of `TONES`.
-    """
-
-    title: str
-    body: Markup
-    facets: Mapping[str, str] = field(default_factory=dict)
-    keys: Mapping[str, float] = field(default_factory=dict)
-    tone: str = ""
+    title: str  # its heading
+    body: Markup  # what it shows
+    facets: Mapping[str, str] = field(default_factory=dict)  # name -> value; the reader can keep those with one value
+    keys: Mapping[str, float] = field(default_factory=dict)  # name -> number; the reader can sort by them
+    tone: str = ""  # one of `TONES`
 
 
 def cards(items: Sequence[Card], *, label: str, ranges: Sequence[str] = (), wide: bool = False) -> Markup:

@@ -73,21 +73,13 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any, mesh
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step.
+    """Scalars of one step."""
 
-    Attributes:
-      loss: f32 mean negative log-likelihood of the supervised tokens (nats).
-      accuracy: f32 share of supervised tokens that are the most likely one.
-      grad_norm: f32 global norm before clipping.
-      weight: f32 sum of the loss weights. If 0, parameters and optimiser were left as they were.
-      finite: bool, loss and gradient are finite. If not, they were left as they were, too.
-    """
-
-    loss: jax.Array
-    accuracy: jax.Array
-    grad_norm: jax.Array
-    weight: jax.Array
-    finite: jax.Array
+    loss: jax.Array  # f32 mean negative log-likelihood of the supervised tokens (nats)
+    accuracy: jax.Array  # f32 share of supervised tokens that are the most likely one
+    grad_norm: jax.Array  # f32 global norm before clipping
+    weight: jax.Array  # f32 sum of the loss weights. If 0, parameters and optimiser were left as they were.
+    finite: jax.Array  # bool, loss and gradient are finite. If not, they were left as they were, too.
 
 
 class Sums(NamedTuple):

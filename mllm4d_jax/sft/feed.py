@@ -33,21 +33,13 @@ class FeedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """The data of one optimiser step.
+    """The data of one optimiser step."""
 
-    Attributes:
-      batches: this process's rows of every micro-batch.
-      keys: of this process's records.
-      position: groups consumed by then, over all processes; the loader's whole state.
-      counts: over all processes.
-      waited: seconds this process waited for its data.
-    """
-
-    batches: tuple[RowBatch, ...]
-    keys: tuple[str, ...]
-    position: int
-    counts: Counts
-    waited: float
+    batches: tuple[RowBatch, ...]  # this process's rows of every micro-batch
+    keys: tuple[str, ...]  # of this process's records
+    position: int  # groups consumed by then, over all processes; the loader's whole state
+    counts: Counts  # over all processes
+    waited: float  # seconds this process waited for its data
 
 
 class StepFeed:
