@@ -81,13 +81,15 @@ def test_planned_sizes_are_those_of_full_clips(model, clips, tmp_path, rule, bou
     # Rows of two clips whose slots have room for one branch each.
     (group,) = share_prefix(examples, [visual])
     sft.data.questions_per_video, sft.train.batch_size, sft.data.rows = 2, 4, 1
-    sft.data.branch_buckets = (group.longest,)
+    longest = max(group.branches)
+    sft.data.branch_buckets = (longest,)
     parts = build(sft, devices=jax.devices()[:1], abstract=True)
     with encoder_of(sft) as encoder, Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
         begun = Begun(tmp_path, checkpoints, open_records(sft), {}, Progress(), parts, encoder)
-        with make_loader(begun) as loader:
+        loader = make_loader(begun)
+        with loader.stream:
             batch = loader.next_batch().batch
-    job = PlanJob.of(sft, Lengths(branch=group.longest, answer=int(examples[0].supervised.sum())))
+    job = PlanJob.of(sft, Lengths(branch=longest, answer=int(examples[0].supervised.sum())))
     planned = SftPhases(job, jax.devices()[:1]).step(1).lower.args[-1]
     assert job.shape == parts.shape and job.rows == 1
     assert jax.tree.structure(planned) == jax.tree.structure(batch) and shapes(planned) == shapes(batch)
