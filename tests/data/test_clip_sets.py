@@ -91,13 +91,13 @@ def test_a_set_goes_through_the_encoder_with_exact_times_and_its_bad_records_are
     sizes = np.bincount(source.clips)
     for clip in np.unique(source.clips):
         records = np.flatnonzero(source.clips == clip)
-        found = groups(Questions(0, tuple(int(i) for i in records))).results.values()
-        reasons = [e.reason if isinstance(e, RecordError) else "" for e in found]
+        found = groups(Questions(0, tuple(int(i) for i in records)))
+        reasons = [e.reason if isinstance(e, RecordError) else "" for e in found.results.values()]
         if sizes[clip] == 5:
             assert reasons == ["undecodable_frame"] * 5
             continue
         assert reasons == (["", "unknown_role", "", ""] if sizes[clip] == 4 else [""] * sizes[clip])
-        examples = [e for e in found if not isinstance(e, RecordError)]
+        examples = found.examples
         assert len({id(e.patches) for e in examples}) == 1
         # The mean times of frames 0, 10 and 20, 30 at 29.97 frames per second.
         np.testing.assert_allclose(examples[0].timestamps[0], [5 / 29.97, 25 / 29.97], rtol=1e-12)

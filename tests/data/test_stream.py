@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
@@ -9,6 +11,7 @@ from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.data.stream import GroupStream, LoaderError, LoaderOptions
+from mllm4d_jax.qa.errors import RecordError
 from tests.data.fakes import FakeEncoder, write_records
 
 NUMBERS = [("a.mp4", 5), ("a.mp4", -1), ("b.mp4", 6), ("b.mp4", 7), ("c.mp4", 8), ("c.mp4", 9), ("c.mp4", 2)]
@@ -56,6 +59,27 @@ def test_hosts_share_each_step_and_any_step_can_be_the_first(make_stream, hosts)
         found = [part.next_groups() for part in parts]
         for host, items in enumerate(found):
             assert [i.questions for i in items] == [i.questions for i in step[host::hosts]]
+
+
+class FailsOnce(FakeEncoder):
+    """Cannot read a record the first time."""
+
+    def _encode(self, record):
+        first = record.key not in self.calls
+        example = super()._encode(record)
+        return RecordError("made to fail", "timeout", record.key) if first and record.key == "r.json#2" else example
+
+
+def test_a_record_stays_left_out_once_it_failed_however_far_ahead_others_read_it(make_stream):
+    """Read again before it was known to be unusable, as by a worker process, which never hears of it."""
+    encoder = FailsOnce()
+    with make_stream(encoder, step_groups=7, ahead=4) as stream:
+        stream._reader.start()
+        while encoder.calls.count("r.json#2") < 2:  # of the next epochs
+            time.sleep(0.01)
+        for n in range(1, 4):
+            assert all(2 not in group.results or group.errors for group in stream.next_groups())
+            assert stream.quarantine.rejected == 3 * n
 
 
 def test_prompts_need_nothing_to_learn(make_stream):
