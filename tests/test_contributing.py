@@ -17,9 +17,9 @@ def section(heading: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("text", TEXT.split("\n### ")[1:], ids=lambda text: text.partition("\n")[0].replace(" ", "-"))
-def test_files_exist(text):
-    named = set(re.findall(r"`([\w/]+\.py)`", text))
+@pytest.mark.parametrize("heading", re.findall(r"^### (.*)", TEXT, re.MULTILINE))
+def test_files_exist(heading):
+    named = set(re.findall(r"`([\w/]+\.py)`", section(heading)))
     assert len(named) >= 8
     assert not [name for name in named if not any((ROOT / folder / name).is_file() for folder in FOLDERS)]
 
