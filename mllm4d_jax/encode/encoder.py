@@ -203,7 +203,12 @@ class Encoder(contextlib.AbstractContextManager):
         else:
             path, clip = part["path"], self._pool.read(part["path"], self._sample, self._resize)
         item = self._video_item(path, clip.indices, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
-        return dataclasses.replace(item, frames=clip.frames)
+        return dataclasses.replace(item, frames=self.shown_frames(path, clip.frames))
+
+    def shown_frames(self, path: str, frames: np.ndarray) -> np.ndarray:
+        """Return a clip's frames u8[T, H, W, 3] as the model is to see them. For subclasses: the controls of `eval`."""
+        del path
+        return frames
 
     def _image_item(self, path: str) -> MediaItem:
         image, c = read_image(path), self.config

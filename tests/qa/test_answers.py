@@ -233,8 +233,8 @@ def test_64_kib_take_less_than_50_ms(piece):
     text = piece * ((1 << 16) // len(piece))
     for whole in (text, f"A. {text}", f"<answer>{text}</answer>"):
         seconds = []
-        for _ in range(3):  # the best of three: other processes may be at work on this machine
-            start = time.perf_counter()
+        for _ in range(3):  # the best of three, of this thread alone: others may be at work on this machine
+            start = time.thread_time()
             extract_answer(whole, MOVES)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.thread_time() - start)
         assert min(seconds) < 0.05, f"{min(seconds):.3f} s for {whole[:40]!r}..."

@@ -74,7 +74,7 @@ def test_short_texts_are_left_alone():
 
 
 def test_hostile_completions_take_no_time_and_no_room():
-    started = time.perf_counter()
+    started = time.process_time()
     for text in ("<answer></answer>" * 4000, "<thinking>" * 6500, "</answer>" * 7000, "<answer>" * 8000):
         assert len(said(text, 12_000).encode("utf-8")) < 25_000
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
