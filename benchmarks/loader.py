@@ -6,7 +6,7 @@ Writes clips of 160 x 120 pixels and 48 frames, one question each, and takes pad
 a clip, as fast as they come; no model runs. The trees take turns: a process each for every round and number of workers,
 one of the first, one of the second, and so on. "Start" is the time to the first batch, the rate is that of the others.
 Memory is the proportional set size (shared pages are divided among those who share them) of the process and all its
-children together, the largest of samples a tenth of a second apart. Processor seconds are those of all of them from
+children together, the largest of samples half a second apart. Processor seconds are those of all of them from
 start to end, imports included, and depend less than the clock on what else the machine does. Medians of the rounds,
 with their range.
 """
@@ -77,7 +77,7 @@ def measure(tree: Path, workers: str, folder: Path) -> dict[str, float]:
     seconds: dict[int, float] = {}  # of each process when it was last seen
 
     def watch() -> None:
-        while not over.wait(0.1):
+        while not over.wait(0.5):
             used = {pid: usage(pid) for pid in family(process.pid)}
             peak[0] = max(peak[0], sum(memory for memory, _ in used.values()))
             seconds.update((pid, max(seconds.get(pid, 0.0), cpu)) for pid, (_, cpu) in used.items())
