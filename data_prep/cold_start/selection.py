@@ -97,23 +97,9 @@ def write_selection(
     scenarios: dict[str, dict[str, Any]] = {}
     for name in sorted(drawn):
         rewards = {item.id: _rewards(store.read(item.id)) for item in drawn[name]}
-        tau, wanted = threshold(rewards.values()), share[name] if settings.total else None
-        kept = {key: paths for key, own in rewards.items() if (paths := passing(own, tau, settings.filter))}
-        chosen = take(kept, wanted)
+        chosen, figures = _choose(rewards, share[name] if settings.total else None, settings.filter)
         taken |= chosen
-        written = {(key, path): reward for key, own in rewards.items() for path, reward in own}
-        kept_rewards = [reward for path, reward in written.items() if path in chosen]
-        scenarios[name] = {
-            "available": available[name],
-            "drawn": len(rewards),
-            "answered": sum(map(bool, rewards.values())),
-            "tau": tau,
-            "passed": sum(map(len, kept.values())),  # paths, as "kept"
-            "wanted": wanted,
-            "kept": len(chosen),
-            "mean_reward": statistics.fmean(written.values()) if written else None,
-            "mean_reward_kept": statistics.fmean(kept_rewards) if kept_rewards else None,
-        }
+        scenarios[name] = {"available": available[name], **figures}
     (folder / MANIFEST).unlink(missing_ok=True)
     remove_partials(folder)
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
@@ -140,6 +126,27 @@ def write_selection(
     text = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomic(folder / MANIFEST, f"{text}\n".encode())
     return manifest
+
+
+def _choose(
+    rewards: Mapping[str, Rewards], wanted: int | None, rule: str
+) -> tuple[set[tuple[str, int]], dict[str, Any]]:
+    """(question id, path number) of what is kept of one scenario, at most `wanted`, and its figures."""
+    tau = threshold(rewards.values())
+    kept = {key: paths for key, own in rewards.items() if (paths := passing(own, tau, rule))}
+    chosen = take(kept, wanted)
+    written = {(key, path): reward for key, own in rewards.items() for path, reward in own}
+    kept_rewards = [reward for path, reward in written.items() if path in chosen]
+    return chosen, {
+        "drawn": len(rewards),
+        "answered": sum(map(bool, rewards.values())),
+        "tau": tau,
+        "passed": sum(map(len, kept.values())),  # paths, as "kept"
+        "wanted": wanted,
+        "kept": len(chosen),
+        "mean_reward": statistics.fmean(written.values()) if written else None,
+        "mean_reward_kept": statistics.fmean(kept_rewards) if kept_rewards else None,
+    }
 
 
 def _rewards(result: ClipResult) -> Rewards:

@@ -191,17 +191,9 @@ def reconstruct_clip(
       StereoError: bad input, no pose for a frame, or quality below the limits; `reason` tells which.
       SceneError: ids, timestamps or provenance do not make a scene.
     """
-    check_array("left", left, np.uint8, (None, None, None, 3))
-    check_array("right", right, np.uint8, left.shape)
-    check_array("intrinsics", intrinsics, np.float64, (3, 3))
-    if np.shape(timestamps) != (len(left),):
-        raise StereoError(f"{len(left)} frames need as many timestamps, got {list(np.shape(timestamps))}")
-    for name, mask in masks.items():
-        check_array(f"masks of object {name!r}", mask, bool, left.shape[:3])
-    height, width = left.shape[1:3]
-    scale = "assumed_baseline" if baseline is None else "metric"
-    metres = STEREO4D_BASELINE if baseline is None else baseline
-    search = max(1, width // 8) if max_disparity is None else max_disparity
+    _check_clip(left, right, timestamps, intrinsics, masks)
+    scale, metres = ("assumed_baseline", STEREO4D_BASELINE) if baseline is None else ("metric", baseline)
+    search = max(1, left.shape[2] // 8) if max_disparity is None else max_disparity
     depths, figures = _clip_depths(left, right, intrinsics[0, 0], metres, search)
     require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
     moving = np.logical_or.reduce(list(masks.values())) if masks else None
@@ -217,13 +209,30 @@ def reconstruct_clip(
         source_id=source_id,
         world_to_camera=trajectory.world_to_camera,
         intrinsics=np.broadcast_to(intrinsics, (len(left), 3, 3)),
-        image_size=(height, width),
+        image_size=left.shape[1:3],
         timestamps=timestamps,
         objects=found,
         scale=scale,
         provenance={**provenance, **notes, "objects_left_out": left_out},
     )
     return Reconstruction(scene, depths, quality)
+
+
+def _check_clip(
+    left: np.ndarray,
+    right: np.ndarray,
+    timestamps: np.ndarray,
+    intrinsics: np.ndarray,
+    masks: Mapping[str, np.ndarray],
+) -> None:
+    """Raises StereoError for arrays that are not of one clip, naming the first."""
+    check_array("left", left, np.uint8, (None, None, None, 3))
+    check_array("right", right, np.uint8, left.shape)
+    check_array("intrinsics", intrinsics, np.float64, (3, 3))
+    if np.shape(timestamps) != (len(left),):
+        raise StereoError(f"{len(left)} frames need as many timestamps, got {list(np.shape(timestamps))}")
+    for name, mask in masks.items():
+        check_array(f"masks of object {name!r}", mask, bool, left.shape[:3])
 
 
 def _clip_depths(

@@ -194,7 +194,7 @@ def _objects(rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: 
         path = _path(rng, config, size, camera, solid, [o.solid for o in placed])
         if path is None:
             continue
-        finish, material = _finish(rng, shape, str(colour), half)
+        finish, material = _finish(rng, shape, str(colour))
         rotation = _spin(rng, shape, half, path)
         solid = dataclasses.replace(solid, centers=path, rotations=rotation, material=material)
         placed.append(Named(solid, f"the {colour} {finish} {_noun(shape, half, finish)}", shape))
@@ -226,7 +226,7 @@ def _plain(rng: Generator) -> Material:
     return Material(0, 1.0, (float(rng.random()), float(rng.random())), (0, 0, 0), (255, 255, 255))
 
 
-def _finish(rng: Generator, shape: str, colour: str, half: tuple) -> tuple[str, Material]:
+def _finish(rng: Generator, shape: str, colour: str) -> tuple[str, Material]:
     """(adjective, material)."""
     # White with white is no pattern.
     choices = {k: v for k, v in _FINISHES[shape].items() if not (colour == "white" and k in _TWO_TONE)}

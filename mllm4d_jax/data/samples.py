@@ -154,7 +154,7 @@ class SampleQuestion:
 
     @property
     def reasoning(self) -> str:
-        """The answer with the states that it follows from, in the form of the prompt `prompts.ST_COT`."""
+        """The answer with the states that it follows from, in the form of the prompt `qa.system_prompt.ST_COT`."""
         solution, lines = self.solution, [f"The {self.subject} is asked about."]
         for n, name in enumerate(("start", "end")):
             lines.append(f"**Spatial State ({name} frame):**")

@@ -25,7 +25,7 @@ from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.qa.answers import extract_answer
-from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.report.reading import PREDICTIONS
 
@@ -35,8 +35,8 @@ class PredictionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """One answered question. Besides the question (see `BenchmarkQuestion`):
+class Prediction(AskedQuestion):
+    """One answered question.
 
     Attributes:
       prompt_mode: how it was asked: "direct", "st_cot", "file"; "published" for responses that others made.
@@ -48,17 +48,6 @@ class Prediction:
       config: hash of the configuration that the answer depends on (`config_hash`).
     """
 
-    id: str
-    benchmark: str
-    split: str
-    category: str | None
-    subtask: str | None
-    video: str
-    media: str | None
-    question: str
-    choices: Mapping[str, str]
-    answer: str
-    truth: tuple[str, ...]
     prompt_mode: str
     control: str
     response: str
@@ -112,7 +101,7 @@ class Prediction:
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Prediction))
-_OF_ITEM = tuple(field.name for field in dataclasses.fields(BenchmarkQuestion) if field.name in _FIELDS)
+_OF_ITEM = tuple(field.name for field in dataclasses.fields(AskedQuestion))
 _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         **{field: (str,) for field in ("id", "benchmark", "split", "video", "question", "answer", "prompt_mode")},

@@ -26,6 +26,11 @@ class TrainableError(ValueError):
     """`train.trainable` does not fit the model."""
 
 
+def needs_adapter(patterns: Sequence[str]) -> bool:
+    """Return whether `train.trainable` trains something of an adapter: the name "lora", or a pattern for its leaves."""
+    return any("lora" in pattern for pattern in patterns)
+
+
 def attach_lora(
     model: QwenVL,
     *,

@@ -51,8 +51,8 @@ _VLM4D_PATH = re.compile(r"(?:^|[/\\])(videos_(real|synthetic))[/\\](.+)$")
 
 
 @dataclass(frozen=True)
-class BenchmarkQuestion:
-    """One question of a benchmark.
+class AskedQuestion:
+    """What a question of a benchmark is, and by what its answer is judged.
 
     Attributes:
       id: unique in the benchmark.
@@ -65,9 +65,6 @@ class BenchmarkQuestion:
       choices: letter -> option text, in the file's order.
       answer: the truth as the file gives it, a letter or an option's text.
       truth: the letters whose option is right.
-      prompt: the user's whole text as the file has it, with <video> once; None = to be composed from question and
-        choices.
-      system: the system message that the file brings; None = it has none.
     """
 
     id: str
@@ -81,6 +78,18 @@ class BenchmarkQuestion:
     choices: Mapping[str, str]
     answer: str
     truth: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BenchmarkQuestion(AskedQuestion):
+    """One question as its file has it.
+
+    Attributes:
+      prompt: the user's whole text as the file has it, with <video> once; None = to be composed from question and
+        choices.
+      system: the system message that the file brings; None = it has none.
+    """
+
     prompt: str | None = None
     system: str | None = None
 

@@ -20,11 +20,6 @@ class RowShapeError(ValueError):
     """The lists of allowed lengths cannot work."""
 
 
-def largest(sizes: Sequence[RowSizes]) -> RowSizes:
-    """Return the sizes that hold each of several (those of all hosts, say)."""
-    return RowSizes(**{f.name: max(getattr(s, f.name) for s in sizes) for f in dataclasses.fields(RowSizes)})
-
-
 @dataclasses.dataclass(frozen=True)
 class RowShape:
     """Layout and padding of rows: a pure function of its fields, so that hosts that agree on one agree on the other.

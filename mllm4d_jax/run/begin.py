@@ -14,9 +14,10 @@ from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
+from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.report.reading import CONFIG
-from mllm4d_jax.run.build import Parts, build, encoder_of, needs_adapter, open_records
+from mllm4d_jax.run.build import Parts, build, encoder_of, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError, check_resumable, content_digests, flat_config
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Begun:
     def facts(self) -> dict[str, str]:
         """Return what it is, for its page."""
         c, parts = self.config, self.parts
-        adapter = [f"LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)}"] * needs_adapter(c)
+        adapter = [f"LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)}"] * needs_adapter(c.train.trainable)
         chosen = ", ".join(adapter + [pattern for pattern in c.train.trainable if pattern != "lora"])
         trained, frozen = (f"{sum(x.size for x in jax.tree.leaves(t)):,}" for t in (parts.trainable, parts.frozen))
         return {

@@ -29,7 +29,7 @@ from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
-from mllm4d_jax.models.split import attach_lora, split_model, trained
+from mllm4d_jax.models.split import attach_lora, needs_adapter, split_model, trained
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.parallel.rules import parameter_sharding
@@ -202,11 +202,6 @@ def open_held_out(config: ml_collections.ConfigDict, path: str, root: str) -> Re
     return source
 
 
-def needs_adapter(config: ml_collections.ConfigDict) -> bool:
-    """Return whether something of an adapter is trained: a part named "lora", or a pattern that asks for its leaves."""
-    return any("lora" in pattern for pattern in config.train.trainable)
-
-
 def load_trainable(config: ml_collections.ConfigDict, mesh: Mesh) -> QwenVL:
     """Load the base model, with an adapter if one is to be trained: that of a PEFT folder, or a fresh one."""
     model = load_model(
@@ -217,7 +212,7 @@ def load_trainable(config: ml_collections.ConfigDict, mesh: Mesh) -> QwenVL:
         remat=config.model.remat,
     )
     model.vision_remat = config.model.vision_remat
-    if needs_adapter(config):
+    if needs_adapter(config.train.trainable):
         _attach(config, model, nnx.Rngs(config.seed), mesh)
         if is_peft_folder(config.model.adapter):
             load_peft(config.model.adapter, model)
@@ -239,7 +234,7 @@ def abstract_model(config: ml_collections.ConfigDict, sizes: ModelConfig, mesh: 
             remat=settings.remat,
             vision_remat=settings.vision_remat,
         )
-        if needs_adapter(config):
+        if needs_adapter(config.train.trainable):
             _attach(config, model, rngs, None)
         return model
 
@@ -269,7 +264,7 @@ def tuning(config: ml_collections.ConfigDict, model: QwenVL) -> Tuning:
     """Return what the FLOPs of a step depend on besides its batch."""
     patterns = tuple(config.train.trainable)
     return Tuning(
-        rank=config.lora.rank if needs_adapter(config) else 0,
+        rank=config.lora.rank if needs_adapter(config.train.trainable) else 0,
         targets=tuple(config.lora.targets),
         text=trained("text/stacks/0/mlp/down_proj/kernel", patterns),
         vision=trained("vision/blocks/attn/qkv/kernel", patterns),

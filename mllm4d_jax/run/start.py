@@ -25,7 +25,7 @@ from configs.common import task_keys
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.split import attach_lora, merge_model, split_model
+from mllm4d_jax.models.split import attach_lora, merge_model, needs_adapter, split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, abstract, flat_config, folder_digest, model_digest
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b")
@@ -187,8 +187,8 @@ def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
         loaded = load_peft(adapter.folder, model)
         return TunedModel(model, {}, loaded.dropout, loaded.base)
     c = adapter.meta.config
-    patterns = tuple(c.get("train.trainable", ("lora",)))
-    if any("lora" in pattern for pattern in patterns):
+    patterns = tuple(c["train.trainable"])
+    if needs_adapter(patterns):
         # The run's own seed: with patterns that train one half of the adapter, the other is still as it began.
         attach_lora(
             model,
@@ -205,7 +205,7 @@ def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
         trainable = earlier.restore_trainable(adapter.step, wanted)
     trained = {path: x for path, x in _leaves(trainable).items() if path[-1] not in _ADAPTER_LEAVES}
     frozen_half = any(path[-1] in _ADAPTER_LEAVES for path in _leaves(frozen))
-    if frozen_half and c.get("model.adapter"):
+    if frozen_half and c["model.adapter"]:
         raise StartError(
             f"{adapter.folder} holds one part of an adapter and the other was kept as it is in {c['model.adapter']}, "
             "which this run does not have: they cannot be put together"

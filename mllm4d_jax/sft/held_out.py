@@ -54,7 +54,7 @@ class HeldOutLoss:
         Args:
           encoder: of one source.
           options, shape: those of the training rows, so that few more shapes are compiled.
-          graphdef, frozen: of the model, see `state.split_model`.
+          graphdef, frozen: of the model, see `models.split.split_model`.
           mesh: the model's devices.
           chunk: supervised positions whose logits exist at a time.
         """

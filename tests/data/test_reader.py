@@ -87,8 +87,12 @@ def test_workers_change_nothing(world, tmp_path):
 
 
 class SlowEncoder(FakeEncoder):
+    def __init__(self, seconds=0.5):
+        super().__init__()
+        self.seconds = seconds
+
     def encode_group(self, records, cache=None):
-        time.sleep(0.5)
+        time.sleep(self.seconds)
         return super().encode_group(records)
 
 
@@ -187,7 +191,7 @@ def test_patches_cross_in_shared_memory_and_stay_one_array(make_reader):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stop_is_heard_at_once_and_nothing_is_lost(make_reader, workers):
-    with make_reader(5, 6, workers=workers, encoder=SlowEncoder()) as reader:
+    with make_reader(5, 6, workers=workers, encoder=SlowEncoder(2.0)) as reader:
         asked = threading.Event()
 
         class Stop:
@@ -196,7 +200,7 @@ def test_a_stop_is_heard_at_once_and_nothing_is_lost(make_reader, workers):
 
         reader.start()
         threading.Timer(0.1, asked.set).start()
-        assert reader.take(Stop()) is None  # before the first group is there
+        assert reader.take(Stop()) is None and not reader._next.done()  # the first group is still on its way
         assert [said(group) for group in reader] == [{0: "r.json#0"}, {1: "r.json#1"}]
 
 

@@ -25,7 +25,7 @@ from mllm4d_jax.export.check import Difference
 from mllm4d_jax.export.merged import ModelExportError
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft
-from mllm4d_jax.models.split import attach_lora, split_model
+from mllm4d_jax.models.split import attach_lora, needs_adapter, split_model
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, model_digest
 from mllm4d_jax.run.start import StartError, find_adapter, load_tuned
 
@@ -60,12 +60,13 @@ def _moved(rng, scale, x):
 def trained_run(tmp_path, base, patterns=("lora",), scale=0.1, steps=(3,), **options) -> pathlib.Path:
     """A workdir with checkpoints whose parameters have moved by random numbers, as a run would leave it."""
     model = load_model(base, dtype=jnp.float32)
-    if any("lora" in pattern for pattern in patterns):
+    if needs_adapter(patterns):
         c = dict(rank=2, alpha=3.0, targets=("q_proj", "o_proj"))
         attach_lora(model, rngs=nnx.Rngs(0), **c)
     _, trainable, _ = split_model(model, patterns)
     rng = np.random.default_rng(7)
-    config = {"seed": 0, "model.path": str(base), "train.trainable": list(patterns), **ADAPTER, **options}
+    config = {"seed": 0, "model.path": str(base), "model.adapter": "", "train.trainable": list(patterns)}
+    config |= ADAPTER | options
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=5) as checkpoints:
         for step in steps:
             draw = partial(_moved, rng, scale * step)

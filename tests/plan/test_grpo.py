@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from configs import common
-from configs import grpo as grpo_config
-from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.generate.decoding import empty_branches
-from mllm4d_jax.generate.policy import SamplingOptions
-from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder, Packing
-from mllm4d_jax.grpo.learner import PromptFeatures
-from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.settings import completions_per_row, division_problems
-from mllm4d_jax.grpo.setup import make_learner, make_sampler, sampling_weights
-from mllm4d_jax.grpo.task import rows_of
 from mllm4d_jax.models.flops import Tuning
-from mllm4d_jax.models.split import merge_model
-from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel import topology
 from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.mesh import make_mesh, mesh_shape
-from mllm4d_jax.parallel.place import place_rows
-from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.plan import memory as reckon
 from mllm4d_jax.plan import task
 from mllm4d_jax.plan.compile import EFFICIENCY, USABLE, Compiled, Phase, timing
 from mllm4d_jax.plan.grpo import GrpoPhases, decode_flops, largest_prompts, program_flops
-from mllm4d_jax.plan.job import GrpoJob, Lengths, PlanError
-from mllm4d_jax.rows.completion_rows import collate_prompts, needed_prompt_sizes
-from mllm4d_jax.run.build import abstract_model, build
-from tests.grpo.learner_cases import parts, prompt, prompts
+from mllm4d_jax.plan.job import PlanError
+from mllm4d_jax.run.build import abstract_model
+from tests.plan.grpo_jobs import job_of, paper_job
 
 GIB = 1 << 30
-
-
-def job_of(config, **lengths) -> GrpoJob:
-    words = [f"{name}={value}" for name, value in lengths.items()]
-    return GrpoJob.of(config, Lengths.parse(words, config))
-
-
-def paper_job(**settings) -> GrpoJob:
-    config = common.config("grpo")
-    config.model.published = "8b"
-    config.update_from_flattened_dict(settings)
-    return job_of(config)
-
-
-@pytest.fixture
-def config(tiny_world):
-    """The tiny run: 4 prompts x 8 completions."""
-    model, world = tiny_world
-    config = grpo_config.get_config("tiny")
-    config.model.path, config.data.path, config.data.root = str(model), str(world), str(world.parent)
-    config.model.adapter, config.rollout.prompts = "", 4
-    return config
-
-
-@pytest.fixture
-def quick_compiles():
-    """What is looked at here does not depend on how good the code for a CPU is."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(
@@ -203,166 +156,6 @@ def test_largest_prompts_follow_the_line():
     few = paper_job(**{"learner.completions_per_row": 6, "rollout.prompts_at_once": 1})
     decode = compiled("decode", 150, prompts=2, held={"frozen": 50, "batch": 1})
     assert largest_prompts(few, [one, decode], 100, 1) == 3
-
-
-def shapes(tree):
-    """Shape, dtype and placement of every array; numbers as they are."""
-    return jax.tree.map(lambda x: x if isinstance(x, int) else (x.shape, str(x.dtype), x.sharding), tree)
-
-
-@pytest.mark.parametrize("tensor", [0, 2])
-def test_the_planned_trees_are_those_of_a_run(config, tensor):
-    config.mesh.data, config.mesh.fsdp, config.rollout.tensor = (8, 1, 0) if not tensor else (2, 4, tensor)
-    programs = GrpoPhases(job_of(config), jax.devices()[:8])
-    real = build(config, devices=jax.devices()[:8])
-    for name in ("trainable", "frozen", "opt_state"):
-        assert shapes(getattr(programs.parts, name)) == shapes(getattr(real, name))
-    sampled = sampling_weights(real, real.trainable).of(real.trainable)
-    assert shapes(programs.sampled) == shapes(sampled)
-    on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(sampled[1]))
-    assert programs.held(sampling=True).get(reckon.COPY, 0) == (on_one if tensor else 0)
-    assert programs.held(sampling=False)["reference"] == programs.held(sampling=False)["trainable"]
-
-
-def planned_arguments(planned: GrpoPhases, features: PromptFeatures) -> dict[str, tuple]:
-    """The arguments of each kind of program, nothing compiled; `features` lie as a run has them."""
-    cache = jax.ShapeDtypeStruct((1,), np.int8, sharding=replicated(planned.mesh))
-    phases, sent, found = planned.phases(), None, {}
-    planned._branch_cache = lambda filled, slots: cache
-    while True:
-        try:
-            phase = phases.send(sent)
-        except StopIteration:
-            return found
-        found.setdefault(phase.kind, (phase.lower.args[1:], phase.lower.keywords))
-        sent = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), features)
-        sent = sent if phase.kind == "encode" else (cache,)
-
-
-def recorded(owner, results: dict) -> dict[str, tuple]:
-    """Puts functions in the place of compiled ones; gives the dict in which they note their newest arguments."""
-    calls = {}
-
-    def noting(name, result):
-        def call(*args, **named):
-            calls[name] = args, named
-            return result(*args)
-
-        return call
-
-    for name, result in results.items():
-        setattr(owner, f"_{name}", noting(name, result))
-    return calls
-
-
-class Reached(Exception):
-    """The program that was waited for was called."""
-
-
-def drawn(prompts: int, branches: int, length: int) -> Rollouts:
-    """Completions that all reach the cap."""
-    count = prompts * branches
-    return Rollouts(
-        step=0,
-        policy_step=0,
-        positions=tuple(range(prompts)),
-        position=prompts,
-        rejected=0,
-        tokens=np.ones((count, length), np.int32),
-        lengths=np.full(count, length, np.int32),
-        logprobs=np.zeros((count, length), np.float32),
-        finish=("length",) * count,
-        texts=("",) * count,
-        rewards=({"total": 1.0}, {"total": 0.0}) * (count // 2),
-        seconds={},
-        counts={},
-    )
-
-
-@pytest.mark.parametrize(
-    ("mesh", "tensor", "per_row", "micro"), [((2, 1), 0, 0, 1), ((1, 2), 2, 4, 2)], ids=["whole", "parts"]
-)
-def test_the_planned_programs_take_the_arguments_of_a_run(config, mesh, tensor, per_row, micro):
-    """Shapes, dtypes and placement of everything that sampler and learner hand to a jitted function."""
-    (config.mesh.data, config.mesh.fsdp), config.rollout.tensor = mesh, tensor
-    config.learner.completions_per_row, config.train.accumulation = per_row, micro
-    config.rollout.max_new_tokens, config.rollout.buckets, config.rollout.prompts_at_once = 32, (32,), 2
-    devices, rng = jax.devices()[:2], np.random.default_rng(0)
-    real = build(config, devices=devices)
-    examples = [prompt(real.sizes, f"p{i}", rng, grid=Grid("video", 1, 4, 4), words=6) for i in range(4)]
-    sizes = real.shape.sizes(needed_prompt_sizes(examples))
-    batch = collate_prompts(examples, sizes, real.shape.geometry, real.shape.visual_token_ids)
-    merged = np.zeros((4, batch.features, real.sizes.text.hidden_size), np.float32)
-    taps = np.zeros((len(real.sizes.vision.deepstack), *merged.shape), np.float32)
-    features = place_rows(PromptFeatures(merged, taps), real.mesh)
-    programs = GrpoPhases(dataclasses.replace(job_of(config), sizes=sizes), devices)
-    planned = planned_arguments(programs, features)
-
-    # what the sampler is given and what it hands on, for the first two prompts
-    weights, options = sampling_weights(real, real.trainable), SamplingOptions(1.0, eos_ids=(5,))
-    sampler, first = make_sampler(config, weights), slice(0, 2)
-    size = -(-2 // sampler.ladder.shards) * sampler.ladder.shards
-
-    def stop(*args):
-        raise Reached
-
-    zeros = np.zeros((size, 8), np.int32)
-    made = dict(start=lambda *args: ("cache", None, zeros, zeros[..., None], zeros[..., None].astype(np.float32)))
-    calls = recorded(sampler, made | dict(empty=lambda *args: "own", decode=stop))
-    two = collate_prompts(examples[first], sizes, real.shape.geometry, real.shape.visual_token_ids)
-    some = PromptFeatures(features.merged[first], features.deepstack[:, first]).flat()
-    with pytest.raises(Reached):
-        sampler.generate(
-            weights.of(real.trainable),
-            two.inputs._replace(vision=None),
-            prompt_ids=[1, 2],
-            branches=8,
-            max_new_tokens=32,
-            options=options,
-            features=some,
-        )
-    (args, named), (wanted, static) = calls["start"], planned["prefill"]
-    assert shapes(args) == shapes(wanted) and named["branches"] == static["branches"] == 8
-    (args, named), (wanted, static) = calls["decode"], planned["decode"]
-    assert shapes(args[0]) == shapes(wanted[0]) and named["chunk"] == static["chunk"]
-    assert shapes(named["feed"]) == shapes(static["feed"])
-
-    # and the learner
-    learner, rollouts = make_learner(real, real.trainable, real.opt_state, options), drawn(4, 8, 32)
-    made = dict(encode=lambda *args: features, score=lambda whole, *args: whole, begin=learner._begin)
-    made |= dict(zeros=lambda tree: tree, add=lambda grads, *args: (grads, 0.0, {}, 0.0))
-    calls = recorded(learner, made | dict(finish=lambda trainable, opt_state, *args: (trainable, opt_state, None)))
-    learner.encode(real.trainable, real.frozen, batch.inputs.vision, 4)
-    own = dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None))
-    length, rows = rows_of(config, real.shape, types.SimpleNamespace(rollouts=rollouts, batch=own))
-    learner.update(
-        real.trainable, real.opt_state, real.frozen, features, rows, rollouts.batch(length), reference=real.trainable
-    )
-    assert len(rows) == micro
-    for kind, name in (("encode", "encode"), ("score", "score"), ("gradient", "add"), ("optimiser", "finish")):
-        args, wanted = calls[name][0], planned[kind][0]
-        if name == "finish":  # the loss is added up from what was made up here
-            args, wanted = args[:3], wanted[:3]
-        assert jax.tree.structure(args) == jax.tree.structure(wanted), kind
-        assert shapes(args) == shapes(wanted), kind
-
-
-def test_features_from_devices_in_another_order(quick_compiles):
-    """As on a TPU, where the meshes of learner and sampler do not list the devices alike."""
-    config, graphdef, trainable, frozen, mesh = parts("qwen3_vl", 2)
-    _, batch = prompts("qwen3_vl", 2)
-    found = merge_model(graphdef, trainable, frozen).encode_vision(batch.inputs.vision)
-    other = Mesh(mesh.devices[::-1], mesh.axis_names)
-    assert [d.id for d in other.devices.flat] != [d.id for d in mesh.devices.flat]
-
-    def put(mesh: Mesh) -> VisionFeatures:
-        return jax.device_put(VisionFeatures(*map(np.asarray, found)), replicated(mesh))
-
-    inputs = batch.inputs._replace(vision=None)
-    how = dict(prompt_ids=[1, 2], branches=2, max_new_tokens=4, options=SamplingOptions())
-    sampler = Sampler(graphdef, mesh, chunk=4)
-    same, moved = (sampler.generate((trainable, frozen), inputs, features=put(m), **how) for m in (mesh, other))
-    assert np.array_equal(same.tokens, moved.tokens) and np.array_equal(same.logprobs, moved.logprobs)
 
 
 def test_timing_of_a_step(config):

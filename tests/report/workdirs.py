@@ -32,7 +32,7 @@ def sample_clips(folder: Path, clips: int = 6) -> list[tuple[str, str, str]]:
 
 
 def sft_rows(steps: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows as `sft.trainer` makes them."""
+    """Rows as `sft.step` makes them."""
     rng = np.random.default_rng(seed)
     return [
         {

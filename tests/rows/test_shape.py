@@ -13,7 +13,7 @@ from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.rows.rows import RowSizes
-from mllm4d_jax.rows.shape import RowShape, RowShapeError, bucket, largest
+from mllm4d_jax.rows.shape import RowShape, RowShapeError, bucket
 
 
 def shape(prefix, branch, **sizes):
@@ -49,7 +49,8 @@ def test_every_size_holds_what_it_must_and_shapes_are_few():
             int(rng.integers(40, 65)), 4 * int(rng.integers(30, 50)), int(rng.integers(8, 40)),
         )  # fmt: skip
         got = rows.sizes(needed)
-        assert largest([got, needed]) == got and got.frame_patches % 4 == 0
+        held = zip(dataclasses.astuple(got), dataclasses.astuple(needed), strict=True)
+        assert all(ours >= wanted for ours, wanted in held) and got.frame_patches % 4 == 0
         assert rows.sizes(got) == got  # agreeing on padded sizes is agreeing on sizes
         shapes.add((got.frames, got.frame_patches))
     assert len(shapes) <= 2 * 3
@@ -60,11 +61,6 @@ def test_lists_of_supervised_tokens():
     sizes = [rows.sizes(RowSizes(1, 1, 1, 0, 0, n)).supervised for n in range(1, 20_000)]
     assert sorted(set(sizes))[:6] == [16, 64, 256, 1024, 1536, 2048]
     assert all(n <= size <= max(4 * n, 16) and (n <= 1024 or size <= 1.5 * n) for n, size in enumerate(sizes, 1))
-
-
-def test_largest_is_by_size():
-    a, b = RowSizes(1, 2, 3, 4, 5, 6), RowSizes(6, 5, 4, 3, 2, 1)
-    assert largest([a, b]) == RowSizes(6, 5, 4, 4, 5, 6)
 
 
 @pytest.mark.parametrize("sizes", [(), (16, 8), (0, 8), (8, 8)])

@@ -25,9 +25,8 @@ from tests.data_prep.cold_start.test_cold_start import (
     results,
     write_records,
 )
-from tests.data_prep.teacher.test_teacher import completion, serve
+from tests.data_prep.teacher.server import completion
 
-__all__ = ["serve"]
 LEAKS = (
     "ground truth",
     "ground-truth",

@@ -14,7 +14,7 @@ from data_prep.scenes.objects import read_captions
 from data_prep.sources.frames import write_video
 from data_prep.teacher.describe import DescribeError, caption_request, describe, find_pending
 from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, TeacherError
-from tests.data_prep.teacher.test_teacher import completion, serve  # noqa: F401 - a fixture
+from tests.data_prep.teacher.server import completion
 
 FRAMES, SIZE = 4, 64
 
@@ -49,7 +49,7 @@ def pictures(request):
     return [cv2.imdecode(np.frombuffer(d, np.uint8), cv2.IMREAD_COLOR)[..., ::-1] for d in data]
 
 
-def test_each_clip_gets_its_next_file_once(folder, monkeypatch, serve):  # noqa: F811
+def test_each_clip_gets_its_next_file_once(folder, monkeypatch, serve):
     assert [(p.clip_id, p.output.name) for p in find_pending(folder)] == [
         ("trip", "trip-captions.json"),
         ("walk", "walk-entities.json"),
@@ -70,7 +70,7 @@ def test_each_clip_gets_its_next_file_once(folder, monkeypatch, serve):  # noqa:
     assert (folder / "walk-entities.json").exists() and len(server.seen) == 2
 
 
-def test_a_clip_that_fails_is_named_and_the_others_are_written(folder, monkeypatch, serve, capsys):  # noqa: F811
+def test_a_clip_that_fails_is_named_and_the_others_are_written(folder, monkeypatch, serve, capsys):
     (folder / "walk.mp4").write_bytes(b"no video")
     assert run(folder, monkeypatch, serve(answer(caption="the red box", category="box"))) == 1
     assert "walk" in capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_the_object_is_outlined_in_its_largest_frame_and_cut_out():
     assert abs(rows[[0, -1]] - [10, 29]).max() <= 1 and abs(columns[[0, -1]] - [20, 49]).max() <= 1
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch, serve):  # noqa: F811
+def test_what_is_missing_is_said(tmp_path, monkeypatch, serve):
     with pytest.raises(DescribeError, match="holds no"):
         run(tmp_path, monkeypatch, serve(answer()))
     with pytest.raises(DescribeError, match="input is not set"):

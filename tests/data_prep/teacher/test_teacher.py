@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import base64
 import email.utils
-import http.server
 import json
 import shutil
-import socket
 import ssl
 import subprocess
-import threading
 import time
 
 import numpy as np
@@ -33,108 +30,11 @@ from data_prep.teacher.describe import entity_request, parse_entities
 from data_prep.teacher.endpoint import Endpoint, TeacherError
 from data_prep.teacher.json_schema import SchemaError, exact_object, parse_json
 from data_prep.teacher.replay import ReplayError, Reply, ReplyCache
+from tests.data_prep.teacher.server import OK, completion
 
 SCHEMA = exact_object(n={"type": "integer"})
 KEY = "sk-very-secret"
 DEFAULT_POLICY = RetryPolicy()
-
-
-def completion(content, finish="stop"):
-    return json.dumps({"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": {"x": 1}})
-
-
-OK = ("status", 200, {}, completion('{"n": 7}'))
-
-
-class Server:
-    """Answers the n-th request with the n-th step of a script; keeps what it was asked and when."""
-
-    def __init__(self, *script):
-        self.script, self.seen, self.lock = list(script), [], threading.Lock()
-        self.in_flight = self.most_in_flight = 0
-        self.stop = threading.Event()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                with outer.lock:
-                    outer.in_flight += 1
-                    outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
-                    step = outer.script[min(len(outer.seen), len(outer.script) - 1)]
-                    outer.seen.append((time.monotonic(), self.path, dict(self.headers), json.loads(body)))
-                try:
-                    self.play(*step)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-                with outer.lock:
-                    outer.in_flight -= 1
-
-            def play(self, kind, status=200, headers=None, text=""):
-                self.close_connection = True
-                data = text.encode()
-                if kind == "hang_up":
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                if kind == "silent":
-                    outer.stop.wait(10)
-                    return
-                if kind == "drip_head":
-                    for byte in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 200:
-                        if outer.stop.wait(0.05):
-                            return
-                        self.connection.sendall(bytes([byte]))
-                    return
-                self.send_response(status)
-                for name, value in (headers or {}).items():
-                    self.send_header(name, value)
-                if kind == "endless":
-                    self.end_headers()
-                    for _ in range(10_000):
-                        self.wfile.write(b" " * 65536)
-                    return
-                self.send_header("Content-Length", str(len(data) + (100 if kind == "truncated" else 0)))
-                self.end_headers()
-                if kind == "drip":
-                    for byte in data:
-                        if outer.stop.wait(0.05):
-                            return
-                        self.wfile.write(bytes([byte]))
-                        self.wfile.flush()
-                    return
-                if kind == "held":
-                    time.sleep(0.05)
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-
-        self.server = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.stop.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(*script):
-        servers.append(Server(*script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 class Waits(list):
