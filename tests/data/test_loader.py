@@ -16,7 +16,7 @@ from mllm4d_jax.data.steps import Counts
 from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.encoder import Media
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.rows.shape import largest
+from mllm4d_jax.rows.rows import RowSizes
 from tests.data.fakes import PATCH, SHAPE, FakeEncoder, arrays, write_records
 
 # Seven clips with 1 to 7 questions of different lengths, every ninth of them bad.
@@ -25,6 +25,11 @@ CLIPS = [(f"c{n}.mp4", -1 if (n + i) % 9 == 0 else 4 + (3 * n + i) % 5) for n in
 
 def keys(loader, batches):
     return [loader.next_batch().keys for _ in range(batches)]
+
+
+def common_sizes(steps):
+    """Return the sizes that hosts agree on when each tells what its own step needs."""
+    return SHAPE.sizes(RowSizes(*np.max([dataclasses.astuple(s.needed) for s in steps], axis=0).tolist()))
 
 
 def assert_same(a, b):
@@ -72,7 +77,7 @@ def test_hosts_together_take_what_one_takes(make_loader, hosts):
     parts = [make_loader(CLIPS, host=h, hosts=hosts, **options) for h in range(hosts)]
     for _ in range(6):
         whole, steps = one.next_step(), [p.next_step() for p in parts]
-        sizes = SHAPE.sizes(largest([s.needed for s in steps]))
+        sizes = common_sizes(steps)
         batches = [s.finish(sizes) for s in steps]
         assert sorted(k for b in batches for k in b.keys) == sorted(
             e.key for row in whole.rows for g in row for e in g.examples
@@ -104,7 +109,7 @@ def test_a_host_without_clips_still_has_the_arrays_of_the_others(make_loader):
     parts = [make_loader(records, host=h, hosts=2, batch_size=2, fresh=True) for h in range(2)]
     for _ in range(2):
         steps = [p.next_step() for p in parts]
-        sizes = SHAPE.sizes(largest([s.needed for s in steps]))
+        sizes = common_sizes(steps)
         if sizes.frames:
             break
     shapes = [[x.shape for x in arrays(s.finish(sizes))] for s in steps]
