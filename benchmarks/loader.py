@@ -1,10 +1,11 @@
 """Clips per second and memory of the data loader, here and in other trees of this project, on the same clips.
 
-    python benchmarks/loader.py [--tree=DIR,...] [--clips=400] [--workers=0,1,2] [--rounds=3]
+    python benchmarks/loader.py [--tree=DIR,...] [--clips=400] [--epochs=4] [--workers=0,1,2] [--rounds=3]
 
 Writes clips of 160 x 120 pixels and 48 frames, one question each, and takes padded batches of eight of them, 32 frames
 a clip, as fast as they come; no model runs. The trees take turns: a process each for every round and number of workers,
-one of the first, one of the second, and so on. "Start" is the time to the first batch, the rate is that of the others.
+one of the first, one of the second, and so on. "Start" is the time to the first batch. The first epoch's rate is that
+of its other batches, beside which the last of the workers still start; the later rate is that of the other epochs.
 Memory is the proportional set size (shared pages are divided among those who share them) of the process and all its
 children together, the largest of samples half a second apart. Processor seconds are those of all of them from
 start to end, imports included, and depend less than the clock on what else the machine does. Medians of the rounds,
@@ -38,12 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in (("tree", str(ROOT)), ("workers", "0,1,2"), ("drive", "")):
         parser.add_argument(f"--{name}", default=value)
-    for name, number in (("clips", 400), ("rounds", 3)):
+    for name, number in (("clips", 400), ("epochs", 4), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=number)
     arguments = parser.parse_args()
     if arguments.drive:
         sys.path.insert(0, os.getcwd())
-        print(json.dumps(drive(Path(arguments.drive), int(arguments.workers))))
+        print(json.dumps(drive(Path(arguments.drive), int(arguments.workers), arguments.epochs)))
         return
     trees = [Path(tree).resolve() for tree in arguments.tree.split(",")]
     found: dict[tuple[Path, str], list[dict[str, float]]] = {}
@@ -53,13 +54,12 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for workers in arguments.workers.split(","):
                 for tree in trees:
-                    found.setdefault((tree, workers), []).append(measure(tree, workers, Path(folder)))
+                    found.setdefault((tree, workers), []).append(measure(tree, workers, arguments.epochs, Path(folder)))
     print(f"load after: {os.getloadavg()[0]:.1f}")
-    print(
-        "| tree | workers | clips/s | start, s | processor seconds | peak memory, MiB |\n|---|---:|---:|---:|---:|---:|"
-    )
+    heads = ("start, s", "clips/s, first epoch", "clips/s, later", "processor seconds", "peak memory, MiB")
+    print(f"| tree | workers | {' | '.join(heads)} |\n|---|{'---:|' * (1 + len(heads))}")
     for (tree, workers), rows in found.items():
-        cells = (spread([row[name] for row in rows]) for name in ("rate", "start", "cpu", "memory"))
+        cells = (spread([row[name] for row in rows]) for name in ("start", "first", "later", "cpu", "memory"))
         print(f"| {tree} | {workers} | {' | '.join(cells)} |")
 
 
@@ -68,9 +68,10 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
-def measure(tree: Path, workers: str, folder: Path) -> dict[str, float]:
+def measure(tree: Path, workers: str, epochs: int, folder: Path) -> dict[str, float]:
     """Runs `drive` in a process that imports the project from a tree; adds the peak memory of all its processes."""
     command = [sys.executable, str(Path(__file__).resolve()), f"--drive={folder}", f"--workers={workers}"]
+    command.append(f"--epochs={epochs}")
     environment = os.environ | {"PYTHONPATH": str(tree), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.PIPE, text=True)
     peak, over = [0.0], threading.Event()
@@ -134,9 +135,9 @@ def write_world(folder: Path, clips: int) -> None:
     write_tiny_model(folder / "model", ["Which way? A. left B. right <0.3 seconds> user assistant"], 0)
 
 
-def drive(folder: Path, workers: int) -> dict[str, float]:
-    """Goes through one epoch with the loader of a training run; returns the seconds to the first batch and the clips
-    per second after it."""
+def drive(folder: Path, workers: int, epochs: int) -> dict[str, float]:
+    """Goes through the epochs with the loader of a training run; returns the seconds to the first batch and the clips
+    per second after it, of the first epoch and of the others."""
     from absl import flags
 
     from configs import sft
@@ -151,8 +152,10 @@ def drive(folder: Path, workers: int) -> dict[str, float]:
     number = len(json.loads((folder / "records.json").read_text())) // BATCH
     started = time.perf_counter()
     with contextlib.closing(batches):
-        moments = [time.perf_counter() for _ in itertools.islice(batches, number)]
-    return {"start": moments[0] - started, "rate": BATCH * (number - 1) / (moments[-1] - moments[0])}
+        moments = [time.perf_counter() for _ in itertools.islice(batches, epochs * number)]
+    first = BATCH * (number - 1) / (moments[number - 1] - moments[0])
+    later = BATCH * (epochs - 1) * number / (moments[-1] - moments[number - 1]) if epochs > 1 else float("nan")
+    return {"start": moments[0] - started, "first": first, "later": later}
 
 
 def new_batches(config: Any) -> Iterator[Any]:
