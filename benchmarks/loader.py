@@ -175,7 +175,8 @@ def new_batches(config: Any) -> Iterator[Any]:
         with GroupStream(records, groups, quarantine, loader_options(config)) as stream:
             loader = Loader(stream, shape)
             while True:
-                yield loader.next_batch()
+                step = loader.next_step()
+                yield step.finish(shape.sizes(step.needed))
 
 
 def old_batches(config: Any) -> Iterator[Any]:

@@ -154,7 +154,8 @@ class Ours:
         """Prepares the batches of all steps; returns the numbers of their records."""
         for _ in range(steps):
             started = time.perf_counter()
-            loaded = self._loader.next_batch()
+            step = self._loader.next_step()
+            loaded = step.finish(self._loader.shape.sizes(step.needed))
             self._batches.append((loaded, time.perf_counter() - started))
         return [[int(key.rpartition("#")[2]) for key in loaded.keys] for loaded, _ in self._batches]
 

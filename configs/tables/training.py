@@ -19,7 +19,7 @@ TRAINED_KEYS = (
         "",
         "start from this adapter: workdir or checkpoints folder of an earlier run, or a PEFT folder; '' = a fresh one",
     ),
-    Key("model.published", "", "plans only: a published size in place of model.path", choices=("", *SIZES), free=True),
+    Key("model.published", "", "plans only, without model.path: a published size", choices=("", *SIZES), free=True),
 )
 DATA_KEYS = (
     Key("data.path", "", "records: JSON list, JSONL file, or a TFDS set's version folder (folder@split)", content=True),
@@ -37,7 +37,7 @@ DATA_KEYS = (
     Key(
         "data.rows",
         0,
-        "rows of a step, over all hosts; 0 = one per group of questions. About four clips to a row waste least padding",
+        "rows of a micro-batch, over all hosts; 0 = one per group of questions. Four clips a row waste least padding",
         low=0,
         free=True,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from mllm4d_jax.data.steps import LoadedBatch, PreparedStep
+from mllm4d_jax.data.steps import PreparedStep
 from mllm4d_jax.data.stream import GroupStream
 from mllm4d_jax.rows.rows import pack_groups, share_prefix
 from mllm4d_jax.rows.shape import RowShape
@@ -46,8 +46,3 @@ class Loader:
             rejected=self.stream.quarantine.rejected,
             load_s=time.perf_counter() - started,
         )
-
-    def next_batch(self, stop: object = False) -> LoadedBatch | None:
-        """Return the next step padded at once, for a run on one host. As `next_step` otherwise."""
-        step = self.next_step(stop)
-        return None if step is None else step.finish(self.shape.sizes(step.needed))

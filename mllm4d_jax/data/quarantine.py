@@ -43,7 +43,7 @@ class Quarantine:
           path: the first host's file; created with the first bad record.
           max_rate: largest share of unusable records the run puts up with.
           rejected: the count at the position the run resumes from.
-          fresh: True forgets this host's file (a run from the start).
+          fresh: True deletes the files of all hosts (a run from the start; all come here before one reads a record).
           host: number of this host.
           per_group: questions that a bad clip takes out together.
 
@@ -52,11 +52,10 @@ class Quarantine:
         """
         self.path = jsonl.of_host(path, host)
         self.max_rate, self.rejected, self._per_group = max_rate, rejected, per_group
-        if fresh:
-            self.path.unlink(missing_ok=True)
+        for file in jsonl.of_all_hosts(path) if fresh else ():
+            file.unlink(missing_ok=True)
         jsonl.rewind(self.path)
-        files = () if fresh else jsonl.of_all_hosts(path)
-        self._known = {_record(file, line) for file in files for line in jsonl.read(file)}
+        self._known = {_record(file, line) for file in jsonl.of_all_hosts(path) for line in jsonl.read(file)}
 
     def knows(self, source: int, index: int) -> bool:
         """Whether record `index` of source `source` is unusable."""

@@ -1,4 +1,4 @@
-"""The types of the encoder: what goes in (Record), how (VideoOptions), and what comes out (Example)."""
+"""The types of the encoder: how a record becomes one (VideoOptions), and what comes out (Example)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Questions to a checkpoint: single answers, and the comparison with a recorded reference."""
+"""Questions to a checkpoint: benchmarks and single answers, and how they are scored and compared."""

@@ -42,12 +42,11 @@ from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
-from mllm4d_jax.report.reading import CONFIG
+from mllm4d_jax.report.reading import CONFIG, QUARANTINE
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import row_shape
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 
-QUARANTINE = "quarantine.jsonl"
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
 
 
@@ -66,8 +65,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 
     Raises:
       EvaluationError: no model and nothing to score, nothing to ask, or another process of the run could not finish.
-      ModelError, ExportError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError: the questions;
-        PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what they are asked with.
+      StartError, ResumeError, ModelConfigError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError:
+        the questions; PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what asks them.
     """
     folder = Path(workdir)
     if config.rescore.path:

@@ -52,7 +52,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task: prints the answer on stdout and the figures on stderr.
 
     Raises:
-      InferError, RecordError, ProcessorError, StartError, CheckpointError, MeshError: what is missing or unusable.
+      InferError, RecordError, ProcessorError, MeshError: what is missing or unusable;
+      StartError, ResumeError, ModelConfigError, CheckpointError, PeftError: the model.
     """
     del workdir
     system = resolve_system_prompt(file=config.system_file)

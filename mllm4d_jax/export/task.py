@@ -89,8 +89,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Entry point of the task.
 
     Raises:
-      ModelExportError, PeftError, ResumeError, CheckpointError: what is missing, does not fit or came out different; no
-        part of an export is left then.
+      ModelExportError, StartError, PeftError, ResumeError, CheckpointError: what is missing, does not fit or came out
+        different; no part of an export is left then.
     """
     del workdir  # the result goes to config.output
     if jax.process_count() > 1:

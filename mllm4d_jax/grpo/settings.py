@@ -11,7 +11,6 @@ import ml_collections
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
 from mllm4d_jax.grpo.presets import ObjectiveConfig, resolve_objective
-from mllm4d_jax.models.split import trained
 from mllm4d_jax.parallel.mesh import MeshError, mesh_shape
 from mllm4d_jax.qa.custom_rewards import RewardError, Rewards, load_rewards
 from mllm4d_jax.run import preflight
@@ -72,10 +71,7 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield "reinforcement learning over several processes is not supported: run it on the devices of one host"
     c = config.rollout
     yield from preflight.bucket_problems("rollout.buckets", c.buckets, "rollout.max_new_tokens", c.max_new_tokens)
-    patterns = tuple(config.train.trainable)
-    if trained("vision/blocks/attn/qkv/kernel", patterns) or trained("vision/merger/fc1/kernel", patterns):
-        yield "train.trainable names the vision tower, which is frozen here: each clip is encoded once for all its uses"
-    yield from preflight.place_problems("eval.path =", config.eval.path, config.eval.root)
+    yield from preflight.place_problems("eval.path =", config.eval.path, config.eval.root or config.data.root)
 
 
 def completions_per_row(config: ml_collections.ConfigDict) -> int:

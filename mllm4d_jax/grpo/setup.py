@@ -27,6 +27,7 @@ from mllm4d_jax.report.reading import EVALS
 from mllm4d_jax.run.begin import Begun, begin
 from mllm4d_jax.run.build import Parts, open_held_out
 from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.preflight import PreflightError
 from mllm4d_jax.run.start import start_from_run
 
 
@@ -82,6 +83,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     """Load everything a run needs and restore the newest checkpoint. Raises as `task.run`."""
     begun = begin(config, workdir, checkpoints)
     parts, encoder, progress = begun.parts, begun.encoder, begun.progress
+    if "vision" in parts.trainable:  # each clip is encoded once for all its uses
+        raise PreflightError("train.trainable names parameters of the vision tower, which is frozen here")
     trainable, opt_state = _start(begun), parts.opt_state
     reference = jax.tree.map(lambda x: x.copy(), trainable) if settings.objective_of(config).beta > 0 else None
     if progress.step:

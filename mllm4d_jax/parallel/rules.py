@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Logical axis -> mesh axis. The loss lays the head out anew, over its vocabulary alone (`sft/step.py`): a head
+# Logical axis -> mesh axis. The loss lays the head out anew, over its vocabulary alone (`products.py`): a head
 # split over its width would be gathered whole for every logit. What that moves is a device's own share of the head.
 RULES: Mapping[str, str | None] = {
     "layers": None,

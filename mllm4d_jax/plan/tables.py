@@ -80,7 +80,7 @@ def heading(job: PlanJob) -> str:
         rows = f"objective {c.objective.preset}: {r.prompts} prompts of {s.prefix} tokens, {r.completions} completions "
         rows += f"each of at most {r.max_new_tokens} (memory is for completions that all reach that)"
     texts = ", ".join(f"{name}={getattr(job.lengths, name)}" for name in Lengths.names(c.task))
-    model = f"{c.model.published or c.model.path}, {c.model.dtype}, trained: {', '.join(c.train.trainable)}"
+    model = f"{c.model.path or c.model.published}, {c.model.dtype}, trained: {', '.join(c.train.trainable)}"
     return (
         f"# Plan\n\n{model} (rank {c.lora.rank}), remat {c.model.remat}; {rows}; {s.frames} x {s.frame_patches} "
         "patches. Clips have as many frames and pixels as the config allows; texts are taken to have, in tokens, "

@@ -107,7 +107,7 @@ def _write(folder: Path, job: PlanJob, plans: Sequence[TopologyPlan], gpus: Sequ
     write_atomic(folder / "plan.md", ("\n\n".join(parts) + "\n").encode())
     c, sizes, lengths = job.config, dataclasses.asdict(job.sizes), dataclasses.asdict(job.lengths)
     facts = dict(
-        task=c.task, model=c.model.published or c.model.path, sizes=sizes, lengths=lengths, steps=c.train.steps
+        task=c.task, model=c.model.path or c.model.published, sizes=sizes, lengths=lengths, steps=c.train.steps
     )
     record = dict(job=facts, plans=[p.record for p in plans]) | ({MEMORY: gpus} if gpus else {})
     write_json(folder / "plan.json", record)

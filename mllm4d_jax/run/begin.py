@@ -16,7 +16,7 @@ from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel import multihost
-from mllm4d_jax.report.reading import CONFIG
+from mllm4d_jax.report.reading import CONFIG, QUARANTINE
 from mllm4d_jax.run.build import Parts, build, encoder_of, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError, check_resumable, content_digests, flat_config
 
@@ -51,7 +51,7 @@ class Begun:
     def open_quarantine(self, per_group: int = 1) -> Quarantine:
         """Open its list of unusable records; `per_group`: questions that a bad clip takes out together."""
         return Quarantine(
-            self.workdir / "quarantine.jsonl",
+            self.workdir / QUARANTINE,
             self.config.data.max_quarantine_rate,
             rejected=multihost.share(self.progress.rejected),
             fresh=self.progress.step == 0,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from configs.published import published_config
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.sources import Mixture, RecordSource, open_mixture, open_source
+from mllm4d_jax.data.sources import Mixture, RecordSource, open_mixture
 from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
@@ -82,7 +82,8 @@ def build(
 
     Raises:
       BuildError: no model is named.
-      MeshError, ModelConfigError, CheckpointError, PeftError, TrainableError, ProcessorError: what cannot be built.
+      MeshError, ModelConfigError, CheckpointError, PeftError, TrainableError, ProcessorError, RowShapeError,
+        LoaderError: what cannot be built.
     """
     mesh = make_mesh(dict(config.mesh), devices)
     model = abstract_model(config, model_sizes(config), mesh) if abstract else load_trainable(config, mesh)
@@ -103,22 +104,22 @@ def build(
 
 
 def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
-    """Return the sizes of the model that `model.published` or `model.path` names, without its weights.
+    """Return the sizes of the model that `model.path` names, or else `model.published`, without its weights.
 
     Raises:
       BuildError: neither names one.
       ModelConfigError: its config.json cannot be run exactly.
     """
+    if config.model.path:
+        sizes = ModelConfig.from_folder(config.model.path)
+        # Without weights it cannot be seen whether there is a head of its own; the larger case is planned.
+        return dataclasses.replace(sizes, tied=bool(sizes.tied))
     if config.model.published:
         return ModelConfig.from_dict(published_config(config.model.published), config.model.published)
-    if not config.model.path:
-        raise BuildError(
-            "no model is named: --config.model.path=DIR with a config.json, or for a plan a published size "
-            "(--config.model.published=8b)"
-        )
-    sizes = ModelConfig.from_folder(config.model.path)
-    # Without weights it cannot be seen whether there is a head of its own; the larger case is planned.
-    return dataclasses.replace(sizes, tied=bool(sizes.tied))
+    raise BuildError(
+        "no model is named: --config.model.path=DIR with a config.json, or for a plan a published size "
+        "(--config.model.published=8b)"
+    )
 
 
 def processor_of(config: ml_collections.ConfigDict) -> ProcessorConfig:
@@ -194,12 +195,9 @@ def open_held_out(config: ml_collections.ConfigDict, path: str, root: str) -> Re
       BuildError: there are no records there.
     """
     try:
-        source = open_source(path, root or config.data.root, system_prompt(config))
+        return open_mixture(path, root or config.data.root, (), system_prompt(config)).sources[0]
     except RecordFileError as error:
         raise BuildError(f"no held-out records: {error}") from error
-    if not len(source):
-        raise BuildError(f"no held-out records: {source.name} holds none")
-    return source
 
 
 def load_trainable(config: ml_collections.ConfigDict, mesh: Mesh) -> QwenVL:

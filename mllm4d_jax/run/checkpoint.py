@@ -36,7 +36,7 @@ class Progress:
 
     Attributes:
       step: optimiser steps done.
-      position: groups of questions consumed, the loader's whole state (see `data.loader`).
+      position: groups of questions consumed, the loader's whole state (see `data.stream`).
       rejected: records that could not be used.
     """
 
@@ -190,14 +190,14 @@ def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[st
     loose = {key.name for key in task_keys(config["task"]) if key.free or key.content}
     differing = []
     for name in sorted((set(stored.config) | set(config)) - loose):
-        before, now = (_plain(c.get(name, "(not there)")) for c in (stored.config, config))
+        before, now = (c.get(name, "(not there)") for c in (stored.config, config))
         if before != now:
             differing.append(f"{name}: was {before!r}, is {now!r}")
     for name in sorted(set(stored.content) | set(content)):
         if name == "data.eval_path" and not config["train.keep_best"]:
             continue  # it matters only where checkpoints are compared by their loss on these records
         if stored.content.get(name) != content.get(name):
-            before, now = (_plain(c.get(name, "")) for c in (stored.config, config))
+            before, now = (c.get(name, "") for c in (stored.config, config))
             differing.append(f"{name}: the content is not the same as when the run began (was {before!r}, is {now!r})")
     if differing:
         listed = "\n  ".join(differing)
@@ -205,11 +205,6 @@ def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[st
             f"{folder} holds step {stored.step} of a run with other settings:\n  {listed}\n"
             "Set these back to go on with that run, or give another --workdir to start a new one"
         )
-
-
-def _plain(value: Any) -> Any:
-    """Tuples come back from JSON as lists."""
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def flat_config(config: ml_collections.ConfigDict) -> dict[str, Any]:

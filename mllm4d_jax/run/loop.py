@@ -119,7 +119,7 @@ class _Hook:
     every: int  # steps between
     call: Callable[[int], None]  # given the number of steps done
     last: bool  # also after the last step of the run
-    unsaved: bool  # also after the last one before it ends for any reason
+    unsaved: bool  # also after the last one, and when the run was asked to stop
     done: int  # step of the last call
 
 
@@ -156,7 +156,7 @@ class TrainingRun:
 
         Args:
           last: after the last step of the run, too.
-          unsaved: when the run ends for any reason, too, if steps were done since the last call.
+          unsaved: after the last step and when asked to stop, too, if steps were done since the last call.
         """
         self._hooks.append(_Hook(n, call, last, unsaved, self._start))
 

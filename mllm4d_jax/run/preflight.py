@@ -12,12 +12,13 @@ from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import parse_mixture
 from mllm4d_jax.data.stream import LoaderError
+from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.errors import ProcessorError
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.run.build import loader_options
-from mllm4d_jax.run.start import StartError, find_adapter
+from mllm4d_jax.run.start import StartError, checkpoint_folder, find_adapter
 
 
 class PreflightError(ValueError):
@@ -64,11 +65,13 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         if missing:
             yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
     try:
-        adapter = find_adapter(config.model.adapter)
+        # A run that goes on has all it needs of the adapter in its own workdir.
+        begun = config.workdir and checkpoint_folder(config.workdir)
+        adapter = None if begun else find_adapter(config.model.adapter)
     except StartError as error:
         yield str(error)
     else:
-        if adapter is not None and adapter.meta is None and "lora" not in config.train.trainable:
+        if adapter is not None and adapter.meta is None and not needs_adapter(config.train.trainable):
             yield "model.adapter is a PEFT adapter, but train.trainable does not train one: add 'lora' to it"
 
 
@@ -89,17 +92,17 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     if not config.data.path:
         yield (
             "no training records (data.path is not set): --config.data.path=FILE, MLLM4D-2M.json or a JSON list or "
-            f"JSONL file of your own with records like {layout}"
+            f"JSONL file of your own with records like {layout}, and --config.data.root=DIR, the folder of their media"
         )
-    if not config.data.root and not _is_clip_set(config.data.path):
-        yield "no media folder (data.root is not set): --config.data.root=DIR, where the records' video paths start"
     yield from place_problems("data.path =", config.data.path, config.data.root)
 
 
 def place_problems(name: str, path: str, root: str) -> Iterator[str]:
-    """Yield what is wrong with a place of records and with their media folder, one line each; '' is not looked at."""
+    """Yield what is wrong with a place of records and with their media folder, one line each; no path, no line."""
     if path and not (Path(path).is_file() or _is_clip_set(path)):
         yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
+    if path and not root and not _is_clip_set(path):
+        yield f"{name} {path} has no media folder, where its video paths start: --config.data.root=DIR, or its own root"
     if root and not Path(root).is_dir():
         yield f"{root} is not a folder: media of {path or 'the records'} should be in it"
 
@@ -137,7 +140,8 @@ def bucket_problems(name: str, lengths: Sequence[int], longest_name: str, longes
 def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     if config.lora.dropout >= 1:
         yield f"lora.dropout = {config.lora.dropout:g} would drop everything: it must be below 1"
-    yield from place_problems("data.eval_path =", config.data.eval_path, config.data.eval_root)
+    yield from bucket_problems("data.branch_buckets", config.data.branch_buckets, "", 0)
+    yield from place_problems("data.eval_path =", config.data.eval_path, config.data.eval_root or config.data.root)
 
 
 def _division_problems(config: ml_collections.ConfigDict) -> Iterator[str]:

@@ -81,20 +81,21 @@ class HeldOutLoss:
         Raises:
           HeldOutError: no record is usable.
         """
-        total = weight = 0.0
+        sums: list[tuple[jax.Array, jax.Array]] = []
         bad: list[RecordError] = []
         with contextlib.closing(iter(self._groups)) as encoded:
             for count in self._counts:
                 batch = self._batch(itertools.islice(encoded, count), bad)
-                loss, tokens = self._sums(trainable, self._frozen, place_rows(batch, self._mesh))
-                total, weight = total + float(loss), weight + float(tokens)
+                sums.append(self._sums(trainable, self._frozen, place_rows(batch, self._mesh)))
+                jax.block_until_ready(sums[-2:-1])  # one in flight while the next is put together, and no more
+        total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         if not weight:
             raise HeldOutError(f"data.eval_path: not one usable record; the first: {bad[0] if bad else 'none at all'}")
         if bad and not self._warned:
             listed = "; ".join(str(error) for error in bad[:5])
             log.warning("%d held-out records cannot be used and are left out, the first: %s", len(bad), listed)
         self._warned = True
-        return total / weight
+        return float(total / weight)
 
     def _batch(self, encoded: Iterable[EncodedGroup], bad: list[RecordError]) -> RowBatch:
         """This process's rows of a few groups, in the shape that all processes agree on."""

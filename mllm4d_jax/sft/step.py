@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -73,9 +73,6 @@ class TrainStep:
             scalars = (jnp.zeros((), jnp.float32) for _ in range(3))
             return Sums(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trainable), *scalars)
 
-        def finish(trainable, opt_state, total):
-            return apply_sums(optimizer, trainable, opt_state, total)
-
         places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
         scalar = replicated(mesh)
         results = (*places, StepMetrics(*[scalar] * len(StepMetrics._fields)))
@@ -83,7 +80,7 @@ class TrainStep:
         self._whole = jax.jit(whole, donate_argnums=(0, 1), out_shardings=results)
         self._zeros = jax.jit(zeros, out_shardings=partial)
         self._add = jax.jit(add, donate_argnums=0, out_shardings=partial)
-        self._finish = jax.jit(finish, donate_argnums=(0, 1), out_shardings=results)
+        self._finish = jax.jit(functools.partial(apply_sums, optimizer), donate_argnums=(0, 1), out_shardings=results)
 
     @property
     def retraces(self) -> int:
@@ -176,7 +173,7 @@ def token_cross_entropy(
       head: [H, V] output projection.
       targets: i32[B, M] token ids.
       weights: f32[B, M], 0 for padding.
-      chunk, mesh: see `logits.over_positions`.
+      chunk, mesh: see `products.over_positions`.
     """
 
     def scores(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,9 +183,6 @@ def token_cross_entropy(
 
     loss, correct = over_positions(scores, hidden, head, (targets,), chunk=chunk, mesh=mesh)
     return TokenLoss(jnp.sum(weights * loss), jnp.sum(weights), jnp.sum(weights * correct))
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)

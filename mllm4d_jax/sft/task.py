@@ -14,7 +14,6 @@ from mllm4d_jax.report.reading import METRICS
 from mllm4d_jax.run import preflight
 from mllm4d_jax.run.checkpoint import Progress
 from mllm4d_jax.run.loop import TrainingRun, carry_out
-from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.tiny import with_sample
 from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import SftSetup, set_up
@@ -42,7 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       TrainingError: loss or gradient is not finite.
       HeldOutError: no record of data.eval_path can be used.
     """
-    folder = multihost.primary_first(lambda: open_workdir(workdir))
+    folder = multihost.primary_first(lambda: preflight.open_workdir(workdir))
     config = multihost.primary_first(lambda: with_sample(config, folder))
     preflight.check(config)
     return carry_out(config, folder, COLUMNS, set_up, train)
@@ -52,11 +51,6 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
     """Run steps until the last one or until asked to stop, and save. Raises as `task.run`."""
     c, trainer = run.config.train, setup.trainer
     losses = Losses(run, setup.held_out is not None)
-
-    def finish_step(*_: int) -> None:
-        with run.watchdog.phase("the devices work on the step under way"):
-            row = trainer.finish()
-        run.record(losses.note(row))
 
     def measure(step: int) -> None:
         with run.watchdog.phase(f"the devices work on step {step}"):
@@ -71,7 +65,8 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
         return loss
 
     def save(step: int) -> None:
-        finish_step(step)
+        with run.watchdog.phase(f"the devices work on step {step}"):
+            run.record(losses.note(trainer.finish()))
         if setup.held_out is not None and losses.held_out is None:  # never looked at so far
             losses.held_out = held_out_loss()
         run.save(trainer.trainable, trainer.opt_state, losses.value)

@@ -17,14 +17,14 @@ from mllm4d_jax.data.stream import LoaderError, LoaderOptions
 from mllm4d_jax.encode.encoder import Media
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.rows import RowSizes
-from tests.data.fakes import PATCH, SHAPE, FakeEncoder, arrays, write_records
+from tests.data.fakes import PATCH, SHAPE, FakeEncoder, arrays, next_batch, write_records
 
 # Seven clips with 1 to 7 questions of different lengths, every ninth of them bad.
 CLIPS = [(f"c{n}.mp4", -1 if (n + i) % 9 == 0 else 4 + (3 * n + i) % 5) for n in range(1, 8) for i in range(n)]
 
 
 def keys(loader, batches):
-    return [loader.next_batch().keys for _ in range(batches)]
+    return [next_batch(loader).keys for _ in range(batches)]
 
 
 def common_sizes(steps):
@@ -51,12 +51,12 @@ def test_an_epoch_uses_every_good_record_once(make_loader):
 @pytest.mark.parametrize("options", [{}, {"questions_per_video": 3, "batch_size": 6, "rows": 1}])
 def test_any_position_can_be_the_start(make_loader, options):
     straight = make_loader(CLIPS, **options)
-    batches = [straight.next_batch() for _ in range(14)]
+    batches = [next_batch(straight) for _ in range(14)]
     for start in (0, 5, 11):
         before = batches[start]
         resumed = make_loader(CLIPS, position=before.position, rejected=before.counts.rejected, **options)
         for want in batches[start + 1 :]:
-            assert_same(resumed.next_batch(), want)
+            assert_same(next_batch(resumed), want)
     with pytest.raises(LoaderError, match="inside a step"):
         make_loader(CLIPS, position=1, **options)
 
@@ -119,7 +119,7 @@ def test_a_host_without_clips_still_has_the_arrays_of_the_others(make_loader):
 
 def test_counts_of_a_batch(make_loader):
     loader = make_loader([("a.mp4", 5), ("a.mp4", 6)], batch_size=2, questions_per_video=2)
-    b = loader.next_batch()
+    b = next_batch(loader)
     # Two placeholders and two more tokens are shared (the first target comes after them), then 3 and 4 of their own.
     slots = b.batch.inputs.tokens.size
     assert b.counts == Counts(examples=2, clips=1, tokens=4 + 3 + 4, slots=slots, visual=2, supervised=4)
@@ -129,7 +129,7 @@ def test_counts_of_a_batch(make_loader):
 
 def test_a_step_without_a_usable_record_is_empty(make_loader):
     loader = make_loader([5, -1], batch_size=1)
-    batches = [loader.next_batch() for _ in range(4)]
+    batches = [next_batch(loader) for _ in range(4)]
     assert sorted(len(b.keys) for b in batches) == [0, 0, 1, 1] and [b.position for b in batches] == [1, 2, 3, 4]
     empty = next(b for b in batches if not b.keys)
     assert (empty.counts.tokens, empty.counts.supervised, empty.counts.clips) == (0, 0, 0)
@@ -140,7 +140,7 @@ def test_shapes_are_few_over_a_mixed_dataset(make_loader):
     rng = np.random.default_rng(0)
     clips = [(f"c{n}.mp4", int(rng.integers(4, 14))) for n in range(60) for _ in range(rng.integers(1, 9))]
     loader = make_loader(clips, batch_size=16, questions_per_video=4)
-    batches = [loader.next_batch() for _ in range(100)]
+    batches = [next_batch(loader) for _ in range(100)]
     shapes = {(b.batch.inputs.layout, tuple(x.shape for x in arrays(b))) for b in batches}
     assert len(shapes) <= 12
     assert len({len(b.batch.loss_index) for b in batches}) == 1
@@ -149,7 +149,7 @@ def test_shapes_are_few_over_a_mixed_dataset(make_loader):
 def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
     numbers = [5, -1, 6, 7, -2, 5, 5, 5]
     loader = make_loader(numbers)
-    batches = [loader.next_batch() for _ in range(8)]
+    batches = [next_batch(loader) for _ in range(8)]
     assert not set(sum((b.keys for b in batches), ())) & {"r.json#1", "r.json#4"}
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [1, 4]
@@ -159,7 +159,7 @@ def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
     assert batches[-1].position == 24 and batches[-1].counts.rejected == 6
     # A later part of the run neither tries them again nor writes them again.
     resumed = make_loader(numbers, position=batches[-1].position, rejected=6)
-    assert resumed.next_batch().counts.rejected >= 6
+    assert next_batch(resumed).counts.rejected >= 6
     keys(resumed, 7)
     assert not {"r.json#1", "r.json#4"} & set(resumed.stream.encoder.encoder.calls)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
@@ -168,7 +168,7 @@ def test_bad_records_are_written_down_once_and_skipped(make_loader, tmp_path):
 def test_a_bad_clip_costs_its_questions_and_a_bad_question_only_itself(make_loader, tmp_path):
     records = [("bad.mp4", 5)] * 4 + [("a.mp4", 5), ("a.mp4", -1), ("a.mp4", 6), ("a.mp4", 7)]
     loader = make_loader(records, batch_size=8, questions_per_video=4, rate=1.0)
-    batch = loader.next_batch()
+    batch = next_batch(loader)
     assert sorted(batch.keys) == ["r.json#4", "r.json#6", "r.json#7"] and batch.counts.clips == 1
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == [0, 1, 2, 3, 5] and batch.counts.rejected == 5
@@ -213,7 +213,7 @@ class CrashOnce(FakeEncoder):
 
 def test_a_decoder_killed_from_outside_does_not_cost_a_record(make_loader, tmp_path):
     loader = make_loader([("a.mp4", 5)] * 4, encoder=CrashOnce(), batch_size=4, questions_per_video=4)
-    assert len(loader.next_batch().keys) == 4 and not (tmp_path / "quarantine.jsonl").exists()
+    assert len(next_batch(loader).keys) == 4 and not (tmp_path / "quarantine.jsonl").exists()
 
 
 def test_too_many_bad_records_stop_the_run(make_loader, tmp_path):
@@ -230,7 +230,7 @@ def test_a_bug_is_not_quarantined(make_loader):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        make_loader([5], encoder=Broken()).next_batch()
+        next_batch(make_loader([5], encoder=Broken()))
 
 
 def test_several_sources_with_equal_names_and_numbers_stay_apart(make_loader, tmp_path):

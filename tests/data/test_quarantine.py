@@ -48,8 +48,9 @@ def test_hosts_write_their_own_file_and_know_what_all_found(tmp_path):
     for host in (0, 1, 2):
         quarantine = Quarantine(tmp_path / "q.jsonl", 0.5, host=host)
         assert quarantine.knows(0, 0) and quarantine.knows(0, 1)
+    # A run from the start forgets them all: else it would read other records than when it goes on.
     Quarantine(tmp_path / "q.jsonl", 0.5, host=1, fresh=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.jsonl"]
+    assert not any(Quarantine(tmp_path / "q.jsonl", 0.5).knows(0, n) for n in (0, 1)) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cluster", [1, 20])

@@ -30,7 +30,7 @@ from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
 from mllm4d_jax.rows.shape import RowShape
-from tests.data.fakes import DangerousEncoder, FakeEncoder, arrays, write_records
+from tests.data.fakes import DangerousEncoder, FakeEncoder, arrays, next_batch, write_records
 
 IDS = (151655, 151656, 151652, 151653)
 
@@ -72,7 +72,7 @@ def test_workers_change_nothing(world, tmp_path):
     plain, parallel = real_loader(world, tmp_path, 0), real_loader(world, tmp_path, 2)
     with plain.stream, parallel.stream, plain.stream.encoder.encoder:
         for _ in range(6):
-            want, got = plain.next_batch(), parallel.next_batch()
+            want, got = next_batch(plain), next_batch(parallel)
             fields = [f.name for f in dataclasses.fields(want) if f.name not in ("batch", "load_s")]
             assert [getattr(got, f) for f in fields] == [getattr(want, f) for f in fields]
             assert got.batch.inputs.layout == want.batch.inputs.layout

@@ -187,6 +187,7 @@ def test_what_a_run_writes(tiny_world, tmp_path):
         (dict(objective__preset="grpoo"), "no objective preset 'grpoo'"),
         (dict(reward__functions=("paper",)), "not of the form name::weight"),
         (dict(train__trainable=("lora", "vision/.*")), "vision tower"),
+        (dict(train__trainable=("lora", "vision/merger/mlp/.*")), "vision tower"),
         (dict(eval__path="absent.jsonl"), "eval.path"),
         (dict(model__adapter="absent"), "holds no checkpoint"),
     ],

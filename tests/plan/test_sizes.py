@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -12,15 +13,17 @@ from configs import common
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
+from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.plan.job import TIME_TOKENS, GrpoJob, Lengths, PlanError, PlanJob
 from mllm4d_jax.plan.sft import SftPhases
 from mllm4d_jax.qa.records import parse_record
 from mllm4d_jax.rows.completion_rows import needed_prompt_sizes
 from mllm4d_jax.rows.rows import RowSizes, share_prefix
 from mllm4d_jax.run.begin import Begun
-from mllm4d_jax.run.build import BuildError, build, encoder_of, open_records, processor_of
+from mllm4d_jax.run.build import BuildError, build, encoder_of, model_sizes, open_records, processor_of
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress
 from mllm4d_jax.sft.setup import make_loader
+from tests.data.fakes import next_batch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 QUESTIONS = ("<video>\nWhich way does it go?", "<video>\nAnd where is it now?")
@@ -88,7 +91,7 @@ def test_planned_sizes_are_those_of_full_clips(model, clips, tmp_path, rule, bou
         begun = Begun(tmp_path, checkpoints, open_records(sft), {}, Progress(), parts, encoder)
         loader = make_loader(begun)
         with loader.stream:
-            batch = loader.next_batch().batch
+            batch = next_batch(loader).batch
     job = PlanJob.of(sft, Lengths(branch=longest, answer=int(examples[0].supervised.sum())))
     planned = SftPhases(job, jax.devices()[:1]).step(1).lower.args[-1]
     assert job.shape == parts.shape and job.rows == 1
@@ -158,3 +161,11 @@ def test_a_batch_that_cannot_be_divided_is_not_planned():
     config.model.published, config.train.batch_size, config.train.accumulation = "8b", 8, 3
     with pytest.raises(ValueError, match="cannot be divided into train.accumulation = 3"):
         PlanJob.of(config, Lengths())
+
+
+def test_a_folder_counts_before_a_published_size(model):
+    """A plan of a config that names both is one of the model that its run would load."""
+    config = common.config("sft")
+    config.model.path, config.model.published = str(model), "8b"
+    assert model_sizes(config) == dataclasses.replace(ModelConfig.from_folder(model), tied=model_sizes(config).tied)
+    assert processor_of(config).family == model_sizes(config).family

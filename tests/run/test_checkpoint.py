@@ -89,7 +89,7 @@ def test_a_different_run_is_refused_by_key():
     config = {
         "task": "sft",
         "optim.lr": 0.1,
-        "lora.targets": ("q", "k"),  # JSON made a list of it
+        "lora.targets": ["q", "k"],
         "train.log_every": 7,  # free
         "data.path": "/elsewhere/r.json",  # same content
     }

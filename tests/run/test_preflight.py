@@ -68,8 +68,9 @@ def test_every_problem_is_in_the_one_error(tiny_world, tmp_path):
         assert part in text, part
     config = complete(tiny_world)
     config.mesh.data = 3
-    config.data.prefix_buckets = (512, 64)
+    config.data.prefix_buckets = config.data.branch_buckets = (512, 64)
     text = complaints(config)
+    assert "data.branch_buckets = [512, 64] must be" in text and "data.prefix_buckets = [512, 64] must be" in text
     assert "mesh: " in text and "ascending" in text and "model.path" not in text
 
 
@@ -107,8 +108,38 @@ def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_the
     assert f"model.adapter = {tmp_path} holds no checkpoint" in text and "lora.dropout = 1" in text
     (tmp_path / "checkpoints/12").mkdir(parents=True)
     assert "12 is not a checkpoint of a run" in complaints(config)
-    config.model.adapter, config.lora.dropout = "", 0.5
+    # A run that goes on has what it needs of the adapter: the run it came from may be gone.
+    config.model.adapter, config.lora.dropout, config.workdir = str(tmp_path / "gone"), 0.5, str(tmp_path)
     preflight.check(config)
+    config.model.adapter, config.workdir = "", ""
+    preflight.check(config)
+
+
+def test_a_peft_adapter_needs_a_pattern_that_trains_it(tiny_world, tmp_path):
+    config = complete(tiny_world)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    config.model.adapter = str(tmp_path)
+    for patterns in (("lora",), (".*lora_[ab]",)):
+        config.train.trainable = patterns
+        preflight.check(config)
+    config.train.trainable = ("full",)
+    assert "does not train one" in complaints(config)
+
+
+def test_every_place_of_records_needs_a_media_folder(tiny_world):
+    _, path = tiny_world
+    config = complete(tiny_world)
+    config.data.eval_path = str(path)
+    preflight.check(config)  # media of held-out records are where those of training are
+    with config.unlocked():
+        config.data.mixture = (f"{path}::{path.parent}::1",)
+    config.data.root = ""
+    assert f"data.eval_path = {path} has no media folder" in complaints(config)
+    config.data.eval_path, config.data.mixture = "", (f"{path}::::1",)
+    assert f"data.mixture: {path} has no media folder" in complaints(config)
+    config.data.mixture = ()
+    assert f"data.path = {path} has no media folder" in complaints(config)
 
 
 def test_the_sample_gives_only_what_is_not_there(tiny_world, tmp_path):

@@ -20,6 +20,7 @@ from mllm4d_jax.encode.grids import VisionGeometry
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.rows.shape import RowShape
+from tests.data.fakes import next_batch
 
 
 def write_clip(path, frames: int, height: int, width: int) -> None:
@@ -102,7 +103,7 @@ def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, ro
         with GroupStream(mixture, GroupEncoder(mixture.sources, encoder), quarantine, options) as stream:
             loader = Loader(stream, shape)
             while stream.position < stream.order.sources[0].groups:
-                seen += loader.next_batch().keys
+                seen += next_batch(loader).keys
     good = [f"records.jsonl#{i}" for i in range(len(lines)) if i not in expected]
     assert sorted(seen) == sorted(good)
     rows = [json.loads(line) for line in quarantine.path.read_text().splitlines()]
