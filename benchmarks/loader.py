@@ -169,7 +169,10 @@ def new_batches(config: Any) -> Iterator[Any]:
 
     shape = row_shape(config, processor_of(config), ModelConfig.from_folder(config.model.path))
     records = open_records(config)
-    with tempfile.TemporaryDirectory() as out, encoder_of(config) as encoder:
+    with (
+        tempfile.TemporaryDirectory() as out,
+        encoder_of(config.model.path, config.video, config.data.max_tokens) as encoder,
+    ):
         quarantine = Quarantine(Path(out) / "quarantine.jsonl", 0.0)
         groups = GroupEncoder(records.sources, encoder)
         with GroupStream(records, groups, quarantine, loader_options(config)) as stream:

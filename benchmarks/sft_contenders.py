@@ -144,7 +144,7 @@ class Ours:
         self.restart()
         chunk = config.train.loss_chunk
         self._step = TrainStep(parts.graphdef, self._optimizer, self._lora, self._state, parts.mesh, chunk)
-        self.encoder = encoder_of(config)
+        self.encoder = encoder_of(config.model.path, config.video, config.data.max_tokens)
         with Checkpoints(folder / "checkpoints", 1) as checkpoints:
             begun = Begun(folder, checkpoints, open_records(config), {}, Progress(), parts, self.encoder)
         self._loader = make_loader(begun)

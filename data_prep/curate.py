@@ -115,7 +115,7 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
         raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")
     folder, videos, pool = Path(config.input).absolute(), workdir / "videos", DecodePool(config.decode_timeout_s)
     if config.source == "stereo4d":
-        source = Stereo4DSource(folder, videos if config.stereo4d.frames == "images" else folder)
+        source = Stereo4DSource(folder, videos if config.stereo4d.frames == "images" else folder, pool=pool)
     elif config.source == "monocular":
         source = MonocularSource(folder, config.monocular.max_spread, pool)
     else:

@@ -49,7 +49,7 @@ EVAL_KEYS = (
     ),
     Key("data.path", "", "file with the questions, or a folder of .json and .jsonl files", content=True),
     Key("data.root", "", "folder that the questions' video paths are relative to", content=True),
-    Key("data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16, free=True),
+    Key("data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16),
     *take(DATA_KEYS, "workers", "prefix_buckets", "branch_buckets"),
     *MODEL_KEYS,
     *take(MESH_KEYS, "data", "tensor"),

@@ -29,7 +29,7 @@ from data_prep.store.untrusted import (
     read_json,
     read_npz,
 )
-from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.files.atomic import write_atomic, write_json
 
 # How far the metres can be trusted: measured with a known baseline; with an assumed one (Stereo4D's 63 mm); not at all.
 SCALES = ("metric", "assumed_baseline", "relative")
@@ -266,7 +266,7 @@ def save_scene(scene: Scene, folder: str | Path) -> None:
         "provenance": scene.provenance,
     }
     write_atomic(folder / "scene.npz", data)
-    write_atomic(folder / "scene.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(folder / "scene.json", document)
 
 
 def load_scene(folder: str | Path) -> Scene:

@@ -11,7 +11,7 @@ from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.files.atomic import replacing
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.video import VideoClip, probe, read_image
+from mllm4d_jax.media.video import VideoClip, read_image
 from mllm4d_jax.qa.errors import MediaError
 
 CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
@@ -53,7 +53,7 @@ def read_folder(path: str | Path) -> np.ndarray:
     return np.stack(images)
 
 
-def frames_size(path: str | Path, frames: int) -> tuple[int, int]:
+def frames_size(path: str | Path, frames: int, pool: DecodePool) -> tuple[int, int]:
     """Return (height, width) of a video or a folder of images, and check that it has `frames` frames.
 
     For a video the promised number counts; only decoding it tells the truth.
@@ -67,7 +67,7 @@ def frames_size(path: str | Path, frames: int) -> tuple[int, int]:
             files = _frame_files(path)
             found, size = len(files), read_image(str(files[0])).shape[:2] if files else (0, 0)
         else:
-            info = probe(str(path))
+            info = pool.probe(str(path))
             found, size = info.frames, (info.height, info.width)
     if found is not None and found != frames:
         raise SceneError(f"{path} has {found} frames, its annotations {frames}; are they of the same clip?")

@@ -18,6 +18,7 @@ from data_prep.stereo.stage import STEREO4D_BASELINE
 from data_prep.store.untrusted import SceneError, as_scene_error, numbers, read_npz
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
+from mllm4d_jax.media.decode_pool import DecodePool
 
 FOV = 60.0  # degrees across, of the released rectified frames
 MAX_FRAMES = 10_000
@@ -157,11 +158,13 @@ class Stereo4DSource:
       folder: where the clips' files are.
       root: see `ClipSource`; `folder` itself unless the frames are images.
       scale: how far their metres can be trusted, see `scene.SCALES`; Stereo4D assumes one baseline for every camera.
+      pool: opens videos under a time limit.
     """
 
     folder: Path
     root: Path
     scale: str = "assumed_baseline"
+    pool: DecodePool = dataclasses.field(default_factory=DecodePool)
 
     def clip_ids(self) -> list[str]:
         return sorted(p.stem for p in self.folder.glob("*.npz") if not p.stem.endswith("-masks"))
@@ -170,7 +173,7 @@ class Stereo4DSource:
         files = find(self.folder, clip_id, [(".npz",), ("-left_rectified.mp4", "-left_rectified"), MASKS, CAPTIONS])
         annotations, frames, masks, captions = files
         clip = read_stereo4d(annotations)
-        scene = clip.scene(frames_size(frames, len(clip.timestamps)), self.scale)
+        scene = clip.scene(frames_size(frames, len(clip.timestamps), self.pool), self.scale)
         scene, left_out = with_objects(scene, clip.tracks, masks, captions)
         return LoadedClip(scene, self._video(clip_id, frames, scene), left_out)
 
@@ -198,12 +201,14 @@ class SyntheticSource:
       root: media root; the clips are written into its folder `clips`.
       config: what they look like.
       seed, count: clip n of `count` follows from (seed, n, config).
+      pool: as in `Stereo4DSource`.
     """
 
     root: Path
     config: SyntheticConfig
     seed: int
     count: int
+    pool: DecodePool = dataclasses.field(default_factory=DecodePool)
 
     def clip_ids(self) -> list[str]:
         return [f"synthetic-{self.seed}-{n:06d}" for n in range(self.count)]
@@ -211,4 +216,4 @@ class SyntheticSource:
     def load(self, clip_id: str) -> LoadedClip:
         made, folder = make_clip(self.seed, int(clip_id.rpartition("-")[2]), self.config), self.root / "clips"
         write_clip(made, folder, codec="mpeg4")
-        return Stereo4DSource(folder, folder, scale="metric").load(made.scene.clip_id)
+        return Stereo4DSource(folder, folder, "metric", self.pool).load(made.scene.clip_id)

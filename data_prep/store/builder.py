@@ -309,12 +309,12 @@ def write_dataset(
     options = config.tfds
     # The encoder's own rule: frames that already fit its budget are not resampled again.
     resize = ResizeRule("per_frame", options.factor, 2, 784, options.max_pixels) if options.max_pixels else None
-    sample = SampleRule("uniform", config.questions.num_frames, None)
+    sample, pool = SampleRule("uniform", config.questions.num_frames, None), DecodePool(config.decode_timeout_s)
     manifest = hashlib.sha256((root / MANIFEST).read_bytes()).hexdigest()
     built = build_dataset(
         root / TFDS_FOLDER,
         clips_by_split(store, chosen),
-        PartLoader(store.folder, media_root, sample, resize, options.jpeg_quality, chosen=chosen),
+        PartLoader(store.folder, media_root, sample, resize, options.jpeg_quality, pool, chosen),
         clips_per_shard=options.clips_per_shard,
         questions={clip_id: len(ids) for clip_id, ids in chosen.items()},
         fingerprint=f"{manifest} {options.max_pixels} {options.factor} {options.jpeg_quality}",

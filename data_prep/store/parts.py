@@ -59,7 +59,7 @@ class ClipResult:
       clip_id: the clip.
       source_id: its source video.
       split: the split that all rows go to.
-      rows: question rows (`data_prep.store.export.check_row` says what is in them), in their final order.
+      rows: in their final order: question rows (see `export.check_row`), or reasoning paths (`cold_start`).
       rejected: what was left out, objects with at least "reason" and "detail".
     """
 

@@ -127,8 +127,7 @@ def _sample_clips(
             named = {frame for row in questions for frame in row["frames"]["source"]}
             frames = {int(n): image for n, image in zip(seen.indices, seen.frames, strict=True) if int(n) in named}
             quality = clip.scene.provenance.get("quality") or {}
-            figures = {k: float(v) for k, v in quality.items() if isinstance(v, int | float)}
-            found.append(SampledClip(clip.scene, frames, questions, figures))
+            found.append(SampledClip(clip.scene, frames, questions, quality))
     return found
 
 

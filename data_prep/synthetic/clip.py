@@ -7,7 +7,6 @@ where nothing stands before them and the pixel they fall on shows their object.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from data_prep.store.untrusted import npz_bytes
 from data_prep.synthetic.render import ROOM, Camera, Rays, World, camera_rays, cast, render
 from data_prep.synthetic.solids import surface_points
 from data_prep.synthetic.worlds import Named, SyntheticConfig, make_world
-from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.files.atomic import write_atomic, write_json
 
 _HIDDEN = 1e-3  # share of its depth by which something nearer hides a point
 
@@ -168,7 +167,7 @@ def write_clip(
     else:
         write_atomic(f"{stem}-masks.npz", npz_bytes({o.object_id: o.masks for o in scene.objects}))
     for name, document in sidecars.items():
-        write_atomic(f"{stem}-{name}.json", (json.dumps(document, indent=1) + "\n").encode())
+        write_json(f"{stem}-{name}.json", document)
     if truth:
         save_scene(scene, f"{stem}-truth")
     write_atomic(f"{stem}.npz", npz_bytes(stereo4d_arrays(clip)))

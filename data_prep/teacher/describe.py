@@ -13,7 +13,6 @@ the request, so a run that was killed asks for nothing twice.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from data_prep.store.untrusted import SceneError
 from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, open_teacher, user_message
 from data_prep.teacher.endpoint import TeacherError
 from data_prep.teacher.json_schema import exact_object, text_schema
-from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
@@ -116,7 +115,7 @@ def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
             except (ReplyError, SceneError, MediaError) as error:
                 failed.append(f"{clip.clip_id}: {error}")
                 continue
-            write_atomic(clip.output, json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+            write_json(clip.output, made)
     print(f"{len(pending) - len(failed)} files written to {config.input}, {len(failed)} clips failed")
     for line in failed:
         print(f"  {line}")

@@ -9,6 +9,7 @@ tables. What an answer is depends on its question, the model and the seed, not o
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,6 @@ from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.reader import GroupReader
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.encode.example import VideoOptions
-from mllm4d_jax.encode.processor_config import ProcessorConfig
-from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
@@ -44,7 +42,7 @@ from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.report.reading import CONFIG, QUARANTINE
 from mllm4d_jax.rows.rows import Group
-from mllm4d_jax.run.build import row_shape
+from mllm4d_jax.run.build import encoder_of, row_shape
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
@@ -124,7 +122,7 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
         # All processes load the model or none: those that read a checkpoint do it together.
         if _agree(asked).any():
             print(f"asking {asked} of {len(items)} questions about {len(left)} videos: {choice}", flush=True)
-            ask = _Asker(config, items, manner, choice, len(left))
+            ask = _Asker(config, items, manner, choice, sum(-(-len(v) // config.questions_per_video) for v in left))
             with ask.encoder, progress_bar(asked) as bar:
                 for predictions in ask(left, digest, quarantine, bar):
                     store.append(predictions)
@@ -186,20 +184,20 @@ class _Asker:
         items: Sequence[BenchmarkQuestion],
         manner: Manner,
         choice: ModelChoice,
-        videos: int,
+        groups: int,
     ) -> None:
+        """`groups`: rows that there are to ask, of questions about one video each."""
         self._config, self._manner = config, manner
         self._items = {item.id: item for item in items}
         self._source = ItemSource(items, manner)
-        processor, self._tokenizer = ProcessorConfig.from_folder(choice.base), Tokenizer.from_folder(choice.base)
-        options = VideoOptions.from_mapping(config.video)
-        of = (processor, self._tokenizer, options, config.data.max_tokens)
-        self.encoder = ShuffledEncoder(*of, seed=config.seed) if config.control == "shuffled" else Encoder(*of)
+        kind = functools.partial(ShuffledEncoder, seed=config.seed) if config.control == "shuffled" else Encoder
+        self.encoder = encoder_of(choice.base, config.video, config.data.max_tokens, kind)
+        self._tokenizer = self.encoder.tokenizer
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
         model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
-        rows, shards = max(1, min(config.prompts_at_once, videos)), batch_shards(mesh)
+        rows, shards = max(1, min(config.prompts_at_once, groups)), batch_shards(mesh)
         shape = row_shape(config, self.encoder.config, model.config)
-        # Rows enough for all devices, but not for more than the videos there are.
+        # Rows enough for all devices, but not for more than there are.
         self._layout = Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)
         graphdef, state = nnx.split(model)
         self._weights = (state,)

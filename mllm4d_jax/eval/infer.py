@@ -13,9 +13,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.encode.example import Example, VideoOptions
-from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.encode.example import Example
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.completions import Completions
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
@@ -25,6 +23,7 @@ from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.qa.records import Record
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.batch import collate
+from mllm4d_jax.run.build import encoder_of
 from mllm4d_jax.run.start import choose_model, load_chosen
 
 _CHUNK = 16  # tokens between two looks at the answer
@@ -59,17 +58,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     system = resolve_system_prompt(file=config.system_file)
     record = build_record(config.question, video=config.clip, image=config.image, system=system)
     choice = choose_model(config.model.path, config.model.adapter, config.model.step)
-    tokenizer = Tokenizer.from_folder(choice.base)
-    options = VideoOptions.from_mapping(config.video)
-    with Encoder(ProcessorConfig.from_folder(choice.base), tokenizer, options) as encoder:
+    with encoder_of(choice.base, config.video) as encoder:
         example = encoder.encode(record, add_generation_prompt=True)
     started = time.monotonic()
     tensor = config.mesh.tensor
     mesh = make_mesh(dict(config.mesh), jax.local_devices()[: tensor if tensor > 0 else None])
     model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
     loaded = time.monotonic() - started
-    out = _generate(model, tokenizer, example, config)
-    print(out.texts(tokenizer.decode)[0][0], flush=True)
+    out = _generate(model, encoder.tokenizer, example, config)
+    print(out.texts(encoder.tokenizer.decode)[0][0], flush=True)
     grids = ", ".join(f"{g.modality} {g.t}x{g.h}x{g.w}" for g in example.grids)
     visual = int(np.isin(example.tokens, (model.config.image_token_id, model.config.video_token_id)).sum())
     ending = "" if out.finish_reason[0][0] == "stop" else f" (stopped at max_new_tokens = {config.max_new_tokens})"

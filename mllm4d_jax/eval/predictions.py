@@ -169,7 +169,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
       PredictionError: nothing there, or a published question without a response; BenchmarkError: unusable questions.
     """
     path = Path(path)
-    if path.is_dir() and any(path.glob("predictions*.jsonl")):
+    if path.is_dir() and jsonl.of_all_hosts(path / PREDICTIONS):
         return read_predictions(path)
     try:
         files = question_files(path)

@@ -10,6 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
@@ -21,9 +22,9 @@ from mllm4d_jax.run.start import ModelChoice, TunedModel, choose_model, load_tun
 
 
 def export_peft(
-    tuned: TunedModel, source: ModelChoice, out: pathlib.Path, base_name: str, tolerance: float
+    tuned: TunedModel, ours: np.ndarray, source: ModelChoice, out: pathlib.Path, base_name: str, tolerance: float
 ) -> list[str]:
-    """Writes the adapter to `out`, reads it back onto the base model and compares; returns lines for people.
+    """Writes the adapter to `out`, reads it back and compares with the model's logits `ours`; returns lines to print.
 
     Raises:
       ModelExportError: there is no adapter, base parameters were trained as well, or the logits differ.
@@ -34,7 +35,7 @@ def export_peft(
             f"a PEFT folder holds adapters alone, but {len(names)} base parameters were trained ({names[0]}, ...): "
             "export this run with configs/export.py:merged"
         )
-    model, ours = tuned.model, export_check.logits(tuned.model)
+    model = tuned.model
     rank = next(iter(adapted_linears(model).values())).lora_a.shape[-1]
     count = save_peft(model, out, base=base_name or tuned.base or str(source.base), dropout=tuned.dropout)
     export_check.detach(model)
@@ -45,9 +46,9 @@ def export_peft(
 
 
 def export_merged(
-    tuned: TunedModel, source: ModelChoice, out: pathlib.Path, tolerance: float, rounding: float
+    tuned: TunedModel, ours: np.ndarray, source: ModelChoice, out: pathlib.Path, tolerance: float, rounding: float
 ) -> list[str]:
-    """Writes the merged checkpoint to `out`, loads it and compares; returns lines for people. Uses the model up.
+    """Writes the merged checkpoint to `out`, loads it, compares with `ours`; returns lines to print. Uses the model up.
 
     What is loaded has to equal the model merged in memory and rounded to the files' dtype by `tolerance`; that one may
     differ from the model as it was trained by `rounding` (by `tolerance`, where files and comparison are float32).
@@ -56,7 +57,6 @@ def export_merged(
       ModelExportError: the logits differ, or a weight cannot be stored in its dtype.
     """
     model, files = tuned.model, TensorFiles.scan(source.base)
-    ours = export_check.logits(model)
     changes = find_changes(model, tuned.trained, files)
     count = write_merged(files, out, changes)
     dtypes = sorted({files.dtypes[name] for name in changes})
@@ -107,14 +107,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     before = export_check.logits(model)
     tuned = load_tuned(model, source.adapter)
     del model
-    effect = compare(export_check.logits(tuned.model), before)
+    ours = export_check.logits(tuned.model)
+    effect = compare(ours, before)
     empty = not tuned.trained and export_check.is_empty(tuned.model)
     tolerance = config.tol[config.model.dtype]
     with new_folder(output) as folder:
         if config.form == "peft":
-            lines = export_peft(tuned, source, folder, config.base_name, tolerance)
+            lines = export_peft(tuned, ours, source, folder, config.base_name, tolerance)
         else:
-            lines = export_merged(tuned, source, folder, tolerance, config.tol.rounding)
+            lines = export_merged(tuned, ours, source, folder, tolerance, config.tol.rounding)
     moved = f"what was trained moves the logits of the test prompt by up to {effect.largest:.2g}"
     if empty:
         moved += "\n  WARNING: this adapter changes nothing: in every pair of its matrices one is zero. Was it trained?"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm4d_jax.files.jsonl import Row
+from mllm4d_jax.qa.options import split_label
 from mllm4d_jax.report.reading import number, outcome_of_prediction, text
 
 Vec3 = tuple[float, float, float]
@@ -70,6 +71,7 @@ def completion_item(row: Row) -> ShownAnswer:
     scores = {name: number(value) for name, value in list(rewards.items())[:MAX_PARTS]}
     scores = _finite(scores | {name: number(row.get(name)) for name in ("total", "advantage")})
     answer, truth, outcome = text(row.get("answer")), text(solution.get("answer")), "not judged"
+    truth = (split_label(truth) or (truth,))[0]  # as the rewards read it: the letter of "A. left"
     if not answer:
         outcome = "unparsed"
     elif truth:

@@ -90,7 +90,8 @@ def begin(
     progress = resume_point(config, content, checkpoints)
     if multihost.is_primary():
         write_json(workdir / CONFIG, config.to_dict())
-    return Begun(workdir, checkpoints, mixture, content, progress, build(config), encoder_of(config))
+    encoder = encoder_of(config.model.path, config.video, config.data.max_tokens)
+    return Begun(workdir, checkpoints, mixture, content, progress, build(config), encoder)
 
 
 def resume_point(config: ml_collections.ConfigDict, content: Mapping[str, str], checkpoints: Checkpoints) -> Progress:

@@ -5,7 +5,8 @@ and optimiser; real, or abstract (shapes with shardings, for plans).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -129,14 +130,16 @@ def processor_of(config: ml_collections.ConfigDict) -> ProcessorConfig:
     return ProcessorConfig.of(published_config(config.model.published), config.model.published)
 
 
-def encoder_of(config: ml_collections.ConfigDict) -> Encoder:
-    """Return what encodes records for the model; its decoder processes have to be closed."""
-    return Encoder(
-        processor_of(config),
-        Tokenizer.from_folder(config.model.path),
-        VideoOptions.from_mapping(config.video),
-        config.data.max_tokens,
-    )
+def encoder_of(
+    folder: str | Path, video: Mapping[str, Any], max_tokens: int | None = None, kind: Callable[..., Encoder] = Encoder
+) -> Encoder:
+    """Return what encodes records for the model in a folder; its decoder processes have to be closed.
+
+    Args:
+      video: config group of `VideoOptions`; max_tokens: see `Encoder`; kind: the class, or a subclass's constructor.
+    """
+    options = VideoOptions.from_mapping(video)
+    return kind(ProcessorConfig.from_folder(folder), Tokenizer.from_folder(folder), options, max_tokens)
 
 
 def row_shape(config: ml_collections.ConfigDict, processor: ProcessorConfig, sizes: ModelConfig) -> RowShape:

@@ -72,6 +72,12 @@ def test_a_run_with_controls_and_comparison(tmp_path, extractor):
     assert found["configs"] == ["main"] and found["comparison"]["configs"] == ["other"]
 
 
+def test_published_files_may_have_any_name(tmp_path):
+    rows = vlm4d_rows()
+    (tmp_path / "predictions_gpt.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert len(read_any(tmp_path, "vlm4d")) == len(rows)
+
+
 def test_files_of_several_hosts_are_one_run(tmp_path):
     for host in range(2):
         with PredictionStore(tmp_path, "c0", host=host) as store:

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.task import export_merged
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
@@ -125,7 +126,7 @@ def test_our_merged_checkpoint_in_transformers(name, tmp_path):
     model = ours(name, ATTENTION)
     wanted = our_logits(model, name)
     source = ModelChoice(GOLDEN / name, None)
-    export_merged(TunedModel(model, {}), source, tmp_path, TOLERANCE, TOLERANCE)
+    export_merged(TunedModel(model, {}), export_check.logits(model), source, tmp_path, TOLERANCE, TOLERANCE)
     merged = their_logits(theirs(tmp_path), name)
     np.testing.assert_allclose(merged, wanted, atol=TOLERANCE)
     # The same weights as PEFT's own merge of the same adapter.

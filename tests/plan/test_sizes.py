@@ -29,6 +29,10 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 QUESTIONS = ("<video>\nWhich way does it go?", "<video>\nAnd where is it now?")
 
 
+def encoder_for(config):
+    return encoder_of(config.model.path, config.video, config.data.max_tokens)
+
+
 def raw(question: str, answered: bool) -> dict:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Left."}]
     return {"video": "a.mp4", "conversations": turns[: 1 + answered]}
@@ -75,7 +79,7 @@ def test_planned_sizes_are_those_of_full_clips(model, clips, tmp_path, rule, bou
         config.model.path, config.data.path, config.data.root = str(model), str(clips / "records.json"), str(clips)
         config.data.prefix_buckets, config.model.dtype = (64, 512, 2048, 4096, 8192), "float32"
         config.video.num_frames, config.video.resize_rule, config.video.max_pixels = 4, rule, bound * bounded
-    with encoder_of(sft) as encoder:
+    with encoder_for(sft) as encoder:
         examples, prompts = (
             [encoder.encode(parse_record(raw(q, a), "k", clips), add_generation_prompt=not a) for q in QUESTIONS]
             for a in (True, False)
@@ -87,7 +91,10 @@ def test_planned_sizes_are_those_of_full_clips(model, clips, tmp_path, rule, bou
     longest = max(group.branches)
     sft.data.branch_buckets = (longest,)
     parts = build(sft, devices=jax.devices()[:1], abstract=True)
-    with encoder_of(sft) as encoder, Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+    with (
+        encoder_of(sft.model.path, sft.video, sft.data.max_tokens) as encoder,
+        Checkpoints(tmp_path / "checkpoints", 1) as checkpoints,
+    ):
         begun = Begun(tmp_path, checkpoints, open_records(sft), {}, Progress(), parts, encoder)
         loader = make_loader(begun)
         with loader.stream:

@@ -34,6 +34,8 @@ def test_a_completion():
     ("changes", "outcome"),
     [
         ({"answer": "B"}, "wrong"),
+        ({"answer": "A", "solution": {"answer": "A. left"}}, "correct"),
+        ({"answer": "B", "solution": {"answer": "(A) left"}}, "wrong"),
         ({"answer": None}, "unparsed"),
         ({"answer": None, "solution": {}}, "unparsed"),
         ({"solution": {}}, "not judged"),

@@ -20,10 +20,17 @@ from data_prep.sources.stereo4d import read_stereo4d
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import SyntheticClip, make_clip, stereo4d_arrays, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
+from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.video import read_video
 
 CONFIG = SyntheticConfig(height=96, width=128, frames=6, fps=30.0, stereo=True)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with DecodePool(20.0) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +45,13 @@ def write_npz(path, arrays):
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("masks", ["npz", "json"])
-def test_round_trip_to_the_exact_scene(tmp_path, index, masks):
+def test_round_trip_to_the_exact_scene(tmp_path, pool, index, masks):
     clip = make_clip(9, index, CONFIG)
     write_clip(clip, tmp_path, rle=masks == "json")
     stem = tmp_path / clip.scene.clip_id
     truth = load_scene(f"{stem}-truth")
     read = read_stereo4d(f"{stem}.npz")
-    size = frames_size(f"{stem}-left_rectified.mp4", len(read.timestamps))
+    size = frames_size(f"{stem}-left_rectified.mp4", len(read.timestamps), pool)
     bare = read.scene(size, "assumed_baseline")
     objects, dropped = objects_from_tracks(
         bare,
@@ -86,15 +93,15 @@ def test_the_videos_are_the_rendered_frames(tmp_path, clip):
     assert small.stat().st_size < left.stat().st_size
 
 
-def test_frames_may_be_a_folder(tmp_path, clip):
+def test_frames_may_be_a_folder(tmp_path, pool, clip):
     for t, frame in enumerate(clip.left):
         cv2.imwrite(str(tmp_path / f"frame_{t}.png"), frame[..., ::-1])
     (tmp_path / "notes.txt").write_text("not a frame")
-    assert frames_size(tmp_path, 6) == (96, 128)
+    assert frames_size(tmp_path, 6, pool) == (96, 128)
     with pytest.raises(SceneError, match="6 frames, its annotations 7"):
-        frames_size(tmp_path, 7)
+        frames_size(tmp_path, 7, pool)
     with pytest.raises(SceneError, match="does not exist"):
-        frames_size(tmp_path / "gone.mp4", 6)
+        frames_size(tmp_path / "gone.mp4", 6, pool)
 
 
 def test_intrinsics_of_the_released_frames():

@@ -77,6 +77,12 @@ def test_a_clip_that_fails_is_named_and_the_others_are_written(folder, monkeypat
     assert (folder / "trip-captions.json").exists() and not (folder / "walk-entities.json").exists()
 
 
+def test_half_a_surrogate_pair_in_a_reply_ends_nothing(folder, monkeypatch, serve):
+    server = serve(answer(caption="box \ud83d", category="box"), answer(entities=[{"en": "dog", "cat": "animal"}]))
+    assert run(folder, monkeypatch, server, **{"teacher.concurrency": 1}) == 0
+    assert (folder / "trip-captions.json").exists() and (folder / "walk-entities.json").exists()
+
+
 def test_the_object_is_outlined_in_its_largest_frame_and_cut_out():
     frames = np.stack([np.full((SIZE, SIZE, 3), 40 * t, np.uint8) for t in range(FRAMES)])
     masks = np.zeros((FRAMES, SIZE, SIZE), bool)
