@@ -28,7 +28,7 @@ _Prompt = tuple[np.ndarray, np.ndarray, str]  # token ids, supervised tokens, te
 
 @dataclasses.dataclass(frozen=True)
 class MediaItem:
-    """An image or video of a record. `frames` stay out (None) until the token budget is known to hold."""
+    """An image or video of a record. Those of a video stay out (None) until the token budget is known to hold."""
 
     path: str
     visual: Visual

@@ -162,7 +162,7 @@ def decode(
     config, mesh = model.config.text, model.mesh
     x = constrain_rows(model.text.embed[...][tokens], mesh)
     on_axes = jnp.broadcast_to(positions, (3, *positions.shape))
-    cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, on_axes, x.dtype)
+    cos, sin = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
     real = jnp.ones(tokens.shape, bool)
 
     def step(block, carry, layer):

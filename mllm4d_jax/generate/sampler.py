@@ -130,7 +130,7 @@ class Sampler:
           inputs: on the host, or already on the devices. Plain rows, one prompt each, padded on either side; or
             shared-prefix rows, each about one clip, with a question in each branch slot (it may have fewer: the
             completion of an empty slot is one token that means nothing).
-          prompt_ids: a number in [0, 2^32) for each prompt, see `sampling.prompt_id`; for shared-prefix rows B x G of
+          prompt_ids: a number in [0, 2^32) for each prompt, see `policy.prompt_id`; for shared-prefix rows B x G of
             them, one for each question, which is then what it would be as a prompt in a row of its own.
           branches: completions per prompt (G); the slots of shared-prefix rows.
           max_new_tokens: length cap; one number, or an array that broadcasts to [B, G].

@@ -131,7 +131,7 @@ class Learner:
 
         Args:
           tree: like the trainable tree.
-          parts: rows that hold every completion once.
+          parts: rows that hold every completion once, on the host or placed.
           batch: the RolloutBatch.
         """
         whole = jax.device_put(np.zeros(batch.mask.shape, np.float32), replicated(self.mesh))
@@ -164,14 +164,14 @@ class Learner:
           iterations: updates on these completions (mu).
         """
         batch = jax.device_put(jax.tree.map(np.asarray, batch), replicated(self.mesh))
+        placed = [place_rows(rows, self.mesh) for rows in parts]
         if reference is not None:
-            scored = self.score(reference, frozen, features, parts, batch)
+            scored = self.score(reference, frozen, features, placed, batch)
             batch = batch._replace(reference_logprobs=scored)
         first = None
         if scores_first(len(parts), iterations):
-            first = self.score(trainable, frozen, features, parts, batch)
+            first = self.score(trainable, frozen, features, placed, batch)
         batch, totals, weight, metrics, gap_max = self._begin(batch, first)
-        placed = [place_rows(rows, self.mesh) for rows in parts]
         for _ in range(iterations):
             grads, loss, found = self._zeros(trainable), jnp.float32(0), []
             for rows in placed:
@@ -264,8 +264,8 @@ def _begin(
     The weight is 0 when nothing could move the parameters: no group of different rewards and no KL term. The optimiser
     then rests, too, instead of following its momentum.
     """
+    batch, more = prepare(batch, config)  # first: the gap counts where there is something to learn
     batch, metrics, gap_max = _corrected(config, batch, first)
-    batch, more = prepare(batch, config)
     pulls = jnp.any((batch.mask > 0) & (batch.advantages[:, None] != 0)) | (config.beta > 0)
     weight = (pulls & jnp.any(batch.mask > 0)).astype(jnp.float32)
     return batch, denominators(batch.mask), weight, metrics | more, gap_max

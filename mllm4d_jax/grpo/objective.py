@@ -3,7 +3,7 @@
     loss = sum over b, t of w[b, t] (importance[b, t] surrogate(r[b, t], A[b, t]) + beta KL[b, t])
 
 `w` divides by counts over the whole step, so that the losses and gradients of micro-batches and devices simply add up.
-In a step (`learner`): `ratios.correct_for_gap`, `prepare` and `batch.denominators` for the whole batch, then
+In a step (`learner`): `prepare`, `ratios.correct_for_gap` and `batch.denominators` for the whole batch, then
 `objective` for each of its parts.
 """
 

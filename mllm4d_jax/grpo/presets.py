@@ -18,7 +18,7 @@ OVERLONG = ("keep", "mask", "soft")
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """One choice for each piece of the objective. Hashable: a static argument of a compiled step.
+    """One choice for each piece of the objective. Compiled into the step.
 
     Attributes:
       scale: divisor of the advantages, one of `advantages.SCALES`; ddof, std_eps: its standard deviation.

@@ -29,7 +29,7 @@ class Rollouts:
       texts: C, without the end token.
       rewards: C, each name -> value, "total" among them.
       seconds: phase -> seconds it took.
-      counts: what sampling did, see `actor.Actor`.
+      counts: what sampling did, name -> number, as metrics.jsonl has them.
     """
 
     step: int

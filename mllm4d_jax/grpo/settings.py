@@ -35,7 +35,7 @@ def rewards_of(config: ml_collections.ConfigDict) -> Rewards:
     for entry in config.reward.functions:
         name, separator, weight = str(entry).rpartition(_SEPARATOR)
         try:
-            spec[name] = float(weight)
+            spec[name] = spec.get(name, 0.0) + float(weight)
         except ValueError:
             separator = ""
         if not separator or not name:

@@ -83,8 +83,6 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     """Load everything a run needs and restore the newest checkpoint. Raises as `task.run`."""
     begun = begin(config, workdir, checkpoints)
     parts, encoder, progress = begun.parts, begun.encoder, begun.progress
-    if "vision" in parts.trainable:  # each clip is encoded once for all its uses
-        raise PreflightError("train.trainable names parameters of the vision tower, which is frozen here")
     trainable, opt_state = _start(begun), parts.opt_state
     reference = jax.tree.map(lambda x: x.copy(), trainable) if settings.objective_of(config).beta > 0 else None
     if progress.step:
@@ -115,7 +113,13 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
 
 
 def make_learner(parts: Parts, trainable: Any, opt_state: Any, sampling: SamplingOptions) -> Learner:
-    """Return the learner of completions that are drawn like `sampling`; trees of arrays, or shapes with shardings."""
+    """Return the learner of completions that are drawn like `sampling`; trees of arrays, or shapes with shardings.
+
+    Raises:
+      PreflightError: the vision tower is trained.
+    """
+    if "vision" in trainable:  # each clip is encoded once for all its uses, outside the gradient
+        raise PreflightError("train.trainable names parameters of the vision tower, which is frozen here")
     return Learner(
         parts.graphdef,
         parts.optimizer,

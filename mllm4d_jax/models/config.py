@@ -14,9 +14,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from mllm4d_jax.encode.processor_config import FAMILIES, TOKEN_IDS
+
 _CONTEXT = "original_max_position_embeddings"
-_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}
 
 
 class ModelConfigError(ValueError):
@@ -59,7 +59,6 @@ class TextConfig:
     qk_norm: bool  # Qwen3: RMSNorm of q and k per head
     qkv_bias: bool
     o_bias: bool
-    max_positions: int
     moe: MoEConfig | None = None
 
     def sparse(self, layer: int) -> bool:
@@ -164,7 +163,7 @@ class ModelConfig:
             model_type=model_type,
             text=text,
             vision=vision,
-            **{name: top.int(name) for name in _TOKEN_IDS},
+            **{name: top.int(name) for name in TOKEN_IDS},
             tied=None if tied is None else bool(tied),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text_raw.get("dtype") or "bfloat16"),
             source=json.dumps(raw),
@@ -278,7 +277,6 @@ def _read_text(r: _Reader, model_type: str) -> TextConfig:
         qk_norm=qwen3,
         qkv_bias=attention_bias if qwen3 else True,
         o_bias=attention_bias if qwen3 else False,
-        max_positions=r.int("max_position_embeddings", default=262144 if qwen3 else 128000),
         moe=_read_moe(r, num_layers) if model_type == "qwen3_vl_moe" else None,
     )
 

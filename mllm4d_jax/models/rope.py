@@ -31,7 +31,7 @@ def frequency_axes(sections: tuple[int, int, int], interleaved: bool) -> np.ndar
     return axes
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies and the factor on cos/sin.
 
     Plain RoPE: `theta^(-2i/head_dim)`. YaRN (arXiv 2309.00071, eq. 17-23): high frequencies are kept, low ones divided
@@ -47,7 +47,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -
         return inv_freq, 1.0
     p = dict(config.yarn)
     factor = p["factor"]
-    context = p.get("original_max_position_embeddings", max_positions)
+    context = p["original_max_position_embeddings"]
 
     def dimension_turning(times: float) -> float:
         return head_dim * math.log(context / (times * 2 * math.pi)) / (2 * math.log(config.theta))
@@ -70,9 +70,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int, max_positions: int) -
     return inv_freq.astype(np.float32), float(scale)
 
 
-def text_rope(
-    config: RopeConfig, head_dim: int, max_positions: int, positions: jax.Array, dtype
-) -> tuple[jax.Array, jax.Array]:
+def text_rope(config: RopeConfig, head_dim: int, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the text decoder.
 
     Args:
@@ -82,7 +80,7 @@ def text_rope(
     Returns:
       (cos, sin), each dtype[B, S, head_dim], the half vector repeated.
     """
-    inv_freq, scale = inverse_frequencies(config, head_dim, max_positions)
+    inv_freq, scale = inverse_frequencies(config, head_dim)
     axes = frequency_axes(config.sections, config.interleaved)
     chosen = jnp.moveaxis(positions, 0, -1)[..., axes].astype(jnp.float32)  # [B,S,head_dim/2]
     angles = chosen * inv_freq

@@ -40,7 +40,7 @@ def attach_lora(
     dropout: float = 0.0,
     rngs: nnx.Rngs,
     mesh: Mesh | None = None,
-) -> int:
+) -> None:
     """Adds adapters `y += (alpha / rank) * x A B` in place to the decoder's linear layers named in `targets`.
 
     A is uniform in +-1/sqrt(d_in) and B is zero, so the model's output does not change. Both are fp32 `nnx.LoRAParam`s
@@ -50,9 +50,6 @@ def attach_lora(
       targets: last name of the module path, e.g. "q_proj" or "down_proj".
       dropout: probability with which an input of an adapter is dropped in training (the base layer sees them all).
       mesh: places the adapters by the same rules as the weights.
-
-    Returns:
-      The number of trainable parameters added.
 
     Raises:
       ValueError: a target names no linear layer of the decoder, rank is below 1, or dropout is outside [0, 1).
@@ -65,7 +62,6 @@ def attach_lora(
     known = {path[-1] for path, _ in modules}
     if set(targets) - known:
         raise ValueError(f"LoRA targets {sorted(set(targets) - known)} name no linear layer (known: {sorted(known)})")
-    added = 0
     for path, module in modules:
         if path[-1] not in targets:
             continue
@@ -77,8 +73,6 @@ def attach_lora(
         module.lora_a = _adapter(a, (*axes[:-1], "rank"), mesh)
         module.lora_b = _adapter(b, (*axes[:-2], "rank", axes[-1]), mesh)
         module.lora_scale, module.lora_dropout = alpha / rank, dropout
-        added += a.size + b.size
-    return added
 
 
 def _adapter(value: jax.Array, axes: tuple, mesh: Mesh | None) -> nnx.LoRAParam:

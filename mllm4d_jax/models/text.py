@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
           ValueError: rows that are not as long as the layout.
         """
         config, taps = self.config, 0 if deepstack is None else len(deepstack)
-        cos, sin = rope.text_rope(config.rope, config.head_dim, config.max_positions, positions, x.dtype)
+        cos, sin = rope.text_rope(config.rope, config.head_dim, positions, x.dtype)
         attend = functools.partial(row_attention, segment_ids=segment_ids, layout=layout, backend=backend)
 
         def step(block: DecoderBlock, hidden: jax.Array, layer: jax.Array):

@@ -65,7 +65,7 @@ def learning(
     head = t.hidden_size * t.vocab_size * item
     return {
         "weights": frozen * item,
-        "adapter, gradient, optimiser": 4 * 4 * trainable,
+        "adapter, gradient, optimiser": 4 * (4 + (c.train.accumulation > 1)) * trainable,
         "batch": patches * (v.patch_dim + 9) * 4 + tokens * 24,
         "kept activations": tokens * t.num_layers * kept * item,
         "working activations": tokens * (between + len(v.deepstack) * t.hidden_size) * item,

@@ -53,6 +53,8 @@ class SftPhases:
         batch = placed_rows(repeated(one, rows * batch_shards(self.mesh)), self.mesh)
         program = partial(train_step(parts, *trees).lower, *trees, parts.frozen, batch)
         held = held_by(parts) | {"batch": local_bytes(batch)}
+        if self.job.config.train.accumulation > 1:  # the sum of gradients that the next micro-batch is added to
+            held["gradient"] = local_bytes(parts.trainable)
         return Phase("step", "step", program, held, rows, self.job.sizes.layout.size)
 
     def calls(self, mean: int) -> Iterator[PhaseWork]:

@@ -101,7 +101,7 @@ def build(
         opt_state = init_optimizer(optimizer, trainable, mesh)
     shape = row_shape(config, processor_of(config), model.config)
     trees = graphdef, trainable, frozen, optimizer, opt_state
-    return Parts(config, model.config, mesh, *trees, rates, shape, tuning(config, model))
+    return Parts(config, model.config, mesh, *trees, rates, shape, tuning(config, model, trainable))
 
 
 def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
@@ -261,14 +261,13 @@ def _attach(config: ml_collections.ConfigDict, model: QwenVL, rngs: nnx.Rngs, me
     )
 
 
-def tuning(config: ml_collections.ConfigDict, model: QwenVL) -> Tuning:
-    """Return what the FLOPs of a step depend on besides its batch."""
-    patterns = tuple(config.train.trainable)
+def tuning(config: ml_collections.ConfigDict, model: QwenVL, trainable: Mapping[str, Any]) -> Tuning:
+    """Return what the FLOPs of a step depend on besides its batch; `trainable`: the tree of what is trained."""
     return Tuning(
         rank=config.lora.rank if needs_adapter(config.train.trainable) else 0,
         targets=tuple(config.lora.targets),
-        text=trained("text/stacks/0/mlp/down_proj/kernel", patterns),
-        vision=trained("vision/blocks/attn/qkv/kernel", patterns),
+        text=trained("text/stacks/0/mlp/down_proj/kernel", tuple(config.train.trainable)),
+        vision="blocks" in trainable.get("vision", {}),
         remat=config.model.remat,
         vision_remat=config.model.vision_remat,
         attention=str(model.backend),

@@ -126,6 +126,14 @@ def test_metrics_of_parts_are_those_of_the_whole():
     np.testing.assert_allclose(whole.advantages, parts.advantages)
 
 
+def test_the_gap_is_measured_where_there_is_something_to_learn():
+    """Completions that do not count are no part of it, in one part or several."""
+    config = dataclasses.replace(GRPO, overlong="mask")
+    gaps = [float(one_step(config=config, micro=micro)[1].metrics["gap"].value) for micro in (1, 2)]
+    np.testing.assert_allclose(gaps[0], gaps[1], rtol=1e-5)
+    assert abs(gaps[0] - float(one_step()[1].metrics["gap"].value)) > 1e-4  # those left out would move it
+
+
 @pytest.mark.parametrize(
     "mesh",
     [

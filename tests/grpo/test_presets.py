@@ -18,7 +18,7 @@ from mllm4d_jax.grpo.presets import (
     resolve_objective,
 )
 from mllm4d_jax.grpo.ratios import LEVELS
-from mllm4d_jax.grpo.settings import objective_of
+from mllm4d_jax.grpo.settings import objective_of, rewards_of
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,9 @@ def test_the_keys_offer_what_the_objective_knows():
     choices = dict(kl=KL_ESTIMATORS, overlong=OVERLONG, reduction=REDUCTIONS, surrogate=SURROGATES)
     for name, known in (choices | dict(scale=SCALES, ratio=LEVELS)).items():
         assert keys[f"objective.{name}"].choices == ("", *known)
+
+
+def test_a_reward_named_twice_has_both_weights():
+    config = common.config("grpo", {"reward.functions": ("accuracy::0.5", "format::0.5", "accuracy::1.0")})
+    once = common.config("grpo", {"reward.functions": ("accuracy::1.5", "format::0.5")})
+    assert rewards_of(config).shares == rewards_of(once).shares

@@ -25,16 +25,15 @@ def text_inputs(case="text") -> ModelInputs:
     return ModelInputs(z["input_ids"], z["position_ids"], z["attention_mask"], np.full_like(z["input_ids"], -1), None)
 
 
-def test_a_fresh_adapter_changes_nothing_and_counts_its_parameters():
+def test_a_fresh_adapter_changes_nothing_and_has_its_parameters():
     model = load_model(GOLDEN / "qwen3_vl")
     before = model(text_inputs())
-    added = attach_lora(model, rank=4, alpha=8.0, rngs=nnx.Rngs(0))
+    attach_lora(model, rank=4, alpha=8.0, rngs=nnx.Rngs(0))
     # Adding exact zeros, but in another compiled program: sums may round differently.
     np.testing.assert_allclose(model(text_inputs()), before, atol=1e-5)
     h, q, kv, layers = 48, 128, 64, 4
-    assert added == layers * 4 * ((h + q) + 2 * (h + kv) + (q + h))
     lora = nnx.state(model, nnx.LoRAParam)
-    assert sum(x.size for x in jax.tree.leaves(lora)) == added
+    assert sum(x.size for x in jax.tree.leaves(lora)) == layers * 4 * ((h + q) + 2 * (h + kv) + (q + h))
     assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype(jnp.float32)}
 
 

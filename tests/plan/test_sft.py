@@ -66,6 +66,9 @@ def test_the_planned_step_has_the_arrays_of_the_real_one(config, trainable):
     assert shapes(phase.lower.args) == shapes(real)
     for kind, tree in zip(("trainable", "optimiser", "frozen", "batch"), real, strict=True):
         assert phase.held[kind] == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    config.train.batch_size, config.train.accumulation = 2 * config.train.batch_size, 2
+    held = SftPhases(PlanJob.of(config, Lengths()), jax.devices()).step(1).held
+    assert held["gradient"] == held["trainable"] and "gradient" not in phase.held  # kept between micro-batches
 
 
 @pytest.mark.parametrize(("fixed", "each", "start", "most"), [(100, 50, 1, 17), (400, 7, 4, 78), (100, 50, 30, 17)])

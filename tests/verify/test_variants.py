@@ -216,7 +216,7 @@ def test_yarn_frequencies(model_type, extra):
         variant = Variant(model_type, text={"hidden_size": 64}, rope=variant.rope | {"mrope_section": [4, 2, 2]})
     theirs = empty_model(variant).model.language_model.rotary_emb
     config = ModelConfig.from_dict(variant.config() | {"model_type": model_type})
-    inv_freq, scale = rope.inverse_frequencies(config.text.rope, config.text.head_dim, config.text.max_positions)
+    inv_freq, scale = rope.inverse_frequencies(config.text.rope, config.text.head_dim)
     np.testing.assert_allclose(inv_freq, theirs.inv_freq.numpy(), rtol=1e-6)
     assert scale == pytest.approx(theirs.attention_scaling)
 
