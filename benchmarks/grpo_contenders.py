@@ -46,7 +46,7 @@ def noise(completion: str, solution: Any, record: Any) -> float:
     return zlib.crc32(completion.encode()) / (2**32 - 1)
 
 
-class Timed(NamedTuple):
+class TimedUpdate(NamedTuple):
     """One step: seconds of each of PHASES and of the whole, and processor seconds."""
 
     phases: dict[str, float]
@@ -158,7 +158,7 @@ class Ours:
         policy = setup.learner.score(setup.state.trainable, setup.begun.parts.frozen, drawn.features, parts, batch)
         return Numbers(np.asarray(policy), reference, *self.update(drawn, batch, parts))
 
-    def step(self, found: PromptStep) -> Timed:
+    def step(self, found: PromptStep) -> TimedUpdate:
         """Draws, scores, updates."""
         started, used = time.perf_counter(), time.process_time()
         drawn = self.draw(found)
@@ -169,7 +169,7 @@ class Ours:
         ended = time.perf_counter()
         phases = {name: drawn.rollouts.seconds[name] for name in PHASES[:4]}
         phases |= {"reference": scored - sampled, "update": ended - scored}
-        return Timed(phases, ended - started, time.process_time() - used)
+        return TimedUpdate(phases, ended - started, time.process_time() - used)
 
     def facts(self, drawn: Drawn) -> tuple[dict[str, int], float]:
         """(numbers of tokens, FLOPs that the model needs for the update: the pass of the reference not included)."""
@@ -273,7 +273,7 @@ class Theirs:
         arrays = tensors(cases.batch(self._prompts, rows, "left"))
         return {name: value.to(self._device) for name, value in arrays.items() if name != "labels"}
 
-    def step(self, prompts: Sequence[Prompt], feed: dict[str, torch.Tensor]) -> Timed:
+    def step(self, prompts: Sequence[Prompt], feed: dict[str, torch.Tensor]) -> TimedUpdate:
         """Draws, scores, updates; `feed` is ready before the clock starts."""
         c, started, used = self._config.rollout, time.perf_counter(), time.process_time()
         self._clock = Clock(self._wait)
@@ -291,7 +291,7 @@ class Theirs:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._clock.enter("update")
-        return Timed(self._clock.seconds, time.perf_counter() - started, time.process_time() - used)
+        return TimedUpdate(self._clock.seconds, time.perf_counter() - started, time.process_time() - used)
 
     def numbers(self, drawn: Drawn) -> Numbers:
         """Log-probs, loss and gradient norm for completions of ours; no optimiser step."""

@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     vision_width: int = 256
 
 
-class Timed(NamedTuple):
+class TimedStep(NamedTuple):
     """One step: seconds to prepare its batch and to run it, processor seconds of the latter, loss, gradient norm."""
 
     data: float
@@ -167,7 +167,7 @@ class Ours:
     def record(self, i: int) -> Record:
         return self._loader.stream.mixture.sources[0][i]
 
-    def run(self, step: int) -> Timed:
+    def run(self, step: int) -> TimedStep:
         """One step on the batch loaded for it."""
         loaded, data = self._batches[step]
         started, used = time.perf_counter(), time.process_time()
@@ -175,7 +175,7 @@ class Ours:
         loss = float(m.loss)
         jax.block_until_ready(self._lora)
         spent = (time.perf_counter() - started, time.process_time() - used)
-        return Timed(data, *spent, loss, float(m.grad_norm))
+        return TimedStep(data, *spent, loss, float(m.grad_norm))
 
     def facts(self) -> str:
         """Sizes of the first batch."""
@@ -237,7 +237,7 @@ class Theirs:
                 parameter.copy_(value)
         self._optimizer.state.clear()
 
-    def run(self, records: Sequence[Record]) -> Timed:
+    def run(self, records: Sequence[Record]) -> TimedStep:
         """One step on these records, each encoded on its own."""
         started = time.perf_counter()
         rows = [cases.example_row(self._encoder.encode(record)) for record in records]
@@ -250,4 +250,4 @@ class Theirs:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         spent = (time.perf_counter() - prepared, time.process_time() - used)
-        return Timed(prepared - started, *spent, loss.item(), norm.item())
+        return TimedStep(prepared - started, *spent, loss.item(), norm.item())
