@@ -195,6 +195,7 @@ def test_exit_codes(task, capsys):
 
 
 def test_global_flags_can_be_read_by_libraries(task):
+    flags.FLAGS.unparse_flags()  # the tests have marked them as parsed
     assert run.main(["run.py", SFT]) == 0
     assert flags.FLAGS.is_parsed()
 

@@ -26,7 +26,7 @@ import grain
 import numpy as np
 
 from mllm4d_jax.data.group_encoder import EncodedGroup, GroupEncoder
-from mllm4d_jax.data.roster import Roster
+from mllm4d_jax.data.roster import Gate, Roster
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.errors import RecordError
@@ -76,6 +76,7 @@ class GroupReader:
         self._deaths: collections.Counter[int] = collections.Counter()
         self._restarts = 0
         self._roster: Roster | None = None
+        self._gate: Gate | None = None
         self._iterator: Any = None
         # Grain's iterators wait without a limit, so a thread waits in the caller's place.
         self._waiter: concurrent.futures.ThreadPoolExecutor | None = None
@@ -86,9 +87,9 @@ class GroupReader:
         if self._next is not None or self._place >= len(self._groups):
             return
         n, encoder = self._workers, self._encoder
-        self._roster = Roster(n) if n else None
+        self._roster, self._gate = (Roster(n), None) if n else (None, Gate())
         own = encoder.with_cache(encoder.cache_bytes // n) if n else encoder
-        work = _Work(own, self._known, dict(self._refused), self._place, self._roster, n)
+        work = _Work(own, self._known, dict(self._refused), self._place, self._roster, self._gate, n)
         data = grain.MapDataset.source(self._groups)[self._place :].map_with_index(work)
         if n:
             # Grain buffers as much again in this process. A worker has no other thread that encodes: so nothing of
@@ -177,6 +178,8 @@ class GroupReader:
         self._iterator.close()
         if self._roster is not None:
             killer.cancel()
+        else:
+            self._gate.close()
         self._waiter.shutdown()
         self._next = self._iterator = None
         gc.collect()  # the error that ended a thread of Grain holds the thread's last array in shared memory
@@ -199,6 +202,7 @@ class _Work:
     refused: dict[int, tuple[str, str]]
     start: int
     roster: Roster | None
+    gate: Gate | None
     workers: int
 
     def __call__(self, index: int, questions: Questions) -> EncodedGroup | tuple[EncodedGroup, list[np.ndarray]]:
@@ -208,7 +212,8 @@ class _Work:
         good = tuple(i for i in questions.indices if self.known is None or not self.known(source, i))
         asked = dataclasses.replace(questions, indices=good)
         if self.roster is None:
-            return dataclasses.replace(self.encoder(asked), questions=questions)
+            with self.gate.at_work():
+                return dataclasses.replace(self.encoder(asked), questions=questions)
         with self.roster.at_work(index % self.workers, place):  # Grain gives worker w of n the groups w, w + n, ...
             group = self.encoder(asked)
         return _packed(dataclasses.replace(group, questions=questions))

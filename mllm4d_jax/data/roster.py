@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,25 @@ import numpy as np
 
 class ReaderClosedError(RuntimeError):
     """Nothing more is to be encoded. Ends what Grain runs; nobody else sees it."""
+
+
+class Gate:
+    """Lets a thread encode one group after the other, until it is closed; which waits for the one under way."""
+
+    def __init__(self) -> None:
+        self._lock, self._closed = threading.Lock(), False
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Holds the gate for a group. Raises ReaderClosedError after `close`."""
+        with self._lock:
+            if self._closed:
+                raise ReaderClosedError
+            yield
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
 
 
 class Roster:

@@ -113,11 +113,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
 
 
 def make_learner(parts: Parts, trainable: Any, opt_state: Any, sampling: SamplingOptions) -> Learner:
-    """Return the learner of completions that are drawn like `sampling`; trees of arrays, or shapes with shardings.
-
-    Raises:
-      PreflightError: the vision tower is trained.
-    """
+    """Return the learner of completions drawn like `sampling`; trees of arrays, or shapes. Raises PreflightError."""
     if "vision" in trainable:  # each clip is encoded once for all its uses, outside the gradient
         raise PreflightError("train.trainable names parameters of the vision tower, which is frozen here")
     return Learner(

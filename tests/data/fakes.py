@@ -79,6 +79,8 @@ class DangerousEncoder(FakeEncoder):
         marker = self.folder / "died"
         if number == 13 or number == 16 and not marker.exists():
             marker.touch()
+            with (self.folder / "deaths").open("a") as deaths:
+                deaths.write(f"{number} ")
             os.kill(os.getpid(), signal.SIGKILL)
         if number == 14:
             time.sleep(600)

@@ -89,10 +89,12 @@ def test_workers_change_nothing(world, tmp_path):
 class SlowEncoder(FakeEncoder):
     def __init__(self, seconds=0.5):
         super().__init__()
-        self.seconds = seconds
+        self.seconds, self.begun, self.done = seconds, 0, 0
 
     def encode_group(self, records, cache=None):
+        self.begun += 1
         time.sleep(self.seconds)
+        self.done += 1
         return super().encode_group(records)
 
 
@@ -118,12 +120,13 @@ def said(group):
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_worker_that_dies_is_replaced_and_its_group_tried_once_more(make_reader, workers):
+def test_a_worker_that_dies_is_replaced_and_its_group_tried_once_more(make_reader, tmp_path, workers):
     """16 dies once, 13 each time; groups that other workers had ready before the death arrive in their places."""
     with make_reader(5, (6, 16), (13, 7), 8, 9, workers=workers) as reader:
         found = [said(group) for group in reader]
     assert found[:2] == [{0: "r.json#0"}, {1: "r.json#1", 2: "r.json#2"}]
     assert found[2:] == [{3: "worker_crash", 4: "worker_crash"}, {5: "r.json#5"}, {6: "r.json#6"}]
+    assert (tmp_path / "deaths").read_text().split().count("13") == 2
 
 
 # Four times are more than may happen without a group in between.
@@ -179,7 +182,7 @@ class OneClip(FakeEncoder):
 
 
 def test_patches_cross_in_shared_memory_and_stay_one_array(make_reader):
-    with make_reader((5, 6), (7, 8), 9, encoder=OneClip()) as reader:
+    with make_reader((5, 6), 9, (7, 8), encoder=OneClip()) as reader:
         patches = [e.patches for e in reader.take().examples]
         reader._next.result()
         group, passed = next(reader._iterator)
@@ -224,18 +227,26 @@ def test_closing_does_not_wait_for_work_in_progress(make_reader):
 
 
 def test_leaving_early_waits_for_the_group_under_way_only(make_reader):
-    with make_reader(*[5] * 20, workers=0, encoder=SlowEncoder(), ahead=10) as reader:
+    encoder = SlowEncoder()
+    with make_reader(*[5] * 20, workers=0, encoder=encoder, ahead=10) as reader:
         reader.take()
-        started = time.perf_counter()
-    assert time.perf_counter() - started < 4  # ten groups ahead take five seconds
+        while encoder.begun == 1:  # the next one is under way
+            time.sleep(0.01)
+    done = encoder.done
+    assert done == encoder.begun < 10  # of the ten groups ahead
+    time.sleep(0.7)
+    assert (encoder.begun, encoder.done) == (done, done)  # nobody goes on with an encoder that may be closed now
 
 
 def test_an_interrupt_is_for_the_main_process(make_reader):
     with make_reader(*[5] * 8, ahead=1) as reader:
         reader.take()
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGINT)
-        assert len(list(reader)) == 7
+        before = {child.pid for child in multiprocessing.active_children()}
+        for pid in before:
+            os.kill(pid, signal.SIGINT)
+        assert before and all(said(reader.take()) for _ in range(5))
+        assert {child.pid for child in multiprocessing.active_children()} == before
+        assert len(list(reader)) == 2
 
 
 SCRIPT = """

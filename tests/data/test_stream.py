@@ -75,7 +75,9 @@ def test_a_record_stays_left_out_once_it_failed_however_far_ahead_others_read_it
     encoder = FailsOnce()
     with make_stream(encoder, step_groups=7, ahead=4) as stream:
         stream._reader.start()
+        deadline = time.monotonic() + 60
         while encoder.calls.count("r.json#2") < 2:  # of the next epochs
+            assert time.monotonic() < deadline, "nothing is read ahead"
             time.sleep(0.01)
         for n in range(1, 4):
             assert all(2 not in group.results or group.errors for group in stream.next_groups())

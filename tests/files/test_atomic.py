@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -54,11 +54,8 @@ def test_two_threads_may_write_one_file(tmp_path):
         for _ in range(50):
             atomic.write_atomic(tmp_path / "a", text * 1000)
 
-    threads = [threading.Thread(target=write, args=(text,)) for text in (b"x", b"y")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (b"x", b"y")))  # raises what a thread raised
     assert (tmp_path / "a").read_bytes() in (b"x" * 1000, b"y" * 1000) and names(tmp_path) == ["a"]
 
 

@@ -75,6 +75,8 @@ def test_a_row_without_a_step_cannot_be_rewound_past(tmp_path):
     with pytest.raises(JsonLinesError, match="line 2: has no whole number 'step'"):
         jsonl.read_steps(path, 1)
     assert len(jsonl.read_steps(path)) == 3
+    path.write_text("".join(f'{{"step": {n}}}\n' for n in (1, 2, 3)))
+    assert [row["step"] for row in jsonl.read_steps(path, 2)] == [1, 2]
 
 
 @pytest.mark.parametrize("step", range(5))

@@ -30,6 +30,7 @@ def test_rows_are_padded_and_visual_rows_point_at_their_patches(side):
     batch = collate(EXAMPLES, GEOMETRY, visual_token_ids=(8, VIDEO), length=6, frames=3, pad_side=side)
     start = 2 if side == "left" else 0
     assert batch.tokens[1].tolist()[start : start + 4] == [4, VIDEO, VIDEO, 5]
+    np.testing.assert_array_equal(batch.segment_ids, batch.tokens > 0)
     assert batch.segment_ids.sum(1).tolist() == [3, 4]
     assert batch.positions[:, 1, start : start + 4].tolist() == [[7, 8, 9, 10]] * 3
     assert (batch.vision_index[0] == -1).all()

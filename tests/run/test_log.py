@@ -27,7 +27,31 @@ def test_lines_beyond_the_restored_step_go_away(tmp_path):
     rows = read_steps(path)
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and rows[-1]["loss"] == 0.125
     assert rows[0] == row(1)
-    assert list((tmp_path / "tb").iterdir())
+
+
+def test_tensorboard_has_the_means_of_the_steps_between_two_lines(tmp_path, monkeypatch):
+    """As the bar has them, the last step of a run included, and none of what a restored run does again."""
+    said, purged = [], []
+
+    class Board:
+        def __init__(self, folder, purge_step=None, **_):
+            purged.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            said.append((name, value, step))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("tensorboardX.SummaryWriter", Board)
+    with open_log(tmp_path, 0) as log:
+        for step in range(1, 10):
+            log.step(row(step, loss=float(step)))
+    losses = [(value, step) for name, value, step in said if name == "train/loss"]
+    assert losses == [(1.5, 2), (3.5, 4), (5.5, 6), (7.5, 8), (9.0, 9)]
+    with open_log(tmp_path, 4):
+        pass
+    assert [step for _, step in purged] == [1, 5]
 
 
 def test_a_damaged_line_loses_no_later_row(tmp_path):

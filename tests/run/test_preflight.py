@@ -186,6 +186,10 @@ def test_digests_follow_content_not_place(tiny_world, tmp_path):
     for file in folder.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     assert model_digest(copy) == first["model.path"]
+    settings = (copy / "config.json").read_bytes()
+    (copy / "config.json").write_bytes(settings + b"\n")
+    assert model_digest(copy) != first["model.path"]
+    (copy / "config.json").write_bytes(settings)
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
