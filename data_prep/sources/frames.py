@@ -11,7 +11,8 @@ from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.files.atomic import replacing
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.video import VideoClip, read_image
+from mllm4d_jax.media.images import read_image
+from mllm4d_jax.media.video import VideoClip
 from mllm4d_jax.qa.errors import MediaError
 
 CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
@@ -27,15 +28,11 @@ def read_all_frames(path: str | Path, pool: DecodePool, max_frames: int) -> Vide
     Raises:
       SceneError: unreadable, damaged, or longer than that.
     """
-    clip = None
     with as_scene_error(MediaError):
         count = pool.probe(str(path)).frames
-        if count is None or count <= max_frames:
-            clip = pool.read(str(path), SampleRule("uniform", max_frames, None))
-            count = clip.total_frames
-    if clip is None or count > len(clip.frames):
-        raise SceneError(f"{path} has {count} frames, more than {max_frames}: cut it into clips first")
-    return clip
+        if count > max_frames:
+            raise SceneError(f"{path} has {count} frames, more than {max_frames}: cut it into clips first")
+        return pool.read(str(path), SampleRule("uniform", max_frames, None))
 
 
 def read_folder(path: str | Path) -> np.ndarray:
@@ -56,7 +53,7 @@ def read_folder(path: str | Path) -> np.ndarray:
 def frames_size(path: str | Path, frames: int, pool: DecodePool) -> tuple[int, int]:
     """Return (height, width) of a video or a folder of images, and check that it has `frames` frames.
 
-    For a video the promised number counts; only decoding it tells the truth.
+    A video is not decoded for it (but for its first frame): its packets tell.
 
     Raises:
       SceneError: missing, unreadable, or of another length.
@@ -69,7 +66,7 @@ def frames_size(path: str | Path, frames: int, pool: DecodePool) -> tuple[int, i
         else:
             info = pool.probe(str(path))
             found, size = info.frames, (info.height, info.width)
-    if found is not None and found != frames:
+    if found != frames:
         raise SceneError(f"{path} has {found} frames, its annotations {frames}; are they of the same clip?")
     return int(size[0]), int(size[1])
 

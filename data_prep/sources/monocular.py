@@ -202,7 +202,7 @@ class MonocularSource:
         count = len(spatial.world_to_camera)
         with as_scene_error(MediaError):
             info = self.pool.probe(str(video))
-        if info.frames is not None and info.frames != count:
+        if info.frames != count:
             raise SceneError(f"{video} has {info.frames} frames, {tracker.name} {count}: track every frame")
         size = card.frame_size or (info.height, info.width)
         # A tracker that was given smaller frames has a principal point far from the middle of the video's.
@@ -216,7 +216,7 @@ class MonocularSource:
         scene, tracks = monocular_scene(
             spatial,
             size,
-            np.arange(count) / info.fps,
+            info.times,
             clip_id=clip_id,
             source_id=card.source_id,
             scale=metric_scale(spatial, _depths(moge), size),

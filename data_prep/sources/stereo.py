@@ -23,6 +23,7 @@ from data_prep.stereo.stage import QualityLimits, Reconstruction, reconstruct_cl
 from data_prep.store.parts import ClipRejected, clip_file_name
 from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.video import VideoClip
 
 PAIR = "pair"
 _LEFT, _RIGHT = ("-left.mp4", "-left_rectified.mp4"), ("-right.mp4", "-right_rectified.mp4")
@@ -78,7 +79,7 @@ class StereoSource:
 
     def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, mask_file: Path, captions: Path) -> Scene:
         card = read_card(self.folder / f"{clip_id}-clip.json", clip_id)
-        left, right, fps = self._views(videos)
+        left, right, clip = self._views(videos)
         masks = read_masks(mask_file, len(left), left.shape[1:3])
         names = read_captions(captions)
         nameless = sorted(set(masks) - set(names))
@@ -92,7 +93,7 @@ class StereoSource:
                 right,
                 clip_id=clip_id,
                 source_id=card.source_id,
-                timestamps=np.arange(len(left)) / fps,
+                timestamps=clip.times,
                 baseline=self.baseline if card.baseline is None else card.baseline,
                 masks=masks,
                 captions=names,
@@ -109,19 +110,19 @@ class StereoSource:
             scene = _with_tracks(found, read_bootstap(bootstap, len(left)), masks, names, bootstap.name)
         if self.layout != PAIR:
             video.parent.mkdir(parents=True, exist_ok=True)
-            write_video(video, left, fps, "mpeg4")
+            write_video(video, left, clip.source_fps, "mpeg4")
         return scene
 
-    def _views(self, videos: list[Path]) -> tuple[np.ndarray, np.ndarray, float]:
-        """Left and right frames u8[T,H,W,3] and frames per second."""
+    def _views(self, videos: list[Path]) -> tuple[np.ndarray, np.ndarray, VideoClip]:
+        """Left and right frames u8[T,H,W,3], and the (first) video they are from."""
         clips = [read_all_frames(path, self.pool, self.max_frames) for path in videos]
         if self.layout != PAIR:
             with as_scene_error(StereoError, name=str(videos[0])):
-                return *split_side_by_side(clips[0].frames, self.layout), clips[0].source_fps
+                return *split_side_by_side(clips[0].frames, self.layout), clips[0]
         left, right = (clip.frames for clip in clips)
         if left.shape != right.shape:
             raise SceneError(f"{videos[0]} is {left.shape[:3]} (frames, height, width), {videos[1]} {right.shape[:3]}")
-        return left, right, clips[0].source_fps
+        return left, right, clips[0]
 
 
 def _with_tracks(

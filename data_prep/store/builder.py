@@ -47,6 +47,7 @@ class ClipExample:
       clip_id, source_id, video: as in the question rows; `video` is the path below the media root.
       frames: T JPEG files.
       frame_indices: i64[T], their frame numbers in the source clip.
+      timestamps: f64[T], seconds at which they show in it.
       fps: frames per second of the source clip.
       num_source_frames: frames that it has.
       questions: the question rows.
@@ -57,6 +58,7 @@ class ClipExample:
     video: str
     frames: tuple[bytes, ...]
     frame_indices: np.ndarray
+    timestamps: np.ndarray
     fps: float
     num_source_frames: int
     questions: tuple[Mapping[str, Any], ...]
@@ -92,7 +94,7 @@ class PartLoader:
         except RecordError as error:
             raise StoreError(f"clip {clip_id!r}: {error}") from error
         frames = tuple(encode_jpeg(frame, self.quality) for frame in clip.frames)
-        times = (clip.indices, clip.source_fps, clip.total_frames)
+        times = (clip.indices, clip.times, clip.source_fps, clip.total_frames)
         return ClipExample(clip_id, result.source_id, video, frames, *times, rows)
 
 
@@ -126,18 +128,17 @@ def encode_example(example: ClipExample) -> dict[str, Any]:
     """Return the example as the features of `ClipDataset` take it.
 
     Raises:
-      StoreError: frames and frame indices do not match, or the rate is not positive.
+      StoreError: frames, their numbers and times do not match, or the rate is not positive.
     """
-    if not (len(example.frames) == len(example.frame_indices) > 0 and example.fps > 0):
-        raise StoreError(
-            f"clip {example.clip_id!r}: {len(example.frames)} frames, {len(example.frame_indices)} frame indices, "
-            f"{example.fps} frames per second"
-        )
+    counts = [len(part) for part in (example.frames, example.frame_indices, example.timestamps)]
+    if not (len(set(counts)) == 1 and counts[0] and example.fps > 0):
+        told = "{} frames, {} frame indices, {} times".format(*counts)
+        raise StoreError(f"clip {example.clip_id!r}: {told}, {example.fps} frames per second")
     questions = [
         {"id": row["id"], "question_type": row["question_type"], "answer": row["answer"], "row": canonical_json(row)}
         for row in example.questions
     ]
-    timestamps = np.asarray(example.frame_indices, np.float64) / example.fps
+    timestamps = np.asarray(example.timestamps, np.float64)
     return {
         "clip_id": example.clip_id,
         "source_id": example.source_id,

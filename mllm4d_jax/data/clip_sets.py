@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.media.video import StoredFrames
+from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import MediaError, RecordError
 from mllm4d_jax.qa.records import Record, parse_record
 
@@ -98,8 +98,9 @@ class ClipSet:
         timing = json.loads(clip["timing"])  # "fps" itself is rounded to float32
         if not isinstance(timing, dict) or not isinstance(timing.get("fps"), (int, float)):
             raise MediaError(f"{name} does not say how many frames per second its source has", "missing_fps")
-        indices = tuple(int(v) for v in clip["frame_indices"])
-        return StoredFrames(name, tuple(clip["frames"]), indices, float(timing["fps"]), int(clip["num_source_frames"]))
+        jpegs, indices = tuple(clip["frames"]), tuple(int(v) for v in clip["frame_indices"])
+        times = tuple(float(v) for v in timing.get("timestamps") or ())
+        return StoredFrames(name, jpegs, indices, times, float(timing["fps"]), int(clip["num_source_frames"]))
 
 
 def _open(path: Path, split: str) -> Any:

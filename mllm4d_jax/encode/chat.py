@@ -31,16 +31,15 @@ class Visual:
     timestamps: tuple[float, ...] = ()
 
 
-def video_timestamps(indices: np.ndarray, source_fps: float, temporal_patch_size: int) -> tuple[float, ...]:
+def video_timestamps(times: np.ndarray, temporal_patch_size: int) -> tuple[float, ...]:
     """Seconds of each temporal patch: the mean of its first and last frame's times (Qwen3-VL processor).
 
     Args:
-      indices: source frame numbers i64[T], before a short last patch is filled by repeating the last frame.
+      times: f64[T], seconds of the frames, before a short last patch is filled by repeating the last frame.
     """
-    indices = np.asarray(indices)
-    short = -len(indices) % temporal_patch_size
-    times = np.concatenate([indices, np.repeat(indices[-1:], short)]) / source_fps
-    groups = times.reshape(-1, temporal_patch_size)
+    times = np.asarray(times, np.float64)
+    short = -len(times) % temporal_patch_size
+    groups = np.concatenate([times, np.repeat(times[-1:], short)]).reshape(-1, temporal_patch_size)
     return tuple(((groups[:, 0] + groups[:, -1]) / 2).tolist())
 
 

@@ -17,8 +17,9 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.resize import SizeError, image_size, resize_bicubic
-from mllm4d_jax.media.video import StoredFrames, plan_frames, read_image
+from mllm4d_jax.media.resize import ImageRule
+from mllm4d_jax.media.stored_frames import StoredFrames
+from mllm4d_jax.media.video import plan_frames
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
 
@@ -78,7 +79,7 @@ class Encoder(contextlib.AbstractContextManager):
         tokenizer.check_config(config)
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.options = opts = options or VideoOptions()
-        self._pool = DecodePool(opts.decode_timeout_s)
+        self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads)
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps)
         self._resize = opts.resize_for(config)
 
@@ -185,14 +186,14 @@ class Encoder(contextlib.AbstractContextManager):
         if "frames" in part:
             stored = part["frames"]
             picked, size = stored.plan(self._sample, self._resize)
-            indices = np.asarray(stored.indices, np.int64)[picked]
-            return self._video_item(stored.name, indices, stored.source_fps, stored.total_frames, size)
+            times = np.asarray(stored.times, np.float64)[picked]
+            return self._video_item(stored.name, times, stored.source_fps, stored.total_frames, size)
         path = part["path"]
         info = self._pool.probe(path)
-        if info.frames is None or info.frames < _MIN_FRAMES:
+        if info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
-        indices, size = plan_frames(path, info, info.frames, self._sample, self._resize)
-        return self._video_item(path, indices, info.fps, info.frames, size)
+        indices, size = plan_frames(path, info, self._sample, self._resize)
+        return self._video_item(path, info.times[indices], info.fps, info.frames, size)
 
     def _load(self, part: Mapping[str, Any], planned: MediaItem | None) -> MediaItem:
         """The item with its frames."""
@@ -202,7 +203,7 @@ class Encoder(contextlib.AbstractContextManager):
             path, clip = part["frames"].name, part["frames"].read(self._sample, self._resize)
         else:
             path, clip = part["path"], self._pool.read(part["path"], self._sample, self._resize)
-        item = self._video_item(path, clip.indices, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
+        item = self._video_item(path, clip.times, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
         return dataclasses.replace(item, frames=self.shown_frames(path, clip.frames))
 
     def shown_frames(self, path: str, frames: np.ndarray) -> np.ndarray:
@@ -211,25 +212,22 @@ class Encoder(contextlib.AbstractContextManager):
         return frames
 
     def _image_item(self, path: str) -> MediaItem:
-        image, c = read_image(path), self.config
+        c = self.config
         low = self.options.image_min_pixels or c.image_min_pixels
         high = self.options.image_max_pixels or c.image_max_pixels
-        try:
-            size = image_size(*image.shape[:2], c.factor, low, high)
-        except SizeError as error:
-            raise MediaError(f"{path}: {error}", "bad_size") from error
-        grid = Grid("image", 1, size[0] // c.patch_size, size[1] // c.patch_size)
-        return MediaItem(path, Visual(grid), frames=resize_bicubic(image, *size)[None])
+        image = self._pool.image(path, ImageRule(c.factor, low, high))
+        grid = Grid("image", 1, image.shape[0] // c.patch_size, image.shape[1] // c.patch_size)
+        return MediaItem(path, Visual(grid), frames=image[None])
 
-    def _video_item(self, path: str, indices: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> MediaItem:
+    def _video_item(self, path: str, times: np.ndarray, fps: float, total: int, size: tuple[int, int]) -> MediaItem:
         c = self.config
-        if len(indices) < _MIN_FRAMES:
-            message = f"{path}: {len(indices)} of {total} frames were sampled, at least {_MIN_FRAMES} are needed"
+        if len(times) < _MIN_FRAMES:
+            message = f"{path}: {len(times)} of {total} frames were sampled, at least {_MIN_FRAMES} are needed"
             raise MediaError(message, "one_frame")
-        t = -(-len(indices) // c.temporal_patch_size)
+        t = -(-len(times) // c.temporal_patch_size)
         grid = Grid("video", t, size[0] // c.patch_size, size[1] // c.patch_size)
-        timestamps = video_timestamps(indices, fps, c.temporal_patch_size)
-        sampled_fps = len(indices) / total * fps
+        timestamps = video_timestamps(times, c.temporal_patch_size)
+        sampled_fps = len(times) / total * fps
         return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
 
     def _prompt(self, record: Record, items: Sequence[MediaItem], add_generation_prompt: bool) -> _Prompt:

@@ -46,7 +46,8 @@ class VideoOptions:
       min_pixels, max_pixels: the budget, areas in pixels. None = the rule's own: 784 and 50,176 (224 x 224) per frame
         as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils".
       image_min_pixels, image_max_pixels: budget of still images; None = the processor folder's.
-      decode_timeout_s: seconds a clip may take to decode before its decoder process is killed.
+      decode_timeout_s: seconds a clip or image may take to decode before its decoder process is killed.
+      decode_threads: of the codec, for each clip that is decoded; each holds frames of its own in memory.
       outer_markers: keep a vision_start/vision_end pair around a whole clip (HF 5.x) instead of replacing it (release).
       position_rule: Qwen2.5-VL temporal positions, see `positions.mrope_positions`.
     """
@@ -60,6 +61,7 @@ class VideoOptions:
     image_min_pixels: int | None = None
     image_max_pixels: int | None = None
     decode_timeout_s: float = 60.0
+    decode_threads: int = 1
     outer_markers: bool = False
     position_rule: str = "release"
 
@@ -76,6 +78,8 @@ class VideoOptions:
             raise ProcessorError(f"fps must be a positive number or None, got {self.fps}")
         if not self.decode_timeout_s > 0:
             raise ProcessorError(f"decode_timeout_s must be positive, got {self.decode_timeout_s}")
+        if not 1 <= self.decode_threads <= 64:
+            raise ProcessorError(f"decode_threads must be 1 to 64, got {self.decode_threads}")
         for low, high in ((self.min_pixels, self.max_pixels), (self.image_min_pixels, self.image_max_pixels)):
             if low is not None and high is not None and not 0 < low <= high:
                 raise ProcessorError(f"pixel budget must satisfy 0 < min <= max, got {low} and {high}")

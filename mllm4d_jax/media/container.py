@@ -1,134 +1,206 @@
-"""What a video file promises, read from its own structure where the decoder library does not tell.
+"""Containers of video files, opened with FFmpeg's demuxers (PyAV): which are read, and when their frames show.
 
-For MP4 and QuickTime files the decoder reports the number of *stored* samples. That is not the number of frames that
-come out: a clip cut without re-encoding stores frames before its first and after its last visible one and hides them
-with an edit list. Reading the sample count, the edit list and the lengths of the top-level boxes tells such a healthy
-clip from one whose tail is missing.
+A file is opened by one of the demuxers in `DEMUXERS`, whatever its name says, and reads no other file: a playlist, a
+script or a pattern of numbered images is refused, and so is everything that is not a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from fractions import Fraction
 
-_MAX_MOOV_BYTES = 256 << 20
-_TOP_LEVEL = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+import av
+import numpy as np
+
+from mllm4d_jax.qa.errors import MediaError
+
+# Demuxers of containers that hold their own pictures and say when to show them.
+DEMUXERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif", "apng", "ivf", "mxf", "nut", "dv")
+_BROADCAST = ("mpegts", "mpeg")
+MAX_PIXELS = 1 << 27  # of a frame; 16K is 133 million
+_COMMON = "MP4/MOV, Matroska/WebM, AVI, MPEG-TS/PS, FLV, Ogg, ASF/WMV, MXF, GIF"
+# First bytes, with their offset, of the files whose index can be missing or cut off.
+_MAGIC = [(4, name) for name in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")]
+_MAGIC += [(0, b"\x1aE\xdf\xa3"), (0, b"RIFF"), (0, b"OggS"), (0, b"FLV")]
+_IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
+# What PyAV raises on damaged bytes: FFmpeg's own errors, and Python's where it converts what they say.
+DECODER_ERRORS = (av.FFmpegError, ValueError, ArithmeticError, LookupError, TypeError)
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
-    """What the file says about its video.
+class Timeline:
+    """When the frames of a video show, by its packets; nothing of it was decoded but the first frame.
 
     Attributes:
-      frames: frames that a complete decode shows; None where the file does not say exactly.
-      damage: what is physically wrong, in words; "" when the file is whole as far as can be told.
+      pts: i64[N], presentation times of the frames to be shown, ascending, in units of `time_base` seconds.
+      time_base: seconds of one unit.
+      start: seconds at which the file's presentation starts (that of its sound included), on the clock of `pts`.
+      by_order: the file has one time for each frame but does not say whose it is: the k-th that shows has the k-th.
+      rates: frame rates that the file declares, the likeliest first.
+      stored: (height, width) of the first frame that can be decoded, as stored; None if none can.
+      turns: quarter turns, counterclockwise, that show it upright.
+      aspect: width of a stored pixel / its height.
+      damage: what says that the end of the file is missing, in words; "" if nothing does.
     """
 
-    frames: int | None
+    pts: np.ndarray
+    time_base: Fraction
+    start: Fraction
+    by_order: bool
+    rates: tuple[Fraction, ...]
+    stored: tuple[int, int] | None
+    turns: int
+    aspect: Fraction
     damage: str
 
+    def seconds(self, pts: np.ndarray) -> np.ndarray:
+        """Return f64[N], seconds after the start of the presentation."""
+        units = np.asarray(pts, np.float64)
+        return units * self.time_base.numerator / self.time_base.denominator - float(self.start)
 
-def read_promise(path: str) -> Promise:
-    """Reads the structure of an MP4/QuickTime file; other containers give `Promise(None, "")`.
 
-    Never raises on damaged content; an unreadable file raises OSError.
+def check_file(path: str, kind: str) -> None:
+    """Check that there is a file with bytes. Raises MediaError: "missing_file", "empty_file"."""
+    if not os.path.exists(path):
+        raise MediaError(f"{kind} file {path} does not exist", "missing_file")
+    if not os.path.isfile(path):
+        raise MediaError(f"{path} is not a regular file", "missing_file")
+    if not os.path.getsize(path):
+        raise MediaError(f"{kind} file {path} is empty (0 bytes)", "empty_file")
+
+
+@contextlib.contextmanager
+def open_video(path: str, threads: int = 1) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Yield (container, its video stream), ready to decode with so many threads.
+
+    The stream is the one FFmpeg would show: the largest, and no cover art.
+
+    Raises:
+      MediaError: "missing_file", "empty_file", "not_a_video", "one_frame" (an image), "truncated_video" (a container
+        without its index), "no_video_stream", "no_decoder", "too_large".
     """
-    with open(path, "rb") as file:
-        head = file.read(12)
-        if head[4:8] not in _TOP_LEVEL:
-            return Promise(None, "")
-        size = os.fstat(file.fileno()).st_size
-        moov, damage = _walk(file, size)
-    if moov is None:
-        return Promise(None, damage or "it has no 'moov' box, so the recording was never finished")
+    check_file(path, "video")
+    only = {"protocol_whitelist": "file", "format_whitelist": ",".join(DEMUXERS)}
     try:
-        return Promise(_visible_frames(moov), damage)
-    except (struct.error, ZeroDivisionError):
-        return Promise(None, damage or "its 'moov' box is malformed")
+        container = av.open("file:" + os.path.abspath(path), metadata_errors="replace", container_options=only)
+    except DECODER_ERRORS as error:
+        raise _not_opened(path, error) from error
+    with container:
+        pictures = [s for s in container.streams if s.type == "video"]
+        covers = [s for s in pictures if s.disposition & av.stream.Disposition.attached_pic]
+        moving = [s for s in pictures if s not in covers]
+        if not moving:
+            kinds = ", ".join(sorted({s.type for s in container.streams if s not in covers})) or "nothing"
+            cover = " and a cover picture" if covers else ""
+            raise MediaError(f"{path} holds no video: {kinds}{cover}", "no_video_stream")
+        best = container.streams.best("video")
+        stream = best if best in moving else moving[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise MediaError(f"{path}: this FFmpeg has no decoder for its video stream", "no_decoder")
+        if codec.width * codec.height > MAX_PIXELS:
+            raise MediaError(f"{path}: frames of {codec.width}x{codec.height} pixels are too large", "too_large")
+        codec.options = {"max_pixels": str(MAX_PIXELS)}
+        codec.thread_count = threads
+        codec.thread_type = "AUTO"
+        yield container, stream
 
 
-def _walk(file: BinaryIO, size: int) -> tuple[bytes | None, str]:
-    """Top-level boxes: (content of moov or None, damage)."""
-    moov, start = None, 0
-    while start + 8 <= size:
-        file.seek(start)
-        header = file.read(16)
-        length, name = struct.unpack(">I4s", header[:8])
-        skip = 8
-        if length == 1 and len(header) == 16:
-            length, skip = struct.unpack(">Q", header[8:])[0], 16
-        elif length == 0:
-            length = size - start
-        if length < skip:
-            return moov, f"box {name.decode('latin-1')!r} at byte {start} has length {length}"
-        if start + length > size:
-            missing = start + length - size
-            return moov, f"the file ends inside box {name.decode('latin-1')!r}, {missing} bytes short"
-        if name == b"moov" and length <= _MAX_MOOV_BYTES:
-            file.seek(start + skip)
-            moov = file.read(length - skip)
-        start += length
-    return moov, ""
+def said(error: Exception) -> str:
+    """Return what a decoder's error says, without the file, which the message around it names."""
+    return (error.strerror if isinstance(error, av.FFmpegError) else "") or str(error)
 
 
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """(name, content) of the boxes in `data`."""
-    start = 0
-    while start + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, start)
-        skip = 8
-        if length == 1:
-            length, skip = struct.unpack_from(">Q", data, start + 8)[0], 16
-        elif length == 0:
-            length = len(data) - start
-        if length < skip:
+def _not_opened(path: str, error: Exception) -> MediaError:
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if any(head.startswith(magic) for magic in _IMAGES):
+        return MediaError(f"{path} is a single image: give it as an image, not as a video", "one_frame")
+    if any(head[at:].startswith(magic) for at, magic in _MAGIC):
+        message = f"{path} is truncated or damaged, none of its frames can be found ({said(error)})"
+        return MediaError(message, "truncated_video")
+    return MediaError(f"{path} is not a video in a container that is read ({_COMMON}): {said(error)}", "not_a_video")
+
+
+def read_timeline(path: str) -> Timeline:
+    """Read the times of all frames of a video without decoding them, and its first frame.
+
+    Raises:
+      MediaError: as `open_video`, and "missing_fps" (frames without times).
+    """
+    with open_video(path) as (container, stream):
+        scan = _Scan(stream, container.format.name in _BROADCAST)
+        try:
+            for packet in container.demux():
+                scan.take(packet)
+            damage = scan.damage
+        except DECODER_ERRORS as error:
+            damage = f"reading it stops with: {said(error)}"
+        # AVI has decoding times only, what FFmpeg makes of them is a guess; a recorder may leave out the others.
+        by_order = not scan.pts or container.format.name == "avi"
+        moments = scan.dts if by_order else scan.pts
+        if scan.packets and not moments:
+            message = f"{path}: its frames have no times, so they cannot be dated; re-encode it into MP4 or Matroska"
+            raise MediaError(message, "missing_fps")
+        pts = np.unique(np.array(moments, np.int64))
+        start = Fraction(container.start_time, av.time_base) if container.start_time is not None else None
+        if start is None:
+            start = int(pts[0]) * stream.time_base if len(pts) else Fraction(0)
+        rates = tuple(r for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r and r > 0)
+        aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
+        first = scan.first
+        stored = None if first is None else (first.height, first.width)
+        turns = 0 if first is None else quarter_turns(first)
+        line = Timeline(pts, stream.time_base, start, by_order, rates, stored, turns, aspect, damage)
+        return line if damage else dataclasses.replace(line, damage=_missing_end(line, container.duration, scan.end))
+
+
+def quarter_turns(frame: av.VideoFrame) -> int:
+    """Return how often a frame must be turned by 90 degrees, counterclockwise, to be upright: 0 to 3."""
+    return round(frame.rotation / 90) % 4
+
+
+class _Scan:
+    """What the packets of a file say, one after the other."""
+
+    def __init__(self, stream: av.VideoStream, broadcast: bool):
+        self.stream, self.broadcast, self.packets, self.damage = stream, broadcast, 0, ""
+        self.pts: list[int] = []
+        self.dts: list[int] = []
+        self.first: av.VideoFrame | None = None
+        self.end = Fraction(0)  # seconds at which the last picture or sound ends
+
+    def take(self, packet: av.Packet) -> None:
+        """Note a packet of any stream; decode those of the video up to its first frame."""
+        moment = packet.dts if packet.pts is None else packet.pts
+        if packet.size and moment is not None and packet.time_base:
+            self.end = max(self.end, (moment + (packet.duration or 0)) * packet.time_base)
+        if packet.stream is not self.stream or not packet.size:
             return
-        yield name, data[start + skip : start + length]
-        start += length
+        # A recording of a broadcast may start, pause and end anywhere; any other file has whole packets to its end.
+        self.damage = "its last packet is incomplete" if packet.is_corrupt and not self.broadcast else ""
+        self.packets += 1
+        if not packet.is_discard:
+            self.pts += [] if packet.pts is None else [packet.pts]
+            self.dts += [] if packet.dts is None else [packet.dts]
+        if self.first is None:
+            with contextlib.suppress(*DECODER_ERRORS):  # decoding them all tells whether it matters
+                self.first = next(iter(packet.decode()), None)
 
 
-def _find(data: bytes, *names: bytes) -> bytes | None:
-    for name in names:
-        data = next((content for found, content in _boxes(data) if found == name), None)
-        if data is None:
-            return None
-    return data
+def _missing_end(line: Timeline, duration: int | None, end: Fraction) -> str:
+    """Return what is wrong if neither picture nor sound reaches the duration (microseconds) that the file declares.
 
-
-def _visible_frames(moov: bytes) -> int | None:
-    """Frames of the first video track after its edit list; None for fragmented or unusual files."""
-    movie = _find(moov, b"mvhd")
-    for name, track in _boxes(moov):
-        handler = _find(track, b"mdia", b"hdlr") if name == b"trak" else None
-        if movie is None or handler is None or handler[8:12] != b"vide":
-            continue
-        media, sizes = _find(track, b"mdia", b"mdhd"), _find(track, b"mdia", b"minf", b"stbl", b"stsz")
-        if media is None or sizes is None:
-            return None
-        stored = struct.unpack_from(">I", sizes, 8)[0]
-        media_scale, media_length = _timing(media)
-        edits = _find(track, b"edts", b"elst")
-        if edits is None or not stored or not media_length:
-            return stored or None
-        movie_scale, _ = _timing(movie)
-        shown = [length for length, begin in _edits(edits) if begin >= 0]
-        if 0 in shown:
-            return stored
-        seconds, sample_seconds = sum(shown) / movie_scale, media_length / media_scale / stored
-        return min(stored, round(seconds / sample_seconds))
-    return None
-
-
-def _timing(box: bytes) -> tuple[int, int]:
-    """(time scale, duration) of an mvhd or mdhd box."""
-    return struct.unpack_from(">IQ", box, 20) if box[0] == 1 else struct.unpack_from(">II", box, 12)
-
-
-def _edits(box: bytes) -> list[tuple[int, int]]:
-    """(duration in movie time, start in media time) of each edit; start is -1 for an empty edit."""
-    count = struct.unpack_from(">I", box, 4)[0]
-    form, step = (">Qq", 20) if box[0] == 1 else (">Ii", 12)
-    return [struct.unpack_from(form, box, 8 + i * step) for i in range(min(count, len(box) // step))]
+    A duration is rounded, and often an estimate; the last frame may stay as long as any before it.
+    """
+    if duration is None or len(line.pts) < 2:
+        return ""
+    # Some count the duration from the start of the presentation, some from zero.
+    declared, found = duration / av.time_base, float(end - min(line.start, 0))
+    gap = float(np.diff(line.pts).max() * line.time_base)
+    if declared - found <= max(2 * gap, min(0.05 * declared, 1.0)):
+        return ""
+    return f"it ends after {found:.2f} of {declared:.2f} s"

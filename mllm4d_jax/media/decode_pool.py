@@ -1,4 +1,4 @@
-"""Video decoding under a time limit, in processes that can be killed.
+"""Decoding of videos and images under limits of time and memory, in processes that can be killed.
 
 A codec that hangs inside C++ cannot be interrupted from Python; only ending its process helps. The pool keeps one
 process per concurrent caller and reuses it, so that a clip pays for the transfer of its resized frames through a pipe
@@ -6,7 +6,7 @@ process per concurrent caller and reuses it, so that a clip pays for the transfe
 Processes are started as fresh programs, never forked: safe after JAX has started threads.
 
 Such a process is `python -m mllm4d_jax.media.decode_pool`. It speaks length-prefixed messages over stdin and stdout: a
-request is a JSON object, a reply a JSON object followed by the raw frames it announces. It ends when stdin closes, so
+request is a JSON object, a reply a JSON object followed by the raw array it announces. It ends when stdin closes, so
 it does not outlive its parent.
 """
 
@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -28,11 +29,15 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 
+from mllm4d_jax.media.container import DECODER_ERRORS, Timeline, read_timeline
 from mllm4d_jax.media.frame_sampling import SampleRule
-from mllm4d_jax.media.resize import ResizeRule
+from mllm4d_jax.media.images import MAX_PIXELS, read_image
+from mllm4d_jax.media.resize import ImageRule, ResizeRule
 from mllm4d_jax.media.video import VideoClip, VideoInfo, probe, read_video
 from mllm4d_jax.qa.errors import MediaError
 
+_MEMORY = 4 << 30  # address space of a decoder process, more for each further thread of the codec
+_MEMORY_PER_THREAD = 1 << 30
 _LENGTH = struct.Struct(">Q")
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
@@ -43,8 +48,7 @@ class _Worker:
     def __init__(self):
         env = dict(os.environ)
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE_PARENT, env.get("PYTHONPATH")]))
-        # A media file may be a playlist that names network addresses: files only.
-        env["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
+        env["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)  # for headers that lie about their size
         env["OPENBLAS_NUM_THREADS"] = "1"  # the matrix products of a resize are too small to share
         self._stderr = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
@@ -57,7 +61,7 @@ class _Worker:
         )
 
     def ask(self, request: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], np.ndarray | None]:
-        """(reply, frames). After a MediaError of reason "timeout" or "decoder_crash" the process is gone."""
+        """(reply, array). After a MediaError of reason "timeout" or "decoder_crash" the process is gone."""
         expired = threading.Event()
 
         def expire():
@@ -70,10 +74,10 @@ class _Worker:
         try:
             _send(self.process.stdin, request | {"timeout_s": timeout_s})
             reply = _receive(self.process.stdout)
-            frames = None
+            array = None
             if reply is not None and "shape" in reply:
-                frames = np.empty(reply["shape"], np.uint8)
-                if self.process.stdout.readinto(memoryview(frames).cast("B")) != frames.nbytes:
+                array = np.empty(reply["shape"], reply["dtype"])
+                if array.size and self.process.stdout.readinto(memoryview(array).cast("B")) != array.nbytes:
                     reply = None
         except BrokenPipeError:
             reply = None
@@ -90,7 +94,7 @@ class _Worker:
             )
         if reply is None:
             raise MediaError(f"{request['path']} crashed the decoder ({self._last_words()})", "decoder_crash")
-        return reply, frames
+        return reply, array
 
     def _last_words(self) -> str:
         self.process.wait()
@@ -111,40 +115,45 @@ class _Worker:
 
 
 class DecodePool(contextlib.AbstractContextManager):
-    """`probe` and `read` with a time limit; may be called from several threads at once.
+    """`probe`, `read` and `image` within limits; may be called from several threads at once.
 
     Pickles without its processes, so that it can travel to data-loader workers. Close it, or use it as a context
     manager; its processes also end with this one.
     """
 
-    def __init__(self, timeout_s: float = 60.0):
-        """`timeout_s` seconds per request."""
-        self.timeout_s = timeout_s
+    def __init__(self, timeout_s: float = 60.0, threads: int = 1):
+        """`timeout_s` seconds per request; `threads` of the codec of each video."""
+        self.timeout_s, self.threads = timeout_s, threads
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
 
     def __reduce__(self):
-        return type(self), (self.timeout_s,)
+        return type(self), (self.timeout_s, self.threads)
 
     def probe(self, path: str) -> VideoInfo:
-        """See `video.probe`; also raises MediaError "timeout", "decoder_crash"."""
-        reply, _ = self._ask({"kind": "probe", "path": path})
-        return VideoInfo(**reply)
+        """See `video.probe`; also raises MediaError "timeout", "decoder_crash", "decoder_error", "out_of_memory"."""
+        reply, times = self._ask({"kind": "probe", "path": path})
+        return VideoInfo(*reply["size"], reply["fps"], times)
 
     def read(self, path: str, sample: SampleRule, resize: ResizeRule | None = None) -> VideoClip:
-        """See `video.read_video`; also raises MediaError "timeout", "decoder_crash", "decoder_error"."""
+        """See `video.read_video`; also raises MediaError as `probe`."""
         rules = {"sample": dataclasses.asdict(sample), "resize": dataclasses.asdict(resize) if resize else None}
-        reply, frames = self._ask({"kind": "read", "path": path} | rules)
-        return VideoClip(frames, np.array(reply["indices"], np.int64), reply["source_fps"], reply["total_frames"])
+        reply, frames = self._ask({"kind": "read", "path": path, "threads": self.threads} | rules)
+        indices, times = np.array(reply["indices"], np.int64), np.array(reply["times"], np.float64)
+        return VideoClip(frames, indices, times, reply["source_fps"], reply["total_frames"])
+
+    def image(self, path: str, resize: ImageRule) -> np.ndarray:
+        """See `images.read_image`: u8[h, w, 3]; also raises MediaError as `probe`."""
+        return self._ask({"kind": "image", "path": path, "resize": dataclasses.asdict(resize)})[1]
 
     def _ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
         worker = self._take() or _Worker()
-        reply, frames = worker.ask(request, self.timeout_s)
+        reply, array = worker.ask(request, self.timeout_s)
         with self._lock:
             self._idle.append(worker)
         if "error" in reply:
             raise MediaError(reply["error"], reply["reason"])
-        return reply, frames
+        return reply, array
 
     def _take(self) -> _Worker | None:
         """An idle worker that is still alive, if there is one."""
@@ -187,19 +196,45 @@ def _receive(stream: BinaryIO) -> dict[str, Any] | None:
     return json.loads(body) if len(body) == size else None
 
 
-def _answer(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-    """(reply, frames) of one request."""
-    if request["kind"] == "probe":
-        return dataclasses.asdict(probe(request["path"])), None
-    resize = ResizeRule(**request["resize"]) if request["resize"] else None
-    clip = read_video(request["path"], SampleRule(**request["sample"]), resize)
-    reply = {
-        "shape": clip.frames.shape,
-        "indices": clip.indices.tolist(),
-        "source_fps": clip.source_fps,
-        "total_frames": clip.total_frames,
-    }
-    return reply, clip.frames
+class _Decoder:
+    """Answers requests; remembers the timeline of the last video, which is asked for twice."""
+
+    def __init__(self):
+        self._known: tuple[tuple[str, int, int], Timeline] | None = None
+
+    def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        """(reply, array) of one request."""
+        kind, path = request["kind"], request["path"]
+        if kind == "image":
+            return {}, read_image(path, ImageRule(**request["resize"]))
+        line = self._timeline(path)
+        if kind == "probe":
+            info = probe(path, line)
+            return {"size": (info.height, info.width), "fps": info.fps}, info.times
+        _limit_memory(request["threads"])
+        resize = ResizeRule(**request["resize"]) if request["resize"] else None
+        sample = SampleRule(**request["sample"])
+        clip = read_video(path, sample, resize, threads=request["threads"], timeline=line)
+        reply = {"indices": clip.indices.tolist(), "times": clip.times.tolist()}
+        return reply | {"source_fps": clip.source_fps, "total_frames": clip.total_frames}, clip.frames
+
+    def _timeline(self, path: str) -> Timeline:
+        try:
+            state = os.stat(path)
+        except (OSError, ValueError):
+            return read_timeline(path)  # says what is wrong
+        key = (path, state.st_size, state.st_mtime_ns)
+        if self._known is None or self._known[0] != key:
+            self._known = (key, read_timeline(path))
+        return self._known[1]
+
+
+def _limit_memory(threads: int) -> None:
+    """Give this process more address space for more threads; at the limit an allocation fails, and no machine swaps."""
+    wanted = _MEMORY + (threads - 1) * _MEMORY_PER_THREAD
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or wanted <= hard:
+        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
 
 
 def _serve() -> None:
@@ -208,18 +243,26 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     cv2.setNumThreads(1)
+    _limit_memory(1)
     for interrupt in (signal.SIGINT, signal.SIGTERM):
         signal.signal(interrupt, signal.SIG_IGN)  # whoever asked decides when to stop; it kills or closes stdin
+    decoder = _Decoder()
     while (request := _receive(sys.stdin.buffer)) is not None:
         # Should the parent be gone by the time a codec hangs, the alarm's default action still ends this process.
         signal.setitimer(signal.ITIMER_REAL, 2 * request["timeout_s"] + 5)
+        array = None
         try:
-            reply, frames = _answer(request)
+            reply, array = decoder.answer(request)
+            array = np.ascontiguousarray(array)
+            reply |= {"shape": array.shape, "dtype": array.dtype.str}
         except MediaError as error:
-            reply, frames = {"error": error.message, "reason": error.reason}, None
-        except (cv2.error, MemoryError, OSError) as error:
-            reply, frames = {"error": f"{request['path']}: decoding failed ({error})", "reason": "decoder_error"}, None
-        _send(replies, reply, b"" if frames is None else frames.data)
+            reply = {"error": error.message, "reason": error.reason}
+        except MemoryError as error:
+            said = f"{request['path']}: decoding it needs more memory than a decoder may use ({error})"
+            reply = {"error": said, "reason": "out_of_memory"}
+        except (cv2.error, OSError, *DECODER_ERRORS) as error:
+            reply = {"error": f"{request['path']}: decoding failed ({error})", "reason": "decoder_error"}
+        _send(replies, reply, b"" if array is None else memoryview(array).cast("B"))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

@@ -90,3 +90,28 @@ class SampleRule:
         cap = 768 if self.num_frames is None else self.num_frames
         found = sample_indices(self.rule, total, video_fps, fps=self.fps, max_frames=cap)
         return found[found < total]
+
+
+def nearest_in_time(times: np.ndarray, even: np.ndarray) -> np.ndarray:
+    """Return the frames, i64[n] strictly ascending, that stand nearest to the moments of evenly spread ones.
+
+    Frame k of a clip at a constant rate shows k steps after the first. Where all times are within half a step of that,
+    `even` itself comes back; else each moment takes the frame nearest to it that comes after those taken before and
+    leaves enough for those to come.
+
+    Args:
+      times: f64[N], seconds, ascending.
+      even: i64[n], ascending, frame numbers that a rule takes of N frames at a constant rate.
+    """
+    last = len(times) - 1
+    if last < 1 or len(even) > len(times):
+        return even
+    moments = times[0] + (times[-1] - times[0]) * np.arange(last + 1) / last
+    if np.abs(times - moments).max() < 0.5 * (times[-1] - times[0]) / last:
+        return even
+    after = np.clip(np.searchsorted(times, moments[even]), 1, last)
+    nearest = np.where(moments[even] - times[after - 1] <= times[after] - moments[even], after - 1, after)
+    taken, before = np.empty(len(even), np.int64), -1
+    for i, frame in enumerate(nearest.tolist()):
+        before = taken[i] = min(max(frame, before + 1), last + 1 - (len(even) - i))
+    return taken

@@ -107,6 +107,19 @@ def _check_ratio(h: int, w: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImageRule:
+    """How large an image becomes: sides are multiples of `factor`, the area is within the budget (pixels)."""
+
+    factor: int
+    min_pixels: float
+    max_pixels: float
+
+    def size(self, h: int, w: int) -> tuple[int, int]:
+        """(h, w) of the resized image. Raises SizeError when there is none."""
+        return image_size(h, w, self.factor, self.min_pixels, self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
 class ResizeRule:
     """How large the frames of a clip become.
 

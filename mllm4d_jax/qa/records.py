@@ -37,7 +37,7 @@ class Record:
       key: "file.json#17"; every error about the record names it.
       messages: {"role": "system"|"user"|"assistant", "content": str or a list of parts}; a part is
         {"type": "text", "text": str}, {"type": "video", "path": str}, {"type": "video", "frames":
-        video.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}.
+        stored_frames.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}.
       solution: the record's field of that name as the file has it, None without one; rewards read it (`qa/rewards.py`).
     """
 

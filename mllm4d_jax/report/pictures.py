@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.resize import ResizeRule
-from mllm4d_jax.media.video import read_image
 from mllm4d_jax.qa.errors import MediaError
 from mllm4d_jax.report import page
 
@@ -50,7 +50,7 @@ def read_pictures(
                 images, captions = [read_image(path)], ["image"]
             else:
                 clip = pool.read(path, SampleRule("uniform", frames, None), _REDUCED)
-                images, captions = clip.frames, [f"{i / clip.source_fps:.1f} s" for i in clip.indices.tolist()]
+                images, captions = clip.frames, [f"{t:.1f} s" for t in clip.times.tolist()]
             files = (page.thumbnail(image, max_side=SIDE, max_bytes=max_bytes) for image in images)
             return Pictures(tuple(zip(files, captions, strict=True)))
         except (MediaError, ValueError, OSError) as problem:

@@ -167,7 +167,7 @@ def _visuals(c: Mapping, family: str) -> list[Visual]:
 def _timestamps(name: str, row: Mapping, fps: float | None, indices: list[int] | None, found: CaseChecks) -> None:
     if indices is None or "timestamps" not in row:
         return
-    ours = video_timestamps(np.array(indices), fps, _TEMPORAL)
+    ours = video_timestamps(np.array(indices) / fps, _TEMPORAL)
     found.group("timestamps").same(name, list(ours), row["timestamps"])
     if "text" in row:
         found.group("timestamps").same(f"{name} text", [timestamp_text(t) for t in ours], row["text"])

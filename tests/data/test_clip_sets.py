@@ -45,7 +45,9 @@ def make_clip(clip_id):
     frames = [jpeg([n, t]) for t in range(4)]
     if n == 5:
         frames[2] = frames[2][:40]
-    return ClipExample(clip_id, "s", f"{clip_id}.mp4", tuple(frames), np.array([0, 10, 20, 30]), 29.97, 31, tuple(rows))
+    indices = np.array([0, 10, 20, 30])
+    times = indices / 29.97 + 0.011
+    return ClipExample(clip_id, "s", f"{clip_id}.mp4", tuple(frames), indices, times, 29.97, 31, tuple(rows))
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_a_set_goes_through_the_encoder_with_exact_times_and_its_bad_records_are
         examples = found.examples
         assert len({id(e.patches) for e in examples}) == 1
         # The mean times of frames 0, 10 and 20, 30 at 29.97 frames per second.
-        np.testing.assert_allclose(examples[0].timestamps[0], [5 / 29.97, 25 / 29.97], rtol=1e-12)
+        np.testing.assert_allclose(examples[0].timestamps[0], [5 / 29.97 + 0.011, 25 / 29.97 + 0.011], rtol=1e-12)
 
 
 def test_the_system_prompt_and_the_way_to_another_process(folder):

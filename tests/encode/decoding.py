@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.media import video
+from mllm4d_jax.media import images, video
 
 
 class _Here:
@@ -14,6 +14,9 @@ class _Here:
 
     def read(self, *request):
         return video.read_video(*request)
+
+    def image(self, *request):
+        return images.read_image(*request)
 
 
 def in_process(*args, **kwargs) -> Encoder:

@@ -52,7 +52,7 @@ def test_recorded_timestamps(golden):
     rows = golden("prompts.json")["timestamps"]
     assert rows
     for row in rows:
-        found = video_timestamps(np.array(row["indices"]), row["video_fps"], 2)
+        found = video_timestamps(np.array(row["indices"]) / row["video_fps"], 2)
         assert found == pytest.approx(row["timestamps"], abs=1e-12)
         assert [timestamp_text(t) for t in found] == row["text"]
 

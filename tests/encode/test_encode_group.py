@@ -11,7 +11,7 @@ from mllm4d_jax.encode.grids import patchify
 from mllm4d_jax.media import video
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule, image_size, resize_bicubic
-from mllm4d_jax.media.video import StoredFrames
+from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import Record
 from tests.encode.decoding import in_process
@@ -131,7 +131,9 @@ def jpegs(levels, size=(48, 64)):
 
 def stored(**changes):
     values = dict(name="s#0", jpegs=jpegs([10, 60, 110, 160]), indices=(0, 3, 6, 8), source_fps=10.0, total_frames=9)
-    return StoredFrames(**(values | changes))
+    values |= changes
+    values.setdefault("times", tuple(i / 10 for i in values["indices"]))
+    return StoredFrames(**values)
 
 
 def test_stored_frames_are_dated_and_sized_like_those_of_a_video(make_encoder, clip):
@@ -166,9 +168,12 @@ def test_more_stored_frames_than_wanted_are_thinned_by_the_rule():
     [
         ({"source_fps": float("nan")}, "missing_fps"),
         ({"source_fps": 0.0}, "missing_fps"),
-        ({"indices": (0, 3, 6)}, "missing_indices"),
-        ({"indices": ()}, "missing_indices"),
-        ({"indices": (0, 3, 3, 8)}, "missing_indices"),
+        ({"times": ()}, "missing_fps"),
+        ({"times": (0.0, 0.3, 0.3, 0.8)}, "missing_fps"),
+        ({"times": (0.0, 0.3, 0.6, float("nan"))}, "missing_fps"),
+        ({"indices": (0, 3, 6), "times": (0.0, 0.3, 0.6, 0.8)}, "missing_indices"),
+        ({"indices": (), "times": (0.0, 0.3, 0.6, 0.8)}, "missing_indices"),
+        ({"indices": (0, 3, 3, 8), "times": (0.0, 0.3, 0.6, 0.8)}, "missing_indices"),
         ({"indices": (0, 3, 6, 9)}, "missing_indices"),
         ({"jpegs": jpegs([9]), "indices": (0,)}, "one_frame"),
         ({"jpegs": (*jpegs([9, 9, 9]), b"no jpeg")}, "undecodable_frame"),

@@ -17,8 +17,9 @@ from mllm4d_jax.encode.example import Grid, VideoOptions
 from mllm4d_jax.encode.grids import patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.resize import ResizeRule, image_size, resize_bicubic
-from mllm4d_jax.media.video import read_image, read_video
+from mllm4d_jax.media.video import read_video
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, ProcessorError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record
 from tests.encode.decoding import in_process

@@ -57,7 +57,7 @@ def make_example(salt, clip_id):
     )
     frames = tuple(encode_jpeg(frame([salt, n, t])) for t in range(2 + n % 3))
     indices = 3 * np.arange(len(frames)) + 1
-    return ClipExample(clip_id, f"s{n // 2}", f"{clip_id}.mp4", frames, indices, 29.97, 40, rows)
+    return ClipExample(clip_id, f"s{n // 2}", f"{clip_id}.mp4", frames, indices, indices / 29.97, 29.97, 40, rows)
 
 
 LOAD = functools.partial(make_example, 0)
