@@ -16,6 +16,9 @@ TYPE_NAMES = MappingProxyType(
 )
 
 
+MAX_WHOLE = 2**31 - 1  # counters and seeds of the devices are 32 bits wide
+
+
 class ConfigError(ValueError):
     """A config that cannot be used: an unknown key, a value of the wrong type, a variant or file that is not there."""
 
@@ -29,7 +32,7 @@ class Key:
       default: of the type that every value has to have.
       help: one line.
       choices: the only values allowed; () = any.
-      low: inclusive lower bound of a number.
+      low, high: inclusive bounds of a number; without a `high`, whole numbers end at `MAX_WHOLE`.
       free: the value may change when a run goes on: it says where, how fast or how much of the work is done, or what
         is made of the results afterwards, but not what a result is.
       content: the value names files (or a checkpoint). It may change as well, but what is in the files may not: the
@@ -42,6 +45,7 @@ class Key:
     help: str
     choices: tuple = ()
     low: float | None = None
+    high: float | None = None
     free: bool = False
     content: bool = False
     adapter: bool = False
@@ -146,6 +150,9 @@ def checked(key: Key, value: Any) -> Any:
         raise ConfigError(f"{key.name} must be one of {options}, not {value!r}{hint}")
     if key.low is not None and value < key.low:
         raise ConfigError(f"{key.name} must be at least {key.low:g}, not {value:g}")
+    high = MAX_WHOLE if key.high is None and wanted is int else key.high
+    if high is not None and value > high:
+        raise ConfigError(f"{key.name} must be at most {high:.10g}, not {value:.10g}")
     return value
 
 

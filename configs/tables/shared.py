@@ -48,7 +48,8 @@ VIDEO_KEYS = (
         "Qwen2.5-VL temporal positions: as released, or as transformers 5.17 or 5.23 computes them",
         choices=("release", "hf517", "hf523"),
     ),
-    Key("video.decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0, free=True),
+    Key("video.decode_timeout_s", 60.0, "seconds a clip or image may take to decode", low=0, free=True),
+    Key("video.decode_threads", 1, "of the codec, for each clip that is decoded", low=1, high=64, free=True),
     Key(
         "video.sampling",
         "uniform",
