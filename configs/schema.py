@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,6 +18,8 @@ TYPE_NAMES = MappingProxyType(
 
 
 MAX_WHOLE = 2**31 - 1  # counters and seeds of the devices are 32 bits wide
+MAX_NUMBER = 1e9  # as seconds 31 years, which every timer takes
+_PRINTABLE = 10**300  # a larger whole number is no float
 
 
 class ConfigError(ValueError):
@@ -32,7 +35,8 @@ class Key:
       default: of the type that every value has to have.
       help: one line.
       choices: the only values allowed; () = any.
-      low, high: inclusive bounds of a number; without a `high`, whole numbers end at `MAX_WHOLE`.
+      low, high: inclusive bounds of a number, or of each in a tuple; without a `high`, whole numbers end at `MAX_WHOLE`
+        and others at `MAX_NUMBER`.
       free: the value may change when a run goes on: it says where, how fast or how much of the work is done, or what
         is made of the results afterwards, but not what a result is.
       content: the value names files (or a checkpoint). It may change as well, but what is in the files may not: the
@@ -132,28 +136,36 @@ def checked(key: Key, value: Any) -> Any:
     """Return `value` in the key's own type. Raises ConfigError when the type, the range or the choice is wrong."""
     wanted = type(key.default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= _PRINTABLE else math.inf
     if wanted is tuple and isinstance(value, list):
         value = tuple(value)
     if type(value) is not wanted:
-        raise ConfigError(f"{key.name} must be {TYPE_NAMES[wanted]}, not {type(value).__name__} {value!r}")
+        raise ConfigError(f"{key.name} must be {TYPE_NAMES[wanted]}, not {type(value).__name__} {reprlib.repr(value)}")
     if wanted is tuple and key.default:
         element = type(key.default[0])
         wrong = [item for item in value if type(item) is not element]
         if wrong:
             raise ConfigError(f"{key.name} must be a tuple of {element.__name__} values, not {wrong[0]!r}")
-    if wanted is float and not math.isfinite(value):
-        raise ConfigError(f"{key.name} must be a finite number, not {value}")
     if key.choices and value not in key.choices:
         options = ", ".join(repr(choice) for choice in key.choices)
         hint = did_you_mean(value, key.choices) if isinstance(value, str) else ""
         raise ConfigError(f"{key.name} must be one of {options}, not {value!r}{hint}")
-    if key.low is not None and value < key.low:
-        raise ConfigError(f"{key.name} must be at least {key.low:g}, not {value:g}")
-    high = MAX_WHOLE if key.high is None and wanted is int else key.high
-    if high is not None and value > high:
-        raise ConfigError(f"{key.name} must be at most {high:.10g}, not {value:.10g}")
+    for number in value if wanted is tuple else (value,):
+        _check_range(key, number)
     return value
+
+
+def _check_range(key: Key, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if value != value or value in (math.inf, -math.inf):
+        raise ConfigError(f"{key.name} must be a finite number, not {value}")
+    high = (MAX_WHOLE if isinstance(value, int) else MAX_NUMBER) if key.high is None else key.high
+    told = f"{value:.10g}" if abs(value) <= _PRINTABLE else "one of more than 300 digits"
+    if key.low is not None and value < key.low:
+        raise ConfigError(f"{key.name} must be at least {key.low:g}, not {told}")
+    if value > high:
+        raise ConfigError(f"{key.name} must be at most {high:.10g}, not {told}")
 
 
 def complete(config: Mapping[str, Any] | ml_collections.ConfigDict, keys: Iterable[Key]) -> ml_collections.ConfigDict:

@@ -13,10 +13,10 @@ GRPO_KEYS = (
     *take(PROMPT_KEYS, system="st_cot"),
     *take(LORA_KEYS, "rank", "alpha", "targets"),
     *take(OPTIM_KEYS, lr=5e-5),
-    Key("rollout.prompts", 2, "prompts of a step", low=1),
-    Key("rollout.completions", 12, "completions of each prompt", low=2),
-    Key("rollout.temperature", 1.0, "of sampling; log-probs are those at this temperature", low=0.01),
-    Key("rollout.max_new_tokens", 4096, "longest completion, in tokens", low=1),
+    Key("rollout.prompts", 2, "prompts of a step", low=1, high=1 << 20),
+    Key("rollout.completions", 12, "completions of each prompt", low=2, high=1 << 16),
+    Key("rollout.temperature", 1.0, "of sampling; log-probs are those at this temperature", low=0.01, high=100),
+    Key("rollout.max_new_tokens", 4096, "longest completion, in tokens", low=1, high=1 << 20),
     Key("rollout.stop", (), "texts that end a completion besides the end token, e.g. ('</answer>',)"),
     Key(
         "rollout.buckets",
@@ -24,9 +24,25 @@ GRPO_KEYS = (
         "padded lengths of completions in the learner; one compiled step each",
         free=True,
     ),
-    Key("rollout.prompts_at_once", 0, "prompts in the sampler at a time (for memory); 0 = all", low=0, free=True),
-    Key("rollout.chunk", 32, "tokens between two looks at which completions have ended", low=1, free=True),
-    Key("rollout.ladder_ratio", 2, "sizes in the sampler are powers of this; larger compiles less", low=2, free=True),
+    Key(
+        "rollout.prompts_at_once",
+        0,
+        "prompts in the sampler at a time (for memory); 0 = all",
+        low=0,
+        high=1 << 20,
+        free=True,
+    ),
+    Key(
+        "rollout.chunk", 32, "tokens between two looks at which completions have ended", low=1, high=1 << 20, free=True
+    ),
+    Key(
+        "rollout.ladder_ratio",
+        2,
+        "sizes in the sampler are powers of this; larger compiles less",
+        low=2,
+        high=1024,
+        free=True,
+    ),
     Key(
         "rollout.tensor",
         0,
@@ -36,7 +52,7 @@ GRPO_KEYS = (
         free=True,
     ),
     Key("rollout.ahead", 0, "1 = draw completions before the update of the step before", choices=(0, 1)),
-    Key("rollout.max_rounds", 4, "most rounds of prompts that dynamic sampling draws to fill a step", low=1),
+    Key("rollout.max_rounds", 4, "most rounds of prompts that dynamic sampling draws to fill a step", low=1, high=1024),
     Key(
         "reward.functions",
         ("paper::1.0",),
@@ -56,7 +72,7 @@ GRPO_KEYS = (
     Key("objective.dynamic_sampling", "", "only prompts with different rewards", choices=("", "on", "off")),
     Key("objective.gap_bound", -1.0, "nats; a larger sampler-learner gap is corrected", low=-1),
     Key("objective.importance_cap", -1.0, "greatest weight of that correction", low=-1),
-    Key("objective.iterations", 1, "updates on the same completions (mu)", low=1),
+    Key("objective.iterations", 1, "updates on the same completions (mu)", low=1, high=1024),
     Key(
         "learner.completions_per_row",
         0,

@@ -31,8 +31,8 @@ MESH_KEYS = (
     Key("mesh.tensor", 1, "devices along the tensor-parallel axis; -1 = all that are left", low=-1, free=True),
 )
 VIDEO_KEYS = (
-    Key("video.num_frames", 32, "at most this many frames of a clip", low=2),
-    Key("video.fps", 0.0, "frames per second to sample at; 0 = use num_frames alone", low=0),
+    Key("video.num_frames", 32, "at most this many frames of a clip", low=2, high=65536),
+    Key("video.fps", 0.0, "frames per second to sample at; 0 = use num_frames alone", low=0, high=1000),
     Key(
         "video.resize_rule",
         "per_frame",

@@ -31,9 +31,15 @@ DATA_KEYS = (
         content=True,
     ),
     Key("data.eval_root", "", "folder of their media; '' = data.root", content=True),
-    Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16),
+    Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16, high=1 << 20),
     Key("data.mixture", (), "in place of data.path: 'path::root::rate' each, rates as shares of groups", content=True),
-    Key("data.questions_per_video", 1, "most questions about a clip that share its prefix; divides the batch", low=1),
+    Key(
+        "data.questions_per_video",
+        1,
+        "most questions about a clip that share its prefix; divides the batch",
+        low=1,
+        high=4096,
+    ),
     Key(
         "data.rows",
         0,
@@ -41,8 +47,17 @@ DATA_KEYS = (
         low=0,
         free=True,
     ),
-    Key("data.workers", 0, "processes that decode and encode ahead; 0 = a thread of the main one", low=0, free=True),
-    Key("data.max_quarantine_rate", 0.01, "the run stops above this share of unusable records", low=0, free=True),
+    Key(
+        "data.workers",
+        0,
+        "processes that decode and encode ahead; 0 = a thread of the main one",
+        low=0,
+        high=1024,
+        free=True,
+    ),
+    Key(
+        "data.max_quarantine_rate", 0.01, "the run stops above this share of unusable records", low=0, high=1, free=True
+    ),
     Key(
         "data.prefix_buckets",
         (256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
@@ -62,23 +77,23 @@ PROMPT_KEYS = (
     Key("prompt.system_file", "", "file to read that prompt from instead", content=True),
 )
 LORA_KEYS = (
-    Key("lora.rank", 128, "rank of the adapter", low=1, adapter=True),
+    Key("lora.rank", 128, "rank of the adapter", low=1, high=16384, adapter=True),
     Key("lora.alpha", 256.0, "the adapter is scaled by alpha / rank", low=0, adapter=True),
-    Key("lora.dropout", 0.0, "share of the adapter's inputs that is dropped in training", low=0),
+    Key("lora.dropout", 0.0, "share of the adapter's inputs that is dropped in training", low=0, high=0.99),
     Key("lora.targets", ("q_proj", "k_proj", "v_proj", "o_proj"), "decoder projections with an adapter", adapter=True),
 )
 OPTIM_KEYS = (
-    Key("optim.lr", 2e-5, "peak learning rate", low=0),
-    Key("optim.warmup_ratio", 0.01, "share of the steps spent on linear warm-up", low=0),
+    Key("optim.lr", 2e-5, "peak learning rate", low=0, high=1000),
+    Key("optim.warmup_ratio", 0.01, "share of the steps spent on linear warm-up", low=0, high=1),
     Key("optim.schedule", "cosine", "what follows the warm-up", choices=("cosine", "constant")),
-    Key("optim.b1", 0.9, "Adam: decay of the first moment", low=0),
-    Key("optim.b2", 0.999, "Adam: decay of the second moment", low=0),
+    Key("optim.b1", 0.9, "Adam: decay of the first moment", low=0, high=0.999999),
+    Key("optim.b2", 0.999, "Adam: decay of the second moment", low=0, high=0.999999),
     Key("optim.eps", 1e-8, "Adam: added to the denominator", low=0),
     Key("optim.weight_decay", 0.0, "decoupled weight decay", low=0),
     Key("optim.clip_norm", 1.0, "global gradient norm is clipped to this", low=0),
 )
 TRAIN_KEYS = (
-    Key("train.batch_size", 8, "examples per step, over all devices", low=1),
+    Key("train.batch_size", 8, "examples per step, over all devices", low=1, high=1 << 20),
     Key("train.accumulation", 1, "micro-batches per optimiser step; divides the batch", low=1, free=True),
     Key(
         "train.trainable",
@@ -103,7 +118,7 @@ TRAIN_KEYS = (
         "train.watchdog_s", 0.0, "seconds without progress until it ends with where it hangs; 0 = off", low=0, free=True
     ),
     Key("train.resume", True, "go on from the newest checkpoint of the workdir, if there is one", free=True),
-    Key("train.loss_chunk", 1024, "supervised positions whose logits exist at a time", low=1, free=True),
+    Key("train.loss_chunk", 1024, "supervised positions whose logits exist at a time", low=1, high=1 << 20, free=True),
 )
 SFT_KEYS = (
     *(*run_keys("sft"), *TRAINED_KEYS, *MESH_KEYS, *VIDEO_KEYS),

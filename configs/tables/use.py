@@ -13,10 +13,10 @@ INFER_KEYS = (
     Key("image", "", "image file to ask about; '' = none"),
     Key("question", "", "what to ask"),
     Key("system_file", "", "file with a system prompt; '' = none"),
-    Key("max_new_tokens", 256, "longest answer, in tokens", low=1),
-    Key("temperature", 0.0, "0 = greedy", low=0),
+    Key("max_new_tokens", 256, "longest answer, in tokens", low=1, high=1 << 20),
+    Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
-    Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", low=0),
+    Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", low=0, high=1),
 )
 
 VERIFY_KEYS = (
@@ -49,7 +49,9 @@ EVAL_KEYS = (
     ),
     Key("data.path", "", "file with the questions, or a folder of .json and .jsonl files", content=True),
     Key("data.root", "", "folder that the questions' video paths are relative to", content=True),
-    Key("data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16),
+    Key(
+        "data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16, high=1 << 20
+    ),
     *take(DATA_KEYS, "workers", "prefix_buckets", "branch_buckets"),
     *MODEL_KEYS,
     *take(MESH_KEYS, "data", "tensor"),
@@ -61,11 +63,25 @@ EVAL_KEYS = (
         choices=("direct", "st_cot", "file"),
     ),
     Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
-    Key("max_new_tokens", 64, "longest response, in tokens", low=1),
-    Key("temperature", 0.0, "0 = greedy", low=0),
-    Key("questions_per_video", 8, "questions about a video asked together, over one shared prefix", low=1, free=True),
-    Key("prompts_at_once", 8, "videos in the model at a time (memory of prefill and caches)", low=1, free=True),
-    Key("chunk", 32, "tokens between two looks at which responses have ended", low=1, free=True),
+    Key("max_new_tokens", 64, "longest response, in tokens", low=1, high=1 << 20),
+    Key("temperature", 0.0, "0 = greedy", low=0, high=100),
+    Key(
+        "questions_per_video",
+        8,
+        "questions about a video asked together, over one shared prefix",
+        low=1,
+        high=4096,
+        free=True,
+    ),
+    Key(
+        "prompts_at_once",
+        8,
+        "videos in the model at a time (memory of prefill and caches)",
+        low=1,
+        high=1 << 20,
+        free=True,
+    ),
+    Key("chunk", 32, "tokens between two looks at which responses have ended", low=1, high=1 << 20, free=True),
     Key("limit", 0, "ask only this many questions; 0 = all", low=0, free=True),
     Key("control", "", "without the video, or its frames in random order; '' = as usual", ("", "blind", "shuffled")),
     Key(
@@ -74,7 +90,7 @@ EVAL_KEYS = (
     Key("extractor", "strict", "read answers by our rules, or the release's", ("strict", "official"), free=True),
     Key("controls", (), "predictions of control runs on the same questions, shown beside", free=True),
     Key("compare", "", "predictions of another run on the same questions, to compare with; '' = none", free=True),
-    Key("bootstrap.samples", 10000, "draws for the intervals", low=100, free=True),
+    Key("bootstrap.samples", 10000, "draws for the intervals", low=100, high=1000000, free=True),
 )
 
 EXPORT_KEYS = (
@@ -95,7 +111,7 @@ REPORT_KEYS = (
     Key("other", "", "workdir of a run to compare it with; '' = none"),
     Key("out", "", "file to write; '' = report.html in the run, for two runs in this task's own workdir"),
     Key("answers", 200, "completions and predictions shown at most; more are sampled evenly", low=1),
-    Key("frames", 4, "frames shown of a clip; 0 = none, and no video is opened", low=0),
+    Key("frames", 4, "frames shown of a clip; 0 = none, and no video is opened", low=0, high=4096),
     Key("clip_s", 20.0, "seconds a clip may take to decode", low=0),
     Key("pictures_s", 120.0, "seconds after which no further clip is decoded", low=0),
 )

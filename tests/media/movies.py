@@ -11,19 +11,19 @@ import numpy as np
 TICK = Fraction(1, 1000)
 
 
-def write_movie(path, times, codec="libx264", pixels="yuv420p", size=(48, 64), sound_s=0.0, aspect=None, options=None):
+def write_movie(path, times, codec="libx264", pixels="yuv420p", size=(48, 64), sound_s=0.0, aspect=None, tick=TICK):
     """Write frames that show at `times` (seconds), and silence of `sound_s` seconds; return the path as a string."""
     height, width = size
     with av.open(str(path), "w") as file:
-        stream = file.add_stream(codec, rate=25, options=options or {})
+        stream = file.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        stream.codec_context.time_base = stream.time_base = TICK
+        stream.codec_context.time_base = stream.time_base = tick
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         sound = file.add_stream("aac", rate=16000) if sound_s else None
         for k, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 10 + 8 * k, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = round(time / TICK), TICK
+            frame.pts, frame.time_base = round(time / tick), tick
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
         if sound:
