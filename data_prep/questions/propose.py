@@ -21,7 +21,7 @@ from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_
 from data_prep.questions.wording import ANCHORS, PHRASINGS, object_names, question_text
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene, move_points
-from mllm4d_jax.media.frame_sampling import sample_indices
+from mllm4d_jax.media.frame_sampling import nearest_in_time, sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
@@ -122,9 +122,14 @@ class Question:
         }
 
 
-def frame_numbers(total: int, num_frames: int) -> np.ndarray:
-    """Return the scene frames that the model sees, i64[K], by the encoder's "uniform" rule: both ends included."""
-    return sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames))
+def frame_numbers(times: np.ndarray, num_frames: int) -> np.ndarray:
+    """Return the scene frames that the model sees, i64[K], by the encoder's "uniform" rule: both ends included.
+
+    Args:
+      times: f64[T] seconds at which the frames of the clip show.
+    """
+    total = len(times)
+    return nearest_in_time(times, sample_indices("uniform", total, 1.0, num_frames=min(total, num_frames)))
 
 
 def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
@@ -175,7 +180,7 @@ class _Facts:
     @classmethod
     def measure(cls, scene: Scene, rules: QuestionRules, rng: random.Random) -> _Facts:
         """Measure all seven relations on randomly drawn frame pairs."""
-        seen = frame_numbers(scene.num_frames, rules.num_frames)
+        seen = frame_numbers(scene.timestamps, rules.num_frames)
         pairs = _draw_pairs(len(seen), rules, rng)
         i, j = seen[[p[0] for p in pairs]], seen[[p[1] for p in pairs]]
         axes = scene.world_to_camera[int(seen[0])]

@@ -95,7 +95,7 @@ class Scene:
       camera_to_world: f64[T, 3, 4], the inverse.
       intrinsics: f64[T, 3, 3] pixels of `image_size`.
       image_size: (height, width) pixels.
-      timestamps: f64[T] seconds, strictly increasing.
+      timestamps: f64[T] seconds at which the frames of its video show, strictly increasing.
       objects: with distinct ids.
       scale: one of `SCALES`.
       provenance: JSON-able; tool, files, parameters, quality figures.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 
@@ -15,7 +17,9 @@ from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.video import VideoClip
 from mllm4d_jax.qa.errors import MediaError
 
-CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
+CODECS = {"ffv1": "bgr0", "mpeg4": "yuv420p"}  # lossless; small but lossy: each with the pixels that it stores
+_TICK = Fraction(1, 60_000)  # MPEG-4 counts at most 65,535 a second
+_BITS = 4  # of a pixel, for lossy video
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -50,10 +54,11 @@ def read_folder(path: str | Path) -> np.ndarray:
     return np.stack(images)
 
 
-def frames_size(path: str | Path, frames: int, pool: DecodePool) -> tuple[int, int]:
+def probe_frames(path: str | Path, frames: int, pool: DecodePool) -> tuple[tuple[int, int], np.ndarray | None]:
     """Return (height, width) of a video or a folder of images, and check that it has `frames` frames.
 
-    A video is not decoded for it (but for its first frame): its packets tell.
+    A video is not decoded for it (but for its first frame): its packets tell. They tell too when its frames show: the
+    second result, f64[T] seconds; images do not, None.
 
     Raises:
       SceneError: missing, unreadable, or of another length.
@@ -62,13 +67,13 @@ def frames_size(path: str | Path, frames: int, pool: DecodePool) -> tuple[int, i
     with as_scene_error(MediaError):
         if path.is_dir():
             files = _frame_files(path)
-            found, size = len(files), read_image(str(files[0])).shape[:2] if files else (0, 0)
+            found, size, times = len(files), read_image(str(files[0])).shape[:2] if files else (0, 0), None
         else:
             info = pool.probe(str(path))
-            found, size = info.frames, (info.height, info.width)
+            found, size, times = info.frames, (info.height, info.width), info.times
     if found != frames:
         raise SceneError(f"{path} has {found} frames, its annotations {frames}; are they of the same clip?")
-    return int(size[0]), int(size[1])
+    return (int(size[0]), int(size[1])), times
 
 
 def _frame_files(folder: str | Path) -> list[Path]:
@@ -82,26 +87,41 @@ def _frame_files(folder: str | Path) -> list[Path]:
     return [numbers[n] for n in sorted(numbers)]
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, codec: str) -> None:
-    """Write u8[T,H,W,3] RGB frames; the file is there whole or not at all.
+def write_video(path: str | Path, frames: np.ndarray, times: np.ndarray, codec: str) -> None:
+    """Write frames u8[T,H,W,3] RGB that show at `times`; the file is there whole or not at all.
 
     Args:
+      times: f64[T] seconds, ascending; the first frame is written to show at 0.
       codec: key of `CODECS`.
 
     Raises:
-      SceneError: unknown codec, or this OpenCV cannot write it.
+      SceneError: unknown codec, frames closer than 1/60,000 s, or FFmpeg cannot write them.
     """
     path = Path(path)
     if codec not in CODECS:
         raise SceneError(f"codec {codec!r} unknown; there are {', '.join(CODECS)}")
-    size = (frames.shape[2], frames.shape[1])
-    with replacing(path, path.suffix) as partial:
-        writer = cv2.VideoWriter(str(partial), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*CODECS[codec]), fps, size)
-        if not writer.isOpened():
-            raise SceneError(f"{path}: this OpenCV cannot write {codec} video; try the other of {[*CODECS]}")
-        for frame in frames:
-            writer.write(np.ascontiguousarray(frame[..., ::-1]))
-        writer.release()
+    moments = np.round((np.asarray(times, np.float64) - times[0]) / float(_TICK)).astype(np.int64)
+    if len(moments) != len(frames) or (np.diff(moments) <= 0).any():
+        raise SceneError(f"{path}: {len(frames)} frames cannot be written at {len(moments)} times that do not ascend")
+    rate = Fraction(len(moments) - 1, max(1, int(moments[-1]))) / _TICK if len(moments) > 1 else Fraction(30)
+    try:
+        with replacing(path, path.suffix) as partial, av.open(str(partial), "w") as file:
+            stream = file.add_stream(codec, rate=rate.limit_denominator(10_000), bit_rate=_bits(frames, rate))
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = CODECS[codec]
+            stream.time_base = stream.codec_context.time_base = _TICK
+            for image, moment in zip(frames, moments.tolist(), strict=True):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                frame.pts, frame.time_base = moment, _TICK
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode(None))
+    except av.FFmpegError as error:
+        raise SceneError(f"{path}: FFmpeg cannot write {codec} video of {frames.shape} ({error})") from error
+
+
+def _bits(frames: np.ndarray, rate: Fraction) -> int:
+    """Bits per second, as many as an encoder counts at most."""
+    return int(min(_BITS * frames.shape[1] * frames.shape[2] * rate, 2**31 - 1))
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 95) -> bytes:

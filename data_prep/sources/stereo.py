@@ -110,7 +110,7 @@ class StereoSource:
             scene = _with_tracks(found, read_bootstap(bootstap, len(left)), masks, names, bootstap.name)
         if self.layout != PAIR:
             video.parent.mkdir(parents=True, exist_ok=True)
-            write_video(video, left, clip.source_fps, "mpeg4")
+            write_video(video, left, clip.times, "mpeg4")
         return scene
 
     def _views(self, videos: list[Path]) -> tuple[np.ndarray, np.ndarray, VideoClip]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_prep.scenes.scene import Scene, intrinsics_of, nearest_rigid
 from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, with_objects
-from data_prep.sources.frames import frames_size, read_folder, write_video
+from data_prep.sources.frames import probe_frames, read_folder, write_video
 from data_prep.stereo.stage import STEREO4D_BASELINE
 from data_prep.store.untrusted import SceneError, as_scene_error, numbers, read_npz
 from data_prep.synthetic.clip import make_clip, write_clip
@@ -173,7 +173,10 @@ class Stereo4DSource:
         files = find(self.folder, clip_id, [(".npz",), ("-left_rectified.mp4", "-left_rectified"), MASKS, CAPTIONS])
         annotations, frames, masks, captions = files
         clip = read_stereo4d(annotations)
-        scene = clip.scene(frames_size(frames, len(clip.timestamps), self.pool), self.scale)
+        size, times = probe_frames(frames, len(clip.timestamps), self.pool)
+        scene = clip.scene(size, self.scale)
+        if times is not None:  # the model sees the frames of this file, chosen by its times
+            scene = dataclasses.replace(scene, timestamps=times)
         scene, left_out = with_objects(scene, clip.tracks, masks, captions)
         return LoadedClip(scene, self._video(clip_id, frames, scene), left_out)
 
@@ -188,8 +191,7 @@ class Stereo4DSource:
         video = self.root / f"{clip_id}.mp4"
         if not video.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            seconds = (scene.timestamps[-1] - scene.timestamps[0]) / max(1, scene.num_frames - 1)
-            write_video(video, read_folder(frames), 1 / seconds if seconds > 0 else 30.0, "mpeg4")
+            write_video(video, read_folder(frames), scene.timestamps, "mpeg4")
         return video
 
 

@@ -160,7 +160,7 @@ def write_clip(
     stem.parent.mkdir(parents=True, exist_ok=True)
     for eye, frames in (("left", clip.left), ("right", clip.right)):
         if frames is not None:
-            write_video(f"{stem}-{eye}_rectified.mp4", frames, clip.fps, codec)
+            write_video(f"{stem}-{eye}_rectified.mp4", frames, scene.timestamps, codec)
     sidecars = {"captions": {o.object_id: {"caption": o.description, "category": o.category} for o in scene.objects}}
     if rle:
         sidecars["masks"] = {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects}

@@ -1,4 +1,4 @@
-"""Videos with bytes changed, cut out, doubled or lost: sampled frames or a MediaError that names the file, nothing else."""
+"""Videos with bytes changed, cut out, doubled or lost give sampled frames or a MediaError that names the file."""
 
 from __future__ import annotations
 

@@ -57,12 +57,14 @@ def test_answers_are_those_of_the_relations():
         np.testing.assert_allclose(q.value, truth.value, atol=1e-6)
         assert q.options[LETTERS.index(q.answer)] == truth.label
         assert q.label == (truth.label if LABELS[q.scenario] else "")
-        assert q.source == tuple(frame_numbers(scene.num_frames, 32)[list(q.frames)].tolist())
+        assert q.source == tuple(frame_numbers(scene.timestamps, 32)[list(q.frames)].tolist())
 
 
 def test_frame_numbers_are_those_of_the_encoder():
     for total in (2, 7, 32, 33, 50, 301):
-        np.testing.assert_array_equal(frame_numbers(total, 32), SampleRule("uniform", 32, None).indices(total, 30.0))
+        np.testing.assert_array_equal(
+            frame_numbers(np.arange(total) / 30, 32), SampleRule("uniform", 32, None).indices(total, 30.0)
+        )
 
 
 def test_texts_name_the_frames_and_the_object():

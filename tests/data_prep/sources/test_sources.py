@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep.questions.propose import frame_numbers
 from data_prep.sources.base import read_card
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.sources.monocular import MonocularSource
@@ -21,6 +22,7 @@ from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, stereo4d_arrays, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.frame_sampling import SampleRule
 
 SIZE = 256
 
@@ -92,7 +94,8 @@ def test_a_packed_video_is_split_and_its_left_view_written(folder, tmp_path, cli
     packed.mkdir()
     stem = clip.scene.clip_id
     views = [clip.right, clip.left] if swap else [clip.left, clip.right]
-    write_video(packed / f"{stem}.mp4", np.concatenate(views, axis=axis), clip.fps, "ffv1")
+    times = np.array([0.0, 0.1, 0.15, 0.9, 1.0, 1.2])
+    write_video(packed / f"{stem}.mp4", np.concatenate(views, axis=axis), times, "ffv1")
     for ending in ("-masks.npz", "-captions.json"):
         (folder / f"{stem}{ending}").rename(packed / f"{stem}{ending}")
     source = StereoSource(packed, tmp_path / "videos", tmp_path / "scenes", layout=layout, pool=pool)
@@ -100,7 +103,21 @@ def test_a_packed_video_is_split_and_its_left_view_written(folder, tmp_path, cli
     made = source.load(stem)
     assert made.scene.scale == "assumed_baseline"  # nobody said how far apart the eyes are
     check_like_truth(made.scene, clip)
-    assert read_all_frames(made.video, pool, 10).frames.shape == clip.left.shape
+    written = read_all_frames(made.video, pool, 10)
+    assert written.frames.shape == clip.left.shape
+    np.testing.assert_allclose(written.times, times, atol=1e-4)
+    np.testing.assert_allclose(made.scene.timestamps, times, atol=1e-4)
+
+
+def test_questions_count_the_frames_that_a_model_is_shown_of_an_uneven_video(tmp_path, clip, pool):
+    """The annotations tell other times than the video does; the model sees the video."""
+    write_clip(clip, tmp_path)
+    stem = clip.scene.clip_id
+    write_video(tmp_path / f"{stem}-left_rectified.mp4", clip.left, np.array([0.0, 0.1, 0.2, 0.3, 0.4, 4.0]), "mpeg4")
+    made = Stereo4DSource(tmp_path, tmp_path, pool=pool).load(stem)
+    seen = pool.read(str(made.video), SampleRule("uniform", 3, None)).indices
+    np.testing.assert_array_equal(frame_numbers(made.scene.timestamps, 3), seen)
+    assert seen.tolist() != [0, 2, 5]
 
 
 def test_bootstap_tracks_replace_the_stages_own(folder, tmp_path, clip, pool):
@@ -133,7 +150,7 @@ def test_too_long_or_unequal_views_are_errors(folder, tmp_path, clip, pool):
     stem = clip.scene.clip_id
     with pytest.raises(SceneError, match="6 frames, more than 5"):
         StereoSource(folder, folder, tmp_path / "s", max_frames=5, pool=pool).load(stem)
-    write_video(folder / f"{stem}-right_rectified.mp4", clip.right[:5], clip.fps, "ffv1")
+    write_video(folder / f"{stem}-right_rectified.mp4", clip.right[:5], np.arange(5) / clip.fps, "ffv1")
     with pytest.raises(SceneError, match="right_rectified.mp4"):
         StereoSource(folder, folder, tmp_path / "s", pool=pool).load(stem)
 
@@ -233,7 +250,7 @@ def test_a_bad_card_is_named(tmp_path, text, message):
 def test_a_damaged_video_gives_frames_or_a_clear_error(tmp_path, pool, data):
     whole = tmp_path / "whole.mp4"
     if not whole.exists():
-        write_video(whole, np.arange(6 * 32 * 32 * 3, dtype=np.uint8).reshape(6, 32, 32, 3), 8.0, "mpeg4")
+        write_video(whole, np.arange(6 * 32 * 32 * 3, dtype=np.uint8).reshape(6, 32, 32, 3), np.arange(6) / 8, "mpeg4")
     content = bytearray(whole.read_bytes())
     for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=12)):
         content[at] = value

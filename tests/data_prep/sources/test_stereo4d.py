@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import intrinsics_of, load_scene
-from data_prep.sources.frames import frames_size
+from data_prep.sources.frames import probe_frames
 from data_prep.sources.stereo4d import read_stereo4d
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import SyntheticClip, make_clip, stereo4d_arrays, write_clip
@@ -51,7 +51,7 @@ def test_round_trip_to_the_exact_scene(tmp_path, pool, index, masks):
     stem = tmp_path / clip.scene.clip_id
     truth = load_scene(f"{stem}-truth")
     read = read_stereo4d(f"{stem}.npz")
-    size = frames_size(f"{stem}-left_rectified.mp4", len(read.timestamps), pool)
+    size, _ = probe_frames(f"{stem}-left_rectified.mp4", len(read.timestamps), pool)
     bare = read.scene(size, "assumed_baseline")
     objects, dropped = objects_from_tracks(
         bare,
@@ -97,11 +97,11 @@ def test_frames_may_be_a_folder(tmp_path, pool, clip):
     for t, frame in enumerate(clip.left):
         cv2.imwrite(str(tmp_path / f"frame_{t}.png"), frame[..., ::-1])
     (tmp_path / "notes.txt").write_text("not a frame")
-    assert frames_size(tmp_path, 6, pool) == (96, 128)
+    assert probe_frames(tmp_path, 6, pool) == ((96, 128), None)
     with pytest.raises(SceneError, match="6 frames, its annotations 7"):
-        frames_size(tmp_path, 7, pool)
+        probe_frames(tmp_path, 7, pool)
     with pytest.raises(SceneError, match="does not exist"):
-        frames_size(tmp_path / "gone.mp4", 6, pool)
+        probe_frames(tmp_path / "gone.mp4", 6, pool)
 
 
 def test_intrinsics_of_the_released_frames():

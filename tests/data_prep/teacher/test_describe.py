@@ -29,7 +29,7 @@ def folder(tmp_path):
     clips.mkdir()
     frames = np.full((FRAMES, SIZE, SIZE, 3), 90, np.uint8)
     for name in ("walk", "trip-left_rectified", "trip-right_rectified"):
-        write_video(clips / f"{name}.mp4", frames, 8.0, "mpeg4")
+        write_video(clips / f"{name}.mp4", frames, np.arange(len(frames)) / 8, "mpeg4")
     masks = np.zeros((FRAMES, SIZE, SIZE), bool)
     masks[2, 10:30, 20:50] = True
     np.savez(clips / "trip-masks.npz", first=masks, never=np.zeros_like(masks))
@@ -101,7 +101,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, serve):
         run(tmp_path, monkeypatch, serve(answer()))
     with pytest.raises(DescribeError, match="input is not set"):
         describe(common.config("curate", {"source": "describe"}), str(tmp_path))
-    write_video(tmp_path / "a.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8.0, "mpeg4")
+    write_video(tmp_path / "a.mp4", np.zeros((3, 16, 16, 3), np.uint8), np.arange(3) / 8, "mpeg4")
     for changes, message in (({"teacher.kind": "oracle"}, "cannot look"), ({"teacher.model": ""}, "model is empty")):
         with pytest.raises(TeacherError, match=message):
             run(tmp_path, monkeypatch, serve(answer()), **changes)
