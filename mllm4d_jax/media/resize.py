@@ -16,10 +16,11 @@ import numpy as np
 RULES = ("per_frame", "total", "qwen_vl_utils")
 MAX_RATIO = 200
 _STRIP_BYTES = 8 << 20  # working set of the width pass: fits a core's share of the cache, bounds memory for 8K frames
-_BAND_INPUTS = 96  # input rows per band of outputs, besides its margins: larger wastes zeros, smaller reads rows twice
+_BAND_INPUTS = 48  # input rows per band of outputs, besides its margins: larger wastes zeros, smaller reads rows twice
 # Products of at most this many multiplications stay on one thread in OpenBLAS, whose thread hand-over costs more than a
 # whole strip on a busy machine (measured: 0.2 s a clip becomes 2 s).
 _PRODUCT_SIZE = 1 << 18
+_CENTRE = 128  # taken from every pixel, so that sums are half as large and most fit float32
 
 
 class SizeError(ValueError):
@@ -207,12 +208,13 @@ def _resize_frame(source: np.ndarray, target: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Taps:
-    """Integer weights of one axis, in bands of output rows: (first output, first input, weights [outputs, inputs]).
+    """Integer weights of one axis, in bands of outputs: (first output, first input, weights [outputs, inputs], rest).
 
-    The weights are held in the narrowest float in which every sum of weight * pixel is an exact integer.
+    They weigh pixels less 128; `rest` [outputs, 1] is what the sums lack for it, and half a unit of the result. Held in
+    the narrowest float in which every sum of weight * pixel is an exact integer.
     """
 
-    bands: tuple[tuple[int, int, np.ndarray], ...]
+    bands: tuple[tuple[int, int, np.ndarray, np.ndarray], ...]
     outputs: int
     shift: int
     dtype: np.dtype
@@ -221,13 +223,16 @@ class _Taps:
 def _apply(taps: _Taps, rows: np.ndarray) -> np.ndarray:
     """Resamples u8[in, K] along its first axis to u8[out, K]."""
     out = np.empty((taps.outputs, rows.shape[1]), np.uint8)
-    scale, half = taps.dtype.type(0.5**taps.shift), taps.dtype.type(0.5)
-    for first_out, first_in, weights in taps.bands:
-        total = _matmul(weights, rows[first_in : first_in + weights.shape[1]].astype(taps.dtype))
-        # (total + 2^(shift-1)) >> shift; scaling by a power of two is exact, floor is the arithmetic shift.
+    scale, centre = taps.dtype.type(0.5**taps.shift), taps.dtype.type(_CENTRE)
+    for first_out, first_in, weights, rest in taps.bands:
+        pixels = rows[first_in : first_in + weights.shape[1]].astype(taps.dtype)
+        np.subtract(pixels, centre, out=pixels)
+        total = _matmul(weights, pixels)
+        # 128 + ((total + rest) >> shift): scaling by a power of two is exact, floor is the arithmetic shift.
+        np.add(total, rest, out=total)
         np.multiply(total, scale, out=total)
-        np.add(total, half, out=total)
         np.floor(total, out=total)
+        np.add(total, centre, out=total)
         np.clip(total, 0, 255, out=total)
         out[first_out : first_out + len(weights)] = total
     return out
@@ -265,7 +270,9 @@ def _taps(size_in: int, size_out: int) -> _Taps:
     while shift < 21 and int(0.5 + largest * (1 << (shift + 1))) < 1 << 15:
         shift += 1
     quantised = [np.trunc(r * (1 << shift) + np.copysign(0.5, r)) for r in rows]
-    bound = 255 * max(float(np.abs(q).sum()) for q in quantised) + (1 << shift)
+    # Sums of the taps of 2^shift, off by their rounding: what pixels less 128 leave out beyond 128 in the result.
+    rests = [_CENTRE * (float(q.sum()) - (1 << shift)) + (1 << shift) / 2 for q in quantised]
+    bound = max(_CENTRE * float(np.abs(q).sum()) + abs(rest) for q, rest in zip(quantised, rests, strict=True))
     dtype = np.dtype(np.float32 if bound < 1 << 24 else np.float64)
     bands = []
     band = max(4, min(32, round(_BAND_INPUTS / stretch)))
@@ -275,7 +282,7 @@ def _taps(size_in: int, size_out: int) -> _Taps:
         block = np.zeros((stop - start, last - first), dtype)
         for i in range(start, stop):
             block[i - start, low[i] - first : high[i] - first] = quantised[i]
-        bands.append((start, first, block))
+        bands.append((start, first, block, np.array(rests[start:stop], dtype)[:, None]))
     return _Taps(tuple(bands), size_out, shift, dtype)
 
 

@@ -92,12 +92,15 @@ def test_accumulator_is_exact(monkeypatch):
     """The narrow accumulator is only chosen where its sums are exact integers."""
     frames = np.random.default_rng(0).integers(0, 256, (1, 90, 160, 3), dtype=np.uint8)
     narrow = resize_bicubic(frames, 64, 96)
-    assert resize._taps(160, 96).dtype == np.float32 and resize._taps(7680, 288).dtype == np.float64
+    assert (
+        resize._taps(854, 288).dtype == np.float32 == resize._taps(160, 96).dtype
+        and resize._taps(7680, 288).dtype == np.float64
+    )
     taps = resize._taps
 
     def wide(size_in, size_out):
         t = taps(size_in, size_out)
-        bands = tuple((o, i, w.astype(np.float64)) for o, i, w in t.bands)
+        bands = tuple((o, i, w.astype(np.float64), rest.astype(np.float64)) for o, i, w, rest in t.bands)
         return resize._Taps(bands, t.outputs, t.shift, np.dtype(np.float64))
 
     monkeypatch.setattr(resize, "_taps", wide)
