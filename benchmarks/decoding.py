@@ -3,7 +3,7 @@
 Both decode every frame with one thread and resize the sampled ones with the same function; they take turns, clip by
 clip, in one process. OpenCV knows no frame times, so its side counts frames and trusts the count in the file's header.
 
-python benchmarks/decoding.py                      # a 10 s clip of 854 x 480, made here: H.264, 30 frames/s, moving noise
+python benchmarks/decoding.py                      # a clip made here: 10 s of 854 x 480, H.264
 python benchmarks/decoding.py --video=clip.mp4 --rounds=20
 """
 

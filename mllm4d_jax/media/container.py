@@ -86,6 +86,8 @@ def open_video(path: str, threads: int = 1) -> Iterator[tuple[av.container.Input
     only = {"protocol_whitelist": "file", "format_whitelist": ",".join(DEMUXERS)}
     try:
         container = av.open("file:" + os.path.abspath(path), metadata_errors="replace", container_options=only)
+    except MemoryError:
+        raise
     except DECODER_ERRORS as error:
         raise _not_opened(path, error) from error
     with container:
@@ -107,6 +109,19 @@ def open_video(path: str, threads: int = 1) -> Iterator[tuple[av.container.Input
         codec.thread_count = threads
         codec.thread_type = "AUTO"
         yield container, stream
+
+
+def decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    """Return the frames that a packet brings; none where it is damaged, which decoding them all tells.
+
+    Raises MemoryError: the codec's own, which says nothing about the file.
+    """
+    try:
+        return packet.decode()
+    except MemoryError:
+        raise
+    except DECODER_ERRORS:
+        return []
 
 
 def said(error: Exception) -> str:
@@ -137,6 +152,8 @@ def read_timeline(path: str) -> Timeline:
             for packet in container.demux():
                 scan.take(packet)
             damage = scan.damage
+        except MemoryError:
+            raise
         except DECODER_ERRORS as error:
             damage = f"reading it stops with: {said(error)}"
         # AVI has decoding times only, what FFmpeg makes of them is a guess; a recorder may leave out the others.
@@ -187,8 +204,7 @@ class _Scan:
             self.pts += [] if packet.pts is None else [packet.pts]
             self.dts += [] if packet.dts is None else [packet.dts]
         if self.first is None:
-            with contextlib.suppress(*DECODER_ERRORS):  # decoding them all tells whether it matters
-                self.first = next(iter(packet.decode()), None)
+            self.first = next(iter(decoded(packet)), None)
 
 
 def _missing_end(line: Timeline, duration: int | None, end: Fraction) -> str:

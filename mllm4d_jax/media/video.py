@@ -18,7 +18,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from mllm4d_jax.media.container import DECODER_ERRORS, Timeline, open_video, quarter_turns, read_timeline
+from mllm4d_jax.media.container import DECODER_ERRORS, Timeline, decoded, open_video, quarter_turns, read_timeline
 from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError, nearest_in_time
 from mllm4d_jax.media.resize import ResizeRule, SizeError, resize_bicubic
 from mllm4d_jax.qa.errors import MediaError
@@ -174,13 +174,6 @@ class _Job:
     sample: SampleRule
     resize: ResizeRule | None
     threads: int
-    by_order: bool = (
-        False  # frame k shows at the k-th time: what the file says of each frame is in decoding order (AVI)
-    )
-
-
-def _ascending(pts: Sequence[int]) -> bool:
-    return all(a < b for a, b in itertools.pairwise(pts))
 
 
 def _check_length(path: str, line: Timeline, seen: Sequence[int]) -> None:
@@ -233,18 +226,13 @@ def _check_frame(job: _Job, frame: av.VideoFrame, pts: int) -> None:
 def _all_frames(path: str, threads: int) -> Iterator[av.VideoFrame]:
     """Yield what can be decoded; what cannot is missed by who asked for it."""
     with open_video(path, threads) as (container, stream):
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    return
-                frames = packet.decode()
-            except DECODER_ERRORS:
-                if packets.gi_frame is None:  # reading failed, not decoding: there is no more
-                    return
-                continue
-            yield from frames
+        try:
+            for packet in container.demux(stream):
+                yield from decoded(packet)
+        except MemoryError:
+            raise
+        except DECODER_ERRORS:  # reading failed: there is no more
+            return
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

@@ -11,16 +11,24 @@ import numpy as np
 TICK = Fraction(1, 1000)
 
 
-def write_movie(path, times, codec="libx264", pixels="yuv420p", size=(48, 64), sound_s=0.0, aspect=None, tick=TICK):
-    """Write frames that show at `times` (seconds), and silence of `sound_s` seconds; return the path as a string."""
+def write_movie(
+    path, times, codec="libx264", pixels="yuv420p", size=(48, 64), sound_s=0.0, aspect=None, tick=TICK, cover=0
+):
+    """Write frames that show at `times` (seconds), and silence of `sound_s` seconds; return the path as a string.
+
+    `cover`: a white cover picture with so many pixels a side comes first.
+    """
     height, width = size
     with av.open(str(path), "w") as file:
+        picture = add_cover(file, cover) if cover else None
         stream = file.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.codec_context.time_base = stream.time_base = tick
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         sound = file.add_stream("aac", rate=16000) if sound_s else None
+        if picture:
+            write_cover(file, picture)
         for k, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 10 + 8 * k, np.uint8), format="rgb24")
             frame.pts, frame.time_base = round(time / tick), tick
@@ -40,18 +48,26 @@ def write_silence(file, stream, seconds):
     file.mux(stream.encode(None))
 
 
+def add_cover(file, side):
+    stream = file.add_stream("mjpeg", rate=1)
+    stream.width, stream.height, stream.pix_fmt = side, side, "yuvj420p"
+    stream.disposition = av.stream.Disposition.attached_pic
+    return stream
+
+
+def write_cover(file, stream):
+    frame = av.VideoFrame.from_ndarray(np.full((stream.height, stream.width, 3), 255, np.uint8), format="rgb24")
+    file.mux(stream.encode(frame.reformat(format="yuvj420p")))
+    file.mux(stream.encode(None))
+
+
 def write_sound(path, seconds=1.0, cover=False):
     """Write a file of sound without a video; with a picture of its cover if wanted."""
     with av.open(str(path), "w") as file:
-        picture = file.add_stream("mjpeg", rate=1) if cover else None
-        if picture:
-            picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+        picture = add_cover(file, 32) if cover else None
         sound = file.add_stream("aac", rate=16000)
         if picture:
-            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-            file.mux(picture.encode(frame.reformat(format="yuvj420p")))
-            file.mux(picture.encode(None))
+            write_cover(file, picture)
         write_silence(file, sound, seconds)
     return str(path)
 

@@ -6,6 +6,7 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -85,6 +86,14 @@ def test_sound_may_begin_before_the_picture_and_outlast_it(tmp_path):
         clip = read_video(write_movie(tmp_path / name, late, sound_s=6.0), ALL)
         assert levels(clip) == list(range(20))
         np.testing.assert_allclose(clip.times, late, atol=0.1)
+
+
+def test_a_cover_picture_is_not_the_video(tmp_path):
+    path = write_movie(tmp_path / "a.mp4", TENTHS, cover=400)
+    with av.open(path) as file:
+        assert len(file.streams.video) == 2
+    clip = read_video(path, ALL)
+    assert levels(clip) == list(range(20)) and clip.frames.shape[1:3] == (48, 64)
 
 
 def test_pixels_are_made_square(tmp_path):
