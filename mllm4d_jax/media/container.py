@@ -20,6 +20,7 @@ from mllm4d_jax.qa.errors import MediaError
 # Demuxers of containers that hold their own pictures and say when to show them.
 DEMUXERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "gif", "apng", "ivf", "mxf", "nut", "dv")
 _BROADCAST = ("mpegts", "mpeg")
+_MAX_BACK = 0.5  # seconds
 MAX_PIXELS = 1 << 27  # of a frame; 16K is 133 million
 _COMMON = "MP4/MOV, Matroska/WebM, AVI, MPEG-TS/PS, FLV, Ogg, ASF/WMV, MXF, GIF"
 # First bytes, with their offset, of the files whose index can be missing or cut off.
@@ -144,7 +145,7 @@ def read_timeline(path: str) -> Timeline:
     """Read the times of all frames of a video without decoding them, and its first frame.
 
     Raises:
-      MediaError: as `open_video`, and "missing_fps" (frames without times).
+      MediaError: as `open_video`, and "missing_fps" (frames without times), "times_go_back" (joined files).
     """
     with open_video(path) as (container, stream):
         scan = _Scan(stream, container.format.name in _BROADCAST)
@@ -162,6 +163,9 @@ def read_timeline(path: str) -> Timeline:
         if scan.packets and not moments:
             message = f"{path}: its frames have no times, so they cannot be dated; re-encode it into MP4 or Matroska"
             raise MediaError(message, "missing_fps")
+        if scan.back * stream.time_base > _MAX_BACK:
+            message = f"{path}: its times go back in the middle, as where files were joined; re-encode it"
+            raise MediaError(message, "times_go_back")
         pts = np.unique(np.array(moments, np.int64))
         start = Fraction(container.start_time, av.time_base) if container.start_time is not None else None
         if start is None:
@@ -189,6 +193,7 @@ class _Scan:
         self.dts: list[int] = []
         self.first: av.VideoFrame | None = None
         self.end = Fraction(0)  # seconds at which the last picture or sound ends
+        self.back = 0  # largest step back of the decoding times, which should ascend
 
     def take(self, packet: av.Packet) -> None:
         """Note a packet of any stream; decode those of the video up to its first frame."""
@@ -200,6 +205,8 @@ class _Scan:
         # A recording of a broadcast may start, pause and end anywhere; any other file has whole packets to its end.
         self.damage = "its last packet is incomplete" if packet.is_corrupt and not self.broadcast else ""
         self.packets += 1
+        if packet.dts is not None:
+            self.back = max(self.back, max(self.dts[-1:], default=packet.dts) - packet.dts)
         if not packet.is_discard:
             self.pts += [] if packet.pts is None else [packet.pts]
             self.dts += [] if packet.dts is None else [packet.dts]

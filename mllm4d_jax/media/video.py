@@ -99,7 +99,7 @@ def read_video(
       timeline: what `read_timeline` gave for this file; None reads it.
 
     Raises:
-      MediaError: as `probe`, and "one_frame", "truncated_video" (the container or decoding ends before its end),
+      MediaError: as `probe`, and "times_go_back", "one_frame", "truncated_video" (the container or decoding ends before its end),
         "too_few_frames", "undecodable_frame", "varying_size".
     """
     line = timeline or read_timeline(path)
@@ -108,7 +108,7 @@ def read_video(
         raise MediaError(message, "truncated_video")
     job = _Job(path, line, sample, resize, threads)
     clip, seen = _decode(job, line.pts)
-    if not all(a < b for a, b in itertools.pairwise(seen)):  # a decoder puts frames out in the order they show
+    if any(a > b for a, b in itertools.pairwise(seen)):  # a decoder puts frames out in the order they show
         job = dataclasses.replace(job, line=dataclasses.replace(line, by_order=True))
         clip, seen = _decode(job, line.pts)
     _check_length(path, line, seen)
@@ -203,8 +203,11 @@ def _decode(job: _Job, pts: np.ndarray) -> tuple[VideoClip | None, list[int]]:
     for frame in _all_frames(job.path, job.threads):
         at = frame.pts
         if job.line.by_order:
-            at = int(pts[len(seen)]) if len(seen) < len(pts) else None
-        if at is None:
+            if len(seen) == len(pts):
+                message = f"{job.path}: more than its {len(pts)} frames come, so they cannot be dated; re-encode it"
+                raise MediaError(message, "times_go_back")
+            at = int(pts[len(seen)])
+        if at is None or seen[-1:] == [at]:  # shown at the same moment as the one before: never seen
             continue
         seen.append(at)
         taken = slots.pop(at, ())

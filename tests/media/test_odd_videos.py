@@ -88,6 +88,20 @@ def test_sound_may_begin_before_the_picture_and_outlast_it(tmp_path):
         np.testing.assert_allclose(clip.times, late, atol=0.1)
 
 
+@pytest.mark.parametrize("name, codec", [("a.ts", "libx264"), ("a.mpg", "mpeg2video")])
+def test_joined_files_are_refused_not_halved(name, codec, tmp_path):
+    path = Path(write_movie(tmp_path / name, [k / 25 for k in range(20)], codec, tick=Fraction(1, 25)))
+    assert levels(read_video(str(path), ALL)) == list(range(20))
+    path.write_bytes(path.read_bytes() * 2)
+    assert refusal(path) == "times_go_back" == refusal(path, probe)
+
+
+def test_of_frames_at_one_moment_the_first_is_taken(tmp_path):
+    clip = read_video(write_movie(tmp_path / "a.mkv", [0, 0.0001, 0.1, 0.1004, 0.2, 0.3]), ALL)
+    assert levels(clip) == [0, 2, 4, 5]
+    np.testing.assert_allclose(clip.times, [0, 0.1, 0.2, 0.3], atol=1e-3)
+
+
 def test_a_cover_picture_is_not_the_video(tmp_path):
     path = write_movie(tmp_path / "a.mp4", TENTHS, cover=400)
     with av.open(path) as file:
