@@ -99,8 +99,8 @@ def read_video(
       timeline: what `read_timeline` gave for this file; None reads it.
 
     Raises:
-      MediaError: as `probe`, and "times_go_back", "one_frame", "truncated_video" (the container or decoding ends before its end),
-        "too_few_frames", "undecodable_frame", "varying_size".
+      MediaError: as `probe`, and "times_go_back", "one_frame", "truncated_video" (the container or decoding ends before
+        its end), "too_few_frames", "undecodable_frame", "varying_size".
     """
     line = timeline or read_timeline(path)
     if line.damage:
