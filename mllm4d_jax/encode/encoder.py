@@ -239,12 +239,14 @@ class Encoder(contextlib.AbstractContextManager):
             add_generation_prompt=add_generation_prompt,
             outer_markers=self.options.outer_markers,
         )
+        if self.max_tokens is not None and (least := self.tokenizer.least_tokens(pieces)) > self.max_tokens:
+            raise self._too_long(least, items, "at least ")  # without tokenising a text of megabytes
         tokens, supervised = self.tokenizer.encode_pieces(pieces)
         if self.max_tokens is not None and len(tokens) > self.max_tokens:
             raise self._too_long(len(tokens), items)
         return tokens, supervised, rendered_text(pieces)
 
-    def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
+    def _too_long(self, needed: int, items: Sequence[MediaItem], bound: str = "") -> TooLongError:
         grids, side = [i.visual.grid for i in items], self.config.patch_size
         visual = sum(merged_tokens(g, self.config.merge_size) for g in grids)
         shapes = ", ".join(f"{g.modality} {g.t}x{g.h * side}x{g.w * side}px" for g in grids)
@@ -252,7 +254,7 @@ class Encoder(contextlib.AbstractContextManager):
         if visual:
             advice = "take fewer frames (num_frames, fps), lower the pixel budget (max_pixels) or raise the token limit"
         return TooLongError(
-            f"needs {needed} tokens ({visual} of images and videos{': ' + shapes if shapes else ''}, "
+            f"needs {bound}{needed} tokens ({visual} of images and videos{': ' + shapes if shapes else ''}, "
             f"{needed - visual} of text and markers) but the limit is {self.max_tokens}: {advice}"
         )
 
