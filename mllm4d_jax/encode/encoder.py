@@ -83,6 +83,11 @@ class Encoder(contextlib.AbstractContextManager):
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps)
         self._resize = opts.resize_for(config)
 
+    @property
+    def opening(self) -> str:
+        """What prompts already say of an answer (Thinking models: `<think>`); what is drawn goes on from there."""
+        return self.config.chat.opening if self.config.chat else ""
+
     def encode(self, record: Record, *, add_generation_prompt: bool = False) -> Example:
         """Reads the record's media, renders and tokenises its conversation once, and computes its positions.
 
@@ -133,7 +138,7 @@ class Encoder(contextlib.AbstractContextManager):
             return made
 
         # Renders without media first: a malformed conversation is refused before any file is opened.
-        attempt(lambda i: render_chat(records[i].messages, self.config.family))
+        attempt(lambda i: render_chat(records[i].messages, self.config.family, form=self.config.chat))
         parts = attempt(lambda i: media_parts(records[i]))
         identities = {media_identity(records[i]) for i in parts}
         if len(identities) > 1:
@@ -238,6 +243,7 @@ class Encoder(contextlib.AbstractContextManager):
             merge_size=self.config.merge_size,
             add_generation_prompt=add_generation_prompt,
             outer_markers=self.options.outer_markers,
+            form=self.config.chat,
         )
         if self.max_tokens is not None and (least := self.tokenizer.least_tokens(pieces)) > self.max_tokens:
             raise self._too_long(least, items, "at least ")  # without tokenising a text of megabytes

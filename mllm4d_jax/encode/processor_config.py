@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from mllm4d_jax.encode.chat_template import ChatForm, chat_form
 from mllm4d_jax.encode.folder import read_json
 from mllm4d_jax.qa.errors import ProcessorError
 
@@ -44,6 +45,7 @@ class ProcessorConfig:
       video_min_pixels, video_max_pixels: areas; over all frames for Qwen3-VL, per frame for Qwen2.5-VL.
       tokens_per_second: resolution of the T axis (Qwen2.5-VL), else 0.
       vocab_size: rows of the model's embeddings; None = not known.
+      chat: form of the prompts; None = the family's published Instruct form.
     """
 
     family: str
@@ -62,6 +64,7 @@ class ProcessorConfig:
     vision_start_token_id: int
     vision_end_token_id: int
     vocab_size: int | None = None
+    chat: ChatForm | None = None
 
     @property
     def factor(self) -> int:
@@ -69,15 +72,18 @@ class ProcessorConfig:
         return self.patch_size * self.merge_size
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Self:
-        """Reads config.json and, where present, the preprocessor files.
+    def from_folder(cls, path: str | Path, chat_template: str = "auto") -> Self:
+        """Reads config.json and, where present, the preprocessor files and the chat template.
 
         Understood: preprocessor_config.json, video_preprocessor_config.json (transformers 4) and processor_config.json
         with nested processors (transformers 5). Token ids always come from config.json.
 
+        Args:
+          chat_template: form of the prompts, see `chat_template.chat_form`.
+
         Raises:
-          ProcessorError: config.json missing or not of a supported family, a key missing, or files that contradict
-            each other.
+          ProcessorError: config.json missing or not of a supported family, a key missing, files that contradict
+            each other, or a chat template of another form.
         """
         folder = Path(path)
         config = read_json(folder / "config.json")
@@ -86,7 +92,8 @@ class ProcessorConfig:
         both = read_json(folder / "processor_config.json") or {}
         image = read_json(folder / "preprocessor_config.json") or both.get("image_processor")
         video = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
-        return cls.of(config, folder, image, video)
+        made = cls.of(config, folder, image, video)
+        return dataclasses.replace(made, chat=chat_form(folder, made.family, chat_template))
 
     @classmethod
     def of(

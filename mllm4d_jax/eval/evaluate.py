@@ -191,7 +191,7 @@ class _Asker:
         self._items = {item.id: item for item in items}
         self._source = ItemSource(items, manner)
         kind = functools.partial(ShuffledEncoder, seed=config.seed) if config.control == "shuffled" else Encoder
-        self.encoder = encoder_of(choice.base, config.video, config.data.max_tokens, kind)
+        self.encoder = encoder_of(choice.base, config.video, config.data.max_tokens, kind, config.model.chat_template)
         self._tokenizer = self.encoder.tokenizer
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
         model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
@@ -241,7 +241,7 @@ class _Asker:
         return [
             Prediction.of(
                 self._items[key],
-                self._tokenizer.decode(out.ids(row, slot)),
+                self.encoder.opening + self._tokenizer.decode(out.ids(row, slot)),
                 prompt_mode=self._manner.mode,
                 control=self._config.control,
                 config=digest,

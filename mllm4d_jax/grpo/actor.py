@@ -54,6 +54,7 @@ class Actor:
       max_new_tokens: length cap.
       prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
       seed: of the whole run; each step draws from a seed of its own.
+      opening: what the prompts already say of a completion; it is part of the text that is scored and kept.
     """
 
     sampler: Sampler
@@ -66,6 +67,7 @@ class Actor:
     max_new_tokens: int
     prompts_at_once: int
     seed: int
+    opening: str = ""
 
     @functools.cached_property
     def _scorer(self) -> concurrent.futures.Executor:
@@ -149,8 +151,8 @@ class Actor:
     def _score(self, prompts: Sequence[Prompt], out: Completions) -> Scores:
         return [
             (text, self.rewards(text, prompt.record.solution, prompt.described()))
-            for prompt, texts in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
-            for text in texts
+            for prompt, drawn in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
+            for text in (self.opening + rest for rest in drawn)
         ]
 
 
