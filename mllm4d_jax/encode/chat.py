@@ -58,7 +58,8 @@ def render_chat(
 ) -> list[Piece]:
     """Renders a conversation.
 
-    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised; headers are not.
+    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised, unless the message has
+    "loss": False; headers are not.
     Published Qwen3-VL templates silently drop system messages after the first message. That would hide an instruction
     from training data, so it is an error here.
 
@@ -93,10 +94,10 @@ def render_chat(
         body: list[Piece] = []
         for part in turn_parts:
             if part["type"] == "text":
-                body.append(Piece(part["text"], supervised=message["role"] == "assistant"))
+                body.append(Piece(part["text"], supervised=_is_target(message)))
             else:
                 body += _visual_pieces(part["type"], next(queue), family, merge_size, outer_markers)
-        pieces += _turn(message["role"], body)
+        pieces += _turn(message["role"], body, _is_target(message))
     if add_generation_prompt:
         pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n")]
     return pieces
@@ -106,8 +107,11 @@ def rendered_text(pieces: Sequence[Piece]) -> str:
     return "".join(p.rendered for p in pieces)
 
 
-def _turn(role: str, body: list[Piece]) -> list[Piece]:
-    target = role == "assistant"
+def _is_target(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("loss", True)
+
+
+def _turn(role: str, body: list[Piece], target: bool = False) -> list[Piece]:
     return [
         Piece("<|im_start|>", control=True),
         Piece(f"{role}\n"),
