@@ -18,6 +18,7 @@ the turns (LLaMA-Factory, ms-swift), `loss` (ms-swift) and `weight` (OpenAI, axo
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -265,24 +266,43 @@ def resolve_media(root: str | Path, relative: str) -> str:
     """Return the absolute path of a record's media file; whether it exists is not looked at.
 
     Records come from elsewhere, so a path may not leave its root: no absolute path, no `..` that climbs out, no
-    symbolic link that points out (the root itself may be a link).
+    symbolic link that points out (the root itself may be a link). In a snapshot of a Hugging Face cache all files are
+    links to the `blobs` of the same repository, and these are followed.
 
     Raises:
       MediaError: reason "path_outside_root", or "bad_path" for an empty path or one with a NUL character.
     """
     if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
-        raise MediaError(f"media path {relative!r} is not a usable path", "bad_path")
+        raise MediaError(f"media path {shown(relative)} is not a usable path", "bad_path")
     base = Path(root).resolve()
     try:
         full = (base / relative).resolve()
     except (OSError, RuntimeError, UnicodeError) as error:  # a link that loops, half a surrogate pair
-        raise MediaError(f"media path {relative!r} cannot be resolved ({error})", "bad_path") from error
-    if Path(relative).is_absolute() or not full.is_relative_to(base) or full == base:
+        raise MediaError(f"media path {shown(relative)} cannot be resolved ({error})", "bad_path") from error
+    named = Path(os.path.normpath(base / relative))
+    if Path(relative).is_absolute() or not named.is_relative_to(base) or full == base:
         raise MediaError(
-            f"media path {relative!r} leaves the media root {base}: paths must be relative to it and stay inside",
+            f"media path {shown(relative)} leaves the media root {base}: paths must be relative to it and stay inside",
+            "path_outside_root",
+        )
+    blobs = _blobs_beside(base)
+    if not full.is_relative_to(base) and not (blobs and full.is_relative_to(blobs)):
+        raise MediaError(
+            f"media path {shown(relative)} leads through a link to {shown(str(full))}, outside the media root {base}: "
+            "copy the file there, or name a root above both",
             "path_outside_root",
         )
     return str(full)
+
+
+def _blobs_beside(root: Path) -> Path | None:
+    """Return the folder that holds what the links below `root` lead to, if it is a snapshot of a Hugging Face cache or
+    in one: CACHE/datasets--OWNER--NAME/snapshots/REVISION/..."""
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and re.fullmatch(r"(?:models|datasets|spaces)--.+", repository.name):
+            return (repository / "blobs").resolve()
+    return None
 
 
 def user_content(text: str, parts: Mapping[str, Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
