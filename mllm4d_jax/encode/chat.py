@@ -61,9 +61,10 @@ def render_chat(
 ) -> list[Piece]:
     """Renders a conversation.
 
-    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised; headers are not, nor is
-    the `<think>` line by which the prompt of a Thinking model opens an answer. The answer to the last question begins
-    with its thought, an empty one if it has none; earlier answers are without theirs, as in the Thinking template.
+    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised, unless the message has
+    "loss": False; headers are not, nor is the `<think>` line by which the prompt of a Thinking model opens an answer.
+    The answer to the last question begins with its thought, an empty one if it has none; earlier answers are without
+    theirs, as in the Thinking template.
     Published Qwen3-VL templates silently drop system messages after the first message. That would hide an instruction
     from training data, so it is an error here.
 
@@ -100,14 +101,16 @@ def render_chat(
     question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
     for i, (message, turn_parts) in enumerate(zip(messages, parts, strict=True)):
         body: list[Piece] = []
+        target = _is_target(message)
         for part in turn_parts:
             if part["type"] == "text":
-                body.append(Piece(part["text"], supervised=message["role"] == "assistant"))
+                body.append(Piece(part["text"], supervised=target))
             else:
                 body += _visual_pieces(part["type"], next(queue), family, merge_size, outer_markers)
         if form.thinking and message["role"] == "assistant":
-            body = _with_thought(rendered_text(body), i, "" if i < question else form.opening, i == len(messages) - 1)
-        pieces += _turn(message["role"], body)
+            opening = "" if i < question else form.opening
+            body = _with_thought(rendered_text(body), i, opening, i == len(messages) - 1, target)
+        pieces += _turn(message["role"], body, target)
     if add_generation_prompt:
         pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n"), Piece(form.opening)]
     return pieces
@@ -117,7 +120,7 @@ def rendered_text(pieces: Sequence[Piece]) -> str:
     return "".join(p.rendered for p in pieces)
 
 
-def _with_thought(text: str, index: int, opening: str, last: bool) -> list[Piece]:
+def _with_thought(text: str, index: int, opening: str, last: bool, target: bool) -> list[Piece]:
     """An answer of a Thinking model, with what its thought is opened by; without a thought if `opening` is ''."""
     found = _THOUGHT.fullmatch(text)
     thought, answer = (found[1].strip("\n"), found[2].lstrip("\n")) if found else ("", text)
@@ -128,13 +131,16 @@ def _with_thought(text: str, index: int, opening: str, last: bool) -> list[Piece
             "bad_thought",
         )
     if not opening or not (thought or last):
-        return [Piece(answer, supervised=True)]
+        return [Piece(answer, supervised=target)]
     answer = answer.lstrip("\n")
-    return [Piece(opening), Piece(f"{thought}\n</think>\n\n{answer}", supervised=True)]
+    return [Piece(opening), Piece(f"{thought}\n</think>\n\n{answer}", supervised=target)]
 
 
-def _turn(role: str, body: list[Piece]) -> list[Piece]:
-    target = role == "assistant"
+def _is_target(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("loss", True)
+
+
+def _turn(role: str, body: list[Piece], target: bool = False) -> list[Piece]:
     return [
         Piece("<|im_start|>", control=True),
         Piece(f"{role}\n"),

@@ -27,6 +27,8 @@ from typing import Any
 from mllm4d_jax.encode.folder import read_json
 from mllm4d_jax.qa.errors import ProcessorError, shown
 
+# Of several templates the one counts that transformers takes for a processor, and after those the tokenizer's.
+FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")
 CHOICES = ("auto", "instruct", "thinking")
 _PUBLISHED_SYSTEM = {"qwen2_5_vl": "You are a helpful assistant."}
 
@@ -110,8 +112,8 @@ class _OtherForm(Exception):
 
 
 def _find(folder: Path) -> tuple[str, str] | None:
-    """The template and its file; of several the one that transformers takes for a processor, then the tokenizer's."""
-    for name in ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json"):
+    """The name of the first file that has a template, and the template; None without any."""
+    for name in FILES:
         file = folder / name
         value: Any = None
         if name.endswith(".json"):

@@ -38,6 +38,7 @@ from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.report.reading import CONFIG, QUARANTINE
@@ -238,10 +239,11 @@ class _Asker:
             options=self._options,
             seed=self._config.seed,
         )
+        prompts = {example.key: example.text for group in groups for example in group.examples}
         return [
             Prediction.of(
                 self._items[key],
-                self.encoder.opening + self._tokenizer.decode(out.ids(row, slot)),
+                with_prompt(prompts[key], self._tokenizer.decode(out.ids(row, slot))),
                 prompt_mode=self._manner.mode,
                 control=self._config.control,
                 config=digest,

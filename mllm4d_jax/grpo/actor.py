@@ -20,6 +20,7 @@ from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.qa.custom_rewards import Rewards
+from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.rows.completion_rows import PromptBatch, collate_prompts, needed_prompt_sizes
 from mllm4d_jax.rows.shape import RowShape
 
@@ -54,7 +55,6 @@ class Actor:
       max_new_tokens: length cap.
       prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
       seed: of the whole run; each step draws from a seed of its own.
-      opening: what the prompts already say of a completion; it is part of the text that is scored and kept.
     """
 
     sampler: Sampler
@@ -67,7 +67,6 @@ class Actor:
     max_new_tokens: int
     prompts_at_once: int
     seed: int
-    opening: str = ""
 
     @functools.cached_property
     def _scorer(self) -> concurrent.futures.Executor:
@@ -152,7 +151,7 @@ class Actor:
         return [
             (text, self.rewards(text, prompt.record.solution, prompt.described()))
             for prompt, drawn in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
-            for text in (self.opening + rest for rest in drawn)
+            for text in (with_prompt(prompt.example.text, generated) for generated in drawn)
         ]
 
 

@@ -187,5 +187,4 @@ def _actor(
         max_new_tokens=c.max_new_tokens,
         prompts_at_once=c.prompts_at_once,
         seed=begun.config.seed,
-        opening=begun.encoder.opening,
     )

@@ -181,7 +181,7 @@ def test_a_thinking_folder_end_to_end(tokenizer, tmp_path):
     encoder = in_process(ProcessorConfig.from_folder(tmp_path), tokenizer)
     question = {"role": "user", "content": "Which?"}
     prompt = encoder.encode(Record("a", (question,)), add_generation_prompt=True)
-    assert prompt.text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n") and encoder.opening == "<think>\n"
+    assert prompt.text.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n")
     assert not prompt.supervised.any()
     target = "Left.\n</think>\n\nB<|im_end|>\n"
     answer = {"role": "assistant", "content": "<think>\nLeft.\n</think>\n\nB"}
@@ -190,6 +190,12 @@ def test_a_thinking_folder_end_to_end(tokenizer, tmp_path):
     assert example.tokens.tolist()[: len(prompt.tokens)] == prompt.tokens.tolist()
     assert tokenizer.decode(example.tokens[example.supervised]) == target
     assert 151667 in prompt.tokens and 151668 in example.tokens  # the tokens <think> and </think>
+
+
+def test_an_answer_that_is_not_learned_from_is_none_with_a_thought_either():
+    answer = {"role": "assistant", "content": "<think>a</think>B", "loss": False}
+    pieces = render_chat([{"role": "user", "content": "Which?"}, answer], "qwen3_vl", form=THINKING)
+    assert not any(piece.supervised for piece in pieces)
 
 
 def test_without_a_thought_the_end_of_an_empty_one_is_learned(tokenizer, qwen3):
