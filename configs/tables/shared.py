@@ -22,6 +22,12 @@ MODEL_KEYS = (
     Key("model.path", "", "Hugging Face folder of the base model: config, tokenizer and *.safetensors", content=True),
     Key("model.adapter", "", "trained on it: a run's workdir (says the base, too), or a PEFT folder", content=True),
     Key("model.step", -1, "checkpoint of that run by its step; -1 = the newest", low=-1, content=True),
+    Key(
+        "model.chat_template",
+        "auto",
+        "prompts: as the folder's chat template says (Instruct without one), or in this form whatever it says",
+        choices=("auto", "instruct", "thinking"),
+    ),
     Key("model.dtype", "bfloat16", "dtype of weights and activations", choices=("bfloat16", "float32")),
     Key("model.attention", "auto", "attention backend", choices=("auto", "xla", "cudnn", "splash"), free=True),
 )

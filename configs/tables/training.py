@@ -5,7 +5,7 @@ from configs.schema import Key
 from configs.tables.shared import MESH_KEYS, MODEL_KEYS, VIDEO_KEYS, run_keys, take
 
 TRAINED_KEYS = (
-    *take(MODEL_KEYS, "path", "dtype", "attention"),
+    *take(MODEL_KEYS, "path", "chat_template", "dtype", "attention"),
     Key(
         "model.remat",
         "full",

@@ -117,7 +117,7 @@ def item_frames(item: R1Question, path: str, num_frames: int, pool: DecodePool) 
     """
     count = item.frames[2] if item.frames else num_frames
     resize = ResizeRule("per_frame", 2, 1, 1.0, float(MAX_FRAME_PIXELS))
-    clip = pool.read(path, SampleRule("uniform", count, None), resize)
+    clip = pool.read(path, SampleRule("uniform", count, None, *(item.span or ())), resize)
     if not item.frames:
         return [encode_jpeg(frame) for frame in clip.frames], None
     if len(clip.frames) != count:

@@ -12,7 +12,7 @@ from data_prep.store.parts import StoreError, canonical_json
 from data_prep.teacher.json_schema import SchemaError, parse_json
 from mllm4d_jax.qa.errors import RecordError, shown
 from mllm4d_jax.qa.options import split_question
-from mllm4d_jax.qa.records import one_video, read_conversation, text_field, without_placeholders
+from mllm4d_jax.qa.records import Span, one_video, read_conversation, text_field, video_spans, without_placeholders
 from mllm4d_jax.qa.rewards import Solution, is_number, is_point
 
 MAX_LINE_BYTES = 2**20
@@ -27,7 +27,7 @@ class R1Question:
       id: unique in the file; from the record's content where it brings none.
       scenario: the record's "question_type"; `UNSPECIFIED` without.
       source_id: source video, "" if unknown.
-      video: path below the media root.
+      video: path below the media root; span: the part of it that is meant, None for all.
       system: the record's own system prompt, "" if it has none.
       prompt: what the user says, <video> included.
       options: letter -> text, read from the prompt; empty if it lists none.
@@ -42,6 +42,7 @@ class R1Question:
     scenario: str
     source_id: str
     video: str
+    span: Span | None
     system: str
     prompt: str
     options: Mapping[str, str]
@@ -112,6 +113,7 @@ def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Que
             scenario=text_field(record, "question_type", UNSPECIFIED),
             source_id=text_field(record, "source_id", ""),
             video=video,
+            span=video_spans(record, 1)[0],
             system=system or "",
             prompt=prompt,
             options=split_question(prompt)[1],

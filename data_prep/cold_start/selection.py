@@ -162,6 +162,7 @@ def record(item: R1Question, completion: str, record_id: str) -> dict[str, Any]:
     return {
         "id": record_id,
         "video": item.video,
+        **dict(zip(("video_start", "video_end"), item.span or (), strict=False)),
         "conversations": [{"from": who, "value": what} for who, what in turns],
         "question_type": item.scenario,
     }

@@ -151,4 +151,8 @@ def _with_frames(content: Any, frames: StoredFrames, key: str) -> Any:
         return content
     if any(part["type"] == "image" for part in content):
         raise RecordError("names an image, but a set of clips stores the frames of one video only", key=key)
-    return [{"type": "video", "frames": frames} if part["type"] == "video" else part for part in content]
+    stored = {"type": "video", "frames": frames}
+    return [
+        stored | ({"span": part["span"]} if "span" in part else {}) if part["type"] == "video" else part
+        for part in content
+    ]

@@ -10,7 +10,7 @@ from mllm4d_jax.data.sources import Questions, RecordSource
 from mllm4d_jax.encode.encoder import Encoder, Media, media_identity
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import Record
+from mllm4d_jax.qa.records import Record, as_target
 
 CACHE_BYTES = 256 << 20
 
@@ -105,11 +105,12 @@ class GroupEncoder:
         Records that turn out to be about different media (their source knows that by a hash only) are encoded apart.
         """
         source, prompting = self.sources[questions.source], self._as_prompt is not None
+        made_of = self._as_prompt or as_target
         results: dict[int, Example | RecordError] = {}
         by_media: dict[Hashable, dict[int, Record]] = {}
         for i in questions.indices:
             try:
-                record = self._as_prompt(source[i]) if prompting else source[i]
+                record = made_of(source[i])
                 by_media.setdefault(media_identity(record), {})[i] = record
             except RecordError as error:
                 results[i] = error.with_key(source.key(i))
@@ -142,4 +143,5 @@ def _with_target(result: Example | RecordError, key: str) -> Example | RecordErr
     """The first token of an example has nothing before it that could predict it."""
     if isinstance(result, RecordError) or result.supervised[1:].any():
         return result
-    return RecordError("holds no assistant text, so there is nothing to learn from it", "no_target", key)
+    message = "holds no text of the assistant that is to be learned (loss: false and weight: 0 say that it is not)"
+    return RecordError(message, "no_target", key)

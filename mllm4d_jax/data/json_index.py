@@ -14,18 +14,22 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mllm4d_jax.qa.records import unread_fields
+
+MOST_UNREAD = 1000
 CHUNK = 8 << 20
 # A cut at the end of the buffer is reported at most this far from it; an unterminated string at its opening quote.
 _CUT_MARGIN = 64
 _LONGEST_STRING = 4 << 20
 _MEDIA_KEYS = ("video", "videos", "image", "images")
-_RECORD_KEYS = frozenset({"video", "videos", "image", "images", "conversations", "messages", "id", "solution"})
+_SPAN_KEYS = ("video_start", "video_end")  # which part of a video is meant
+_RECORD_KEYS = frozenset({*_MEDIA_KEYS, "conversations", "messages", "id", "solution", "system"})
 _FIRST_KEY = re.compile(r'\{\s*"([^"\\]+)"')
 _BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -42,10 +46,12 @@ class JsonIndex:
       path: the file.
       starts, ends: u64 offsets; record i is bytes [starts[i], ends[i]). A broken record has a span too: parsing it
         again gives its error. An empty span stands for a missing comma or a missing closing bracket.
-      clips: i32 per record, equal for records that name the same media files, numbered by first appearance. A record
+      clips: i32 per record, equal for records that name the same media, numbered by first appearance. A record
         without media, or a broken one, has a number of its own.
       digest: sha256 of the file, hex.
       newlines: (offset, line breaks before it) pairs, one per chunk read, ascending.
+      unread: name of a field that nothing reads (`records.unread_fields`) -> records that have it; of the first
+        `MOST_UNREAD` such names.
     """
 
     path: Path
@@ -54,6 +60,7 @@ class JsonIndex:
     clips: np.ndarray
     digest: str
     newlines: tuple[tuple[int, int], ...]
+    unread: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -116,22 +123,31 @@ def build_index(path: str | Path, chunk: int = CHUNK) -> JsonIndex:
             what = "is empty" if not first else f"starts with {first!r}"
             raise RecordFileError(f"{path}: {what}; expected a JSON list of records, or JSONL with one record a line")
         starts, ends, media = array("Q"), array("Q"), array("Q")
+        unread: dict[str, int] = {}
         for start, end, value in spans:
             starts.append(start)
             ends.append(end)
             media.append(_media_hash(value, len(media)))
+            _count_unread(value, unread)
         buffer.drain()
-    return JsonIndex(path, starts, ends, _numbered(media), buffer.sha.hexdigest(), tuple(buffer.newlines))
+    unread = {name.encode("latin-1", "replace").decode("utf-8", "replace"): n for name, n in unread.items()}
+    return JsonIndex(path, starts, ends, _numbered(media), buffer.sha.hexdigest(), tuple(buffer.newlines), unread)
+
+
+def _count_unread(value: Any, counts: dict[str, int]) -> None:
+    for name in unread_fields(value) if isinstance(value, dict) else ():
+        if name in counts or len(counts) < MOST_UNREAD:
+            counts[name] = counts.get(name, 0) + 1
 
 
 def _media_hash(value: Any, number: int) -> int:
-    """64 bits that stand for the media files a record names; for the record itself when it names none.
+    """64 bits that stand for the media that a record names, files and parts of them; for itself when it names none.
 
     Names are compared as the file spells them: two spellings of one name only mean that these records are not grouped.
     Whoever groups by this must still compare the names (a collision of hashes is possible, though unlikely).
     """
     named = [value.get(key) for key in _MEDIA_KEYS] if isinstance(value, dict) else []
-    said = repr(named if any(named) else number)
+    said = repr([*named, *map(value.get, _SPAN_KEYS)] if any(named) else number)
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 

@@ -20,6 +20,7 @@ class RecordFile:
       system_prompt: given to records that bring no system message of their own; '' for none.
       digest: sha256 of the file (hex), so that a resumed run can tell that its data changed.
       clips: i32 per record, equal for records that name the same media (see `JsonIndex`).
+      unread: name of a field that nothing reads -> records that have it (see `JsonIndex`).
     """
 
     def __init__(self, path: str | Path, root: str | Path, system_prompt: str = "") -> None:
@@ -30,7 +31,7 @@ class RecordFile:
         """
         self.path, self.root, self.system_prompt = Path(path), Path(root), system_prompt
         self._index = build_index(self.path)
-        self.digest, self.clips = self._index.digest, self._index.clips
+        self.digest, self.clips, self.unread = self._index.digest, self._index.clips, self._index.unread
 
     @property
     def name(self) -> str:

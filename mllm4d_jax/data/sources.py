@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,13 @@ import numpy as np
 from mllm4d_jax.data.clip_sets import DEFAULT_SPLIT, ClipSet
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.qa.errors import shown
 from mllm4d_jax.qa.records import Record
 
 _SEPARATOR = "::"
+_SHOWN_FIELDS = 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ def parse_mixture(entries: Iterable[str]) -> tuple[Ingredient, ...]:
 
 def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> RecordSource:
     """Opens a record file (JSON list or JSONL), or a TFDS set of clips: its version's folder, "@split" behind it if not
-    the training split.
+    the training split. The log names the fields of a record file that nothing reads, once.
 
     Args:
       path: the file or folder.
@@ -105,7 +110,13 @@ def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> 
         return ClipSet(path, DEFAULT_SPLIT, system_prompt)
     if folder and Path(folder).is_dir():
         return ClipSet(folder, split, system_prompt)
-    return RecordFile(path, root, system_prompt)
+    records = RecordFile(path, root, system_prompt)
+    if records.unread:
+        often = sorted(records.unread.items(), key=lambda field: -field[1])
+        listed = ", ".join(f"{shown(name)} ({n} records)" for name, n in often[:_SHOWN_FIELDS])
+        more = f" and {len(often) - _SHOWN_FIELDS} more" if len(often) > _SHOWN_FIELDS else ""
+        log.warning("%s has fields that are not read and change nothing: %s%s", path, listed, more)
+    return records
 
 
 class Mixture:

@@ -2,23 +2,25 @@
 
 Messages are rendered to `Piece`s, never to a string that is searched afterwards: placeholders are put where an image or
 video part stands, whatever the text around it says. Wherever one of our messages is valid, the text equals what the
-published templates render (thinking variants and tools aside).
+published templates render (tools aside); which of their forms it is, `chat_template` reads from the model's folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from mllm4d_jax.encode.chat_template import ChatForm
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.tokenizer import Piece
 from mllm4d_jax.qa.errors import PlaceholderError, RecordError
 
-QWEN2_5_DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
+_THOUGHT = re.compile(r"(?:\s*<think>)?(.*?)</think>(.*)", re.DOTALL)
 _PAD = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 _START, _END = Piece("<|vision_start|>", control=True), Piece("<|vision_end|>", control=True)
 
@@ -55,25 +57,34 @@ def render_chat(
     merge_size: int = 2,
     add_generation_prompt: bool = False,
     outer_markers: bool = False,
+    form: ChatForm | None = None,
 ) -> list[Piece]:
     """Renders a conversation.
 
-    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised; headers are not.
+    Assistant text, the `<|im_end|>` that closes it and the newline after that are supervised, unless the message has
+    "loss": False; headers are not, nor is the `<think>` line by which the prompt of a Thinking model opens an answer.
+    The answer to the last question begins with its thought, an empty one if it has none; earlier answers are without
+    theirs, as in the Thinking template.
     Published Qwen3-VL templates silently drop system messages after the first message. That would hide an instruction
     from training data, so it is an error here.
 
     Args:
       messages: as in `Record.messages`; media paths are not looked at.
-      family: "qwen3_vl" (no default system prompt) or "qwen2_5_vl" (has one).
+      family: "qwen3_vl" or "qwen2_5_vl".
       visuals: one per image or video part, in reading order; None leaves a single placeholder for each.
-      add_generation_prompt: end with the header of an assistant turn (Instruct models).
+      add_generation_prompt: end with the header of an assistant turn, and what opens its thought.
       outer_markers: Qwen3-VL videos only, keep the template's own vision_start/vision_end pair around the clip.
+      form: default system prompt, and whether answers begin with a thought; None = the family's published Instruct.
 
     Raises:
       PlaceholderError: number or kind of `visuals` differs from the parts, or timestamps from the grid.
       RecordError: empty conversation, unknown role or part, a system message that is not first, media outside a user
-        turn, text that is not valid Unicode.
+        turn, text that is not valid Unicode; for Thinking models, a thought that is not one closed block at the front.
+      ValueError: unknown family.
     """
+    if family not in ("qwen3_vl", "qwen2_5_vl"):
+        raise ValueError(f"unknown family {family!r} (known: qwen3_vl, qwen2_5_vl)")
+    form = form or ChatForm.published(family)
     if not messages:
         raise RecordError("the conversation has no messages", "no_messages")
     parts = [_parts(m, i) for i, m in enumerate(messages)]
@@ -85,20 +96,23 @@ def render_chat(
         )
     queue: Iterator[Visual | None] = iter(visuals if visuals is not None else [None] * len(kinds))
     pieces: list[Piece] = []
-    if family == "qwen2_5_vl" and messages[0]["role"] != "system":
-        pieces += _turn("system", [Piece(QWEN2_5_DEFAULT_SYSTEM)])
-    elif family not in ("qwen3_vl", "qwen2_5_vl"):
-        raise ValueError(f"unknown family {family!r} (known: qwen3_vl, qwen2_5_vl)")
-    for message, turn_parts in zip(messages, parts, strict=True):
+    if form.default_system is not None and messages[0]["role"] != "system":
+        pieces += _turn("system", [Piece(form.default_system)])
+    question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages))
+    for i, (message, turn_parts) in enumerate(zip(messages, parts, strict=True)):
         body: list[Piece] = []
+        target = _is_target(message)
         for part in turn_parts:
             if part["type"] == "text":
-                body.append(Piece(part["text"], supervised=message["role"] == "assistant"))
+                body.append(Piece(part["text"], supervised=target))
             else:
                 body += _visual_pieces(part["type"], next(queue), family, merge_size, outer_markers)
-        pieces += _turn(message["role"], body)
+        if form.thinking and message["role"] == "assistant":
+            opening = "" if i < question else form.opening
+            body = _with_thought(rendered_text(body), i, opening, i == len(messages) - 1, target)
+        pieces += _turn(message["role"], body, target)
     if add_generation_prompt:
-        pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n")]
+        pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n"), Piece(form.opening)]
     return pieces
 
 
@@ -106,8 +120,27 @@ def rendered_text(pieces: Sequence[Piece]) -> str:
     return "".join(p.rendered for p in pieces)
 
 
-def _turn(role: str, body: list[Piece]) -> list[Piece]:
-    target = role == "assistant"
+def _with_thought(text: str, index: int, opening: str, last: bool, target: bool) -> list[Piece]:
+    """An answer of a Thinking model, with what its thought is opened by; without a thought if `opening` is ''."""
+    found = _THOUGHT.fullmatch(text)
+    thought, answer = (found[1].strip("\n"), found[2].lstrip("\n")) if found else ("", text)
+    if any(tag in part for tag in ("<think>", "</think>") for part in (thought, answer)):
+        raise RecordError(
+            f"message {index} holds <think> or </think> otherwise than in one closed thought at its beginning (the "
+            "model's template would drop a part of it silently): mend it",
+            "bad_thought",
+        )
+    if not opening or not (thought or last):
+        return [Piece(answer, supervised=target)]
+    answer = answer.lstrip("\n")
+    return [Piece(opening), Piece(f"{thought}\n</think>\n\n{answer}", supervised=target)]
+
+
+def _is_target(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("loss", True)
+
+
+def _turn(role: str, body: list[Piece], target: bool = False) -> list[Piece]:
     return [
         Piece("<|im_start|>", control=True),
         Piece(f"{role}\n"),

@@ -21,7 +21,7 @@ from mllm4d_jax.media.resize import ImageRule
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import plan_frames
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
-from mllm4d_jax.qa.records import Record
+from mllm4d_jax.qa.records import Record, Span
 
 _MIN_FRAMES = 2
 _Prompt = tuple[np.ndarray, np.ndarray, str]  # token ids, supervised tokens, text
@@ -133,7 +133,7 @@ class Encoder(contextlib.AbstractContextManager):
             return made
 
         # Renders without media first: a malformed conversation is refused before any file is opened.
-        attempt(lambda i: render_chat(records[i].messages, self.config.family))
+        attempt(lambda i: render_chat(records[i].messages, self.config.family, form=self.config.chat))
         parts = attempt(lambda i: media_parts(records[i]))
         identities = {media_identity(records[i]) for i in parts}
         if len(identities) > 1:
@@ -183,28 +183,36 @@ class Encoder(contextlib.AbstractContextManager):
         """What an image or video will become, before a video is decoded; None when its file does not say."""
         if part["type"] == "image":
             return self._image_item(part["path"])
+        sample = self._sample_of(part)
         if "frames" in part:
             stored = part["frames"]
-            picked, size = stored.plan(self._sample, self._resize)
+            picked, size = stored.plan(sample, self._resize)
             times = np.asarray(stored.times, np.float64)[picked]
-            return self._video_item(stored.name, times, stored.source_fps, stored.total_frames, size)
+            return self._video_item(stored.name, times, stored.source_fps, stored.sampled_of(sample), size)
         path = part["path"]
         info = self._pool.probe(path)
         if info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
-        indices, size = plan_frames(path, info, self._sample, self._resize)
-        return self._video_item(path, info.times[indices], info.fps, info.frames, size)
+        indices, size = plan_frames(path, info, sample, self._resize)
+        total = len(info.times[sample.part(info.times)])
+        return self._video_item(path, info.times[indices], info.fps, total, size)
 
     def _load(self, part: Mapping[str, Any], planned: MediaItem | None) -> MediaItem:
         """The item with its frames."""
         if part["type"] == "image":
             return planned
+        sample = self._sample_of(part)
         if "frames" in part:
-            path, clip = part["frames"].name, part["frames"].read(self._sample, self._resize)
+            path, clip = part["frames"].name, part["frames"].read(sample, self._resize)
         else:
-            path, clip = part["path"], self._pool.read(part["path"], self._sample, self._resize)
+            path, clip = part["path"], self._pool.read(part["path"], sample, self._resize)
         item = self._video_item(path, clip.times, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
         return dataclasses.replace(item, frames=self.shown_frames(path, clip.frames))
+
+    def _sample_of(self, part: Mapping[str, Any]) -> SampleRule:
+        """The rule, bound to the part of the video that the record means."""
+        start, end = part.get("span", (None, None))
+        return dataclasses.replace(self._sample, start=start, end=end)
 
     def shown_frames(self, path: str, frames: np.ndarray) -> np.ndarray:
         """Return a clip's frames u8[T, H, W, 3] as the model is to see them. For subclasses: the controls of `eval`."""
@@ -238,13 +246,16 @@ class Encoder(contextlib.AbstractContextManager):
             merge_size=self.config.merge_size,
             add_generation_prompt=add_generation_prompt,
             outer_markers=self.options.outer_markers,
+            form=self.config.chat,
         )
+        if self.max_tokens is not None and (least := self.tokenizer.least_tokens(pieces)) > self.max_tokens:
+            raise self._too_long(least, items, "at least ")  # without tokenising a text of megabytes
         tokens, supervised = self.tokenizer.encode_pieces(pieces)
         if self.max_tokens is not None and len(tokens) > self.max_tokens:
             raise self._too_long(len(tokens), items)
         return tokens, supervised, rendered_text(pieces)
 
-    def _too_long(self, needed: int, items: Sequence[MediaItem]) -> TooLongError:
+    def _too_long(self, needed: int, items: Sequence[MediaItem], bound: str = "") -> TooLongError:
         grids, side = [i.visual.grid for i in items], self.config.patch_size
         visual = sum(merged_tokens(g, self.config.merge_size) for g in grids)
         shapes = ", ".join(f"{g.modality} {g.t}x{g.h * side}x{g.w * side}px" for g in grids)
@@ -252,7 +263,7 @@ class Encoder(contextlib.AbstractContextManager):
         if visual:
             advice = "take fewer frames (num_frames, fps), lower the pixel budget (max_pixels) or raise the token limit"
         return TooLongError(
-            f"needs {needed} tokens ({visual} of images and videos{': ' + shapes if shapes else ''}, "
+            f"needs {bound}{needed} tokens ({visual} of images and videos{': ' + shapes if shapes else ''}, "
             f"{needed - visual} of text and markers) but the limit is {self.max_tokens}: {advice}"
         )
 
@@ -304,5 +315,17 @@ def media_parts(record: Record) -> list[Mapping[str, Any]]:
 
 
 def media_identity(record: Record) -> tuple[tuple[str, str], ...]:
-    """(kind, path or name) of the record's media, in reading order: equal for records that share them all."""
-    return tuple((p["type"], p["frames"].name if "frames" in p else p["path"]) for p in media_parts(record))
+    """(kind, path or name) of the record's media, in reading order: equal for records that share them all.
+
+    Behind the name of a video stands which part of it is meant, if not all of it.
+    """
+    return tuple((p["type"], media_name(p) + _span_name(p.get("span"))) for p in media_parts(record))
+
+
+def media_name(part: Mapping[str, Any]) -> str:
+    """Return the path of an image or video, or the name of frames that came with the record."""
+    return part["frames"].name if "frames" in part else part["path"]
+
+
+def _span_name(span: Span | None) -> str:
+    return "" if span is None else f"#t={span[0]},{span[1]}"

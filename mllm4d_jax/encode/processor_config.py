@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from mllm4d_jax.encode.chat_template import ChatForm, chat_form
+from mllm4d_jax.encode.folder import read_json
 from mllm4d_jax.qa.errors import ProcessorError
 
 FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}
@@ -43,6 +44,8 @@ class ProcessorConfig:
       image_min_pixels, image_max_pixels: areas.
       video_min_pixels, video_max_pixels: areas; over all frames for Qwen3-VL, per frame for Qwen2.5-VL.
       tokens_per_second: resolution of the T axis (Qwen2.5-VL), else 0.
+      vocab_size: rows of the model's embeddings; None = not known.
+      chat: form of the prompts; None = the family's published Instruct form.
     """
 
     family: str
@@ -60,6 +63,8 @@ class ProcessorConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    vocab_size: int | None = None
+    chat: ChatForm | None = None
 
     @property
     def factor(self) -> int:
@@ -67,24 +72,28 @@ class ProcessorConfig:
         return self.patch_size * self.merge_size
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Self:
-        """Reads config.json and, where present, the preprocessor files.
+    def from_folder(cls, path: str | Path, chat_template: str = "auto") -> Self:
+        """Reads config.json and, where present, the preprocessor files and the chat template.
 
         Understood: preprocessor_config.json, video_preprocessor_config.json (transformers 4) and processor_config.json
         with nested processors (transformers 5). Token ids always come from config.json.
 
+        Args:
+          chat_template: form of the prompts, see `chat_template.chat_form`.
+
         Raises:
-          ProcessorError: config.json missing or not of a supported family, a key missing, or files that contradict
-            each other.
+          ProcessorError: config.json missing or not of a supported family, a key missing, files that contradict
+            each other, or a chat template of another form.
         """
         folder = Path(path)
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
-        both = _read_json(folder / "processor_config.json") or {}
-        image = _read_json(folder / "preprocessor_config.json") or both.get("image_processor")
-        video = _read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
-        return cls.of(config, folder, image, video)
+        both = read_json(folder / "processor_config.json") or {}
+        image = read_json(folder / "preprocessor_config.json") or both.get("image_processor")
+        video = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
+        made = cls.of(config, folder, image, video)
+        return dataclasses.replace(made, chat=chat_form(folder, made.family, chat_template))
 
     @classmethod
     def of(
@@ -136,20 +145,17 @@ class ProcessorConfig:
             video_min_pixels=video_budget[0],
             video_max_pixels=video_budget[1],
             tokens_per_second=float(tokens_per_second),
+            vocab_size=_vocab_size(config),
             **ids,
         )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ProcessorError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ProcessorError(f"{path}: expected a JSON object")
-    return value
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    """The decoder's settings stand in text_config, in early Qwen2.5-VL folders at the top."""
+    text = config.get("text_config")
+    size = text.get("vocab_size") if isinstance(text, Mapping) else None
+    size = config.get("vocab_size") if size is None else size
+    return size if isinstance(size, int) else None
 
 
 def _agreed(folder: Path, name: str, in_model: int | None, image: Mapping, video: Mapping, default: int) -> int:

@@ -13,17 +13,20 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from mllm4d_jax.encode.folder import read_json
 from mllm4d_jax.encode.processor_config import ProcessorConfig
-from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.errors import ProcessorError, RecordError
 from mllm4d_jax.qa.special_tokens import QWEN_TOKENS
 
 QWEN_SPECIAL_IDS: Mapping[str, int] = {content: i for content, i, _ in QWEN_TOKENS}
+_SPECIAL: Mapping[str, bool] = {content: special for content, _, special in QWEN_TOKENS}
+_FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 # What config.json calls the tokens that the model treats as vision.
 _PLACEHOLDERS = {
     "image_token_id": "<|image_pad|>",
@@ -65,13 +68,34 @@ class Piece:
 class Tokenizer:
     """A Qwen-shaped `tokenizers.Tokenizer` that keeps text and control tokens apart."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str = "tokenizer"):
-        """`backend` is copied; `source` names it in errors.
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        source: str = "tokenizer",
+        declared: Sequence[Mapping[str, Any]] = (),
+    ):
+        """`backend` is copied, without what would change, cut or lengthen a text.
+
+        Args:
+          source: names it in errors.
+          declared: entries like those of `added_tokens` in tokenizer.json; those that `backend` lacks are added.
 
         Raises:
-          ProcessorError: a control token that the chat format needs is not in the vocabulary.
+          ProcessorError: a control token that the chat format needs is not in the vocabulary, or a declared token does
+            not get its id.
         """
-        self._load(backend.to_str(), source)
+        state = _plain(backend.to_str())
+        known = {token["content"] for token in state["added_tokens"]}
+        state["added_tokens"] += [_added(token) for token in declared if token["content"] not in known]
+        self._load(json.dumps(state, ensure_ascii=False), source)
+        for token in declared:
+            # The library itself numbers the tokens that its model lacks, whatever the file says.
+            found = self._backend.token_to_id(token["content"])
+            if found != token["id"]:
+                raise ProcessorError(
+                    f"{source}: {token['content']} gets the id {found}, but added_tokens, or added_tokens_decoder in "
+                    f"tokenizer_config.json, says {token['id']}: the files do not belong together, or ids are left out"
+                )
 
     def _load(self, serialised: str, source: str) -> None:
         self._backend = tokenizers.Tokenizer.from_str(serialised)
@@ -80,6 +104,10 @@ class Tokenizer:
         self.source = source
         added = self._backend.get_added_tokens_decoder()
         self.special_ids: dict[str, int] = {t.content: i for i, t in sorted(added.items()) if t.special}
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self._ids = frozenset(vocabulary.values())
+        # A token of byte-level BPE is spelled with one character for each of its bytes.
+        self._longest_token = max([1, *map(len, vocabulary), *(len(t.content.encode()) for t in added.values())])
         missing = [t for t in REQUIRED if t not in self.special_ids]
         if missing:
             raise ProcessorError(f"{source} has no special token {', '.join(missing)}: not a Qwen-VL tokenizer")
@@ -92,27 +120,33 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Self:
-        """Reads `tokenizer.json`.
+        """Reads `tokenizer.json`, and added tokens that only `tokenizer_config.json` has.
 
         Raises:
-          ProcessorError: the file is missing or unreadable, or is no Qwen-VL tokenizer.
+          ProcessorError: the file is missing or unreadable, or is no Qwen-VL tokenizer; or the two files give a token
+            different ids.
         """
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             raise ProcessorError(
-                f"{file} not found: download tokenizer.json of the checkpoint next to its config.json "
-                f"(for example: hf download Qwen/Qwen3-VL-8B-Instruct tokenizer.json --local-dir {path})"
+                f"{file} not found (vocab.json and merges.txt are not read): download tokenizer.json of the checkpoint "
+                f"next to its config.json (for example: hf download Qwen/Qwen3-VL-8B-Instruct tokenizer.json "
+                f"--local-dir {path}), or let transformers write it with AutoTokenizer...save_pretrained"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise ProcessorError(f"{file} cannot be read as a tokenizer ({error})") from error
-        return cls(backend, str(file))
+        declared = [
+            *(read_json(file).get("added_tokens") or []),
+            *_declared_tokens(file.with_name("tokenizer_config.json")),
+        ]
+        return cls(backend, str(file), declared)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id (ids may have gaps)."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._ids)
 
     @property
     def eos_ids(self) -> tuple[int, int]:
@@ -128,8 +162,12 @@ class Tokenizer:
         """Ids of markers and placeholders of images and videos; a sampler must never emit them."""
         return tuple(self.special_ids[t] for t in VISION if t in self.special_ids)
 
+    def unused_ids(self, size: int) -> list[int]:
+        """Return the ids below `size` that stand for no token: gaps, and rows by which a model's head is padded."""
+        return sorted(set(range(size)) - self._ids)
+
     def check_config(self, config: ProcessorConfig) -> None:
-        """Raises ProcessorError when placeholder ids of the tokenizer and of config.json differ."""
+        """Raises ProcessorError when placeholder ids of the tokenizer and of config.json differ, or it has more ids."""
         wrong = [
             f"{content} is {self.special_ids[content]} in {self.source}, config.json has {name} {getattr(config, name)}"
             for name, content in _PLACEHOLDERS.items()
@@ -137,6 +175,24 @@ class Tokenizer:
         ]
         if wrong:
             raise ProcessorError("; ".join(wrong) + ": tokenizer and model do not belong together")
+        if config.vocab_size is not None and self.vocab_size > config.vocab_size:
+            last = self._backend.id_to_token(self.vocab_size - 1)
+            raise ProcessorError(
+                f"{self.source} has ids up to {self.vocab_size - 1} ({last!r}), config.json has vocab_size "
+                f"{config.vocab_size}: tokenizer and model do not belong together, or the model's embeddings were not "
+                "resized when tokens were added"
+            )
+
+    def least_tokens(self, pieces: Sequence[Piece]) -> int:
+        """Return a number of tokens below which a prompt cannot stay, without tokenising it: linear, and quick.
+
+        Its text, normalised, has so many bytes, and no token has more than the longest one.
+        """
+        controls = sum(p.count for p in pieces if p.control)
+        text = "".join(p.rendered for p in pieces if not p.control)
+        if self._backend.normalizer is not None:
+            text = self._backend.normalizer.normalize_str(text)
+        return controls + -(-len(text.encode()) // self._longest_token)
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[np.ndarray, np.ndarray]:
         """Tokenises a prompt.
@@ -146,6 +202,9 @@ class Tokenizer:
 
         Returns:
           (token ids i32[S], supervised bool[S]).
+
+        Raises:
+          RecordError: the library cannot take the text, for example one with millions of spaces in a row.
         """
         ids, flags = [np.zeros(0, np.int64)], [np.zeros(0, bool)]
         for control, run in groupby((p for p in pieces if p.text), key=lambda p: p.control):
@@ -154,7 +213,7 @@ class Tokenizer:
                 ids += [np.full(p.count, self.special_ids[p.text]) for p in run]
                 flags += [np.full(p.count, p.supervised) for p in run]
                 continue
-            encoded = self._backend.encode("".join(p.rendered for p in run), add_special_tokens=False)
+            encoded = self._encode("".join(p.rendered for p in run))
             spans = np.array(encoded.offsets, np.int64).reshape(-1, 2)
             unsupervised = np.repeat([not p.supervised for p in run], [len(p.rendered) for p in run])
             before = np.concatenate([[0], np.cumsum(unsupervised)])
@@ -162,9 +221,53 @@ class Tokenizer:
             flags.append((before[spans[:, 1]] == before[spans[:, 0]]) & (spans[:, 1] > spans[:, 0]))
         return np.concatenate(ids).astype(np.int32), np.concatenate(flags)
 
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            # A panic of the library is no Exception, and its class cannot be imported. It leaves the tokenizer whole.
+            if type(error).__name__ != "PanicException":
+                raise
+            message = f"a text of {len(text)} characters cannot be tokenised ({error}): shorten it"
+            raise RecordError(message, "bad_text") from error
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; bytes that do not form a character come out as U+FFFD."""
+        """Text of token ids; bytes that do not form a character come out as U+FFFD, ids of no token as nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def _plain(serialised: str) -> dict[str, Any]:
+    """Return a tokenizer's file content without what is saved in some and must not reach a prompt or a target.
+
+    Taken out: truncation, padding, dropout of merges (encoding would be random), what a post-processor puts around a
+    text or takes off its tokens' offsets, and flags of Qwen's own added tokens by which they swallow white space next
+    to them; those are special or not as published.
+    """
+    state = json.loads(serialised)
+    state |= {"truncation": None, "padding": None, "post_processor": None}
+    state["model"].pop("dropout", None)
+    state["added_tokens"] = [_added(token) for token in state["added_tokens"]]
+    return state
+
+
+def _added(token: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `added_tokens`, with the published flags where the token is one of Qwen's."""
+    flags = dict(_FLAGS, special=False)
+    if token["content"] in _SPECIAL:
+        flags["special"] = _SPECIAL[token["content"]]
+    else:
+        flags |= {name: token[name] for name in flags if name in token}
+    return flags | {"id": token["id"], "content": token["content"]}
+
+
+def _declared_tokens(file: Path) -> list[dict[str, Any]]:
+    """Entries of `added_tokens_decoder` in tokenizer_config.json, by their ids. Raises ProcessorError."""
+    table = (read_json(file) or {}).get("added_tokens_decoder") or {}
+    if not isinstance(table, dict) or not all(
+        i.isdecimal() and isinstance(t, dict) and isinstance(t.get("content"), str) for i, t in table.items()
+    ):
+        raise ProcessorError(f"{file}: added_tokens_decoder is not a table of tokens by their ids")
+    return sorted(({**token, "id": int(i)} for i, token in table.items()), key=lambda token: token["id"])
 
 
 def build_byte_level_tokenizer(

@@ -14,7 +14,7 @@ from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.options import INSTRUCTION, write_question
-from mllm4d_jax.qa.records import Record, user_content
+from mllm4d_jax.qa.records import Record, Span, user_content, video_part
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import Group, share_prefix
@@ -48,9 +48,9 @@ class Manner:
         video = "" if item.media is None else str(Path(item.media).absolute())
         if item.prompt is None:
             text = write_question(item.question, item.choices, INSTRUCTION if self.mode == "direct" else "")
-            parts = [{"type": "video", "path": video}, {"type": "text", "text": text}]
+            parts = [video_part(video, item.span), {"type": "text", "text": text}]
         else:
-            parts = user_content(item.prompt, {"video": iter([video])})
+            parts = user_content(item.prompt, {"video": iter([video_part(video, item.span)])})
         parts = [part for part in parts if part["type"] == "text" or not self.blind]
         messages = [{"role": "user", "content": parts}]
         system = item.system if self.system is None else self.system
@@ -65,8 +65,9 @@ class ItemSource:
     def __init__(self, items: Sequence[BenchmarkQuestion], manner: Manner) -> None:
         self.items, self.manner = tuple(items), manner
         self.name, self.digest = "the questions", ""
-        numbers: dict[str, int] = {}
-        self.clips = np.array([numbers.setdefault(item.video, len(numbers)) for item in items], np.int32)
+        numbers: dict[tuple[str, Span | None], int] = {}
+        clips = ((item.video, item.span) for item in items)
+        self.clips = np.array([numbers.setdefault(clip, len(numbers)) for clip in clips], np.int32)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -100,9 +101,9 @@ def share_of_host(
     Args:
       done: ids that are left out. Whose a video is does not depend on them.
     """
-    videos: dict[str, list[int]] = {}
+    videos: dict[tuple[str, Span | None], list[int]] = {}
     for i, item in enumerate(items):
-        videos.setdefault(item.video, []).append(i)
+        videos.setdefault((item.video, item.span), []).append(i)
     mine = list(videos.values())[host::hosts]
     left = (tuple(i for i in numbers if items[i].id not in done) for numbers in mine)
     return [numbers for numbers in left if numbers]

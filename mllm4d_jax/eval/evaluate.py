@@ -38,6 +38,7 @@ from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.report.reading import CONFIG, QUARANTINE
@@ -191,7 +192,7 @@ class _Asker:
         self._items = {item.id: item for item in items}
         self._source = ItemSource(items, manner)
         kind = functools.partial(ShuffledEncoder, seed=config.seed) if config.control == "shuffled" else Encoder
-        self.encoder = encoder_of(choice.base, config.video, config.data.max_tokens, kind)
+        self.encoder = encoder_of(choice.base, config.video, config.data.max_tokens, kind, config.model.chat_template)
         self._tokenizer = self.encoder.tokenizer
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
         model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
@@ -238,10 +239,11 @@ class _Asker:
             options=self._options,
             seed=self._config.seed,
         )
+        prompts = {example.key: example.text for group in groups for example in group.examples}
         return [
             Prediction.of(
                 self._items[key],
-                self._tokenizer.decode(out.ids(row, slot)),
+                with_prompt(prompts[key], self._tokenizer.decode(out.ids(row, slot))),
                 prompt_mode=self._manner.mode,
                 control=self._config.control,
                 config=digest,

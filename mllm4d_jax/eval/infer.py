@@ -20,6 +20,7 @@ from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
+from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import Record
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.batch import collate
@@ -58,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     system = resolve_system_prompt(file=config.system_file)
     record = build_record(config.question, video=config.clip, image=config.image, system=system)
     choice = choose_model(config.model.path, config.model.adapter, config.model.step)
-    with encoder_of(choice.base, config.video) as encoder:
+    with encoder_of(choice.base, config.video, chat_template=config.model.chat_template) as encoder:
         example = encoder.encode(record, add_generation_prompt=True)
     started = time.monotonic()
     tensor = config.mesh.tensor
@@ -66,7 +67,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
     loaded = time.monotonic() - started
     out = _generate(model, encoder.tokenizer, example, config)
-    print(out.texts(encoder.tokenizer.decode)[0][0], flush=True)
+    print(with_prompt(example.text, out.texts(encoder.tokenizer.decode)[0][0]), flush=True)
     grids = ", ".join(f"{g.modality} {g.t}x{g.h}x{g.w}" for g in example.grids)
     visual = int(np.isin(example.tokens, (model.config.image_token_id, model.config.video_token_id)).sum())
     ending = "" if out.finish_reason[0][0] == "stop" else f" (stopped at max_new_tokens = {config.max_new_tokens})"

@@ -124,7 +124,7 @@ def banned_token_ids(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
       vocab_size: of the model's head, which is often larger than the tokenizer's vocabulary.
     """
     padding = {tokenizer.pad_id} - set(tokenizer.eos_ids)
-    return tuple(sorted({*tokenizer.vision_ids, *padding, *range(tokenizer.vocab_size, vocab_size)}))
+    return tuple(sorted({*tokenizer.vision_ids, *padding, *tokenizer.unused_ids(vocab_size)}))
 
 
 def prompt_id(key: str) -> int:

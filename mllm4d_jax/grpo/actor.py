@@ -20,6 +20,7 @@ from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.qa.custom_rewards import Rewards
+from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.rows.completion_rows import PromptBatch, collate_prompts, needed_prompt_sizes
 from mllm4d_jax.rows.shape import RowShape
 
@@ -149,8 +150,8 @@ class Actor:
     def _score(self, prompts: Sequence[Prompt], out: Completions) -> Scores:
         return [
             (text, self.rewards(text, prompt.record.solution, prompt.described()))
-            for prompt, texts in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
-            for text in texts
+            for prompt, drawn in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
+            for text in (with_prompt(prompt.example.text, generated) for generated in drawn)
         ]
 
 

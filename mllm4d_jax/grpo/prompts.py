@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from mllm4d_jax.data.group_encoder import EncodedGroup
 from mllm4d_jax.data.stream import GroupStream
-from mllm4d_jax.encode.encoder import media_identity
+from mllm4d_jax.encode.encoder import media_name, media_parts
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import Record
@@ -40,7 +40,7 @@ class Prompt:
     @property
     def media(self) -> tuple[str, ...]:
         """Paths (or names, of frames that came with the record) of its images and videos."""
-        return tuple(name for _, name in media_identity(self.record))
+        return tuple(media_name(part) for part in media_parts(self.record))
 
     def described(self) -> dict[str, Any]:
         """What reward functions of a user's own see of it: id, question, media, solution, messages."""

@@ -26,7 +26,7 @@ class Rollouts:
       tokens: i32[C, T]; lengths: i32[C], the end token included.
       logprobs: f32[C, T] of the policy that drew them.
       finish: C of "stop", "length", "stop_string".
-      texts: C, without the end token.
+      texts: C, with what the prompt has opened (`<think>`, Thinking models), without the end token.
       rewards: C, each name -> value, "total" among them.
       seconds: phase -> seconds it took.
       counts: what sampling did, name -> number, as metrics.jsonl has them.

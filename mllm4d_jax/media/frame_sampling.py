@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+_ROUNDING_S = 1e-6  # by which times that mean the same frame may differ
+
 RULES = ("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils")
 
 
@@ -74,11 +76,22 @@ class SampleRule:
     Without `fps` a clip gives `min(num_frames, total)` frames (rounded down to even where the rule wants even numbers);
     with it, the rule's `fps` form, at least 4 frames and at most `num_frames` (768 when None), as released. Never
     repeats a frame and never names one that is not there.
+
+    `start` and `end`, seconds, bound the part of the clip that is sampled, the frames at both included; None = where
+    the clip itself ends.
     """
 
     rule: str
     num_frames: int | None
     fps: float | None
+    start: float | None = None
+    end: float | None = None
+
+    def part(self, times: np.ndarray) -> slice:
+        """Return the frames between `start` and `end`; `times`: f64[N], seconds at which each shows, ascending."""
+        first = 0 if self.start is None else int(np.searchsorted(times, self.start - _ROUNDING_S, "left"))
+        after = len(times) if self.end is None else int(np.searchsorted(times, self.end + _ROUNDING_S, "right"))
+        return slice(first, max(first, after))
 
     def indices(self, total: int, video_fps: float) -> np.ndarray:
         """Frame numbers i64[n] of a clip of `total` >= 2 frames. Raises SamplingError when there are too few."""

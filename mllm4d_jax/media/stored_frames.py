@@ -66,6 +66,11 @@ class StoredFrames:
         info = VideoInfo(height, width, count / self.total_frames * self.source_fps, times)
         return plan_frames(self.name, info, sample, resize)
 
+    def sampled_of(self, sample: SampleRule) -> int:
+        """Return how many of the source's frames stand in the part that the rule is bound to, by the stored ones."""
+        times = np.array(self.times, np.float64)
+        return round(self.total_frames * len(times[sample.part(times)]) / len(times))
+
     def read(self, sample: SampleRule, resize: ResizeRule) -> VideoClip:
         """Return the planned frames, resized. Raises MediaError as `plan`, and "varying_size"."""
         picked, size = self.plan(sample, resize)
@@ -79,7 +84,7 @@ class StoredFrames:
                 raise MediaError(f"{self.name}: frame {position} is {found}, the first one {told}", "varying_size")
             frames[n] = resize_bicubic(image, *size)[..., ::-1]
         indices, times = np.asarray(self.indices, np.int64)[picked], np.asarray(self.times, np.float64)[picked]
-        return VideoClip(frames, indices, times, self.source_fps, self.total_frames)
+        return VideoClip(frames, indices, times, self.source_fps, self.sampled_of(sample))
 
     def _decode(self, position: int) -> np.ndarray:
         """u8[H, W, 3] BGR of one stored frame."""

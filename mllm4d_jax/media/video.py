@@ -55,7 +55,7 @@ class VideoClip:
       indices: i64[T], frame numbers in the source, ascending.
       times: f64[T], seconds at which they show, from the start of the source's presentation.
       source_fps: frames per second of the source.
-      total_frames: frames the source has, counted while decoding.
+      total_frames: frames of the source, or of the part of it that was sampled, counted while decoding.
     """
 
     frames: np.ndarray
@@ -128,12 +128,21 @@ def plan_frames(
     same moments are taken, each at most once.
 
     Raises:
-      MediaError: "too_few_frames", "bad_size"; `name` says of which clip.
+      MediaError: "too_few_frames", "bad_size", "bad_range" (fewer than two frames are in the part that the rule is
+        bound to); `name` says of which clip.
     """
+    part = sample.part(info.times)
+    times = info.times[part]
+    if len(times) < min(2, info.frames):
+        bounds = " to ".join("its end" if b is None else f"{b:g} s" for b in (sample.start or 0.0, sample.end))
+        shows = f"its {info.frames} frames show from {info.times[0]:.2f} to {info.times[-1]:.2f} s"
+        raise MediaError(
+            f"{name}: from {bounds} it has {len(times)} frames, at least 2 are needed; {shows}", "bad_range"
+        )
     try:
-        even = sample.indices(info.frames, info.fps) if info.frames > 1 else np.zeros(1, np.int64)
+        even = sample.indices(len(times), info.fps) if len(times) > 1 else np.zeros(1, np.int64)
         size = (info.height, info.width)
-        return nearest_in_time(info.times, even), size if resize is None else resize.size(len(even), *size)
+        return part.start + nearest_in_time(times, even), size if resize is None else resize.size(len(even), *size)
     except SamplingError as error:
         raise MediaError(f"{name}: {error}", "too_few_frames") from error
     except SizeError as error:
@@ -214,7 +223,8 @@ def _decode(job: _Job, pts: np.ndarray) -> tuple[VideoClip | None, list[int]]:
         if taken:
             _check_frame(job, frame, at)
             frames[taken] = resize_bicubic(_upright(frame), *size)
-    clip = VideoClip(frames, indices, info.times[indices], info.fps, info.frames)
+    sampled_of = len(info.times[job.sample.part(info.times)])
+    clip = VideoClip(frames, indices, info.times[indices], info.fps, sampled_of)
     return None if slots else clip, seen
 
 

@@ -1,8 +1,11 @@
 """Which option a response chose: a fixed order of rules, no judge, and nothing in the response is trusted.
 
-The part of the response that counts is `reasoning.answer_part`. The rules, the first that finds an option decides:
+The part of the response that counts is `reasoning.answer_part`, without the list of options where the response repeats
+it: two or more of them in order from the first one on, each with its letter and its text. The rules, the first that
+finds an option decides:
 
-1. `letter`: the part is an option's letter as in `A`, `(A)`, `A.` or `A: left`; capital letters only.
+1. `letter`: the part is an option's letter as in `A`, `(A)`, `A.` or `A: left`; capital letters only. Where the first
+   two lines begin with the letters of the first two options, the options are gone through, and no letter is given.
 2. `text`: the part is an option's text; case and punctuation do not count.
 3. `answer_is`: the last "answer is" or "answer:" that is followed by a letter standing alone or, up to the end of its
    line, by the text of one option and of no other.
@@ -14,11 +17,12 @@ Anything else is unparsed, and a question whose answer is unparsed is wrong. The
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mllm4d_jax.qa.reasoning import answer_part, find_blocks
+from mllm4d_jax.qa.reasoning import answer_part, find_blocks, said
 
 EXTRACTORS = ("strict", "official")
 RULES = ("letter", "text", "answer_is", "mention", "exact", "unparsed")
@@ -27,6 +31,8 @@ _WORD = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)*|[^\W\d_]+")
 _APOSTROPHES = str.maketrans({"'": None, "\u2019": None, "\u2212": "-"})
 _EMPHASIS = str.maketrans({"*": None, "`": None})
 _LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z])(?:[:)]|\.(?=\s|$))|([A-Z])$)(.*)", re.DOTALL)
+_LABEL = re.compile(r"\s*(?:[-\u2022]\s*)?(?:\(([A-Z])\)|([A-Z])[.:)])")  # of a line of a list
+_BETWEEN = r"[\s,;|\u2022-]+"  # the entries of a list
 _ANSWER_IS = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(?:(?:option|choice)\s+)?", re.IGNORECASE)
 # "The answer is A dog" names no letter: an A before a word is the article, unless a reason follows.
 _STATED = re.compile(r"\(([A-Z])\)|(?!A\s+(?!(?:because|since|as)\b)[^\W\d_])([A-Z])(?![\w'\u2019-])")
@@ -63,7 +69,8 @@ def extract_answer(response: str, choices: Mapping[str, object], extractor: str 
         as that is known. Known: its accuracy reward compares the stripped text inside `<answer>` exactly; the responses
         it published are single letters or empty; its final figure comes from a language model that is shown the truth.
         Inferred: that the published letters come from the same exact comparison, on the last `<answer>` block or else
-        the whole response. What it cannot read is left to that judge, which is not reproduced here.
+        the whole response (less the thought of a thinking model). What it cannot read is left to that judge, which is
+        not reproduced here.
 
     Raises:
       ValueError: unknown extractor.
@@ -72,9 +79,10 @@ def extract_answer(response: str, choices: Mapping[str, object], extractor: str 
         raise ValueError(f"extractor must be one of {', '.join(EXTRACTORS)}, not {extractor!r}")
     if extractor == "official":
         _, answers = find_blocks(response)
-        said = answers[-1].text if answers else response.strip()
-        return ExtractedAnswer(said, "exact") if said in choices else _UNPARSED
-    return _by_the_rules(answer_part(response).translate(_EMPHASIS).strip(), _Options(choices))
+        given = answers[-1].text if answers else response[said(response)].strip()
+        return ExtractedAnswer(given, "exact") if given in choices else _UNPARSED
+    options = _Options(choices)
+    return _by_the_rules(options.without_list(answer_part(response).translate(_EMPHASIS)).strip(), options)
 
 
 def plain_text(value: object) -> str:
@@ -106,6 +114,18 @@ class _Options:
         named = "|".join(re.escape(text) for text in sorted(self.first, key=len, reverse=True))
         denied = "|".join(_NEGATIONS)
         self._mention = re.compile(rf"(?<!\S)(?:({named})|(?:{denied}) (?:{named}))(?!\S)") if named else None
+        self._list = _list_of({letter: str(option).translate(_EMPHASIS) for letter, option in choices.items()})
+        self._first_two = tuple(choices)[:2]
+
+    def without_list(self, part: str) -> str:
+        """The part without the options where it repeats them as a list."""
+        return part if self._list is None else self._list.sub("\n", part)
+
+    def goes_through(self, part: str) -> bool:
+        """The first two lines begin with the letters of the first two options."""
+        lines = (line for line in part.splitlines() if line.strip())
+        found = [_LABEL.match(line) for line in itertools.islice(lines, 2)]
+        return len(found) == 2 and None not in found and tuple(m[1] or m[2] for m in found) == self._first_two
 
     def mentioned(self, plain: str) -> str | None:
         """The letter of the only option whose text occurs in a plain text."""
@@ -115,9 +135,21 @@ class _Options:
         return self.first[named.pop()] if len(named) == 1 else None
 
 
+def _list_of(choices: Mapping[str, str]) -> re.Pattern[str] | None:
+    """Matches the first two options or more as they stand in a question, with the heading; None where one is blank."""
+    texts = {letter: r"\s+".join(map(re.escape, option.split())) for letter, option in choices.items()}
+    if len(texts) < 2 or not all(texts.values()):
+        return None
+    entries = [rf"\(?{re.escape(letter)}[.:)]\s*(?i:{text})(?!\w|\.\d)" for letter, text in texts.items()]
+    following = ""
+    for entry in reversed(entries[2:]):
+        following = rf"(?:{_BETWEEN}{entry}{following})?"
+    return re.compile(rf"(?:(?i:\boptions?:)\s*)?(?<!\w){entries[0]}{_BETWEEN}{entries[1]}{following}")
+
+
 def _by_the_rules(part: str, options: _Options) -> ExtractedAnswer:
     match = _LETTER.match(part)
-    if match:
+    if match and not options.goes_through(part):
         letter = match[1] or match[2] or match[3]
         if letter in options.plain:
             return ExtractedAnswer(letter, "letter", _contradicts(letter, match[4], options))

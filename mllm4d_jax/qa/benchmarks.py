@@ -26,10 +26,12 @@ from mllm4d_jax.qa.reasoning import answer_part
 from mllm4d_jax.qa.records import (
     LAYOUTS,
     Conversation,
+    Span,
     one_video,
     read_conversation,
     resolve_media,
     text_field,
+    video_spans,
     without_placeholders,
 )
 from mllm4d_jax.qa.rewards import solution_fields
@@ -88,10 +90,12 @@ class BenchmarkQuestion(AskedQuestion):
       prompt: the user's whole text as the file has it, with <video> once; None = to be composed from question and
         choices.
       system: the system message that the file brings; None = it has none.
+      span: which part of the video is meant; None = all of it.
     """
 
     prompt: str | None = None
     system: str | None = None
+    span: Span | None = None
 
 
 # (record, name of its file without suffix, name of the record, folder of the videos or None) -> question
@@ -180,6 +184,7 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
         truth=_record_truth(choices, answer),
         prompt=prompt,
         system=system,
+        span=video_spans(raw, 1)[0],
     )
 
 

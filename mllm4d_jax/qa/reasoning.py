@@ -3,6 +3,9 @@
 The text comes from a model that is rewarded for what is found in it, so nothing in it is trusted: every string is
 accepted, nothing is evaluated, and the work is linear in the length (searches only go forward, and at most
 `MAX_CENTER_CHARS` characters after a marker are read).
+
+A thinking model of Qwen's thinks in `<think>...</think>` before it says anything, and its prompt may have opened the
+thought. Nothing in that thought is said (`said`): it tries answers and quotes forms that it does not mean.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ MAX_METRES = 1e6  # a centre farther away than this is no position in a video
 _MARKER = re.compile("(Camera|Object) Center:[ \t]*")
 _NULL = re.compile(r"null(?!\w)")
 _NUMBER_CHARS = frozenset("0123456789+-.eE")
+_THOUGHT = ("<think>", "</think>")
 _TAGS = ("<thinking>", "</thinking>", "<answer>", "</answer>")
 
 
@@ -42,7 +46,7 @@ class ParsedReasoning:
       thinking: stripped text of the first closed `<thinking>` block; None without one.
       answer: stripped text of the last closed `<answer>` block, wherever it stands; None without one.
       answers_agree: all closed `<answer>` blocks have the same text (True if there is only one, or none).
-      well_formed: one thinking block, then one answer block, and nothing but white space around them.
+      well_formed: one thinking block, then one answer block, and nothing but white space around them is `said`.
       camera_centers: metres, in the order written in the thinking; None for a written `null`. Malformed ones are left
         out here and counted below.
       object_centers: likewise.
@@ -61,20 +65,40 @@ class ParsedReasoning:
     malformed_objects: int
 
 
+def said(completion: str) -> slice:
+    """Return where a completion speaks: behind the last `</think>`, up to a `<think>` that is never closed."""
+    start = completion.rfind(_THOUGHT[1])
+    start = 0 if start < 0 else start + len(_THOUGHT[1])
+    end = completion.find(_THOUGHT[0], start)
+    return slice(start, len(completion) if end < 0 else end)
+
+
+def with_prompt(prompt: str, generated: str) -> str:
+    """Return what a model said: what it generated, after the `<think>` with which its prompt ends, if it does."""
+    return f"{_THOUGHT[0]}\n{generated}" if prompt.rstrip().endswith(_THOUGHT[0]) else generated
+
+
 def answer_part(response: str) -> str:
-    """Return the text of the last `<answer>` block, else what follows the last `</thinking>`, else all; stripped."""
+    """Return the text of the last `<answer>` block, else what follows the last `</thinking>`, else all; stripped.
+
+    Only what is `said` counts.
+    """
     _, answers = find_blocks(response)
-    return answers[-1].text if answers else response.rpartition("</thinking>")[2].strip()
+    return answers[-1].text if answers else response[said(response)].rpartition("</thinking>")[2].strip()
 
 
 def find_blocks(completion: str) -> tuple[Block | None, list[Block]]:
     """Return the first closed `<thinking>` block and all closed `<answer>` blocks, of which the last counts.
 
+    Blocks in the thought of a thinking model are none (`said`).
+
     Any string is accepted, in time linear in its length. A block reaches from an opening tag to the next closing tag of
     the same name; opening tags in between are part of its text, and a block that is never closed is none. Tags are
     case-sensitive.
     """
-    return next(_blocks(completion, "thinking"), None), list(_blocks(completion, "answer"))
+    where = said(completion)
+    thinking, answers = (_blocks(completion[: where.stop], name, where.start) for name in ("thinking", "answer"))
+    return next(thinking, None), list(answers)
 
 
 def parse(completion: str) -> ParsedReasoning:
@@ -89,7 +113,7 @@ def parse(completion: str) -> ParsedReasoning:
         thinking=thinking and thinking.text,
         answer=answers[-1].text if answers else None,
         answers_agree=len({block.text for block in answers}) <= 1,
-        well_formed=_is_well_formed(completion),
+        well_formed=_is_well_formed(completion[said(completion)]),
         camera_centers=tuple(centers["Camera"]),
         object_centers=tuple(centers["Object"]),
         malformed_cameras=malformed["Camera"],
@@ -125,9 +149,10 @@ def parse_number(text: str) -> float | None:
     return value if math.fabs(value) <= MAX_METRES else None
 
 
-def _blocks(text: str, name: str) -> Iterator[Block]:
+def _blocks(text: str, name: str, start: int) -> Iterator[Block]:
+    """Yield the blocks that begin at `start` or later."""
     opening, closing = f"<{name}>", f"</{name}>"
-    start = text.find(opening)
+    start = text.find(opening, start)
     while start >= 0:
         end = text.find(closing, start + len(opening))
         if end < 0:

@@ -9,24 +9,36 @@ Two layouts are accepted, in a JSON list or as JSONL:
 both ends and blank pieces are dropped, as in the loader the released checkpoints were trained with; system and
 assistant text is kept to the letter. That loader took every role besides "user" and "system" for the assistant,
 "human" included; here "human" is the user, "gpt" is the assistant and any other role is an error.
+
+Fields of other programs' files that change what a record means are read as those programs read them: `system` beside
+the turns (LLaMA-Factory, ms-swift), `loss` (ms-swift) and `weight` (OpenAI, axolotl) of a turn, `video_start` and
+`video_end` (qwen-vl-utils). `unread_fields` names what is not read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, shown
-from mllm4d_jax.qa.rewards import Solution
+from mllm4d_jax.qa.rewards import Solution, is_number
 
 ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
 LAYOUTS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 _PLACEHOLDER = re.compile("(<video>|<image>)")
+_SPAN = ("video_start", "video_end")
+_LEARNED = ("loss", "weight")  # of a turn: whether it is learned
+# What this project's own files say about a question besides; training does not need it.
+_NOTES = "id question_type source_id label value object_name frames question choices options answer category subtask"
+_FIELDS = frozenset([*LAYOUTS, "video", "videos", "image", "images", "solution", "system", *_SPAN, *_NOTES.split()])
 
 Message = Mapping[str, Any]
+# First and last second of a part of a video, from the start of its presentation; None = where the video itself ends.
+Span = tuple[float | None, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +49,9 @@ class Record:
       key: "file.json#17"; every error about the record names it.
       messages: {"role": "system"|"user"|"assistant", "content": str or a list of parts}; a part is
         {"type": "text", "text": str}, {"type": "video", "path": str}, {"type": "video", "frames":
-        stored_frames.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}.
+        stored_frames.StoredFrames} (frames that came with the record) or {"type": "image", "path": str}. A video of
+        which only a part is meant also has "span": Span. An assistant's turn that is not to be learned has "loss":
+        False.
       solution: the record's field of that name as the file has it, None without one; rewards read it (`qa/rewards.py`).
     """
 
@@ -52,13 +66,15 @@ class Conversation:
 
     Attributes:
       layout: the field that they were in, a key of `LAYOUTS`.
-      turns: {"role": as in `Record`, "content": text}.
+      turns: {"role", "loss": as in `Record`, "content": text}.
       files: "video" and "image" -> paths, as many as there are placeholders in what the user says.
+      spans: which part of each video is meant; None for all of it.
     """
 
     layout: str
     turns: tuple[Message, ...]
     files: Mapping[str, Sequence[str]]
+    spans: tuple[Span | None, ...]
 
     def question(self) -> tuple[str | None, str]:
         """Return (system message, the user's text) of a record that asks one thing; a last answer is left out.
@@ -90,10 +106,12 @@ def parse_record(raw: Mapping[str, Any], key: str, root: str | Path, system_prom
     """
     try:
         read = read_conversation(raw)
-        paths = {kind: iter([resolve_media(root, file) for file in files]) for kind, files in read.files.items()}
+        paths = {kind: [resolve_media(root, file) for file in files] for kind, files in read.files.items()}
     except RecordError as error:
         raise error.with_key(key) from None
-    messages = [t | {"content": user_content(t["content"], paths)} if t["role"] == "user" else t for t in read.turns]
+    videos, images = map(video_part, paths["video"], read.spans), ({"type": "image", "path": p} for p in paths["image"])
+    parts = {"video": iter(videos), "image": images}
+    messages = [t | {"content": user_content(t["content"], parts)} if t["role"] == "user" else t for t in read.turns]
     if system_prompt and all(m["role"] != "system" for m in messages):
         messages.insert(0, {"role": "system", "content": system_prompt})
     return Record(key=key, messages=tuple(messages), solution=raw.get("solution"))
@@ -109,6 +127,21 @@ def as_prompt(record: Record) -> Record:
     if not messages or messages[-1]["role"] != "user":
         raise RecordError("does not end with a user's turn, so there is nothing to answer", "no_question", record.key)
     return dataclasses.replace(record, messages=messages)
+
+
+def as_target(record: Record) -> Record:
+    """Return a record to be trained on, as it is.
+
+    Raises:
+      RecordError: reason "empty_answer": a turn that would be learned is blank, so that the model would learn to end
+        its own turns at once.
+    """
+    for message in record.messages:
+        learned, said = message["role"] == "assistant" and message.get("loss", True), message["content"]
+        if learned and isinstance(said, str) and not said.strip():
+            problem = 'has an empty turn of the assistant, which is nothing to learn (unless it has "loss": false)'
+            raise RecordError(problem, "empty_answer", record.key)
+    return record
 
 
 def as_scored_prompt(record: Record) -> Record:
@@ -137,7 +170,7 @@ def read_conversation(raw: Mapping[str, Any]) -> Conversation:
     layout = layouts[0]
     if not isinstance(raw[layout], list) or not raw[layout]:
         raise RecordError(f"'{layout}' must be a list of turns with one in it, not {shown(raw[layout])}")
-    turns = tuple(_turn(turn, f"'{layout}', turn {n},", *LAYOUTS[layout]) for n, turn in enumerate(raw[layout]))
+    turns = [_turn(turn, f"'{layout}', turn {n},", *LAYOUTS[layout]) for n, turn in enumerate(raw[layout])]
     files = {kind: media_files(raw, kind) for kind in ("video", "image")}
     asked = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
     for kind, named in files.items():
@@ -146,7 +179,47 @@ def read_conversation(raw: Mapping[str, Any]) -> Conversation:
                 f"'{layout}' has {asked.count(f'<{kind}>')} <{kind}> in the user's text for {len(named)} {kind} "
                 f"file(s) {named}; each file needs one <{kind}> where it belongs"
             )
-    return Conversation(layout, turns, files)
+    return Conversation(layout, _with_system(raw, turns), files, video_spans(raw, len(files["video"])))
+
+
+def unread_fields(raw: Mapping[str, Any]) -> set[str]:
+    """Return the fields of a record, and of its turns as "turn.NAME", that nothing reads."""
+    found = set(raw) - _FIELDS
+    for layout, roles in LAYOUTS.items():
+        turns = raw.get(layout)
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                found.update(f"turn.{name}" for name in turn.keys() - {*roles, *_LEARNED})
+    return found
+
+
+def video_spans(raw: Mapping[str, Any], videos: int) -> tuple[Span | None, ...]:
+    """Return which part of each of so many videos a record means, by `video_start` and `video_end` as qwen-vl-utils has
+    them: seconds of the file's own time line, frames at both ends included, a negative start for the beginning.
+
+    With one video each is a number, else a list with one entry per video; null = not given.
+
+    Raises:
+      RecordError: something else, or a start that is not before its end.
+    """
+    ends = []
+    for field in _SPAN:
+        value = raw.get(field)
+        listed = [None] * videos if value is None else value if isinstance(value, list) else [value]
+        if len(listed) != videos or not all(second is None or is_number(second) for second in listed):
+            raise RecordError(
+                f"'{field}' must be a number of seconds, one for each of {videos} videos, not {shown(value)}"
+            )
+        ends.append([None if second is None else float(second) for second in listed])
+    for start, end in zip(*ends, strict=True):
+        if end is not None and not max(start or 0.0, 0.0) < end:
+            raise RecordError(f"'video_start' ({start}) must be before 'video_end' ({end}), and that above 0")
+    return tuple(None if span == (None, None) else span for span in zip(*ends, strict=True))
+
+
+def video_part(path: str, span: Span | None = None) -> dict[str, Any]:
+    """Return the part of a message that is a video; `span`: which part of it is meant, None for all."""
+    return {"type": "video", "path": path} | ({} if span is None else {"span": span})
 
 
 def media_files(raw: Mapping[str, Any], kind: str) -> list[str]:
@@ -193,33 +266,50 @@ def resolve_media(root: str | Path, relative: str) -> str:
     """Return the absolute path of a record's media file; whether it exists is not looked at.
 
     Records come from elsewhere, so a path may not leave its root: no absolute path, no `..` that climbs out, no
-    symbolic link that points out (the root itself may be a link).
+    symbolic link that points out (the root itself may be a link). In a snapshot of a Hugging Face cache all files are
+    links to the `blobs` of the same repository, and these are followed.
 
     Raises:
       MediaError: reason "path_outside_root", or "bad_path" for an empty path or one with a NUL character.
     """
     if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
-        raise MediaError(f"media path {relative!r} is not a usable path", "bad_path")
+        raise MediaError(f"media path {shown(relative)} is not a usable path", "bad_path")
     base = Path(root).resolve()
     try:
         full = (base / relative).resolve()
     except (OSError, RuntimeError, UnicodeError) as error:  # a link that loops, half a surrogate pair
-        raise MediaError(f"media path {relative!r} cannot be resolved ({error})", "bad_path") from error
-    if Path(relative).is_absolute() or not full.is_relative_to(base) or full == base:
+        raise MediaError(f"media path {shown(relative)} cannot be resolved ({error})", "bad_path") from error
+    named = Path(os.path.normpath(base / relative))
+    if Path(relative).is_absolute() or not named.is_relative_to(base) or full == base:
         raise MediaError(
-            f"media path {relative!r} leaves the media root {base}: paths must be relative to it and stay inside",
+            f"media path {shown(relative)} leaves the media root {base}: paths must be relative to it and stay inside",
+            "path_outside_root",
+        )
+    blobs = _blobs_beside(base)
+    if not full.is_relative_to(base) and not (blobs and full.is_relative_to(blobs)):
+        raise MediaError(
+            f"media path {shown(relative)} leads through a link to {shown(str(full))}, outside the media root {base}: "
+            "copy the file there, or name a root above both",
             "path_outside_root",
         )
     return str(full)
 
 
-def user_content(text: str, paths: Mapping[str, Iterator[str]]) -> list[dict[str, str]]:
-    """Return the parts of a user's text, each placeholder replaced by the next path of its kind."""
+def _blobs_beside(root: Path) -> Path | None:
+    """Return the folder that holds what the links below `root` lead to, if it is a snapshot of a Hugging Face cache or
+    in one: CACHE/datasets--OWNER--NAME/snapshots/REVISION/..."""
+    for folder in (root, *root.parents):
+        repository = folder.parent.parent
+        if folder.parent.name == "snapshots" and re.fullmatch(r"(?:models|datasets|spaces)--.+", repository.name):
+            return (repository / "blobs").resolve()
+    return None
+
+
+def user_content(text: str, parts: Mapping[str, Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the parts of a user's text, each placeholder replaced by the next image or video of its kind."""
     pieces = (piece.strip() for piece in _PLACEHOLDER.split(text))
     return [
-        {"type": piece[1:-1], "path": next(paths[piece[1:-1]])}
-        if _PLACEHOLDER.fullmatch(piece)
-        else {"type": "text", "text": piece}
+        next(parts[piece[1:-1]]) if _PLACEHOLDER.fullmatch(piece) else {"type": "text", "text": piece}
         for piece in pieces
         if piece
     ]
@@ -239,13 +329,48 @@ def unanswered(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _turn(turn: Any, where: str, who: str, what: str) -> Message:
-    """Return a turn of a file with its role by the standard name."""
+    """Return a turn of a file with its role by the standard name, and whether it is to be learned."""
     if not isinstance(turn, dict) or not isinstance(turn.get(who), str) or not isinstance(turn.get(what), str):
         raise RecordError(f"{where} must be an object with strings '{who}' and '{what}', not {shown(turn)}")
     if turn[who] not in ROLES:
         raise RecordError(f"{where} has the role {turn[who]!r}; known roles are {', '.join(ROLES)}", "unknown_role")
+    _check_text(turn[what], where)
+    read = {"role": ROLES[turn[who]], "content": turn[what]}
+    return read if _is_learned(turn, where) or read["role"] != "assistant" else read | {"loss": False}
+
+
+def _is_learned(turn: Mapping[str, Any], where: str) -> bool:
+    """Return what `loss` or `weight` of a turn says; without them it is learned. Both matter for the assistant only."""
+    given = {name: turn[name] for name in _LEARNED if turn.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            known = "only true and false, or 1 and 0, are supported: a turn is learned or not"
+            raise RecordError(f"{where} has the {name} {shown(value)}; {known}")
+    if len(set(map(bool, given.values()))) > 1:
+        raise RecordError(f"{where} says in 'loss' and 'weight' that it is learned and that it is not: {given}")
+    return all(given.values())
+
+
+def _with_system(raw: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the turns, the record's field `system` before them; '' or null there is none.
+
+    Raises:
+      RecordError: it is no text, or not that of the system's turn.
+    """
+    given = raw.get("system")
+    if given is None or given == "":
+        return tuple(turns)
+    if not isinstance(given, str):
+        raise RecordError(f"'system' must be a text, not {shown(given)}")
+    _check_text(given, "'system'")
+    own = [turn["content"] for turn in turns if turn["role"] == "system"]
+    if own and own[0] != given:
+        raise RecordError(f"'system' and the turn of the system differ: {shown(given)} and {shown(own[0])}")
+    return tuple(turns) if own else ({"role": "system", "content": given}, *turns)
+
+
+def _check_text(text: str, where: str) -> None:
     try:
-        turn[what].encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise RecordError(f"{where} holds half a surrogate pair (\\uD800-\\uDFFF), which is no text") from None
-    return {"role": ROLES[turn[who]], "content": turn[what]}

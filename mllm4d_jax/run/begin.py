@@ -90,7 +90,8 @@ def begin(
     progress = resume_point(config, content, checkpoints)
     if multihost.is_primary():
         write_json(workdir / CONFIG, config.to_dict())
-    encoder = encoder_of(config.model.path, config.video, config.data.max_tokens)
+    chat = config.model.chat_template
+    encoder = encoder_of(config.model.path, config.video, config.data.max_tokens, chat_template=chat)
     return Begun(workdir, checkpoints, mixture, content, progress, build(config), encoder)
 
 

@@ -126,20 +126,26 @@ def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
 def processor_of(config: ml_collections.ConfigDict) -> ProcessorConfig:
     """Return the processor of the model that the config names; as released for a published size without a folder."""
     if config.model.path:
-        return ProcessorConfig.from_folder(config.model.path)
+        return ProcessorConfig.from_folder(config.model.path, config.model.chat_template)
     return ProcessorConfig.of(published_config(config.model.published), config.model.published)
 
 
 def encoder_of(
-    folder: str | Path, video: Mapping[str, Any], max_tokens: int | None = None, kind: Callable[..., Encoder] = Encoder
+    folder: str | Path,
+    video: Mapping[str, Any],
+    max_tokens: int | None = None,
+    kind: Callable[..., Encoder] = Encoder,
+    chat_template: str = "auto",
 ) -> Encoder:
     """Return what encodes records for the model in a folder; its decoder processes have to be closed.
 
     Args:
       video: config group of `VideoOptions`; max_tokens: see `Encoder`; kind: the class, or a subclass's constructor.
+      chat_template: form of the prompts, see `chat_template.chat_form`.
     """
     options = VideoOptions.from_mapping(video)
-    return kind(ProcessorConfig.from_folder(folder), Tokenizer.from_folder(folder), options, max_tokens)
+    processor = ProcessorConfig.from_folder(folder, chat_template)
+    return kind(processor, Tokenizer.from_folder(folder), options, max_tokens)
 
 
 def row_shape(config: ml_collections.ConfigDict, processor: ProcessorConfig, sizes: ModelConfig) -> RowShape:

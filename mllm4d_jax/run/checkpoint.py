@@ -19,11 +19,18 @@ import orbax.checkpoint as ocp
 from configs.common import task_keys
 from configs.schema import flatten
 from mllm4d_jax.data.sources import Mixture, RecordSource
+from mllm4d_jax.encode import chat_template
 from mllm4d_jax.parallel.place import placed
 
 _LISTED = 5  # differences named in an error
 _SAMPLED = 1 << 20  # bytes read at either end of a large file
-_MODEL_FILES = ("config.json", "tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_MODEL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    *chat_template.FILES,
+)
 
 
 class ResumeError(ValueError):
@@ -223,7 +230,7 @@ def content_digests(model: str | Path, records: Mixture, held_out: RecordSource 
 
 
 def model_digest(folder: str | Path) -> str:
-    """Return the digest of a model folder: config and tokenizer whole, weights sampled."""
+    """Return the digest of a model folder: config, tokenizer and chat template whole, weights sampled."""
     sha = hashlib.sha256()
     for name in _MODEL_FILES:
         file = Path(folder) / name

@@ -163,6 +163,14 @@ def test_more_stored_frames_than_wanted_are_thinned_by_the_rule():
     assert frames.plan(SampleRule("uniform", 32, None), resize)[0].tolist() == list(range(16))
 
 
+def test_a_part_of_stored_frames_is_the_ones_inside_it(make_encoder):
+    """16 frames, three apart, of 48 at 10 per second; 0.9 to 2.4 s holds numbers 9, 12, ... 24."""
+    frames = stored(jpegs=jpegs(range(0, 160, 10)), indices=tuple(range(0, 48, 3)), total_frames=48)
+    example = make_encoder().encode(make_record("k", "?", [{"type": "video", "frames": frames, "span": (0.9, 2.4)}]))
+    assert example.timestamps == (((0.9 + 1.5) / 2, (1.8 + 2.4) / 2),)
+    assert frames.sampled_of(SampleRule("uniform", 4, None, 0.9, 2.4)) == 18
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

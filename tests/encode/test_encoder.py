@@ -184,6 +184,13 @@ def test_too_long_is_found_before_decoding(qwen3, tokenizer, make_video, tmp_pat
     assert caught.value.reason == "too_long"
 
 
+def test_a_text_of_megabytes_is_refused_before_tokenising(qwen3, tokenizer, make_video, tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.mp4", 10)
+    monkeypatch.setattr(type(tokenizer), "encode_pieces", lambda *_: pytest.fail("tokenised"))
+    with pytest.raises(TooLongError, match=r"data.json#7: needs at least \d{6} tokens .*limit is 8192"):
+        in_process(qwen3, tokenizer, max_tokens=8192).encode(ask(path, question=" " * 11_000_000))
+
+
 def test_prompt_follows_the_true_length(encoder, make_video, tmp_path):
     """A file that shows one frame more than it promises: prompt and pixels agree on the true number."""
     path = Path(make_video(tmp_path / "a.mp4", 20))

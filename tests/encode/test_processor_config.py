@@ -33,6 +33,18 @@ def test_published_defaults(tmp_path):
     assert (c.video_min_pixels, c.video_max_pixels) == (3136, 12845056)
 
 
+def test_vocabulary_size(tmp_path):
+    """Under text_config, at the top in early Qwen2.5-VL folders, or not said."""
+    for found, config in (
+        (9, {"text_config": {"vocab_size": 9}, "vocab_size": 8}),
+        (8, {"vocab_size": 8}),
+        (8, {"text_config": {}, "vocab_size": 8}),
+        (None, {}),
+    ):
+        c = ProcessorConfig.of({"model_type": "qwen3_vl", **IDS, "vision_config": {}, **config}, tmp_path)
+        assert c.vocab_size == found
+
+
 def test_files_win_over_defaults(tmp_path):
     vision = {"patch_size": 4, "spatial_merge_size": 3, "temporal_patch_size": 1}
     write(

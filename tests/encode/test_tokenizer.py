@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import tokenizers
 
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Piece, Tokenizer, build_byte_level_tokenizer
-from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.errors import ProcessorError, RecordError
 
 TEXT = "<|im_start|>user\nIt's at 12.5 m:<0.3 seconds> e\u0301 漢字 🎥<think>\n\nok</think><|im_end|>\n"
 
@@ -114,13 +115,163 @@ def test_travels_between_processes(tokenizer):
 
 
 def test_missing_and_foreign_files(tmp_path):
-    with pytest.raises(ProcessorError, match="hf download"):
+    for name in ("vocab.json", "merges.txt"):  # not read, and the message says so
+        (tmp_path / name).touch()
+    with pytest.raises(ProcessorError, match="vocab.json and merges.txt are not read.*hf download"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ProcessorError, match="tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(ProcessorError, match="im_start"):
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))
+
+
+def saved(tokenizer, folder, change):
+    """The tokenizer of a folder whose tokenizer.json was changed."""
+    state = json.loads(tokenizer._backend.to_str())
+    change(state)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return Tokenizer.from_folder(folder)
+
+
+def flag(content, **flags):
+    def change(state):
+        next(t for t in state["added_tokens"] if t["content"] == content).update(flags)
+
+    return change
+
+
+PADDING = dict(strategy={"Fixed": 64}, direction="Right", pad_to_multiple_of=None, pad_id=0, pad_type_id=0)
+TRUNCATION = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
+BEFORE_ALL = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+TEMPLATE = dict(
+    type="TemplateProcessing",
+    single=[BEFORE_ALL, {"Sequence": {"id": "A", "type_id": 0}}],
+    pair=[{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    special_tokens={"<|endoftext|>": {"id": "<|endoftext|>", "ids": [151643], "tokens": ["<|endoftext|>"]}},
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(truncation=TRUNCATION),
+        lambda state: state.update(padding=PADDING | {"pad_token": "<|endoftext|>"}),
+        lambda state: state.update(post_processor=TEMPLATE),
+        lambda state: state.update(
+            post_processor=dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        ),
+        lambda state: state["model"].update(dropout=0.9),
+        flag("<think>", lstrip=True, rstrip=True),
+        flag("<think>", special=True),
+        flag("</think>", normalized=True, single_word=True),
+        flag("<|im_end|>", lstrip=True, rstrip=True),
+        flag("<|im_end|>", special=False),
+    ],
+)
+def test_saved_settings_change_no_prompt(tokenizer, tmp_path, change):
+    """What a file may hold besides its vocabulary cuts, pads, strips or varies nothing, and moves no target."""
+    pieces = [
+        Piece("<|im_start|>", control=True),
+        Piece("assistant\n"),
+        Piece("<think>\nDescribe this video. What moves? \n</think>\n\n  <|im_end|> ", supervised=True),
+        Piece("<|im_end|>", control=True, supervised=True),
+        Piece("\n", supervised=True),
+    ]
+    ids, supervised = tokenizer.encode_pieces(pieces)
+    for made in (saved(tokenizer, tmp_path, change), copy.deepcopy(saved(tokenizer, tmp_path, change))):
+        found = made.encode_pieces(pieces)
+        assert (found[0].tolist(), found[1].tolist()) == (ids.tolist(), supervised.tolist())
+        assert made.decode(found[0]) == "".join(p.rendered for p in pieces)
+
+
+def test_added_tokens_of_tokenizer_config(tokenizer, tmp_path):
+    """transformers takes tokens from tokenizer_config.json that tokenizer.json lacks."""
+
+    def without_last(state):
+        state["added_tokens"] = state["added_tokens"][:-2]
+        for content in ("<think>", "</think>"):
+            del state["model"]["vocab"][content]
+        vocab = state["model"]["vocab"]
+        start = 1 + max(i for i in vocab.values() if i < 151643)
+        vocab |= {f"<{i}>": i for i in range(start, 151643)}  # a real model's ids have no gaps
+
+    think = {"151667": dict(content="<think>", special=False), "151668": dict(content="</think>", special=False)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": think}))
+    made = saved(tokenizer, tmp_path, without_last)
+    assert typed(made, "<think>a</think>").tolist() == typed(tokenizer, "<think>a</think>").tolist()
+    assert typed(made, "<think>").tolist() == [151667]
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (
+            {"151645": {"content": "<|im_start|>", "special": True}},
+            "<|im_start|> gets the id 151644, but .* says 151645",
+        ),
+        ({"160000": {"content": "<|new|>", "special": True}}, "<|new|> gets the id .*, but .* says 160000"),
+        ({"0": "<|im_start|>"}, "added_tokens_decoder is not a table"),
+        (["<|im_start|>"], "added_tokens_decoder is not a table"),
+    ],
+)
+def test_contradicting_added_tokens(tokenizer, tmp_path, config, message):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": config}))
+    with pytest.raises(ProcessorError, match=message.replace("|", r"\|")):
+        saved(tokenizer, tmp_path, lambda state: None)
+
+
+def test_ids_that_the_library_would_move(tokenizer, tmp_path):
+    """A token that the model part lacks gets the next free id, whatever its own entry says."""
+
+    def without_think(state):
+        del state["model"]["vocab"]["<think>"]
+
+    with pytest.raises(ProcessorError, match=r"tokenizer.json: <think> gets the id \d+, but .* says 151667"):
+        saved(tokenizer, tmp_path, without_think)
+
+
+def test_a_panic_of_the_library_is_a_bad_record(tokenizer, tmp_path):
+    """As millions of spaces in a row cause it; here by a pattern that gives up sooner."""
+
+    def give_up_soon(state):
+        state["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a+)+b|."}
+
+    made = saved(tokenizer, tmp_path, give_up_soon)
+    with pytest.raises(RecordError, match="text of 41 characters cannot be tokenised") as caught:
+        typed(made, "a" * 40 + "c")
+    assert caught.value.reason == "bad_text"
+    assert made.decode(typed(made, "still whole")) == "still whole"
+
+
+def test_least_tokens_is_a_lower_bound(tokenizer):
+    texts = [
+        "",
+        " " * 5000,
+        "Describe this video." * 300,
+        "e\u0301" * 900,
+        "漢字 🎥" * 300,
+        "<think><|repo_name|>" * 99,
+    ]
+    pads = Piece("<|video_pad|>", control=True, count=70)
+    for text in texts:
+        pieces = [Piece(text), pads, Piece(text)]
+        assert tokenizer.least_tokens(pieces) <= len(tokenizer.encode_pieces(pieces)[0])
+    assert tokenizer.least_tokens([Piece(" " * 1_000_000), pads]) > 20_000
+
+
+def test_ids_of_no_token(tokenizer):
+    """Gaps of the vocabulary and rows by which a head is padded are no text; decoding passes over them."""
+    letter = typed(tokenizer, "a").tolist()
+    assert tokenizer.decode([*letter, 5000, 151700, *letter]) == "aa"
+    unused = tokenizer.unused_ids(151700)
+    assert 5000 in unused and unused[-1] == 151699 and not set(unused) & {*letter, 151643, 151668}
+
+
+def test_more_ids_than_the_model_has(tokenizer, qwen3):
+    tokenizer.check_config(dataclasses.replace(qwen3, vocab_size=151669))
+    with pytest.raises(ProcessorError, match=r"ids up to 151668 \('</think>'\).* vocab_size 151668"):
+        tokenizer.check_config(dataclasses.replace(qwen3, vocab_size=151668))
 
 
 def test_ids_must_equal_the_models(tokenizer, qwen3):

@@ -25,13 +25,14 @@ from mllm4d_jax.eval import evaluate
 from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.evaluate import EvaluationError
 from mllm4d_jax.eval.predictions import PredictionError, read_predictions
+from mllm4d_jax.eval.questions import load_benchmark
 from mllm4d_jax.export import task as export
 from mllm4d_jax.qa.options import INSTRUCTION
 from mllm4d_jax.qa.system_prompt import ST_COT
 from mllm4d_jax.run.start import StartError, choose_model
 from mllm4d_jax.run.tiny import write_tiny_model
 from mllm4d_jax.sft import task as sft
-from tests.eval.question_fixtures import item
+from tests.eval.question_fixtures import item, write_rows
 from tests.processes import Processes, write_config
 
 FRAMES = 4
@@ -166,6 +167,19 @@ def test_manners(tmp_path):
     for wrong in ({"prompt.mode": "file"}, {"prompt.file": str(file)}):
         with pytest.raises(EvaluationError, match="mode 'file' and a file go together"):
             turns(wrong)
+
+
+def test_parts_of_a_video_are_clips_of_their_own(tmp_path):
+    plain = {"messages": [{"role": "user", "content": "<video>?\nA. x\nB. y"}], "videos": ["a.mp4"], "answer": "A"}
+    parts = [{"video_end": 2}, {}, {"video_start": 1}, {"video_end": 2.0}]
+    rows = [plain | part | {"id": str(n)} for n, part in enumerate(parts)]
+    (tmp_path / "a.mp4").touch()
+    items = load_benchmark("jsonl", write_rows(tmp_path, rows), str(tmp_path))
+    source = ItemSource(items, Manner("direct", None, blind=False))
+    assert source.clips.tolist() == [0, 1, 2, 0]
+    spans = [source[n].messages[-1]["content"][0].get("span") for n in range(4)]
+    assert spans == [(None, 2.0), None, (1.0, None), (None, 2.0)]
+    assert share_of_host(items, (), 0, 1) == [(0, 3), (1,), (2,)]
 
 
 def test_hosts_share_videos_whatever_is_done():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -51,6 +53,29 @@ def test_sampling_follows_the_seed(model, video, capfd):
     assert outputs[0] == outputs[1] != outputs[2]
 
 
+def test_a_thinking_model_goes_on_with_an_opened_thought(model, video, capfd, tmp_path):
+    run(model, clip=str(video))
+    plain = capfd.readouterr()
+    folder = tmp_path / "thinking"
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    template = Path(__file__).parents[1] / "encode/templates/thinking.jinja"
+    (folder / "chat_template.jinja").write_text(template.read_text())
+    run(folder, clip=str(video))
+    found = capfd.readouterr()
+    assert found.out.startswith("<think>\n") and not plain.out.startswith("<think>")
+    assert prompt_tokens(found.err) == prompt_tokens(plain.err) + 2
+    run(model, clip=str(video), **{"model.chat_template": "thinking"})
+    assert capfd.readouterr().out == found.out
+    run(folder, clip=str(video), **{"model.chat_template": "instruct"})
+    assert capfd.readouterr().out == plain.out
+
+
+def prompt_tokens(text):
+    return int(text.split("prompt tokens ")[1].split()[0])
+
+
 def test_image_and_system_prompt_from_a_file(model, tmp_path, capfd):
     image = tmp_path / "image.png"
     cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8))
@@ -60,10 +85,6 @@ def test_image_and_system_prompt_from_a_file(model, tmp_path, capfd):
     prompt.write_text("You are terse.\n")
     run(model, image=str(image), system_file=str(prompt))
     with_system = capfd.readouterr().err
-
-    def prompt_tokens(text):
-        return int(text.split("prompt tokens ")[1].split()[0])
-
     assert prompt_tokens(with_system) > prompt_tokens(plain)
 
 

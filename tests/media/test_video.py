@@ -126,6 +126,8 @@ def test_frames_are_the_right_ones(codec, name, make_video, tmp_path, pool):
     other = pool.read(path, SampleRule("uniform", 8, None))
     np.testing.assert_array_equal(other.frames, clip.frames)
     assert (other.indices == clip.indices).all() and other.source_fps == 10.0 and other.total_frames == 25
+    part = pool.read(path, SampleRule("uniform", 4, None, start=0.5, end=1.1))
+    assert part.indices.tolist() == [5, 7, 9, 11] == levels(part) and part.total_frames == 7
     info = pool.probe(path)
     here = probe(path)
     np.testing.assert_array_equal(info.times, here.times)

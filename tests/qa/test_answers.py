@@ -7,6 +7,7 @@ import time
 import pytest
 
 from mllm4d_jax.qa.answers import extract_answer, plain_text, same_option, true_letters
+from mllm4d_jax.qa.reasoning import with_prompt
 
 MOVES = {"A": "left", "B": "right", "C": "clockwise", "D": "counter-clockwise"}
 STATES = {"A": "moving", "B": "not moving", "C": "there is no car", "D": "a car"}
@@ -126,6 +127,34 @@ CASES = [
     ("the prompt opened the thought</thinking>\nB", MOVES, "B", "letter"),
     ("<thinking>It moves left", MOVES, "A", "mention"),
     ("<answer>A", MOVES, None, "unparsed"),
+    # a thinking model's thought, which the prompt may have opened
+    ("A? no, the answer is A ... no </think>\n\nThe answer is B", MOVES, "B", "answer_is"),
+    ("<think>The answer is A</think>\n\nB", MOVES, "B", "letter"),
+    ("<think>\n<answer>A</answer>\n</think>\n\nIt goes right.", MOVES, "B", "mention"),
+    ("left</think><thinking>left</thinking><answer>B</answer>", MOVES, "B", "letter"),
+    ("<think>A</think>B</think>C", MOVES, "C", "letter"),
+    ("<think>The answer is A", MOVES, None, "unparsed"),
+    ("<think>\nA", MOVES, None, "unparsed"),
+    ("<think>A</think>", MOVES, None, "unparsed"),
+    ("<answer>A</answer></think>", MOVES, None, "unparsed"),
+    ("B <think> or A", MOVES, "B", "letter"),
+    # the options repeated
+    ("A. left\nB. right\nC. clockwise\nD. counter-clockwise\n\nAnswer: B", MOVES, "B", "answer_is"),
+    ("A. left\nB. right\nAnswer: B", MOVES, "B", "answer_is"),
+    ("A. left\nB. right\nC. clockwise\nD. counter-clockwise\nB. right", MOVES, "B", "letter"),
+    ("Options:\n(A) LEFT\n(B) right\n(C) clockwise\n(D) counter-clockwise\n\nB", MOVES, "B", "letter"),
+    ("A: left, B: right, C: clockwise, D: counter-clockwise. The answer is (B)", MOVES, "B", "answer_is"),
+    ("**A. left**\n**B. right**\n\nIt turns right.", MOVES, "B", "mention"),
+    ("- A. left\n- B. right\nAnswer: right", MOVES, "B", "answer_is"),
+    ("B\n\nA. left\nB. right", MOVES, "B", "letter"),
+    ("A. 2.5\nB. 12.7\nC. 15.2\nD. 2\n\n12.7", NUMBERS, "B", "text"),
+    ("<answer>A. left\nB. right\nB</answer>", MOVES, "B", "letter"),
+    ("A. left: no.\nB. right: yes.\nThe answer is B", MOVES, "B", "answer_is"),
+    ("A. left\nB. right", MOVES, None, "unparsed"),
+    ("A. left: no.\nB. right: yes.", MOVES, None, "unparsed"),
+    ("A. left\nIt does.", MOVES, "A", "letter"),
+    ("B. right\nA. left is wrong", MOVES, "B", "letter"),
+    ("B. right\nC. clockwise is wrong", MOVES, "B", "letter"),
 ]
 
 
@@ -175,6 +204,8 @@ def test_a_letter_with_its_own_text_is_no_conflict(response):
         ("", None),
         ("<answer></answer>", None),
         ("E", None),
+        ("<answer>A</answer> no</think>\nB", "B"),
+        ("<think>A", None),
     ],
 )
 def test_the_official_extractor_reads_bare_letters_only(response, letter):
@@ -185,6 +216,13 @@ def test_the_official_extractor_reads_bare_letters_only(response, letter):
 def test_an_unknown_extractor_is_refused():
     with pytest.raises(ValueError, match="strict, official"):
         extract_answer("A", MOVES, "oficial")
+
+
+def test_a_thought_that_the_prompt_opened_is_written_down():
+    said = with_prompt("<|im_start|>assistant\n<think>\n", "The answer is A")
+    assert extract_answer(said, MOVES).letter is None
+    assert extract_answer(with_prompt("...<think>\n", "A?</think>B"), MOVES).letter == "B"
+    assert with_prompt("what is <think> for?<|im_end|>\n<|im_start|>assistant\n", "A") == "A"
 
 
 def test_truth_goes_by_the_text():
@@ -225,6 +263,13 @@ HOSTILE = [
     "*",
     "counter ",
     "A.\nanswer is ",
+    "<think>",
+    "</think>",
+    "A. left\n",
+    "A. left\nB. right\n",
+    "A. left ",
+    "options: ",
+    "A.",
 ]
 
 

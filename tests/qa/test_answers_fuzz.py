@@ -15,6 +15,10 @@ PIECES = [
     "</answer>",
     "<thinking>",
     "</thinking>",
+    "<think>",
+    "</think>",
+    "A. left\n",
+    "B. not moving",
     "answer is ",
     "Answer: ",
     "(A)",
@@ -70,6 +74,14 @@ def test_pieces_in_any_order(response):
 def test_a_closed_answer_decides_alone(before):
     for said, letter in (("B", "B"), ("left", "A"), ("3", "D"), ("none of these", None)):
         assert extract_answer(f"{before}<answer></answer><answer>{said}</answer>", CHOICES).letter == letter
+
+
+@settings(max_examples=300, deadline=None)
+@given(mixed, mixed)
+def test_a_thought_changes_nothing(thought, after):
+    said = after.replace("</think>", "")
+    for before in (thought, f"<think>{thought}"):
+        assert extract_answer(f"{before}</think>{said}", CHOICES) == extract_answer(said, CHOICES)
 
 
 @settings(max_examples=300, deadline=None)

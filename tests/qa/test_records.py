@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from data_prep.cold_start.r1_items import parse_item
 from mllm4d_jax.qa.benchmarks import record_question
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import Record, as_prompt, as_scored_prompt, parse_record
+from mllm4d_jax.qa.records import Record, as_prompt, as_scored_prompt, parse_record, resolve_media
 
 USER = {"from": "human", "value": "<video>\nWhich way?\nA. left\nB. right"}
 ASKED = {"role": "user", "content": "<video>\nWhich way?\nOptions:\nA. left\nB. right"}
@@ -75,6 +77,56 @@ def test_placeholders_do_not_reach_across_turns(tmp_path):
 def test_paths_stay_inside_the_root(tmp_path, path):
     why, text = reason(lambda: parse_record({"video": path, "conversations": [USER]}, "k#1", tmp_path / "root"))
     assert why == "path_outside_root" and text.startswith("k#1: ")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Return a function: what a file of a snapshot links to -> (root, its repository)."""
+
+    def make(target, name="datasets--owner--set", inside=""):
+        repository = tmp_path / "hub" / name
+        root = repository / "snapshots" / "0f3a" / inside
+        root.mkdir(parents=True)
+        (repository / "blobs").mkdir()
+        (repository / "blobs" / "abc").write_bytes(b"video")
+        (tmp_path / "secret").write_bytes(b"secret")
+        (root / "a.mp4").symlink_to(os.path.relpath(repository / target, root))
+        return root, repository
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["datasets--owner--set", "models--owner--set"])
+@pytest.mark.parametrize("inside", ["", "videos/train"])
+def test_links_of_a_hugging_face_cache_are_followed(cache, name, inside, tmp_path):
+    root, repository = cache("blobs/abc", name, inside)
+    assert resolve_media(root, "a.mp4") == str(repository / "blobs" / "abc")
+    (tmp_path / "root").symlink_to(root)
+    assert resolve_media(tmp_path / "root", "a.mp4") == str(repository / "blobs" / "abc")
+    question = ONE | {"videos": ["a.mp4"]}
+    assert record_question(question, "s", "k", str(root)).media == str(repository / "blobs" / "abc")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("../../secret", "datasets--owner--set"),  # outside of the cache
+        ("../other/blobs/abc", "datasets--owner--set"),  # another repository
+        ("refs/main", "datasets--owner--set"),  # not a blob
+        ("blobs/abc", "set"),  # no cache's layout
+    ],
+)
+def test_other_links_are_refused_and_named(cache, target, name):
+    root, repository = cache(target, name)
+    why, text = reason(lambda: resolve_media(root, "a.mp4"))
+    leads_to = os.path.normpath(repository / target)
+    assert why == "path_outside_root" and "through a link" in text and leads_to[:40] in text
+
+
+def test_blobs_are_reached_through_links_only(cache):
+    root, _ = cache("blobs/abc")
+    why, text = reason(lambda: resolve_media(root, "../../blobs/abc"))
+    assert why == "path_outside_root" and "leaves the media root" in text
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,14 @@ def test_what_parse_finds():
     assert (empty.thinking, empty.answer, empty.well_formed, empty.answers_agree) == (None, None, False, True)
 
 
+def test_the_thought_of_a_thinking_model_earns_and_costs_nothing():
+    said = "<thinking>Camera Center: [0, 0, 0]</thinking><answer>A</answer>"
+    tried = "The form is <thinking>Camera Center: [9, 9, 9]</thinking><answer>letter</answer>. <answer>B</answer>"
+    assert parse(f"<think>{tried}</think>\n{said}") == parse(said)
+    assert parse(f"{tried}</think>{said}") == parse(said)
+    assert parse(f"<think>{said}").answer is None
+
+
 @pytest.mark.parametrize(
     ("text", "well_formed"),
     [

@@ -190,6 +190,11 @@ def test_digests_follow_content_not_place(tiny_world, tmp_path):
     (copy / "config.json").write_bytes(settings + b"\n")
     assert model_digest(copy) != first["model.path"]
     (copy / "config.json").write_bytes(settings)
+    for name in ("chat_template.jinja", "processor_config.json"):
+        (copy / name).write_text("{}")
+        assert model_digest(copy) != first["model.path"]
+        (copy / name).unlink()
+    assert model_digest(copy) == first["model.path"]
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)

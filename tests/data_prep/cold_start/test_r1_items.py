@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.cold_start.r1_items import UNSPECIFIED, parse_item, read_items
+from data_prep.cold_start.selection import record as write_record
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.store.export import r1_record
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.records import parse_record
 from tests.data_prep.scenes.random_scenes import random_scene
 
 RELEASED = {
@@ -37,6 +39,15 @@ def test_a_released_record_gives_what_it_has():
     assert item.solution.answer == "B" and item.solution.camera_center == ((0, 0, 0), None)
     assert item.frames is None and item.value is None and item.label == item.object_name == ""
     assert item.question.startswith("Where?") and item.prompt == RELEASED["messages"][0]["content"]
+
+
+def test_a_part_of_a_video_is_kept():
+    record = RELEASED | {"video_start": 1, "video_end": None, "system": "Think."}
+    item = parse_item(record, "x", "fallback")
+    assert item.span == (1.0, None) and item.system == "Think."
+    made = write_record(item, "<thinking>t</thinking><answer>B</answer>", "id")
+    assert (made["video_start"], made["video_end"]) == (1.0, None) and parse_record(made, "k", "root")
+    assert "video_start" not in write_record(parse_item(RELEASED, "x", "f"), "r", "id")
 
 
 def test_a_curated_question_comes_back_whole():
