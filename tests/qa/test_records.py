@@ -61,10 +61,11 @@ def test_placeholders_must_match_files(tmp_path, raw):
     assert why == "placeholder_mismatch" and "k: " in text
 
 
-def test_a_path_that_is_no_unicode_is_refused(tmp_path):
-    assert (
-        reason(lambda: parse_record({"video": "\ud800.mp4", "conversations": [USER]}, "k", tmp_path))[0] == "bad_path"
-    )
+@pytest.mark.parametrize("name", ["\ud800.mp4", "\udc80.mp4", "v\udcff/a.mp4"])
+def test_a_path_that_is_no_unicode_is_refused(tmp_path, name):
+    """Python lets the second and third stand for bytes of a file's name; no message could be printed then."""
+    why, text = reason(lambda: parse_record({"video": name, "conversations": [USER]}, "k", tmp_path))
+    assert why == "bad_path" and text.encode()
 
 
 def test_placeholders_do_not_reach_across_turns(tmp_path):
