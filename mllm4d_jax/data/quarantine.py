@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from mllm4d_jax.files import jsonl
-from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError, cut
 
 _SHOWN_REASONS = 8
 MIN_GROUPS = 20  # no verdict on a share before this many groups of questions
@@ -107,8 +108,13 @@ def main_reasons(path: str | Path) -> str:
       path: the first host's file.
     """
     lines = (line for file in jsonl.of_all_hosts(path) for line in jsonl.scan(file) if line.row is not None)
-    found = Counter(str(line.row.get("reason")) for line in lines)
-    return ", ".join(f"{n} {reason}" for reason, n in found.most_common(_SHOWN_REASONS)) or "none was tried"
+    return counted(str(line.row.get("reason")) for line in lines)
+
+
+def counted(reasons: Iterable[str]) -> str:
+    """Return how often each reason occurs, the most frequent first: "7 missing_file, 2 bad_json"."""
+    found = Counter(reasons).most_common(_SHOWN_REASONS)
+    return ", ".join(f"{n} {cut(reason, 40)}" for reason, n in found) or "none was tried"
 
 
 def _record(path: Path, line: jsonl.Line) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, shown
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, cut, shown
 from mllm4d_jax.qa.rewards import Solution, is_number
 
 ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
@@ -290,8 +290,8 @@ def resolve_media(root: str | Path, relative: str) -> str:
     blobs = _blobs_beside(base)
     if not full.is_relative_to(base) and not (blobs and full.is_relative_to(blobs)):
         raise MediaError(
-            f"media path {shown(relative)} leads through a link to {shown(str(full))}, outside the media root {base}: "
-            "copy the file there, or name a root above both",
+            f"media path {shown(relative)} leads through a link to {cut(str(full), 400)}, outside the media root "
+            f"{base}: copy the file there, or name a root above both",
             "path_outside_root",
         )
     return str(full)

@@ -121,7 +121,7 @@ def test_other_links_are_refused_and_named(cache, target, name):
     root, repository = cache(target, name)
     why, text = reason(lambda: resolve_media(root, "a.mp4"))
     leads_to = os.path.normpath(repository / target)
-    assert why == "path_outside_root" and "through a link" in text and leads_to[:40] in text
+    assert why == "path_outside_root" and "through a link" in text and leads_to in text
 
 
 def test_blobs_are_reached_through_links_only(cache):
