@@ -13,7 +13,7 @@ from data_prep.teacher.json_schema import SchemaError, parse_json
 from mllm4d_jax.qa.errors import RecordError, shown
 from mllm4d_jax.qa.options import split_question
 from mllm4d_jax.qa.records import Span, one_video, read_conversation, text_field, video_spans, without_placeholders
-from mllm4d_jax.qa.rewards import Solution, is_number, is_point
+from mllm4d_jax.qa.rewards import Solution, is_metres, is_point
 
 MAX_LINE_BYTES = 2**20
 UNSPECIFIED = "unspecified"  # scenario of records that name none, as the released file's may
@@ -140,7 +140,7 @@ def _frames(frames: Any) -> tuple[int, int, int] | None:
 
 
 def _value(value: Any) -> float | tuple[float, ...] | None:
-    if value is None or is_number(value):
+    if value is None or is_metres(value):
         return value if value is None else float(value)
     if not is_point(value):
         raise RecordError(f"'value' must be a number of metres, or three, not {shown(value)}")

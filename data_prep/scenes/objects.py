@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.scenes.scene import Scene, SceneObject, move_tracks
-from data_prep.store.untrusted import SceneError, keep_visible, numbers, read_json, read_npz, short
+from data_prep.store.untrusted import SceneError, keep_visible, numbers, read_json, read_npz
+from mllm4d_jax.qa.errors import shown
 
 MAX_MASK_BYTES = 2**31  # all masks of a clip together, one byte a pixel
+MAX_CAPTION = 1000  # characters of what a file calls an object
 MAX_SIDE = 1 << 14
 _RLE_TEXT = re.compile(r"[0-o]*")  # characters 48 to 111
 
@@ -49,10 +51,10 @@ def decode_rle(rle: Any, where: str = "RLE", image_size: tuple[int, int] | None 
       SceneError: not an RLE, another size, or runs that do not add up to the size.
     """
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
-        raise SceneError(f'{where}: expected {{"size": [h, w], "counts": ...}}, got {short(rle)}')
+        raise SceneError(f'{where}: expected {{"size": [h, w], "counts": ...}}, got {shown(rle)}')
     size, counts = rle["size"], rle["counts"]
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(_is_int(n) and 0 < n <= MAX_SIDE for n in size):
-        raise SceneError(f"{where}: size must be [height, width] within {MAX_SIDE}, not {short(size)}")
+        raise SceneError(f"{where}: size must be [height, width] within {MAX_SIDE}, not {shown(size)}")
     if image_size is not None and tuple(size) != tuple(image_size):
         raise SceneError(f"{where}: size is {list(size)}, the images are {list(image_size)}")
     pixels = size[0] * size[1]
@@ -137,9 +139,11 @@ def read_captions(path: str | Path) -> dict[str, Caption]:
     for name, entry in read_json(Path(path)).items():
         fields = entry if isinstance(entry, dict) else {"caption": entry}
         texts = (fields.get("caption"), fields.get("category", ""))
+        if any(isinstance(said, str) and len(said) > MAX_CAPTION for said in (name, *texts)):
+            raise SceneError(f"{path}: {shown(name)} has a name or caption of more than {MAX_CAPTION} characters")
         if not all(isinstance(text, str) for text in texts) or not texts[0].strip():
             raise SceneError(
-                f'{path}: {name!r} must be a caption or {{"caption": ..., "category": ...}}, not {short(entry)}'
+                f'{path}: {name!r} must be a caption or {{"caption": ..., "category": ...}}, not {shown(entry)}'
             )
         captions[name] = Caption(texts[0].strip(), texts[1].strip())
     return captions

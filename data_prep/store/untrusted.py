@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from mllm4d_jax.qa.errors import shown
+
 MAX_NPZ_BYTES = 2**31
 MAX_JSON_BYTES = 2**26  # Python objects take up to some twenty times that
 _MOST_PER_BYTE = 1100  # deflate unpacks one byte into at most 1032
@@ -52,7 +54,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     with as_scene_error(ValueError, RecursionError, name=f"{path} is not JSON"):
         document = json.loads(data.decode("utf-8"))
     if not isinstance(document, dict):
-        raise SceneError(f"{path}: expected a JSON object, got {short(document)}")
+        raise SceneError(f"{path}: expected a JSON object, got {shown(document)}")
     return document
 
 
@@ -149,9 +151,3 @@ def keep_visible(path: str | Path, key: str, values: np.ndarray, visible: np.nda
         raise SceneError(f"{path}: {key} holds NaN or infinite values that are marked visible")
     values[~visible] = np.nan
     return values
-
-
-def short(value: Any) -> str:
-    """Return the repr of a value, cut to 60 characters, for an error's message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

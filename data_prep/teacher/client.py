@@ -20,6 +20,7 @@ from data_prep.store.parts import StoreError, canonical_json
 from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, Endpoint, TeacherError, TransientError
 from data_prep.teacher.json_schema import SchemaError, parse_json
 from data_prep.teacher.replay import Reply, ReplyCache
+from mllm4d_jax.qa.errors import shown
 
 ORACLE, ENDPOINT = "oracle", "endpoint"  # values of the config key teacher.kind
 
@@ -264,5 +265,5 @@ def _read_completion(body: bytes, request: ChatRequest) -> Reply:
     if finish == "length":
         raise ReplyError(f"the reply was cut at max_tokens = {request.max_tokens}: allow more")
     if not isinstance(content, str) or finish not in (None, "stop"):
-        raise ReplyError(f"{request.model} withheld its reply (finish_reason {finish!r})")
+        raise ReplyError(f"{request.model} withheld its reply (finish_reason {shown(finish)})")
     return Reply(request.model, content, usage if isinstance(usage, dict) else {})

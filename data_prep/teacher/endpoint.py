@@ -20,6 +20,7 @@ import httpx
 
 URL_VARIABLE = "MLLM4D_TEACHER_URL"
 KEY_VARIABLE = "MLLM4D_TEACHER_KEY"
+_MOST_DIGITS = 18  # of a Content-Length that is looked at; Python reads no number of thousands of them
 _TRANSIENT = {408, 425, 429}  # and all of 5xx
 _HINTS = {401: f"check {KEY_VARIABLE}", 403: f"check {KEY_VARIABLE}", 404: f"check {URL_VARIABLE} and the model name"}
 
@@ -116,14 +117,19 @@ class Endpoint:
             client,
             client.stream("POST", url, content=body, headers=headers) as response,
         ):
-            promised, data = response.headers.get("Content-Length", "0"), bytearray()
-            if promised.isdecimal() and int(promised) > limit:
-                raise TeacherError(f"the teacher's reply has {promised} bytes, more than the limit of {limit}")
+            check_promised(response.headers.get("Content-Length", ""), limit)
+            data = bytearray()
             async for chunk in response.aiter_raw():
                 data += chunk
                 if len(data) > limit:
                     raise TeacherError(f"the teacher's reply has more bytes than the limit of {limit}")
             return response, data
+
+
+def check_promised(length: str, limit: int) -> None:
+    """Raise TeacherError for a Content-Length of more than `limit` bytes; what is no number says nothing."""
+    if length.isdecimal() and (len(length) > _MOST_DIGITS or int(length) > limit):
+        raise TeacherError(f"the teacher's reply has {length:.40} bytes, more than the limit of {limit}")
 
 
 @functools.cache
@@ -133,7 +139,10 @@ def _trusted() -> ssl.SSLContext:
 
 
 def _retry_after(value: str | None) -> float:
-    """Return the seconds of a Retry-After header: a number of seconds or a date (RFC 9110, section 10.2.3)."""
+    """Return the seconds of a Retry-After header: a number of seconds or a date (RFC 9110, section 10.2.3).
+
+    A number beyond the range of floats is infinity; what is in the past or neither asks for no pause.
+    """
     if value is None:
         return 0.0
     try:
@@ -141,9 +150,9 @@ def _retry_after(value: str | None) -> float:
     except ValueError:
         try:
             date = email.utils.parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
         if date.tzinfo is None:
             date = date.replace(tzinfo=datetime.UTC)
         seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
+    return 0.0 if math.isnan(seconds) else max(0.0, seconds)

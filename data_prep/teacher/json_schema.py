@@ -10,6 +10,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from mllm4d_jax.qa.errors import cut, shown
+
 _LONGEST_MESSAGE = 200  # characters; the library quotes the whole value in its messages
 
 
@@ -48,19 +50,19 @@ def parse_json(text: str, schema: Mapping[str, Any] | None = None) -> Any:
         said = misfit.message
         if len(said) > _LONGEST_MESSAGE:
             said = f"{said[:80]}... does not have {misfit.validator} {misfit.validator_value!r}"
-        raise SchemaError(f"{misfit.json_path}: {said}")
+        raise SchemaError(f"{cut(misfit.json_path, _LONGEST_MESSAGE)}: {cut(said, 2 * _LONGEST_MESSAGE)}")
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise SchemaError(f"an object has a key twice among {[k for k, _ in pairs][:20]}")
+        raise SchemaError(f"an object has a key twice among {shown([k for k, _ in pairs])}")
     return value
 
 
 def _finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise SchemaError(f"{number} is not JSON: numbers must be finite")
+        raise SchemaError(f"{cut(number, 40)} is not JSON: numbers must be finite")
     return value

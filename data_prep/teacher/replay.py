@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.qa.errors import shown
 
 REPLY_FORMAT = 1
 MAX_REPLY_FILE_BYTES = 2**26
@@ -60,7 +61,7 @@ class ReplyCache:
         try:
             value = json.loads(data)
             if value["format"] != REPLY_FORMAT:
-                raise ReplayError(f"{path} has format {value['format']!r}, this release reads {REPLY_FORMAT}")
+                raise ReplayError(f"{path} has format {shown(value['format'])}, this release reads {REPLY_FORMAT}")
             found, reply = value["key"], Reply(value["model"], value["content"], value["usage"])
             if not (isinstance(reply.content, str) and isinstance(reply.model, str) and isinstance(reply.usage, dict)):
                 raise TypeError("a field has the wrong type")
@@ -69,7 +70,7 @@ class ReplyCache:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ReplayError(f"{path} is damaged ({type(error).__name__}: {error}): delete it") from error
         if found != key:
-            raise ReplayError(f"{path} holds the reply to another request ({found}): delete it")
+            raise ReplayError(f"{path} holds the reply to another request ({shown(found)}): delete it")
         return reply
 
     def put(self, key: str, reply: Reply) -> None:

@@ -85,7 +85,7 @@ class ClipSet:
             frames = self._frames(n, clip)
         except RecordError as error:
             raise error.with_key(key) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise RecordError(f"the stored question cannot be read: {error!r}", key=key) from error
         if not isinstance(row, dict):
             raise RecordError(f"is a {type(row).__name__}, not an object with a conversation", key=key)
@@ -129,7 +129,7 @@ def _noted_counts(path: Path, split: str, clips: int) -> list[int] | None:
         if content.get("questions") is None:
             return None
         counts = [int(content["questions"][clip]) for shard in content["shards"][split] for clip in shard]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise RecordFileError(f"{note} is damaged ({error!r}): delete it, and all clips are counted instead") from error
     if len(counts) != clips:
         raise RecordFileError(f"{note} speaks of {len(counts)} clips, the split '{split}' has {clips}: delete it")

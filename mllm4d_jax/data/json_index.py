@@ -12,6 +12,7 @@ import bisect
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping
@@ -108,7 +109,7 @@ def build_index(path: str | Path, chunk: int = CHUNK) -> JsonIndex:
       RecordFileError: the file is missing, empty, or starts with neither `[` nor `{`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RecordFileError(f"{path}: no such file of records (set data.path)")
     with path.open("rb") as file:
         buffer = _Buffer(file, chunk)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from mllm4d_jax.files import jsonl
-from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError, cut
 
+_SHOWN_REASONS = 8
 MIN_GROUPS = 20  # no verdict on a share before this many groups of questions
 
 
@@ -50,7 +53,7 @@ class Quarantine:
         Raises:
           JsonLinesError: a line is damaged; QuarantineError: it names no record.
         """
-        self.path = jsonl.of_host(path, host)
+        self.path, self._of_all = jsonl.of_host(path, host), path
         self.max_rate, self.rejected, self._per_group = max_rate, rejected, per_group
         for file in jsonl.of_all_hosts(path) if fresh else ():
             file.unlink(missing_ok=True)
@@ -68,6 +71,13 @@ class Quarantine:
         self._known.add((source, index))
         entry = {"source": source, "index": index, "key": error.key, "reason": error.reason, "message": error.message}
         jsonl.append(self.path, [entry])
+
+    def nothing_usable(self, name: str) -> QuarantineError:
+        """Return the error for a run of which not one record was usable; `name`: of the records."""
+        return QuarantineError(
+            f"not one usable record in {name}: {main_reasons(self._of_all)}. Every one is named with its reason in "
+            f"{self.path}; check data.root and the reasons"
+        )
 
     def count(self, seen: float) -> None:
         """Counts one skipped record among the first `seen` of the run (on this host).
@@ -87,6 +97,24 @@ class Quarantine:
                 f"{self.max_rate:g} allows; every one is named with its reason in {self.path}. Check data.root and the "
                 "reasons first; raise the rate only if these records may be left out"
             )
+
+
+def main_reasons(path: str | Path) -> str:
+    """Return why records are unusable, the most frequent reason first: "7 missing_file, 2 bad_json".
+
+    All that the files of all hosts name is counted.
+
+    Args:
+      path: the first host's file.
+    """
+    lines = (line for file in jsonl.of_all_hosts(path) for line in jsonl.scan(file) if line.row is not None)
+    return counted(str(line.row.get("reason")) for line in lines)
+
+
+def counted(reasons: Iterable[str]) -> str:
+    """Return how often each reason occurs, the most frequent first: "7 missing_file, 2 bad_json"."""
+    found = Counter(reasons).most_common(_SHOWN_REASONS)
+    return ", ".join(f"{n} {cut(reason, 40)}" for reason, n in found) or "none was tried"
 
 
 def _record(path: Path, line: jsonl.Line) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -106,9 +107,9 @@ def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> 
       RecordFileError: nothing usable there.
     """
     folder, _, split = str(path).rpartition("@")
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return ClipSet(path, DEFAULT_SPLIT, system_prompt)
-    if folder and Path(folder).is_dir():
+    if folder and os.path.isdir(folder):
         return ClipSet(folder, split, system_prompt)
     records = RecordFile(path, root, system_prompt)
     if records.unread:

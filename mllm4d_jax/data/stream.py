@@ -129,7 +129,8 @@ class GroupStream:
         A record or clip that cannot be used leaves its place empty: the group is there with fewer results, or none.
 
         Raises:
-          QuarantineError: too many records are unusable.
+          QuarantineError: too many records are unusable; on a single host, also if there is not a usable one. Several
+            hosts have to ask each other whether all of them are `barren`.
         """
         hosts, groups = self.options.hosts, []
         for n in range(self._groups):
@@ -151,10 +152,18 @@ class GroupStream:
         for _ in range(len(indices) - usable):
             self.quarantine.count(seen)
         self._barren = 0 if usable else self._barren + len(indices)
-        # More than a whole epoch, wherever in one it began.
-        if self._barren * self.options.hosts > 2 * len(self.mixture):
-            raise QuarantineError(f"not one usable record in {self.mixture.name}; see {self.quarantine.path}")
+        if self.barren and self.options.hosts == 1:
+            raise self.nothing_usable()
         return group
+
+    @property
+    def barren(self) -> bool:
+        """None of this host's records was usable for so long that it is more than a whole epoch, wherever it began."""
+        return self._barren * self.options.hosts > 2 * len(self.mixture)
+
+    def nothing_usable(self) -> QuarantineError:
+        """Return the error for a run of which not one record was usable."""
+        return self.quarantine.nothing_usable(self.mixture.name)
 
     def close(self) -> None:
         """Ends what encodes ahead."""

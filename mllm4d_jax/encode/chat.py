@@ -17,7 +17,7 @@ import numpy as np
 from mllm4d_jax.encode.chat_template import ChatForm
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.tokenizer import Piece
-from mllm4d_jax.qa.errors import PlaceholderError, RecordError
+from mllm4d_jax.qa.errors import PlaceholderError, RecordError, shown
 
 ROLES = ("system", "user", "assistant")
 _THOUGHT = re.compile(r"(?:\s*<think>)?(.*?)</think>(.*)", re.DOTALL)
@@ -154,7 +154,7 @@ def _parts(message: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
     """Content of one message as a checked list of parts."""
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RecordError(f"message {index} has role {role!r} (known: {', '.join(ROLES)})", "unknown_role")
+        raise RecordError(f"message {index} has role {shown(role)} (known: {', '.join(ROLES)})", "unknown_role")
     if role == "system" and index > 0:
         raise RecordError(
             f"message {index} is a system message; only the first message can be one (the published templates would "
@@ -177,7 +177,7 @@ def _parts(message: Mapping[str, Any], index: int) -> list[Mapping[str, Any]]:
                 raise RecordError(reason, "bad_text") from error
             continue
         if kind not in _PAD:
-            raise RecordError(f"message {index} has a part that is no text, image or video: {part!r:.120}", "bad_part")
+            raise RecordError(f"message {index} has a part that is no text, image or video: {shown(part)}", "bad_part")
         if role != "user":
             raise RecordError(f"message {index} ({role}) has an {kind} part; only user messages can", "bad_part")
     return list(content)

@@ -20,7 +20,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ImageRule
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import plan_frames
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError, shown
 from mllm4d_jax.qa.records import Record, Span
 
 _MIN_FRAMES = 2
@@ -310,7 +310,7 @@ def media_parts(record: Record) -> list[Mapping[str, Any]]:
         if part["type"] == "video" and isinstance(part.get("frames"), StoredFrames):
             continue
         if not isinstance(part.get("path"), str) or not part["path"]:
-            raise PlaceholderError(f"an {part['type']} part has no file: {dict(part)!r:.120}")
+            raise PlaceholderError(f"an {part['type']} part has no file: {shown(dict(part))}")
     return parts
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.quarantine import Quarantine, main_reasons
 from mllm4d_jax.data.reader import GroupReader
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
@@ -63,7 +63,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     With `rescore.path` nothing is asked, and what that names is scored.
 
     Raises:
-      EvaluationError: no model and nothing to score, nothing to ask, or another process of the run could not finish.
+      EvaluationError: no model and nothing to score, nothing to ask, not one question that could be asked, or another
+        process of the run could not finish.
       StartError, ResumeError, ModelConfigError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError:
         the questions; PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what asks them.
     """
@@ -83,11 +84,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     except Exception:
         multihost.gather([1, 0])  # the others wait in `_agree`
         raise
-    unusable = int(_agree(bad).sum())
+    unusable, answers = int(_agree(bad).sum()), read_predictions(folder)
+    if not answers:
+        raise EvaluationError(
+            f"not one of the {unusable} questions could be asked: {main_reasons(folder / QUARANTINE)}. Every one is "
+            f"named with its reason in {folder / QUARANTINE}; check data.root and the reasons, and delete that file to "
+            "try them again"
+        )
     if multihost.is_primary():
         if unusable:
             print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
-        publish(read_predictions(folder), config, folder, unusable)
+        publish(answers, config, folder, unusable)
     return 0
 
 

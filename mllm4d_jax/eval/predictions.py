@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_bench
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
-from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError, shown
 from mllm4d_jax.report.reading import PREDICTIONS
 
 
@@ -86,10 +87,10 @@ class Prediction(AskedQuestion):
             raise PredictionError(f"{where}: has no {', '.join(missing)}")
         for field, kinds in _TYPES.items():
             if not isinstance(row[field], kinds):
-                raise PredictionError(f"{where}: '{field}' cannot be {row[field]!r}")
+                raise PredictionError(f"{where}: '{field}' cannot be {shown(row[field])}")
         truth, choices = row["truth"], row["choices"]
-        if not truth or any(letter not in choices for letter in truth):
-            raise PredictionError(f"{where}: 'truth' is {truth!r}, the choices are {list(choices)}")
+        if not truth or not all(isinstance(letter, str) and letter in choices for letter in truth):
+            raise PredictionError(f"{where}: 'truth' is {shown(truth)}, the choices are {shown(list(choices))}")
         values = {field: row[field] for field in _FIELDS}
         choices = MappingProxyType({letter: str(text) for letter, text in choices.items()})
         return cls(**(values | {"truth": tuple(truth), "choices": choices}))
@@ -139,7 +140,7 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
         JsonLinesError: a damaged line.
     """
     path = Path(path)
-    files = [path] if path.is_file() else jsonl.of_all_hosts(path / PREDICTIONS)
+    files = [path] if os.path.isfile(path) else jsonl.of_all_hosts(path / PREDICTIONS)
     if not files:
         raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
     found: dict[str, tuple[Prediction, str]] = {}
@@ -148,7 +149,7 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
             where = f"{file}, line {line.number}"
             one = Prediction.from_row(line.row, where)
             if one.id in found:
-                raise PredictionError(f"{where}: question {one.id!r} is also in {found[one.id][1]}")
+                raise PredictionError(f"{where}: question {shown(one.id)} is also in {found[one.id][1]}")
             first = next(iter(found.values()), None)
             if first and first[0].config != one.config:
                 raise PredictionError(
@@ -169,7 +170,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
       PredictionError: nothing there, or a published question without a response; BenchmarkError: unusable questions.
     """
     path = Path(path)
-    if path.is_dir() and jsonl.of_all_hosts(path / PREDICTIONS):
+    if os.path.isdir(path) and jsonl.of_all_hosts(path / PREDICTIONS):
         return read_predictions(path)
     try:
         files = question_files(path)
@@ -261,9 +262,11 @@ class PredictionStore:
         new: set[str] = set()
         for one in predictions:
             if one.config != self.config:
-                raise PredictionError(f"prediction {one.id!r} has the config {one.config}, this store {self.config}")
+                raise PredictionError(
+                    f"prediction {shown(one.id)} has the config {one.config}, this store {self.config}"
+                )
             if one.id in self.done or one.id in new:
-                raise PredictionError(f"question {one.id!r} is answered already in {self.folder}")
+                raise PredictionError(f"question {shown(one.id)} is answered already in {self.folder}")
             new.add(one.id)
         jsonl.append(self.path, [one.to_row() for one in predictions])
         self.done |= new

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.benchmarks import PARSERS, BenchmarkQuestion, ParseFn
-from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.errors import RecordError, shown
 
 _MAX_SHOWN = 20
 
@@ -20,9 +21,10 @@ class BenchmarkError(ValueError):
 def question_files(path: str | Path) -> tuple[Path, ...]:
     """Return a file itself, or all .json and .jsonl files of a folder by name. Raises BenchmarkError without any."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):
         return (path,)
-    found = tuple(sorted(p for p in path.glob("*.json*") if p.suffix in (".json", ".jsonl"))) if path.is_dir() else ()
+    inside = path.glob("*.json*") if os.path.isdir(path) else ()
+    found = tuple(sorted(p for p in inside if p.suffix in (".json", ".jsonl")))
     if not found:
         raise BenchmarkError(f"{path}: no such file, and no folder with .json or .jsonl files")
     return found
@@ -53,7 +55,7 @@ def read_benchmark(
                 raw = source.raw(n)
                 question = _question(PARSERS[benchmark], raw, path.stem, key, root)
                 if question.id in seen:
-                    raise RecordError(f"the id {question.id!r} is also that of {seen[question.id]}", key=key)
+                    raise RecordError(f"the id {shown(question.id)} is also that of {seen[question.id]}", key=key)
             except RecordError as error:
                 problems.append(str(error))
                 continue
@@ -74,8 +76,8 @@ def _question(parse: ParseFn, raw: Mapping[str, Any], stem: str, key: str, root:
     """The parser's result; errors name the question by key and id, and a video must exist."""
     try:
         question = parse(raw, stem, key, root)
-        if question.media is not None and not Path(question.media).is_file():
-            raise RecordError(f"there is no video {question.media}; data.root must be the folder it is in")
+        if question.media is not None and not os.path.isfile(question.media):  # also for a name that no file can have
+            raise RecordError(f"there is no video {shown(question.media)}; data.root must be the folder it is in")
     except RecordError as error:
-        raise error.with_key(f"{key} (id {raw['id']!r})" if isinstance(raw.get("id"), str) else key) from None
+        raise error.with_key(f"{key} (id {shown(raw['id'])})" if isinstance(raw.get("id"), str) else key) from None
     return question

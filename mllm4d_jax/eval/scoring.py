@@ -19,6 +19,7 @@ from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import Prediction
 from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer, extract_answer
+from mllm4d_jax.qa.errors import shown
 
 MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
 _SHOWN_IDS = 20
@@ -213,8 +214,8 @@ def _control(group: Sequence[Scored], control: Sequence[Scored]) -> dict[str, An
 def _check_same(first: Prediction, second: Prediction) -> None:
     if (first.question, dict(first.choices), first.truth) != (second.question, dict(second.choices), second.truth):
         raise ScoringError(
-            f"question {first.id!r} is not the same in both runs: {first.question!r} with {dict(first.choices)}, and "
-            f"{second.question!r} with {dict(second.choices)}"
+            f"question {shown(first.id)} is not the same in both runs: {shown(first.question)} with "
+            f"{shown(dict(first.choices))}, and {shown(second.question)} with {shown(dict(second.choices))}"
         )
 
 

@@ -137,7 +137,7 @@ def of_all_hosts(path: str | Path) -> list[Path]:
         host = file.stem.removeprefix(f"{path.stem}.")
         if host.isdecimal():
             found[int(host)] = file
-    return [file for file in (path, *(found[host] for host in sorted(found))) if file.is_file()]
+    return [file for file in (path, *(found[host] for host in sorted(found))) if os.path.isfile(file)]
 
 
 def _object(text: bytes) -> Row | None:

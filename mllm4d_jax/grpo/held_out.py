@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.kept import KeptGroups
+from mllm4d_jax.data.quarantine import counted
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo.actor import Actor
@@ -52,22 +53,22 @@ class HeldOut:
           RecordError: not one of the prompts can be used.
         """
         found: list[tuple[Mapping[str, float], int]] = []
-        unusable, number = 0, len(self._groups.groups)
+        bad, number = [], len(self._groups.groups)
         with contextlib.closing(iter(self._groups)) as encoded:
             for _ in tqdm(range(0, number, self._at_once), desc="held-out", unit="batch", leave=False):
                 batch = list(itertools.islice(encoded, self._at_once))
                 prompts = [prompt for group in batch for prompt in prompts_of(group)]
                 for error in (error for group in batch for error in group.errors.values()):
                     log.warning("held-out record %s cannot be used: %s", error.key, error.message)
-                unusable += len(batch) - len(prompts)
+                    bad.append(error.reason)
                 if not prompts:
                     continue
                 full = prompts + prompts[:1] * (self._at_once - len(prompts))  # one shape for every batch
                 rollouts = self._actor.draw(PromptStep(tuple(full), 0, 0), weights, 0, step).rollouts
                 found += list(zip(rollouts.rewards, rollouts.lengths.tolist(), strict=True))[: len(prompts)]
         if not found:
-            raise RecordError("not one of the held-out prompts can be used", "no_prompt", self._name)
-        row = {"step": step, "n": len(found), "unusable": unusable, **mean_rewards([values for values, _ in found])}
+            raise RecordError(f"not one of the held-out prompts can be used: {counted(bad)}", "no_prompt", self._name)
+        row = {"step": step, "n": len(found), "unusable": len(bad), **mean_rewards([values for values, _ in found])}
         row["completion_tokens"] = float(np.mean([length for _, length in found]))
         jsonl.append(self._path, [row])
         return row

@@ -27,6 +27,7 @@ from mllm4d_jax.qa.records import (
     LAYOUTS,
     Conversation,
     Span,
+    check_text,
     one_video,
     read_conversation,
     resolve_media,
@@ -38,6 +39,8 @@ from mllm4d_jax.qa.rewards import solution_fields
 
 # The published id of the last question about a video that was filmed from outside; later ones are egocentric.
 VLM4D_LAST_EXOCENTRIC = 922
+_MOST_DIGITS = 18
+_MOST_ID = 500  # characters; ids stand in many places
 # MLLM4D-Bench: scenario, as curation names it -> subtask
 SUBTASKS: Mapping[str, str] = {
     "camera_absolute_distance": "camera_absolute_distance",
@@ -114,16 +117,18 @@ def vlm4d_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None
     Raises:
       RecordError: naming what is wrong.
     """
-    name, question, choices = text_field(raw, "id"), text_field(raw, "question"), _choices(raw.get("choices"))
+    name, question, choices = _id(raw, ""), text_field(raw, "question"), _choices(raw.get("choices"))
     found = _VLM4D_PATH.search(text_field(raw, "video"))
     if not found:
-        raise RecordError(f"'video' is {raw['video']!r}, without videos_real/ or videos_synthetic/ in it")
+        raise RecordError(f"'video' is {shown(raw['video'])}, without videos_real/ or videos_synthetic/ in it")
     folder, split, rest = found[1], found[2], found[3].replace("\\", "/")
     truth, answer = _truth(choices, raw.get("answer")), str(raw.get("answer"))
     if split == "real":
         number = re.search(r"\d+$", name)
-        if not number:
-            raise RecordError("its 'id' does not end in a number, which says whether it is egocentric")
+        if not number or len(number[0]) > _MOST_DIGITS:
+            raise RecordError(
+                "its 'id' does not end in a number that a question can have, which says whether it is egocentric"
+            )
         category = "exocentric" if int(number[0]) <= VLM4D_LAST_EXOCENTRIC else "egocentric"
         subtask = "numeric" if all(type(option) is int for option in raw["choices"].values()) else "text"
     else:
@@ -144,7 +149,7 @@ def bench_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None
     """
     read, scenario = record_question(raw, stem, key, root), raw.get("question_type")
     if scenario not in SUBTASKS:
-        raise RecordError(f"'question_type' must be one of {', '.join(SUBTASKS)}, not {scenario!r}")
+        raise RecordError(f"'question_type' must be one of {', '.join(SUBTASKS)}, not {shown(scenario)}")
     return dataclasses.replace(read, benchmark="mllm4d", split="bench", category=scenario, subtask=SUBTASKS[scenario])
 
 
@@ -171,7 +176,7 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
         None if raw.get(field) is None else text_field(raw, field) for field in ("category", "subtask", "question_type")
     )
     return BenchmarkQuestion(
-        id=str(raw.get("id", key)),
+        id=_id(raw, key),
         benchmark="jsonl",
         split=stem,
         category=category or scenario,
@@ -191,22 +196,34 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
 PARSERS: Mapping[str, ParseFn] = {"vlm4d": vlm4d_question, "mllm4d": bench_question, "jsonl": record_question}
 
 
+def _id(raw: Mapping[str, Any], key: str) -> str:
+    found = key if raw.get("id") is None else raw["id"]
+    if not isinstance(found, str | int) or not 0 < len(str(found).strip()) <= _MOST_ID:
+        raise RecordError(
+            f"'id' must be a text or a whole number, of at most {_MOST_ID} characters, not {shown(found)}"
+        )
+    check_text(str(found), "'id'")
+    return str(found)
+
+
 def _choices(value: Any) -> Mapping[str, str]:
     if not isinstance(value, Mapping) or len(value) < 2:
         raise RecordError(f"'choices' must be an object with two options or more, not {shown(value)}")
     for letter, option in value.items():
         if len(letter) != 1 or letter not in string.ascii_uppercase:
-            raise RecordError(f"'choices' must have capital letters as keys, not {letter!r}")
+            raise RecordError(f"'choices' must have capital letters as keys, not {shown(letter)}")
         usable = isinstance(option, str | int | float) and not isinstance(option, bool)
         if not usable or not str(option).strip():
-            raise RecordError(f"option {letter} must be a text or a number, not {option!r}")
+            raise RecordError(f"option {letter} must be a text or a number, not {shown(option)}")
+        check_text(str(option), f"option {letter}")
     return MappingProxyType({letter: str(option) for letter, option in value.items()})
 
 
 def _truth(choices: Mapping[str, str], answer: Any) -> tuple[str, ...]:
     truth = true_letters(choices, answer)
     if not truth:
-        raise RecordError(f"'answer' is {answer!r}, which is none of the options {dict(choices)}")
+        answer_said = shown(answer)
+        raise RecordError(f"'answer' is {answer_said}, which is none of the options {shown(dict(choices))}")
     return truth
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllm4d_jax.qa.errors import did_you_mean
+from mllm4d_jax.qa.errors import MOST_SAID, cut, did_you_mean, shown
 from mllm4d_jax.qa.rewards import COMPONENTS, PRESETS, RewardWeights, score
 
 CustomReward = Callable[[str, Any, Any], float]
@@ -146,15 +146,15 @@ def load_function(path: str) -> CustomReward:
 
 
 def _call(path: str, function: CustomReward, completion: str, solution: Any, record: Any) -> float:
-    where = f" on record {record['id']!r}" if isinstance(record, Mapping) and "id" in record else ""
+    where = f" on record {shown(record['id'])}" if isinstance(record, Mapping) and "id" in record else ""
     try:
         value = function(completion, solution, record)
     except Exception as error:
         raise RewardError(f"reward {path!r} raised {_said(error)}{where}") from error
     if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise RewardError(f"reward {path!r} returned {value!r}{where}; it must return a number in [0, 1]")
+        raise RewardError(f"reward {path!r} returned {shown(value)}{where}; it must return a number in [0, 1]")
     return float(value)
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return cut(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, MOST_SAID)

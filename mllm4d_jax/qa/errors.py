@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, Self
 
+MOST_SAID = 1200  # characters of what is said about a record
+
 
 class ProcessorError(ValueError):
     """The model folder, tokenizer or options are wrong; every record would fail, so nothing is quarantined."""
@@ -18,13 +20,15 @@ class RecordError(ValueError):
     Attributes:
       reason: short machine word, e.g. "missing_file", "truncated_video", "timeout", "too_long".
       key: the record's key ("file.json#17"), "" while unknown. `str(error)` starts with it.
+
+    Message and key may quote the record and are cut: they go to logs, lists and pages.
     """
 
     default_reason = "bad_record"
 
     def __init__(self, message: str, reason: str = "", key: str = ""):
         # All three go to `args`, which keeps the error picklable across worker processes.
-        super().__init__(message, reason or self.default_reason, key)
+        super().__init__(cut(message, MOST_SAID), reason or self.default_reason, cut(key, MOST_SAID // 4))
         self.message, self.reason, self.key = self.args
 
     def __str__(self) -> str:
@@ -35,8 +39,8 @@ class RecordError(ValueError):
         if self.key:
             return self
         named = copy.copy(self)
-        named.args = (self.message, self.reason, key)
-        named.key = key
+        named.key = cut(key, MOST_SAID // 4)
+        named.args = (self.message, self.reason, named.key)
         return named
 
 
@@ -64,10 +68,17 @@ class TooLongError(RecordError):
     default_reason = "too_long"
 
 
+def cut(text: str, most: int) -> str:
+    """Return a text of somebody else's as a message may hold it: at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def shown(value: Any) -> str:
     """Return a value as a message shows it: its repr, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return cut(repr(value), 80)
+    except ValueError:  # Python writes no number of thousands of digits
+        return f"a number of type {type(value).__name__}, too long to be written"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

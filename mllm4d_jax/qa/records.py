@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, shown
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, cut, shown
 from mllm4d_jax.qa.rewards import Solution, is_number
 
 ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}
@@ -86,8 +86,8 @@ class Conversation:
         roles = [turn["role"] for turn in asked]
         if roles not in (["user"], ["system", "user"]):
             raise RecordError(
-                f"'{self.layout}' asks in the turns {roles}; a question is one turn of the user, after at most one of "
-                "the system"
+                f"'{self.layout}' asks in the turns {shown(roles)}; a question is one turn of the user, after at most "
+                "one of the system"
             )
         return (asked[0]["content"] if len(asked) == 2 else None), asked[-1]["content"]
 
@@ -166,7 +166,7 @@ def read_conversation(raw: Mapping[str, Any]) -> Conversation:
     """
     layouts = [name for name in LAYOUTS if name in raw]
     if len(layouts) != 1:
-        raise RecordError(f"'conversations' or 'messages', one of them, must be among its fields {sorted(raw)}")
+        raise RecordError(f"'conversations' or 'messages', one of them, must be among its fields {shown(sorted(raw))}")
     layout = layouts[0]
     if not isinstance(raw[layout], list) or not raw[layout]:
         raise RecordError(f"'{layout}' must be a list of turns with one in it, not {shown(raw[layout])}")
@@ -177,7 +177,7 @@ def read_conversation(raw: Mapping[str, Any]) -> Conversation:
         if asked.count(f"<{kind}>") != len(named):
             raise PlaceholderError(
                 f"'{layout}' has {asked.count(f'<{kind}>')} <{kind}> in the user's text for {len(named)} {kind} "
-                f"file(s) {named}; each file needs one <{kind}> where it belongs"
+                f"file(s) {shown(named)}; each file needs one <{kind}> where it belongs"
             )
     return Conversation(layout, _with_system(raw, turns), files, video_spans(raw, len(files["video"])))
 
@@ -248,6 +248,7 @@ def text_field(raw: Mapping[str, Any], field: str, default: str | None = None) -
     if not isinstance(value, str) or not (value.strip() or default == ""):
         wanted = "a text" if default == "" else "a text that is not empty"
         raise RecordError(f"'{field}' must be {wanted}, not {shown(value)}")
+    check_text(value, f"'{field}'")
     return value
 
 
@@ -276,6 +277,7 @@ def resolve_media(root: str | Path, relative: str) -> str:
         raise MediaError(f"media path {shown(relative)} is not a usable path", "bad_path")
     base = Path(root).resolve()
     try:
+        relative.encode("utf-8")  # half a surrogate pair can stand for a byte in a file's name, but in no message
         full = (base / relative).resolve()
     except (OSError, RuntimeError, UnicodeError) as error:  # a link that loops, half a surrogate pair
         raise MediaError(f"media path {shown(relative)} cannot be resolved ({error})", "bad_path") from error
@@ -288,8 +290,8 @@ def resolve_media(root: str | Path, relative: str) -> str:
     blobs = _blobs_beside(base)
     if not full.is_relative_to(base) and not (blobs and full.is_relative_to(blobs)):
         raise MediaError(
-            f"media path {shown(relative)} leads through a link to {shown(str(full))}, outside the media root {base}: "
-            "copy the file there, or name a root above both",
+            f"media path {shown(relative)} leads through a link to {cut(str(full), 400)}, outside the media root "
+            f"{base}: copy the file there, or name a root above both",
             "path_outside_root",
         )
     return str(full)
@@ -333,8 +335,10 @@ def _turn(turn: Any, where: str, who: str, what: str) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get(who), str) or not isinstance(turn.get(what), str):
         raise RecordError(f"{where} must be an object with strings '{who}' and '{what}', not {shown(turn)}")
     if turn[who] not in ROLES:
-        raise RecordError(f"{where} has the role {turn[who]!r}; known roles are {', '.join(ROLES)}", "unknown_role")
-    _check_text(turn[what], where)
+        raise RecordError(
+            f"{where} has the role {shown(turn[who])}; known roles are {', '.join(ROLES)}", "unknown_role"
+        )
+    check_text(turn[what], where)
     read = {"role": ROLES[turn[who]], "content": turn[what]}
     return read if _is_learned(turn, where) or read["role"] != "assistant" else read | {"loss": False}
 
@@ -347,7 +351,7 @@ def _is_learned(turn: Mapping[str, Any], where: str) -> bool:
             known = "only true and false, or 1 and 0, are supported: a turn is learned or not"
             raise RecordError(f"{where} has the {name} {shown(value)}; {known}")
     if len(set(map(bool, given.values()))) > 1:
-        raise RecordError(f"{where} says in 'loss' and 'weight' that it is learned and that it is not: {given}")
+        raise RecordError(f"{where} says in 'loss' and 'weight' that it is learned and that it is not: {shown(given)}")
     return all(given.values())
 
 
@@ -362,14 +366,15 @@ def _with_system(raw: Mapping[str, Any], turns: Sequence[Message]) -> tuple[Mess
         return tuple(turns)
     if not isinstance(given, str):
         raise RecordError(f"'system' must be a text, not {shown(given)}")
-    _check_text(given, "'system'")
+    check_text(given, "'system'")
     own = [turn["content"] for turn in turns if turn["role"] == "system"]
     if own and own[0] != given:
         raise RecordError(f"'system' and the turn of the system differ: {shown(given)} and {shown(own[0])}")
     return tuple(turns) if own else ({"role": "system", "content": given}, *turns)
 
 
-def _check_text(text: str, where: str) -> None:
+def check_text(text: str, where: str) -> None:
+    """Raise RecordError, which begins with `where`, for a text that is not valid Unicode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

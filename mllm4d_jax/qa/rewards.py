@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from mllm4d_jax.qa.errors import SolutionError, did_you_mean, shown
 from mllm4d_jax.qa.options import split_label
-from mllm4d_jax.qa.reasoning import Vec3, parse
+from mllm4d_jax.qa.reasoning import MAX_METRES, Vec3, parse
 
 COMPONENTS = ("accuracy", "format", "camera", "object")  # of the total, by the names of their shares
 FORMAT_PARTS = ("tags", "centers", "length")
@@ -201,9 +201,14 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def is_metres(value: Any) -> bool:
+    """Return whether a JSON value is a number of metres: finite, and of a place that can be in a video."""
+    return is_number(value) and abs(value) <= MAX_METRES
+
+
 def is_point(value: Any) -> bool:
-    """Return whether a JSON value is a list of three numbers."""
-    return _is_list(value) and len(value) == 3 and all(map(is_number, value))
+    """Return whether a JSON value is a list of three numbers of metres."""
+    return _is_list(value) and len(value) == 3 and all(map(is_metres, value))
 
 
 def _is_list(value: Any) -> bool:
@@ -220,5 +225,8 @@ def _states(solution: Mapping[str, Any], field: str) -> tuple[Vec3 | None, ...]:
         centers = [centers]
     wrong = next((center for center in centers if center is not None and not is_point(center)), None)
     if wrong is not None:
-        raise SolutionError(f"'solution.{field}' holds {shown(wrong)}, which is neither null nor three finite numbers")
+        raise SolutionError(
+            f"'solution.{field}' holds {shown(wrong)}, which is neither null nor three finite numbers of metres (of "
+            f"{MAX_METRES:g} at most)"
+        )
     return tuple(center if center is None else tuple(float(x) for x in center) for center in centers)

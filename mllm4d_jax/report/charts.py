@@ -17,6 +17,7 @@ import numpy as np
 from mllm4d_jax.report.page import Markup, tag
 
 WIDTH = 360.0
+MOST = 1e300  # nothing that is drawn is larger: sums and differences stay finite
 COLOURS = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 12.0, 22.0, 36.0
 _HEIGHT = 220.0
@@ -25,6 +26,12 @@ _BINS = 24  # of a histogram
 _DASHES = (None, "6 3", "2 3")
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+
+
+def drawable(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return values f64[N] that can be added and scaled: finite ones beyond `MOST` become it."""
+    given = np.asarray(values, np.float64)
+    return np.where(np.isfinite(given), np.clip(given, -MOST, MOST), given)
 
 
 def series_look(index: int) -> tuple[str, str | None]:
@@ -37,7 +44,7 @@ def number_text(value: float, step: float = 0.0) -> str:
     if not math.isfinite(value):
         return "–"
     if step <= 0:
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
     if step < 1e-4 or step >= 1e5:
         return _scientific(value, step) if abs(value) > step / 2 else "0"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -135,6 +142,7 @@ def bars(
     for name, values in series.items():
         if len(values) != len(labels) or any(v < 0 or math.isinf(v) for v in values):
             raise ValueError(f"bars {title!r}: series {name!r} needs a finite value >= 0 for all {len(labels)} labels")
+    series = {name: drawable(values).tolist() for name, values in series.items()}
     known = [v for values in series.values() for v in values if not math.isnan(v)]
     if not known:
         return empty(title)
@@ -172,7 +180,7 @@ def histogram(
       step: the values are multiples of this (1: whole numbers), so every bar takes the same number of them; 0: any.
       upper: values above are not drawn but counted in the note.
     """
-    given = np.asarray(values, np.float64).reshape(-1)
+    given = drawable(values).reshape(-1)
     finite = given[np.isfinite(given)]
     drawn = finite if upper is None else finite[finite <= upper]
     if not drawn.size:
@@ -282,7 +290,7 @@ def _drawn(name: str, points: np.ndarray, box: _Box, look: str, pattern: str | N
 
 def _curve(x: Sequence[float], y: Sequence[float], log_y: bool) -> np.ndarray:
     """f64[N, 2], thinned, y as exponents of ten with `log_y`; rows of NaN are gaps."""
-    points = np.array([np.asarray(x, np.float64), np.asarray(y, np.float64)]).T
+    points = np.array([drawable(x), drawable(y)]).T
     if log_y:
         with np.errstate(divide="ignore", invalid="ignore"):
             points[:, 1] = np.where(points[:, 1] > 0, np.log10(points[:, 1]), np.nan)

@@ -33,6 +33,7 @@ class Quantity:
     kind: str = "mean"
 
 
+_LONG = 1e15  # a number above this is written with a power of ten
 # What is not here is a mean and is called what it is named.
 _TABLE: Mapping[str, Quantity] = MappingProxyType(
     {
@@ -79,7 +80,9 @@ def title(key: str) -> str:
 
 def written(values: Mapping[str, float], key: str) -> str:
     """Return a value as text, a dash where there is none."""
-    return format(values[key], quantity(key).form) if key in values else "–"
+    if key not in values:
+        return "–"
+    return format(values[key], quantity(key).form if abs(values[key]) < _LONG else ".3g")
 
 
 def line(values: Mapping[str, float], keys: Sequence[str]) -> str:

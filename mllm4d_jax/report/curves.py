@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mllm4d_jax.report.charts import lines
+from mllm4d_jax.report.charts import drawable, lines
 from mllm4d_jax.report.columns import column, quantities, quantity
 from mllm4d_jax.report.page import Markup, join, tag
 from mllm4d_jax.report.reading import Row, Run
@@ -112,7 +112,7 @@ def _chart(panel: Panel, runs: Mapping[str, Run]) -> Markup:
     alone = len(runs) == 1
     named = [(_short(key) if alone else name, key, run) for name, run in runs.items() for key in panel.keys]
     for name, key, run in named:
-        x, y = column(run.metrics, key)
+        x, y = map(drawable, column(run.metrics, key))
         width = _width(len(x), key)
         if len(x) or not alone:
             series[name] = (x, running_mean(y, width))
@@ -166,7 +166,7 @@ def _band(metrics: Sequence[Row], key: str, name: str, width: int) -> dict[str, 
     if not rows:
         return {}
     x, mean = column(rows, key)
-    mean, std = running_mean(mean, width), running_mean(column(rows, std_key)[1], width)
+    mean, std = (running_mean(drawable(v), width) for v in (mean, column(rows, std_key)[1]))
     return {name: (x, mean - std, mean + std)}
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm4d_jax.files.jsonl import Row
+from mllm4d_jax.qa.errors import cut
 from mllm4d_jax.qa.options import split_label
-from mllm4d_jax.report.reading import number, outcome_of_prediction, text
+from mllm4d_jax.qa.reasoning import MAX_METRES
+from mllm4d_jax.report.reading import MOST_NAME, number, outcome_of_prediction, text
 
 Vec3 = tuple[float, float, float]
 MAX_STATES = 16  # centres of one kind that are drawn; a question has two
@@ -68,7 +70,7 @@ def completion_item(row: Row) -> ShownAnswer:
     """A line of completions.jsonl."""
     solution = row["solution"] if isinstance(row.get("solution"), Mapping) else {}
     rewards = row["rewards"] if isinstance(row.get("rewards"), Mapping) else {}
-    scores = {name: number(value) for name, value in list(rewards.items())[:MAX_PARTS]}
+    scores = {cut(name, MOST_NAME): number(value) for name, value in list(rewards.items())[:MAX_PARTS]}
     scores = _finite(scores | {name: number(row.get(name)) for name in ("total", "advantage")})
     answer, truth, outcome = text(row.get("answer")), text(solution.get("answer")), "not judged"
     truth = (split_label(truth) or (truth,))[0]  # as the rewards read it: the letter of "A. left"
@@ -147,4 +149,4 @@ def _point(value: Any) -> Vec3 | None:
     if not isinstance(value, list) or len(value) != 3:
         return None
     found = tuple(map(number, value))
-    return found if all(map(math.isfinite, found)) else None
+    return found if all(abs(metres) <= MAX_METRES for metres in found) else None  # NaN is neither

@@ -24,6 +24,7 @@ TONES = ("", "good", "warn", "bad")
 _VOID = frozenset({"br", "hr", "img", "input", "meta"})
 _ANCHOR = re.compile(r"[a-z][a-z0-9-]*")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_LONG = 1e15  # a number above this is written with a power of ten
 _SHORT = 40  # characters that a table's cell keeps on one line
 _QUALITIES = (85, 70, 55, 40)
 
@@ -129,7 +130,8 @@ def number(value: float, digits: int = 0, *, percent: bool = False, tone: str = 
     """A numeric cell: thousands apart, `digits` after the point; NaN shows as a dash and is sorted last."""
     if math.isnan(value):
         return Cell("–", value, tone)
-    return Cell(f"{value:.{digits}%}" if percent else f"{value:,.{digits}f}", value, tone)
+    form = ".3g" if abs(value) >= _LONG else f".{digits}%" if percent else f",.{digits}f"
+    return Cell(format(value, form), value, tone)
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], *, caption: str, filter: bool = False) -> Markup:

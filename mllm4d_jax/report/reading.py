@@ -7,6 +7,7 @@ each line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,11 +17,15 @@ from typing import Any
 
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.jsonl import Row
+from mllm4d_jax.qa.errors import cut
 
 CONFIG, FACTS, METRICS, EVALS, RESULTS = "config.json", "facts.json", "metrics.jsonl", "evals.jsonl", "results.json"
 COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"
 SCORED = "scored.jsonl"  # predictions as the newest scoring read them; shown in their place
 SHOWN = (METRICS, EVALS, COMPLETIONS, PREDICTIONS, RESULTS)  # one of them makes a report
+
+MOST_NAME = 100  # characters of the name of a column, a category or a reward
+MOST_COLUMNS = 300
 
 Place = tuple[Path, int]  # file and byte at which a line starts
 
@@ -166,8 +171,9 @@ def _completion(place: Place, row: Row) -> CompletionPlace:
 
 
 def _prediction(place: Place, row: Row) -> PredictionPlace:
-    names = (text(row.get(field)) for field in ("id", "benchmark", "split", "category", "subtask"))
-    return PredictionPlace(place, *names, outcome_of_prediction(row), row.get("conflict") is True)
+    names = (cut(text(row.get(field)), MOST_NAME) for field in ("benchmark", "split", "category", "subtask"))
+    conflict = row.get("conflict") is True
+    return PredictionPlace(place, text(row.get("id")), *names, outcome_of_prediction(row), conflict)
 
 
 def _scan(path: Path, notes: list[str]) -> Iterator[tuple[Place, Row]]:
@@ -184,9 +190,15 @@ def _scan(path: Path, notes: list[str]) -> Iterator[tuple[Place, Row]]:
 
 
 def _by_step(rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Rows with a step, in its order; of a step that a resumed run repeated, the last."""
+    """Rows with a step, in its order; of a step that a resumed run repeated, the last.
+
+    Columns with a long name are left out, and so are those that come after `MOST_COLUMNS` others.
+    """
     steps = {number(row.get("step")): row for row in rows}
-    return tuple(steps[step] for step in sorted(step for step in steps if math.isfinite(step)))
+    kept = [steps[step] for step in sorted(step for step in steps if math.isfinite(step))]
+    names = dict.fromkeys(name for row in kept for name in row if len(name) <= MOST_NAME)
+    shown = frozenset(itertools.islice(names, MOST_COLUMNS))
+    return tuple(row if row.keys() <= shown else {n: v for n, v in row.items() if n in shown} for row in kept)
 
 
 def _distinct(lines: Iterable[tuple[Place, Row]], make: Callable[[Place, Row], Any], *fields: str) -> tuple[Any, ...]:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm4d_jax.qa.errors import cut
 from mllm4d_jax.report.charts import bars
 from mllm4d_jax.report.page import Cell, Column, Markup, join, shortened, table, tag
 from mllm4d_jax.report.page import number as number_cell
-from mllm4d_jax.report.reading import PredictionPlace, number, text
+from mllm4d_jax.report.reading import MOST_NAME, PredictionPlace, number, text
 
 _MAX_ROWS = 2000  # of one table of results.json
 _FIELD, _LONG = 600, 20_000  # bytes of a value, and of what is not in a table
@@ -91,12 +92,12 @@ def _text_table(block: Any) -> Markup | None:
     if not (heads and rows):
         return None
     numeric = [n > 0 and all(_leading(row[n]) is not None for row in rows) for n in range(len(heads))]
-    columns = [Column(text(head) or "group", numeric[n]) for n, head in enumerate(heads)]
+    columns = [Column(cut(text(head), MOST_NAME) or "group", numeric[n]) for n, head in enumerate(heads)]
     cells = [
         [Cell(shortened(cell, _FIELD), _leading(cell) if numeric[n] else None) for n, cell in enumerate(row)]
         for row in rows[:_MAX_ROWS]
     ]
-    made = table(columns, cells, caption=text(block.get("title")), filter=len(rows) > 8)
+    made = table(columns, cells, caption=cut(text(block.get("title")), MOST_NAME), filter=len(rows) > 8)
     return join([made, tag("p", shortened(text(block.get("note")), _LONG), class_="note")])
 
 

@@ -17,6 +17,7 @@ from mllm4d_jax.report.page import Cell, Column, Markup, join, shortened, table,
 from mllm4d_jax.report.reading import PredictionPlace, Run, number, text
 from mllm4d_jax.report.scores import accuracies
 
+_MAX_REASONS = 100
 _MAX_ROWS = 500  # of the table of quarantined records
 FIELD = 600  # bytes of a value
 _SPEED = ("step_s", "qa_per_s", "rollouts_per_s", "tokens_per_s_device", "mfu", "padding", "data_wait", "memory_gib")
@@ -198,7 +199,7 @@ def file_table(run: Run) -> Markup:
 def quarantine_section(rows: Sequence[Row]) -> Markup:
     """Counts by reason, and the records themselves."""
     counted = Counter(text(row.get("reason")) or "unknown" for row in rows)
-    counts = [[shortened(reason, FIELD), Cell(f"{n:,}", n)] for reason, n in counted.most_common()]
+    counts = [[shortened(reason, FIELD), Cell(f"{n:,}", n)] for reason, n in counted.most_common(_MAX_REASONS)]
     fields = ("key", "reason", "message")
     shown = [[shortened(text(row.get(name)), FIELD) for name in fields] for row in rows[:_MAX_ROWS]]
     more = f"{len(rows) - _MAX_ROWS:,} further records are in quarantine.jsonl." if len(rows) > _MAX_ROWS else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -99,17 +100,17 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
 
 def place_problems(name: str, path: str, root: str) -> Iterator[str]:
     """Yield what is wrong with a place of records and with their media folder, one line each; no path, no line."""
-    if path and not (Path(path).is_file() or _is_clip_set(path)):
+    if path and not (os.path.isfile(path) or _is_clip_set(path)):
         yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
     if path and not root and not _is_clip_set(path):
         yield f"{name} {path} has no media folder, where its video paths start: --config.data.root=DIR, or its own root"
-    if root and not Path(root).is_dir():
+    if root and not os.path.isdir(root):
         yield f"{root} is not a folder: media of {path or 'the records'} should be in it"
 
 
 def _is_clip_set(path: str) -> bool:
     """Whether a path names a TFDS set, with or without its split."""
-    return any((Path(p) / "features.json").is_file() for p in (path, path.rpartition("@")[0]) if p)
+    return any(os.path.isfile(Path(p) / "features.json") for p in (path, path.rpartition("@")[0]) if p)
 
 
 def _prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:

@@ -24,7 +24,7 @@ from mllm4d_jax.rows.rows import RowBatch, RowSizes
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.run.watchdog import Watchdog
 
-_GO, _STOP, _FAILED = range(3)
+_GO, _BARREN, _STOP, _FAILED = range(4)
 
 
 class FeedError(ValueError):
@@ -64,7 +64,7 @@ class StepFeed:
         """The next step, or None once a process was asked to stop. `last`: the run needs none after it.
 
         Raises:
-          QuarantineError: as `Loader.next_step`.
+          QuarantineError: as `Loader.next_step`, and when no process has a usable record.
           FeedError: that happened on another process.
         """
         if self._alone:  # arrays are put together while the device works on the step before
@@ -104,7 +104,8 @@ class StepFeed:
                 prepared = self._prepare()
             except Exception as error:  # the others must hear of it before it is raised
                 problem = error
-        status = _FAILED if problem is not None else _STOP if self._stop else _GO
+        barren = _BARREN if self._loader.stream.barren else _GO
+        status = _FAILED if problem is not None else _STOP if self._stop else barren
         needed = np.zeros((self._number, len(dataclasses.fields(RowSizes))), int)
         needed[: len(prepared)] = [dataclasses.astuple(step.needed) for step in prepared] or 0
         with self._watchdog.phase("agreeing with the other processes"):
@@ -113,6 +114,8 @@ class StepFeed:
         if (statuses == _FAILED).any():
             failed = ", ".join(map(str, np.flatnonzero(statuses == _FAILED)))
             raise problem or FeedError(f"process {failed} of {len(statuses)} cannot go on; its own output says why")
+        if (statuses == _BARREN).all():
+            raise self._loader.stream.nothing_usable()
         total = Counts(*told.sum(axis=0).tolist())
         if last:
             return None, total

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.data.group_encoder import EncodedGroup, GroupEncoder
 from mllm4d_jax.data.kept import KeptGroups
+from mllm4d_jax.data.quarantine import counted
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.data.stream import LoaderOptions
 from mllm4d_jax.models.split import merge_model
@@ -90,7 +91,9 @@ class HeldOutLoss:
                 jax.block_until_ready(sums[-2:-1])  # one in flight while the next is put together, and no more
         total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         if not weight:
-            raise HeldOutError(f"data.eval_path: not one usable record; the first: {bad[0] if bad else 'none at all'}")
+            why = counted(error.reason for error in bad)
+            first = bad[0] if bad else "none at all"
+            raise HeldOutError(f"data.eval_path: not one usable record ({why}); the first: {first}")
         if bad and not self._warned:
             listed = "; ".join(str(error) for error in bad[:5])
             log.warning("%d held-out records cannot be used and are left out, the first: %s", len(bad), listed)

@@ -37,7 +37,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       PreflightError: something is missing; lists everything.
       ResumeError: the workdir holds a run with other settings.
       StartError: what model.adapter names cannot be started from.
-      QuarantineError: too many unusable records; FeedError on the other processes of the run.
+      QuarantineError: too many unusable records, or not a usable one (then on all processes); FeedError on the other
+        processes of the run.
       TrainingError: loss or gradient is not finite.
       HeldOutError: no record of data.eval_path can be used.
     """
@@ -69,6 +70,8 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
             run.record(losses.note(trainer.finish()))
         if setup.held_out is not None and losses.held_out is None:  # never looked at so far
             losses.held_out = held_out_loss()
+        if step == c.steps and not losses.learned:
+            raise setup.loader.stream.nothing_usable()
         run.save(trainer.trainable, trainer.opt_state, losses.value)
 
     if setup.held_out is not None:
@@ -87,27 +90,38 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
 
 class Losses:
     """What the best checkpoints are chosen by: the newest held-out loss where there are held-out records, else the mean
-    over the newest `log_every` steps.
+    over the newest `log_every` steps that had a usable record.
 
     Attributes:
       held_out: the newest; None before the first.
+      learned: a step had a usable record.
     """
 
     def __init__(self, run: TrainingRun, held_out: bool) -> None:
         """Go on from the rows that an earlier part of the run recorded. `held_out`: there are held-out records."""
         rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step)
-        self._recent = deque((row["loss"] for row in rows), maxlen=run.config.train.log_every)
+        self._recent: deque[float] = deque(maxlen=run.config.train.log_every)
+        self.learned = False
+        for row in rows:
+            self._take(row)
         measured = (row["eval_loss"] for row in reversed(rows) if "eval_loss" in row)
         self.held_out: float | None = next(measured, None) if held_out else None
 
     def note(self, row: dict | None) -> dict | None:
         """Remember the losses of a step's results, and return these."""
         if row is not None:
-            self._recent.append(row["loss"])
+            self._take(row)
             self.held_out = row.get("eval_loss", self.held_out)
         return row
 
+    def _take(self, row: dict) -> None:
+        if row.get("examples", 1):
+            self.learned = True
+            self._recent.append(row["loss"])
+
     @property
     def value(self) -> float:
-        """The loss that counts."""
-        return math.fsum(self._recent) / len(self._recent) if self.held_out is None else self.held_out
+        """The loss that counts; infinity before the first usable record."""
+        if self.held_out is not None:
+            return self.held_out
+        return math.fsum(self._recent) / len(self._recent) if self._recent else math.inf

@@ -220,8 +220,15 @@ def test_too_many_bad_records_stop_the_run(make_loader, tmp_path):
     with pytest.raises(QuarantineError, match="max_quarantine_rate = 0.01") as caught:
         keys(make_loader([-1] * 50 + [5] * 50, rate=0.01), 40)
     assert str(tmp_path / "quarantine.jsonl") in str(caught.value)
-    with pytest.raises(QuarantineError, match="not one usable record"):
+    with pytest.raises(QuarantineError, match=r"not one usable record in .*r.json: 4 missing_file\. Every one"):
         keys(make_loader([-1] * 4, rate=1.0, fresh=True), 9)
+
+
+def test_one_of_several_hosts_without_a_usable_record_goes_on(make_loader):
+    loader = make_loader([-1] * 4, rate=1.0, fresh=True, batch_size=4, hosts=2)
+    assert not loader.stream.barren
+    keys(loader, 9)
+    assert loader.stream.barren
 
 
 def test_a_bug_is_not_quarantined(make_loader):

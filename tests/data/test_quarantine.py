@@ -10,6 +10,7 @@ import pytest
 from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
 from mllm4d_jax.files.jsonl import JsonLinesError
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.records import parse_record
 
 
 def test_a_half_written_line_is_dropped(tmp_path):
@@ -51,6 +52,26 @@ def test_hosts_write_their_own_file_and_know_what_all_found(tmp_path):
     # A run from the start forgets them all: else it would read other records than when it goes on.
     Quarantine(tmp_path / "q.jsonl", 0.5, host=1, fresh=True)
     assert not any(Quarantine(tmp_path / "q.jsonl", 0.5).knows(0, n) for n in (0, 1)) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {f"key {n}": n for n in range(100_000)},
+        {"conversations": [{"from": "x" * 5_000_000, "value": "a"}]},
+        {"conversations": [{"from": "human", "value": ["x"] * 1_000_000}]},
+        {"video": ["../" + "x" * 5_000_000], "conversations": [{"from": "human", "value": "<video>"}]},
+        {"video": ["a.mp4"] * 100_000, "conversations": [{"from": "human", "value": "a"}]},
+        {"conversations": [{"from": "gpt", "value": "a", "weight": "x" * 5_000_000}]},
+        {"conversations": [{"from": "human", "value": "a"}], "system": ["x" * 5_000_000]},
+    ],
+)
+def test_a_line_is_short_whatever_the_record_holds(tmp_path, raw):
+    with pytest.raises(RecordError) as caught:
+        parse_record(raw, "k" * 5_000_000, tmp_path)
+    Quarantine(tmp_path / "q.jsonl", 0.5).add(0, 1, caught.value)
+    entry = json.loads((tmp_path / "q.jsonl").read_text())
+    assert 20 < len(entry["message"]) <= 1200 and 200 < len(entry["key"]) <= 300
 
 
 @pytest.mark.parametrize("cluster", [1, 20])

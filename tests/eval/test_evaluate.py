@@ -274,6 +274,15 @@ def test_a_quarantined_question_is_not_tried_again(asked, world, tmp_path, capsy
     assert "1 questions could not be asked" in capsys.readouterr().out
 
 
+def test_questions_of_which_none_can_be_asked_are_an_error(world, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text((world / "asked.jsonl").read_text().splitlines()[-1])
+    for _ in range(2):  # again, without trying it again
+        with pytest.raises(EvaluationError, match=r"not one of the 1 questions could be asked: 1 not_a_video\. "):
+            evaluate.run(make_config(world, data__path=str(path)), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
 def test_the_bar_leaves_out_what_cannot_be_asked(capsys):
     with evaluate.progress_bar(40) as bar:
         bar.update(10)

@@ -95,6 +95,12 @@ def test_five_kills_lose_and_repeat_nothing(tmp_path):
     assert sorted(found) == sorted(IDS) and len(seen) == len(set(seen))
 
 
+@pytest.mark.parametrize("truth", [[["A"]], [{}], [None], ["E"], [], [1], "A", None])
+def test_a_truth_that_names_no_option(truth):
+    with pytest.raises(PredictionError, match="where: 'truth'"):
+        Prediction.from_row(prediction().to_row() | {"truth": truth}, "where")
+
+
 def test_hosts_write_files_of_their_own(tmp_path):
     for host in range(2):
         with PredictionStore(tmp_path, "c0", host=host) as store:

@@ -41,6 +41,15 @@ def test_videos_must_be_there_and_inside(tmp_path):
     assert "there is no video" in str(caught.value) and "leaves the media root" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".mp4", "x/" * 3000])
+def test_a_name_that_no_file_can_have(tmp_path, name):
+    path = write_rows(tmp_path, [GOOD | {"video": f"videos_real/{name}"}])
+    with pytest.raises(BenchmarkError, match="there is no video"):
+        load_benchmark("vlm4d", path, str(tmp_path))
+    with pytest.raises(BenchmarkError, match="no such file"):
+        question_files(tmp_path / name)
+
+
 def test_an_unknown_benchmark(tmp_path):
     with pytest.raises(BenchmarkError, match="vlm4d, mllm4d, jsonl"):
         load_benchmark("vlm", write_rows(tmp_path, []), None)

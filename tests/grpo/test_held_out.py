@@ -73,5 +73,5 @@ def test_prompts_are_read_once_and_asked_in_the_same_order_every_time(make_held_
 
 def test_not_one_usable(make_held_out):
     held_out, *_ = make_held_out(-1, -2)
-    with pytest.raises(RecordError, match="not one of the held-out prompts"):
+    with pytest.raises(RecordError, match="not one of the held-out prompts can be used: 2 missing_file"):
         held_out.run((), 0)

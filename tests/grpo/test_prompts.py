@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
-from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import open_mixture
 from mllm4d_jax.data.stream import GroupStream, LoaderOptions
@@ -75,6 +75,16 @@ def test_prompts_given_before_are_given_again(make_loader):
     for a, b in zip(given, again, strict=True):
         assert (a.key, a.position, a.record) == (b.key, b.position, b.record)
         assert (a.example.tokens == b.example.tokens).all() and (a.example.patches == b.example.patches).all()
+
+
+def test_a_file_without_a_usable_record_is_an_error(make_loader, tiny_world, tmp_path):
+    line = json.loads((tiny_world[1] / "r1.jsonl").read_text().splitlines()[0])
+    far = [{"answer": "A", "camera_center": [1.7e308, 0, 0]}]
+    bad = [line | {"solution": None}, line | {"solution": far}, line | {"videos": ["\udc80.mp4"]}]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    with pytest.raises(QuarantineError, match=r"not one usable record in .*bad.jsonl: 2 bad_solution, 1 bad_path\."):
+        make_loader(path).next_step()
 
 
 def test_an_unusable_record_is_passed_over(make_loader, tiny_world, tmp_path):

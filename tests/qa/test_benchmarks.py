@@ -36,6 +36,27 @@ def parse(benchmark, raw, root=None) -> BenchmarkQuestion:
     return PARSERS[benchmark](raw, "own", "own.jsonl#0", root)
 
 
+@pytest.mark.parametrize("field", ["id", "question", "category", "subtask", "question_type", "answer", "options"])
+def test_half_a_surrogate_pair_is_no_text(field):
+    value = {"A": "2.5\ud800", "B": "12.7"} if field == "options" else "12.7\ud800"
+    with pytest.raises(RecordError) as caught:
+        parse("jsonl", ROW | {field: value})
+    assert str(caught.value).encode()
+
+
+@pytest.mark.parametrize("name", ["validation_" + "9" * 5000, "validation_" + "9" * 19])
+def test_an_id_without_a_number_that_can_be_read(name):
+    with pytest.raises(RecordError, match="'id' must be a text or|does not end in a number that"):
+        parse("vlm4d", vlm4d_rows()[0] | {"id": name})
+
+
+@pytest.mark.parametrize("name", [["a"], {"a": 1}, 1.5, " "])
+def test_an_id_that_is_none(name):
+    with pytest.raises(RecordError, match="'id' must be a text or a whole number"):
+        parse("jsonl", ROW | {"id": name})
+    assert parse("jsonl", ROW | {"id": None}).id == "own.jsonl#0" and parse("jsonl", ROW | {"id": 7}).id == "7"
+
+
 def test_vlm4d():
     items = [parse("vlm4d", row) for row in vlm4d_rows()]
     assert [one.id for one in items] == [

@@ -28,6 +28,9 @@ def returns_negative(completion, solution, record): return -1e-9
 def returns_nan(completion, solution, record): return float("nan")
 def returns_inf(completion, solution, record): return float("inf")
 def returns_none(completion, solution, record): return None
+def returns_huge(completion, solution, record): return 1e308
+def returns_endless(completion, solution, record): return 10 ** 5000
+def says_much(completion, solution, record): raise KeyError("x" * 10_000_000)
 def returns_text(completion, solution, record): return "0.5"
 class Counted:
     def __call__(self, completion, solution, record): return True
@@ -113,6 +116,9 @@ def test_numpy_numbers_are_numbers(tmp_path):
         ("returns_inf", "returned inf"),
         ("returns_none", "returned None"),
         ("returns_text", "returned '0.5'"),
+        ("returns_huge", r"returned 1e\+308 on record 'q1'; it must return a number in"),
+        ("returns_endless", "returned a number of type int, too long to be written on record 'q1'"),
+        ("says_much", r"raised KeyError: 'x{1000,}\.\.\. on record"),
     ],
 )
 def test_a_misbehaving_function_is_named(name, message):

@@ -61,10 +61,11 @@ def test_placeholders_must_match_files(tmp_path, raw):
     assert why == "placeholder_mismatch" and "k: " in text
 
 
-def test_a_path_that_is_no_unicode_is_refused(tmp_path):
-    assert (
-        reason(lambda: parse_record({"video": "\ud800.mp4", "conversations": [USER]}, "k", tmp_path))[0] == "bad_path"
-    )
+@pytest.mark.parametrize("name", ["\ud800.mp4", "\udc80.mp4", "v\udcff/a.mp4"])
+def test_a_path_that_is_no_unicode_is_refused(tmp_path, name):
+    """Python lets the second and third stand for bytes of a file's name; no message could be printed then."""
+    why, text = reason(lambda: parse_record({"video": name, "conversations": [USER]}, "k", tmp_path))
+    assert why == "bad_path" and text.encode()
 
 
 def test_placeholders_do_not_reach_across_turns(tmp_path):
@@ -120,7 +121,7 @@ def test_other_links_are_refused_and_named(cache, target, name):
     root, repository = cache(target, name)
     why, text = reason(lambda: resolve_media(root, "a.mp4"))
     leads_to = os.path.normpath(repository / target)
-    assert why == "path_outside_root" and "through a link" in text and leads_to[:40] in text
+    assert why == "path_outside_root" and "through a link" in text and leads_to in text
 
 
 def test_blobs_are_reached_through_links_only(cache):

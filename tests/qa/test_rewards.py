@@ -276,6 +276,13 @@ def test_the_thought_of_a_thinking_model_earns_and_costs_nothing():
     assert parse(f"<think>{said}").answer is None
 
 
+@pytest.mark.parametrize("far", [1.7e308, -1.7e308, 1.1e6, 10**400])
+def test_a_centre_that_is_nowhere_in_a_video_is_no_solution(far):
+    for centers in ([[far, 0, 0]], [far, 0, 0], [None, [0, 0, far]]):
+        with pytest.raises(SolutionError, match="three finite numbers of metres|one entry per state"):
+            Solution.from_record({"answer": "A", "camera_center": centers})
+
+
 @pytest.mark.parametrize(
     ("text", "well_formed"),
     [

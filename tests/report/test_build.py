@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mllm4d_jax.data.samples import write_video
 from mllm4d_jax.report.browser import BrowserOptions, spread
 from mllm4d_jax.report.build import choose_completions, choose_predictions, write_report
 from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError
+from tests.eval.question_fixtures import prediction
 from tests.report.reading import assert_nothing_external, read
 from tests.report.workdirs import NASTY, write_eval, write_grpo, write_lines, write_sft
 
@@ -25,6 +27,44 @@ def page(workdir, other=None, options=FAST):
     html = path.read_text(encoding="utf-8")
     assert_nothing_external(html)
     return read(html)
+
+
+def test_figures_near_the_end_of_the_range_of_floats(tmp_path):
+    """Neither their sum nor their distance is a float."""
+    huge = {"reward": 1e308, "reward_std/total": 1e308, "step_s": 1e308, "grad_norm": 1e308, "examples": 1.7e308}
+    write_lines(tmp_path / "metrics.jsonl", [huge | {"step": s, "loss": (-1) ** s * 1.7e308} for s in range(1, 80)])
+    far = {"camera_center": [[1.7e308, 0, 0], [-1.7e308, 0, 1]], "object_center": [[1, 2, 3], [2, 2, 3]]}
+    row = {"step": 1, "branch": 0, "completion": "x", "rewards": {"a": 1e308}, "total": 1e308, "advantage": -1.7e308}
+    row |= {"solution": {"answer": "A"} | far, "camera": far["camera_center"], "object": [[1.7e308] * 3, [1, 1, 1]]}
+    write_lines(tmp_path / "completions.jsonl", [row | {"key": f"k{n}"} for n in range(2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        root = page(tmp_path)
+    assert len(root.all("article")) == 2 and "nan" not in "".join(p.attributes["d"] for p in root.all("path"))
+    assert not re.search(r"\d{40}", root.text)
+
+
+BIG = "<word> " * 700_000
+
+
+@pytest.mark.parametrize("field", ["id", "benchmark", "split", "category", "subtask", "question", "response", "answer"])
+def test_no_text_of_a_prediction_makes_the_page_long(tmp_path, field):
+    row = prediction(category="c", subtask="s").to_row() | {field: BIG}
+    write_lines(tmp_path / "predictions.jsonl", [row, row | {"id": "other", "choices": {"A": BIG, "B": BIG}}])
+    assert write_report(tmp_path, options=FAST).stat().st_size < 500_000
+
+
+def test_no_name_and_no_number_of_names_makes_the_page_long(tmp_path):
+    row = {"step": 1, "branch": 0, "key": "k", "completion": BIG, "rewards": {BIG: 1.0}, "question": BIG, "answer": BIG}
+    write_lines(tmp_path / "completions.jsonl", [row | {"subtask": BIG, "solution": {"answer": BIG}}])
+    columns = {f"reward/{n}": 1.0 for n in range(5_000)} | {BIG: 1.0}
+    write_lines(tmp_path / "metrics.jsonl", [{"step": n, "loss": 1.0, **columns} for n in (1, 2)])
+    bad = [{"key": BIG, "reason": f"{n}" * 100, "message": BIG} for n in range(2_000)]
+    write_lines(
+        tmp_path / "quarantine.jsonl",
+        [row if n < 2 else row | {"key": "k", "message": "m"} for n, row in enumerate(bad)],
+    )
+    assert write_report(tmp_path, options=FAST).stat().st_size < 2_000_000
 
 
 def sections(root) -> list[str]:

@@ -123,6 +123,14 @@ def test_a_curve_of_one_point_shows_it():
     assert 46 < dot.number("cx") < 348 and "last 3" in dot.text
 
 
+def test_values_that_cannot_be_added_are_drawn_at_the_edge():
+    for axis in (False, True):
+        drawn = lines({"a": ([1, 2, 3], [1.7e308, -1.7e308, 1.0])}, title="t", x_label="x", y_label="y", log_y=axis)
+        assert "nan" not in drawn and "inf" not in drawn
+    assert "nan" not in bars(["a"], {"s": [1.7e308]}, title="t")
+    assert "nan" not in histogram([1.7e308, -1.7e308, 0.0], title="t", x_label="x")
+
+
 def test_ticks_are_round_and_within():
     rng = np.random.default_rng(2)
     for _ in range(300):

@@ -43,6 +43,11 @@ def test_a_run_has_ten_parts_of_one_size_but_the_last():
     assert [len(part) for part in tenths([row(n) for n in range(4)])] == [1] * 4 and tenths([]) == []
 
 
+def test_a_huge_value_is_written_short():
+    assert written({"loss": 1e308, "step": -1.7e308}, "loss") == "1e+308"
+    assert line({"reward": 1e300, "lr": 1e-5}, ("reward", "lr")) == "reward 1e+300, lr 1.00e-05"
+
+
 def test_values_are_written_as_people_read_them():
     values = {"loss": 1.25, "lr": 1e-3, "mfu": 0.41, "reward/accuracy": 0.5, "gap_max": 0.000123456}
     said = line(values, ("loss", "qa_per_s", "lr", "mfu", "reward/accuracy", "gap_max"))

@@ -61,6 +61,7 @@ def record(video, text="<video>\nWhat moves?", role="human", answer="B") -> dict
     return {"video": video, "conversations": [{"from": role, "value": text}, {"from": "gpt", "value": answer}]}
 
 
+ASKED = {"from": "human", "value": "<video>\nWhat moves?"}
 # reason -> the line that must be refused for it; a name makes the reason unique where two lines share one
 BAD = {
     "missing_file": record("absent.mp4"),
@@ -76,6 +77,13 @@ BAD = {
     "path_outside_root/2": record("/etc/passwd"),
     "too_long": record("plain.mp4", "<video>\n" + "very " * 2000),
     "no_target": {"video": "plain.mp4", "conversations": [{"from": "human", "value": "<video>What moves?"}]},
+    "no_target/2": {"video": "plain.mp4", "conversations": [ASKED, {"from": "gpt", "value": "B", "loss": False}]},
+    "empty_answer": record("plain.mp4", answer=" \n"),
+    "bad_range": record("plain.mp4") | {"video_start": 1.5},
+    "bad_path": record("\udc80.mp4"),
+    "bad_record/2": record("plain.mp4") | {"video_start": 2, "video_end": 1},
+    "bad_record/3": record("plain.mp4") | {"system": ["s"]},
+    "bad_record/4": {f"key {n}": n for n in range(10_000)},
     "bad_json": '{"video": "plain.mp4", "conversations": [',
     "bad_record": "[1, 2]",
 }
@@ -108,4 +116,4 @@ def test_each_bad_record_is_named_and_every_good_one_is_used_once(tiny_world, ro
     assert sorted(seen) == sorted(good)
     rows = [json.loads(line) for line in quarantine.path.read_text().splitlines()]
     assert {row["index"]: row["reason"] for row in rows} == expected and len(rows) == len(expected)
-    assert all(row["key"] == f"records.jsonl#{row['index']}" and len(row["message"]) > 20 for row in rows)
+    assert all(row["key"] == f"records.jsonl#{row['index']}" and 20 < len(row["message"]) < 1300 for row in rows)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -15,12 +17,16 @@ import pytest
 
 import run as cli
 from configs import sft as sft_config
+from mllm4d_jax.data.quarantine import QuarantineError
+from mllm4d_jax.data.steps import Counts
 from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
+from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError
 from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
 from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
+from mllm4d_jax.sft import feed as feed_module
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import make_trainer, set_up
@@ -191,6 +197,65 @@ def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):
     assert [r["step"] for r in curve(tmp_path)] == [1, 2]
     with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
         assert checkpoints.latest() == 2
+
+
+def bad_records(path, count):
+    rows = [{"video": f"{n}.mp4", "conversations": [{"from": "human", "value": "<video>?"}]} for n in range(count)]
+    rows[0]["conversations"][0]["from"] = "judge"
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+def test_a_run_without_a_usable_record_is_an_error(config, tmp_path):
+    """It used to end well, with a loss of 0.0 and a checkpoint of nothing learned."""
+    config.data.path, config.data.max_quarantine_rate = bad_records(tmp_path / "bad.json", 30), 1.0
+    config.train.steps = 2
+    with pytest.raises(QuarantineError, match=r"not one usable record in .*bad.json: \d+ missing_file") as caught:
+        sft.run(config, str(tmp_path / "w"))
+    assert str(tmp_path / "w" / "quarantine.jsonl") in str(caught.value)
+    with Checkpoints(tmp_path / "w/checkpoints", 1) as checkpoints:
+        assert checkpoints.latest() is None
+
+
+def test_losses_are_those_of_steps_with_a_record(config, tmp_path):
+    begun = types.SimpleNamespace(workdir=tmp_path, config=config, progress=Progress(2))
+    rows = [{"step": 1, "loss": 4.0, "examples": 8}, {"step": 2, "loss": 0.0, "examples": 0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = sft.Losses(begun, held_out=False)
+    assert losses.value == 4.0 and losses.learned
+    losses.note({"step": 3, "loss": 2.0, "examples": 1})
+    assert losses.value == 3.0
+    begun.progress = Progress()
+    fresh = sft.Losses(begun, held_out=False)
+    assert fresh.value == math.inf and not fresh.learned
+
+
+class FakeLoader:
+    """One host's part of steps, of which nothing but their sizes matters."""
+
+    def __init__(self, barren):
+        self.stream = types.SimpleNamespace(barren=barren, nothing_usable=lambda: QuarantineError("not one usable"))
+        self.shape = types.SimpleNamespace(sizes=lambda needed: needed)
+
+    def next_step(self, stop):
+        return types.SimpleNamespace(needed=RowSizes(1, 1, 1, 0, 0, 1))
+
+
+@pytest.mark.parametrize(("mine", "theirs", "ends"), [(1, 1, True), (1, 0, False), (0, 1, False), (1, 2, False)])
+def test_only_all_processes_together_can_find_no_record(monkeypatch, mine, theirs, ends):
+    """0: it has some, 1: none so far, 2: it was asked to stop."""
+
+    def gather(numbers):
+        return np.array([numbers, [theirs, *numbers[1:]]])
+
+    monkeypatch.setattr(feed_module.multihost, "gather", gather)
+    feed = StepFeed(FakeLoader(barren=bool(mine)), 1, None, False, Watchdog(0))
+    if ends:
+        with pytest.raises(QuarantineError, match="not one usable"):
+            feed._agree(Counts(), last=False)
+    else:
+        agreed, _ = feed._agree(Counts(), last=False)
+        assert agreed.stop is (theirs == 2)
 
 
 def test_second_interrupt_is_immediate():

@@ -149,6 +149,11 @@ def test_captions(tmp_path):
         path.write_text(json.dumps(bad))
         with pytest.raises(SceneError, match=r"c\.json"):
             read_captions(path)
+    for long in ({"a": "x" * 5_000_000}, {"a": {"caption": "x", "category": "y" * 1001}}, {"z" * 1001: "x"}):
+        path.write_text(json.dumps(long))
+        with pytest.raises(SceneError, match="name or caption of more than 1000 characters") as caught:
+            read_captions(path)
+        assert len(str(caught.value)) < 1000
     with pytest.raises(SceneError, match="cannot be read"):
         read_captions(tmp_path / "absent.json")
 

@@ -56,7 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for _ in range(10_000):
                 self.wfile.write(b" " * 65536)
             return
-        self.send_header("Content-Length", str(len(data) + (100 if kind == "truncated" else 0)))
+        if kind != "promised":  # the script's own headers say how long it is
+            self.send_header("Content-Length", str(len(data) + (100 if kind == "truncated" else 0)))
         self.end_headers()
         if kind == "drip":
             self.drip(data)

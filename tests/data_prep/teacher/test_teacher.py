@@ -27,7 +27,7 @@ from data_prep.teacher.client import (
     user_message,
 )
 from data_prep.teacher.describe import entity_request, parse_entities
-from data_prep.teacher.endpoint import Endpoint, TeacherError
+from data_prep.teacher.endpoint import Endpoint, TeacherError, check_promised
 from data_prep.teacher.json_schema import SchemaError, exact_object, parse_json
 from data_prep.teacher.replay import ReplayError, Reply, ReplyCache
 from tests.data_prep.teacher.server import OK, completion
@@ -121,6 +121,32 @@ def test_a_server_that_asks_for_hours_is_given_up_on(serve, tmp_path):
     with pytest.raises(TeacherError, match="asks to wait 86400 s.*quota"):
         teacher(server, tmp_path).ask(request())
     assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("value", ["1e400", "9" * 5000, "Fri, 31 Dec 9999 23:59:59 GMT"])
+def test_a_pause_without_end_is_not_waited_for(serve, tmp_path, value):
+    server = serve(("status", 503, {"Retry-After": value}, "busy"))
+    with pytest.raises(TeacherError, match="asks to wait (inf|[0-9]{9,}) s.*busy"):
+        teacher(server, tmp_path).ask(request())
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["-5", "nan", "soon", "", "Mon, 01 Jan 99999 00:00:00 GMT", "01 Jan 2026 00:00 +9" + 99 * "9"]
+)
+def test_a_pause_that_is_none_is_as_if_not_asked_for(serve, tmp_path, value):
+    waits, server = Waits(), serve(("status", 503, {"Retry-After": value}, ""), OK)
+    assert teacher(server, tmp_path, waits).ask(request()) == {"n": 7} and max(waits) <= 1
+
+
+def test_a_length_of_thousands_of_digits_is_refused(serve, tmp_path):
+    server = serve(("promised", 200, {"Content-Length": "9" * 5000}, ""))
+    with pytest.raises(TeacherError, match="more than the limit|no reply in 1 attempts"):
+        teacher(server, tmp_path, retry=RetryPolicy(attempts=1)).ask(request())
+    with pytest.raises(TeacherError, match="more than the limit of 10"):
+        check_promised("9" * 5000, 10)
+    for fine in ("10", "", "x", "-9"):
+        check_promised(fine, 10)
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 413, 422])
