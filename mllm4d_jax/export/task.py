@@ -57,7 +57,7 @@ def export_merged(
     Raises:
       ModelExportError: the logits differ, or a weight cannot be stored in its dtype.
     """
-    model, files = tuned.model, TensorFiles.scan(source.base)
+    model, files = tuned.model, TensorFiles.scan(source.base, tuned.model.config)
     changes = find_changes(model, tuned.trained, files)
     count = write_merged(files, out, changes)
     dtypes = sorted({files.dtypes[name] for name in changes})

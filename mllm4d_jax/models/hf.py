@@ -62,7 +62,7 @@ def load_model(
         floating-point weights (all of them in one message); damaged files.
     """
     config = ModelConfig.from_folder(path)
-    files = TensorFiles.scan(path)
+    files = TensorFiles.scan(path, config)
     _refuse_quantised(config, files)
     config, files = _resolve_tying(config, files)
     dtype = jnp.dtype(dtype or config.dtype or _stored_dtype(config, files))

@@ -49,7 +49,7 @@ class StoredTensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """Index of a checkpoint's tensors, by the names the family was released with."""
+    """Index of a checkpoint's tensors, by the names that their family was released with."""
 
     folder: pathlib.Path
     location: Mapping[str, str]  # tensor name -> file name
@@ -59,19 +59,20 @@ class TensorFiles:
     spelled: Mapping[str, str]  # tensor name -> its name in the file
 
     @classmethod
-    def scan(cls, folder: str | pathlib.Path) -> TensorFiles:
+    def scan(cls, folder: str | pathlib.Path, config: ModelConfig | None = None) -> TensorFiles:
         """Read the headers of `model.safetensors`, or without one of all shards that the index names.
 
         This is the order of transformers: an index beside a single file is a left-over.
 
+        Args:
+          config: of the model, whose family has a name for every tensor; None leaves names as the files have them.
+
         Raises:
-          ModelConfigError: config.json, which says the family, cannot be read.
           CheckpointError: no weights, a missing or damaged file, an index that disagrees with its shards, or a tensor
             that is there twice.
         """
         folder = pathlib.Path(folder)
-        config = ModelConfig.from_folder(folder)
-        if named := json.loads(config.source).get("transformers_weights"):
+        if config and (named := json.loads(config.source).get("transformers_weights")):
             raise CheckpointError(
                 f"{folder / 'config.json'}: transformers_weights = {shown(repr(named))}: weights are only loaded from "
                 f"{SINGLE} or its shards; rename the files and delete the key"
@@ -86,17 +87,21 @@ class TensorFiles:
                 problems.append(str(error))
                 continue
             for spelled, entry in header.items():
-                name = weight_map.published_name(spelled, config.family)
+                name = weight_map.published_name(spelled, config.family) if config else spelled
                 if name in found:
                     other, where, _ = found[name]
-                    problems.append(f"{shown(other)} in {where} and {shown(spelled)} in {file} are the same tensor")
+                    problems.append(
+                        f"{shown(other)} in {shown(where)} and {shown(spelled)} in {shown(file)} are the same tensor"
+                    )
                 found[name] = (spelled, file, entry)
         if expected and not problems:
             there = {spelled: file for spelled, file, _ in found.values()}
             problems += [
-                f"{shown(n)} is not in {f}, where the index puts it" for n, f in expected.items() if there.get(n) != f
+                f"{shown(n)} is not in {shown(f)}, where the index puts it"
+                for n, f in expected.items()
+                if there.get(n) != f
             ]
-            problems += [f"{shown(n)} in {f} is not in the index" for n, f in there.items() if n not in expected]
+            problems += [f"{shown(n)} in {shown(f)} is not in the index" for n, f in there.items() if n not in expected]
         if problems:
             raise CheckpointError(f"{folder}: {_first(problems)}. Download the checkpoint again.")
         return cls(
@@ -131,15 +136,15 @@ def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
       CheckpointError: there is no such file, or its header and size do not make sense.
     """
     if not os.path.isfile(file):  # also False for a name that no file can have
-        raise CheckpointError(f"{file.name} is missing")
+        raise CheckpointError(f"{shown(file.name)} is missing")
     try:
         with safetensors.safe_open(file, "np"), file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             entries = json.loads(f.read(length), object_pairs_hook=_unique)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file.name} is damaged or cut short ({shown(error)})") from error
+        raise CheckpointError(f"{shown(file.name)} is damaged or cut short ({shown(error)})") from error
     except OSError as error:
-        raise CheckpointError(f"{file.name} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{shown(file.name)} cannot be read ({error.strerror})") from error
     entries.pop("__metadata__", None)
     return {
         name: StoredTensor(e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
