@@ -214,9 +214,8 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
     `np.empty` asks for huge pages; where memory is in pieces, the kernel spends more on making them than loading takes.
     """
-    size = max(math.prod(shape) * dtype.itemsize, 1)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)
 
 
 def _copy(source: np.ndarray, target: np.ndarray, turned: bool) -> None:

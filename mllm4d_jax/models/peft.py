@@ -23,7 +23,7 @@ from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import attach_lora
-from mllm4d_jax.models.tensor_files import FLOATS, CheckpointError, counted, mapped, read_header
+from mllm4d_jax.models.tensor_files import FLOATS, CheckpointError, counted, mapped, parse_json, read_header, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."
@@ -40,6 +40,7 @@ _NO_EFFECT = {
 # Options that a written file names and that are off.
 _NULL = ("auto_mapping", "layers_pattern", "layers_to_transform", "modules_to_save", "revision")
 _FALSE = ("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora")
+_LARGE = 1e30  # no number of an adapter is; JSON has whole numbers that no float can be
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others begin by changing the base weights
 
 
@@ -190,9 +191,9 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
     if not (folder / CONFIG).is_file():
         return None, [f"there is no {CONFIG}: name the folder that PEFT's save_pretrained wrote"]
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return None, [f"{CONFIG} is not JSON: {error}"]
+        config = parse_json((folder / CONFIG).read_bytes())
+    except ValueError as error:
+        return None, [f"{CONFIG} is not JSON: {shown(error)}"]
     if not isinstance(config, dict):
         return None, [f"{CONFIG} holds a {type(config).__name__}, not an object"]
     problems = list(_option_problems(config))
@@ -214,11 +215,11 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
 def _option_problems(config: Mapping[str, Any]) -> Iterator[str]:
     def number(name: str) -> bool:
         value = config.get(name, 0.0)
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGE < value < _LARGE
 
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported"
-    if type(config.get("r")) is not int or config["r"] < 1:
+    if type(config.get("r")) is not int or not 1 <= config["r"] < _LARGE:
         yield f"r is {config.get('r')!r}, not a positive whole number"
     if "lora_alpha" not in config or not number("lora_alpha"):
         yield f"lora_alpha is {config.get('lora_alpha')!r}, not a finite number"

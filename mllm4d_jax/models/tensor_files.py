@@ -140,7 +140,7 @@ def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
     try:
         with safetensors.safe_open(file, "np"), file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            entries = json.loads(f.read(length), object_pairs_hook=_unique)
+            entries = parse_json(f.read(length))
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"{shown(file.name)} is damaged or cut short ({shown(error)})") from error
     except OSError as error:
@@ -160,10 +160,10 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
     try:
         if file.stat().st_size > _INDEX_BYTES:
             raise ValueError(f"more than {_INDEX_BYTES >> 20} MiB")
-        index = json.loads(file.read_bytes(), object_pairs_hook=_unique)
+        index = parse_json(file.read_bytes())
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
             raise ValueError("there is no object 'weight_map' with tensors in it")
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{file} is not a safetensors index: {shown(error)}. Download the checkpoint again."
         ) from error
@@ -178,6 +178,14 @@ def _read_index(folder: pathlib.Path) -> dict[str, str]:
 def _is_plain(name: str) -> bool:
     """Whether a text is the name of a safetensors file, without a folder on any system."""
     return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:")
+
+
+def parse_json(data: bytes) -> Any:
+    """Return the value of a JSON text that somebody else wrote. Raises ValueError for any that has not just one."""
+    try:
+        return json.loads(data, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

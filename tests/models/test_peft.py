@@ -300,6 +300,20 @@ def test_folders_that_hold_no_readable_adapter(edited, tmp_path):
         load_peft(folder, bare())
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"r": 1, "r": 2}', '{"r": ' + "1" * 5000 + "}", "\ud800"])
+def test_settings_that_are_no_json_object(edited, text):
+    folder = edited()
+    (folder / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(PeftError, match="adapter_config.json is not JSON"):
+        load_peft(folder, bare())
+
+
+def test_numbers_that_no_float_can_be(edited):
+    with pytest.raises(PeftError) as caught:
+        load_peft(edited(lora_alpha=10**400, r=10**400), bare())
+    assert "not a finite number" in str(caught.value) and "not a positive whole number" in str(caught.value)
+
+
 def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(PeftError, match="carries no adapter"):
         save_peft(bare(), tmp_path, base="")

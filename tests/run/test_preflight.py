@@ -190,6 +190,8 @@ def test_digests_follow_content_not_place(tiny_world, tmp_path):
     (copy / "config.json").write_bytes(settings + b"\n")
     assert model_digest(copy) != first["model.path"]
     (copy / "config.json").write_bytes(settings)
+    (copy / "model-00001-of-00002.safetensors").symlink_to("../../blobs/gone")
+    assert model_digest(copy) == first["model.path"]
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
