@@ -82,7 +82,7 @@ def _refuse_quantised(config: ModelConfig, files: TensorFiles) -> None:
     """Raise CheckpointError where config.json says that the weights were quantised, by whatever method."""
     raw = json.loads(config.source)
     parts = [part for part in (raw, raw.get("text_config"), raw.get("vision_config")) if isinstance(part, dict)]
-    for key in ("quantization_config", "compression_config"):
+    for key in ("quantization_config", "compression_config", "quantization"):
         for how in filter(None, (part.get(key) for part in parts)):
             # What bitsandbytes wrote before methods had names: load_in_8bit or load_in_4bit.
             named = (

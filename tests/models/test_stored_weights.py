@@ -170,6 +170,10 @@ def test_quantised_checkpoints_are_refused_by_method(tmp_path, how, method, nest
     assert "config.json: quantization_config = " in text and method in text and "tensors of F32" in text
 
 
+def test_the_key_of_mlx_is_one_too(tmp_path):
+    assert "config.json: quantization = " in refusal(copied(tmp_path / "m", quantization={"group_size": 64, "bits": 4}))
+
+
 def test_a_key_without_content_says_nothing(tmp_path):
     load_model(copied(tmp_path / "m", quantization_config=None, transformers_weights=None))
 
