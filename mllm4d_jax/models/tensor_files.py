@@ -32,7 +32,7 @@ FLOATS: Mapping[str, np.dtype] = {
 _INDEX_BYTES = 1 << 26  # the index of the largest release has 0.2 MB
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _LISTED = 12  # offending tensors shown per kind in an error
-_SHOWN = 120  # characters of a name or value out of a file
+_SHOWN = 240  # characters of a text out of a file; two names of tensors, of some 80 each, are shown as one
 
 
 class CheckpointError(ValueError):
