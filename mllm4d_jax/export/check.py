@@ -15,10 +15,10 @@ from mllm4d_jax.encode.example import Example, Grid
 from mllm4d_jax.export.merged import DTYPES, ModelExportError
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.models.hf import TensorFiles
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.peft import adapted_linears
 from mllm4d_jax.models.qwen_vl import QwenVL, text_positions, vision_geometry
+from mllm4d_jax.models.tensor_files import TensorFiles
 from mllm4d_jax.rows.batch import ModelInputs, collate
 
 _SIDE = 2  # merged patches of the image along each side

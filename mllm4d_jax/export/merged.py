@@ -6,29 +6,24 @@ tensor, and everything else (names, order, shards, index, untouched weights) sta
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.hf import TensorFiles, transposed_experts
+from mllm4d_jax.models.hf import transposed_experts
 from mllm4d_jax.models.peft import adapted_linears
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.tensor_files import FLOATS, INDEX, SINGLE, TensorFiles
 from mllm4d_jax.models.weight_map import HEAD, Leaf
 
-DTYPES: Mapping[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES: Mapping[str, np.dtype] = {name: FLOATS[name] for name in ("F32", "F16", "BF16")}  # what is written
 # What goes along with the weights; anything else in the folder is left where it is.
 _COMPANIONS = (
-    "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json",
     "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "LICENSE", "LICENSE.txt", "NOTICE",
@@ -100,10 +95,12 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
         raise ModelExportError(
             f"{files.folder} stores weights that change as {', '.join(odd)}: known are {', '.join(DTYPES)}"
         )
-    for name in _COMPANIONS:
+    shards = sorted(set(files.location.values()))
+    # An index beside a single file belongs to other weights.
+    for name in [*_COMPANIONS, *([] if shards == [SINGLE] else [INDEX])]:
         if (files.folder / name).is_file():
             shutil.copyfile(files.folder / name, out / name)
-    for name in sorted(set(files.location.values())):
+    for name in shards:
         target = out / name
         shutil.copyfile(files.folder / name, target)
         _replace(target, {n: c for n, c in changes.items() if files.location[n] == name}, files)
@@ -111,23 +108,17 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
 
 
 def _replace(target: pathlib.Path, changes: Mapping[str, Change], files: TensorFiles) -> None:
-    """Writes changed tensors over their old bytes in a copy of one safetensors file.
-
-    Format (safetensors): u64 length of the header, little-endian; the header, JSON with each tensor's byte range; data.
-    """
+    """Writes changed tensors over their old bytes in a copy of one safetensors file."""
     with target.open("r+b") as f:
-        length = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(length))
-        for name, change in sorted(changes.items(), key=lambda item: header[item[0]]["data_offsets"]):
+        for name, change in sorted(changes.items(), key=lambda item: files.offsets[item[0]]):
             dtype = DTYPES[files.dtypes[name]]
             with np.errstate(over="ignore"):  # looked for below
                 value = np.ascontiguousarray(change(files.read(name)).astype(dtype))
             if not np.isfinite(value.astype(np.float32)).all():
                 raise ModelExportError(f"{name} has values that are not finite in the {dtype.name} of {files.folder}")
-            start, end = header[name]["data_offsets"]
-            if value.shape != files.shapes[name] or value.nbytes != end - start:
+            if value.shape != files.shapes[name]:
                 raise ModelExportError(
                     f"{name} is {list(files.shapes[name])} in {files.folder}, {list(value.shape)} here"
                 )
-            f.seek(8 + length + start)
+            f.seek(files.offsets[name])
             f.write(value.tobytes())

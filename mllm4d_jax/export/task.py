@@ -16,8 +16,9 @@ from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
 from mllm4d_jax.export.merged import ModelExportError, find_changes, write_merged
 from mllm4d_jax.files.atomic import new_folder
-from mllm4d_jax.models.hf import TensorFiles, load_model
+from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
+from mllm4d_jax.models.tensor_files import TensorFiles
 from mllm4d_jax.run.start import ModelChoice, TunedModel, choose_model, load_tuned
 
 
@@ -56,7 +57,7 @@ def export_merged(
     Raises:
       ModelExportError: the logits differ, or a weight cannot be stored in its dtype.
     """
-    model, files = tuned.model, TensorFiles.scan(source.base)
+    model, files = tuned.model, TensorFiles.scan(source.base, tuned.model.config)
     changes = find_changes(model, tuned.trained, files)
     count = write_merged(files, out, changes)
     dtypes = sorted({files.dtypes[name] for name in changes})

@@ -16,6 +16,7 @@ from typing import Any
 
 from mllm4d_jax.encode.processor_config import FAMILIES, TOKEN_IDS
 
+DTYPES = ("float32", "bfloat16", "float16")
 _CONTEXT = "original_max_position_embeddings"
 
 
@@ -108,7 +109,7 @@ class ModelConfig:
     vision_start_token_id: int
     vision_end_token_id: int
     tied: bool | None
-    dtype: str
+    dtype: str | None  # of the weights; None: whatever they are stored in
     source: str  # the config.json content, kept verbatim for saving
 
     @property
@@ -165,7 +166,7 @@ class ModelConfig:
             vision=vision,
             **{name: top.int(name) for name in TOKEN_IDS},
             tied=None if tied is None else bool(tied),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text_raw.get("dtype") or "bfloat16"),
+            dtype=_read_dtype(top, reader),
             source=json.dumps(raw),
         )
 
@@ -199,6 +200,20 @@ class _Reader:
         if value not in allowed:
             raise self.error(f"{name} = {value!r} is not supported (supported: {list(allowed)})")
         return value
+
+
+def _read_dtype(*readers: _Reader) -> str | None:
+    """Return the dtype that the first of the dictionaries names, by either spelling; "auto" names none."""
+    for r in readers:
+        for key in ("dtype", "torch_dtype"):
+            value = r.raw.get(key)
+            if value in (None, "auto"):
+                continue
+            name = str(value).removeprefix("torch.")
+            if name not in DTYPES:
+                raise r.error(f"{key} = {value!r} is not supported (supported: {', '.join(DTYPES)}, auto)")
+            return name
+    return None
 
 
 def _read_rope(r: _Reader, head_dim: int, interleaved: bool) -> RopeConfig:

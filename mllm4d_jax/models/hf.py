@@ -1,20 +1,24 @@
 """Checkpoints in Hugging Face format: load tensor by tensor into the right dtype and shards, save as published.
 
-Loading never holds more than one stacked parameter on the host beside what already sits on the devices, and reads, for
-a sharded parameter, only the slices this process needs.
+Loading never holds more than one stacked parameter on the host beside what already sits on the devices (where the host
+is the device, nothing beside it), and copies, for a sharded parameter, only the slices this process needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import mmap
+import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
@@ -23,79 +27,21 @@ from tqdm import tqdm
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.tensor_files import (
+    FLOATS,
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    TensorFiles,
+    clear_weights,
+    counted,
+    plain,
+)
 from mllm4d_jax.models.weight_map import EXPERTS, HEAD, Leaf
 from mllm4d_jax.parallel.rules import parameter_sharding
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ROWS = 1 << 14  # rows of a matrix compared at a time
-_LISTED = 12  # offending tensors shown per kind in an error
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder that cannot be loaded exactly. The message lists everything that is wrong with it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFiles:
-    """Index of a checkpoint's tensors."""
-
-    folder: pathlib.Path
-    location: Mapping[str, str]  # tensor name -> file name
-    shapes: Mapping[str, tuple[int, ...]]  # tensor name -> stored shape
-    dtypes: Mapping[str, str]  # tensor name -> safetensors dtype name
-
-    @classmethod
-    def scan(cls, folder: str | pathlib.Path) -> TensorFiles:
-        """Reads the headers of `model.safetensors` or of all shards named by `model.safetensors.index.json`.
-
-        Raises:
-          CheckpointError: no weights, a missing or damaged file, or an index that disagrees with its shards.
-        """
-        folder = pathlib.Path(folder)
-        expected = _expected_locations(folder)
-        location, shapes, dtypes, problems = {}, {}, {}, []
-        for file in sorted(set(expected.values())) if expected else [_SINGLE]:
-            try:
-                with safetensors.safe_open(folder / file, "np") as f:
-                    for name in f.keys():
-                        part = f.get_slice(name)
-                        if name in location:
-                            problems.append(f"tensor {name} is in both {location[name]} and {file}")
-                        location[name], shapes[name], dtypes[name] = file, tuple(part.get_shape()), part.get_dtype()
-            except FileNotFoundError:
-                problems.append(f"{file} is missing")
-            except safetensors.SafetensorError as e:
-                problems.append(f"{file} is damaged or cut short ({e})")
-        if expected and not problems:
-            problems += [
-                f"{n} is not in {f}, where the index puts it" for n, f in expected.items() if location.get(n) != f
-            ]
-            problems += [f"{n} in {f} is not in the index" for n, f in location.items() if n not in expected]
-        if problems:
-            raise CheckpointError(f"{folder}: " + "; ".join(problems[:_LISTED]) + ". Download the checkpoint again.")
-        return cls(folder, location, shapes, dtypes)
-
-    def read(self, name: str, index: tuple = ()) -> np.ndarray:
-        """One tensor, or the part `index` (a tuple of slices) of it, copied out of the file."""
-        with safetensors.safe_open(self.folder / self.location[name], "np") as f:
-            return f.get_slice(name)[index] if index else f.get_tensor(name)
-
-
-def _expected_locations(folder: pathlib.Path) -> dict[str, str]:
-    """weight_map of a sharded checkpoint, {} for a single file."""
-    if (folder / _INDEX).is_file():
-        try:
-            found = json.loads((folder / _INDEX).read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as e:
-            raise CheckpointError(f"{folder / _INDEX} is not a safetensors index: {e!r}") from e
-        # A shard name is a plain file of this folder: an index must not be able to point elsewhere.
-        outside = sorted({f for f in found.values() if pathlib.PurePath(f).name != f})
-        if outside:
-            raise CheckpointError(f"{folder / _INDEX} names files outside the folder: {outside[:_LISTED]}")
-        return found
-    if not (folder / _SINGLE).is_file():
-        raise CheckpointError(f"{folder} holds neither {_SINGLE} nor {_INDEX}: download the model's weights into it")
-    return {}
+_STRIP = 1 << 9  # rows of a matrix converted and turned at a time: few enough to stay in a processor's cache
 
 
 def load_model(
@@ -105,18 +51,21 @@ def load_model(
 
     Args:
       path: folder with config.json and safetensors, single-file or sharded.
-      dtype: parameter and activation dtype; None keeps the dtype named by config.json.
+      dtype: parameter and activation dtype; None keeps the dtype named by config.json, or, where that names none, the
+        one the token embedding is stored in.
       mesh: places every parameter by `parallel.rules`; None puts all on the default device.
       attention, remat: see `QwenVL`.
 
     Raises:
       ModelConfigError: config.json cannot be run exactly.
-      CheckpointError: missing, unexpected or misshapen tensors (all of them in one message), or damaged files.
+      CheckpointError: quantised weights; missing, unexpected or misshapen tensors, or such that are not stored as
+        floating-point weights (all of them in one message); damaged files.
     """
     config = ModelConfig.from_folder(path)
-    files = TensorFiles.scan(path)
+    files = TensorFiles.scan(path, config)
+    _refuse_quantised(config, files)
     config, files = _resolve_tying(config, files)
-    dtype = jnp.dtype(dtype or config.dtype)
+    dtype = jnp.dtype(dtype or config.dtype or _stored_dtype(config, files))
     model = weight_map.abstract_model(config, dtype=dtype, attention=attention, remat=remat, mesh=mesh)
     table = weight_map.leaves(model)
     swapped = _check(files, table)
@@ -127,6 +76,30 @@ def load_model(
         variable = flat[leaf.path]
         flat[leaf.path] = variable.replace(_load_leaf(leaf, files, dtype, mesh, leaf.path in swapped))
     return nnx.merge(graphdef, nnx.from_flat_state(list(flat.items())))
+
+
+def _refuse_quantised(config: ModelConfig, files: TensorFiles) -> None:
+    """Raise CheckpointError where config.json says that the weights were quantised, by whatever method."""
+    raw = json.loads(config.source)
+    parts = [part for part in (raw, raw.get("text_config"), raw.get("vision_config")) if isinstance(part, dict)]
+    for key in ("quantization_config", "compression_config", "quantization"):
+        for how in filter(None, (part.get(key) for part in parts)):
+            # What bitsandbytes wrote before methods had names: load_in_8bit or load_in_4bit.
+            named = (
+                how.get("quant_method") or [k for k, v in how.items() if v is True] if isinstance(how, dict) else how
+            )
+            raise CheckpointError(
+                f"{files.folder / 'config.json'}: {key} = {plain(named or how)}, tensors of "
+                f"{', '.join(sorted(set(files.dtypes.values())))}: quantised weights are not loaded. Take the release "
+                "that is not quantised, or dequantise this one with the tools of its method and save it again; if that "
+                "has been done already, delete the key from config.json"
+            )
+
+
+def _stored_dtype(config: ModelConfig, files: TensorFiles) -> np.dtype:
+    """Return the dtype of the token embedding in the files, at most float32."""
+    stored = FLOATS.get(files.dtypes.get(weight_map.embedding_name(config), ""), np.dtype(np.float32))
+    return min(stored, np.dtype(np.float32), key=lambda dtype: dtype.itemsize)  # JAX has no float64 by default
 
 
 def _resolve_tying(config: ModelConfig, files: TensorFiles) -> tuple[ModelConfig, TensorFiles]:
@@ -145,11 +118,14 @@ def _resolve_tying(config: ModelConfig, files: TensorFiles) -> tuple[ModelConfig
 
 def _equal(files: TensorFiles, a: str, b: str) -> bool:
     """Whether two stored matrices are the same numbers, read in blocks of rows."""
-    if b not in files.location or files.shapes[a] != files.shapes[b]:
+    both = (a, b)
+    if b not in files.location or not {files.dtypes[n] for n in both} <= set(FLOATS):
         return False
-    count = files.shapes[a][0]
-    blocks = (slice(start, min(start + _ROWS, count)) for start in range(0, count, _ROWS))
-    return all(np.array_equal(files.read(a, (rows,)), files.read(b, (rows,))) for rows in blocks)
+    if files.shapes[a] != files.shapes[b] or not files.shapes[a]:
+        return False
+    x, y = (files.read(n) for n in both)
+    blocks = (slice(start, start + _ROWS) for start in range(0, len(x), _ROWS))
+    return all(np.array_equal(x[rows], y[rows]) for rows in blocks)
 
 
 def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
@@ -161,23 +137,22 @@ def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
         want = _swap(leaf.published) if leaf.path in swapped else leaf.published
         if shape is not None and shape != want:
             misshapen.append(f"{name} {list(shape)}, expected {list(want)}")
-    missing, unexpected = set(wanted) - set(files.location), set(files.location) - set(wanted)
-    problems = counted({"missing": missing, "unexpected": unexpected, "misshapen": misshapen})
+    missing = set(wanted) - set(files.location)
+    unexpected = {files.spelled[name] for name in set(files.location) - set(wanted)}
+    no_floats = [f"{files.spelled[n]} ({files.dtypes[n]})" for n in files.location if files.dtypes[n] not in FLOATS]
+    offending = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshapen": misshapen,
+        f"not stored as {', '.join(FLOATS)}, as weights are (are they quantised?)": no_floats,
+    }
+    problems = counted(offending)
     if problems:
         raise CheckpointError(
             f"{files.folder}: tensors do not match config.json. {'; '.join(problems)}. "
             "Is this the right config.json for these weights, and is the download complete?"
         )
     return swapped
-
-
-def counted(offending: Mapping[str, Collection[str]]) -> list[str]:
-    """Return "3 KIND: a, b, c" for every kind of tensors that there are, the first names of each."""
-    return [
-        f"{len(names)} {kind}: {', '.join(sorted(names)[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
-        for kind, names in offending.items()
-        if names
-    ]
 
 
 def _swap(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -201,20 +176,28 @@ def transposed_experts(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
     return swapped
 
 
-def _load_leaf(leaf: Leaf, files: TensorFiles, dtype, mesh: Mesh | None, swapped: bool) -> jax.Array:
-    """Assembles one parameter from its tensors, shard by shard when there is a mesh."""
+def _load_leaf(leaf: Leaf, files: TensorFiles, dtype: np.dtype, mesh: Mesh | None, swapped: bool) -> jax.Array:
+    """Assembles one parameter from its tensors, shard by shard when there is a mesh, and waits until it is placed."""
+    turned = swapped or leaf.layout in (weight_map.TRANSPOSE, weight_map.CONV)
 
     def assemble(index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
         single = index[1:] if leaf.stacked else index
         names = leaf.names[index[0]] if leaf.stacked else leaf.names
-        out = np.empty((len(names), *(s.stop - s.start for s in single)), dtype)
-        for row, name in zip(out, names, strict=True):
-            row[...] = _read_part(leaf, files, name, single, swapped)
+        out = _empty((len(names), *(s.stop - s.start for s in single)), dtype)
+
+        def fill(layer: int) -> None:
+            stored = files.read(names[layer])
+            stored = stored.reshape(len(stored), -1) if leaf.layout == weight_map.CONV else stored
+            stored = np.swapaxes(stored, -1, -2) if turned else stored
+            _copy(stored[single], out[layer], turned)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, range(len(names))))
         return out if leaf.stacked else out[0]
 
     if mesh is None:
-        return jnp.asarray(assemble(tuple(slice(None) for _ in leaf.shape)))
+        return jax.block_until_ready(jax.device_put(assemble(tuple(slice(None) for _ in leaf.shape))))
     sharding = parameter_sharding(leaf.axes, leaf.shape, mesh)
     cached: dict[str, np.ndarray] = {}
 
@@ -223,17 +206,36 @@ def _load_leaf(leaf: Leaf, files: TensorFiles, dtype, mesh: Mesh | None, swapped
             cached[str(index)] = assemble(index)
         return cached[str(index)]
 
-    return jax.make_array_from_callback(leaf.shape, sharding, shard)
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, shard))
 
 
-def _read_part(leaf: Leaf, files: TensorFiles, name: str, single: tuple[slice, ...], swapped: bool) -> np.ndarray:
-    """The part `single` (in our layout) of one stored tensor."""
-    if leaf.layout == weight_map.CONV:
-        return leaf.to_ours(files.read(name))[single]
-    reverse = leaf.layout == weight_map.TRANSPOSE or swapped
-    index = (*single[:-2], single[-1], single[-2]) if reverse else single
-    part = files.read(name, index)
-    return np.swapaxes(part, -1, -2) if reverse else part
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return zeros at the start of a page of memory, so that JAX uses them where they are if the host is the device.
+
+    `np.empty` asks for huge pages; where memory is in pieces, the kernel spends more on making them than loading takes.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype).reshape(shape)
+
+
+def _copy(source: np.ndarray, target: np.ndarray, turned: bool) -> None:
+    """Do `target[...] = source`, for a source that is the transposed view of rows of memory if `turned`.
+
+    NumPy would walk across the rows of such a view, a cache line for every value; OpenCV turns it block by block.
+    """
+    if source.ndim > 2:
+        for one, into in zip(source, target, strict=True):
+            _copy(one, into, turned)
+        return
+    rows, into = (source.T, target.T) if turned else (source, target)
+    word = np.dtype(f"i{target.itemsize}")  # bits are moved; as bfloat16 each value would be a call
+    for start in range(0, len(rows), _STRIP):
+        strip = slice(start, start + _STRIP)
+        part = rows[strip].astype(target.dtype, copy=False).view(word)
+        if turned:
+            cv2.transpose(part, dst=target[:, strip].view(word))
+        else:
+            into[strip].view(word)[...] = part
 
 
 def save_model(model: QwenVL, path: str | pathlib.Path, *, max_shard_bytes: int = 4 << 30) -> None:
@@ -255,8 +257,7 @@ def save_model(model: QwenVL, path: str | pathlib.Path, *, max_shard_bytes: int 
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     itemsize = jnp.dtype(model.text.embed.dtype).itemsize
     items = {name: (leaf, layer) for leaf in table for layer, name in enumerate(leaf.names)}
-    for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:
-        old.unlink(missing_ok=True)
+    clear_weights(folder)
     (folder / "config.json").write_text(json.dumps(_config_of(model), indent=1, sort_keys=True))
 
     def tensor(name: str) -> np.ndarray:
@@ -286,12 +287,12 @@ def write_shards(
         shards[-1].append(name)
     weights: dict[str, str] = {}
     for number, names in enumerate(tqdm(shards, unit="shard", disable=None), 1):
-        file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors({name: tensor(name) for name in names}, folder / file)
         weights |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weights}
-        (folder / _INDEX).write_text(json.dumps(index, indent=1))
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], file: pathlib.Path) -> None:

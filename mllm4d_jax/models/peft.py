@@ -1,7 +1,7 @@
 """Adapters as PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`, one pair of matrices per layer.
 
 Names follow the modules of transformers: files are written with those of version 4.52 and later
-(`model.language_model.layers.3...`), and read with the older ones of Qwen2.5-VL (`model.layers.3...`) too.
+(`model.language_model.layers.3...`), and read with any prefix that `weight_map.SPELLINGS` has for the decoder.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 from flax import nnx
 
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.hf import counted, write_tensors
+from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import attach_lora
+from mllm4d_jax.models.tensor_files import FLOATS, CheckpointError, counted, mapped, parse_json, plain, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."
-_PREFIXES = ("model.language_model.", "model.")  # of the decoder; the first is written, each is read
+_PREFIXES = weight_map.SPELLINGS["text"]  # of the decoder; the first is written, each is read
 _TENSOR = re.compile(re.escape(_WRAPPER) + r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Options that are read below, or that do not change what a loaded adapter computes (the tensors say which modules there
 # are, not `target_modules`). Every other one, known to this version of PEFT or not, must be off.
@@ -40,6 +40,7 @@ _NO_EFFECT = {
 # Options that a written file names and that are off.
 _NULL = ("auto_mapping", "layers_pattern", "layers_to_transform", "modules_to_save", "revision")
 _FALSE = ("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora")
+_LARGE = 1e30  # no number of an adapter is; JSON has whole numbers that no float can be
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others begin by changing the base weights
 
 
@@ -190,9 +191,9 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
     if not (folder / CONFIG).is_file():
         return None, [f"there is no {CONFIG}: name the folder that PEFT's save_pretrained wrote"]
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return None, [f"{CONFIG} is not JSON: {error}"]
+        config = parse_json((folder / CONFIG).read_bytes())
+    except ValueError as error:
+        return None, [f"{CONFIG} is not JSON: {plain(error)}"]
     if not isinstance(config, dict):
         return None, [f"{CONFIG} holds a {type(config).__name__}, not an object"]
     problems = list(_option_problems(config))
@@ -214,11 +215,11 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
 def _option_problems(config: Mapping[str, Any]) -> Iterator[str]:
     def number(name: str) -> bool:
         value = config.get(name, 0.0)
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGE < value < _LARGE
 
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported"
-    if type(config.get("r")) is not int or config["r"] < 1:
+    if type(config.get("r")) is not int or not 1 <= config["r"] < _LARGE:
         yield f"r is {config.get('r')!r}, not a positive whole number"
     if "lora_alpha" not in config or not number("lora_alpha"):
         yield f"lora_alpha is {config.get('lora_alpha')!r}, not a finite number"
@@ -242,24 +243,29 @@ def _option_problems(config: Mapping[str, Any]) -> Iterator[str]:
 def _read_tensors(file: pathlib.Path, places: Mapping) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
     """((module, "A" or "B") -> f32 matrix as stored; names of the file that mean nothing to this model)."""
     found: dict[tuple[str, str], np.ndarray] = {}
-    vision, unknown, twice = [], [], []
+    names: dict[tuple[str, str], str] = {}
+    vision, unknown, twice, no_floats = [], [], [], []
     try:
-        with safetensors.safe_open(file, "np") as f:
-            for name in f.keys():
-                match = _TENSOR.fullmatch(name)
-                module = _without_prefix(match["module"], places) if match else None
-                if module is None:
-                    (vision if "visual" in name.split(".") else unknown).append(name)
-                elif (module, match["side"]) in found:
-                    twice.append(name)
-                else:
-                    found[module, match["side"]] = np.asarray(f.get_tensor(name), np.float32)
-    except safetensors.SafetensorError as error:
-        return {}, [f"{WEIGHTS} is damaged or cut short ({error})"]
+        header = read_header(file)
+    except CheckpointError as error:
+        return {}, [str(error)]
+    for name, entry in header.items():
+        match = _TENSOR.fullmatch(name)
+        module = _without_prefix(match["module"], places) if match else None
+        key = (module, match["side"]) if match else ()
+        if module is None:
+            (vision if "visual" in name.split(".") else unknown).append(name)
+        elif entry.dtype not in FLOATS:
+            no_floats.append(f"{name} ({entry.dtype})")
+        elif key in found:
+            twice.append(f"{names[key]} and {name}")
+        else:
+            names[key], found[key] = name, np.asarray(mapped(file, entry), np.float32)
     advice = "which carries no adapter here: train without it, or merge the adapter with PEFT"
     offending = {
         f"tensors of the vision tower, {advice}": vision,
         "tensors that name no linear layer of this model's decoder": unknown,
+        f"tensors that are not stored as {', '.join(FLOATS)}, as weights are": no_floats,
         "tensors that are there under another name as well": twice,
     }
     problems = counted(offending)

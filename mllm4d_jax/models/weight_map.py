@@ -56,8 +56,16 @@ _TEXT = {
 }
 _VISION_OF = {"qwen3_vl": _QWEN3_VISION, "qwen2_5_vl": _QWEN2_5_VISION}
 _PREFIX = {
-    "qwen3_vl": {"vision": "model.visual.", "text": "model.language_model."},
-    "qwen2_5_vl": {"vision": "visual.", "text": "model."},
+    "qwen3_vl": {"vision": "model.visual.", "text": "model.language_model.", "head": "lm_head."},
+    "qwen2_5_vl": {"vision": "visual.", "text": "model.", "head": "lm_head."},
+}
+# Every prefix that files have for a part, of any family. transformers before 4.52 wrote `visual.` and `model.` for
+# Qwen2.5-VL, later versions `model.visual.` and `model.language_model.`, and the model without its head leaves `model.`
+# out; servers and converters put a whole language model, head and all, below `language_model.`.
+SPELLINGS = {
+    "vision": ("model.visual.", "visual."),
+    "text": ("model.language_model.", "language_model.model.", "language_model.", "model."),
+    "head": ("lm_head.", "language_model.lm_head."),
 }
 HEAD = "lm_head.weight"
 # How the published layout of one tensor becomes ours: as it is, [out,in] -> [in,out], [D,C,tp,p,p] -> [C*tp*p*p,D], or
@@ -110,6 +118,17 @@ def leaves(model: QwenVL) -> list[Leaf]:
 def embedding_name(config: ModelConfig) -> str:
     """Name of the token embedding, which a tied head shares."""
     return f"{_PREFIX[config.family]['text']}{_TEXT['embed']}.weight"
+
+
+def published_name(name: str, family: str) -> str:
+    """Return a tensor's name as the family was released, whichever of `SPELLINGS` it has; any other name as it is."""
+    found = [
+        (len(prefix), part) for part, prefixes in SPELLINGS.items() for prefix in prefixes if name.startswith(prefix)
+    ]
+    if not found:
+        return name
+    length, part = max(found)
+    return _PREFIX[family][part] + name[length:]
 
 
 def _leaf(path: Sequence, shape, axes, config: ModelConfig) -> Leaf:

@@ -235,7 +235,8 @@ def model_digest(folder: str | Path) -> str:
     for name in _MODEL_FILES:
         file = Path(folder) / name
         sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
-    _add_sampled(sha, Path(folder), sorted(Path(folder).glob("*.safetensors")))
+    # A link to a file that is gone is left to loading, which says so.
+    _add_sampled(sha, Path(folder), sorted(p for p in Path(folder).glob("*.safetensors") if p.is_file()))
     return sha.hexdigest()
 
 

@@ -23,6 +23,7 @@ from mllm4d_jax.export import merged as export_merged
 from mllm4d_jax.export import task as export
 from mllm4d_jax.export.check import Difference
 from mllm4d_jax.export.merged import ModelExportError
+from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import TensorFiles, load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft
 from mllm4d_jax.models.split import attach_lora, needs_adapter, split_model
@@ -238,6 +239,28 @@ def test_merging_holds_one_tensor_at_a_time(tmp_path):
     assert peak < 8 << 20
     after = load_file(out / "model.safetensors")
     assert all((after[name] == values[name] + (name != "t7")).all() for name in values)
+
+
+def test_a_left_over_index_is_not_copied_beside_a_single_file(tmp_path):
+    base, out = base_folder(tmp_path), tmp_path / "out"
+    shutil.copy(GOLDEN / "qwen3_vl" / "model.safetensors", base)
+    out.mkdir()
+    assert export_merged.write_merged(TensorFiles.scan(base), out, {}) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_tensors_keep_the_names_of_their_files(tmp_path):
+    def respell(values):
+        for name in [n for n in values if n.startswith("model.")]:
+            values[f"model.language_{name}"] = values.pop(name)
+
+    base, out = base_folder(tmp_path, "qwen2_5_vl", change=respell), tmp_path / "out"
+    out.mkdir()
+    files = TensorFiles.scan(base, ModelConfig.from_folder(base))
+    export_merged.write_merged(files, out, {"model.norm.weight": lambda stored: stored + 1})
+    before, after, changed = tensors(base), tensors(out), "model.language_model.norm.weight"
+    assert before.keys() == after.keys() and (after[changed] == before[changed] + 1).all()
+    assert all(after[n].tobytes() == before[n].tobytes() for n in before if n != changed)
 
 
 def test_an_adapter_that_does_nothing_is_called_that(world, tmp_path, capsys):

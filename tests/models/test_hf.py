@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pathlib
 import shutil
 
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from mllm4d_jax.models import hf
 from mllm4d_jax.models.hf import CheckpointError, load_model, save_model
 from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.parallel.mesh import make_mesh
@@ -110,6 +112,22 @@ def test_loads_straight_into_shards(name, sizes):
     kernel = sharded.text.stacks[0].attn.q_proj.kernel[...]
     spec = kernel.sharding.shard_shape(kernel.shape)
     assert spec == (kernel.shape[0], kernel.shape[1] // sizes["fsdp"], kernel.shape[2] // sizes["tensor"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_strips_of_any_height_make_the_same_matrices(monkeypatch, name, dtype):
+    whole = load_model(GOLDEN / name, dtype=dtype)
+    for height, mesh in ((7, None), (1, make_mesh(dict(data=1, fsdp=4, tensor=2)))):
+        monkeypatch.setattr(hf, "_STRIP", height)
+        strips = load_model(GOLDEN / name, dtype=dtype, mesh=mesh)
+        for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (strips, whole)), strict=True):
+            np.testing.assert_array_equal(np.asarray(a.get_value()), np.asarray(b.get_value()), err_msg=str(path))
+
+
+def test_parameters_stay_where_they_were_assembled():
+    parameters = jax.tree.leaves(nnx.state(load_model(GOLDEN / "qwen3_vl")))
+    assert {x.unsafe_buffer_pointer() % mmap.PAGESIZE for x in parameters} == {0}, "JAX has made copies"
 
 
 def test_one_error_lists_missing_unexpected_and_misshapen(tmp_path):

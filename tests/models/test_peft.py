@@ -18,6 +18,7 @@ from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import PeftError, adapted_linears, is_peft_folder, load_peft, save_peft
 from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.parallel.mesh import make_mesh
+from tests.models.folders import whole
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LAYERS = {"qwen3_vl": 4, "qwen3_vl_moe": 3, "qwen2_5_vl": 3}
@@ -236,8 +237,35 @@ def test_all_tensors_at_fault_are_in_one_message(edited):
     assert "not finite: layers.1.self_attn.v_proj.lora_A" in text
     assert "1 tensors of the vision tower" in text and "visual.blocks.0.attn.qkv" in text
     assert "2 tensors that name no linear layer" in text and "lm_head" in text and "layers.9" in text
-    assert "1 tensors that are there under another name" in text
+    assert "1 tensors that are there under another name" in text and text.count("layers.0.self_attn.o_proj.lora_B") == 2
     assert not adapted_linears(model), "a refused adapter leaves the model as it was"
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "language_model."])
+def test_other_prefixes_of_the_decoder_are_read(exported, edited, prefix):
+    folder = edited(lambda values: {k.replace(CURRENT, f"base_model.model.{prefix}"): v for k, v in values.items()})
+    ours, theirs = bare(), bare()
+    load_peft(folder, ours)
+    load_peft(exported, theirs)
+    assert_same_adapters(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype, kind", [(np.int32, "I32"), (np.bool_, "BOOL"), (np.uint8, "U8")])
+def test_an_adapter_is_made_of_floats(edited, dtype, kind):
+    name = f"{CURRENT}layers.0.self_attn.q_proj.lora_A.weight"
+    with pytest.raises(PeftError, match=rf"1 tensors that are not stored as .*q_proj.lora_A.weight \({kind}\)"):
+        load_peft(edited(lambda values: values | {name: values[name].astype(dtype)}), bare())
+
+
+def test_an_adapter_in_eight_bits_is_refused(edited):
+    folder = edited()
+    file, entry = folder / "adapter_model.safetensors", {"dtype": "F8_E4M3", "shape": [2, 2], "data_offsets": [0, 4]}
+    file.write_bytes(whole({f"{CURRENT}layers.0.self_attn.q_proj.lora_A.weight": entry}, b"\0" * 4))
+    with pytest.raises(PeftError, match=r"q_proj.lora_A.weight \(F8_E4M3\)"):
+        load_peft(folder, bare())
+    file.write_bytes(whole({"a": entry}, b"\0" * 4, length=1 << 63))
+    with pytest.raises(PeftError, match="damaged or cut short"):
+        load_peft(folder, bare())
 
 
 def test_which_folders_are_meant(exported, tmp_path, monkeypatch):
@@ -270,6 +298,20 @@ def test_folders_that_hold_no_readable_adapter(edited, tmp_path):
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(PeftError, match="holds a list, not an object"):
         load_peft(folder, bare())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"r": 1, "r": 2}', '{"r": ' + "1" * 5000 + "}", "\ud800"])
+def test_settings_that_are_no_json_object(edited, text):
+    folder = edited()
+    (folder / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(PeftError, match="adapter_config.json is not JSON"):
+        load_peft(folder, bare())
+
+
+def test_numbers_that_no_float_can_be(edited):
+    with pytest.raises(PeftError) as caught:
+        load_peft(edited(lora_alpha=10**400, r=10**400), bare())
+    assert "not a finite number" in str(caught.value) and "not a positive whole number" in str(caught.value)
 
 
 def test_what_cannot_be_saved(tmp_path):

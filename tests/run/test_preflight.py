@@ -194,6 +194,7 @@ def test_digests_follow_content_not_place(tiny_world, tmp_path):
         (copy / name).write_text("{}")
         assert model_digest(copy) != first["model.path"]
         (copy / name).unlink()
+    (copy / "model-00001-of-00002.safetensors").symlink_to("../../blobs/gone")
     assert model_digest(copy) == first["model.path"]
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
