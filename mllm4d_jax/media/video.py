@@ -23,6 +23,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError, nearest_i
 from mllm4d_jax.media.resize import ResizeRule, SizeError, resize_bicubic
 from mllm4d_jax.qa.errors import MediaError
 
+_MAX_SECONDS = 1e7  # 116 days
 _MAX_ASPECT = 8  # a pixel that claims to be wider or taller than this is a damaged header
 
 
@@ -73,7 +74,7 @@ def probe(path: str, timeline: Timeline | None = None) -> VideoInfo:
 
     Raises:
       MediaError: as `container.read_timeline`, and "zero_frames", "truncated_video" (no frame can be decoded),
-        "bad_size".
+        "bad_size", "bad_times".
     """
     return _info(path, timeline or read_timeline(path))
 
@@ -160,6 +161,9 @@ def _info(path: str, line: Timeline, pts: np.ndarray | None = None) -> VideoInfo
         raise MediaError(f"{path} holds no decodable frame", "zero_frames")
     height, width = _shown_size(path, line)
     times = line.seconds(pts)
+    if np.abs(times).max() > _MAX_SECONDS:
+        message = f"{path}: its frames claim to show up to {np.abs(times).max():.3g} s from its start; re-encode it"
+        raise MediaError(message, "bad_times")
     return VideoInfo(height, width, _rate(times, line.rates), times)
 
 

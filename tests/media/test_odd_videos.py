@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_joined_files_are_refused_not_halved(name, codec, tmp_path):
     assert levels(read_video(str(path), ALL)) == list(range(20))
     path.write_bytes(path.read_bytes() * 2)
     assert refusal(path) == "times_go_back" == refusal(path, probe)
+
+
+def test_times_that_cannot_be_are_refused(tmp_path):
+    path = Path(write_movie(tmp_path / "a.ivf", [k / 25 for k in range(6)], "libvpx-vp9", tick=Fraction(1, 25)))
+    data = bytearray(path.read_bytes())
+    first = struct.unpack_from("<I", data, 32)[0]
+    data[32 + 12 + first + 4 + 7] = 0x40  # the second frame's time, counted in 25ths: eight bytes behind its size
+    path.write_bytes(data)
+    assert refusal(path) == "bad_times" == refusal(path, probe)
 
 
 def test_of_frames_at_one_moment_the_first_is_taken(tmp_path):
