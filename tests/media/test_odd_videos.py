@@ -100,8 +100,10 @@ def test_joined_files_are_refused_not_halved(name, codec, tmp_path):
 def test_times_that_cannot_be_are_refused(tmp_path):
     path = Path(write_movie(tmp_path / "a.ivf", [k / 25 for k in range(6)], "libvpx-vp9", tick=Fraction(1, 25)))
     data = bytearray(path.read_bytes())
-    first = struct.unpack_from("<I", data, 32)[0]
-    data[32 + 12 + first + 4 + 7] = 0x40  # the second frame's time, counted in 25ths: eight bytes behind its size
+    last = 32  # a frame: its bytes u32, its time u64 in 25ths of a second, they themselves
+    for _ in range(5):
+        last += 12 + struct.unpack_from("<I", data, last)[0]
+    data[last + 11] = 0x40
     path.write_bytes(data)
     assert refusal(path) == "bad_times" == refusal(path, probe)
 
