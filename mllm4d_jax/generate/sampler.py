@@ -40,6 +40,7 @@ from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.place import place_rows
+from mllm4d_jax.parallel.products import compiler_options
 from mllm4d_jax.parallel.rules import batch_shards, constrain, replicated
 from mllm4d_jax.rows.batch import ModelInputs
 
@@ -104,7 +105,8 @@ class Sampler:
             self.compiles += 1  # runs when traced, not when executed
             return function(*args, **kwargs)
 
-        return jax.jit(counted, static_argnames=static, donate_argnames=donated)
+        options = compiler_options(self.mesh)
+        return jax.jit(counted, static_argnames=static, donate_argnames=donated, compiler_options=options)
 
     def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
         """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
