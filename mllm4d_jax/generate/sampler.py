@@ -266,7 +266,7 @@ def _decode_chunk(
       (branches' cache, tokens i32[B, G, n], log-probs f32[B, G, n], number of steps i32[] that were computed).
     """
     model = merge_model(graphdef, *weights)
-    head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
+    eos = jnp.array(options.eos_ids, jnp.int32)
     keys, asked = branch_keys(*feed.keys), feed.asked
     first = 0 if asked is None else asked.slots  # slot of the first new token
 
@@ -278,7 +278,8 @@ def _decode_chunk(
         i, done, last, own, tokens, logprobs = carry
         index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
         hidden, own = decode(model, last, feed.next_position + index - 1, cache, own, first + index - 1, asked)
-        new, scores = draw(head_logits(hidden, head), keys, index, options)
+        # The head is named within the loop: a tied one is a transposed view there, outside it would be a copy.
+        new, scores = draw(head_logits(hidden, model.head_kernel()), keys, index, options)
         new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
         tokens = jax.lax.dynamic_update_slice(tokens, new[..., None], (0, 0, i))
         logprobs = jax.lax.dynamic_update_slice(logprobs, scores[..., None], (0, 0, i))
