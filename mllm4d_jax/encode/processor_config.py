@@ -16,7 +16,7 @@ TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "visio
 
 # The largest sizes and areas that are believed, so that a slip of a file is refused before anything is laid out for it.
 SIZE_LIMITS: Mapping[str, int] = MappingProxyType({"patch_size": 1024, "temporal_patch_size": 64, "merge_size": 16})
-_LEAST_AREA, _LARGEST_AREA = 1 << 28, 1 << 40  # of a lower bound, which enlarges frames, and of an upper one
+_LOWER_BOUND, _UPPER_BOUND = 1 << 28, 1 << 40  # largest areas: the lower bound enlarges frames, the upper one does not
 _LARGEST_ID, _DEEPEST = (1 << 31) - 1, 1e6
 # What the published checkpoints ship, for folders without preprocessor files: numbers, and areas of images and videos.
 _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
@@ -174,8 +174,8 @@ def _budget(settings: JsonObject, default: tuple[int, int]) -> tuple[int, int]:
     """(min, max) area; `size.shortest_edge` and `size.longest_edge` are areas despite their names."""
     size, bounds = settings.object("size"), []
     for flat, edge, high, otherwise in (
-        ("min_pixels", "shortest_edge", _LEAST_AREA, default[0]),
-        ("max_pixels", "longest_edge", _LARGEST_AREA, default[1]),
+        ("min_pixels", "shortest_edge", _LOWER_BOUND, default[0]),
+        ("max_pixels", "longest_edge", _UPPER_BOUND, default[1]),
     ):
         inside = size.integer(edge, flat, low=1, high=high, default=otherwise)
         bounds.append(settings.integer(flat, low=1, high=high, default=inside))
