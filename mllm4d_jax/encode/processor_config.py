@@ -118,8 +118,6 @@ class ProcessorConfig:
         if config.get("vision_config") is None:
             raise top.error("vision_config is missing")
         vision = top.object("vision_config")
-        if (channels := vision.integer("in_channels", "in_chans", high=16, default=3)) != 3:
-            raise vision.error(f"in_channels {channels}: images and videos are made into 3 channels")
         ids = {name: top.integer(name, high=_LARGEST_ID) for name in TOKEN_IDS}
         sizes = {name: _agreed(folder, name, vision, image, video, published.get(name, 2)) for name in SIZE_LIMITS}
         image_budget = _budget(image, published["image"])

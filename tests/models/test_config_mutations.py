@@ -27,6 +27,7 @@ from mllm4d_jax.models.peft import _option_problems
 from mllm4d_jax.models.qwen_vl import text_positions, vision_geometry
 from mllm4d_jax.models.text import run_lengths
 from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.run.build import BuildError, encoder_of
 
 TESTS = pathlib.Path(__file__).parents[1]
 GONE = object()
@@ -180,3 +181,11 @@ def test_a_slip_of_the_layers_is_refused_before_they_are_counted():
     raw["text_config"]["num_hidden_layers"] = 10**9
     with pytest.raises(ModelConfigError, match="num_hidden_layers.* from 1 to 1000, got 1000000000"):
         ModelConfig.from_dict(raw)
+
+
+def test_a_tower_of_other_channels_gets_no_frames(tmp_path):
+    raw = published_config("2b")
+    raw["vision_config"]["in_channels"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(BuildError, match="in_channels is 1, and frames and images are made into 3"):
+        encoder_of(tmp_path, {})
