@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.encode.folder import read_json
+from mllm4d_jax.files.json_object import read_object
 from mllm4d_jax.qa.errors import ProcessorError, shown
 
 # Of several templates the one counts that transformers takes for a processor, and after those the tokenizer's.
@@ -117,7 +117,7 @@ def _find(folder: Path) -> tuple[str, str] | None:
         file = folder / name
         value: Any = None
         if name.endswith(".json"):
-            value = (read_json(file) or {}).get("chat_template")
+            value = (read_object(file, ProcessorError) or {}).get("chat_template")
         elif file.is_file():
             try:
                 value = file.read_text(encoding="utf-8")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from mllm4d_jax.encode.chat_template import ChatForm, chat_form
-from mllm4d_jax.encode.folder import read_json
+from mllm4d_jax.files.json_object import JsonObject, read_object, real, shown
 from mllm4d_jax.qa.errors import ProcessorError
 
 FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
-_SIZES = ("patch_size", "temporal_patch_size", "merge_size")
+# The largest sizes and areas that are believed, so that a slip of a file is refused before anything is laid out for it.
+SIZE_LIMITS: Mapping[str, int] = MappingProxyType({"patch_size": 1024, "temporal_patch_size": 64, "merge_size": 16})
+_LOWER_BOUND, _UPPER_BOUND = 1 << 28, 1 << 40  # largest areas: the lower bound enlarges frames, the upper one does not
+_LARGEST_ID, _DEEPEST = (1 << 31) - 1, 1e6
 # What the published checkpoints ship, for folders without preprocessor files: numbers, and areas of images and videos.
 _PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "qwen3_vl": {
@@ -86,12 +90,12 @@ class ProcessorConfig:
             each other, or a chat template of another form.
         """
         folder = Path(path)
-        config = read_json(folder / "config.json")
+        config = read_object(folder / "config.json", ProcessorError)
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
-        both = read_json(folder / "processor_config.json") or {}
-        image = read_json(folder / "preprocessor_config.json") or both.get("image_processor")
-        video = read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
+        both = read_object(folder / "processor_config.json", ProcessorError) or {}
+        image = read_object(folder / "preprocessor_config.json", ProcessorError) or both.get("image_processor")
+        video = read_object(folder / "video_preprocessor_config.json", ProcessorError) or both.get("video_processor")
         made = cls.of(config, folder, image, video)
         return dataclasses.replace(made, chat=chat_form(folder, made.family, chat_template))
 
@@ -114,27 +118,22 @@ class ProcessorConfig:
           ProcessorError: as `from_folder`.
         """
         folder, where = where, Path(where) / "config.json"
-        image, video = image or {}, video or {}
-        model_type = config.get("model_type")
-        if model_type not in FAMILIES:
-            raise ProcessorError(f"{where}: model_type {model_type!r} is not supported (known: {', '.join(FAMILIES)})")
+        top, image = JsonObject.of(config, str(where), ProcessorError), _settings(image, folder, "image processor")
+        video, model_type = _settings(video, folder, "video processor"), config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            raise top.error(f"model_type {shown(model_type)} is not supported (known: {', '.join(FAMILIES)})")
         family = FAMILIES[model_type]
-        published, vision = _PUBLISHED[family], config.get("vision_config")
-        if not isinstance(vision, dict):
-            raise ProcessorError(f"{where}: vision_config is missing")
-        ids = {}
-        for name in TOKEN_IDS:
-            if not isinstance(config.get(name), int):
-                raise ProcessorError(f"{where}: {name} is missing")
-            ids[name] = config[name]
-        vision = vision | {"merge_size": vision.get("spatial_merge_size")}
-        sizes = {n: _agreed(folder, n, vision.get(n), image, video, published.get(n, 2)) for n in _SIZES}
-        image_budget = _budget(folder, image, published["image"])
+        published = _PUBLISHED[family]
+        if config.get("vision_config") is None:
+            raise top.error("vision_config is missing")
+        vision = top.object("vision_config")
+        ids = {name: top.integer(name, high=_LARGEST_ID) for name in TOKEN_IDS}
+        sizes = {name: _agreed(folder, name, vision, image, video, published.get(name, 2)) for name in SIZE_LIMITS}
+        image_budget = _budget(image, published["image"])
         # Qwen2.5-VL ships one preprocessor file for both; Qwen3-VL's budgets mean different things.
-        video_budget = _budget(folder, video, published.get("video", image_budget))
-        tokens_per_second = vision.get("tokens_per_second", 0) if family == "qwen2_5_vl" else 0
-        if family == "qwen2_5_vl" and not tokens_per_second:
-            raise ProcessorError(f"{where}: vision_config.tokens_per_second is missing")
+        video_budget = _budget(video, published.get("video", image_budget))
+        qwen3 = family == "qwen3_vl"
+        tokens_per_second = 0.0 if qwen3 else vision.number("tokens_per_second", low=1e-3, high=1e3)
         return cls(
             family=family,
             **sizes,
@@ -144,52 +143,66 @@ class ProcessorConfig:
             image_max_pixels=image_budget[1],
             video_min_pixels=video_budget[0],
             video_max_pixels=video_budget[1],
-            tokens_per_second=float(tokens_per_second),
-            vocab_size=_vocab_size(config),
+            tokens_per_second=tokens_per_second,
+            vocab_size=_vocab_size(top),
             **ids,
         )
 
 
-def _vocab_size(config: Mapping[str, Any]) -> int | None:
+def _vocab_size(top: JsonObject) -> int | None:
     """The decoder's settings stand in text_config, in early Qwen2.5-VL folders at the top."""
-    text = config.get("text_config")
-    size = text.get("vocab_size") if isinstance(text, Mapping) else None
-    size = config.get("vocab_size") if size is None else size
-    return size if isinstance(size, int) else None
+    text = top.object("text_config")
+    holder = text if text.raw.get("vocab_size") is not None else top
+    if holder.raw.get("vocab_size") is None:
+        return None
+    return holder.integer("vocab_size", low=1, high=_LARGEST_ID)
 
 
-def _agreed(folder: Path, name: str, in_model: int | None, image: Mapping, video: Mapping, default: int) -> int:
+def _settings(value: Any, folder: str | Path, of: str) -> JsonObject:
+    return JsonObject.of({} if value is None else value, f"{folder}: settings of the {of}", ProcessorError)
+
+
+def _agreed(
+    folder: str | Path, name: str, vision: JsonObject, image: JsonObject, video: JsonObject, default: int
+) -> int:
     """A size that the vision tower and both processors must share."""
-    found = {"config.json vision_config": in_model, "image": image.get(name), "video": video.get(name)}
-    values = {v for v in found.values() if v is not None}
+    in_model = "spatial_merge_size" if name == "merge_size" else name
+    found = {}
+    for who, settings, key in (
+        ("config.json vision_config", vision, in_model),
+        ("image", image, name),
+        ("video", video, name),
+    ):
+        if settings.raw.get(key) is not None:
+            found[who] = settings.integer(key, low=1, high=SIZE_LIMITS[name])
+    values = set(found.values())
     if len(values) > 1:
-        told = ", ".join(f"{k} {v}" for k, v in found.items() if v is not None)
+        told = ", ".join(f"{who} {value}" for who, value in found.items())
         raise ProcessorError(f"{folder}: {name} differs between the files of the folder ({told})")
-    value = values.pop() if values else default
-    if not isinstance(value, int) or value < 1:
-        raise ProcessorError(f"{folder}: {name} must be a positive integer, got {value!r}")
-    return value
+    return values.pop() if values else default
 
 
-def _budget(folder: Path, settings: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
+def _budget(settings: JsonObject, default: tuple[int, int]) -> tuple[int, int]:
     """(min, max) area; `size.shortest_edge` and `size.longest_edge` are areas despite their names."""
-    size = settings.get("size") or {}
-    low = _first(settings.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels"), default[0])
-    high = _first(settings.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), default[1])
-    if not 0 < low <= high:
-        raise ProcessorError(f"{folder}: pixel budget must satisfy 0 < min <= max, got {low} and {high}")
-    return int(low), int(high)
+    size, bounds = settings.object("size"), []
+    for flat, edge, high, otherwise in (
+        ("min_pixels", "shortest_edge", _LOWER_BOUND, default[0]),
+        ("max_pixels", "longest_edge", _UPPER_BOUND, default[1]),
+    ):
+        inside = size.integer(edge, flat, low=1, high=high, default=otherwise)
+        bounds.append(settings.integer(flat, low=1, high=high, default=inside))
+    low, high = bounds
+    if low > high:
+        raise settings.error(f"pixel budget must satisfy 0 < min <= max, got {low} and {high}")
+    return low, high
 
 
-def _triple(folder: Path, name: str, image: Mapping, video: Mapping, default: tuple) -> tuple[float, float, float]:
-    found = {tuple(float(v) for v in s[name]) for s in (image, video) if s.get(name) is not None}
+def _triple(
+    folder: str | Path, name: str, image: JsonObject, video: JsonObject, default: tuple
+) -> tuple[float, float, float]:
+    fits = real(1e-6 if name == "image_std" else -_DEEPEST, _DEEPEST)
+    given = [settings for settings in (image, video) if settings.raw.get(name) is not None]
+    found = {tuple(map(float, settings.list_of(name, fits, "3 numbers, one a channel", 3))) for settings in given}
     if len(found) > 1:
         raise ProcessorError(f"{folder}: {name} differs between image and video preprocessor files")
-    value = found.pop() if found else default
-    if len(value) != 3:
-        raise ProcessorError(f"{folder}: {name} must have 3 values, got {value}")
-    return value
-
-
-def _first(*values: Any) -> Any:
-    return next(v for v in values if v is not None)
+    return found.pop() if found else default

@@ -19,8 +19,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mllm4d_jax.encode.folder import read_json
 from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.files.json_object import read_object
 from mllm4d_jax.qa.errors import ProcessorError, RecordError
 from mllm4d_jax.qa.special_tokens import QWEN_TOKENS
 
@@ -138,7 +138,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise ProcessorError(f"{file} cannot be read as a tokenizer ({error})") from error
         declared = [
-            *(read_json(file).get("added_tokens") or []),
+            *(read_object(file, ProcessorError).get("added_tokens") or []),
             *_declared_tokens(file.with_name("tokenizer_config.json")),
         ]
         return cls(backend, str(file), declared)
@@ -262,7 +262,7 @@ def _added(token: Mapping[str, Any]) -> dict[str, Any]:
 
 def _declared_tokens(file: Path) -> list[dict[str, Any]]:
     """Entries of `added_tokens_decoder` in tokenizer_config.json, by their ids. Raises ProcessorError."""
-    table = (read_json(file) or {}).get("added_tokens_decoder") or {}
+    table = (read_object(file, ProcessorError) or {}).get("added_tokens_decoder") or {}
     if not isinstance(table, dict) or not all(
         i.isdecimal() and isinstance(t, dict) and isinstance(t.get("content"), str) for i, t in table.items()
     ):

@@ -40,6 +40,7 @@ from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.place import place_rows
+from mllm4d_jax.parallel.products import compiler_options
 from mllm4d_jax.parallel.rules import batch_shards, constrain, replicated
 from mllm4d_jax.rows.batch import ModelInputs
 
@@ -104,7 +105,8 @@ class Sampler:
             self.compiles += 1  # runs when traced, not when executed
             return function(*args, **kwargs)
 
-        return jax.jit(counted, static_argnames=static, donate_argnames=donated)
+        options = compiler_options(self.mesh)
+        return jax.jit(counted, static_argnames=static, donate_argnames=donated, compiler_options=options)
 
     def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
         """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
@@ -264,7 +266,7 @@ def _decode_chunk(
       (branches' cache, tokens i32[B, G, n], log-probs f32[B, G, n], number of steps i32[] that were computed).
     """
     model = merge_model(graphdef, *weights)
-    head, eos = model.head_kernel(), jnp.array(options.eos_ids, jnp.int32)
+    eos = jnp.array(options.eos_ids, jnp.int32)
     keys, asked = branch_keys(*feed.keys), feed.asked
     first = 0 if asked is None else asked.slots  # slot of the first new token
 
@@ -276,7 +278,8 @@ def _decode_chunk(
         i, done, last, own, tokens, logprobs = carry
         index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
         hidden, own = decode(model, last, feed.next_position + index - 1, cache, own, first + index - 1, asked)
-        new, scores = draw(head_logits(hidden, head), keys, index, options)
+        # The head is named within the loop: a tied one is a transposed view there, outside it would be a copy.
+        new, scores = draw(head_logits(hidden, model.head_kernel()), keys, index, options)
         new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
         tokens = jax.lax.dynamic_update_slice(tokens, new[..., None], (0, 0, i))
         logprobs = jax.lax.dynamic_update_slice(logprobs, scores[..., None], (0, 0, i))

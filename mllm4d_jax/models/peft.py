@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mllm4d_jax.files.json_object import real, shown, whole
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
@@ -192,7 +193,7 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
         return None, [f"there is no {CONFIG}: name the folder that PEFT's save_pretrained wrote"]
     try:
         config = parse_json((folder / CONFIG).read_bytes())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return None, [f"{CONFIG} is not JSON: {plain(error)}"]
     if not isinstance(config, dict):
         return None, [f"{CONFIG} holds a {type(config).__name__}, not an object"]
@@ -214,30 +215,29 @@ def _read_config(folder: pathlib.Path) -> tuple[Adapter | None, list[str]]:
 
 def _option_problems(config: Mapping[str, Any]) -> Iterator[str]:
     def number(name: str) -> bool:
-        value = config.get(name, 0.0)
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGE < value < _LARGE
+        return real(-_LARGE, _LARGE)(config.get(name, 0.0))
 
     if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported"
-    if type(config.get("r")) is not int or not 1 <= config["r"] < _LARGE:
-        yield f"r is {config.get('r')!r}, not a positive whole number"
+        yield f"peft_type is {shown(config.get('peft_type'))}: only LORA adapters are supported"
+    if not whole(1, int(_LARGE))(config.get("r")):
+        yield f"r is {shown(config.get('r'))}, not a positive whole number"
     if "lora_alpha" not in config or not number("lora_alpha"):
-        yield f"lora_alpha is {config.get('lora_alpha')!r}, not a finite number"
+        yield f"lora_alpha is {shown(config.get('lora_alpha'))}, not a finite number"
     if not number("lora_dropout") or not 0 <= config.get("lora_dropout", 0.0) < 1:
-        yield f"lora_dropout is {config['lora_dropout']!r}, not a number from 0 to below 1"
+        yield f"lora_dropout is {shown(config['lora_dropout'])}, not a number from 0 to below 1"
     if config.get("use_rslora", False) not in (True, False, None):
-        yield f"use_rslora is {config['use_rslora']!r}, neither true nor false"
+        yield f"use_rslora is {shown(config['use_rslora'])}, neither true nor false"
     if config.get("bias", "none") != "none":
-        yield f"bias is {config['bias']!r}: trained biases are not supported; train with bias='none'"
+        yield f"bias is {shown(config['bias'])}: trained biases are not supported; train with bias='none'"
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         yield (
-            f"init_lora_weights is {start!r}, which trains against changed base weights: let PEFT convert it with "
+            f"init_lora_weights is {shown(start)}, which trains against changed base weights: let PEFT convert it with "
             "save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
         )
     for name in sorted(set(config) - _READ - _NO_EFFECT):
         if config[name] not in (None, False, "", [], {}):
-            yield f"{name} is {config[name]!r}: this option is not supported and has to be off"
+            yield f"{name} is {shown(config[name])}: this option is not supported and has to be off"
 
 
 def _read_tensors(file: pathlib.Path, places: Mapping) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:

@@ -1,4 +1,7 @@
-"""Matrix products of 16-bit operands, summed in float32, and with them the logits of a few positions at a time."""
+"""Matrix products of 16-bit operands, summed in float32, and with them the logits of a few positions at a time.
+
+Accelerators have such products. XLA widens the operands on a CPU, which `compiler_options` keeps from costing memory.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,20 @@ _VOCABULARY_AXES = ("tensor", "fsdp")  # mesh axes over which the head's vocabul
 
 # (logits f32[B, m, V], further arrays [B, m]) -> arrays [B, m]
 OfLogits = Callable[..., tuple[jax.Array, ...]]
+
+
+def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+    """Return the options with which `jax.jit` compiles programs that hold weights; None for the compiler's own.
+
+    Where XLA has no 16-bit form of an operation on a CPU, it widens the operands. Widened weights are the same in every
+    layer and for every token, so a pass moves the widening out of those loops (with jax below 0.12): all weights once
+    more, at twice the size, written and read for every token. Without it a layer at a time is widened where it is used.
+
+    Args:
+      mesh: devices that the program is for, whether they are here or not; None for this process's.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else None
 
 
 def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -142,7 +142,14 @@ def encoder_of(
     Args:
       video: config group of `VideoOptions`; max_tokens: see `Encoder`; kind: the class, or a subclass's constructor.
       chat_template: form of the prompts, see `chat_template.chat_form`.
+
+    Raises:
+      ModelConfigError, ProcessorError: files of the folder that cannot be used.
+      BuildError: the vision tower takes something else than the RGB frames that are made here.
     """
+    channels = ModelConfig.from_folder(folder).vision.in_channels
+    if channels != 3:
+        raise BuildError(f"{folder}: vision_config in_channels is {channels}, and frames and images are made into 3")
     options = VideoOptions.from_mapping(video)
     processor = ProcessorConfig.from_folder(folder, chat_template)
     return kind(processor, Tokenizer.from_folder(folder), options, max_tokens)

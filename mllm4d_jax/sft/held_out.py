@@ -22,6 +22,7 @@ from mllm4d_jax.data.stream import LoaderOptions
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import place_rows
+from mllm4d_jax.parallel.products import compiler_options
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.rows.rows import Group, RowBatch, RowSizes, pack_groups, share_prefix
@@ -68,7 +69,7 @@ class HeldOutLoss:
             out = token_cross_entropy(chosen, model.head_kernel(), batch.loss_target, batch.loss_weight, chunk, mesh)
             return out.loss, out.weight
 
-        self._sums = jax.jit(sums, out_shardings=(replicated(mesh),) * 2)
+        self._sums = jax.jit(sums, out_shardings=(replicated(mesh),) * 2, compiler_options=compiler_options(mesh))
         groups = list(_groups(encoder.sources[0].clips, options.questions_per_video))
         hosts, host = jax.process_count(), jax.process_index()
         batches = [groups[n : n + options.groups][host::hosts] for n in range(0, len(groups), options.groups)]

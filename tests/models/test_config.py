@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
 from configs.published import published_config
-from mllm4d_jax.models.config import ModelConfig, ModelConfigError
+from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.models.config import ModelConfig, ModelConfigError, VisionConfig
+
+WRITTEN_BY_4_49 = pathlib.Path(__file__).parents[1] / "cases/config/tf_4_49_qwen2_5_vl.json"
 
 
 def parse(raw) -> ModelConfig:
@@ -50,6 +54,41 @@ def test_values_come_from_the_file():
     assert parse(published_config("qwen2_5_vl_7b")).text.head_dim == 128
 
 
+def test_values_that_transformers_4_49_left_out():
+    """It wrote of a nested config what differs from the class: the tower of this 7B is the released one."""
+    raw = json.loads(WRITTEN_BY_4_49.read_text())
+    config = parse(raw)
+    assert config.text == parse(published_config("qwen2_5_vl_7b")).text
+    assert config.vision == VisionConfig(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=3584,
+        in_channels=3,
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+        window=112,
+        full_blocks=(7, 15, 23, 31),
+        tokens_per_second=2.0,
+    )
+    assert config.vision == parse(published_config("qwen2_5_vl_7b")).vision
+    processor = ProcessorConfig.of(raw, "folder")
+    assert (processor.patch_size, processor.merge_size, processor.tokens_per_second) == (14, 2, 2.0)
+
+
+def test_left_out_values_are_those_of_the_class():
+    transformers = pytest.importorskip("transformers")
+    raw = json.loads(WRITTEN_BY_4_49.read_text())
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(raw)).vision_config
+    ours = parse(raw).vision
+    for name in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    windows = (theirs.window_size, tuple(theirs.fullatt_block_indexes), theirs.tokens_per_second)
+    assert (ours.window, ours.full_blocks, ours.tokens_per_second) == windows
+
+
 def changed(path: str, value, size: str = "2b") -> dict:
     raw = published_config(size)
     *parents, key = path.split(".")
@@ -66,6 +105,16 @@ def changed(path: str, value, size: str = "2b") -> dict:
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
+        (changed("vision_config.tokens_per_second", None, "qwen2_5_vl_7b"), "'tokens_per_second' is missing"),
+        (changed("vision_config.depth", None), "'depth' is missing"),
+        (changed("text_config.num_hidden_layers", 10**9), "'num_hidden_layers' must be .* 1 to 1000, got 1000000000"),
+        (changed("text_config.rms_norm_eps", float("nan")), "'rms_norm_eps' must be a number .* got nan"),
+        (changed("text_config.head_dim", 127), "head_dim 127 .*must be even"),
+        (changed("text_config.attention_bias", "no"), "'attention_bias' must be true or false, got 'no'"),
+        (changed("vision_config.num_position_embeddings", 0), "must be an integer from 1"),
+        (changed("video_token_id", 151936), "'video_token_id' must be an integer from 0 to 151935"),
+        (changed("video_token_id", 151655), "must differ.*image_token_id 151655, video_token_id 151655"),
+        (changed("text_config.rope_scaling", ["a"]), "rope_scaling: expected a JSON object"),
         (changed("text_config.rope_theta", None), "rope_theta is absent.*5000000"),
         (changed("rope_theta", None, "qwen2_5_vl_7b"), "rope_theta is absent"),
         (changed("text_config.rope_scaling.mrope_section", [24, 20]), "3 numbers summing to head_dim/2 = 64"),

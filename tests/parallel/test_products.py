@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm4d_jax.parallel.products import einsum_f32
+from mllm4d_jax.parallel.products import compiler_options, einsum_f32
 
 SHAPES = (
     ("bgknd,bkpd->bgknp", (2, 12, 2, 2, 32), (2, 2, 40, 32)),
@@ -45,3 +47,21 @@ def test_values_and_gradients_against_float64(subscripts, left, right, dtype):
         (grads[1], 3 * np.einsum(f"{result},{first}->{second}", weights, exact[0])),
     ):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(("platform", "changes"), [("cpu", True), ("gpu", False), ("tpu", False)])
+def test_only_programs_for_a_cpu_are_compiled_with_options(platform, changes):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    assert (compiler_options(mesh) is not None) is changes
+    assert compiler_options(None) == compiler_options(SimpleNamespace(devices=np.array(jax.devices())))
+
+
+def test_a_loop_over_layers_holds_no_wide_copy_of_all_weights():
+    """Forward and backward, with what a step of training compiles with."""
+    weights, x = jax.ShapeDtypeStruct((32, 256, 256), jnp.bfloat16), jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+
+    def value(x, weights):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0].astype(jnp.float32).sum()
+
+    program = jax.jit(jax.grad(value), compiler_options=compiler_options(None)).lower(x, weights).compile()
+    assert program.memory_analysis().temp_size_in_bytes < weights.size * 4 / 2
