@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.scenes.scene import Scene, SceneObject, move_tracks
 from data_prep.store.untrusted import SceneError, keep_visible, numbers, read_json, read_npz
-from mllm4d_jax.qa.errors import shown
+from mllm4d_jax.files.quoting import shown
 
 MAX_MASK_BYTES = 2**31  # all masks of a clip together, one byte a pixel
 MAX_CAPTION = 1000  # characters of what a file calls an object

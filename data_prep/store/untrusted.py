@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm4d_jax.qa.errors import shown
+from mllm4d_jax.files.quoting import shown
 
 MAX_NPZ_BYTES = 2**31
 MAX_JSON_BYTES = 2**26  # Python objects take up to some twenty times that

@@ -20,7 +20,7 @@ from data_prep.store.parts import StoreError, canonical_json
 from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, Endpoint, TeacherError, TransientError
 from data_prep.teacher.json_schema import SchemaError, parse_json
 from data_prep.teacher.replay import Reply, ReplyCache
-from mllm4d_jax.qa.errors import shown
+from mllm4d_jax.files.quoting import shown
 
 ORACLE, ENDPOINT = "oracle", "endpoint"  # values of the config key teacher.kind
 

@@ -10,7 +10,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from mllm4d_jax.qa.errors import cut, shown
+from mllm4d_jax.files.quoting import cut, shown
 
 _LONGEST_MESSAGE = 200  # characters; the library quotes the whole value in its messages
 

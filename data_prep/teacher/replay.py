@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files.atomic import write_atomic
-from mllm4d_jax.qa.errors import shown
+from mllm4d_jax.files.quoting import shown
 
 REPLY_FORMAT = 1
 MAX_REPLY_FILE_BYTES = 2**26

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mllm4d_jax.files import jsonl
-from mllm4d_jax.qa.errors import RecordError, cut
+from mllm4d_jax.files.quoting import cut
+from mllm4d_jax.qa.errors import RecordError
 
 _SHOWN_REASONS = 8
 MIN_GROUPS = 20  # no verdict on a share before this many groups of questions

@@ -15,7 +15,7 @@ import numpy as np
 from mllm4d_jax.data.clip_sets import DEFAULT_SPLIT, ClipSet
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.qa.errors import shown
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.records import Record
 
 _SEPARATOR = "::"

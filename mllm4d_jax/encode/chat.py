@@ -17,7 +17,8 @@ import numpy as np
 from mllm4d_jax.encode.chat_template import ChatForm
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.tokenizer import Piece
-from mllm4d_jax.qa.errors import PlaceholderError, RecordError, shown
+from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.qa.errors import PlaceholderError, RecordError
 
 ROLES = ("system", "user", "assistant")
 _THOUGHT = re.compile(r"(?:\s*<think>)?(.*?)</think>(.*)", re.DOTALL)

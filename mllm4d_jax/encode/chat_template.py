@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files.json_object import read_object
-from mllm4d_jax.qa.errors import ProcessorError, shown
+from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.qa.errors import ProcessorError
 
 # Of several templates the one counts that transformers takes for a processor, and after those the tokenizer's.
 FILES = ("processor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer_config.json")

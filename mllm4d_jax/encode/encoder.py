@@ -15,12 +15,13 @@ from mllm4d_jax.encode.grids import merged_tokens, patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ImageRule
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import plan_frames
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError, shown
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
 from mllm4d_jax.qa.records import Record, Span
 
 _MIN_FRAMES = 2

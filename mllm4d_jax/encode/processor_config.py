@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from mllm4d_jax.encode.chat_template import ChatForm, chat_form
-from mllm4d_jax.files.json_object import JsonObject, read_object, real, shown
+from mllm4d_jax.files.json_object import JsonObject, read_object, real
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.errors import ProcessorError
 
 FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}

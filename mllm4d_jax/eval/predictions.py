@@ -25,9 +25,10 @@ from configs.schema import fixed
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
-from mllm4d_jax.qa.errors import RecordError, shown
+from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.report.reading import PREDICTIONS
 
 

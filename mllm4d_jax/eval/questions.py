@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.benchmarks import PARSERS, BenchmarkQuestion, ParseFn
-from mllm4d_jax.qa.errors import RecordError, shown
+from mllm4d_jax.qa.errors import RecordError
 
 _MAX_SHOWN = 20
 

@@ -18,8 +18,8 @@ import numpy as np
 from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import Prediction
 from mllm4d_jax.eval.statistics import Bootstrap
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer, extract_answer
-from mllm4d_jax.qa.errors import shown
 
 MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
 _SHOWN_IDS = 20

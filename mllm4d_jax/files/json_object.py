@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-_SHOWN = 60  # characters of a value that a message repeats
+from mllm4d_jax.files.quoting import shown
+
 _LARGEST = sys.float_info.max
 
 
@@ -124,12 +125,3 @@ def real(low: float, high: float) -> Callable[[Any], bool]:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
     return fits
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message repeats it: in ASCII, cut where it is long."""
-    if isinstance(value, (Mapping, list, tuple)):
-        text = json.dumps(value, default=repr)
-    else:
-        text = ascii(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

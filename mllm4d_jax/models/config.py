@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mllm4d_jax.encode.processor_config import FAMILIES, SIZE_LIMITS, TOKEN_IDS
-from mllm4d_jax.files.json_object import JsonObject, read_object, shown, whole
+from mllm4d_jax.files.json_object import JsonObject, read_object, whole
+from mllm4d_jax.files.quoting import shown
 
 DTYPES = ("float32", "bfloat16", "float16")
 _CONTEXT = "original_max_position_embeddings"

@@ -24,19 +24,11 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from mllm4d_jax.files.quoting import plain
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.tensor_files import (
-    FLOATS,
-    INDEX,
-    SINGLE,
-    CheckpointError,
-    TensorFiles,
-    clear_weights,
-    counted,
-    plain,
-)
+from mllm4d_jax.models.tensor_files import FLOATS, INDEX, SINGLE, CheckpointError, TensorFiles, clear_weights, counted
 from mllm4d_jax.models.weight_map import EXPERTS, HEAD, Leaf
 from mllm4d_jax.parallel.rules import parameter_sharding
 

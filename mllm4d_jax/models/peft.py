@@ -18,13 +18,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mllm4d_jax.files.json_object import real, shown, whole
+from mllm4d_jax.files.json_object import real, whole
+from mllm4d_jax.files.quoting import plain, shown
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import attach_lora
-from mllm4d_jax.models.tensor_files import FLOATS, CheckpointError, counted, mapped, parse_json, plain, read_header
+from mllm4d_jax.models.tensor_files import FLOATS, CheckpointError, counted, mapped, parse_json, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."

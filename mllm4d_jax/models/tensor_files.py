@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from mllm4d_jax.files.quoting import plain
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
-from mllm4d_jax.qa.errors import cut
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a weight may be stored as: safetensors name -> its little-endian values. Integers, truth values and floats of 8
@@ -33,7 +33,6 @@ FLOATS: Mapping[str, np.dtype] = {
 _INDEX_BYTES = 1 << 26  # the index of the largest release has 0.2 MB
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _LISTED = 12  # offending tensors plain per kind in an error
-_SHOWN = 240  # characters of a text out of a file; two names of tensors, of some 80 each, are plain as one
 
 
 class CheckpointError(ValueError):
@@ -214,13 +213,6 @@ def _instead(folder: pathlib.Path) -> str:
             "model with transformers where you trust it and call save_pretrained(folder)"
         )
     return "download the model's weights into it"
-
-
-def plain(value: object) -> str:
-    """Return what came out of a file as text that is safe to print: escaped where it needs to be, and not too long."""
-    text = str(value)
-    text = text if text.isprintable() else ascii(text)
-    return cut(text, _SHOWN)
 
 
 def _first(texts: Iterable[str]) -> str:

@@ -19,8 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.answers import same_option, true_letters
-from mllm4d_jax.qa.errors import RecordError, shown
+from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.options import split_label, split_question
 from mllm4d_jax.qa.reasoning import answer_part
 from mllm4d_jax.qa.records import (

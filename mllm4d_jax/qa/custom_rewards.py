@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mllm4d_jax.qa.errors import MOST_SAID, cut, did_you_mean, shown
+from mllm4d_jax.files.quoting import cut, shown
+from mllm4d_jax.qa.errors import MOST_SAID, did_you_mean
 from mllm4d_jax.qa.rewards import COMPONENTS, PRESETS, RewardWeights, score
 
 CustomReward = Callable[[str, Any, Any], float]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
+
+from mllm4d_jax.files.quoting import cut
 
 MOST_SAID = 1200  # characters of what is said about a record
 
@@ -66,19 +68,6 @@ class TooLongError(RecordError):
     """The record needs more tokens than the budget; nothing is ever cut."""
 
     default_reason = "too_long"
-
-
-def cut(text: str, most: int) -> str:
-    """Return a text of somebody else's as a message may hold it: at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def shown(value: Any) -> str:
-    """Return a value as a message shows it: its repr, cut to 80 characters."""
-    try:
-        return cut(repr(value), 80)
-    except ValueError:  # Python writes no number of thousands of digits
-        return f"a number of type {type(value).__name__}, too long to be written"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, cut, shown
+from mllm4d_jax.files.quoting import cut, shown
+from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError
 from mllm4d_jax.qa.rewards import Solution, is_number
 
 ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assistant", "gpt": "assistant"}

@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from mllm4d_jax.qa.errors import SolutionError, did_you_mean, shown
+from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.qa.errors import SolutionError, did_you_mean
 from mllm4d_jax.qa.options import split_label
 from mllm4d_jax.qa.reasoning import MAX_METRES, Vec3, parse
 

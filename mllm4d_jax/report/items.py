@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mllm4d_jax.files.jsonl import Row
-from mllm4d_jax.qa.errors import cut
+from mllm4d_jax.files.quoting import cut
 from mllm4d_jax.qa.options import split_label
 from mllm4d_jax.qa.reasoning import MAX_METRES
 from mllm4d_jax.report.reading import MOST_NAME, number, outcome_of_prediction, text

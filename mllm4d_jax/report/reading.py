@@ -17,7 +17,7 @@ from typing import Any
 
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.jsonl import Row
-from mllm4d_jax.qa.errors import cut
+from mllm4d_jax.files.quoting import cut
 
 CONFIG, FACTS, METRICS, EVALS, RESULTS = "config.json", "facts.json", "metrics.jsonl", "evals.jsonl", "results.json"
 COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"

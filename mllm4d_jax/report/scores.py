@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm4d_jax.qa.errors import cut
+from mllm4d_jax.files.quoting import cut
 from mllm4d_jax.report.charts import bars
 from mllm4d_jax.report.page import Cell, Column, Markup, join, shortened, table, tag
 from mllm4d_jax.report.page import number as number_cell
