@@ -124,7 +124,7 @@ class Example:
       key: the record's key.
       tokens: i32[S].
       positions: i32[3, S], the (T, H, W) axes.
-      rope_delta: generated token k has position S + rope_delta + k on all three axes.
+      rope_delta: generated token k has position S + rope_delta + k on all three axes (`positions.next_position`).
       supervised: bool[S], token s is a training target (assistant text, its `<|im_end|>` and the newline after it).
       patches: f32[N, C*temporal_patch_size*patch_size^2], all images and videos in reading order, merge-block order.
       grids: one per image or video, same order; `sum(t*h*w) == N`.

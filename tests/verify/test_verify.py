@@ -6,15 +6,18 @@ import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import common
+from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.verify import task as verify
 from mllm4d_jax.verify.checks import Check, Comparison
+from mllm4d_jax.verify.model import Tolerances, verify_case
 from mllm4d_jax.verify.processor import verify_processor
-from mllm4d_jax.verify.reference import RecordingError
+from mllm4d_jax.verify.reference import RecordingError, build_case
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -108,6 +111,20 @@ def test_a_table_with_a_wrong_row_fails(tmp_path):
     (tmp_path / "smart_resize.json").write_text(json.dumps(table))
     failed = [c for c in verify_processor(tmp_path, "p") if not c.passed]
     assert [(c.group, c.error) for c in failed] == [("video_qwen3_vl", 1.0)]
+
+
+def test_a_recording_that_goes_on_elsewhere_than_generate_is_told_to_be_made_again(tmp_path):
+    """Earlier recorders decoded by a loop of their own, which counted from the largest position."""
+    arrays = dict(np.load(GOLDEN / "qwen2_5_vl" / "video.npz"))
+    arrays["second_per_grid_ts"] = np.float32([30.0])
+    model = load_model(GOLDEN / "qwen2_5_vl", dtype=jnp.float32, attention="xla")
+    positions = build_case("video", arrays, model.config, "hf523").inputs.positions
+    assert positions.max() > positions[0, 0, -1]  # the clip outlasts the text
+    arrays |= {"position_ids": positions, "gen_position": positions.max() + 1 + np.arange(12)[None]}
+    np.savez(tmp_path / "video.npz", **arrays)
+    checks = list(verify_case(model, tmp_path / "video.npz", "old", Tolerances(), "hf523"))
+    (ids,) = (c for c in checks if c.group == "greedy ids")
+    assert not ids.passed and "record it again" in ids.worst
 
 
 def test_nan_and_other_shapes_never_pass():
