@@ -70,20 +70,25 @@ class ProcessorConfig:
     def from_folder(cls, path: str | Path) -> Self:
         """Reads config.json and, where present, the preprocessor files.
 
-        Understood: preprocessor_config.json, video_preprocessor_config.json (transformers 4) and processor_config.json
-        with nested processors (transformers 5). Token ids always come from config.json.
+        Which file counts is as in transformers 5: settings nested in processor_config.json; where it has none, those of
+        preprocessor_config.json for images, and for videos those of video_preprocessor_config.json or, without that
+        one, of preprocessor_config.json too. One of them counts, whole; the others are not looked at. Token ids always
+        come from config.json.
 
         Raises:
-          ProcessorError: config.json missing or not of a supported family, a key missing, or files that contradict
-            each other.
+          ProcessorError: config.json missing or not of a supported family, a key missing, or settings of images,
+            videos and config.json that contradict each other.
         """
         folder = Path(path)
         config = _read_json(folder / "config.json")
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
         both = _read_json(folder / "processor_config.json") or {}
-        image = _read_json(folder / "preprocessor_config.json") or both.get("image_processor")
-        video = _read_json(folder / "video_preprocessor_config.json") or both.get("video_processor")
+        image, video = both.get("image_processor"), both.get("video_processor")
+        if image is None:
+            image = _read_json(folder / "preprocessor_config.json")
+        for older in ("video_preprocessor_config.json", "preprocessor_config.json"):
+            video = _read_json(folder / older) if video is None else video
         return cls.of(config, folder, image, video)
 
     @classmethod
@@ -121,8 +126,10 @@ class ProcessorConfig:
         vision = vision | {"merge_size": vision.get("spatial_merge_size")}
         sizes = {n: _agreed(folder, n, vision.get(n), image, video, published.get(n, 2)) for n in _SIZES}
         image_budget = _budget(folder, image, published["image"])
-        # Qwen2.5-VL ships one preprocessor file for both; Qwen3-VL's budgets mean different things.
-        video_budget = _budget(folder, video, published.get("video", image_budget))
+        # Qwen2.5-VL ships one preprocessor file for both; Qwen3-VL's budgets mean different things, and its video
+        # processor reads `size` alone.
+        bounds = video if family == "qwen2_5_vl" else {"size": video.get("size")}
+        video_budget = _budget(folder, bounds, published.get("video", image_budget))
         tokens_per_second = vision.get("tokens_per_second", 0) if family == "qwen2_5_vl" else 0
         if family == "qwen2_5_vl" and not tokens_per_second:
             raise ProcessorError(f"{where}: vision_config.tokens_per_second is missing")

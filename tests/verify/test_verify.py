@@ -30,7 +30,7 @@ def run(golden, model="", case="", **values) -> int:
 def test_processor_tables_all_hold_and_every_row_is_compared(capsys):
     assert run(GOLDEN / "processor") == 0
     out = capsys.readouterr().out
-    assert "PASSED: all 36 checks" in out and "FAIL" not in out
+    assert "PASSED: all 37 checks" in out and "FAIL" not in out
     counts = {(c.case.split("/")[1], c.group): c.compared for c in verify_processor(GOLDEN / "processor", "p")}
     sampling = json.loads((GOLDEN / "processor" / "frame_sampling.json").read_text())
     sizes = json.loads((GOLDEN / "processor" / "smart_resize.json").read_text())
