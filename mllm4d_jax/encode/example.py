@@ -44,8 +44,8 @@ class VideoOptions:
       resize_rule: what the pixel budget bounds. "per_frame": the area of each frame; "total": the sum over all frames
         (Qwen3-VL HF video processor); "qwen_vl_utils": each frame, with that package's bounds and rounding.
       min_pixels, max_pixels: the budget, areas in pixels. None = the rule's own: 784 and 50,176 (224 x 224) per frame
-        as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils", whose own upper bound
-        holds beside max_pixels.
+        as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils", whose
+        own upper bound holds beside max_pixels.
       image_min_pixels, image_max_pixels: budget of still images; None = the processor folder's.
       decode_timeout_s: seconds a clip or image may take to decode before its decoder process is killed.
       decode_threads: of the codec, for each clip that is decoded; each holds frames of its own in memory.
