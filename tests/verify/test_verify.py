@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from configs import common
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.verify import task as verify
-from mllm4d_jax.verify.checks import Check, Comparison
+from mllm4d_jax.verify.checks import ROUNDINGS, SHIFT, Check, Comparison, chosen_alike
 from mllm4d_jax.verify.model import Tolerances, verify_case
 from mllm4d_jax.verify.processor import verify_processor
 from mllm4d_jax.verify.reference import RecordingError, build_case
@@ -125,6 +125,43 @@ def test_a_recording_that_goes_on_elsewhere_than_generate_is_told_to_be_made_aga
     checks = list(verify_case(model, tmp_path / "video.npz", "old", Tolerances(), "hf523"))
     (ids,) = (c for c in checks if c.group == "greedy ids")
     assert not ids.passed and "record it again" in ids.worst
+
+
+def one(compare, tolerance=1e-4) -> Check:
+    comparison = Comparison("case", "group", tolerance)
+    compare(comparison)
+    return comparison.check()[0]
+
+
+def test_errors_are_shares_of_their_row_and_of_what_rounding_moves():
+    rows = np.array([[1e3, -1e3], [3.0, 4.0], [0.0, 0.0]])
+    off = np.array([[0.05, 0.0], [0.0, 1e-3], [0.0, 0.0]])
+    check = one(lambda c: c.near("x", rows + off, rows, rows + off))
+    np.testing.assert_allclose(check.error, 1e-3 / np.sqrt(12.5), rtol=1e-6)  # f64, root mean square of (3, 4)
+    assert not check.passed and check.tolerance == 1e-4
+    moved = rows + off + off * SHIFT / ROUNDINGS  # rounding alone may change as much
+    check = one(lambda c: c.near("x", rows + off, rows, moved))
+    assert check.passed and check.tolerance == pytest.approx(check.error)
+    assert not one(lambda c: c.near("x", rows + 1.01 * off, rows, moved + 0.01 * off)).passed
+    # Rows of zeros: they count for a thousandth of all.
+    assert one(lambda c: c.near("x", rows + [[0], [0], [1e-3]], rows, rows)).error == pytest.approx(
+        1e-3 / 0.577, rel=0.01
+    )
+
+
+def test_a_model_that_float32_does_not_decide_is_said_to_be_one():
+    for moved in (np.ones(4) * 1e9, np.ones(4) * np.nan):
+        check = one(lambda c, moved=moved: c.near("x", np.full(4, 1.5), np.ones(4), moved))
+        assert not check.passed and ("does not decide" in check.worst) == np.isfinite(moved).all()
+
+
+def test_choices_differ_only_beyond_rounding():
+    scores = np.array([[1.0, 1.1, 3.0], [1.0, 1.1, 3.0]])
+    ours, recorded = np.array([[2, 1], [2, 1]]), np.array([[2, 0], [0, 1]])
+    allowed = np.array([[0.06], [0.06]])
+    assert chosen_alike(ours, recorded, scores, allowed).tolist() == [[2, 0], [2, 1]]
+    assert chosen_alike(ours, recorded, scores, None).tolist() == ours.tolist()
+    assert chosen_alike(ours, recorded, scores, 0.8 * allowed).tolist() == ours.tolist()
 
 
 def test_nan_and_other_shapes_never_pass():
