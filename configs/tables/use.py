@@ -30,12 +30,13 @@ VERIFY_KEYS = (
         "Qwen2.5-VL temporal positions; 'auto' = what the recording says",
         ("auto", "release", "hf517", "hf523"),
     ),
-    Key("tol.patches", 1e-6, "largest absolute error of the pixel patches", low=0),
-    Key("tol.vision", 2e-5, "largest absolute error of the vision tensors", low=0),
-    Key("tol.hidden", 2e-4, "largest absolute error of the decoder's hidden states", low=0),
-    Key("tol.logits", 1e-4, "largest absolute error of the logits", low=0),
-    Key("tol.loss", 1e-5, "largest absolute error of the loss", low=0),
-    Key("tol.grad_rel", 1e-3, "largest relative error of a gradient's norm", low=0),
+    # Shares of a tensor's own size; more where rounding alone makes more, see mllm4d_jax/verify/checks.py.
+    Key("tol.patches", 1e-6, "largest error of the pixel patches, absolute", low=0),
+    Key("tol.vision", 2e-5, "largest error of a vision tensor, as a share of its row's root mean square", low=0),
+    Key("tol.hidden", 5e-5, "largest error of the decoder's hidden states, as a share likewise", low=0),
+    Key("tol.logits", 5e-5, "largest error of the logits, as a share likewise", low=0),
+    Key("tol.loss", 5e-6, "largest error of the loss, as a share of it", low=0),
+    Key("tol.grad_rel", 1e-3, "largest error of a gradient's norm, as a share of it", low=0),
 )
 
 EVAL_KEYS = (

@@ -44,7 +44,8 @@ class VideoOptions:
       resize_rule: what the pixel budget bounds. "per_frame": the area of each frame; "total": the sum over all frames
         (Qwen3-VL HF video processor); "qwen_vl_utils": each frame, with that package's bounds and rounding.
       min_pixels, max_pixels: the budget, areas in pixels. None = the rule's own: 784 and 50,176 (224 x 224) per frame
-        as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils".
+        as in the paper's training; the processor folder's budget for "total"; the package's for "qwen_vl_utils", whose
+        own upper bound holds beside max_pixels.
       image_min_pixels, image_max_pixels: budget of still images; None = the processor folder's.
       decode_timeout_s: seconds a clip or image may take to decode before its decoder process is killed.
       decode_threads: of the codec, for each clip that is decoded; each holds frames of its own in memory.
@@ -108,10 +109,10 @@ class VideoOptions:
           ProcessorError: the lower budget exceeds the upper one.
         """
         budgets = {"per_frame": FRAME_BUDGET, "total": (processor.video_min_pixels, processor.video_max_pixels)}
-        low, high = budgets.get(self.resize_rule, (None, None))
+        low, high = budgets.get(self.resize_rule, (resize.utils_min_pixels(processor.factor), None))
         low = low if self.min_pixels is None else self.min_pixels
         high = high if self.max_pixels is None else self.max_pixels
-        if low is not None and high is not None and low > high:
+        if high is not None and low > high:
             raise ProcessorError(f"resize rule {self.resize_rule!r}: min_pixels {low} exceeds max_pixels {high}")
         return ResizeRule(self.resize_rule, processor.factor, processor.temporal_patch_size, low, high)
 
@@ -124,7 +125,7 @@ class Example:
       key: the record's key.
       tokens: i32[S].
       positions: i32[3, S], the (T, H, W) axes.
-      rope_delta: generated token k has position S + rope_delta + k on all three axes.
+      rope_delta: generated token k has position S + rope_delta + k on all three axes (`positions.next_position`).
       supervised: bool[S], token s is a training target (assistant text, its `<|im_end|>` and the newline after it).
       patches: f32[N, C*temporal_patch_size*patch_size^2], all images and videos in reading order, merge-block order.
       grids: one per image or video, same order; `sum(t*h*w) == N`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from mllm4d_jax.encode.grids import merged_tokens
 from mllm4d_jax.qa.errors import PlaceholderError
 
 RULES = ("release", "hf517", "hf523")
+Array = TypeVar("Array")  # of NumPy or JAX
 
 
 def mrope_positions(
@@ -44,7 +46,8 @@ def mrope_positions(
         next text ignores the T axis (transformers 5.23, after the truncation was fixed).
 
     Returns:
-      (positions i32[3, S], delta): the k-th generated token has position S + delta + k on every axis.
+      (positions i32[3, S], delta): the k-th generated token has position S + delta + k on every axis, see
+      `next_position`.
 
     Raises:
       PlaceholderError: runs of placeholders and grids differ in number or length.
@@ -57,7 +60,21 @@ def mrope_positions(
     steps = _frame_steps(grids, family, second_per_grid, tokens_per_second, rule)
     runs = [run for g, t in zip(grids, steps, strict=True) for run in _item_runs(g, t, family, merge_size, rule)]
     positions = _place_runs(kinds, runs)
-    return positions, int(positions.max(initial=-1)) + 1 - len(tokens)
+    return positions, int(next_position(positions[:, -1])) - len(tokens) if len(tokens) else 0
+
+
+def next_position(last: Array) -> Array:
+    """Return the position, the same on all three axes, of the token after the last one of a prompt.
+
+    One more than that token's own, whatever came before it. So `generate` of transformers 5.17 to 5.24 goes on. It is
+    no smaller than any before it under the released rule, where `generate` of transformers 4.57 went on after the
+    largest of all; under "hf517" and "hf523" a clip may reach further in time than the text after it.
+
+    Args:
+      last: i32[3, ...] of NumPy or JAX, positions of last tokens. Prompts end in text; if one ends in an image or
+        video, the largest axis counts.
+    """
+    return last.max(0) + 1
 
 
 def _place_runs(kinds: np.ndarray, runs: Sequence[tuple[int, np.ndarray, int]]) -> np.ndarray:

@@ -80,23 +80,28 @@ class ProcessorConfig:
     def from_folder(cls, path: str | Path, chat_template: str = "auto") -> Self:
         """Reads config.json and, where present, the preprocessor files and the chat template.
 
-        Understood: preprocessor_config.json, video_preprocessor_config.json (transformers 4) and processor_config.json
-        with nested processors (transformers 5). Token ids always come from config.json.
+        Which file counts is as in transformers 5: settings nested in processor_config.json; where it has none, those of
+        preprocessor_config.json for images, and for videos those of video_preprocessor_config.json or, without that
+        one, of preprocessor_config.json too. One of them counts, whole; the others are not looked at. Token ids always
+        come from config.json.
 
         Args:
           chat_template: form of the prompts, see `chat_template.chat_form`.
 
         Raises:
-          ProcessorError: config.json missing or not of a supported family, a key missing, files that contradict
-            each other, or a chat template of another form.
+          ProcessorError: config.json missing or not of a supported family, a key missing, settings of images, videos
+            and config.json that contradict each other, or a chat template of another form.
         """
         folder = Path(path)
         config = read_object(folder / "config.json", ProcessorError)
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
         both = read_object(folder / "processor_config.json", ProcessorError) or {}
-        image = read_object(folder / "preprocessor_config.json", ProcessorError) or both.get("image_processor")
-        video = read_object(folder / "video_preprocessor_config.json", ProcessorError) or both.get("video_processor")
+        image, video = both.get("image_processor"), both.get("video_processor")
+        if image is None:
+            image = read_object(folder / "preprocessor_config.json", ProcessorError)
+        for older in ("video_preprocessor_config.json", "preprocessor_config.json"):
+            video = read_object(folder / older, ProcessorError) if video is None else video
         made = cls.of(config, folder, image, video)
         return dataclasses.replace(made, chat=chat_form(folder, made.family, chat_template))
 
@@ -127,13 +132,14 @@ class ProcessorConfig:
         published = _PUBLISHED[family]
         if config.get("vision_config") is None:
             raise top.error("vision_config is missing")
-        vision = top.object("vision_config")
+        vision, qwen3 = top.object("vision_config"), family == "qwen3_vl"
         ids = {name: top.integer(name, high=_LARGEST_ID) for name in TOKEN_IDS}
         sizes = {name: _agreed(folder, name, vision, image, video, published.get(name, 2)) for name in SIZE_LIMITS}
         image_budget = _budget(image, published["image"])
-        # Qwen2.5-VL ships one preprocessor file for both; Qwen3-VL's budgets mean different things.
-        video_budget = _budget(video, published.get("video", image_budget))
-        qwen3 = family == "qwen3_vl"
+        # Qwen2.5-VL ships one preprocessor file for both; Qwen3-VL's budgets mean different things, and its video
+        # processor reads `size` alone.
+        bounds = dataclasses.replace(video, raw={"size": video.raw.get("size")}) if qwen3 else video
+        video_budget = _budget(bounds, published.get("video", image_budget))
         tokens_per_second = 0.0 if qwen3 else vision.number("tokens_per_second", low=1e-3, high=1e3)
         return cls(
             family=family,

@@ -21,6 +21,6 @@ def shown(value: Any) -> str:
 
 
 def plain(value: object) -> str:
-    """Return a name as a message shows it: without quotation marks if it can be printed, cut to 240 characters: two names of tensors."""
+    """Return names as a message shows them: as they are if they can be printed, cut to 240 characters."""
     text = str(value)
     return cut(text if text.isprintable() else ascii(text), 240)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mllm4d_jax.encode.positions import next_position
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
@@ -75,10 +76,9 @@ def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None 
     b, p = inputs.tokens.shape
     visible = inputs.segment_ids != 0
     last = jnp.max(jnp.where(visible, jnp.arange(p), -1), -1)
-    # One more than the largest position of the prompt: an image may reach further than the text after it.
-    following = jnp.max(jnp.where(visible[None], inputs.positions, -1), (0, 2)) + 1
+    ends = jnp.arange(b), last
     cache = PromptCache(constrain_cache(out.cache, model.mesh), visible)
-    return PrefilledPrompts(cache, out.hidden[jnp.arange(b), last], following.astype(jnp.int32))
+    return PrefilledPrompts(cache, out.hidden[ends], next_position(inputs.positions[:, *ends]).astype(jnp.int32))
 
 
 def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PromptRows:
@@ -99,10 +99,11 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     real = inputs.segment_ids != 0
     in_slots = real[:, p:].reshape(-1, *branches)  # bool[B, N, L]
     lengths = in_slots.sum(-1, dtype=jnp.int32)  # 0 for a slot without a branch
+    last = jnp.maximum(lengths - 1, 0)
     hidden = out.hidden[:, p:].reshape(*in_slots.shape, -1)
-    hidden = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[..., None, None], 2)[:, :, 0]
-    places = jnp.where(real[None], inputs.positions, -1).max(0)
-    following = jnp.maximum(places[:, :p].max(-1)[:, None], places[:, p:].reshape(in_slots.shape).max(-1)) + 1
+    hidden = jnp.take_along_axis(hidden, last[..., None, None], 2)[:, :, 0]
+    places = inputs.positions[:, :, p:].reshape(3, *in_slots.shape)
+    following = next_position(jnp.take_along_axis(places, last[None, ..., None], 3)[..., 0])
 
     def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, N, K, L, d]
         return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1]).swapaxes(2, 3)

@@ -31,8 +31,9 @@ def sample_indices(
     - "qwen3_vl" (HF 5.x; "uniform" is the same): n = int(total/video_fps*fps) within the bounds and `total`; frames
       spread evenly with both ends included, half-even rounding. An explicit num_frames is taken as it is, so that
       frames repeat when it exceeds the total. n may be odd.
-    - "qwen2_5_vl" (HF 5.x): even n; frame i is floor(i * (total/n)) while i * (total/n) < total. Where total/n is
-      rounded down in binary the processor gets one index too many, equal to `total`; it is reproduced here.
+    - "qwen2_5_vl" (HF 5.x): even n; frame i is floor(i * (total/n)) while i * (total/n) < total. The product is rounded
+      to float32 before the floor, as `torch.arange` rounds it: from just below a whole number up to it. Where total/n
+      is rounded down in binary the processor gets one index too many, equal to `total`; it is reproduced here.
     - "qwen_vl_utils": even n; spread as in the first rule.
 
     Args:
@@ -62,7 +63,7 @@ def sample_indices(
     if rule == "qwen_vl_utils":
         return _spread(total, n)
     step = total / n
-    return np.floor(np.arange(math.ceil(total / step)) * step).astype(np.int64)
+    return (np.arange(math.ceil(total / step)) * step).astype(np.float32).astype(np.int64)
 
 
 def _spread(total: int, n: int) -> np.ndarray:

@@ -79,10 +79,13 @@ def utils_image_size(
     """(h, w) by the qwen-vl-utils image rule; default budget 4 to 16,384 tokens of factor^2 pixels.
 
     Raises:
-      SizeError: ratio above 200, or a side that the budget leaves no block for (the package would return 0).
+      SizeError: ratio above 200, a lower budget above the upper one, or a side that the budget leaves no block for (the
+        package would return 0).
     """
     low = 4 * factor**2 if min_pixels is None else min_pixels
     high = 16384 * factor**2 if max_pixels is None else max_pixels
+    if low > high:
+        raise SizeError(f"a frame of at least {low:g} and at most {high:g} pixels")
     _check_ratio(h, w)
     new_h, new_w = (max(factor, round(side / factor) * factor) for side in (h, w))
     if new_h * new_w > high:
@@ -96,10 +99,23 @@ def utils_image_size(
     return new_h, new_w
 
 
-def utils_frame_budget(num_frames: int, factor: int) -> tuple[float, float]:
-    """(min, max) area of a frame by qwen-vl-utils' defaults: 128 to 768 tokens, 115,200 token pairs over the clip."""
-    low, per_frame, total = 128 * factor**2, 768 * factor**2, 128000 * factor**2 * 0.9
-    return low, max(min(per_frame, total / num_frames * 2), int(low * 1.05))
+def utils_frame_budget(
+    num_frames: int, factor: int, min_pixels: float | None = None, max_pixels: float | None = None
+) -> tuple[float, float]:
+    """(min, max) area of a frame by qwen-vl-utils 0.0.14 (`fetch_video`).
+
+    At least 128 tokens of factor^2 pixels, or `min_pixels`. At most 768 and an even share of 115,200 token pairs over
+    the clip, but 1.05 times the minimum; `max_pixels` can only lower that.
+    """
+    low = utils_min_pixels(factor) if min_pixels is None else min_pixels
+    per_frame, total = 768 * factor**2, 128000 * factor**2 * 0.9
+    cap = max(min(per_frame, total / num_frames * 2), int(low * 1.05))
+    return low, cap if max_pixels is None else min(max_pixels, cap)
+
+
+def utils_min_pixels(factor: int) -> int:
+    """The area below which qwen-vl-utils enlarges a frame, where none is given: 128 tokens of factor^2 pixels."""
+    return 128 * factor**2
 
 
 def _check_ratio(h: int, w: int) -> None:
@@ -128,7 +144,8 @@ class ResizeRule:
       rule: one of `RULES`.
       factor: pixel side of a merged token; every side is a multiple of it.
       temporal_patch_size: frames per temporal patch.
-      min_pixels, max_pixels: budget of the rule, areas; None = qwen-vl-utils' own (only for that rule).
+      min_pixels, max_pixels: budget of the rule, areas; None = qwen-vl-utils' own (only for that rule). Under that
+        rule max_pixels cannot raise the package's own bound of a clip of so many frames.
     """
 
     rule: str
@@ -140,10 +157,8 @@ class ResizeRule:
     def size(self, num_frames: int, h: int, w: int) -> tuple[int, int]:
         """(h, w) of the resized frames. Raises SizeError when there is none."""
         if self.rule == "qwen_vl_utils":
-            low, high = utils_frame_budget(num_frames, self.factor)
-            low = low if self.min_pixels is None else self.min_pixels
-            high = high if self.max_pixels is None else self.max_pixels
-            return utils_image_size(h, w, self.factor, low, high)
+            budget = utils_frame_budget(num_frames, self.factor, self.min_pixels, self.max_pixels)
+            return utils_image_size(h, w, self.factor, *budget)
         if self.min_pixels is None or self.max_pixels is None:
             raise ValueError(f"resize rule {self.rule!r} needs min_pixels and max_pixels")
         if self.rule == "per_frame":
@@ -160,7 +175,7 @@ class ResizeRule:
         """
         high = self.max_pixels
         if self.rule == "qwen_vl_utils":
-            high = utils_frame_budget(num_frames, self.factor)[1] if high is None else high
+            high = utils_frame_budget(num_frames, self.factor, self.min_pixels, self.max_pixels)[1]
         elif self.rule == "total":
             # Judged on the count rounded to temporal patches, scaled by the count itself: the smaller allows more.
             step = self.temporal_patch_size

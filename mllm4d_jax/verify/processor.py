@@ -119,11 +119,16 @@ def _smart_resize(path: pathlib.Path, found: CaseChecks) -> None:
             return {"budget": [low, high]}
         return resize.utils_image_size(r["h"], r["w"], r["factor"], low, high)
 
+    def utils_given(r):
+        rule = resize.ResizeRule("qwen_vl_utils", r["factor"], _TEMPORAL, r["min_pixels"], r["max_pixels"])
+        return rule.size(r["t"], r["h"], r["w"])
+
     tables = {
         "image": image,
         "video_qwen3_vl": video,
         "image_qwen_vl_utils_default_budget": utils_image,
         "video_frame_qwen_vl_utils_default_budget": utils_frame,
+        "video_frame_qwen_vl_utils_given_budget": utils_given,
     }
     for table, rows in json.loads(path.read_text()).items():
         for row in rows if table in tables else ():

@@ -46,7 +46,6 @@ class Case:
     rows: tuple[RecordedRow, ...]  # the samples
     inputs: ModelInputs  # at the recorded padding, positions by `rule`
     rule: str  # the Qwen2.5-VL position rule that was used ("release" for other families)
-    deltas: np.ndarray  # i32[B] rope deltas of this port
     patch_rows: Mapping[str, np.ndarray]  # modality -> flat indices into [F*L] frames of each patch, in HF order
     patch_rows_windowed: Mapping[str, np.ndarray]  # the same in window order (Qwen2.5-VL block outputs)
 
@@ -98,9 +97,9 @@ def build_case(name: str, arrays: Mapping[str, np.ndarray], config: ModelConfig,
     """
     rows = _split_rows(arrays, config)
     b, s = arrays["input_ids"].shape
-    positions, deltas = np.zeros((3, b, s), np.int32), np.zeros(b, np.int32)
+    positions = np.zeros((3, b, s), np.int32)
     for i, row in enumerate(rows):
-        positions[:, i, row.places], deltas[i] = text_positions(config, row.tokens, row.grids, row.seconds, rule)
+        positions[:, i, row.places], _ = text_positions(config, row.tokens, row.grids, row.seconds, rule)
     grids = [g for row in rows for g in row.grids]
     index, vision = np.full((b, s), -1, np.int32), None
     patch_rows, windowed = {}, {}
@@ -114,7 +113,7 @@ def build_case(name: str, arrays: Mapping[str, np.ndarray], config: ModelConfig,
         patch_rows, windowed = _patch_rows(grids, vision.patches.shape[1], config)
     mask = arrays["attention_mask"].astype(np.int32)
     inputs = ModelInputs(arrays["input_ids"].astype(np.int32) * mask, positions, mask, index, vision)
-    return Case(name, arrays, rows, inputs, rule, deltas, patch_rows, windowed)
+    return Case(name, arrays, rows, inputs, rule, patch_rows, windowed)
 
 
 def _split_rows(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> tuple[RecordedRow, ...]:

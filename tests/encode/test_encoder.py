@@ -255,6 +255,13 @@ def test_bad_options(bad):
         VideoOptions(**bad)
 
 
+def test_an_upper_budget_below_the_lower_one_of_the_rule_is_refused_before_any_record(qwen3):
+    """Also where the lower one is the package's own: 128 tokens of 32 x 32 pixels."""
+    with pytest.raises(ProcessorError, match="min_pixels 131072 exceeds max_pixels 50176"):
+        VideoOptions(resize_rule="qwen_vl_utils", max_pixels=50176).resize_for(qwen3)
+    VideoOptions(resize_rule="qwen_vl_utils", max_pixels=131072).resize_for(qwen3)
+
+
 def test_options_from_a_config_group():
     options = VideoOptions.from_mapping({"num_frames": 16, "fps": 0.0, "resize_rule": "total", "max_pixels": 4096})
     assert options == VideoOptions(num_frames=16, resize_rule="total", max_pixels=4096)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.encode.example import Grid
-from mllm4d_jax.encode.positions import PlaceholderError, mrope_positions
+from mllm4d_jax.encode.positions import RULES, PlaceholderError, mrope_positions
 from mllm4d_jax.qa.errors import RecordError
 
 IMAGE, VIDEO = 90, 91
@@ -60,7 +60,18 @@ def test_qwen2_5_time_rules(rule, seconds, time, after):
     )
     assert found[0] == [0, *(1 + t for t in time), 1 + after]
     assert found[1] == found[2] == [0, 1, 1, 1, 1 + after]
-    assert delta == max(1 + after, 1 + time[-1]) + 1 - 5
+    assert delta == (1 + after) + 1 - 5  # one after the last token, though a clip may reach further in time
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_follows_stands_where_a_longer_text_would(rule):
+    """A generated token gets the position that the same token has in training, also after a clip of 20 s."""
+    clip = [1, *[VIDEO] * 4, 2, 3]
+    how = dict(family="qwen2_5_vl", second_per_grid=[10.4], tokens_per_second=2, rule=rule)
+    _, delta = positions(clip, [Grid("video", 2, 2, 4)], **how)
+    longer, _ = positions([*clip, 4, 5], [Grid("video", 2, 2, 4)], **how)
+    assert [axis[-2:] for axis in longer] == [[len(clip) + delta, len(clip) + delta + 1]] * 3
+    assert (max(longer[0][:-2]) >= len(clip) + delta) == (rule != "release")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -80,6 +81,69 @@ def test_one_file_for_both_processors(tmp_path):
     )
     c = ProcessorConfig.from_folder(other)
     assert (c.image_min_pixels, c.image_max_pixels, c.video_min_pixels, c.video_max_pixels) == (10, 20, 10, 20)
+
+
+def size(low, high):
+    return {"size": {"shortest_edge": low, "longest_edge": high}}
+
+
+NESTED, OLD, OLD_VIDEO = "processor_config", "preprocessor_config", "video_preprocessor_config"
+BOTH = {"image_processor": size(1, 2), "video_processor": size(3, 4)}
+WHICH = (  # files, budget of images, budget of videos
+    ({NESTED: BOTH, OLD: size(10, 20), OLD_VIDEO: size(30, 40)}, (1, 2), (3, 4)),
+    ({NESTED: {"image_processor": size(1, 2)}, OLD: size(10, 20), OLD_VIDEO: size(30, 40)}, (1, 2), (30, 40)),
+    ({NESTED: {"video_processor": size(3, 4)}, OLD: size(10, 20), OLD_VIDEO: size(30, 40)}, (10, 20), (3, 4)),
+    ({NESTED: {"processor_class": "Processor"}, OLD: size(10, 20), OLD_VIDEO: size(30, 40)}, (10, 20), (30, 40)),
+    ({NESTED: BOTH | {"video_processor": None}, OLD: size(10, 20)}, (1, 2), (10, 20)),
+    ({OLD: size(10, 20), OLD_VIDEO: size(30, 40)}, (10, 20), (30, 40)),
+    ({OLD: size(10, 20)}, (10, 20), (10, 20)),
+    ({NESTED: BOTH, OLD: size(10, 20) | {"patch_size": 99, "image_mean": [0, 0, 0]}}, (1, 2), (3, 4)),
+)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize(("files", "image", "video"), WHICH)
+def test_which_file_counts(files, image, video, family, tmp_path):
+    """As `AutoImageProcessor` and `AutoVideoProcessor` of transformers 5 read the same folder, where they are there."""
+    write(tmp_path, config={"model_type": family, **IDS, "vision_config": {"tokens_per_second": 2}}, **files)
+    c = ProcessorConfig.from_folder(tmp_path)
+    assert (c.image_min_pixels, c.image_max_pixels) == image
+    assert (c.video_min_pixels, c.video_max_pixels) == video
+    assert c.patch_size in (14, 16)
+    assert_as_transformers(c, tmp_path)
+
+
+def assert_as_transformers(c, folder):
+    if not (importlib.util.find_spec("torchvision") and importlib.util.find_spec("transformers")):
+        return
+    import transformers
+
+    for kind, low, high in (
+        ("Image", c.image_min_pixels, c.image_max_pixels),
+        ("Video", c.video_min_pixels, c.video_max_pixels),
+    ):
+        theirs = getattr(transformers, f"Auto{kind}Processor").from_pretrained(folder)
+        assert (theirs.size["shortest_edge"], theirs.size["longest_edge"]) == (low, high), kind
+
+
+def test_min_and_max_pixels_beside_size(tmp_path):
+    """They replace `size` in the processors of Qwen2.5-VL; Qwen3-VL's video processor looks at `size` alone."""
+    files = {name: size(10, 20) | {"min_pixels": 5, "max_pixels": 6} for name in (OLD, OLD_VIDEO)}
+    for family, video in (("qwen3_vl", (10, 20)), ("qwen2_5_vl", (5, 6))):
+        folder = tmp_path / family
+        folder.mkdir()
+        write(folder, config={"model_type": family, **IDS, "vision_config": {"tokens_per_second": 2}}, **files)
+        c = ProcessorConfig.from_folder(folder)
+        assert (c.image_min_pixels, c.image_max_pixels) == (5, 6)
+        assert (c.video_min_pixels, c.video_max_pixels) == video
+        assert_as_transformers(c, folder)
+
+
+def test_a_file_that_does_not_count_is_not_read(tmp_path):
+    write(tmp_path, config={"model_type": "qwen3_vl", **IDS, "vision_config": {}}, processor_config=BOTH)
+    for name in (OLD, OLD_VIDEO):
+        (tmp_path / f"{name}.json").write_text("{")
+    assert ProcessorConfig.from_folder(tmp_path).video_max_pixels == 4
 
 
 @pytest.mark.parametrize(

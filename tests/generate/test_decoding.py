@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mllm4d_jax.generate.decoding import Asked, branch_attention, decode, empty_branches, prefill
+from mllm4d_jax.generate.decoding import Asked, branch_attention, decode, empty_branches, prefill, prefill_rows
 from mllm4d_jax.models.hf import load_model
-from mllm4d_jax.models.text import KVCache
+from mllm4d_jax.models.text import DecoderOutput, KVCache
+from mllm4d_jax.rows.batch import ModelInputs, RowLayout
 from mllm4d_jax.verify.reference import build_case, read_arrays
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -75,6 +77,23 @@ def full_pass(name):
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe"])
 def test_equals_full_passes(name):
     np.testing.assert_allclose(decoder(name)(setting(name)[2]), full_pass(name), atol=5e-5)
+
+
+def test_new_tokens_follow_the_last_one_of_the_prompt():
+    """Not the largest position: a Qwen2.5-VL clip may reach further in time (T, here 40) than the text after it."""
+    tokens = np.zeros((2, 8), np.int32)
+    seen = np.array([[1, 1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
+    positions = np.where(seen, np.arange(8), 0)[None].repeat(3, 0)
+    positions[0, 0, 1] = positions[0, 1, 3] = 40
+    made = DecoderOutput(jnp.zeros((2, 8, 1)), KVCache(*(jnp.zeros((1, 2, 1, 8, 1)),) * 2), None, {})
+    model = SimpleNamespace(forward=lambda *_, **__: made, mesh=None)
+    inputs = ModelInputs(tokens, positions, seen, tokens - 1, None)
+    assert prefill(model, inputs).next_position.tolist() == [5, 8]
+    # A prefix of 4, then two branch slots of 2; the second row has one token in its first branch and no other.
+    rows = inputs._replace(segment_ids=np.array([[1] * 8, [1, 1, 1, 1, 1, 0, 0, 0]]), layout=RowLayout(4, 2, 2))
+    rows.positions[:, :, 4:] = [[5, 6, 5, 6], [7, 0, 0, 0]]
+    following = prefill_rows(model, rows).next_position
+    assert following[0].tolist() == [7, 7] and following[1, 0] == 8
 
 
 def test_branches_do_not_see_each_other():

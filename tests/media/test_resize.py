@@ -49,6 +49,20 @@ def test_utils_frame_sizes(golden):
         assert resize.utils_frame_budget(r["t"], r["factor"]) == (r["min_pixels"], r["max_pixels"])
 
 
+def test_utils_frame_sizes_with_a_budget_of_the_user(golden):
+    """The package's own bound of a clip of so many frames holds beside max_pixels."""
+    rows = golden("smart_resize.json")["video_frame_qwen_vl_utils_given_budget"]
+
+    def rule(r):
+        return ResizeRule("qwen_vl_utils", r["factor"], 2, r["min_pixels"], r["max_pixels"])
+
+    check(rows, lambda r: rule(r).size(r["t"], r["h"], r["w"]))
+    capped = [r for r in rows if (r["max_pixels"] or 0) > rule(r).largest_frame(r["t"]) + r["factor"] ** 2]
+    assert len(capped) > 40
+    for r in capped:
+        assert resize.utils_frame_budget(r["t"], r["factor"], r["min_pixels"], 10**9)[1] < r["max_pixels"]
+
+
 @pytest.mark.parametrize("h, w", [(480, 854), (854, 480), (4320, 7680), (10, 200), (8, 8), (224, 224), (1080, 1920)])
 def test_per_frame_rule_keeps_its_budget(h, w):
     rule = ResizeRule("per_frame", 32, 2, 784, 50176)

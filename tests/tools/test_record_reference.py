@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,8 @@ transformers = pytest.importorskip("transformers")
 from mllm4d_jax.encode.example import Grid  # noqa: E402
 from mllm4d_jax.encode.positions import RULES, mrope_positions  # noqa: E402
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer  # noqa: E402
+from mllm4d_jax.verify.model import Tolerances  # noqa: E402
+from mllm4d_jax.verify.task import Target, verify_target  # noqa: E402
 from tools import record_reference  # noqa: E402
 from tools.reference import cases, tensors  # noqa: E402
 
@@ -174,8 +177,19 @@ def test_positions_follow_the_rule_of_the_manifest(recorded):
     )
     got = arrays(recorded, "video")
     np.testing.assert_array_equal(got["position_ids"][:, 0], ours)
-    assert got["rope_deltas"].item() == delta
+    assert got["rope_deltas"].item() == ours.max() + 1 - len(row.tokens)
     np.testing.assert_array_equal(got["gen_position"][0], len(row.tokens) + delta + np.arange(tensors.STEPS))
+    # The clip outlasts the text, so that it shows after which token `generate` goes on.
+    assert (got["rope_deltas"].item() > delta) == (rule != "release")
+
+
+def test_our_decoding_goes_on_as_generate_does(recorded):
+    folder, _, _, out = recorded
+    target = Target(out, folder)
+    with jax.default_matmul_precision("highest"):
+        checks = list(verify_target(target, Tolerances(), attention="xla", rule="auto", only="video"))
+    assert {c.group for c in checks} >= {"greedy ids", "greedy logits"}
+    assert not [c.line(60) for c in checks if not c.passed]
 
 
 @pytest.mark.parametrize("name", ["text", "video", "batch"])
@@ -194,6 +208,7 @@ def test_greedy_steps_are_those_of_generate(recorded, name):
         model.generation_config = saved
     np.testing.assert_array_equal(out.sequences[:, -tensors.STEPS :].numpy(), got["gen_ids"])
     np.testing.assert_allclose(torch.stack(out.logits, 1).numpy(), got["gen_logits"], atol=1e-4)
+    assert out.sequences.shape[1] == feed["input_ids"].shape[1] + got["gen_position"].shape[1]
     np.testing.assert_array_equal(got["gen_logits"].argmax(-1), got["gen_ids"])
 
 

@@ -6,15 +6,18 @@ import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import common
+from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.verify import task as verify
-from mllm4d_jax.verify.checks import Check, Comparison
+from mllm4d_jax.verify.checks import ROUNDINGS, SHIFT, Check, Comparison, chosen_alike
+from mllm4d_jax.verify.model import Tolerances, verify_case
 from mllm4d_jax.verify.processor import verify_processor
-from mllm4d_jax.verify.reference import RecordingError
+from mllm4d_jax.verify.reference import RecordingError, build_case
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -27,7 +30,7 @@ def run(golden, model="", case="", **values) -> int:
 def test_processor_tables_all_hold_and_every_row_is_compared(capsys):
     assert run(GOLDEN / "processor") == 0
     out = capsys.readouterr().out
-    assert "PASSED: all 36 checks" in out and "FAIL" not in out
+    assert "PASSED: all 37 checks" in out and "FAIL" not in out
     counts = {(c.case.split("/")[1], c.group): c.compared for c in verify_processor(GOLDEN / "processor", "p")}
     sampling = json.loads((GOLDEN / "processor" / "frame_sampling.json").read_text())
     sizes = json.loads((GOLDEN / "processor" / "smart_resize.json").read_text())
@@ -108,6 +111,57 @@ def test_a_table_with_a_wrong_row_fails(tmp_path):
     (tmp_path / "smart_resize.json").write_text(json.dumps(table))
     failed = [c for c in verify_processor(tmp_path, "p") if not c.passed]
     assert [(c.group, c.error) for c in failed] == [("video_qwen3_vl", 1.0)]
+
+
+def test_a_recording_that_goes_on_elsewhere_than_generate_is_told_to_be_made_again(tmp_path):
+    """Earlier recorders decoded by a loop of their own, which counted from the largest position."""
+    arrays = dict(np.load(GOLDEN / "qwen2_5_vl" / "video.npz"))
+    arrays["second_per_grid_ts"] = np.float32([30.0])
+    model = load_model(GOLDEN / "qwen2_5_vl", dtype=jnp.float32, attention="xla")
+    positions = build_case("video", arrays, model.config, "hf523").inputs.positions
+    assert positions.max() > positions[0, 0, -1]  # the clip outlasts the text
+    arrays |= {"position_ids": positions, "gen_position": positions.max() + 1 + np.arange(12)[None]}
+    np.savez(tmp_path / "video.npz", **arrays)
+    checks = list(verify_case(model, tmp_path / "video.npz", "old", Tolerances(), "hf523"))
+    (ids,) = (c for c in checks if c.group == "greedy ids")
+    assert not ids.passed and "record it again" in ids.worst
+
+
+def one(compare, tolerance=1e-4) -> Check:
+    comparison = Comparison("case", "group", tolerance)
+    compare(comparison)
+    return comparison.check()[0]
+
+
+def test_errors_are_shares_of_their_row_and_of_what_rounding_moves():
+    rows = np.array([[1e3, -1e3], [3.0, 4.0], [0.0, 0.0]])
+    off = np.array([[0.05, 0.0], [0.0, 1e-3], [0.0, 0.0]])
+    check = one(lambda c: c.near("x", rows + off, rows, rows + off))
+    np.testing.assert_allclose(check.error, 1e-3 / np.sqrt(12.5), rtol=1e-6)  # f64, root mean square of (3, 4)
+    assert not check.passed and check.tolerance == 1e-4
+    moved = rows + off + 1.001 * off * SHIFT / ROUNDINGS  # rounding alone may change as much
+    check = one(lambda c: c.near("x", rows + off, rows, moved))
+    assert check.passed and check.tolerance == pytest.approx(1.001 * check.error)
+    assert not one(lambda c: c.near("x", rows + 1.01 * off, rows, moved + 0.01 * off)).passed
+    # Rows of zeros: they count for a thousandth of all.
+    assert one(lambda c: c.near("x", rows + [[0], [0], [1e-3]], rows, rows)).error == pytest.approx(
+        1e-3 / 0.577, rel=0.01
+    )
+
+
+def test_a_model_that_float32_does_not_decide_is_said_to_be_one():
+    for moved in (np.ones(4) * 1e9, np.ones(4) * np.nan):
+        check = one(lambda c, moved=moved: c.near("x", np.full(4, 1.5), np.ones(4), moved))
+        assert not check.passed and ("does not decide" in check.worst) == np.isfinite(moved).all()
+
+
+def test_choices_differ_only_beyond_rounding():
+    scores = np.array([[1.0, 1.1, 3.0], [1.0, 1.1, 3.0]])
+    ours, recorded = np.array([[2, 1], [2, 1]]), np.array([[2, 0], [0, 1]])
+    allowed = np.array([[0.06], [0.06]])
+    assert chosen_alike(ours, recorded, scores, allowed).tolist() == [[2, 0], [2, 1]]
+    assert chosen_alike(ours, recorded, scores, None).tolist() == ours.tolist()
+    assert chosen_alike(ours, recorded, scores, 0.8 * allowed).tolist() == ours.tolist()
 
 
 def test_nan_and_other_shapes_never_pass():

@@ -66,33 +66,37 @@ def tensors(inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def generate(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], steps: int = STEPS) -> dict[str, np.ndarray]:
-    """Decode a left-padded case greedily through the key-value cache; an end-of-text token does not stop it.
+    """Decode a left-padded case greedily with the model's own `generate`; an end-of-text token does not stop it.
 
     Returns:
       `gen_ids` i32[B,steps]; `gen_logits` f32[B,steps,V], the logits each id was the largest of; `gen_position`
       i32[B,steps], the position (the same on all three axes) of each id when it is fed back.
     """
+    from transformers import GenerationConfig
+
     feed = tensors({name: value for name, value in inputs.items() if name != "labels"})
     model.model.rope_deltas = None
-    ids, logits, positions = [], [], []
-    with torch.no_grad():
-        out = model(**feed, use_cache=True)
-        mask, deltas = feed["attention_mask"], model.model.rope_deltas
-        first = mask.sum(-1, keepdim=True) + (0 if deltas is None else deltas.reshape(-1, 1))  # [B, 1]
-        for step in range(steps):
-            logits.append(out.logits[:, -1])
-            ids.append(logits[-1].argmax(-1))
-            positions.append(first[:, 0] + step)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-            out = model(
-                input_ids=ids[-1][:, None],
-                attention_mask=mask,
-                position_ids=(first + step)[None].expand(3, -1, -1),
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
-    stacked = {"gen_ids": ids, "gen_logits": logits, "gen_position": positions}
-    return {name: to_numpy(torch.stack(values, 1)) for name, values in stacked.items()}
+    positions: list[torch.Tensor] = []  # [3, B, 1] of every fed-back id
+
+    def keep(module, args, kwargs):
+        positions.append(kwargs["position_ids"][-3:])
+
+    # One token more than is kept: the last one of `generate` is never fed back. No end token is named.
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=steps + 1, pad_token_id=0)
+    saved, model.generation_config = model.generation_config, greedy
+    hook = model.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            out = model.generate(**feed, return_dict_in_generate=True, output_logits=True)
+    finally:
+        hook.remove()
+        model.generation_config = saved
+    fed = torch.cat(positions[1:], -1)  # without the prompt's own
+    if fed.shape[-1] != steps or (fed != fed[:1]).any():
+        raise RuntimeError(f"generate fed back {fed.shape[-1]} of {steps} ids, or not at one position on all axes")
+    ids = out.sequences[:, feed["input_ids"].shape[1] :][:, :steps]
+    logits = torch.stack(out.logits[:steps], 1)
+    return {"gen_ids": to_numpy(ids), "gen_logits": to_numpy(logits), "gen_position": to_numpy(fed[0])}
 
 
 def record_gradients(model: torch.nn.Module, inputs: Mapping[str, np.ndarray], case: str) -> dict:
