@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -127,8 +128,5 @@ def real(low: float, high: float) -> Callable[[Any], bool]:
 
 def shown(value: Any) -> str:
     """Return a value as a message repeats it: in ASCII, cut where it is long."""
-    if isinstance(value, (Mapping, list, tuple)):
-        text = json.dumps(value, default=repr)
-    else:
-        text = ascii(value)
+    text = reprlib.repr(value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
