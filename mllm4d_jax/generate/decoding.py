@@ -78,7 +78,8 @@ def prefill(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None 
     last = jnp.max(jnp.where(visible, jnp.arange(p), -1), -1)
     ends = jnp.arange(b), last
     cache = PromptCache(constrain_cache(out.cache, model.mesh), visible)
-    return PrefilledPrompts(cache, out.hidden[ends], next_position(inputs.positions[:, *ends]).astype(jnp.int32))
+    following = next_position(jnp.asarray(inputs.positions)[:, *ends])
+    return PrefilledPrompts(cache, out.hidden[ends], following.astype(jnp.int32))
 
 
 def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | None = None) -> PromptRows:
