@@ -7,11 +7,14 @@ no object is an error that names the file and the line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from mllm4d_jax.files.storage import storing
 
 Row = dict[str, Any]
 
@@ -43,10 +46,20 @@ def append(path: str | Path, rows: Iterable[Row]) -> None:
     """Append rows to a file, made if need be; once this returns, the end of the process cannot lose them.
 
     A file that a killed run may have left has to be taken up with `rewind` first.
+
+    Raises:
+      StorageError: the disk is full, read-only or the like; what was written of these rows is cut off again.
     """
     data = encoded(rows)
-    with open(path, "ab") as file:
-        file.write(data)
+    with storing(path), open(path, "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(start)
+            raise
 
 
 def encoded(rows: Iterable[Row]) -> bytes:
@@ -105,10 +118,11 @@ def rewind(path: str | Path, step: int | None = None) -> None:
 
     Raises:
       JsonLinesError: a line that was read is damaged; nothing is cut then.
+      StorageError: the file cannot be written.
     """
     if not Path(path).is_file():
         return
-    with open(path, "r+b") as file:
+    with storing(path), open(path, "r+b") as file:
         for start, text in _backwards(file):
             row = _object(text)
             if row is None and not (text.strip() and text.endswith(b"\n")):
