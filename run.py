@@ -21,6 +21,9 @@ from ml_collections import config_flags
 from configs import reading, schema
 from configs.common import TASKS
 from configs.schema import ConfigError, Key
+from mllm4d_jax.files import storage
+from mllm4d_jax.files.console import guard_console
+from mllm4d_jax.files.ending import bound_exit
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,6 +59,10 @@ def main(argv: Sequence[str]) -> int:
         if not is_addressed_to_user(problem):
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
+    except OSError as problem:
+        if problem.errno not in storage.REMEDIES:
+            raise
+        return report(storage.StorageError.of(problem, "a file"), 1)
 
 
 def write_page(folder: pathlib.Path) -> None:
@@ -174,9 +181,17 @@ def report(problem: Exception, code: int) -> int:
     return code
 
 
+def run_program(argv: Sequence[str]) -> int:
+    """Runs `main` as the program itself: a console that goes away does not end it, and nothing keeps it from ending."""
+    output = guard_console()
+    code = main(argv)
+    output.flush()
+    if output.incomplete:
+        print(f"error: {output.incomplete}: what was printed is not complete", file=sys.stderr)
+        code = code or 1
+    return code
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv))
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    with bound_exit():
+        sys.exit(run_program(sys.argv))

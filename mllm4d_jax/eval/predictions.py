@@ -6,9 +6,7 @@ asked twice. Every host of a run writes a file of its own and reads all of them.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -24,6 +22,7 @@ from configs.schema import fixed
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
@@ -206,7 +205,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 class PredictionStore:
-    """Appends predictions to the file of this host. Use it in a `with` block.
+    """Appends predictions to the file of this host, in a folder that only this run writes to. Use it in a `with` block.
 
     Attributes:
       path: the file.
@@ -218,37 +217,29 @@ class PredictionStore:
         self.folder, self.config = Path(folder), config
         self.path = jsonl.of_host(self.folder / PREDICTIONS, host)
         self.done: set[str] = set()
-        self._lock: Any = None
 
     def __enter__(self) -> Self:
-        """Takes the file and reads what is there.
+        """Takes the file up and reads what is there.
 
         Raises:
-          PredictionError, JsonLinesError: another process writes to the file, it belongs to another configuration, or
-            see `read_predictions`.
+          PredictionError, JsonLinesError: it belongs to another configuration, or see `read_predictions`.
+          StorageError: it cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:  # closes the file unless all goes well
-            self._lock = stack.enter_context(self.path.open("ab"))
-            try:
-                # The kernel drops this lock when the process ends, however it ends.
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                problem = f"another run is writing to {self.path}: wait for it or use another workdir"
-                raise PredictionError(problem) from None
-            jsonl.rewind(self.path)
-            found = read_predictions(self.folder)
-            if found and found[0].config != self.config:
-                raise PredictionError(
-                    f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
-                    f"run is {self.config}): use another workdir, or delete them to start over"
-                )
-            stack.pop_all()
+        with storing(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.path.open("ab").close()  # so that all hosts know of all
+        jsonl.rewind(self.path)
+        found = read_predictions(self.folder)
+        if found and found[0].config != self.config:
+            raise PredictionError(
+                f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
+                f"run is {self.config}): use another workdir, or delete them to start over"
+            )
         self.done = {one.id for one in found}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        """Nothing is left open between two calls of `append`."""
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions; once this returns, the end of the process cannot lose them.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -61,20 +62,25 @@ def record(folder: str | Path, without: Collection[str] = ()) -> None:
     write_json(folder / LIST, {"files": dict(zip(names, digests, strict=True))})
 
 
-def damage(folder: str | Path, largest: float = float("inf")) -> str:
+def damage(folder: str | Path, largest: float = float("inf"), parts: Sequence[str] = ("",)) -> str:
     """Return what is wrong with the files that `record` has listed, '' for nothing.
 
     Args:
       largest: of files above so many bytes only the size is looked at.
+      parts: folders below it; other files are not looked at.
     """
     folder = Path(folder)
     try:
         listed = json.loads((folder / LIST).read_bytes())["files"]
         entries = [(str(name), int(size), str(sha)) for name, (size, sha) in listed.items()]
+        chosen = [[one for one in entries if not part or one[0].startswith(f"{part}/")] for part in parts]
     except FileNotFoundError:
         return f"{LIST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         return f"{LIST} cannot be read ({type(problem).__name__})"
+    lacking = [part for part, found in zip(parts, chosen, strict=True) if not found]
+    if lacking:
+        return f"{', '.join(lacking) or 'everything'} is missing"
 
     def look(entry: tuple[str, int, str]) -> str:
         name, size, sha = entry
@@ -88,7 +94,7 @@ def damage(folder: str | Path, largest: float = float("inf")) -> str:
         except OSError as problem:
             return f"{name} cannot be read: {problem.strerror}"
 
-    wrong = [said for said in _in_threads(look, entries) if said]
+    wrong = [said for said in _in_threads(look, itertools.chain(*chosen)) if said]
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 

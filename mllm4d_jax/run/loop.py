@@ -21,10 +21,13 @@ from typing import Any, Self, TypeVar
 import jax
 import ml_collections
 
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
 from mllm4d_jax.run.log import RunLog, say, write_facts
+from mllm4d_jax.run.saved import take_up
 from mllm4d_jax.run.watchdog import Watchdog
+from mllm4d_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ def check_finite(finite: bool, step: int, loss: float, norm: float, keys: Iterab
 
 def carry_out(
     config: ml_collections.ConfigDict,
-    workdir: Path,
+    held: Workdir,
     columns: Sequence[str],
     set_up: Callable[[ml_collections.ConfigDict, Path, Checkpoints], Any],
     train: Callable[[Any, TrainingRun], None],
@@ -59,15 +62,23 @@ def carry_out(
     """Open the checkpoints, set a run up, train until the last step or until asked to stop, and say how far it came.
 
     Args:
+      held: the run's folder.
       columns: of the log, that the terminal shows.
       set_up: makes what `train` is given; has the run as `begun` and `facts` about it.
       train: runs the steps that are left, and saves.
 
     Returns:
       0, also when it was asked to stop.
+
+    Raises:
+      ResumeError: no checkpoint in the folder is whole.
+      SaveError: one cannot be written; LockError: another run has taken the folder over.
     """
-    c = config.train
-    with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
+    c, workdir = config.train, held.path
+    folder = workdir / "checkpoints"
+    multihost.primary_only(lambda: take_up(folder))
+    kept = Checkpoints(folder, c.keep_checkpoints, c.keep_best, guard=held.check)
+    with kept as checkpoints, StopSignal() as stop:
         setup = set_up(config, workdir, checkpoints)
         write_facts(workdir, setup.facts)
         done = setup.begun.progress.step
@@ -171,10 +182,15 @@ class TrainingRun:
         Args:
           take: gives the data of a step, None once the run was asked to stop.
           wait: returns once the devices are done; called before a trace ends.
+
+        Raises:
+          SaveError: a checkpoint that was begun earlier cannot be written.
         """
         total, step, traced = self.config.train.steps, self._start, self.config.train.trace_steps
         while step < total and (data := take(step + 1)) is not None:
             step += 1
+            if jax.process_count() == 1:  # several have to agree on this: see `sft.feed`
+                self.checkpoints.check()
             if step in traced and (step - 1 not in traced or step - 1 == self._start):
                 self._tracing.enter_context(jax.profiler.trace(str(self.workdir / "trace")))
             yield step, data

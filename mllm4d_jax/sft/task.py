@@ -15,6 +15,7 @@ from mllm4d_jax.run import preflight
 from mllm4d_jax.run.checkpoint import Progress
 from mllm4d_jax.run.loop import TrainingRun, carry_out
 from mllm4d_jax.run.tiny import with_sample
+from mllm4d_jax.run.workdir import hold_workdir
 from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import SftSetup, set_up
 
@@ -35,16 +36,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 
     Raises:
       PreflightError: something is missing; lists everything.
-      ResumeError: the workdir holds a run with other settings.
+      LockError, StorageError, SaveError: the workdir cannot be written, or another run does.
+      ResumeError: the workdir holds a run with other settings, or no whole checkpoint; ClipsError: or other clips.
       StartError: what model.adapter names cannot be started from.
       QuarantineError: too many unusable records; FeedError on the other processes of the run.
       TrainingError: loss or gradient is not finite.
       HeldOutError: no record of data.eval_path can be used.
     """
-    folder = multihost.primary_first(lambda: preflight.open_workdir(workdir))
-    config = multihost.primary_first(lambda: with_sample(config, folder))
-    preflight.check(config)
-    return carry_out(config, folder, COLUMNS, set_up, train)
+    with hold_workdir(workdir) as held:
+        config = multihost.primary_first(lambda: with_sample(config, held.path))
+        preflight.check(config)
+        return carry_out(config, held, COLUMNS, set_up, train)
 
 
 def train(setup: SftSetup, run: TrainingRun) -> None:
@@ -75,7 +77,7 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
         run.every(c.eval_every, measure, last=True)
         run.every(c.checkpoint_every, measure)
     run.every(c.checkpoint_every, save, unsaved=True)
-    feed = StepFeed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog)
+    feed = StepFeed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog, run.checkpoints.check)
     with setup.loader.stream:
         wait = lambda: jax.block_until_ready(trainer.trainable)  # noqa: E731
         for step, data in run.steps(lambda step: feed.next(last=step == c.steps), wait):
