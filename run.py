@@ -23,7 +23,7 @@ from configs.common import TASKS
 from configs.schema import ConfigError, Key
 from mllm4d_jax.files import storage
 from mllm4d_jax.files.console import guard_console
-from mllm4d_jax.files.ending import bound_exit
+from mllm4d_jax.files.ending import EXIT_S, Ending
 
 
 def main(argv: Sequence[str]) -> int:
@@ -183,15 +183,17 @@ def report(problem: Exception, code: int) -> int:
 
 def run_program(argv: Sequence[str]) -> int:
     """Runs `main` as the program itself: a console that goes away does not end it, and nothing keeps it from ending."""
-    output = guard_console()
-    code = main(argv)
-    output.flush()
-    if output.incomplete:
-        print(f"error: {output.incomplete}: what was printed is not complete", file=sys.stderr)
-        code = code or 1
-    return code
+    output, ending, code = guard_console(), Ending(EXIT_S), 1
+    try:
+        code = main(argv)
+        output.flush()
+        if output.incomplete:
+            print(f"error: {output.incomplete}: what was printed is not complete", file=sys.stderr)
+            code = code or 1
+        return code
+    finally:
+        ending.begin(code)
 
 
 if __name__ == "__main__":
-    with bound_exit():
-        sys.exit(run_program(sys.argv))
+    sys.exit(run_program(sys.argv))

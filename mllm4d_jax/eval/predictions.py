@@ -87,7 +87,7 @@ class Prediction(AskedQuestion):
             if not isinstance(row[field], kinds):
                 raise PredictionError(f"{where}: '{field}' cannot be {row[field]!r}")
         truth, choices = row["truth"], row["choices"]
-        if not truth or any(letter not in choices for letter in truth):
+        if not truth or any(not isinstance(letter, str) or letter not in choices for letter in truth):
             raise PredictionError(f"{where}: 'truth' is {truth!r}, the choices are {list(choices)}")
         values = {field: row[field] for field in _FIELDS}
         choices = MappingProxyType({letter: str(text) for letter, text in choices.items()})

@@ -7,34 +7,53 @@ import faulthandler
 import os
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Self
 
-LIMIT_S = 120.0  # a checkpoint that is being written may take that long
+EXIT_S = 60.0  # for the end of the process, once all is closed
+CLOSING_S = 120.0  # for closing after an error, when a checkpoint may still be under way
 
 
-@contextlib.contextmanager
-def bound_exit(limit_s: float = LIMIT_S) -> Iterator[None]:
-    """End the process, with its exit code, if it is still there so long after the block was left by an exception.
+class Ending:
+    """Ends the process where closing down takes too long, and says what every thread was doing.
 
-    For the outermost block of a program, which leaves by `sys.exit` or by an error. Says what every thread was doing.
+    Its thread is started with it: when memory has run out, no thread can be started any more. As a context manager, it
+    is around everything that has to be closed.
     """
-    over, code = threading.Event(), [1]
 
-    def watch() -> None:
-        over.wait()
-        time.sleep(limit_s)
-        said = f"the work ended {limit_s:g} s ago but the process does not: it is ended now. Its threads:"
+    def __init__(self, limit_s: float, end: Callable[[int], object] = os._exit) -> None:
+        """`end`: called with the exit code; the default leaves without clean-up, which is what hangs."""
+        self._limit_s, self._end, self._code = limit_s, end, 1
+        self._begun, self._over = threading.Event(), threading.Event()
+        threading.Thread(target=self._watch, name="ending", daemon=True).start()
+
+    def begin(self, code: int = 1) -> None:
+        """Let the time run from now on; `code`: that the process would end with."""
+        self._code = code
+        self._begun.set()
+
+    @contextlib.contextmanager
+    def after_errors(self) -> Iterator[None]:
+        """Let the time run once the block is left by an error, before what is around it is closed."""
+        try:
+            yield
+        except BaseException:
+            self.begin()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """All is closed."""
+        self._over.set()
+        self._begun.set()
+
+    def _watch(self) -> None:
+        self._begun.wait()
+        if self._over.wait(self._limit_s):
+            return
+        said = f"error: closing down takes longer than {self._limit_s:g} s: this process ends now. Its threads:"
         print(said, file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(code[0])
-
-    # Started now: when memory has run out, no thread can be started any more.
-    threading.Thread(target=watch, name="exit", daemon=True).start()
-    try:
-        yield
-    except SystemExit as leaving:
-        code[0] = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        raise
-    finally:
-        over.set()
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        self._end(self._code)

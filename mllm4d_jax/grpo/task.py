@@ -140,10 +140,11 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     """Run steps until the last one or until asked to stop, and save. Raises as `task.run`."""
     c, state, start = run.config, setup.state, run.progress.step
     # Of the newest steps; the best checkpoints are chosen by them.
-    rewards = deque((row["reward"] for row in jsonl.read_steps(run.workdir / METRICS, start)), maxlen=10)
+    rows = jsonl.read_steps(run.workdir / METRICS, start, numbers=("reward",))
+    rewards = deque((row["reward"] for row in rows), maxlen=10)
     for name in (EVALS, COMPLETIONS):
         jsonl.rewind(run.workdir / name, start)
-    with setup.loader, setup.actor, setup.greedy:
+    with setup.loader, setup.actor, setup.greedy, run.body():
         rounds = Rounds(setup, run)
 
         def save(step: int) -> None:

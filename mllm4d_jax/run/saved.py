@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files import digests
+from mllm4d_jax.files.storage import storing
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax is still writing
 # Orbax writes these once more after the digests; what they say is of no use here but for being there.
@@ -42,8 +43,6 @@ def damage(folder: Path, largest: float = float("inf"), parts: Sequence[str] = (
       largest: of files above so many bytes only the size is looked at.
       parts: its folders to look at; all of it by default.
     """
-    if not folder.is_dir():
-        return "it is not a folder"
     wrong = digests.damage(folder, largest, parts)
     if wrong or parts != ("",):
         return wrong
@@ -58,16 +57,21 @@ def damage(folder: Path, largest: float = float("inf"), parts: Sequence[str] = (
 def take_up(folder: Path) -> None:
     """Leave a whole checkpoint as the newest of a folder, or none. Only for who alone writes there.
 
-    What a killed run had not finished is removed. Whatever else is named like a step, but is no whole checkpoint, is
-    set aside under another name, where there is a whole one to go on from. The newest whole one is read and compared
-    byte for byte; of older ones, which nobody reads now, sizes and small files.
+    What a killed run had not finished is removed. What is named like a step and is no checkpoint is set aside under
+    another name, and so is a damaged checkpoint where there is a whole one to go on from. The newest whole one is read
+    and compared byte for byte; of older ones, which nobody reads now, sizes and small files.
 
     Raises:
       ResumeError: there are checkpoints, and not one is whole.
+      StorageError: the folder cannot be written.
     """
     remove_unfinished(folder)
     good, bad = None, {}
     for step in reversed(steps(folder)):
+        if _is_foreign(folder / str(step)):
+            aside = _set_aside(folder / str(step))
+            log.warning("%s is no checkpoint: set aside as %s", folder / str(step), aside)
+            continue
         wrong = damage(folder / str(step), float("inf") if good is None else _SMALL)
         if wrong:
             bad[step] = wrong
@@ -93,11 +97,16 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _is_foreign(path: Path) -> bool:
+    return not path.is_dir() or not {p.name for p in path.iterdir()} & {*WRITTEN_LATER, digests.LIST, "trainable"}
+
+
 def _set_aside(path: Path) -> str:
     number = 1
-    while (aside := path.with_name(f"damaged-{path.name}" + f".{number}" * (number > 1))).exists():
+    while (aside := path.with_name(f"aside-{path.name}" + f".{number}" * (number > 1))).exists():
         number += 1
-    path.rename(aside)
+    with storing(path):
+        path.rename(aside)
     return aside.name
 
 

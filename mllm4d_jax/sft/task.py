@@ -78,7 +78,7 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
         run.every(c.checkpoint_every, measure)
     run.every(c.checkpoint_every, save, unsaved=True)
     feed = StepFeed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog, run.checkpoints.check)
-    with setup.loader.stream:
+    with setup.loader.stream, run.body():
         wait = lambda: jax.block_until_ready(trainer.trainable)  # noqa: E731
         for step, data in run.steps(lambda step: feed.next(last=step == c.steps), wait):
             with run.watchdog.phase(f"step {step} is compiled or the devices work on step {step - 1}"):
@@ -96,10 +96,14 @@ class Losses:
     """
 
     def __init__(self, run: TrainingRun, held_out: bool) -> None:
-        """Go on from the rows that an earlier part of the run recorded. `held_out`: there are held-out records."""
-        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step)
+        """Go on from the rows that an earlier part of the run recorded. `held_out`: there are held-out records.
+
+        Raises:
+          JsonLinesError: one of them is damaged.
+        """
+        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step, numbers=("loss",))
         self._recent = deque((row["loss"] for row in rows), maxlen=run.config.train.log_every)
-        measured = (row["eval_loss"] for row in reversed(rows) if "eval_loss" in row)
+        measured = (row["eval_loss"] for row in reversed(rows) if isinstance(row.get("eval_loss"), (int, float)))
         self.held_out: float | None = next(measured, None) if held_out else None
 
     def note(self, row: dict | None) -> dict | None:

@@ -22,8 +22,8 @@ from data_prep.store.export import (
     r1_record,
 )
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, StoreError, process_clips
-from mllm4d_jax.files.lock import LockError
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.files.lock import LockError
 from mllm4d_jax.qa.errors import MediaError
 from tests.data_prep.scenes.random_scenes import random_scene
 
