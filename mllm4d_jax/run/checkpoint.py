@@ -118,6 +118,8 @@ class Checkpoints:
         )
         self._failures = _BackgroundErrors()
         with storing(self.folder):
+            if not read_only and multihost.is_primary():
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Self:
