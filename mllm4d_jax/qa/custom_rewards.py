@@ -164,11 +164,11 @@ def _call(path: str, function: CustomReward, completion: str, solution: Any, rec
 
 def _is_interrupt(error: BaseException) -> bool:
     """Whether the user interrupts the program: raised by the handler of the signal, not by the code it came to."""
+    if not isinstance(error, KeyboardInterrupt):
+        return False
     handler = signal.getsignal(signal.SIGINT)
-    if not isinstance(error, KeyboardInterrupt) or handler is signal.default_int_handler:  # that one leaves no trace
-        return isinstance(error, KeyboardInterrupt)
-    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return getattr(handler, "__code__", None) in frames
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return handler is signal.default_int_handler or getattr(handler, "__code__", None) in codes  # that one has no frame
 
 
 def _said(error: BaseException) -> str:

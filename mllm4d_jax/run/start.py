@@ -31,9 +31,6 @@ from mllm4d_jax.run.checkpoint import Checkpoints, Meta, abstract, flat_config, 
 from mllm4d_jax.run.saved import ResumeError
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b")
-_NEEDED = (
-    "model.path", "model.adapter", "train.trainable", "lora.rank", "lora.alpha", "lora.targets", "seed",
-)  # fmt: skip
 
 
 class StartError(ValueError):
@@ -127,13 +124,20 @@ def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
         raise StartError(f"{error}{advice}") from error
 
 
+class _Told(dict):
+    """What a checkpoint says; says itself what is missing there."""
+
+    def __init__(self, folder: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._folder = folder
+
+    def __missing__(self, key: str) -> Any:
+        raise StartError(f"{self._folder} was made by another version of this program: it does not say '{key}'")
+
+
 def _read_meta(folder: Path) -> Meta:
-    """The `Meta` of a checkpoint, with the keys that say how its parameters are put on a model."""
     meta = saved_meta(folder)
-    missing = [key for key in _NEEDED if key not in meta.config]
-    if missing:
-        raise ResumeError(f"{folder} was made by another version of this program: it does not say {', '.join(missing)}")
-    return meta
+    return dataclasses.replace(meta, config=_Told(folder, meta.config), content=_Told(folder, meta.content))
 
 
 def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:

@@ -129,10 +129,8 @@ def test_another_configuration_is_refused(tmp_path):
         read_predictions(tmp_path)
 
 
-def test_one_writer_at_a_time_and_all_or_nothing(tmp_path):
+def test_all_or_nothing(tmp_path):
     with PredictionStore(tmp_path, "c0") as store:
-        with pytest.raises(PredictionError, match="another run is writing"):
-            PredictionStore(tmp_path, "c0").__enter__()
         with pytest.raises(PredictionError, match="answered already"):
             store.append([prediction("q0"), prediction("q0")])
         store.append([prediction("q0")])
@@ -146,6 +144,8 @@ def test_one_writer_at_a_time_and_all_or_nothing(tmp_path):
     [
         ({"truth": []}, "'truth' is"),
         ({"truth": ["E"]}, "'truth' is"),
+        ({"truth": [["A"]]}, "'truth' is"),
+        ({"truth": [None]}, "'truth' is"),
         ({"response": None}, "'response' cannot be None"),
         ({"choices": []}, "'choices' cannot be"),
         ({"tokens": "3"}, "'tokens' cannot be '3'"),
