@@ -59,10 +59,11 @@ def main(argv: Sequence[str]) -> int:
         if not is_addressed_to_user(problem):
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
-    except OSError as problem:
-        if problem.errno not in storage.REMEDIES:
+    except Exception as problem:
+        disk = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})")
+        if disk is None:
             raise
-        return report(storage.StorageError.of(problem, "a file"), 1)
+        return report(disk, 1)
 
 
 def write_page(folder: pathlib.Path) -> None:

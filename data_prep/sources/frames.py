@@ -13,6 +13,7 @@ from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.video import VideoClip
+from mllm4d_jax.media.written import require_frames
 from mllm4d_jax.qa.errors import MediaError
 
 CODECS = {"ffv1": "FFV1", "mpeg4": "mp4v"}  # lossless; small but lossy
@@ -89,7 +90,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, codec: str) ->
       codec: key of `CODECS`.
 
     Raises:
-      SceneError: unknown codec, or this OpenCV cannot write it.
+      SceneError: unknown codec, or this OpenCV cannot write it. StorageError: the disk is full.
     """
     path = Path(path)
     if codec not in CODECS:
@@ -102,6 +103,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, codec: str) ->
         for frame in frames:
             writer.write(np.ascontiguousarray(frame[..., ::-1]))
         writer.release()
+        require_frames(partial, len(frames))
 
 
 def encode_jpeg(frame: np.ndarray, quality: int = 95) -> bytes:

@@ -61,22 +61,23 @@ def storing(path: str | Path) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as problem:
-        if problem.errno not in REMEDIES:
+    except Exception as problem:
+        disk = of_disk(problem, path)
+        if disk is None:
             raise
-        raise StorageError.of(problem, path) from problem
+        raise disk from problem
 
 
 def of_disk(problem: BaseException | None, path: str | Path) -> StorageError | None:
     """Return what an error says of the disk, also where a library has wrapped it in one of its own; None for nothing.
 
-    TensorStore writes the number of the system's error into its text.
+    TensorStore and what is written in Rust put the number of the system's error into their text.
     """
     while problem is not None:
         if isinstance(problem, OSError) and problem.errno in REMEDIES:
             return StorageError.of(problem, path)
-        number = re.search(r"\[os_error_code='(\d+)'", str(problem))
-        if number and int(number[1]) in REMEDIES:
-            return StorageError(int(number[1]), os.strerror(int(number[1])), str(path))
-        problem = problem.__cause__ or problem.__context__
+        number = re.search(r"\[os_error_code='(\d+)'|\(os error (\d+)\)", str(problem))
+        if number and (code := int(number[1] or number[2])) in REMEDIES:
+            return StorageError(code, os.strerror(code), str(path))
+        problem = problem.__cause__
     return None

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import operator
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +17,6 @@ from typing import Any, Self
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
 from configs.common import task_keys
 from configs.schema import flatten
@@ -28,6 +26,7 @@ from mllm4d_jax.files.storage import of_disk, storing
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.run import saved
+from mllm4d_jax.run.background import BackgroundErrors
 from mllm4d_jax.run.saved import ResumeError
 
 _LISTED = 5  # differences named in an error
@@ -116,7 +115,7 @@ class Checkpoints:
             read_only=read_only,
             lightweight_initialize=read_only,  # else it reads a description in each, also in those nobody asked for
         )
-        self._failures = _BackgroundErrors()
+        self._failures = BackgroundErrors()
         with storing(self.folder):
             if not read_only and multihost.is_primary():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -268,40 +267,6 @@ class Checkpoints:
                 raise ResumeError(f"{what} in {self.folder / str(step)} do not fit the model: {listed}{more}")
         args = {name: ocp.args.StandardRestore(abstract(tree)) for name, tree in trees.items()}
         return self._manager.restore(step, args=ocp.args.Composite(**args))
-
-
-class _BackgroundErrors(logging.Filter):
-    """Keeps the first error of Orbax's threads, which would else show up only when the next checkpoint is due. Use as a
-    context manager: their log of it is left out inside, since it is raised.
-
-    Attributes:
-      first: None without any.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first: BaseException | None = None
-        self._hook = sys.unraisablehook
-
-    def __enter__(self) -> Self:
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        absl_logging.get_absl_logger().addFilter(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        absl_logging.get_absl_logger().removeFilter(self)
-        sys.unraisablehook = self._hook
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR or not record.exc_info or "orbax" not in record.pathname:
-            return True
-        self.first = self.first or record.exc_info[1]
-        return False
-
-    def _unraisable(self, problem: Any) -> None:
-        # After a failed write, TensorStore reports the others to a loop that is gone.
-        if not (isinstance(problem.exc_value, RuntimeError) and "loop is closed" in str(problem.exc_value)):
-            self._hook(problem)
 
 
 def saved_meta(folder: Path) -> Meta:

@@ -42,6 +42,14 @@ def test_what_a_library_wraps_is_found():
             raise RuntimeError("wrapped") from inner
     except RuntimeError as error:
         assert str(of_disk(error, "ckpt/4")).startswith("ckpt/4: No space left on device (free")
+    assert of_disk(RuntimeError("I/O error: No space left on device (os error 28)"), "a").errno == errno.ENOSPC
+    try:
+        try:
+            open(ROOT, "w")
+        except OSError:
+            raise KeyError("a bug in handling it")  # noqa: B904
+    except KeyError as error:
+        assert of_disk(error, "x") is None  # keeps its traceback
     assert of_disk(ValueError("shapes differ"), "x") is None and of_disk(None, "x") is None
     assert of_disk(OSError(errno.ENOENT, "gone"), "x") is None
 
