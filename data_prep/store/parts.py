@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_prep.store.untrusted import read_bytes
 from mllm4d_jax.files.atomic import remove_partials, write_atomic
-from mllm4d_jax.files.lock import WriterLock
+from mllm4d_jax.files.lock import LockError, WriterLock
 from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.errors import RecordError
 
@@ -116,13 +116,16 @@ class PartStore:
         """Take the folder.
 
         Raises:
-          LockError: another run holds it; StorageError: it cannot be written.
-          StoreError: its results were made with another seed or config.
+          StoreError: another run holds it, or its results were made with another seed or config.
+          StorageError: it cannot be written.
         """
         with storing(self.folder):
             self._parts.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(WriterLock.of(self.folder))
+            try:
+                stack.enter_context(WriterLock.of(self.folder))
+            except LockError as problem:
+                raise StoreError(str(problem)) from None
             remove_partials(self._parts)
             self._check_run()
             self._lock = stack.pop_all()

@@ -9,7 +9,6 @@ tables. What an answer is depends on its question, the model and the seed, not o
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import hashlib
 import sys
@@ -75,32 +74,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
             "model.path and rescore.path are empty: name the model to ask with --config.model.path=DIR, or predictions "
             "to score with --config.rescore.path=FILE"
         )
+    folder = Path(workdir)
     if config.rescore.path:
-        with hold_workdir(workdir) as held:
-            publish(read_any(config.rescore.path, config.benchmark), config, held.path)
-    else:
-        _ask_and_score(config, workdir)
+        with hold_workdir(folder):
+            publish(read_any(config.rescore.path, config.benchmark), config, folder)
+        return 0
+    try:
+        bad = _ask_all(config, folder)
+    except StoppedElsewhereError:
+        raise
+    except Exception:
+        multihost.gather([1, 0])  # the others wait in `_agree`
+        raise
+    unusable = int(_agree(bad).sum())
+    if multihost.is_primary():
+        if unusable:
+            print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
+        publish(read_predictions(folder), config, folder, unusable)
     return 0
-
-
-def _ask_and_score(config: ml_collections.ConfigDict, workdir: str) -> None:
-    with contextlib.ExitStack() as open_:
-        try:
-            asked = load_questions(config), manner_of(config)
-            choice = choose_model(config.model.path, config.model.adapter, config.model.step)
-            _agree(0)  # all of them take the workdir, or none
-            folder = open_.enter_context(hold_workdir(workdir)).path
-            bad = _ask_all(config, folder, *asked, choice)
-        except StoppedElsewhereError:
-            raise
-        except Exception:
-            multihost.gather([1, 0])  # the others wait in `_agree`
-            raise
-        unusable = int(_agree(bad).sum())
-        if multihost.is_primary():
-            if unusable:
-                print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
-            publish(read_predictions(folder), config, folder, unusable)
 
 
 def _agree(number: int) -> np.ndarray:
@@ -118,14 +109,10 @@ def _agree(number: int) -> np.ndarray:
     return found[:, 1]
 
 
-def _ask_all(
-    config: ml_collections.ConfigDict,
-    folder: Path,
-    items: Sequence[BenchmarkQuestion],
-    manner: Manner,
-    choice: ModelChoice,
-) -> int:
+def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     """Asks this process's questions; returns how many of them could not be asked, now or earlier."""
+    items, manner = load_questions(config), manner_of(config)
+    choice = choose_model(config.model.path, config.model.adapter, config.model.step)
     host, hosts = jax.process_index(), jax.process_count()
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:

@@ -6,6 +6,7 @@ asked twice. Every host of a run writes a file of its own and reads all of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,6 +23,7 @@ from configs.schema import fixed
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.lock import NAME, LockError, WriterLock
 from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
@@ -205,7 +207,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 
 class PredictionStore:
-    """Appends predictions to the file of this host, in a folder that only this run writes to. Use it in a `with` block.
+    """Appends predictions to the file of this host. Use it in a `with` block.
 
     Attributes:
       path: the file.
@@ -215,31 +217,38 @@ class PredictionStore:
     def __init__(self, folder: str | Path, config: str, *, host: int = 0) -> None:
         """Name the workdir (made if needed), the hash of this run's configuration, and the host's number from 0."""
         self.folder, self.config = Path(folder), config
-        self.path = jsonl.of_host(self.folder / PREDICTIONS, host)
+        self.path, self._host, self._held = jsonl.of_host(self.folder / PREDICTIONS, host), host, contextlib.ExitStack()
         self.done: set[str] = set()
 
     def __enter__(self) -> Self:
-        """Takes the file up and reads what is there.
+        """Takes the folder, for this host, and reads what is there.
 
         Raises:
-          PredictionError, JsonLinesError: it belongs to another configuration, or see `read_predictions`.
+          PredictionError, JsonLinesError: another run writes to it, it belongs to another configuration, or see
+            `read_predictions`.
           StorageError: it cannot be written.
         """
-        with storing(self.path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.path.open("ab").close()  # so that all hosts know of all
-        jsonl.rewind(self.path)
-        found = read_predictions(self.folder)
-        if found and found[0].config != self.config:
-            raise PredictionError(
-                f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
-                f"run is {self.config}): use another workdir, or delete them to start over"
-            )
+        with contextlib.ExitStack() as stack:
+            with storing(self.path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(WriterLock(jsonl.of_host(self.folder / NAME, self._host), self.folder))
+                except LockError as problem:
+                    raise PredictionError(str(problem)) from None
+                self.path.open("ab").close()  # all hosts have a file
+            jsonl.rewind(self.path)
+            found = read_predictions(self.folder)
+            if found and found[0].config != self.config:
+                raise PredictionError(
+                    f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
+                    f"run is {self.config}): use another workdir, or delete them to start over"
+                )
+            self._held = stack.pop_all()
         self.done = {one.id for one in found}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing is left open between two calls of `append`."""
+        self._held.close()
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions; once this returns, the end of the process cannot lose them.

@@ -23,7 +23,6 @@ from data_prep.store.export import (
 )
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, StoreError, process_clips
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.files.lock import LockError
 from mllm4d_jax.qa.errors import MediaError
 from tests.data_prep.scenes.random_scenes import random_scene
 
@@ -257,7 +256,7 @@ def test_a_folder_belongs_to_one_config_and_one_run_at_a_time(tmp_path):
         write(tmp_path, seed=6)
     config = {"lr": 1.5, "name": "é"}
     with PartStore(tmp_path / "work", seed=5, config=config):
-        with pytest.raises(LockError, match="another run is writing"):
+        with pytest.raises(StoreError, match="another run is writing"):
             write(tmp_path)
     write(tmp_path)
     (tmp_path / "work" / "run.json").unlink()
