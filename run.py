@@ -21,6 +21,9 @@ from ml_collections import config_flags
 from configs import reading, schema
 from configs.common import TASKS
 from configs.schema import ConfigError, Key
+from mllm4d_jax.files import storage
+from mllm4d_jax.files.console import guard_console
+from mllm4d_jax.files.ending import EXIT_S, Ending
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,6 +59,11 @@ def main(argv: Sequence[str]) -> int:
         if not is_addressed_to_user(problem):
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
+    except Exception as problem:
+        disk = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})")
+        if disk is None:
+            raise
+        return report(disk, 1)
 
 
 def write_page(folder: pathlib.Path) -> None:
@@ -174,9 +182,19 @@ def report(problem: Exception, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
+def run_program(argv: Sequence[str]) -> int:
+    """Runs `main` as the program itself: a console that goes away does not end it, and nothing keeps it from ending."""
+    output, ending, code = guard_console(), Ending(EXIT_S), 1
     try:
-        sys.exit(main(sys.argv))
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        code = main(argv)
+        output.flush()
+        if output.incomplete:
+            print(f"error: {output.incomplete}: what was printed is not complete", file=sys.stderr)
+            code = code or 1
+        return code
+    finally:
+        ending.begin(code)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(sys.argv))

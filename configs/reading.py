@@ -86,6 +86,8 @@ def _import(path: pathlib.Path) -> ModuleType:
         source.loader.exec_module(module)
     except (SyntaxError, ImportError) as problem:
         raise ConfigError(f"{path}: cannot be imported: {problem}") from problem
+    except SystemExit as problem:
+        raise ConfigError(f"{path}: cannot be imported: it ends the program ({problem!r})") from problem
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError(f"{path} has no function get_config(variant)")
     return module
@@ -99,6 +101,8 @@ def _call(get_config: Any, path: pathlib.Path, variant: str) -> Mapping[str, Any
         config = get_config(variant) if takes_variant else get_config()
     except ConfigError:
         raise
+    except SystemExit as problem:
+        raise ConfigError(f"{path}: get_config ends the program ({problem!r})") from problem
     except (AttributeError, KeyError, TypeError, ValueError) as problem:
         lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == str(path)]
         where = f"{path}:{lines[-1]}" if lines else str(path)

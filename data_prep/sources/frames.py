@@ -95,7 +95,8 @@ def write_video(path: str | Path, frames: np.ndarray, times: np.ndarray, codec: 
       codec: key of `CODECS`.
 
     Raises:
-      SceneError: unknown codec, frames closer than 1/60,000 s, or FFmpeg cannot write them.
+      SceneError: unknown codec, frames closer than 1/60,000 s, or FFmpeg cannot write them. StorageError: the disk is
+        full.
     """
     path = Path(path)
     if codec not in CODECS:

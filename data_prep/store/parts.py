@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -26,6 +25,8 @@ from tqdm import tqdm
 
 from data_prep.store.untrusted import read_bytes
 from mllm4d_jax.files.atomic import remove_partials, write_atomic
+from mllm4d_jax.files.lock import LockError, WriterLock
+from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.errors import RecordError
 
 PART_FORMAT = 1
@@ -116,15 +117,15 @@ class PartStore:
 
         Raises:
           StoreError: another run holds it, or its results were made with another seed or config.
+          StorageError: it cannot be written.
         """
-        self._parts.mkdir(parents=True, exist_ok=True)
+        with storing(self.folder):
+            self._parts.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            # The kernel drops this lock when the process ends, however it ends; a file of ours would outlive a kill -9.
-            lock = stack.enter_context(open(self.folder / ".lock", "wb"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise StoreError(f"another run is writing to {self.folder}: wait or use another folder") from error
+                stack.enter_context(WriterLock.of(self.folder))
+            except LockError as problem:
+                raise StoreError(str(problem)) from None
             remove_partials(self._parts)
             self._check_run()
             self._lock = stack.pop_all()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mllm4d_jax.data.json_index import RecordFileError
+from mllm4d_jax.files import digests
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import MediaError, RecordError
 from mllm4d_jax.qa.records import Record, parse_record
@@ -20,6 +21,7 @@ from mllm4d_jax.qa.records import Record, parse_record
 log = logging.getLogger(__name__)
 
 DEFAULT_SPLIT = "train"
+_SAMPLED = 1 << 18  # bytes read of each of many files
 
 
 class ClipSet:
@@ -31,7 +33,7 @@ class ClipSet:
       path: the folder of the set's version, with `features.json`.
       split: of the set.
       system_prompt: given to records that bring none; '' for none.
-      digest: sha256 over the set's description and the names and sizes of its files.
+      digest: sha256 over the set's description, and names, sizes and samples of its files (`files.digests`).
       clips: i32 per record, the number of its clip.
     """
 
@@ -137,12 +139,11 @@ def _noted_counts(path: Path, split: str, clips: int) -> list[int] | None:
 
 
 def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        sha.update(f"{file.name} {file.stat().st_size}\n".encode())
-        if file.suffix == ".json":
-            sha.update(file.read_bytes())
-    return sha.hexdigest()
+    files = sorted(p for p in path.iterdir() if p.is_file())
+    described = [file for file in files if file.suffix == ".json"]
+    stored = digests.all_sampled(path, [file for file in files if file.suffix != ".json"], _SAMPLED)
+    texts = [file.name.encode() + file.read_bytes() for file in described]
+    return hashlib.sha256(b"\n".join([*texts, *(line.encode() for line in stored)])).hexdigest()
 
 
 def _with_frames(content: Any, frames: StoredFrames, key: str) -> Any:

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from mllm4d_jax.files.atomic import new_folder
+from mllm4d_jax.media.written import require_frames
 from mllm4d_jax.qa.options import lettered, write_question
 
 SIZE = 64  # pixels, both sides of a clip
@@ -234,6 +235,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     for frame in frames:
         writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
     writer.release()
+    require_frames(path, len(frames))
 
 
 def build_folder(folder: Path, spec: Mapping[str, Any], write: Callable[[Path], None]) -> bool:

@@ -44,7 +44,9 @@ from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.report.reading import CONFIG, QUARANTINE
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import encoder_of, row_shape
+from mllm4d_jax.run.clips import check_clips
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
+from mllm4d_jax.run.workdir import hold_workdir
 
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
 
@@ -66,17 +68,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       EvaluationError: no model and nothing to score, nothing to ask, not one question that could be asked, or another
         process of the run could not finish.
       StartError, ResumeError, ModelConfigError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError:
-        the questions; PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what asks them.
+        the questions; PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what asks them;
+      PreflightError, LockError, StorageError: the workdir; ClipsError: other videos than those of the answers there.
     """
-    folder = Path(workdir)
-    if config.rescore.path:
-        publish(read_any(config.rescore.path, config.benchmark), config, folder)
-        return 0
-    if not (config.model.path or config.model.adapter):
+    if not config.rescore.path and not (config.model.path or config.model.adapter):
         raise EvaluationError(
             "model.path and rescore.path are empty: name the model to ask with --config.model.path=DIR, or predictions "
             "to score with --config.rescore.path=FILE"
         )
+    folder = Path(workdir)
+    if config.rescore.path:
+        with hold_workdir(folder):
+            publish(read_any(config.rescore.path, config.benchmark), config, folder)
+        return 0
     try:
         bad = _ask_all(config, folder)
     except StoppedElsewhereError:
@@ -121,6 +125,7 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:
         if multihost.is_primary():
+            check_clips(folder, [ItemSource(items, manner)], fresh=not store.done)
             write_json(folder / CONFIG, config.to_dict())
         quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host)
         mine = [i for video in share_of_host(items, (), host, hosts) for i in video]

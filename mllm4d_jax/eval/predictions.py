@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,9 @@ from configs.schema import fixed
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.lock import NAME, LockError, WriterLock
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
@@ -218,26 +219,25 @@ class PredictionStore:
     def __init__(self, folder: str | Path, config: str, *, host: int = 0) -> None:
         """Name the workdir (made if needed), the hash of this run's configuration, and the host's number from 0."""
         self.folder, self.config = Path(folder), config
-        self.path = jsonl.of_host(self.folder / PREDICTIONS, host)
+        self.path, self._host, self._held = jsonl.of_host(self.folder / PREDICTIONS, host), host, contextlib.ExitStack()
         self.done: set[str] = set()
-        self._lock: Any = None
 
     def __enter__(self) -> Self:
-        """Takes the file and reads what is there.
+        """Takes the folder, for this host, and reads what is there.
 
         Raises:
-          PredictionError, JsonLinesError: another process writes to the file, it belongs to another configuration, or
-            see `read_predictions`.
+          PredictionError, JsonLinesError: another run writes to it, it belongs to another configuration, or see
+            `read_predictions`.
+          StorageError: it cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:  # closes the file unless all goes well
-            self._lock = stack.enter_context(self.path.open("ab"))
-            try:
-                # The kernel drops this lock when the process ends, however it ends.
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                problem = f"another run is writing to {self.path}: wait for it or use another workdir"
-                raise PredictionError(problem) from None
+        with contextlib.ExitStack() as stack:
+            with storing(self.path):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(WriterLock(jsonl.of_host(self.folder / NAME, self._host), self.folder))
+                except LockError as problem:
+                    raise PredictionError(str(problem)) from None
+                self.path.open("ab").close()  # all hosts have a file
             jsonl.rewind(self.path)
             found = read_predictions(self.folder)
             if found and found[0].config != self.config:
@@ -245,12 +245,12 @@ class PredictionStore:
                     f"the predictions in {self.folder} were made with another configuration ({found[0].config}, this "
                     f"run is {self.config}): use another workdir, or delete them to start over"
                 )
-            stack.pop_all()
+            self._held = stack.pop_all()
         self.done = {one.id for one in found}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._held.close()
 
     def append(self, predictions: Iterable[Prediction]) -> None:
         """Writes predictions; once this returns, the end of the process cannot lose them.

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mllm4d_jax.files.lock import WriterLock
+from mllm4d_jax.files.storage import storing
+
 PARTIAL = ".partial"  # part of the name of everything that is still being written
 
 
@@ -21,17 +24,22 @@ def replacing(path: str | Path, ending: str = "") -> Iterator[Path]:
     Args:
       path: the final name; a file that is there is replaced.
       ending: of the free name, for writers that choose a format by it, e.g. ".mp4".
+
+    Raises:
+      StorageError: the disk is full, read-only or the like.
     """
     path = Path(path)
     # Process and thread make the name unique among the writers of this machine that race for one file.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{ending}")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with storing(path):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk; it would hide the reason
+            partial.unlink()
 
 
 @contextlib.contextmanager
@@ -56,18 +64,24 @@ def write_json(path: str | Path, value: Any) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which is renamed to `path` when the block ends without an error.
 
-    `path` must not exist then, or be empty. What an earlier writer left when it was killed is removed first, so that
-    there may be one writer at a time.
+    `path` must not exist then, or be empty. What an earlier writer left when it was killed is removed first.
+
+    Raises:
+      LockError: another writer is at work on the same folder.
+      StorageError: the disk is full, read-only or the like.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WriterLock(path.with_name(f".{path.name}.lock"), path):
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                yield partial
+                partial.rename(path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_partials(folder: Path, pattern: str = "*") -> None:

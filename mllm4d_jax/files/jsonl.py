@@ -7,15 +7,19 @@ no object is an error that names the file and the line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from mllm4d_jax.files.storage import storing
 
 Row = dict[str, Any]
 
 _BLOCK = 1 << 16  # bytes read at a time from the end of a file
+_NO_OBJECT, _NO_STEP = "not a JSON object", "has no whole number 'step'"
 _REMEDY = "A killed run damages no line but the last, so the file was changed: correct this line or delete it"
 
 
@@ -43,10 +47,20 @@ def append(path: str | Path, rows: Iterable[Row]) -> None:
     """Append rows to a file, made if need be; once this returns, the end of the process cannot lose them.
 
     A file that a killed run may have left has to be taken up with `rewind` first.
+
+    Raises:
+      StorageError: the disk is full, read-only or the like; what was written of these rows is cut off again.
     """
     data = encoded(rows)
-    with open(path, "ab") as file:
-        file.write(data)
+    with storing(path), open(path, "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(start)
+            raise
 
 
 def encoded(rows: Iterable[Row]) -> bytes:
@@ -79,11 +93,14 @@ def read(path: str | Path) -> Iterator[Line]:
         if line.row is not None:
             yield line
         elif line.ended:
-            raise _damaged(path, line.number, None)
+            raise _damaged(path, line.number, _NO_OBJECT)
 
 
-def read_steps(path: str | Path, up_to: int | None = None) -> list[Row]:
+def read_steps(path: str | Path, up_to: int | None = None, numbers: Sequence[str] = ()) -> list[Row]:
     """Return the rows of a file whose rows have a "step", those after step `up_to` left out.
+
+    Args:
+      numbers: fields that each of them has to have, as numbers.
 
     Raises:
       JsonLinesError: a line is damaged.
@@ -91,9 +108,13 @@ def read_steps(path: str | Path, up_to: int | None = None) -> list[Row]:
     found = []
     for line in read(path):
         if up_to is not None and not _has_step(line.row):
-            raise _damaged(path, line.number, line.row)
-        if up_to is None or line.row["step"] <= up_to:
-            found.append(line.row)
+            raise _damaged(path, line.number, _NO_STEP)
+        if up_to is not None and line.row["step"] > up_to:
+            continue
+        for name in numbers:
+            if not _is_number(line.row.get(name)):
+                raise _damaged(path, line.number, f"has no number '{name}'")
+        found.append(line.row)
     return found
 
 
@@ -105,16 +126,17 @@ def rewind(path: str | Path, step: int | None = None) -> None:
 
     Raises:
       JsonLinesError: a line that was read is damaged; nothing is cut then.
+      StorageError: the file cannot be written.
     """
     if not Path(path).is_file():
         return
-    with open(path, "r+b") as file:
+    with storing(path), open(path, "r+b") as file:
         for start, text in _backwards(file):
             row = _object(text)
             if row is None and not (text.strip() and text.endswith(b"\n")):
                 continue
             if row is None or (step is not None and not _has_step(row)):
-                raise _damaged(path, _number(file, start), row)
+                raise _damaged(path, _number(file, start), _NO_OBJECT if row is None else _NO_STEP)
             if step is None or row["step"] <= step:
                 file.truncate(start + len(text))
                 if not text.endswith(b"\n"):
@@ -174,9 +196,13 @@ def _number(file: BinaryIO, start: int) -> int:
 
 
 def _has_step(row: Row) -> bool:
-    return isinstance(row.get("step"), int)
+    return isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
 
 
-def _damaged(path: str | Path, number: int, row: Row | None) -> JsonLinesError:
-    what = "not a JSON object" if row is None else "has no whole number 'step'"
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a float can hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _damaged(path: str | Path, number: int, what: str) -> JsonLinesError:
     return JsonLinesError(f"{path}, line {number}: {what}. {_REMEDY}")

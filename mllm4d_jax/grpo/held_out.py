@@ -44,7 +44,7 @@ class HeldOut:
 
     def done(self, step: int) -> bool:
         """Whether the evaluation after so many steps is in the file."""
-        return any(row["step"] == step for row in jsonl.read_steps(self._path))
+        return any(row.get("step") == step for row in jsonl.read_steps(self._path))
 
     def run(self, weights: tuple, step: int) -> dict[str, Any]:
         """Evaluates the policy after `step` steps and adds a row to the file: means of all rewards.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,15 @@ def _start(begun: Begun) -> Any:
 
     It is kept in the workdir, since the run that `model.adapter` names may go on or be deleted.
     """
-    with Checkpoints(begun.workdir / "start", keep=1) as kept:
-        if begun.progress.step:
-            return kept.restore_trainable(0, begun.parts.trainable)
-        trainable = start_from_run(begun.config, begun.parts.trainable, begun.content)
-        kept.replace_trainable(0, trainable)
+    folder, trainable = begun.workdir / "start", begun.parts.trainable
+    if begun.progress.step:
+        with Checkpoints(folder, keep=1, read_only=True) as kept:
+            return kept.restore_trainable(0, trainable)
+    trainable = start_from_run(begun.config, trainable, begun.content)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    with Checkpoints(folder, keep=1) as kept:
+        kept.save_trainable(0, trainable)
     return trainable
 
 

@@ -26,8 +26,8 @@ from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, complet
 from mllm4d_jax.rows.shape import RowShape
 from mllm4d_jax.run.log import say
 from mllm4d_jax.run.loop import TrainingRun, carry_out, check_finite
-from mllm4d_jax.run.preflight import open_workdir
 from mllm4d_jax.run.throughput import peak_memory_gib
+from mllm4d_jax.run.workdir import hold_workdir
 
 COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s")  # of the terminal
 
@@ -45,14 +45,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 
     Raises:
       PreflightError: something is missing; lists everything.
-      ResumeError: the workdir holds a run with other settings.
+      LockError, StorageError, SaveError: the workdir cannot be written, or another run does.
+      ResumeError: the workdir holds a run with other settings, or no whole checkpoint; ClipsError: or other clips.
       QuarantineError: too many unusable records.
       RewardError: a reward function misbehaves.
       TrainingError: loss or gradient is not finite.
     """
-    folder = open_workdir(workdir)
-    settings.check(config)
-    return carry_out(config, folder, COLUMNS, set_up, train)
+    with hold_workdir(workdir) as held:
+        settings.check(config)
+        return carry_out(config, held, COLUMNS, set_up, train)
 
 
 class Rounds:
@@ -139,10 +140,11 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     """Run steps until the last one or until asked to stop, and save. Raises as `task.run`."""
     c, state, start = run.config, setup.state, run.progress.step
     # Of the newest steps; the best checkpoints are chosen by them.
-    rewards = deque((row["reward"] for row in jsonl.read_steps(run.workdir / METRICS, start)), maxlen=10)
+    rows = jsonl.read_steps(run.workdir / METRICS, start, numbers=("reward",))
+    rewards = deque((row["reward"] for row in rows), maxlen=10)
     for name in (EVALS, COMPLETIONS):
         jsonl.rewind(run.workdir / name, start)
-    with setup.loader, setup.actor, setup.greedy:
+    with setup.loader, setup.actor, setup.greedy, run.body():
         rounds = Rounds(setup, run)
 
         def save(step: int) -> None:

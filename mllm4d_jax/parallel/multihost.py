@@ -50,6 +50,26 @@ def primary_first(work: Callable[[], T]) -> T:
         multihost_utils.sync_global_devices(name)
 
 
+class FirstProcessError(ValueError):
+    """The first process of the run cannot go on."""
+
+
+def primary_only(work: Callable[[], T]) -> T | None:
+    """Runs `work` on the first process alone; the others wait for it, and get None.
+
+    Raises what `work` raises; on the others, FirstProcessError then.
+    """
+    problem, result = None, None
+    if is_primary():
+        try:
+            result = work()
+        except Exception as error:  # the others must hear of it before it is raised
+            problem = error
+    if gather([problem is not None])[0, 0]:
+        raise problem or FirstProcessError("the first process of this run cannot go on; its own output says why")
+    return result
+
+
 def share(total: int) -> int:
     """This process's part of a count that belongs to the whole run; the parts add up to it."""
     hosts, host = jax.process_count(), jax.process_index()

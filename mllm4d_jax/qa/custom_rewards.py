@@ -16,6 +16,8 @@ import importlib
 import inspect
 import math
 import numbers
+import signal
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +61,7 @@ class Rewards:
 
         Raises:
           SolutionError: a built-in reward cannot use the solution.
-          RewardError: a function raises, or returns something other than a number in [0, 1].
+          RewardError: a function raises, tries to end the program, or returns something other than a number in [0, 1].
         """
         values: dict[str, float] = {}
         if self.builtin is not None:
@@ -110,8 +112,8 @@ def load_function(path: str) -> CustomReward:
     """Return the function at `package.module:function` or `package.module.function`.
 
     Raises:
-      RewardError: the path is none, there is no such module or function, importing the module fails, or the function
-        cannot be called with completion, solution and record.
+      RewardError: the path is none, there is no such module or function, importing the module fails or ends the
+        program, or the function cannot be called with completion, solution and record.
     """
     module_name, separator, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not separator or not all(part.isidentifier() for part in [*module_name.split("."), name]):
@@ -125,7 +127,9 @@ def load_function(path: str) -> CustomReward:
         if not f"{module_name}.".startswith(f"{error.name}."):
             missing = f"module {module_name!r} needs {error.name!r}, which is missing"
         raise RewardError(f"reward {path!r}: {missing}") from error
-    except Exception as error:
+    except BaseException as error:
+        if _is_interrupt(error):
+            raise
         raise RewardError(f"reward {path!r}: importing {module_name!r} raised {_said(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -150,12 +154,23 @@ def _call(path: str, function: CustomReward, completion: str, solution: Any, rec
     where = f" on record {shown(record['id'])}" if isinstance(record, Mapping) and "id" in record else ""
     try:
         value = function(completion, solution, record)
-    except Exception as error:
+    except BaseException as error:  # sys.exit among them: it would end the run as if all were well
+        if _is_interrupt(error):
+            raise
         raise RewardError(f"reward {path!r} raised {_said(error)}{where}") from error
     if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise RewardError(f"reward {path!r} returned {shown(value)}{where}; it must return a number in [0, 1]")
     return float(value)
 
 
-def _said(error: Exception) -> str:
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether the user interrupts the program: raised by the handler of the signal, not by the code it came to."""
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    handler = signal.getsignal(signal.SIGINT)
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return handler is signal.default_int_handler or getattr(handler, "__code__", None) in codes  # that one has no frame
+
+
+def _said(error: BaseException) -> str:
     return cut(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, MOST_SAID)

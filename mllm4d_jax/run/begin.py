@@ -18,7 +18,9 @@ from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.report.reading import CONFIG, QUARANTINE
 from mllm4d_jax.run.build import Parts, build, encoder_of, open_records
-from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError, check_resumable, content_digests, flat_config
+from mllm4d_jax.run.checkpoint import Checkpoints, Progress, check_resumable, content_digests, flat_config
+from mllm4d_jax.run.clips import check_clips
+from mllm4d_jax.run.saved import ResumeError
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +85,17 @@ def begin(
       held_out: records by whose loss the best checkpoints are chosen.
 
     Raises:
-      BuildError, ResumeError: no records, or a workdir of another run; and what `build` raises.
+      BuildError, ResumeError, ClipsError: no records, or a workdir of another run; and what `build` raises.
     """
     mixture = open_records(config)
     content = content_digests(config.model.path, mixture, held_out)
     progress = resume_point(config, content, checkpoints)
-    if multihost.is_primary():
+
+    def note() -> None:
+        check_clips(workdir, [*mixture.sources, *([held_out] if held_out else [])], fresh=progress.step == 0)
         write_json(workdir / CONFIG, config.to_dict())
+
+    multihost.primary_only(note)
     chat = config.model.chat_template
     encoder = encoder_of(config.model.path, config.video, config.data.max_tokens, chat_template=chat)
     return Begun(workdir, checkpoints, mixture, content, progress, build(config), encoder)

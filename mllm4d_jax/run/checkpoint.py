@@ -5,10 +5,12 @@ Dropout and the order of the data are functions of the seed and the step, so tha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +22,16 @@ from configs.common import task_keys
 from configs.schema import flatten
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode import chat_template
+from mllm4d_jax.files import digests
+from mllm4d_jax.files.storage import of_disk, storing
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import placed
+from mllm4d_jax.run import saved
+from mllm4d_jax.run.background import BackgroundErrors
+from mllm4d_jax.run.saved import ResumeError
 
 _LISTED = 5  # differences named in an error
-_SAMPLED = 1 << 20  # bytes read at either end of a large file
+_SAMPLED = 8 << 20  # bytes read of each file of weights
 _MODEL_FILES = (
     "config.json",
     "tokenizer.json",
@@ -33,8 +41,11 @@ _MODEL_FILES = (
 )
 
 
-class ResumeError(ValueError):
-    """The checkpoints in the workdir cannot be continued with this config."""
+log = logging.getLogger(__name__)
+
+
+class SaveError(ValueError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +81,32 @@ class Meta:
 
 
 class Checkpoints:
-    """The checkpoints below one folder, written in the background. Use as a context manager."""
+    """The checkpoints below one folder, written in the background. Use as a context manager.
 
-    def __init__(self, folder: str | Path, keep: int, keep_best: int = 0) -> None:
+    What goes wrong in the background is raised by the next call of `save` or `check`, or at the end.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int,
+        keep_best: int = 0,
+        *,
+        read_only: bool = False,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
           folder: made when missing.
           keep: number of newest checkpoints kept.
           keep_best: number of checkpoints with the lowest loss kept besides.
+          read_only: of another run, which may be at work: nothing is changed.
+          guard: called before anything is written; raises where that must not be.
+
+        Raises:
+          StorageError: the folder cannot be made.
         """
-        self.folder = Path(folder).absolute()
+        self.folder, self._guard, self._step = Path(folder).absolute(), guard, -1
         policies, loss = ocp.checkpoint_managers, operator.itemgetter("loss")
         best = [policies.BestN(get_metric_fn=loss, reverse=True, n=keep_best)] if keep_best else []
         options = ocp.CheckpointManagerOptions(
@@ -87,16 +114,42 @@ class Checkpoints:
             best_mode="min",
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), *best]),
             enable_async_checkpointing=True,
-            create=True,
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._seal,
+                create_directories_asynchronously=False,  # else what writes waits minutes for one that cannot be made
+            ),
+            create=not read_only,
+            read_only=read_only,
+            lightweight_initialize=read_only,  # else it reads a description in each, also in those nobody asked for
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._failures = BackgroundErrors()
+        with storing(self.folder):
+            if not read_only and multihost.is_primary():
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Self:
+        self._failures.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        """Waits until what was saved is on disk."""
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          SaveError: it could not be written, and nothing else has gone wrong.
+        """
+        try:
+            if kind is not None and jax.process_count() > 1:
+                return  # others may be gone; the end of the process still waits for files that are being written
+            with self._saving():
+                self._manager.close()
+        except SaveError as error:
+            if kind is None:
+                raise
+            if kind is not SaveError:
+                log.error("%s", error)
+        finally:
+            self._failures.__exit__()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None without one."""
@@ -107,69 +160,137 @@ class Checkpoints:
     ) -> None:
         """Saves as step `meta.step`; every process of the run has to call it.
 
-        The checkpoint appears whole or not at all: it is written beside its place and then renamed. The arrays may be
-        donated or changed as soon as this returns.
+        The checkpoint appears whole or not at all: it is written beside its place, with digests of its files, and then
+        renamed. The arrays may be donated or changed as soon as this returns.
 
         Args:
           loss: what `keep_best` compares, the same on every process.
           pending: JSON-able work that was begun for a later step, see `pending`.
-        """
-        content = {"run": dataclasses.asdict(meta), "shapes": _shapes(trainable), "pending": pending}
-        self._manager.save(
-            meta.step,
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(trainable),
-                opt=ocp.args.StandardSave(opt_state),
-                meta=ocp.args.JsonSave(content),
-            ),
-            metrics={"loss": loss},
-        )
 
-    def replace_trainable(self, step: int, trainable: Any) -> None:
-        """Saves parameters alone, in place of what there is for the step."""
-        if step in self._manager.all_steps():
-            self._manager.delete(step)
+        Raises:
+          SaveError: this checkpoint, or the one before, cannot be written.
+        """
+        shapes = {"shapes": _shapes(trainable), "opt_shapes": _shapes(opt_state)}
+        content = shapes | {"run": dataclasses.asdict(meta), "pending": pending}
         args = ocp.args.Composite(
-            trainable=ocp.args.StandardSave(trainable), meta=ocp.args.JsonSave({"shapes": _shapes(trainable)})
+            trainable=ocp.args.StandardSave(trainable),
+            opt=ocp.args.StandardSave(opt_state),
+            meta=ocp.args.JsonSave(content),
         )
-        self._manager.save(step, args=args, metrics={"loss": 0.0})
+        self._save(meta.step, args, loss)
+
+    def save_trainable(self, step: int, trainable: Any) -> None:
+        """Saves parameters alone. Raises SaveError as `save`."""
+        content = {"shapes": _shapes(trainable), "opt_shapes": {}, "run": None}
+        parts = {"trainable": ocp.args.StandardSave(trainable), "meta": ocp.args.JsonSave(content)}
+        self._save(step, ocp.args.Composite(**parts), 0.0)
+
+    def _save(self, step: int, args: ocp.args.Composite, loss: float) -> None:
+        self._guard()
+        with self._saving():
+            self._manager.wait_until_finished()  # so that what goes wrong is said of the step that it is about
+        self._step = step
+        with self._saving():
+            self._manager.save(step, args=args, metrics={"loss": loss})
+
+    def check(self) -> None:
+        """Raises SaveError once the checkpoint that is being written has failed."""
+        with self._saving():
+            if self._failures.first is not None:
+                raise self._failures.first
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            disk = of_disk(error, self.folder)
+            if disk is None:
+                raise
+            if multihost.is_primary():
+                saved.remove_unfinished(self.folder)  # gives its room back
+            whole = [step for step in saved.steps(self.folder) if step != self._step]
+            after = f"Step {whole[-1]} there is the newest" if whole else "There is none before it"
+            raise SaveError(
+                f"the checkpoint of step {self._step} cannot be saved: {disk}. {after}; once that is put right, the "
+                "same command goes on from there"
+            ) from error
+
+    def _seal(self) -> None:
+        """Add digests to a checkpoint that is complete but for its name; called in the background."""
+        self._guard()
+        (folder,) = self.folder.glob(f"{self._step}{saved.UNFINISHED}*")
+        digests.record(folder, without=saved.WRITTEN_LATER)
 
     def meta(self, step: int) -> Meta:
-        """What `save` was given for a step."""
-        return Meta(**self._json(step)["run"])
+        """What `save` was given for a step. Raises ResumeError for no such checkpoint, or one that is damaged there."""
+        return saved_meta(self.folder / str(step))
 
     def pending(self, step: int) -> dict[str, Any] | None:
-        """What `save` was given as such for a step."""
-        return self._json(step).get("pending")
-
-    def _json(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """What `save` was given as such for a step. Raises as `meta`."""
+        return saved.read_meta(self.folder / str(step)).get("pending")
 
     def restore(self, step: int, trainable: Any, opt_state: Any) -> tuple[Any, Any]:
         """The arrays of a step, placed as wanted: on any mesh and any number of processes.
 
         Args:
-          step: one that exists.
+          step: one that exists, which `saved.take_up` has found whole.
           trainable, opt_state: trees with the shapes and the placement wanted; their values are not used.
 
         Raises:
-          ResumeError: the stored parameters have other names or shapes.
+          ResumeError: the stored parameters, or the optimiser's, have other names or shapes.
         """
         restored = self._restore(step, trainable=trainable, opt=opt_state)
         return restored["trainable"], restored["opt"]
 
     def restore_trainable(self, step: int, trainable: Any) -> Any:
-        """`restore` without the optimiser."""
+        """`restore` without the optimiser, of any folder: the first process compares the files with their digests.
+
+        Raises:
+          ResumeError: as `restore`, and for damage.
+        """
+        multihost.primary_only(lambda: self._require_whole(step, ("trainable", "meta")))
         return self._restore(step, trainable=trainable)["trainable"]
 
+    def _require_whole(self, step: int, parts: Sequence[str]) -> None:
+        folder = self.folder / str(step)
+        if wrong := saved.damage(folder, parts=parts):
+            others = ", ".join(str(one) for one in saved.steps(self.folder) if one != step) or "none"
+            raise ResumeError(
+                f"the checkpoint {folder} is damaged: {wrong}. Put a whole copy in its place, or name another step "
+                f"(others there: {others})"
+            )
+
     def _restore(self, step: int, **trees: Any) -> Any:
-        stored, wanted = self._json(step)["shapes"], _shapes(trees["trainable"])
-        differing = [name for name in sorted(stored | wanted) if stored.get(name) != wanted.get(name)]
-        if differing:
-            listed = ", ".join(f"{n}: stored {stored.get(n)}, model {wanted.get(n)}" for n in differing[:_LISTED])
-            raise ResumeError(f"the parameters in {self.folder / str(step)} do not fit the model: {listed}")
+        about = saved.read_meta(self.folder / str(step))
+        names = {"trainable": ("shapes", "the parameters"), "opt": ("opt_shapes", "the optimiser's state")}
+        for part, tree in trees.items():
+            key, what = names[part]
+            stored, wanted = about[key], _shapes(tree)
+            differing = [name for name in sorted(stored | wanted) if stored.get(name) != wanted.get(name)]
+            if differing:
+                listed = ", ".join(f"{n}: stored {stored.get(n)}, model {wanted.get(n)}" for n in differing[:_LISTED])
+                more = f", and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+                raise ResumeError(f"{what} in {self.folder / str(step)} do not fit the model: {listed}{more}")
         args = {name: ocp.args.StandardRestore(abstract(tree)) for name, tree in trees.items()}
         return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+
+def saved_meta(folder: Path) -> Meta:
+    """Return the `Meta` of one checkpoint.
+
+    Raises:
+      ResumeError: it is none of a run, or damaged, or of another version of this program.
+    """
+    run = saved.read_meta(folder)["run"]
+    if run is None:
+        raise ResumeError(f"{folder} is where a run began, not a checkpoint of one: name its workdir")
+    known, found = {field.name for field in dataclasses.fields(Meta)}, set(run)
+    if known != found:
+        raise ResumeError(
+            f"{folder} was made by another version of this program: it differs in {', '.join(sorted(known ^ found))}"
+        )
+    return Meta(**run)
 
 
 def abstract(tree: Any) -> Any:
@@ -230,29 +351,24 @@ def content_digests(model: str | Path, records: Mixture, held_out: RecordSource 
 
 
 def model_digest(folder: str | Path) -> str:
-    """Return the digest of a model folder: config, tokenizer and chat template whole, weights sampled."""
-    sha = hashlib.sha256()
+    """Return the digest of a model folder: config, tokenizer and chat template whole, weights sampled.
+
+    Of each file of weights 8 MiB are read (`files.digests.sampled`): weights of another training are noticed, a
+    single changed tensor where it is larger than the gap between two samples (39 MB in a file of 5 GB), a few changed
+    bytes only in files up to 8 MiB.
+    """
+    folder, sha = Path(folder), hashlib.sha256()
     for name in _MODEL_FILES:
-        file = Path(folder) / name
+        file = folder / name
         sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
     # A link to a file that is gone is left to loading, which says so.
-    _add_sampled(sha, Path(folder), sorted(p for p in Path(folder).glob("*.safetensors") if p.is_file()))
+    weights = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    sha.update("\n".join(digests.all_sampled(folder, weights, _SAMPLED)).encode())
     return sha.hexdigest()
 
 
 def folder_digest(folder: str | Path) -> str:
     """Return the digest of all files below a folder, sampled: the same wherever the folder is moved."""
-    sha = hashlib.sha256()
-    _add_sampled(sha, Path(folder), sorted(p for p in Path(folder).rglob("*") if p.is_file()))
-    return sha.hexdigest()
-
-
-def _add_sampled(sha: hashlib._Hash, folder: Path, files: Iterable[Path]) -> None:
-    """Add name, size and a mebibyte at either end of each file."""
-    for file in files:
-        size = file.stat().st_size
-        sha.update(f"{file.relative_to(folder).as_posix()} {size}".encode())
-        with file.open("rb") as f:
-            sha.update(f.read(_SAMPLED))
-            f.seek(max(0, size - _SAMPLED))
-            sha.update(f.read(_SAMPLED))
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return hashlib.sha256("\n".join(digests.all_sampled(folder, files, _SAMPLED)).encode()).hexdigest()

@@ -35,16 +35,16 @@ class RunLog:
           log_every: steps between updates of bar and TensorBoard.
 
         Raises:
-          JsonLinesError: metrics.jsonl is damaged.
+          JsonLinesError: metrics.jsonl is damaged; StorageError: it cannot be written.
         """
         self.path, self._columns, self._every, self._window = Path(workdir) / METRICS, columns, log_every, []
         self._board = self._bar = None
         if multihost.is_primary():
             # Imported here: it takes a moment, and only a run that trains needs it.
-            from tensorboardX import SummaryWriter
+            from mllm4d_jax.run.board import Board
 
             jsonl.rewind(self.path, start)
-            self._board = SummaryWriter(str(Path(workdir) / "tb"), purge_step=start + 1)
+            self._board = Board(Path(workdir) / "tb", purge_step=start + 1)
             self._bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> RunLog:
@@ -68,8 +68,7 @@ class RunLog:
         self._bar.update(1)
         if row["step"] % self._every == 0 or row["step"] == self._bar.total:
             values = summary(self._window)
-            for name, value in values.items():
-                self._board.add_scalar(f"train/{name}", value, int(row["step"]))
+            self._board.add({f"train/{name}": value for name, value in values.items()}, int(row["step"]))
             self._bar.set_postfix_str(line(values, self._columns))
             self._window = []
 

@@ -21,10 +21,14 @@ from typing import Any, Self, TypeVar
 import jax
 import ml_collections
 
+from mllm4d_jax.files.ending import CLOSING_S, Ending
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
 from mllm4d_jax.run.log import RunLog, say, write_facts
+from mllm4d_jax.run.saved import take_up
 from mllm4d_jax.run.watchdog import Watchdog
+from mllm4d_jax.run.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def check_finite(finite: bool, step: int, loss: float, norm: float, keys: Iterab
 
 def carry_out(
     config: ml_collections.ConfigDict,
-    workdir: Path,
+    held: Workdir,
     columns: Sequence[str],
     set_up: Callable[[ml_collections.ConfigDict, Path, Checkpoints], Any],
     train: Callable[[Any, TrainingRun], None],
@@ -59,20 +63,29 @@ def carry_out(
     """Open the checkpoints, set a run up, train until the last step or until asked to stop, and say how far it came.
 
     Args:
+      held: the run's folder.
       columns: of the log, that the terminal shows.
       set_up: makes what `train` is given; has the run as `begun` and `facts` about it.
       train: runs the steps that are left, and saves.
 
     Returns:
       0, also when it was asked to stop.
+
+    Raises:
+      ResumeError: no checkpoint in the folder is whole.
+      SaveError: one cannot be written; LockError: another run has taken the folder over.
     """
-    c = config.train
-    with Checkpoints(workdir / "checkpoints", c.keep_checkpoints, c.keep_best) as checkpoints, StopSignal() as stop:
-        setup = set_up(config, workdir, checkpoints)
-        write_facts(workdir, setup.facts)
+    c, workdir = config.train, held.path
+    folder = workdir / "checkpoints"
+    multihost.primary_only(lambda: take_up(folder))
+    kept = Checkpoints(folder, c.keep_checkpoints, c.keep_best, guard=held.check)
+    with Ending(CLOSING_S) as ending, kept as checkpoints, StopSignal() as stop:
+        with ending.after_errors():
+            setup = set_up(config, workdir, checkpoints)
+            write_facts(workdir, setup.facts)
         done = setup.begun.progress.step
         if done < c.steps:
-            with setup.begun.encoder, TrainingRun(setup.begun, columns, stop) as run:
+            with setup.begun.encoder, TrainingRun(setup.begun, columns, stop, ending) as run:
                 train(setup, run)
             done = run.progress.step
     stopped = f"stopped after step {done} of {c.steps} and saved; the same command goes on from there"
@@ -81,7 +94,9 @@ def carry_out(
 
 
 class StopSignal:
-    """True once SIGINT or SIGTERM came in; a second SIGINT interrupts at once. Use as a context manager.
+    """True once SIGINT, SIGTERM or SIGHUP came in; a second SIGINT interrupts at once. Use as a context manager.
+
+    A terminal that is closed sends SIGHUP; where that is ignored, as by `nohup`, it stays so.
 
     Outside the main thread, where Python allows no handlers, it stays False.
     """
@@ -94,7 +109,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            hang_up = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -134,14 +150,15 @@ class TrainingRun:
       watchdog: is told what the process waits for.
     """
 
-    def __init__(self, begun: Begun, columns: Sequence[str], stop: StopSignal) -> None:
-        """`columns`: of the log, that the terminal shows."""
+    def __init__(self, begun: Begun, columns: Sequence[str], stop: StopSignal, ending: Ending | None = None) -> None:
+        """`columns`: of the log, that the terminal shows; `ending`: for closing down after an error."""
         self.config, self.workdir, self.checkpoints = begun.config, begun.workdir, begun.checkpoints
         self.progress, self.stop, self._content, self._start = begun.progress, stop, begun.content, begun.progress.step
         c = self.config.train
         self._log = RunLog(self.workdir, self.config.task, columns, c.steps, self._start, c.log_every)
         self.watchdog, self._hooks = Watchdog(c.watchdog_s), []
         self._open, self._tracing = contextlib.ExitStack(), contextlib.ExitStack()
+        self._ending = ending
 
     def __enter__(self) -> Self:
         for part in (self._log, self.watchdog, self._tracing):
@@ -150,6 +167,10 @@ class TrainingRun:
 
     def __exit__(self, *exc: object) -> None:
         self._open.__exit__(*exc)
+
+    def body(self) -> contextlib.AbstractContextManager[None]:
+        """Return the innermost context of the steps: left by an error, it bounds the time that closing may take."""
+        return contextlib.nullcontext() if self._ending is None else self._ending.after_errors()
 
     def every(self, n: int, call: Callable[[int], None], *, last: bool = False, unsaved: bool = False) -> None:
         """Call a function after every n-th step, in the order of the calls of this method.
@@ -171,10 +192,15 @@ class TrainingRun:
         Args:
           take: gives the data of a step, None once the run was asked to stop.
           wait: returns once the devices are done; called before a trace ends.
+
+        Raises:
+          SaveError: a checkpoint that was begun earlier cannot be written.
         """
         total, step, traced = self.config.train.steps, self._start, self.config.train.trace_steps
         while step < total and (data := take(step + 1)) is not None:
             step += 1
+            if jax.process_count() == 1:  # several have to agree on this: see `sft.feed`
+                self.checkpoints.check()
             if step in traced and (step - 1 not in traced or step - 1 == self._start):
                 self._tracing.enter_context(jax.profiler.trace(str(self.workdir / "trace")))
             yield step, data

@@ -173,12 +173,3 @@ def uneven_rows(config: ml_collections.ConfigDict, rows: int, shards: int) -> It
             f"train.batch_size = {batch}{micro} cannot be split over {shards} devices (mesh data x fsdp): it makes "
             f"{rows} rows"
         )
-
-
-def open_workdir(workdir: str) -> Path:
-    """Make the folder of a run. Raises PreflightError when it cannot be made."""
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise PreflightError(f"workdir '{workdir}' cannot be written: {problem.strerror}") from problem
-    return Path(workdir)

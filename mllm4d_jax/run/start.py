@@ -26,7 +26,9 @@ from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import attach_lora, merge_model, needs_adapter, split_model
-from mllm4d_jax.run.checkpoint import Checkpoints, Meta, abstract, flat_config, folder_digest, model_digest
+from mllm4d_jax.run import saved
+from mllm4d_jax.run.checkpoint import Checkpoints, Meta, abstract, flat_config, folder_digest, model_digest, saved_meta
+from mllm4d_jax.run.saved import ResumeError
 
 _ADAPTER_LEAVES = ("lora_a", "lora_b")
 
@@ -81,7 +83,7 @@ class ModelChoice:
 def checkpoint_folder(path: str | Path) -> Path | None:
     """Return the folder of checkpoints that a path names, itself or as the workdir around it; None without any."""
     for folder in (Path(path) / "checkpoints", Path(path)):
-        if folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir()):
+        if saved.steps(folder):
             return folder
     return None
 
@@ -110,15 +112,32 @@ def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
         if step >= 0:
             raise StartError(f"model.step = {step}, but {path} is a PEFT adapter, which has no steps")
         return TrainedAdapter(Path(path))
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    steps = saved.steps(folder)
     if step >= 0 and step not in steps:
         raise StartError(f"model.step = {step}: {folder} holds the steps {', '.join(map(str, steps))}")
-    with Checkpoints(folder, keep=1) as earlier:
-        step = step if step >= 0 else earlier.latest()
-        try:
-            return TrainedAdapter(folder, step, earlier.meta(step))
-        except (KeyError, ValueError, OSError) as error:
-            raise StartError(f"{folder / str(step)} is not a checkpoint of a run, or not all of one") from error
+    step = step if step >= 0 else steps[-1]
+    try:
+        return TrainedAdapter(folder, step, _read_meta(folder / str(step)))
+    except ResumeError as error:
+        others = ", ".join(str(one) for one in steps if one != step)
+        advice = f"; name another with model.step (others there: {others})" if others else ""
+        raise StartError(f"{error}{advice}") from error
+
+
+class _Told(dict):
+    """What a checkpoint says; says itself what is missing there."""
+
+    def __init__(self, folder: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self._folder = folder
+
+    def __missing__(self, key: str) -> Any:
+        raise StartError(f"{self._folder} was made by another version of this program: it does not say '{key}'")
+
+
+def _read_meta(folder: Path) -> Meta:
+    meta = saved_meta(folder)
+    return dataclasses.replace(meta, config=_Told(folder, meta.config), content=_Told(folder, meta.content))
 
 
 def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:
@@ -201,7 +220,7 @@ def load_tuned(model: QwenVL, adapter: TrainedAdapter) -> TunedModel:
     graphdef, trainable, frozen = split_model(model, patterns)
     wanted = abstract(trainable)
     del model, trainable  # so that the values before training can go
-    with Checkpoints(adapter.folder, keep=1) as earlier:
+    with Checkpoints(adapter.folder, keep=1, read_only=True) as earlier:
         trainable = earlier.restore_trainable(adapter.step, wanted)
     trained = {path: x for path, x in _leaves(trainable).items() if path[-1] not in _ADAPTER_LEAVES}
     frozen_half = any(path[-1] in _ADAPTER_LEAVES for path in _leaves(frozen))
@@ -242,5 +261,5 @@ def start_from_run(config: ml_collections.ConfigDict, trainable: Any, content: M
         differing.append("model.path: another base model")
     if differing:
         raise StartError(f"model.adapter: {adapter.folder} was trained otherwise: {'; '.join(differing)}")
-    with Checkpoints(adapter.folder, keep=1) as earlier:
+    with Checkpoints(adapter.folder, keep=1, read_only=True) as earlier:
         return earlier.restore_trainable(adapter.step, trainable)

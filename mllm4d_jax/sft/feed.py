@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,15 @@ class StepData:
 class StepFeed:
     """Gives steps until asked to stop. Use inside the context of the loader's stream."""
 
-    def __init__(self, loader: Loader, accumulation: int, flops: FlopCounter, stop: Any, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        accumulation: int,
+        flops: FlopCounter,
+        stop: Any,
+        watchdog: Watchdog,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
           loader: of the micro-batches.
@@ -53,9 +61,10 @@ class StepFeed:
           flops: counts what a batch costs.
           stop: true once this process was asked to stop.
           watchdog: told what is waited for.
+          check: raises where this process cannot go on for a reason of its own.
         """
         self._loader, self._number, self._flops = loader, accumulation, flops
-        self._stop, self._watchdog = stop, watchdog
+        self._stop, self._watchdog, self._check = stop, watchdog, check
         self._alone = multihost.gather([0]).shape[0] == 1
         self._agreed: _Agreed | None = None
         self._waited = 0.0
@@ -64,7 +73,7 @@ class StepFeed:
         """The next step, or None once a process was asked to stop. `last`: the run needs none after it.
 
         Raises:
-          QuarantineError: as `Loader.next_step`, and when no process has a usable record.
+          QuarantineError: as `Loader.next_step`, and when no process has a usable record; and what `check` raises.
           FeedError: that happened on another process.
         """
         if self._alone:  # arrays are put together while the device works on the step before
@@ -87,6 +96,7 @@ class StepFeed:
     def _prepare(self) -> tuple[PreparedStep, ...]:
         """The micro-batches of a step. Alone, none of them once asked to stop; otherwise stopping is agreed on."""
         started, parts = time.perf_counter(), []
+        self._check()
         with self._watchdog.phase("waiting for data"):
             while len(parts) < self._number:
                 part = self._loader.next_step(self._stop if self._alone else False)

@@ -15,6 +15,7 @@ from mllm4d_jax.run import preflight
 from mllm4d_jax.run.checkpoint import Progress
 from mllm4d_jax.run.loop import TrainingRun, carry_out
 from mllm4d_jax.run.tiny import with_sample
+from mllm4d_jax.run.workdir import hold_workdir
 from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import SftSetup, set_up
 
@@ -35,17 +36,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 
     Raises:
       PreflightError: something is missing; lists everything.
-      ResumeError: the workdir holds a run with other settings.
+      LockError, StorageError, SaveError: the workdir cannot be written, or another run does.
+      ResumeError: the workdir holds a run with other settings, or no whole checkpoint; ClipsError: or other clips.
       StartError: what model.adapter names cannot be started from.
       QuarantineError: too many unusable records, or not a usable one (then on all processes); FeedError on the other
         processes of the run.
       TrainingError: loss or gradient is not finite.
       HeldOutError: no record of data.eval_path can be used.
     """
-    folder = multihost.primary_first(lambda: preflight.open_workdir(workdir))
-    config = multihost.primary_first(lambda: with_sample(config, folder))
-    preflight.check(config)
-    return carry_out(config, folder, COLUMNS, set_up, train)
+    with hold_workdir(workdir) as held:
+        config = multihost.primary_first(lambda: with_sample(config, held.path))
+        preflight.check(config)
+        return carry_out(config, held, COLUMNS, set_up, train)
 
 
 def train(setup: SftSetup, run: TrainingRun) -> None:
@@ -78,8 +80,8 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
         run.every(c.eval_every, measure, last=True)
         run.every(c.checkpoint_every, measure)
     run.every(c.checkpoint_every, save, unsaved=True)
-    feed = StepFeed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog)
-    with setup.loader.stream:
+    feed = StepFeed(setup.loader, c.accumulation, setup.flops, run.stop, run.watchdog, run.checkpoints.check)
+    with setup.loader.stream, run.body():
         wait = lambda: jax.block_until_ready(trainer.trainable)  # noqa: E731
         for step, data in run.steps(lambda step: feed.next(last=step == c.steps), wait):
             with run.watchdog.phase(f"step {step} is compiled or the devices work on step {step - 1}"):
@@ -98,13 +100,17 @@ class Losses:
     """
 
     def __init__(self, run: TrainingRun, held_out: bool) -> None:
-        """Go on from the rows that an earlier part of the run recorded. `held_out`: there are held-out records."""
-        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step)
+        """Go on from the rows that an earlier part of the run recorded. `held_out`: there are held-out records.
+
+        Raises:
+          JsonLinesError: one of them is damaged.
+        """
+        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step, numbers=("loss",))
         self._recent: deque[float] = deque(maxlen=run.config.train.log_every)
         self.learned = False
         for row in rows:
             self._take(row)
-        measured = (row["eval_loss"] for row in reversed(rows) if "eval_loss" in row)
+        measured = (row["eval_loss"] for row in reversed(rows) if isinstance(row.get("eval_loss"), (int, float)))
         self.held_out: float | None = next(measured, None) if held_out else None
 
     def note(self, row: dict | None) -> dict | None:

@@ -9,6 +9,7 @@ import pytest
 
 from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
 from mllm4d_jax.files.jsonl import JsonLinesError
+from mllm4d_jax.files.storage import StorageError
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import parse_record
 
@@ -97,3 +98,19 @@ def test_no_verdict_before_twenty_groups():
         early.count(seen)
     with pytest.raises(QuarantineError, match="60 of the first 60"):
         early.count(60)
+
+
+def test_a_list_on_a_full_disk_ends_with_its_name(tmp_path):
+    (tmp_path / "q.jsonl").symlink_to("/dev/full")
+    quarantine = Quarantine(tmp_path / "q.jsonl", 0.1)
+    with pytest.raises(StorageError, match="q.jsonl: No space left on device"):
+        quarantine.add(0, 1, RecordError("is broken", "bad_record", "k"))
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 600, b"\xff", b'{"source": 0, "ind'])
+def test_what_a_crash_leaves_at_its_end_is_cut_off(tmp_path, tail):
+    path = tmp_path / "q.jsonl"
+    Quarantine(path, 0.1).add(0, 1, RecordError("is broken", "bad_record", "k"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    assert Quarantine(path, 0.1).knows(0, 1) and path.read_bytes() == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ from mllm4d_jax.eval.questions import load_benchmark
 from mllm4d_jax.export import task as export
 from mllm4d_jax.qa.options import INSTRUCTION
 from mllm4d_jax.qa.system_prompt import ST_COT
+from mllm4d_jax.run.clips import CLIPS, ClipsError
 from mllm4d_jax.run.start import StartError, choose_model
 from mllm4d_jax.run.tiny import write_tiny_model
 from mllm4d_jax.sft import task as sft
@@ -265,6 +267,17 @@ def test_the_others_are_told_of_a_failure_once(world, tmp_path, monkeypatch):
     with pytest.raises(evaluate.StoppedElsewhereError):
         evaluate.run(make_config(world), str(tmp_path / "elsewhere"))
     assert sent == [[0, 13]]
+
+
+def test_answers_about_other_videos_are_not_gone_on_with(asked, world, tmp_path):
+    """A video was replaced since: its answers in the file are not about it."""
+    shutil.copytree(asked, tmp_path / "out")
+    path = tmp_path / "out" / CLIPS
+    known = json.loads(path.read_text())
+    first = next(iter(known))
+    path.write_text(json.dumps(known | {first: "5:abc"}))
+    with pytest.raises(ClipsError, match=f"not the files that this run began with: {re.escape(first)}"):
+        evaluate.run(make_config(world), str(tmp_path / "out"))
 
 
 def test_a_quarantined_question_is_not_tried_again(asked, world, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from mllm4d_jax.eval.predictions import (
     read_predictions,
 )
 from mllm4d_jax.files.jsonl import JsonLinesError
+from mllm4d_jax.files.lock import LockError, WriterLock
 from tests.eval.question_fixtures import item, prediction
 
 IDS = [f"q{n}" for n in range(40)]
@@ -139,6 +140,10 @@ def test_one_writer_at_a_time_and_all_or_nothing(tmp_path):
     with PredictionStore(tmp_path, "c0") as store:
         with pytest.raises(PredictionError, match="another run is writing"):
             PredictionStore(tmp_path, "c0").__enter__()
+        with pytest.raises(LockError, match="another run is writing"):  # of whatever kind
+            WriterLock.of(tmp_path).__enter__()
+        with PredictionStore(tmp_path, "c0", host=1):
+            pass
         with pytest.raises(PredictionError, match="answered already"):
             store.append([prediction("q0"), prediction("q0")])
         store.append([prediction("q0")])
@@ -152,6 +157,8 @@ def test_one_writer_at_a_time_and_all_or_nothing(tmp_path):
     [
         ({"truth": []}, "'truth' is"),
         ({"truth": ["E"]}, "'truth' is"),
+        ({"truth": [["A"]]}, "'truth' is"),
+        ({"truth": [None]}, "'truth' is"),
         ({"response": None}, "'response' cannot be None"),
         ({"choices": []}, "'choices' cannot be"),
         ({"tokens": "3"}, "'tokens' cannot be '3'"),

@@ -13,6 +13,7 @@ from configs.schema import ConfigError
 from mllm4d_jax.eval.evaluate import EvaluationError
 from mllm4d_jax.eval.evaluate import run as run_task
 from mllm4d_jax.eval.predictions import PredictionError, PredictionStore, read_any
+from mllm4d_jax.files.lock import LockError, WriterLock
 from tests.eval.question_fixtures import prediction, vlm4d_rows
 from tests.report.reading import read
 
@@ -137,3 +138,13 @@ def test_the_published_predictions_of_the_fine_tuned_model(tmp_path, extractor):
     assert [rows["category", name]["n"] for name in names] == [922, 449, 400, 45]
     assert rows["subtask", "real: numeric"]["n"] == 232
     assert [row["correct_with_blanks"] for row in found["extractors"]] == [819, 819, 238, 238]
+
+
+def test_one_evaluation_at_a_time_in_a_workdir(tmp_path):
+    path = published(tmp_path / "published")
+    config = common.config("eval")
+    config.rescore.path = str(path)
+    (tmp_path / "out").mkdir()
+    with WriterLock.of(tmp_path / "out"), pytest.raises(LockError, match="another run is writing to"):
+        run_task(config, str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []

@@ -51,9 +51,24 @@ def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path):
     assert steps(write(path, 3)) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("damage", ["[1]", "{broken", "12", '"step"', "[" * 10**5])
+DAMAGE = [
+    b"[1]",
+    b"{broken",
+    b"12",
+    b'"step"',
+    b"null",
+    b"\0" * 9,
+    b"\xff\xfe{}",
+    b"{}\0",
+    b"[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:6]))
 def test_damage_before_the_end_is_named_with_its_line(tmp_path, damage):
-    path = write(tmp_path / "a", 1, tail=f"{damage}\n\n")
+    path = write(tmp_path / "a", 1)
+    with path.open("ab") as file:
+        file.write(damage + b"\n\n")
     write(path, 2, tail=HALF)
     with pytest.raises(JsonLinesError, match=r"a, line 2: not a JSON object\. .* delete it"):
         list(jsonl.read(path))
@@ -77,6 +92,29 @@ def test_a_row_without_a_step_cannot_be_rewound_past(tmp_path):
     assert len(jsonl.read_steps(path)) == 3
     path.write_text("".join(f'{{"step": {n}}}\n' for n in (1, 2, 3)))
     assert [row["step"] for row in jsonl.read_steps(path, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 5000, b"\xff\xfe", b'{"step": 3, "text": "\xc3', b"nul", b"null"])
+def test_what_a_crash_leaves_at_the_end_is_cut_off(tmp_path, tail):
+    """File systems may leave NULs there, or half a character."""
+    path = write(tmp_path / "a", 1, 2)
+    with path.open("ab") as file:
+        file.write(tail)
+    assert steps(path) == [1, 2]
+    jsonl.rewind(path, 2)
+    assert steps(write(path, 3)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("value", ['"1"', "null", "true", "[1]", "{}", "1" * 400])
+def test_fields_that_have_to_be_numbers_are(tmp_path, value):
+    path = tmp_path / "a"
+    path.write_text(f'{{"step": 1, "loss": 0.5}}\n{{"step": 2, "loss": {value}}}\n{{"step": 3}}\n')
+    assert len(jsonl.read_steps(path, 1, numbers=("loss",))) == 1
+    with pytest.raises(JsonLinesError, match="a, line 2: has no number 'loss'. .* delete it"):
+        jsonl.read_steps(path, 2, numbers=("loss",))
+    path.write_text('{"step": true}\n')
+    with pytest.raises(JsonLinesError, match="line 1: has no whole number 'step'"):
+        jsonl.read_steps(path, 2)
 
 
 @pytest.mark.parametrize("step", range(5))

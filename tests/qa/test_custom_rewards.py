@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from mllm4d_jax.qa.custom_rewards import RewardError, load_function, load_rewards
 from mllm4d_jax.qa.rewards import Solution, SolutionError, score
+from mllm4d_jax.run.loop import StopSignal
 
 SOLUTION = {"answer": "A", "camera_center": [[0, 0, 0], [1, 0, 0]], "object_center": None}
 TEXT = (
@@ -17,10 +20,16 @@ TEXT = (
 )
 CAMERA = math.exp(-0.5)
 MODULE = """
+import os, signal, sys, time
 NOT_CALLABLE = 3
 def half(completion, solution, record): return 0.5
 def short(completion, solution, record, *, limit=1000): return float(len(completion) < limit)
 def from_record(completion, solution, record): return record["difficulty"] * (solution["answer"] == "A")
+def leaves(completion, solution, record): sys.exit()
+def leaves_well(completion, solution, record): raise SystemExit(0)
+def is_interrupted(completion, solution, record): os.kill(os.getpid(), signal.SIGINT); return time.sleep(5) or 0.0
+def interrupts(completion, solution, record): raise KeyboardInterrupt
+def closes(completion, solution, record): raise GeneratorExit("now")
 def raises(completion, solution, record): raise KeyError("speed")
 def too_few(completion): return 1.0
 def returns_two(completion, solution, record): return 2
@@ -46,6 +55,7 @@ def package(tmp_path, monkeypatch):
     (folder / "__init__.py").write_text("def top(completion, solution, record): return 0.25\n")
     (folder / "mine.py").write_text(MODULE)
     (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "leaves.py").write_text("import sys\nsys.exit()\n")
     (folder / "needy.py").write_text("import a_library_that_nobody_has\n")
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -110,6 +120,9 @@ def test_numpy_numbers_are_numbers(tmp_path):
     ("name", "message"),
     [
         ("raises", "raised KeyError: 'speed' on record 'q1'"),
+        ("leaves", "raised SystemExit on record 'q1'"),
+        ("leaves_well", "raised SystemExit: 0 on record 'q1'"),
+        ("closes", "raised GeneratorExit: now on record 'q1'"),
         ("returns_two", "returned 2 on record 'q1'; it must return a number in"),
         ("returns_negative", "returned -1e-09"),
         ("returns_nan", "returned nan"),
@@ -143,6 +156,7 @@ def test_a_misbehaving_function_is_named(name, message):
         ("someones_rewards.yours:f", "no module 'someones_rewards.yours'"),
         ("someones_rewards.needy:f", "'someones_rewards.needy' needs 'a_library_that_nobody_has'"),
         ("someones_rewards.broken:f", "importing 'someones_rewards.broken' raised ZeroDivisionError"),
+        ("someones_rewards.leaves:f", "importing 'someones_rewards.leaves' raised SystemExit"),
         ("someones_rewards.mine:haff", "no such function, did you mean 'half'"),
         ("someones_rewards.mine:NOT_CALLABLE", "is not a function .* it is of type int"),
         ("someones_rewards.mine:too_few", r"takes \(completion\)"),
@@ -177,3 +191,24 @@ def test_a_wrong_spec(spec, message):
 def test_both_kinds_of_path_lead_to_the_same_function():
     assert load_function("someones_rewards.mine:half") is load_function("someones_rewards.mine.half")
     assert load_function("math:hypot")(0.3, 0, 0) == 0.3  # a function that gives no signature away is taken at its word
+
+
+def test_only_the_user_interrupts(monkeypatch):
+    """Told from a function that raises the same by whether the handler of the signal is where it came from."""
+    call = load_rewards({"someones_rewards.mine:interrupts": 1.0})
+    with pytest.raises(KeyboardInterrupt):  # the usual handler leaves no trace
+        call("x", None, {"id": "q1"})
+    before = signal.signal(signal.SIGINT, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        with pytest.raises(RewardError, match="raised KeyboardInterrupt on record 'q1'"):
+            call("x", None, {"id": "q1"})
+        with StopSignal() as stop:
+            with pytest.raises(RewardError, match="raised KeyboardInterrupt"):
+                call("x", None, {"id": "q1"})
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop
+            slow = load_rewards({"someones_rewards.mine:is_interrupted": 1.0})
+            with pytest.raises(KeyboardInterrupt):
+                slow("x", None, {"id": "q1"})
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -200,3 +200,11 @@ def test_digests_follow_content_not_place(tiny_world, tmp_path):
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
     assert model_digest(copy) != first["model.path"]
+    weights[-1] ^= 1
+    for at in (len(weights) // 3, len(weights) // 2):  # it was the ends alone that were looked at
+        changed = bytearray(weights)
+        changed[at] ^= 1
+        (copy / "model.safetensors").write_bytes(changed)
+        assert model_digest(copy) != first["model.path"]
+    (copy / "model.safetensors").write_bytes(weights)
+    assert model_digest(copy) == first["model.path"]

@@ -23,6 +23,7 @@ from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
 from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError
+from mllm4d_jax.run.clips import CLIPS, ClipsError
 from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
 from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
@@ -177,6 +178,20 @@ def test_another_config_does_not_continue_the_run(make_config, mixed_world, stra
     with pytest.raises(ResumeError, match="already holds step 6"):
         sft.run(config, str(straight[0]))
     assert (straight[0] / "config.json").read_text() == written
+
+
+def test_other_clips_do_not_continue_the_run_and_damage_is_told(config, straight, tmp_path, caplog):
+    """Before anything is built; a run whose newest checkpoint is damaged goes on from the one before."""
+    workdir = shutil.copytree(straight[0], tmp_path / "w")
+    known = json.loads((workdir / CLIPS).read_text())
+    (workdir / CLIPS).write_text(json.dumps(dict.fromkeys(known, "5:abc")))
+    with pytest.raises(ClipsError, match="2 of the 2 clips looked at are not the files that this run began with"):
+        sft.run(config, str(workdir))
+    (workdir / CLIPS).write_text(json.dumps(known))
+    (workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").write_text("{")
+    assert sft.run(config, str(workdir)) == 0
+    assert "going on from step 4 instead" in caplog.text
+    assert [row["loss"] for row in curve(workdir)] == [row["loss"] for row in curve(straight[0])]
 
 
 def test_a_signal_saves_and_returns(config, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,43 @@
+"""What goes wrong in Orbax's threads while a checkpoint is written."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Self
+
+from absl import logging as absl_logging
+
+
+class BackgroundErrors(logging.Filter):
+    """Keeps the first error of Orbax's threads, which would else show up only when the next checkpoint is due. Use as a
+    context manager: their log of it is left out inside, since it is raised.
+
+    Attributes:
+      first: None without any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: BaseException | None = None
+        self._hook = sys.unraisablehook
+
+    def __enter__(self) -> Self:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        absl_logging.get_absl_logger().addFilter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        absl_logging.get_absl_logger().removeFilter(self)
+        sys.unraisablehook = self._hook
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR or not record.exc_info or "orbax" not in record.pathname:
+            return True
+        self.first = self.first or record.exc_info[1]
+        return False
+
+    def _unraisable(self, problem: Any) -> None:
+        # After a failed write, TensorStore reports the others to a loop that is gone.
+        if not (isinstance(problem.exc_value, RuntimeError) and "loop is closed" in str(problem.exc_value)):
+            self._hook(problem)
