@@ -8,10 +8,12 @@ from typing import Any, Self
 
 from absl import logging as absl_logging
 
+from mllm4d_jax.files.storage import of_disk
+
 
 class BackgroundErrors(logging.Filter):
     """Keeps the first error of Orbax's threads, which would else show up only when the next checkpoint is due. Use as a
-    context manager: their log of it is left out inside, since it is raised.
+    context manager: their log of it is left out inside, and after an error for good, since it is raised.
 
     Attributes:
       first: None without any.
@@ -24,15 +26,27 @@ class BackgroundErrors(logging.Filter):
 
     def __enter__(self) -> Self:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        absl_logging.get_absl_logger().addFilter(self)
+        for logger in self._loggers():
+            for earlier in [one for one in logger.filters if isinstance(one, BackgroundErrors)]:
+                logger.removeFilter(earlier)  # one that has failed, see below
+            logger.addFilter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        absl_logging.get_absl_logger().removeFilter(self)
+        if self.first is not None:
+            return  # writes that failed beside the first say so when they are freed, at the end of the process
+        for logger in self._loggers():
+            logger.removeFilter(self)
         sys.unraisablehook = self._hook
 
+    @staticmethod
+    def _loggers() -> tuple[logging.Logger, ...]:
+        return absl_logging.get_absl_logger(), logging.getLogger("asyncio")
+
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.ERROR or not record.exc_info or "orbax" not in record.pathname:
+        if record.levelno < logging.ERROR or not record.exc_info:
+            return True
+        if "orbax" not in record.pathname and of_disk(record.exc_info[1], "") is None:
             return True
         self.first = self.first or record.exc_info[1]
         return False

@@ -143,12 +143,14 @@ class Checkpoints:
                 return  # others may be gone; the end of the process still waits for files that are being written
             with self._saving():
                 self._manager.close()
-        except SaveError as error:
+        except Exception as error:
             if kind is None:
                 raise
-            if kind is not SaveError:
+            if kind is not SaveError:  # else it is said already
                 log.error("%s", error)
         finally:
+            if kind is SaveError or self._failures.first is not None:
+                saved.remove_unfinished(self.folder, settle_s=1.0)  # gives its room back
             self._failures.__exit__()
 
     def latest(self) -> int | None:
@@ -204,11 +206,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            disk = of_disk(error, self.folder)
+            disk = of_disk(error, self.folder) or of_disk(self._failures.first, self.folder)
             if disk is None:
                 raise
-            if multihost.is_primary():
-                saved.remove_unfinished(self.folder)  # gives its room back
             whole = [step for step in saved.steps(self.folder) if step != self._step]
             after = f"Step {whole[-1]} there is the newest" if whole else "There is none before it"
             raise SaveError(

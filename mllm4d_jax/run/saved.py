@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,19 @@ def take_up(folder: Path) -> None:
         )
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete checkpoints that nobody will finish."""
-    for path in folder.glob(f"*{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(folder: Path, settle_s: float = 0.0) -> None:
+    """Delete checkpoints that nobody will finish.
+
+    Args:
+      settle_s: seconds in which writes that are still under way may make files anew, after one of them has failed.
+    """
+    until = time.monotonic() + settle_s
+    while True:
+        for path in folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if time.monotonic() >= until:
+            return
+        time.sleep(0.05)
 
 
 def _is_foreign(path: Path) -> bool:
