@@ -89,13 +89,7 @@ def render_chat(
     if not messages:
         raise RecordError("the conversation has no messages", "no_messages")
     parts = [_parts(m, i) for i, m in enumerate(messages)]
-    kinds = [p["type"] for turn in parts for p in turn if p["type"] != "text"]
-    if visuals is not None and kinds != [v.grid.modality for v in visuals]:
-        raise PlaceholderError(
-            f"the messages hold {len(kinds)} images and videos ({', '.join(kinds) or 'none'}), "
-            f"got {len(visuals)} ({', '.join(v.grid.modality for v in visuals) or 'none'})"
-        )
-    queue: Iterator[Visual | None] = iter(visuals if visuals is not None else [None] * len(kinds))
+    queue = _queue(parts, visuals)
     pieces: list[Piece] = []
     if form.default_system is not None and messages[0]["role"] != "system":
         pieces += _turn("system", [Piece(form.default_system)])
@@ -115,6 +109,17 @@ def render_chat(
     if add_generation_prompt:
         pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n"), Piece(form.opening)]
     return pieces
+
+
+def _queue(parts: Sequence[Sequence[Mapping[str, Any]]], visuals: Sequence[Visual] | None) -> Iterator[Visual | None]:
+    """The visuals in the order of their parts, which they have to fit; None of each where there are none."""
+    kinds = [p["type"] for turn in parts for p in turn if p["type"] != "text"]
+    if visuals is not None and kinds != [v.grid.modality for v in visuals]:
+        raise PlaceholderError(
+            f"the messages hold {len(kinds)} images and videos ({', '.join(kinds) or 'none'}), "
+            f"got {len(visuals)} ({', '.join(v.grid.modality for v in visuals) or 'none'})"
+        )
+    return iter(visuals if visuals is not None else [None] * len(kinds))
 
 
 def rendered_text(pieces: Sequence[Piece]) -> str:
