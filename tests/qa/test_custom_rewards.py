@@ -196,10 +196,11 @@ def test_both_kinds_of_path_lead_to_the_same_function():
 def test_only_the_user_interrupts(monkeypatch):
     """Told from a function that raises the same by whether the handler of the signal is where it came from."""
     call = load_rewards({"someones_rewards.mine:interrupts": 1.0})
-    with pytest.raises(KeyboardInterrupt):  # the usual handler leaves no trace
-        call("x", None, {"id": "q1"})
-    before = signal.signal(signal.SIGINT, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has none
     try:
+        with pytest.raises(KeyboardInterrupt):  # the usual handler leaves no trace
+            call("x", None, {"id": "q1"})
+        signal.signal(signal.SIGINT, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(RewardError, match="raised KeyboardInterrupt on record 'q1'"):
             call("x", None, {"id": "q1"})
         with StopSignal() as stop:
