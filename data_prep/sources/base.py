@@ -91,7 +91,9 @@ def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) 
 
 def dropped_objects(reasons: Mapping[str, str]) -> LeftOut:
     """Return object ids and why they were dropped as entries of `LoadedClip.left_out`."""
-    return tuple({"reason": "object_dropped", "detail": f"{name}: {why}"} for name, why in reasons.items())
+    return tuple(
+        {"reason": "object_dropped", "object_id": name, "detail": f"{name}: {why}"} for name, why in reasons.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
