@@ -34,7 +34,8 @@ _PARTICIPLES = """leave park rest race head land step+ speed rush sway drift flo
     squat+ sail row paddle descend ascend rise accelerate brake reverse lie ski cycle tumble parachute back lead lift
     bike skip+ dribble throw kick steer accompany progress migrate orbit zoom patrol crash tow stay
     pace shift tread wade dive surf snowboard skateboard rollerblade scooter commute cruise steam navigate manoeuvre
-    maneuver flee escape emerge disappear raise lower flow splash dig+ wave shake launch depart arrive""".split()
+    maneuver flee escape emerge disappear raise lower flow splash dig+ wave shake launch depart arrive leap
+    wag+ flap+ toss""".split()
 FINITE = frozenset(v.rstrip("+") for v in _VERBS) | frozenset(map(_third, _VERBS))
 # Verbs that are nouns as well: "a bus stop".
 NOUNS_TOO = _words("walk run ride drive jump slide swing stand stop roll turn exit fly dance climb march swim circle")
@@ -66,14 +67,14 @@ COMPOUNDS = {
         line.strip().split(": ")
         for line in """\
         walking: stick frame cane pole boot shoe cart trail
-        running: shoe shorts board top tights track machine vest
+        running: shoe shorts board top tights track machine vest suit clothes gear outfit jacket jersey
         jumping: jack castle bean
         standing: lamp desk fan mirror stone light clock
         sliding: door window gate panel
         rolling: pin suitcase cart chair stock
         flying: disc disk saucer fish squirrel fox carpet
         driving: licence license glove seat wheel instructor
-        riding: boot hat helmet crop mower jacket glove breeches
+        riding: boot hat helmet crop mower jacket glove breeches gear outfit
         turning: table lathe
         swimming: pool trunks cap costume goggles ring suit
         dancing: shoe
@@ -94,8 +95,8 @@ COMPOUNDS = {
         towing: hook
         diving: board suit mask helmet
         surfing: board
-        skiing: boot goggles
-        cycling: helmet jersey shorts
+        skiing: boot goggles suit gear outfit
+        cycling: helmet jersey shorts suit clothes gear outfit jacket
         rowing: boat machine
         sailing: boat ship
         pushing: cart
@@ -110,7 +111,10 @@ COMPOUNDS = {
         fast: food""".splitlines()
     )
 }
-SKATED_ON = _words("ice roller")  # "an ice skating woman"
+# "a horse riding woman", "a man ice skating"
+RIDDEN = _words("ice roller water horse horseback bike bicycle kite snow wind")
+RIDING = _words("skating skiing riding surfing boarding")
+ORDINALS = _words("first second third fourth fifth")
 CROSSINGS = _words("zebra pedestrian railway railroad level border street road")  # "a zebra crossing"
 
 # Things that come in a left and a right one: "the left shoe" is a side of something, not a place in the picture.
@@ -127,7 +131,9 @@ MOTION = _words(
     quick speedy rapid swift leftward leftwards rightward rightwards leftmost rightmost sideways nearby oncoming
     incoming outgoing outbound inbound"""
 )
-TELLING_ENDINGS = _words("facing most bound moving going turning walking running flying driving travelling traveling")
+TELLING_ENDINGS = _words(
+    """facing pointing most bound moving going turning walking running flying driving travelling traveling"""
+)
 UNITS = _words("metre metres meter meters m cm km feet foot ft yard yards inch inches mile miles")
 DIRECTIONAL = _words(
     """to toward towards from into onto across along through past off out away around between amongst amid until via
@@ -168,8 +174,9 @@ ADJECTIVES = _words(
     curly hairy spotty empty heavy sunny happy busy noisy tiny silvery smiling laughing round square rectangular
     oval flat straight soft hard wet dry open closed bare bald blond blonde single double other same different
     two three four five six seven eight nine ten first second third fourth fifth male female human more few
-    electric plain simple pretty cute lovely beautiful partially very mostly parked striped checkered chequered
-    spotted patterned plaid transparent clear matte lone only entire whole own"""
+    taller shorter bigger smaller larger younger older tallest biggest smallest largest electric plain simple
+    pretty cute lovely beautiful partially very mostly parked striped checkered chequered spotted patterned
+    plaid transparent clear matte lone only entire whole own"""
 )
 ADJECTIVE_ENDINGS = (
     "ddish",

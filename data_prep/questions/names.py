@@ -20,13 +20,16 @@ _WORD = re.compile(r"[^\W_]+(?:[-'’./][^\W_]+)*|[,()]")
 _SENTENCE = re.compile(r"(?<!\bMr)(?<!\bDr)(?<!\bSt)[.!?;:](?:\s|$)|\s[-–—]\s")
 _PICTURE = "image|picture|photo|photograph|video|clip|footage|scene|frame|shot|view"
 _OPENERS = re.compile(
-    rf"""(?:(?:the|this|a|an)\s+)?(?:close-?up\s+|front\s+|side\s+|rear\s+|back\s+)?(?:
-        (?:{_PICTURE}|close-?up|caption|outlined\s+object|object|main\s+subject|subject)\s*
+    rf"""(?:(?:the|this|a|an)\s+)?
+      (?:(?:close-?up|front|side|rear|back|outlined|highlighted|masked|marked|segmented|tracked|target|main)\s+)?(?:
+        (?:{_PICTURE}|close-?up|caption|object|subject|region|area|mask|entity|target)\s+
+          (?:in\s+(?:the|this)\s+(?:{_PICTURE})\s+)?
           (?:shows|shown\ is|depicts|features|contains|captures|displays|is)\s
       | (?:image|picture|photo|photograph|video|clip|footage|shot|view|close-?up)\s+of\s
       | (?:caption|object|answer|description)\s*:\s
     ) | (?:there\ (?:is|are)|it\ is|it's|this\ is|that\ is|these\ are|(?:we|i|you)\ (?:can\ )?see|here\ is|sure,?)\s
-      | in\s+(?:the|this)\s+(?:{_PICTURE})\s*,?\s""",
+      | in\s+(?:the|this)\s+(?:{_PICTURE})\s
+      | (?:in|on|at|to|near|from|along|across|behind|beside|inside)\s[^,]{{1,60}},\s""",
     re.IGNORECASE | re.VERBOSE,
 )
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?|one|two|three|four|five|six|seven|eight|nine|ten|twenty", re.IGNORECASE)
@@ -126,11 +129,13 @@ def _noun_phrase(tokens: list[str]) -> list[list[str]]:
     while at < len(tokens):
         at = _take(tokens, at, parts)
     parts = [_trimmed(part) for part in parts]
+    if {"from", "left"} <= {*map(str.lower, tokens)} or {"from", "right"} <= {*map(str.lower, tokens)}:
+        parts[0] = [word for word in parts[0] if word.lower() not in lex.ORDINALS]
     while parts[0] and (parts[0][0].lower() in lex.DETERMINERS or parts[0][0].lower() == "one" and len(parts[0]) > 1):
         parts[0].pop(0)
     if not _has_noun(parts[0], whole=True) or parts[0][0].lower() in lex.ATTRIBUTE | lex.POSITION | lex.LOOKS:
         raise Unnamed(_NO_NOUN)
-    if parts[0][0].lower() == "of":
+    if "of" in parts[0] and not _has_noun(parts[0][: parts[0].index("of")], whole=True):
         raise Unnamed("it means one of several")
     return [parts[0], *(part for part in parts[1:] if len(part) > 1 and not _tells_place(part))]
 
@@ -150,6 +155,8 @@ def _take(tokens: list[str], at: int, parts: list[list[str]]) -> int:
         return _take_motion(tokens, at, part, noun, headed)
     elif headed and (word in lex.CLAUSE or noun and _is_third_person(word, part, following)):
         return _after_clause(tokens, at)
+    elif word in lex.SIDES and following == "of" and headed:
+        parts.append(["to"])
     elif word in lex.SIDES:
         _take_side(tokens, at, part)
     elif following in lex.UNITS and _NUMBER.fullmatch(word) or word in lex.UNITS and at and _is_amount(tokens[at - 1]):
@@ -180,9 +187,10 @@ def _take_motion(tokens: list[str], at: int, part: list[str], noun: bool, headed
     word that cannot be a verb where it stands is a noun ("two black flies", "a fruit stand").
     """
     word = tokens[at].lower()
-    if part and part[-1].lower() in lex.SKATED_ON and _starts_noun(tokens, at + 1):
-        part.pop()
-        return at + 1
+    if part and part[-1].lower() in lex.RIDDEN and word in lex.RIDING:
+        if _has_noun(part[:-1]) or _starts_noun(tokens, at + 1):
+            part.pop()
+        return _after_clause(tokens, at) if part and _has_noun(part) else at + 1
     if not noun:
         if word in lex.FINITE and word not in lex.PARTICIPLES and part:
             part.append(tokens[at])
@@ -321,7 +329,7 @@ def _head(part: list[str]) -> str:
         participle = word.endswith("ing") and word.lower() not in lex.NOUNS_IN_ING and _has_noun(part[:n])
         if n and (word.lower() == "of" or participle):
             return part[n - 1].lower()
-    return next(word.lower() for word in reversed(part) if not word.isdigit() or word == part[0])
+    return next((word.lower() for word in reversed(part) if not _is_adjective(word)), part[-1].lower())
 
 
 def _trimmed(part: list[str]) -> list[str]:

@@ -109,6 +109,13 @@ NAMES = {
     "A close-up of a black cat sitting on a sofa.": "black cat",
     "a man with a beard.  He walks to the left.": "man with a beard",
     "a person (walking)": "person",
+    "The highlighted object in the video is a red bus.": "red bus",
+    "In the foreground, a woman with a backpack walks past the camera.": "woman with a backpack",
+    "A man with short hair, wearing glasses, is standing at a podium.": "man with short hair wearing glasses",
+    "third person from the left": "person",
+    "a car left of the bus": "car",
+    "a man in running clothes": "man in running clothes",
+    "a woman horse riding": "woman",
 }
 
 
@@ -134,6 +141,7 @@ def test_a_caption_gives_its_noun_phrase(caption, name):
         ("42", "no thing apart"),
         ("one of the men", "one of several"),
         ("The leftmost of the two women", "one of several"),
+        ("the taller of two men", "one of several"),
         ("box\n<video>", "angle brackets"),
         ("a <image> b", "angle brackets"),
         ("half \ud800", "control characters"),
