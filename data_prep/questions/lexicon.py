@@ -39,6 +39,7 @@ _PARTICIPLES = """leave park rest race head land step+ speed rush sway drift flo
 FINITE = frozenset(v.rstrip("+") for v in _VERBS) | frozenset(map(_third, _VERBS))
 # Verbs that are nouns as well: "a bus stop".
 NOUNS_TOO = _words("walk run ride drive jump slide swing stand stop roll turn exit fly dance climb march swim circle")
+NOUNS_TOO_PLURAL = frozenset(map(_third, NOUNS_TOO))
 PERHAPS_FINITE = frozenset(map(_third, _PARTICIPLES))
 PARTICIPLES = frozenset(form for v in (*_VERBS, *_PARTICIPLES) for form in _forms(v)) | _words(
     """seated ridden driven flown thrown lying laying travelling travelled fallen falling unmoving opening closing ran
@@ -165,15 +166,18 @@ NOTHING = _words(
     """none nothing unknown unclear unnamed unidentified n/a null nan undefined unsure sorry no not cannot he she it
     they him them we you everyone everybody"""
 )
-ADJECTIVES = _words(
+COLOURS = _words(
     """red blue green yellow white black orange purple pink brown grey gray gold silver beige tan turquoise violet navy
-    maroon teal cyan magenta cream dark light bright pale deep vivid colorful colourful small large big little
+    maroon teal cyan magenta cream"""
+)
+ADJECTIVES = COLOURS | _words(
+    """dark light bright pale deep vivid colorful colourful small large big little
     tiny huge tall short long wide narrow thick thin fat slim giant mini great medium high low old young new
-    elderly middle-aged adult-sized antique modern vintage used wooden golden woollen woolen plastic steel iron
+    middle-aged adult-sized antique modern vintage used wooden golden woollen woolen plastic steel iron
     rubber leather cotton denim ceramic concrete cardboard furry fluffy shiny dirty dusty rusty muddy glossy
     curly hairy spotty empty heavy sunny happy busy noisy tiny silvery smiling laughing round square rectangular
-    oval flat straight soft hard wet dry open closed bare bald blond blonde single double other same different
-    two three four five six seven eight nine ten first second third fourth fifth male female human more few
+    oval flat straight soft hard wet dry open closed bare bald single double other same different
+    two three four five six seven eight nine ten first second third fourth fifth more few
     taller shorter bigger smaller larger younger older tallest biggest smallest largest electric plain simple
     pretty cute lovely beautiful partially very mostly parked striped checkered chequered spotted patterned
     plaid transparent clear matte lone only entire whole own"""

@@ -144,7 +144,9 @@ def _take(tokens: list[str], at: int, parts: list[list[str]]) -> int:
     """Take or leave the word at `at`; returns where to go on."""
     word, part = tokens[at].lower(), parts[-1]
     following = tokens[at + 1].lower() if at + 1 < len(tokens) else ""
-    headed, noun = _has_noun(parts[0], whole=True), _has_noun(part)
+    headed = _has_noun(parts[0], whole=True)
+    # "a woman in red": a colour without an article is the noun.
+    noun = _has_noun(part) or len(parts) > 1 and part[-1].lower() in lex.COLOURS and lex.DETERMINERS.isdisjoint(part)
     if _is_compound(tokens, at):
         part.append(tokens[at])
     elif word in lex.RELATIVE and headed:
@@ -191,19 +193,18 @@ def _take_motion(tokens: list[str], at: int, part: list[str], noun: bool, headed
         if _has_noun(part[:-1]) or _starts_noun(tokens, at + 1):
             part.pop()
         return _after_clause(tokens, at) if part and _has_noun(part) else at + 1
-    if not noun:
-        if word in lex.FINITE and word not in lex.PARTICIPLES and part:
-            part.append(tokens[at])
-            return at + 1
-        while part and part[-1].lower().endswith("ly"):
-            part.pop()
-        return at + 1 if _starts_noun(tokens, at + 1) else _after_clause(tokens, at)
     following = tokens[at + 1].lower() if at + 1 < len(tokens) else ""
-    on_the_way = following in lex.DIRECTIONAL | lex.MOTION | lex.SIDES or following.endswith("ly")
-    if word in lex.NOUNS_TOO and not on_the_way and not _is_plural(part):
+    goes_on = lex.DIRECTIONAL | lex.MOTION | lex.SIDES | lex.DETERMINERS | lex.AUXILIARY
+    kinds = lex.NOUNS_TOO if noun else lex.NOUNS_TOO | lex.NOUNS_TOO_PLURAL
+    verb = following in goes_on or following.endswith("ly") or "," in part or noun and _is_plural(part)
+    if part and word in kinds and not verb:
         part.append(tokens[at])
         return at + 1
-    return _after_clause(tokens, at) if headed else len(tokens)
+    if noun or word not in lex.PARTICIPLES:
+        return _after_clause(tokens, at) if headed else len(tokens)
+    while part and part[-1].lower().endswith("ly"):
+        part.pop()
+    return at + 1 if _starts_noun(tokens, at + 1) else _after_clause(tokens, at)
 
 
 def _take_side(tokens: list[str], at: int, part: list[str]) -> None:
@@ -329,7 +330,7 @@ def _head(part: list[str]) -> str:
         participle = word.endswith("ing") and word.lower() not in lex.NOUNS_IN_ING and _has_noun(part[:n])
         if n and (word.lower() == "of" or participle):
             return part[n - 1].lower()
-    return next((word.lower() for word in reversed(part) if not _is_adjective(word)), part[-1].lower())
+    return next((word.lower() for word in reversed(part) if word != "," and not _is_adjective(word)), part[-1].lower())
 
 
 def _trimmed(part: list[str]) -> list[str]:

@@ -63,6 +63,12 @@ NAMES = {
     "a man walks a dog in a red coat": "man",
     "a man pushing a stroller with a blue cover": "man",
     "The man in the foreground, moving from left to right, wearing a blue jacket.": "man wearing a blue jacket",
+    "A man wearing blue walks to the left": "man wearing blue",
+    "man in black walking dog": "man in black",
+    "a woman in black and white walking": "woman in black and white",
+    "a male walks to the left": "male",
+    "a man, smiling, walks": "man, smiling",
+    "people in red move left": "people in red",
     # compounds: the participle names a kind of thing
     "a person wearing running shoes": "person wearing running shoes",
     "running shoes": "running shoes",
