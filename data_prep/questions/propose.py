@@ -23,7 +23,7 @@ from data_prep.questions.states import Pair, agreeing, in_axes, stated
 from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene
-from mllm4d_jax.files.quoting import cut, shown
+from data_prep.store.parts import LostObject, lost_object
 from mllm4d_jax.media.frame_sampling import nearest_in_time, sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
@@ -140,7 +140,7 @@ def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
     return ask(scene, rules, seed)[0]
 
 
-def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], tuple[Mapping[str, str], ...]]:
+def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], tuple[LostObject, ...]]:
     """Ask up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
 
     Only objects with a name that tells them apart are asked about, and both frames must show `min_points` of their
@@ -148,8 +148,7 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     option than its answer (see `states`).
 
     Returns:
-      (questions, one entry for each object that none is about: "reason" ("object_unnamed", "object_unasked"),
-      "object_id", "caption" (its beginning) and "detail").
+      (questions, an entry for each object that none is about, "object_unnamed" or "object_unasked").
 
     Raises:
       Refused: "relative_scale" (metres mean nothing there), "too_few_frames".
@@ -175,7 +174,7 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     return found, _unasked(facts, found)
 
 
-def _unasked(facts: _Facts, found: Sequence[Question]) -> tuple[Mapping[str, str], ...]:
+def _unasked(facts: _Facts, found: Sequence[Question]) -> tuple[LostObject, ...]:
     """The lines of `ask` for the objects that no question is about."""
     asked, unnamed = {question.object_id for question in found}, object_names(facts.scene)[1]
     clear = {facts.names[case[1]][0] for cases in facts.cases.values() for case in cases if case[1] >= 0}
@@ -186,8 +185,7 @@ def _unasked(facts: _Facts, found: Sequence[Question]) -> tuple[Mapping[str, str
         reason = "object_unnamed" if o.object_id in unnamed else "object_unasked"
         seldom = "too few of its points are seen in both frames of a pair, or nothing about it is clear"
         why = unnamed.get(o.object_id, "the clip's questions are about others" if o.object_id in clear else seldom)
-        detail = f"{o.object_id}: {why}; its caption is {shown(o.description)}"
-        lines.append({"reason": reason, "object_id": o.object_id, "caption": cut(o.description, 80), "detail": detail})
+        lines.append(lost_object(reason, o.object_id, o.description, why))
     return tuple(lines)
 
 

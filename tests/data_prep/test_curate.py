@@ -85,6 +85,7 @@ def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reaso
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = {r["clip_id"]: r["reason"] for r in rejected if not r["reason"].startswith("object_")}
     assert reasons == {stems[0]: "bad_scene", stems[1]: "missing_file"}
+    assert all({"object_id", "caption"} <= r.keys() for r in rejected if r["reason"].startswith("object_"))
     records = json.loads((tmp_path / "out" / "train.json").read_text())
     assert records and all((folder / r["video"]).is_file() for r in records)
 
