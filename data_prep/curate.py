@@ -15,7 +15,7 @@ from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
 from data_prep.cold_start.task import run_cold_start
 from data_prep.questions.balance import PRESETS, select, split_of
-from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, ask
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource
@@ -137,21 +137,27 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
 
 
 def ask_clip(source: ClipSource, rules: QuestionRules, seed: int, bench_share: float, clip_id: str) -> ClipResult:
-    """Ask about a clip: `questions.propose` and `balance.split_of`. Raises ClipRejected: it gives no questions."""
-    source_id = ""
+    """Ask about a clip: `questions.propose` and `balance.split_of`; a clip or object without questions is listed.
+
+    Raises:
+      ClipRejected: the clip cannot be loaded.
+    """
     try:
         clip = source.load(clip_id)
-        source_id = clip.scene.source_id
-        found = propose(clip.scene, rules, seed)
     except SceneError as error:
-        raise ClipRejected("bad_scene", str(error), source_id) from error
+        raise ClipRejected("bad_scene", str(error)) from error
+    scene, source_id = clip.scene, clip.scene.source_id
+    try:
+        found, unasked = ask(scene, rules, seed)
+        lost = (*clip.left_out, *unasked)
     except Refused as error:
-        raise ClipRejected(error.reason, str(error), source_id) from error
-    if not found:
-        raise ClipRejected("no_questions", "no relation of this clip has a clear answer", source_id)
+        found, lost = [], ({"reason": error.reason, "detail": str(error)}, *clip.left_out)
+    else:
+        if not found:
+            lost = ({"reason": "no_questions", "detail": "no relation of this clip has a clear answer"}, *lost)
     video = clip.video.relative_to(source.root).as_posix()
     rows = tuple(question.record(video) for question in found)
-    return ClipResult(clip_id, source_id, split_of(source_id, bench_share=bench_share), rows, clip.left_out)
+    return ClipResult(clip_id, source_id, split_of(source_id, bench_share=bench_share) if found else "", rows, lost)
 
 
 def judged_rows(store: PartStore, clip_ids: Sequence[str]) -> list[dict[str, Any]]:

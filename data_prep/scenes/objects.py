@@ -243,7 +243,7 @@ def objects_from_tracks(
         hits[n] = inside & mask[frame, row, column]
     share = hits.sum(2) / np.maximum(visible.sum(1), 1)  # f64[objects, N]
     owner = np.where(share.max(0, initial=0) >= min_share, share.argmax(0), -1) if len(masks) else None
-    objects, dropped = [], {}
+    objects, dropped = [], {name: "it has a caption and no masks" for name in captions if name not in masks}
     for n, (name, mask) in enumerate(masks.items()):
         members = np.flatnonzero(owner == n)
         seen = hits[n][members]

@@ -11,7 +11,7 @@ All take masks (`<clip>-masks.npz` or `.json`) and captions (`<clip>-captions.js
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +19,11 @@ import numpy as np
 
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import Scene
-from data_prep.store.parts import ClipRejected
+from data_prep.store.parts import ClipRejected, LostObject, lost_object
 from data_prep.store.untrusted import SceneError, read_json
 
 MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
-LeftOut = tuple[Mapping[str, str], ...]  # objects that could not be used, each with "reason" and "detail"
+LeftOut = tuple[LostObject, ...]  # objects that could not be used
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,14 +84,10 @@ def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) 
     Raises:
       SceneError: as `read_masks`, `read_captions` and `objects_from_tracks`.
     """
-    read = read_masks(masks, scene.num_frames, scene.image_size)
-    objects, dropped = objects_from_tracks(scene, tracks, read, read_captions(captions))
-    return dataclasses.replace(scene, objects=objects), dropped_objects(dropped)
-
-
-def dropped_objects(reasons: Mapping[str, str]) -> LeftOut:
-    """Return object ids and why they were dropped as entries of `LoadedClip.left_out`."""
-    return tuple({"reason": "object_dropped", "detail": f"{name}: {why}"} for name, why in reasons.items())
+    read, said = read_masks(masks, scene.num_frames, scene.image_size), read_captions(captions)
+    objects, dropped = objects_from_tracks(scene, tracks, read, said)
+    lost = (lost_object("object_dropped", name, said[name].description, why) for name, why in dropped.items())
+    return dataclasses.replace(scene, objects=objects), tuple(lost)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,11 +16,11 @@ import numpy as np
 
 from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
 from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
-from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, dropped_objects, find, read_card
+from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, read_card
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.stereo.disparity import StereoError, split_side_by_side
 from data_prep.stereo.stage import QualityLimits, Reconstruction, reconstruct_clip
-from data_prep.store.parts import ClipRejected, clip_file_name
+from data_prep.store.parts import ClipRejected, clip_file_name, lost_object
 from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.video import VideoClip
@@ -74,8 +74,11 @@ class StereoSource:
         else:
             scene = self._reconstruct(clip_id, videos, video, mask_file, caption_file)
             save_scene(scene, kept)
-        left_out = scene.provenance["objects_left_out"]
-        return LoadedClip(scene, video, dropped_objects(dict(sorted(left_out.items()))))
+        said = read_captions(caption_file)
+        left_out = sorted(scene.provenance["objects_left_out"].items())
+        no_more = Caption("")  # the scene was kept from a run with another caption file
+        lost = (lost_object("object_dropped", n, said.get(n, no_more).description, why) for n, why in left_out)
+        return LoadedClip(scene, video, tuple(lost))
 
     def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, mask_file: Path, captions: Path) -> Scene:
         card = read_card(self.folder / f"{clip_id}-clip.json", clip_id)
