@@ -53,6 +53,7 @@ class Question:
 
     Attributes:
       id: "<clip_id>:<number>".
+      scale: how far the metres can be trusted, of the scene: see `scene.SCALES`.
       scenario: one of `SCENARIOS`.
       text: the question, without options.
       options: texts in the order of the letters.
@@ -73,6 +74,7 @@ class Question:
     id: str
     clip_id: str
     source_id: str
+    scale: str
     scenario: str
     text: str
     options: tuple[str, ...]
@@ -103,8 +105,9 @@ class Question:
             "id": self.id,
             "source_id": self.source_id,
             "clip_id": self.clip_id,
+            "scale": self.scale,
             "video": video,
-            "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": self.answer}],
+            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.answer}],
             "question_type": self.scenario,
             "subtask": SUBTASKS[self.scenario],
             "question": self.text,
@@ -271,6 +274,7 @@ def _ask(
         id=f"{facts.scene.clip_id}:{number:03d}",
         clip_id=facts.scene.clip_id,
         source_id=facts.scene.source_id,
+        scale=facts.scene.scale,
         scenario=scenario,
         text=question_text(scenario, phrasing, anchor, i, j, len(facts.seen) - 1, name),
         options=tuple(texts),
