@@ -148,6 +148,7 @@ def _value(value: Any) -> float | tuple[float, ...] | None:
         return None
     if is_point(value):
         return tuple(map(float, value))
-    if not isinstance(value, list) or len(value) != 1 or not is_metres(value[0]):
-        raise RecordError(f"'value' must be a list of one number of metres, or three, not {shown(value)}")
-    return float(value[0])
+    listed = value if isinstance(value, list) else [value]
+    if len(listed) != 1 or not is_metres(listed[0]):
+        raise RecordError(f"'value' must be a number of metres, alone or in a list, or three, not {shown(value)}")
+    return float(listed[0])

@@ -98,7 +98,7 @@ def sent(server):
 def test_the_model_sees_the_frames_and_the_facts_and_its_best_path_is_kept(tmp_path, clip, serve, online):
     server = serve(answer(WRONG), answer(GOLD), answer(BARE))
     online(server)
-    item = record("q1", frames=FRAMES, value=[1.0], question_type="camera_absolute_distance")
+    item = record("q1", frames=FRAMES, value=1.0, question_type="camera_absolute_distance")
     run_cold_start(settings(tmp_path, clip, [item], temperature=0.7), str(tmp_path / "out"))
     kept, _, manifest = results(tmp_path / "out")
     assert [r["conversations"][-1]["value"] for r in kept] == [GOLD]

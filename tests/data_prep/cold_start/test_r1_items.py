@@ -102,7 +102,6 @@ def test_ids_come_from_the_content_and_repeated_records_count_once(tmp_path):
         ({"value": "far"}, "'value'"),
         ({"value": [1, 2]}, "'value'"),
         ({"value": True}, "'value'"),
-        ({"value": 2.5}, "'value'"),
         ({"value": [True]}, "'value'"),
         ({"value": []}, "'value'"),
         ({"scale": 1.0}, "'scale'"),
