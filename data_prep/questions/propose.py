@@ -56,6 +56,7 @@ class Question:
 
     Attributes:
       id: "<clip_id>:<number>".
+      scale: how far the metres can be trusted, of the scene: see `scene.SCALES`.
       scenario: one of `SCENARIOS`.
       text: the question, without options.
       options: texts in the order of the letters.
@@ -76,6 +77,7 @@ class Question:
     id: str
     clip_id: str
     source_id: str
+    scale: str
     scenario: str
     text: str
     options: tuple[str, ...]
@@ -106,8 +108,9 @@ class Question:
             "id": self.id,
             "source_id": self.source_id,
             "clip_id": self.clip_id,
+            "scale": self.scale,
             "video": video,
-            "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": self.answer}],
+            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.answer}],
             "question_type": self.scenario,
             "subtask": SUBTASKS[self.scenario],
             "question": self.text,
@@ -299,6 +302,7 @@ def _ask(
         id=f"{facts.scene.clip_id}:{number:03d}",
         clip_id=facts.scene.clip_id,
         source_id=facts.scene.source_id,
+        scale=facts.scene.scale,
         scenario=scenario,
         text=question_text(scenario, phrasing, anchor, i, j, len(facts.seen) - 1, name, rules.tau),
         options=tuple(texts),

@@ -30,7 +30,7 @@ from mllm4d_jax.files.quoting import cut, shown
 from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.errors import RecordError
 
-PART_FORMAT = 1
+PART_FORMAT = 2
 _MAX_PART_BYTES = 2**28
 _LONGEST_NAME = 160  # leaves room for suffixes below the 255 bytes of common file systems
 

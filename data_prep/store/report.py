@@ -35,6 +35,12 @@ from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, number, 
 # With 40 kB a thumbnail at most, these keep the file below 10 MB whatever the frames look like.
 MAX_CLIPS, MAX_QUESTIONS = 12, 6
 MARGIN = 0.03  # a guesser may be this much above chance
+# What `Scene.scale` means for a question's answer; questions are never asked of a "relative" one.
+_SCALES = {
+    "metric": "measured with a known baseline, or brought to metres by a metric depth",
+    "assumed_baseline": "as for eyes 63 mm apart; another camera makes all distances of the clip wrong by one factor",
+    "unknown": "not recorded",
+}
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,15 @@ def _made(manifest: Mapping[str, Any], splits: Sequence[str]) -> Markup:
     counts = [[reason, number(n)] for reason, n in reasons]
     config = json.dumps(manifest["config"], indent=2, sort_keys=True, ensure_ascii=False)
     heads = [Column("file"), Column("records", True), Column("bytes", True), Column("SHA-256")]
+    scales = manifest.get("scales", {})
+    metres = [
+        [f"{scale}: {meaning}", *(number(scales.get(s, {}).get(scale, 0)) for s in splits)]
+        for scale, meaning in _SCALES.items()
+        if any(scale in counts for counts in scales.values())
+    ]
     tables = [
         page.table(columns, rows, caption="Questions"),
+        page.table([Column("metres of the clip"), *columns[1:]], metres, caption="Scale"),
         page.table([Column("reason"), Column("count", True)], counts, caption="Rejections"),
         page.table([Column("split"), Column("source videos", True)], videos, caption="Source videos"),
         page.table(heads, files, caption="Files"),
@@ -301,7 +314,7 @@ def _cards(clip: SampledClip, rows: Sequence[QuestionRow], chosen: Mapping[str, 
             for right in (letter == row["answer"],)
         ]
         solution = row["solution"]
-        facts = [("value", _metres(row["value"])), ("motion", _metres(row["motion"]))]
+        facts = [("value", _metres(row["value"])), ("motion", _metres(row["motion"])), ("scale", row["scale"])]
         for name in ("camera_center", "object_center"):
             if any(center is not None for center in solution[name]):
                 facts.append((_words(name), _states(solution[name])))

@@ -54,6 +54,7 @@ def make_summary(**changes) -> CurationSummary:
             s: {name: sum(r["question_type"] == name for r in rows) for name in SCENARIOS}
             for s, rows in by_split.items()
         },
+        "scales": {"train": {"assumed_baseline": 1234, "metric": 5}, "bench": {"metric": 6}},
         "rejected": {"no_motion": 3, NASTY: 12},
         "files": {"train.json": {"sha256": "ab" * 32, "bytes": 1234567, "records": 321}},
     }
@@ -101,6 +102,9 @@ def test_counts_hashes_and_rejections_are_those_of_the_manifest(html):
     rows = {r[0]: r[1:] for r in table(root, "Questions")}
     for name in SCENARIOS:
         assert rows[name.replace("_", " ")] == [str(manifest["questions"][s][name]) for s in ("train", "bench")]
+    metric, assumed = table(root, "Scale")
+    assert metric[0].startswith("metric: ") and metric[1:] == ["5", "6"]
+    assert assumed[0].startswith("assumed_baseline: ") and assumed[1:] == ["1,234", "0"]
     assert table(root, "Rejections") == [[NASTY, "12"], ["no_motion", "3"]]
     assert table(root, "Files") == [["train.json", "321", "1,234,567", "ab" * 32]]
     tiles = dict(zip([d.text for d in root.all("dt")], [d.text for d in root.all("dd")], strict=True))
@@ -156,6 +160,7 @@ def test_cards_show_the_question_its_frames_and_the_right_option(html):
         captions = [c.text for c in card.all("figcaption")]
         for text, seen, source in zip(captions, row["frames"]["seen"], row["frames"]["source"], strict=True):
             assert text == (f"frame {seen}" if seen == source else f"frame {seen} (source frame {source})")
+        assert facts["scale"] == "metric"
         numbers = [float(v) for v in re.findall(r"-?\d+\.\d+", facts["camera center"])]
         np.testing.assert_allclose(numbers, np.ravel(row["solution"]["camera_center"]), atol=0.0051)
         assert ("object center" in facts) == bool(row["object_id"])
