@@ -143,7 +143,9 @@ def _scatter(path: str, frames: int, arrays: Mapping[str, np.ndarray]) -> np.nda
     if need > MAX_TRACK_BYTES:
         raise SceneError(f"{path}: {len(lengths)} tracks over {frames} frames need {need} > {MAX_TRACK_BYTES} bytes")
     cell = np.repeat(np.arange(len(lengths)), lengths) * frames + indices
-    if len(np.unique(cell)) != total:
+    marked = np.zeros(len(lengths) * frames, bool)
+    marked[cell] = True
+    if np.count_nonzero(marked) != total:
         raise SceneError(f"{path}: track_indices names a frame twice within one track")
     tracks = np.full((len(lengths) * frames, 3), np.nan)
     tracks[cell] = coordinates
