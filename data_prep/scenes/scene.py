@@ -321,7 +321,8 @@ def _pose_array(poses: np.ndarray) -> np.ndarray:
 
 def _frozen(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
     """Return a copy that nobody can write to; an array that is such already is taken as it is (masks are large)."""
-    if isinstance(array, np.ndarray) and array.dtype == dtype and array.flags.c_contiguous and not array.flags.writeable:
+    frozen = isinstance(array, np.ndarray) and not array.flags.writeable
+    if frozen and array.dtype == dtype and array.flags.c_contiguous:
         return array
     with as_scene_error(TypeError, ValueError, name=f"{name} is no array of numbers"):
         array = np.array(array, dtype, order="C")
