@@ -278,7 +278,8 @@ def _mask_hits(scene: Scene, tracks: np.ndarray, visible: np.ndarray, masks: Seq
         column, row = pixels[inside].astype(np.int64).T
         at = np.ravel_multi_index((frame, row, column), (scene.num_frames, height, width))
         for n, mask in enumerate(masks):
-            hits[n, track, frame] = mask.reshape(-1)[at]
+            held = mask.reshape(-1)[at]
+            hits[n, track[held], frame[held]] = True
     return hits
 
 
