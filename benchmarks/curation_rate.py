@@ -32,14 +32,15 @@ from data_prep.synthetic.worlds import SyntheticConfig
 
 
 def write_clips(folder: Path, options: argparse.Namespace) -> str:
-    """Write the clip of annotations into `folder`/stereo4d and the stereo pair into `folder`/stereo; say what they are."""
+    """Write the clip with annotations into `folder`/stereo4d, the pair into `folder`/stereo; say how large."""
     size = {"height": options.size, "width": options.size, "objects": (4, 4), "fps": 30.0}
     points = {"object_points": options.tracks // 12, "background_points": options.tracks * 4 // 5}
     clip = make_clip(0, 0, SyntheticConfig(**size, **points, frames=options.frames, smooth=False))
     write_clip(clip, folder / "stereo4d", codec="mpeg4", truth=False)
     lengths = stereo4d_arrays(clip)["track_lengths"]
     objects = len(clip.scene.objects)
-    write_clip(make_clip(0, 1, SyntheticConfig(**size, frames=options.used, stereo=True)), folder / "stereo", truth=False)
+    pair = make_clip(0, 1, SyntheticConfig(**size, frames=options.used, stereo=True))
+    write_clip(pair, folder / "stereo", truth=False)
     return f"{len(lengths)} tracks, {lengths.mean():.0f} of {options.frames} frames each, {objects} masks"
 
 
@@ -72,7 +73,9 @@ def main() -> None:
     # Fresh interpreters: memory of rendering is not memory of curation.
     spawn = multiprocessing.get_context("spawn")
     try:
-        print(f"stereo4d: {write_clips(folder, options)}; stereo: {options.used} frames; {options.size} x {options.size}")
+        print(
+            f"{options.size} x {options.size}; stereo4d: {write_clips(folder, options)}; stereo: {options.used} frames"
+        )
         for kind in ("stereo4d", "stereo"):
             with spawn.Pool(1) as pool:
                 seconds, memory, found = pool.apply(measure, (kind, folder / kind, options.repeats))
