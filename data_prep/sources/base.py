@@ -5,13 +5,14 @@
     stereo       nothing but two views: the stereo stage finds poses and points
     monocular    SpatialTrackerV2 tracks, brought to metres by MoGe-2
 
-All take masks (`<clip>-masks.npz` or `.json`) and captions (`<clip>-captions.json`) of other tools.
+All take masks (`<clip>-masks.npz` or `.json`) and captions (`<clip>-captions.json`) of other tools. `layout` says in
+which folders a clip's files may lie.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import Scene
-from data_prep.store.parts import ClipRejected
+from data_prep.sources.layout import find
 from data_prep.store.untrusted import SceneError, read_json
 
 MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
@@ -60,22 +61,6 @@ class ClipSource(Protocol):
           ClipRejected: a file is missing, or the clip is below the quality limits.
           SceneError: a file is damaged, or files do not fit each other.
         """
-
-
-def find(folder: Path, stem: str, names: Iterable[tuple[str, ...]]) -> list[Path]:
-    """Find the files of clip `stem`: for each entry the first of its endings that exists.
-
-    Raises:
-      ClipRejected: "missing_file", naming all that are not there.
-    """
-    found, missing = [], []
-    for endings in names:
-        here = [path for path in (folder / f"{stem}{ending}" for ending in endings) if path.exists()]
-        found += here[:1]
-        missing += [] if here else [" or ".join(f"{stem}{ending}" for ending in endings)]
-    if missing:
-        raise ClipRejected("missing_file", f"{folder} has no {', '.join(missing)}")
-    return found
 
 
 def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) -> tuple[Scene, LeftOut]:
@@ -138,6 +123,12 @@ def read_card(path: str | Path, stem: str) -> ClipCard:
     if fields.get("frame_size"):
         fields["frame_size"] = tuple(fields["frame_size"])
     return ClipCard(**fields)
+
+
+def card_of(folder: Path, stem: str, groups: Sequence[str]) -> ClipCard:
+    """Read the card of clip `stem` below `folder`. Raises: as `layout.find` and `read_card`."""
+    found = find(folder, stem, [("-clip.json",)], groups, optional=True)
+    return read_card(*found, stem) if found else ClipCard(stem)
 
 
 def _is_camera(value: Any) -> bool:

@@ -1,0 +1,104 @@
+"""Where the files of clips lie below a folder, and what they may be called.
+
+All in one folder; or each clip's in a folder of its name, or of its source video's name (Stereo4D: "<video>_<time>");
+or in a folder per kind ("npz/<clip>.npz" beside "processed/<clip>/<clip>-left_rectified.mp4"); at any depth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from data_prep.store.parts import ClipRejected
+from mllm4d_jax.qa.errors import MediaError
+from mllm4d_jax.qa.records import resolve_media
+
+VIDEOS = (".mp4", ".mov", ".MP4", ".MOV")
+_EYES = [[f"{mark}{eye}{end}" for end in ("_rectified", "") for mark in "-_"] for eye in ("left", "right")]
+LEFT_EYE, RIGHT_EYE = map(tuple, _EYES)  # endings of a view's name: "-left_rectified", "_left", ...
+LEFT, RIGHT = (tuple(f"{eye}{video}" for eye in eyes for video in VIDEOS) for eyes in _EYES)
+# What other names of a clip end with, before their suffix.
+SIDECARS = ("-masks", "-captions", "-clip", "-bootstap", "-spatialtracker", "_result", "-moge", "-truth")
+# Folders that are one file of a clip, so to say, and those that a run writes into its workdir.
+_LEAVES = (*LEFT_EYE, *RIGHT_EYE, "-moge", "-truth")
+_WORKDIR = {"parts", "scenes", "videos", "clips", "tfds"}
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below `root` in which clips may lie, relative to it, with the names in it, both sorted.
+
+    Names are those of files and of folders that stand for one. Hidden folders, links to folders, and what runs wrote
+    are left out.
+    """
+    for folder, subfolders, files in os.walk(root):
+        leaves = [name for name in subfolders if name.endswith(_LEAVES)]
+        yield os.path.relpath(folder, root).removeprefix("."), sorted([*files, *leaves])
+        left_out = {*leaves, *(_WORKDIR if "run.json" in files else ())}
+        subfolders[:] = sorted(name for name in subfolders if name[0] != "." and name not in left_out)
+
+
+def clip_groups(root: Path, endings: tuple[str, ...]) -> tuple[str, ...]:
+    """List the folders, relative to `root`, where clips' files or folders lie: few, however many clips there are.
+
+    Args:
+      endings: of the names that clips are known by.
+    """
+    groups = {""}
+    known = "|".join((*LEFT_EYE, *RIGHT_EYE, *SIDECARS))
+    for folder, names in walk(root):
+        clip = re.escape(os.path.basename(folder))
+        own = re.compile(rf"{clip}(_[0-9]+)?(\.|{known})")
+        others = [name for name in names if not own.match(name)]
+        groups |= {os.path.dirname(folder)} if len(others) < len(names) else set()
+        # A clip's folder may hold anything besides; of other clips it holds what they are known by.
+        if len(others) == len(names) > 0 or any(name.endswith(endings) for name in others):
+            groups.add(folder)
+    return tuple(sorted(groups))
+
+
+def clip_stems(root: Path, endings: tuple[str, ...]) -> list[str]:
+    """List what stands before any of `endings` in the names below `root`, each once, sorted."""
+    found = set()
+    for _, names in walk(root):
+        for name in names:
+            ending = next((ending for ending in endings if name.endswith(ending)), "")
+            found |= {name.removesuffix(ending)} if ending else set()
+    return sorted(found - {""})
+
+
+def find(
+    root: Path, stem: str, names: Iterable[Sequence[str]], groups: Sequence[str] = ("",), *, optional: bool = False
+) -> list[Path]:
+    """Find the files of clip `stem`: for each entry of `names` the one that has any of its endings.
+
+    Args:
+      groups: of `clip_groups`.
+      optional: a file that is not there is no error; it is left out.
+
+    Raises:
+      ClipRejected: "missing_file", naming all that are not there; "ambiguous_files", naming two of which one is meant;
+        "path_outside_root", a link leads out of `root`.
+    """
+    inner = dict.fromkeys(("", stem, stem.rpartition("_")[0]))
+    folders = [folder for group, name in itertools.product(groups, inner) if (folder := root / group / name).is_dir()]
+    found, missing = [], []
+    for endings in names:
+        paths = (folder / f"{stem}{ending}" for folder in folders for ending in endings)
+        # One file may have two names where case does not count.
+        here = {os.stat(path)[1:3]: path for path in paths if os.path.exists(path)}  # noqa: PTH110 - never raises
+        if len(here) > 1:
+            listed = " and ".join(str(path) for path in here.values())
+            raise ClipRejected("ambiguous_files", f"clip {stem} has {listed}: keep the one that is meant")
+        found += here.values()
+        missing += [] if here else [" or ".join(f"{stem}{ending}" for ending in endings if ending.islower())]
+    if missing and not optional:
+        raise ClipRejected("missing_file", f"{root} has no {', '.join(missing)}")
+    for path in found:
+        try:
+            resolve_media(root, os.path.relpath(path, root))
+        except MediaError as error:
+            raise ClipRejected(error.reason, error.message) from error
+    return found
