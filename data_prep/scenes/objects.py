@@ -1,7 +1,7 @@
 """Objects of a scene from other tools' files: masks, captions, 2D tracks; and the scene points that lie in the masks.
 
-Formats: COCO run lengths (github.com/cocodataset/cocoapi, own decoder), npz masks, `{track_id: caption}` JSON, BootsTAP
-tracks (`tracks` [N, T, 2] pixels x y, `visibles` [N, T]).
+Formats: COCO run lengths (github.com/cocodataset/cocoapi, own decoder), npz masks, SA-V (see `masklets`),
+`{track_id: caption}` JSON, BootsTAP tracks (`tracks` [N, T, 2] pixels x y, `visibles` [N, T]).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.scenes.masklets import ClipMasks, is_sav, sav_masks
 from data_prep.scenes.scene import Scene, SceneObject, move_tracks
 from data_prep.store.untrusted import SceneError, keep_visible, numbers, read_json, read_npz
 from mllm4d_jax.files.quoting import shown
@@ -98,10 +99,11 @@ def _decompress(text: str, pixels: int, where: str) -> list[int]:
     return counts
 
 
-def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> ClipMasks:
     """Read the masks per object id, bool[frames, H, W], of an npz or a JSON file.
 
-    npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame.
+    npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame. Or an annotation
+    of SA-V, of every fourth frame: the others are not `annotated`.
 
     Raises:
       SceneError: unreadable, or masks of another length or size than the clip; naming file and id.
@@ -116,8 +118,10 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
                     f"{path}: {name} is {array.dtype}{list(array.shape)}, the clip needs bool{[frames, *image_size]}"
                 )
             array.setflags(write=False)  # scenes take it as it is
-        return masks
-    document = read_json(path)
+        return ClipMasks(masks, np.ones(frames, bool))
+    document, annotated = read_json(path), np.ones(frames, bool)
+    if is_sav(document):
+        document, annotated = sav_masks(document, path, frames)
     if len(document) * per_object > MAX_MASK_BYTES:
         raise SceneError(f"{path}: {len(document)} objects of {per_object} mask pixels exceed {MAX_MASK_BYTES} bytes")
     masks = {}
@@ -128,7 +132,8 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
         for t, entry in enumerate(entries):
             if entry is not None:
                 masks[name][t] = decode_rle(entry, f"{path}: {name!r}, frame {t}", image_size)
-    return masks
+        masks[name].setflags(write=False)
+    return ClipMasks(masks, annotated)
 
 
 def read_captions(path: str | Path) -> dict[str, Caption]:
@@ -209,6 +214,7 @@ def objects_from_tracks(
     min_points: int = 4,
     min_frames: int = 2,
     min_share: float = 0.5,
+    annotated: np.ndarray | None = None,
 ) -> tuple[tuple[SceneObject, ...], dict[str, str]]:
     """Make the objects whose masks hold enough tracked points (paper: points that project into the mask).
 
@@ -221,6 +227,7 @@ def objects_from_tracks(
       tracks: f64[N, T, 3] world, NaN = not visible.
       masks: bool[T, H, W] per object id. captions: per object id.
       min_frames: frames with points that an object needs.
+      annotated: bool[T], frames whose masks are known; in others no track is anybody's. None = all.
 
     Returns:
       (objects in the order of `masks`, object id -> reason of those left out).
@@ -237,6 +244,8 @@ def objects_from_tracks(
         if name not in captions:
             raise SceneError(f"no caption for the masks {name!r}; captions are for {sorted(captions)[:20]}")
     visible = ~np.isnan(tracks[..., 0])
+    if annotated is not None:
+        visible &= annotated
     hits = _mask_hits(scene, tracks, visible, list(masks.values()))
     share = hits.sum(2) / np.maximum(visible.sum(1), 1)  # f64[objects, N]
     owner = np.where(share.max(0, initial=0) >= min_share, share.argmax(0), -1) if len(masks) else None

@@ -5,8 +5,8 @@
     stereo       nothing but two views: the stereo stage finds poses and points
     monocular    SpatialTrackerV2 tracks, brought to metres by MoGe-2
 
-All take masks (`<clip>-masks.npz` or `.json`) and captions (`<clip>-captions.json`) of other tools. `layout` says in
-which folders a clip's files may lie.
+All take masks (`<clip>-masks.npz` or `.json`, or SA-V's `<clip>_manual.json` or `_auto.json`) and captions
+(`<clip>-captions.json`) of other tools. `layout` says in which folders a clip's files may lie.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from data_prep.scenes.scene import Scene
 from data_prep.sources.layout import find
 from data_prep.store.untrusted import SceneError, read_json
 
-MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
+# The last two are SA-V's own names.
+MASKS, CAPTIONS = ("-masks.npz", "-masks.json", "_manual.json", "_auto.json"), ("-captions.json",)
 LeftOut = tuple[Mapping[str, str], ...]  # objects that could not be used, each with "reason" and "detail"
 
 
@@ -70,7 +71,7 @@ def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) 
       SceneError: as `read_masks`, `read_captions` and `objects_from_tracks`.
     """
     read = read_masks(masks, scene.num_frames, scene.image_size)
-    objects, dropped = objects_from_tracks(scene, tracks, read, read_captions(captions))
+    objects, dropped = objects_from_tracks(scene, tracks, read, read_captions(captions), annotated=read.annotated)
     return dataclasses.replace(scene, objects=objects), dropped_objects(dropped)
 
 

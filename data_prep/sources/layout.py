@@ -21,7 +21,7 @@ _EYES = [[f"{mark}{eye}{end}" for end in ("_rectified", "") for mark in "-_"] fo
 LEFT_EYE, RIGHT_EYE = map(tuple, _EYES)  # endings of a view's name: "-left_rectified", "_left", ...
 LEFT, RIGHT = (tuple(f"{eye}{video}" for eye in eyes for video in VIDEOS) for eyes in _EYES)
 # What other names of a clip end with, before their suffix.
-SIDECARS = ("-masks", "-captions", "-clip", "-bootstap", "-spatialtracker", "_result", "-moge", "-truth")
+SIDECARS = ("-masks", "-captions", "-clip", "-bootstap", "-spatialtracker", "_result", "_manual", "_auto", "-moge")
 # Folders that are one file of a clip, so to say, and those that a run writes into its workdir.
 _LEAVES = (*LEFT_EYE, *RIGHT_EYE, "-moge", "-truth")
 _WORKDIR = {"parts", "scenes", "videos", "clips", "tfds"}

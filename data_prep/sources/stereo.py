@@ -88,6 +88,11 @@ class StereoSource:
         card = card_of(self.folder, clip_id, self.groups)
         left, right, clip = self._views(videos)
         masks = read_masks(mask_file, len(left), left.shape[1:3])
+        if not masks.annotated.all():
+            raise SceneError(
+                f"{mask_file} has masks of {int(masks.annotated.sum())} of {len(left)} frames; the stereo stage "
+                "follows objects from frame to frame and needs them all"
+            )
         names = read_captions(captions)
         nameless = sorted(set(masks) - set(names))
         if nameless:
