@@ -1,7 +1,8 @@
 """Where the files of clips lie below a folder, and what they may be called.
 
 All in one folder; or each clip's in a folder of its name, or of its source video's name (Stereo4D: "<video>_<time>");
-or in a folder per kind ("npz/<clip>.npz" beside "processed/<clip>/<clip>-left_rectified.mp4"); at any depth.
+or in a folder per kind ("npz/<clip>.npz" beside "processed/<clip>/<clip>-left_rectified.mp4"); at any depth. Links to
+files are used as the files (so a folder of links picks clips), links to folders are not followed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from data_prep.store.parts import ClipRejected
-from mllm4d_jax.qa.errors import MediaError
-from mllm4d_jax.qa.records import resolve_media
 
 VIDEOS = (".mp4", ".mov", ".MP4", ".MOV")
 _EYES = [[f"{mark}{eye}{end}" for end in ("_rectified", "") for mark in "-_"] for eye in ("left", "right")]
@@ -80,8 +79,12 @@ def find(
 
     Raises:
       ClipRejected: "missing_file", naming all that are not there; "ambiguous_files", naming two of which one is meant;
-        "path_outside_root", a link leads out of `root`.
+        "path_outside_root", `stem` is a path instead of a name.
     """
+    if os.path.basename(stem) != stem:
+        raise ClipRejected(
+            "path_outside_root", f"clip id {stem!r} is a path; it must be what a file's name begins with"
+        )
     inner = dict.fromkeys(("", stem, stem.rpartition("_")[0]))
     folders = [folder for group, name in itertools.product(groups, inner) if (folder := root / group / name).is_dir()]
     found, missing = [], []
@@ -96,9 +99,4 @@ def find(
         missing += [] if here else [" or ".join(f"{stem}{ending}" for ending in endings if ending.islower())]
     if missing and not optional:
         raise ClipRejected("missing_file", f"{root} has no {', '.join(missing)}")
-    for path in found:
-        try:
-            resolve_media(root, os.path.relpath(path, root))
-        except MediaError as error:
-            raise ClipRejected(error.reason, error.message) from error
     return found

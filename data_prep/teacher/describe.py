@@ -85,7 +85,7 @@ def find_pending(folder: Path) -> list[PendingClip]:
     """Return the clips below a folder whose next file is not there, sorted by their videos.
 
     Raises:
-      DescribeError: there are no videos, a clip has two mask files, or a link leads out of the folder.
+      DescribeError: there are no videos, or a clip has two mask files.
     """
     found = []
     videos = [folder / inner / name for inner, names in walk(folder) for name in names if name.endswith(VIDEOS)]

@@ -1,4 +1,4 @@
-"""Where a clip's files may lie: found wherever that is, never guessed where two could be meant, never outside."""
+"""Where a clip's files may lie: found wherever that is, never guessed where two could be meant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
+from data_prep.scenes.objects import encode_rle
 from data_prep.sources.layout import LEFT, VIDEOS, clip_groups, clip_stems, find
 from data_prep.sources.stereo import StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource
@@ -133,6 +134,26 @@ def test_two_files_of_which_one_is_meant_are_both_named(tmp_path, flat, pool, ol
             find_pending(tmp_path)
 
 
+def test_masks_under_the_names_of_sa_v(tmp_path, flat, pool):
+    clip_id = place(flat, tmp_path, lambda _: "")
+    with np.load(tmp_path / f"{clip_id}-masks.npz") as masks:
+        listed = [[encode_rle(masks[name][0]) for name in masks]]  # four frames: the first is annotated
+        ids = dict(enumerate(masks))
+    (tmp_path / f"{clip_id}-masks.npz").unlink()
+    captions = json.loads((tmp_path / f"{clip_id}-captions.json").read_text())
+    (tmp_path / f"{clip_id}-captions.json").write_text(json.dumps({str(n): captions[name] for n, name in ids.items()}))
+    manual = tmp_path / f"{clip_id}_manual.json"
+    manual.write_text(json.dumps({"masklet_id": list(ids), "masklet": listed}))
+    made = Stereo4DSource(tmp_path, tmp_path, pool=pool).load(clip_id)
+    assert not made.scene.objects and len(made.left_out) == len(ids)  # one frame shows no motion
+    assert all("1 of at least 2 frames" in entry["detail"] for entry in made.left_out)
+    with pytest.raises(SceneError, match="masks of 1 of 4 frames; the stereo stage"):
+        StereoSource(tmp_path, tmp_path, tmp_path / "scenes", pool=pool).load(clip_id)
+    shutil.copy(manual, tmp_path / f"{clip_id}_auto.json")
+    with pytest.raises(ClipRejected, match="_manual.json and .*_auto.json"):
+        Stereo4DSource(tmp_path, tmp_path, pool=pool).load(clip_id)
+
+
 def test_where_there_are_images_too_the_run_says_which(tmp_path, flat, pool):
     clip_id = place(flat, tmp_path, lambda _: "")
     (tmp_path / f"{clip_id}-left_rectified").mkdir()
@@ -143,19 +164,17 @@ def test_where_there_are_images_too_the_run_says_which(tmp_path, flat, pool):
 
 
 @pytest.mark.parametrize("ending", [".npz", "-left_rectified.mp4", "-captions.json"])
-def test_no_link_leads_out(tmp_path, flat, pool, ending):
+def test_links_to_files_are_used(tmp_path, flat, pool, ending):
     clip_id = place(flat, tmp_path / "in", lambda _: "")
     path = tmp_path / "in" / f"{clip_id}{ending}"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / clip_id).mkdir()
+    (tmp_path / "in" / clip_id / path.name).symlink_to(path)  # the same file again is not another one
     source = Stereo4DSource(tmp_path / "in", tmp_path / "in", pool=pool)
-    with pytest.raises(ClipRejected, match="outside the media root") as caught:
-        source.load(clip_id)
-    assert caught.value.reason == "path_outside_root"
-    (tmp_path / "elsewhere").rename(tmp_path / "in" / "kept")
-    path.unlink()
-    path.symlink_to("kept")  # within
-    assert source.load(clip_id).scene.objects
+    made = source.load(clip_id)
+    assert made.scene.objects and made.video.is_relative_to(tmp_path / "in")
+    shutil.rmtree(tmp_path / "in" / clip_id)
     path.unlink()
     path.symlink_to(path)  # to itself
     with pytest.raises(ClipRejected, match="has no"):
@@ -176,9 +195,10 @@ def test_names_too_long_for_a_sidecar_and_ids_that_climb(tmp_path):
     with pytest.raises(ClipRejected, match="has no"):
         find(tmp_path, stem, [(".npz",), ("-captions.json",)])
     (tmp_path / "in").mkdir()
-    with pytest.raises(ClipRejected) as caught:
-        find(tmp_path / "in", f"../{stem}", [(".npz",)])
-    assert caught.value.reason in ("path_outside_root", "missing_file")
+    for climbing in (f"../{stem}", f"in/../{stem}", str(tmp_path / stem)):
+        with pytest.raises(ClipRejected, match="is a path") as caught:
+            find(tmp_path / "in", climbing, [(".npz",)])
+        assert caught.value.reason == "path_outside_root"
 
 
 def test_describe_finds_videos_in_folders(tmp_path):
