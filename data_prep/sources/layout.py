@@ -21,22 +21,20 @@ LEFT_EYE, RIGHT_EYE = map(tuple, _EYES)  # endings of a view's name: "-left_rect
 LEFT, RIGHT = (tuple(f"{eye}{video}" for eye in eyes for video in VIDEOS) for eyes in _EYES)
 # What other names of a clip end with, before their suffix.
 SIDECARS = ("-masks", "-captions", "-clip", "-bootstap", "-spatialtracker", "_result", "_manual", "_auto", "-moge")
-# Folders that are one file of a clip, so to say, and those that a run writes into its workdir.
-_LEAVES = (*LEFT_EYE, *RIGHT_EYE, "-moge", "-truth")
+# Folders that hold a clip's measurements or truth, not clips, and those that a run writes into its workdir.
+_CLOSED = ("-moge", "-truth")
 _WORKDIR = {"parts", "scenes", "videos", "clips", "tfds"}
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below `root` in which clips may lie, relative to it, with the names in it, both sorted.
+    """Yield each folder below `root` in which clips may lie, relative to it, with the files in it, both sorted.
 
-    Names are those of files and of folders that stand for one. Hidden folders, links to folders, and what runs wrote
-    are left out.
+    Hidden folders, links to folders, and what runs wrote are left out.
     """
     for folder, subfolders, files in os.walk(root):
-        leaves = [name for name in subfolders if name.endswith(_LEAVES)]
-        yield os.path.relpath(folder, root).removeprefix("."), sorted([*files, *leaves])
-        left_out = {*leaves, *(_WORKDIR if "run.json" in files else ())}
-        subfolders[:] = sorted(name for name in subfolders if name[0] != "." and name not in left_out)
+        yield os.path.relpath(folder, root).removeprefix("."), sorted(files)
+        written = _WORKDIR if "run.json" in files else ()
+        subfolders[:] = sorted(n for n in subfolders if n[0] != "." and not n.endswith(_CLOSED) and n not in written)
 
 
 def clip_groups(root: Path, endings: tuple[str, ...]) -> tuple[str, ...]:
@@ -47,7 +45,8 @@ def clip_groups(root: Path, endings: tuple[str, ...]) -> tuple[str, ...]:
     """
     groups = {""}
     known = "|".join((*LEFT_EYE, *RIGHT_EYE, *SIDECARS))
-    for folder, names in walk(root):
+    for folder, files in walk(root):
+        names = [name for name in files if name.endswith((".npz", ".json", *VIDEOS))]  # not the images of a view
         clip = re.escape(os.path.basename(folder))
         own = re.compile(rf"{clip}(_[0-9]+)?(\.|{known})")
         others = [name for name in names if not own.match(name)]

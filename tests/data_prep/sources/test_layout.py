@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.scenes.objects import encode_rle
-from data_prep.sources.layout import LEFT, VIDEOS, clip_groups, clip_stems, find
+from data_prep.sources.layout import LEFT, LEFT_EYE, VIDEOS, clip_groups, clip_stems, find
 from data_prep.sources.stereo import StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource
 from data_prep.store.parts import ClipRejected
@@ -86,6 +86,16 @@ def test_the_folders_looked_into_do_not_grow_with_the_clips(tmp_path):
             (tmp_path / folder).write_bytes(b"")
     assert clip_groups(tmp_path, (".npz",)) == ("", "done", "npz")
     assert len(clip_stems(tmp_path, (".npz",))) == 60
+
+
+def test_folders_of_images_hold_no_clips_and_a_folder_is_not_one_for_its_name(tmp_path):
+    for name in ("pairs_left/a.npz", "b/b.npz", "b/b-left_rectified/0.png", "c_1/c_1-left/1.png", "c_1/c_1.npz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert clip_stems(tmp_path, (".npz",)) == ["a", "b", "c_1"]
+    groups = clip_groups(tmp_path, (".npz",))
+    assert groups == ("", "pairs_left")
+    assert find(tmp_path, "c_1", [LEFT_EYE], groups) == [tmp_path / "c_1" / "c_1-left"]
 
 
 def test_what_a_run_wrote_there_is_no_clip(tmp_path):
