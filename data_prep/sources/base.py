@@ -5,13 +5,14 @@
     stereo       nothing but two views: the stereo stage finds poses and points
     monocular    SpatialTrackerV2 tracks, brought to metres by MoGe-2
 
-All take masks (`<clip>-masks.npz` or `.json`) and captions (`<clip>-captions.json`) of other tools.
+All take masks (`<clip>-masks.npz` or `.json`, or SA-V's `<clip>_manual.json` or `_auto.json`) and captions
+(`<clip>-captions.json`) of other tools. `layout` says in which folders a clip's files may lie.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +20,12 @@ import numpy as np
 
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import Scene
-from data_prep.store.parts import ClipRejected, LostObject, lost_object
+from data_prep.sources.layout import find
+from data_prep.store.parts import LostObject, lost_object
 from data_prep.store.untrusted import SceneError, read_json
 
-MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
+# The last two are SA-V's own names.
+MASKS, CAPTIONS = ("-masks.npz", "-masks.json", "_manual.json", "_auto.json"), ("-captions.json",)
 LeftOut = tuple[LostObject, ...]  # objects that could not be used
 
 
@@ -62,22 +65,6 @@ class ClipSource(Protocol):
         """
 
 
-def find(folder: Path, stem: str, names: Iterable[tuple[str, ...]]) -> list[Path]:
-    """Find the files of clip `stem`: for each entry the first of its endings that exists.
-
-    Raises:
-      ClipRejected: "missing_file", naming all that are not there.
-    """
-    found, missing = [], []
-    for endings in names:
-        here = [path for path in (folder / f"{stem}{ending}" for ending in endings) if path.exists()]
-        found += here[:1]
-        missing += [] if here else [" or ".join(f"{stem}{ending}" for ending in endings)]
-    if missing:
-        raise ClipRejected("missing_file", f"{folder} has no {', '.join(missing)}")
-    return found
-
-
 def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) -> tuple[Scene, LeftOut]:
     """Give a scene the objects of its mask and caption files that its tracks f64[N, T, 3] place in the world.
 
@@ -85,7 +72,7 @@ def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) 
       SceneError: as `read_masks`, `read_captions` and `objects_from_tracks`.
     """
     read, said = read_masks(masks, scene.num_frames, scene.image_size), read_captions(captions)
-    objects, dropped = objects_from_tracks(scene, tracks, read, said)
+    objects, dropped = objects_from_tracks(scene, tracks, read, said, annotated=read.annotated)
     lost = (lost_object("object_dropped", name, said[name].description, why) for name, why in dropped.items())
     return dataclasses.replace(scene, objects=objects), tuple(lost)
 
@@ -134,6 +121,12 @@ def read_card(path: str | Path, stem: str) -> ClipCard:
     if fields.get("frame_size"):
         fields["frame_size"] = tuple(fields["frame_size"])
     return ClipCard(**fields)
+
+
+def card_of(folder: Path, stem: str, groups: Sequence[str]) -> ClipCard:
+    """Read the card of clip `stem` below `folder`. Raises: as `layout.find` and `read_card`."""
+    found = find(folder, stem, [("-clip.json",)], groups, optional=True)
+    return read_card(*found, stem) if found else ClipCard(stem)
 
 
 def _is_camera(value: Any) -> bool:

@@ -1,8 +1,8 @@
 """The `stereo` source: raw stereo pairs or packed side-by-side videos, through the stereo stage.
 
-Two views of a clip are `<clip>-left.mp4` and `<clip>-right.mp4` (or Stereo4D's `-left_rectified.mp4`,
-`-right_rectified.mp4`), or one packed `<clip>.mp4`. The camera is in `<clip>-clip.json` (`base.ClipCard`) or the same
-for all clips. Where a BootsTAP file `<clip>-bootstap.npz` is there, object points are its tracks of the left view
+Two views of a clip are `<clip>-left.mp4` and `<clip>-right.mp4` (or `_left`, `_right`, or Stereo4D's `-left_rectified`,
+`-right_rectified`; or `.mov`), or one packed `<clip>.mp4`. The camera is in `<clip>-clip.json` (`base.ClipCard`) or the
+same for all clips. Where a BootsTAP file `<clip>-bootstap.npz` is there, object points are its tracks of the left view
 instead of the stage's own. A clip takes seconds to minutes, so its scene is kept and read back by the next run.
 """
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
 from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
-from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, read_card
+from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, card_of
 from data_prep.sources.frames import read_all_frames, write_video
+from data_prep.sources.layout import LEFT, RIGHT, VIDEOS, clip_groups, clip_stems, find
 from data_prep.stereo.disparity import StereoError, split_side_by_side
 from data_prep.stereo.stage import QualityLimits, Reconstruction, reconstruct_clip
 from data_prep.store.parts import ClipRejected, clip_file_name, lost_object
@@ -26,7 +27,6 @@ from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.video import VideoClip
 
 PAIR = "pair"
-_LEFT, _RIGHT = ("-left.mp4", "-left_rectified.mp4"), ("-right.mp4", "-right_rectified.mp4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StereoSource:
     """Stereo clips of one layout.
 
     Attributes:
-      folder: where the clips' files are.
+      folder: where the clips' files are, see `layout`.
       root: media root: `folder` for pairs; for packed videos the place where their left views are written.
       scenes: folder that keeps the scenes.
       layout: "pair", or how both views are packed, see `split_side_by_side`.
@@ -45,6 +45,7 @@ class StereoSource:
       max_disparity: pixels; None = an eighth of the width.
       limits: quality a clip must have.
       pool: decodes under a time limit.
+      groups: of `layout.clip_groups`; None = found now.
     """
 
     folder: Path
@@ -57,16 +58,22 @@ class StereoSource:
     max_disparity: int | None = None
     limits: QualityLimits = QualityLimits()  # noqa: B008, RUF009 - frozen
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is None:
+            object.__setattr__(self, "groups", clip_groups(self.folder, self._known_by))
+
+    @property
+    def _known_by(self) -> tuple[str, ...]:
+        return LEFT if self.layout == PAIR else VIDEOS
 
     def clip_ids(self) -> list[str]:
-        if self.layout != PAIR:
-            return sorted(p.stem for p in self.folder.glob("*.mp4"))
-        names = (p.name for p in self.folder.glob("*.mp4"))
-        return sorted({name.removesuffix(ending) for name in names for ending in _LEFT if name.endswith(ending)})
+        return clip_stems(self.folder, self._known_by)
 
     def load(self, clip_id: str) -> LoadedClip:
-        views = [_LEFT, _RIGHT] if self.layout == PAIR else [(".mp4",)]
-        *videos, mask_file, caption_file = find(self.folder, clip_id, [*views, MASKS, CAPTIONS])
+        views = [LEFT, RIGHT] if self.layout == PAIR else [VIDEOS]
+        *videos, mask_file, caption_file = find(self.folder, clip_id, [*views, MASKS, CAPTIONS], self.groups)
         video = videos[0] if self.layout == PAIR else self.root / f"{clip_id}-left.mp4"
         kept = self.scenes / clip_file_name(clip_id)
         if kept.exists() and video.exists():
@@ -81,9 +88,14 @@ class StereoSource:
         return LoadedClip(scene, video, tuple(lost))
 
     def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, mask_file: Path, captions: Path) -> Scene:
-        card = read_card(self.folder / f"{clip_id}-clip.json", clip_id)
+        card = card_of(self.folder, clip_id, self.groups)
         left, right, clip = self._views(videos)
         masks = read_masks(mask_file, len(left), left.shape[1:3])
+        if not masks.annotated.all():
+            raise SceneError(
+                f"{mask_file} has masks of {int(masks.annotated.sum())} of {len(left)} frames; the stereo stage "
+                "follows objects from frame to frame and needs them all"
+            )
         names = read_captions(captions)
         nameless = sorted(set(masks) - set(names))
         if nameless:
@@ -108,8 +120,7 @@ class StereoSource:
         except StereoError as error:
             raise ClipRejected(error.reason, str(error), card.source_id) from error
         scene = found.scene
-        bootstap = self.folder / f"{clip_id}-bootstap.npz"
-        if bootstap.exists():
+        for bootstap in find(self.folder, clip_id, [("-bootstap.npz",)], self.groups, optional=True):
             scene = _with_tracks(found, read_bootstap(bootstap, len(left)), masks, names, bootstap.name)
         if self.layout != PAIR:
             video.parent.mkdir(parents=True, exist_ok=True)
