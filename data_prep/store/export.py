@@ -211,6 +211,7 @@ def assemble(
         for clip_id in tqdm(sorted(clip_ids), unit="clip"):
             result = store.read(clip_id)
             check_result(result)
+            tally.propose(result)
             result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
             for name, (split, layout) in outputs.items():
@@ -239,8 +240,14 @@ class _Tally:
         self._split_of: dict[str, str] = {}
         self._ids: set[int] = set()  # 64 bits of a hash each: a set of the ids themselves would take gigabytes
         self._questions: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        self._proposed: dict[str, Counter[str]] = {split: Counter() for split in splits}
         self._clips: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+
+    def propose(self, result: ClipResult) -> None:
+        """Count the questions of a clip before any are left out."""
+        if result.split in self._proposed:
+            self._proposed[result.split].update(row["question_type"] for row in result.rows)
 
     def add(self, result: ClipResult) -> None:
         self._clips["total"] += 1
@@ -268,5 +275,6 @@ class _Tally:
             "clips": dict(self._clips),
             "source_videos": dict(Counter(self._split_of.values())),
             "questions": {split: dict(counts) for split, counts in self._questions.items()},
+            "proposed": {split: dict(counts) for split, counts in self._proposed.items()},
             "rejected": dict(self._rejected),
         }
