@@ -79,7 +79,7 @@ CLIP_KEYS = (
     ),
     Key(
         "balance.stretch",
-        2.0,
+        3.0,
         "a scenario may have up to this many times its share of the training set where others have too few; 1 = "
         "exact shares",
         low=1,

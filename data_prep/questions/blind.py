@@ -20,7 +20,7 @@ from data_prep.questions.propose import QuestionRow
 from data_prep.scenes.relations import LABELS
 
 _PRIOR_WEIGHT = 4.0  # a habit seen a few times is trusted little
-_HALVINGS, _SCORED = 16, 4000  # ways to halve the videos: at most so many, and until so many answers are scored
+_HALVINGS, _SCORED = 32, 4000  # ways to halve the videos: at most so many, and until so many answers are scored
 NO_GUESSER = ("chance", "count")
 
 
