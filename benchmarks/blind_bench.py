@@ -24,7 +24,7 @@ from data_prep.curate import choose
 from data_prep.questions.balance import PRESETS, fraction, select
 from data_prep.questions.blind import NO_GUESSER, baselines, letter_test
 from data_prep.questions.propose import QuestionRow, QuestionRules, propose
-from data_prep.questions.tally import table, tally
+from data_prep.questions.tally import guess, table, tally
 from data_prep.scenes.relations import LABELS
 from tests.data_prep.scenes.random_scenes import random_scene
 
@@ -59,7 +59,8 @@ def main() -> None:
     skewed = [row | {"split": "train"} for row in asked(arguments.clips, arguments.skewed) if _usual(row, seed)]
     config = common.config("curate", {"seed": seed, "bench_share": 0.0})
     print("training set of a skewed source")
-    print(table(tally(skewed, choose(config, skewed, rules.weights), seed)))
+    chosen = choose(config, skewed, rules.weights)
+    print(table(tally(skewed, guess(skewed, chosen, seed))))
 
 
 def _usual(row: QuestionRow, seed: int) -> bool:

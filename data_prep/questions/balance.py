@@ -3,9 +3,10 @@
 Knowing how often each answer occurs must be worth little: labels are capped separately for short and long stretches of
 frames (otherwise "not moving" follows from two frame numbers that are close together), ranks of the true distance
 separately for small and large distances (otherwise, where large ones are rare, the smaller options are the better
-guess). `caps` says how far; a held-out set allows nothing and its classes are equal, a training set allows `slack` and
-uses most of what there is even where one answer is much more frequent. Among equally good questions those whose right
-letter is rarer so far come first, so that letters are even too and not only on average.
+guess) and, where there are many, for short and long stretches too. `caps` says how far: a held-out set allows nothing
+and its classes are equal; a training set allows `slack`, and so uses most of what there is even where one answer is
+much more frequent. Among equally good questions those whose right letter is rarer so far come first, so that letters
+are even too and not only on average.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 
 _SIZE_STEP = 0.1  # least width of a bin of sizes, in the natural logarithm
-_BIN_ROWS = 32  # least rows in a bin of sizes or gaps: with fewer, some class has none by chance
+_BIN_ROWS = 32  # least rows in a bin: with fewer, some class has none by chance
+_GAP_ROWS = 8 * _BIN_ROWS  # least rows of distances in a bin of gaps, which is then divided by size
 SPLITS = ("train", "bench")
 
 
@@ -188,20 +190,20 @@ def _size(options: Mapping[str, str]) -> float:
     return math.log(max(min(map(float, options.values())), 0.05))
 
 
-def _bins(values: Mapping[int, float], step: float) -> dict[int, int]:
-    """Row -> number of its bin of values: at least `step` wide, and with at least `_BIN_ROWS` rows."""
+def _bins(values: Mapping[int, float], step: float, least: int) -> dict[int, int]:
+    """Row -> number of its bin of values: at least `step` wide, and with at least `least` rows."""
     bins: dict[int, int] = {}
     first, held, number = -math.inf, 0, 0
     for n in sorted(values, key=values.__getitem__):  # ties in the order they come in
-        if values[n] - first >= step and held >= _BIN_ROWS:
+        if values[n] - first >= step and held >= least:
             number, held = number + 1, 0
         first, held = (values[n] if not held else first), held + 1
         bins[n] = number
-    last = max(number - (held < _BIN_ROWS), 0)
+    last = max(number - (held < least), 0)
     return {n: min(bin_, last) for n, bin_ in bins.items()}
 
 
-Place = tuple[str, int]  # scenario, bin of gaps or sizes
+Place = tuple[str, int, int]  # scenario, bin of gaps, bin of sizes within it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,19 +226,21 @@ class _Pool:
                     usable[row["question_type"]].append(n)
         cells: dict[Place, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
         for scenario, group in usable.items():
-            if LABELS[scenario]:
-                bins = _bins({n: gap_bin(rows[n]["frames"]) for n in group}, 1)
-            else:
-                bins = _bins({n: _size(rows[n]["options"]) for n in group}, _SIZE_STEP)
-            for n in group:
-                cells[scenario, bins[n]][rows[n]["label"] if LABELS[scenario] else rows[n]["rank"]].append(n)
+            labelled = bool(LABELS[scenario])
+            gaps = _bins({n: gap_bin(rows[n]["frames"]) for n in group}, 1, _BIN_ROWS if labelled else _GAP_ROWS)
+            for gap in sorted(set(gaps.values())):
+                same = [n for n in group if gaps[n] == gap]
+                sizes = {} if labelled else _bins({n: _size(rows[n]["options"]) for n in same}, _SIZE_STEP, _BIN_ROWS)
+                for n in same:
+                    kind = rows[n]["label"] if labelled else rows[n]["rank"]
+                    cells[scenario, gap, sizes.get(n, 0)][kind].append(n)
         return cls(preset, cells, [row["source_id"] for row in rows], [row["answer"] for row in rows])
 
     def scarce(self) -> dict[str, str]:
         found = {}
         for scenario in self.preset.shares:
             sizes = {
-                kind: sum(len(cell.get(kind, ())) for (name, _), cell in self.cells.items() if name == scenario)
+                kind: sum(len(cell.get(kind, ())) for (name, *_), cell in self.cells.items() if name == scenario)
                 for kind in kinds_of(scenario)
             }
             least = min(sizes, key=lambda kind: sizes[kind])

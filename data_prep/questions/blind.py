@@ -69,7 +69,7 @@ def screen(rows: Sequence[QuestionRow], limit: float, seed: int = 0) -> set[str]
             if excess <= 0:
                 break
             sure = [(hits[worst][n], sum(each[n] for each in hits.values()), row["id"]) for n, row in enumerate(group)]
-            out.update(name for *_, name in sorted(sure)[-math.ceil(excess * len(group) / 2) :])
+            out.update(name for *_, name in sorted(sure)[-math.ceil(excess * len(group)) :])
             group = [row for row in group if row["id"] not in out]
     return out
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from data_prep.questions.balance import SPLITS, kinds_of
 from data_prep.questions.blind import NO_GUESSER, baselines
 from data_prep.questions.propose import SCENARIOS, QuestionRow
+
+Guessed = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +42,19 @@ class Tally:
         return 2 * math.sqrt(self.chance * (1 - self.chance) / self.kept) if self.kept else math.nan
 
 
-def tally(rows: Sequence[QuestionRow], chosen: Collection[str], seed: int) -> list[Tally]:
-    """Count all proposed questions and those whose ids are in `chosen`; scenarios and splits without any are not there.
+def guess(rows: Sequence[QuestionRow], chosen: Collection[str], seed: int) -> Guessed:
+    """Compute the blind guessers' figures of the questions whose ids are in `chosen`: split -> scenario -> figures."""
+    kept = {split: [row for row in rows if row["id"] in chosen and row["split"] == split] for split in SPLITS}
+    return {split: baselines(group, seed, "question_type") for split, group in kept.items() if group}
+
+
+def tally(rows: Sequence[QuestionRow], guessed: Guessed) -> list[Tally]:
+    """Count all proposed questions and those kept; scenarios and splits of which none was proposed are not there.
 
     Args:
       rows: with "split" besides the fields that `balance.select` reads.
-      seed: of the guessers.
+      guessed: of the questions kept, see `guess`.
     """
-    kept = {split: [row for row in rows if row["id"] in chosen and row["split"] == split] for split in SPLITS}
-    guessed = {split: baselines(group, seed, "question_type") for split, group in kept.items()}
     groups: dict[tuple[str, str], list[QuestionRow]] = {}
     for row in rows:
         groups.setdefault((row["split"], row["question_type"]), []).append(row)
@@ -56,7 +62,7 @@ def tally(rows: Sequence[QuestionRow], chosen: Collection[str], seed: int) -> li
     for split in SPLITS:
         for scenario in SCENARIOS:
             group = groups.get((split, scenario))
-            figures = guessed[split].get(scenario, {"count": 0.0, "chance": math.nan, "": math.nan})
+            figures = guessed.get(split, {}).get(scenario, {"count": 0.0, "chance": math.nan, "": math.nan})
             best = max((name for name in figures if name not in NO_GUESSER), key=lambda name: figures[name])
             count, chance = int(figures["count"]), figures["chance"]
             if group:

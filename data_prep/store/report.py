@@ -20,7 +20,7 @@ import numpy as np
 from data_prep.questions import blind
 from data_prep.questions.balance import PRESETS, SPLITS, fraction
 from data_prep.questions.propose import QuestionRow
-from data_prep.questions.tally import Tally, table, tally
+from data_prep.questions.tally import Guessed, Tally, guess, table, tally
 from data_prep.scenes.relations import LABELS
 from data_prep.scenes.scene import Scene
 from data_prep.sources.base import ClipSource
@@ -64,7 +64,7 @@ class CurationSummary:
       manifest: as `export.assemble` returns it.
       rows: all chosen questions with the fields id, source_id, question_type, subtask, template, answer, options,
         label, rank, motion, frames and split.
-      blind: split -> `blind.baselines` of its rows, by scenario.
+      blind: see `tally.guess`.
       letters: split -> `blind.letter_test` of its rows with four options.
       clips: `MAX_CLIPS` of them are shown.
       shares: weight per scenario that the preset of the training split asks for; normalised here.
@@ -73,7 +73,7 @@ class CurationSummary:
 
     manifest: Mapping[str, Any]
     rows: Sequence[QuestionRow]
-    blind: Mapping[str, Mapping[str, Mapping[str, float]]]
+    blind: Guessed
     letters: Mapping[str, tuple[float, float]]
     clips: Sequence[SampledClip]
     shares: Mapping[str, float]
@@ -95,13 +95,11 @@ def write_curation_report(
       proposed: see `curate.judged_rows`.
       chosen: ids of the questions that are kept.
     """
-    tallies = tally(proposed, chosen, config.seed)
+    guessed = guess(proposed, chosen, config.seed)
+    tallies = tally(proposed, guessed)
     print(table(tallies))
     rows = [row for row in proposed if row["id"] in chosen]
     by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-    guessed = {
-        split: blind.baselines(group, config.seed, "question_type") for split, group in by_split.items() if group
-    }
     four = {split: [row for row in group if len(row["options"]) == 4] for split, group in by_split.items()}
     letters = {split: blind.letter_test(group) for split, group in four.items() if group}
     clips = _sample_clips(config, root, source, rows)

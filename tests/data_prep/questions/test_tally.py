@@ -11,7 +11,7 @@ from data_prep import curate
 from data_prep.questions.balance import BalanceError, split_of
 from data_prep.questions.blind import NO_GUESSER, baselines
 from data_prep.questions.propose import SCENARIOS, KindError, QuestionRules, kind_weights
-from data_prep.questions.tally import table, tally
+from data_prep.questions.tally import guess, table, tally
 from tests.data_prep.questions.test_caps import skewed_rows
 
 DIRECTION = "camera_relative_direction"
@@ -29,7 +29,7 @@ def choose(rows, **values) -> set[str]:
 
 def test_each_scenario_says_proposed_kept_short_and_blind(rows):
     chosen = choose(rows)
-    found = {(one.split, one.scenario): one for one in tally(rows, chosen, 0)}
+    found = {(one.split, one.scenario): one for one in tally(rows, guess(rows, chosen, 0))}
     assert set(found) == {(split, scenario) for split in ("train", "bench") for scenario in SCENARIOS}
     for (split, scenario), one in found.items():
         ours = [row for row in rows if row["split"] == split and row["question_type"] == scenario]
@@ -58,7 +58,7 @@ def test_a_scenario_of_which_nothing_can_be_kept_says_what_is_missing(rows, caps
     chosen = choose(only)
     kept = {row["question_type"] for row in only if row["id"] in chosen and row["split"] == "train"}
     assert kept == set(SCENARIOS) - {DIRECTION}  # the others do not go with it
-    one = next(one for one in tally(only, chosen, 0) if one.scenario == DIRECTION)
+    one = next(one for one in tally(only, guess(only, chosen, 0)) if one.scenario == DIRECTION)
     assert one.kept == 0 and one.short == "left: 0, down: 0, up: 0, backward: 0"
     assert "left: 0, down: 0, up: 0, backward: 0" in table([one])
     bench = [row for row in only if row["split"] == "train" or row["question_type"] == DIRECTION]
