@@ -10,7 +10,9 @@ Frames are named by their number in the clip as the model sees it (`frame_number
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +43,8 @@ class QuestionRules(RelationRules):
     pairs: int = 24  # frame pairs tried per clip
     min_gap: float = 0.1  # the two frames are at least this share of the clip apart
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
+    # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
+    weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +52,35 @@ class QuestionRules(RelationRules):
             raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
         if self.options not in SHAPES:
             raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
+        if not self.weights or not self.weights.keys() <= LABELS.keys() or not min(self.weights.values()) > 0:
+            raise ValueError(f"weights must be above 0, of scenarios: {self}")
+
+
+class KindError(ValueError):
+    """The scenarios to ask about are not given as `kind_weights` reads them."""
+
+
+def kind_weights(kinds: Sequence[str]) -> dict[str, float]:
+    """Read the scenarios to ask about, each "name" or "name=weight"; none at all: all of them, equally often.
+
+    Raises:
+      KindError: an unknown scenario (names the nearest), one given twice, a weight outside (0, 1000].
+    """
+    weights: dict[str, float] = {}
+    for kind in kinds:
+        name, equals, text = kind.partition("=") if isinstance(kind, str) else (str(kind), "", "")
+        if name not in LABELS:
+            hint = "".join(f" - did you mean '{close}'?" for close in difflib.get_close_matches(name, SCENARIOS, 1))
+            raise KindError(f"questions.kinds has no scenario '{name}'{hint} (there are: {', '.join(SCENARIOS)})")
+        try:
+            weight = float(text) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if name in weights or not 0 < weight <= 1000:
+            wrong = "is there twice" if name in weights else f"needs a weight above 0 and up to 1000, not '{text}'"
+            raise KindError(f"questions.kinds: '{name}' {wrong}")
+        weights[name] = weight
+    return weights or dict.fromkeys(SCENARIOS, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,6 +179,8 @@ def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
 def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], tuple[LostObject, ...]]:
     """Ask up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
 
+    In each round the scenario of the largest weight is asked about once, others as often as their weight is of that.
+
     Only objects with a name that tells them apart are asked about, and both frames must show `min_points` of their
     points. No (scenario, object, frame pair) comes twice. The centres of a question's solution never point to another
     option than its answer (see `states`).
@@ -164,11 +199,16 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     rng = random.Random(int.from_bytes(digest[:16], "big"))
     facts = _Facts.measure(scene, rules, rng)
     queues = {name: _in_turn(facts.cases[name], rng) for name in SCENARIOS}
-    order = list(SCENARIOS)
+    order = [name for name in SCENARIOS if name in rules.weights]
     shuffle(order, rng)
+    heaviest, due = max(rules.weights.values()), dict.fromkeys(order, 0.0)
     found: list[Question] = []
     while order and len(found) < rules.per_clip:
         for name in tuple(order):
+            due[name] += rules.weights[name] / heaviest
+            if due[name] < 1 - 1e-9:
+                continue
+            due[name] -= 1
             made = next(filter(None, (_ask(facts, name, case, rules, rng, len(found)) for case in queues[name])), None)
             if made is None:
                 order.remove(name)

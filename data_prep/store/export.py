@@ -243,6 +243,7 @@ def assemble(
         for clip_id in tqdm(sorted(clip_ids), unit="clip"):
             result = store.read(clip_id)
             check_result(result)
+            tally.propose(result)
             result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
             for name, (split, layout) in outputs.items():
@@ -272,8 +273,14 @@ class _Tally:
         self._ids: set[int] = set()  # 64 bits of a hash each: a set of the ids themselves would take gigabytes
         self._questions: dict[str, Counter[str]] = {split: Counter() for split in splits}
         self._scales: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        self._proposed: dict[str, Counter[str]] = {split: Counter() for split in splits}
         self._clips: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+
+    def propose(self, result: ClipResult) -> None:
+        """Count the questions of a clip before any are left out."""
+        if result.split in self._proposed:
+            self._proposed[result.split].update(row["question_type"] for row in result.rows)
 
     def add(self, result: ClipResult) -> None:
         self._clips["total"] += 1
@@ -303,5 +310,6 @@ class _Tally:
             "source_videos": dict(Counter(self._split_of.values())),
             "questions": {split: dict(counts) for split, counts in self._questions.items()},
             "scales": {split: dict(counts) for split, counts in self._scales.items()},
+            "proposed": {split: dict(counts) for split, counts in self._proposed.items()},
             "rejected": dict(self._rejected),
         }

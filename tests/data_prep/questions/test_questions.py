@@ -44,6 +44,20 @@ def test_every_scenario_and_label_is_asked():
     assert Counter(q.clip_id for _, q in ASKED).most_common()[-1][1] == RULES.per_clip
 
 
+def test_weights_say_how_often_each_scenario_is_asked_about():
+    names = (
+        "object_camera_relative_distance",
+        "object_camera_lateral_direction",
+        "object_camera_longitudinal_direction",
+    )
+    rules = QuestionRules(weights=dict(zip(names, (1.0, 0.5, 0.25), strict=True)), per_clip=14)
+    asked = Counter(q.scenario for scene in SCENES for q in propose(scene, rules, 7))
+    assert asked == dict(zip(names, (8 * len(SCENES), 4 * len(SCENES), 2 * len(SCENES)), strict=True))
+    for wrong in ({}, {"camera": 1.0}, {"camera_relative_direction": 0.0}):
+        with pytest.raises(ValueError, match="weights must be above 0, of scenarios"):
+            QuestionRules(weights=wrong)
+
+
 def test_answers_are_those_of_the_relations():
     for scene, q in ASKED:
         obj = scene.object(q.object_id) if q.object_id else None

@@ -100,6 +100,7 @@ def test_the_files_hold_the_questions(tmp_path):
     assert manifest["clips"] == {"total": 12, "without_questions": 2}
     assert manifest["rejected"] == {"no_motion": 2, "near_threshold": 10}
     assert sum(manifest["questions"]["train"].values()) == len(train)
+    assert manifest["proposed"] == manifest["questions"]  # all were kept
     assert manifest["questions"]["bench"]["camera_absolute_distance"] == sum(
         r["category"] == "camera_absolute_distance" for r in bench
     )

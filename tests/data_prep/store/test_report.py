@@ -13,6 +13,7 @@ import pytest
 from data_prep.questions import blind
 from data_prep.questions.balance import PRESETS, split_of
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.tally import Tally
 from data_prep.scenes.relations import LABELS
 from data_prep.store import report
 from data_prep.store.clip_maps import MAX_OBJECTS, clip_maps
@@ -91,6 +92,19 @@ def test_the_page_holds_all_sections_and_nothing_external(html):
     assert anchors == ["made", "shares", "histograms", "blind", "samples", "maps"]
     assert len(root.all("script")) == 1 and NASTY in root.text and "<script>alert" not in html
     assert len(html.encode()) < 2e6
+
+
+def test_what_was_proposed_and_kept_is_counted():
+    tallies = [
+        Tally("train", "camera_relative_direction", 400, 100, "up: 7", "class_prior", 0.40, 0.25),
+        Tally("bench", "camera_relative_direction", 90, 0, "left: 0, up: 0", "", math.nan, math.nan),
+    ]
+    rows = table(read(render(make_summary(tallies=tallies, clips=[]))), "Proposed and kept")
+    name = "camera relative direction"
+    assert rows == [
+        ["train", name, "400", "100", "25%", "up: 7", "▲▲ 40.0%", "25.0%", "8.7%"],
+        ["bench", name, "90", "0", "0%", "left: 0, up: 0", "–", "–", "–"],
+    ]
 
 
 def test_same_summary_same_bytes(html):
