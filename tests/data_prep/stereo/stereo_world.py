@@ -78,8 +78,11 @@ def render(size, fov, pose_c2w, ball, radius, room, seed, samples=2):
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), depth, mask
 
 
-def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=0.05, ball_step=0.06, radius=0.35):
-    """A camera strafing, advancing and turning in a room with one moving ball."""
+def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=0.05, ball_step=0.06, radius=0.35, drive=None):
+    """A camera strafing, advancing and turning in a room with one moving ball.
+
+    `drive` = (metres, radians) makes it a fast drive: so far ahead and turning so much each frame, in a longer room.
+    """
     fov = np.radians(fov_degrees)
     focal = 0.5 * size / np.tan(fov / 2)
     room = np.array([[-2.5, -1.5, -2.0], [2.5, 1.5, 5.0]])
@@ -89,6 +92,9 @@ def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=
         turn = rotation(0.015 * t * np.sign(heading[0]), 0.006 * t)
         centre = t * step * np.array([np.sign(heading[0]) * 0.8, 0.15 * heading[1], 0.6])
         ball = np.array([-0.5, 0.2, 2.6]) + t * ball_step * np.array([0.9, -0.2, 0.3])
+        if drive is not None:
+            room[1, 2] = 12.0
+            turn, centre = rotation(drive[1] * t, 0.0), np.array([0, 0, drive[0] * t])
         left_pose = np.column_stack([turn, centre])
         right_pose = np.column_stack([turn, centre + turn @ np.array([baseline, 0, 0])])
         left, depth, mask = render(size, fov, left_pose, ball, radius, room, 10 * seed)
