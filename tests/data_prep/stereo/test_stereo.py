@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import cv2
 import numpy as np
 import pytest
 
@@ -72,6 +73,37 @@ def test_exposure_may_differ_between_the_eyes():
     darker = (waves(5.3).astype(float) * 0.85 + 6).round().astype(np.uint8)
     found, valid, _ = match_pair(waves(0), darker, 24)
     assert valid.mean() > 0.7 and abs(np.median(found[valid]) - 5.3) < 0.05
+
+
+def photograph(shift: float, seed: int) -> np.ndarray:
+    """Waves with sensor noise, of little contrast in a third of the rows, u8[H,W,3]."""
+    values = waves(shift)[..., 0].astype(float)
+    values[40:72] = 128 + (values[40:72] - 128) / 40
+    noisy = values + np.random.default_rng(seed).normal(0, 0.4, values.shape)
+    return np.repeat(np.clip(noisy, 0, 255).round().astype(np.uint8)[..., None], 3, 2)
+
+
+def test_weak_texture_with_noise_keeps_its_pixels():
+    found, valid, _ = match_pair(photograph(0, 1), photograph(5.75, 2), 24)
+    inner = np.s_[44:68, 12:]
+    error = np.abs(found - 5.75)[inner][valid[inner]]
+    assert valid[inner].mean() > 0.8 and np.median(error) < 0.4
+
+
+def test_refinement_does_not_believe_a_window_it_cannot_explain(monkeypatch):
+    """Reflections differ between the eyes: what the right view shows besides must not pull the disparity."""
+    rng = np.random.default_rng(0)
+    veil = cv2.GaussianBlur(rng.normal(0, 90, (96, 160)).astype(np.float32), (0, 0), 3)
+    right = np.clip(waves(5.5).astype(np.float32) + veil[..., None], 0, 255).round().astype(np.uint8)
+
+    def error() -> float:
+        found, valid, _ = match_pair(waves(0), right, 24)
+        assert valid.mean() > 0.5
+        return float(np.median(np.abs(found[valid] - 5.5)))
+
+    with_weights = error()
+    monkeypatch.setattr(disparity_module, "_SGBM_ERROR", 1e3)  # believes all
+    assert with_weights < 0.95 * error()
 
 
 def test_depth_of_a_rendered_room(clip):
