@@ -78,7 +78,9 @@ def render(size, fov, pose_c2w, ball, radius, room, seed, samples=2):
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), depth, mask
 
 
-def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=0.05, ball_step=0.06, radius=0.35, drive=None):
+def make_clip(
+    seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=0.05, ball_step=0.06, radius=0.35, drive=None
+):
     """A camera strafing, advancing and turning in a room with one moving ball.
 
     `drive` = (metres, radians) makes it a fast drive: so far ahead and turning so much each frame, in a longer room.
