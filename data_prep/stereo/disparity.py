@@ -18,7 +18,7 @@ _FLAT_RANGE = 1.5  # refine only where disparity changes by less than this insid
 _SGBM_ERROR = 0.08  # native pixels: what the refinement has to beat to be believed
 _MAX_LR_ERROR = 4.0  # native pixels between left->right and right->left matches; more is a contradiction
 # Metres. The far limit is Stereo4D's: with its 63 mm baseline that is 1.4 px of disparity at 512 px and 60 degrees.
-_MIN_DEPTH, MAX_DEPTH = 0.1, 20.0
+MIN_DEPTH, MAX_DEPTH = 0.1, 20.0
 
 
 class StereoError(ValueError):
@@ -95,24 +95,27 @@ def left_right_error(disparity: np.ndarray, right_disparity: np.ndarray) -> np.n
     return np.where(inside & np.isfinite(error), error, np.inf).astype(np.float32)
 
 
-def depth_from_disparity(disparity: np.ndarray, valid: np.ndarray, fx: float, baseline: float) -> np.ndarray:
-    """Return depth z = fx * baseline / disparity, f32[...] metres, NaN where invalid or outside [0.1, 20].
+def depth_from_disparity(
+    disparity: np.ndarray, valid: np.ndarray, fx: float, baseline: float, max_depth: float = MAX_DEPTH
+) -> np.ndarray:
+    """Return depth z = fx * baseline / disparity, f32[...] metres, NaN where invalid or outside [0.1, max_depth].
 
     Args:
       disparity: f32[...] pixels.
       valid: bool[...], same shape.
       fx: focal length in pixels of the same image.
       baseline: distance of the two optical centres, metres.
+      max_depth: metres.
 
     Raises:
-      StereoError: fx or the baseline is not positive.
+      StereoError: fx, the baseline or max_depth is not positive.
     """
-    for name, value in {"fx": fx, "baseline": baseline}.items():
+    for name, value in {"fx": fx, "baseline": baseline, "max_depth": max_depth}.items():
         if not (math.isfinite(value) and value > 0):
             raise StereoError(f"{name} must be a positive number, got {value}")
     usable = valid & (disparity > 0)
     depth = fx * baseline / np.where(usable, disparity, 1.0)
-    return np.where(usable & (depth >= _MIN_DEPTH) & (depth <= MAX_DEPTH), depth, np.nan).astype(np.float32)
+    return np.where(usable & (depth >= MIN_DEPTH) & (depth <= max_depth), depth, np.nan).astype(np.float32)
 
 
 def split_side_by_side(frames: np.ndarray, layout: str = "left_right") -> tuple[np.ndarray, np.ndarray]:

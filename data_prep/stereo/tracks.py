@@ -61,9 +61,9 @@ def track_points(
 
     Every `seed_every` frames each label is filled up to its number of points. A point is looked for where the camera's
     motion would take it if it stood still, plus what it moved besides in the step before. It ends where Lucas-Kanade
-    does not find its way back, where it no longer looks as when seeded, where its depth jumps, or where it leaves its object's
-    mask (background points: where they enter one). While an object's mask is empty its points go on unseen. Points with
-    depth in fewer than two frames are left out.
+    does not find its way back, where it no longer looks as when seeded, where its depth jumps, or where it leaves its
+    object's mask (background points: where they enter one). While an object's mask is empty its points go on unseen.
+    Points with depth in fewer than two frames are left out.
 
     Args:
       frames: u8[T,H,W,3].

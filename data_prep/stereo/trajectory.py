@@ -102,8 +102,8 @@ def solve_trajectory(
     (Lucas-Kanade, forward-backward) and each time matched against the keyframe itself, so that drift does not add up
     frame by frame. They are looked for where the camera's last motion, going on, puts them; where few are found, where
     they would be without motion, and then where features matched over any distance put the camera. The pose is PnP
-    inside RANSAC, then least squares with Tukey's weights. Points that disagree (moving objects) are dropped. A new keyframe starts where too few points
-    are left. Deterministic.
+    inside RANSAC, then least squares with Tukey's weights. Points that disagree (moving objects) are dropped. A new
+    keyframe starts where too few points are left. Deterministic.
 
     Args:
       frames: u8[T,H,W,3].

@@ -107,3 +107,29 @@ def make_clip(
     intrinsics = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
     stacked = {name: np.stack(values) for name, values in out.items()}
     return StereoClip(**stacked, intrinsics=intrinsics, baseline=baseline)
+
+
+def shift_right(clip: StereoClip, pixels: float) -> StereoClip:
+    """The right eye's principal point `pixels` further right: every disparity is so much smaller."""
+    height, width = clip.right.shape[1:3]
+    move = np.array([[1, 0, pixels], [0, 1, 0]], np.float32)
+    size, how = (width, height), {"flags": cv2.INTER_CUBIC, "borderMode": cv2.BORDER_REPLICATE}
+    return dataclasses.replace(clip, right=np.stack([cv2.warpAffine(view, move, size, **how) for view in clip.right]))
+
+
+def through_lens(clip: StereoClip, lens: str) -> StereoClip:
+    """The views as an equidistant "fisheye" or an "equirectangular" projection of the same field of view shows them."""
+    size = clip.left.shape[1]
+    focal, centre = clip.intrinsics[0, 0], size / 2
+    per_radian = centre / np.arctan(centre / focal)
+    u, v = np.meshgrid(*[(np.arange(size) + 0.5 - centre) / per_radian] * 2)  # angles
+    if lens == "fisheye":
+        angle = np.hypot(u, v)
+        x, y = (np.tan(angle) / np.maximum(angle, 1e-9) * side for side in (u, v))
+    else:
+        x, y = np.tan(u), np.tan(v) / np.cos(u)
+    maps = [(focal * side + centre - 0.5).astype(np.float32) for side in (x, y)]
+    views = {
+        eye: np.stack([cv2.remap(f, *maps, cv2.INTER_CUBIC) for f in getattr(clip, eye)]) for eye in ("left", "right")
+    }
+    return dataclasses.replace(clip, **views)
