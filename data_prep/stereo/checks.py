@@ -43,8 +43,9 @@ def row_errors(
 def row_curvature(points: np.ndarray, rows: np.ndarray, disparity: np.ndarray, intrinsics: np.ndarray) -> float:
     """Measure how rows bend with disparity: the k of `rows = k * disparity * x * y`, x and y in focal lengths.
 
-    Perspective views have none whatever is in front of them, and a small turn of one eye bends all rows alike. To first order an equidistant fisheye has 2/3 and an
-    equirectangular view 1: dv/du of a point that comes nearer, from u = f x (1 - r^2 / 3), v alike.
+    Perspective views have none whatever is in front of them, and a small turn of one eye bends all rows alike. To first
+    order an equidistant fisheye has 2/3 and an equirectangular view 1: dv/du of a point that comes nearer, from
+    u = f x (1 - r^2 / 3), v alike.
 
     Args:
       points, rows, disparity: as `row_errors` gives them.
@@ -59,7 +60,8 @@ def row_curvature(points: np.ndarray, rows: np.ndarray, disparity: np.ndarray, i
     y = (points[:, 1] + 0.5 - intrinsics[1, 2]) / intrinsics[1, 1]
     terms = np.column_stack([disparity * x * y, np.ones_like(x), x, y, x * y, y * y])  # the others: small rotations
     found = least_squares(lambda k: terms @ k - rows, np.zeros(6), loss="soft_l1", f_scale=_NOISE)
-    return float(found.x[0]) if _standard_error(found.jac, terms @ found.x - rows, 0) < _MAX_SLOPE_ERROR else math.nan
+    value, error = float(found.x[0]), _standard_error(found.jac, terms @ found.x - rows, 0)
+    return value if error < max(_MAX_SLOPE_ERROR, 0.2 * abs(value)) else math.nan
 
 
 def disparity_offset(
