@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.questions.propose import frame_numbers
 from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
 from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
 from data_prep.sources.base import CAPTIONS, MASKS, ClipCard, LoadedClip, dropped_objects, find, read_card
@@ -46,6 +47,7 @@ class StereoSource:
       max_frames: a longer clip is rejected.
       max_disparity: pixels; None = an eighth of the width.
       max_depth: metres; what is farther counts as unknown.
+      num_frames: frames of a clip that questions are about; only they get a depth. None = all.
       limits: quality a clip must have.
       pool: decodes under a time limit.
     """
@@ -59,6 +61,7 @@ class StereoSource:
     max_frames: int = 300
     max_disparity: int | None = None
     max_depth: float = MAX_DEPTH
+    num_frames: int | None = None
     limits: QualityLimits = QualityLimits()  # noqa: B008, RUF009 - frozen
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
 
@@ -102,6 +105,7 @@ class StereoSource:
                 captions=names,
                 max_disparity=self.max_disparity,
                 max_depth=self.max_depth,
+                used=None if self.num_frames is None else frame_numbers(clip.times, self.num_frames).tolist(),
                 limits=self.limits,
                 provenance={"files": [path.name for path in videos]},
                 disparity_offset=card.disparity_offset or 0.0,

@@ -128,6 +128,14 @@ def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id
         raise StereoError(f"clip {clip_id}: {'; '.join(broken)}", "low_quality")
 
 
+def vertical_error(left: np.ndarray, right: np.ndarray, disparity: np.ndarray, valid: np.ndarray) -> float:
+    """Measure the median |row difference| in pixels of points followed from the left to the right view; NaN if none is.
+
+    Args: as `row_errors`.
+    """
+    return _median(np.abs(row_errors(left, right, disparity, valid)[1]))
+
+
 def static_drift(tracks: PointTracks, trajectory: Trajectory) -> float:
     """Measure the median over background tracks (2 sightings or more) of rms distance from their mean / distance to it.
 
@@ -149,7 +157,7 @@ class Reconstruction:
 
     Attributes:
       scene: poses and object points.
-      depths: f32[T,H,W] metres of the left view, NaN = unknown.
+      depths: f32[T,H,W] metres of the left view, NaN = unknown, or not of a frame used.
       quality: figures of the clip.
     """
 
@@ -172,6 +180,7 @@ def reconstruct_clip(
     max_disparity: int | None = None,
     max_depth: float = MAX_DEPTH,
     disparity_offset: float = 0.0,
+    used: Sequence[int] | None = None,
     limits: QualityLimits = QualityLimits(),  # noqa: B008 - frozen
     provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Reconstruction:
@@ -191,6 +200,8 @@ def reconstruct_clip(
       captions: per object id, what it is called; without one its name stays empty.
       max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m).
       max_depth: metres; farther pixels count as unknown.
+      used: frames that will be asked about, ascending; only they and keyframes of the camera's path get a depth, and
+        only they figures of matching. None = all.
       disparity_offset: pixels to take from every disparity: by how much the eyes' principal points differ.
       limits: the clip is rejected when it breaks one.
       provenance: added to the scene's, e.g. files.
@@ -204,12 +215,13 @@ def reconstruct_clip(
     search = max(1, left.shape[2] // 8) if max_disparity is None else max_disparity
     setting = _Matching(intrinsics, metres, search, max_depth, disparity_offset)
     try:
-        depths, figures = _clip_depths(left, right, setting)
+        depths = _DepthMaps(left, right, setting)
+        figures = depths.figures(range(len(left)) if used is None else sorted(set(used)))
         require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
         moving = np.logical_or.reduce(list(masks.values())) if masks else None
         trajectory = solve_trajectory(left, depths, intrinsics, moving)
         poses = trajectory.world_to_camera
-        tracks = track_points(left, depths, intrinsics, poses, list(masks.values()))
+        tracks = track_points(left, depths.maps, intrinsics, poses, list(masks.values()))
         offset = measure_offset(tracks, poses, intrinsics, metres)
         quality = Quality.of(figures, trajectory, tracks, scale, offset)
         require_quality(quality.as_dict(), limits, clip_id)
@@ -240,7 +252,7 @@ def reconstruct_clip(
         scale=scale,
         provenance={**provenance, **notes, "objects_left_out": left_out},
     )
-    return Reconstruction(scene, depths, quality)
+    return Reconstruction(scene, depths.maps, quality)
 
 
 def _check_clip(
@@ -271,26 +283,51 @@ class _Matching:
     offset: float
 
 
-def _clip_depths(left: np.ndarray, right: np.ndarray, setting: _Matching) -> tuple[np.ndarray, dict[str, float]]:
-    """Depths f32[T,H,W] and the figures of matching, named as in `Quality`."""
-    depths = np.empty(left.shape[:3], np.float32)
-    shares, errors, medians, rows = [], [], [], []
-    for frame, (first, second) in enumerate(zip(left, right, strict=True)):
-        disparity, valid, left_right = match_pair(first, second, setting.max_disparity)
-        if frame in (0, len(left) // 2, len(left) - 1):
-            rows.append(row_errors(first, second, disparity, valid))
-        disparity, focal = disparity - np.float32(setting.offset), setting.intrinsics[0, 0]
-        depths[frame] = depth_from_disparity(disparity, valid, focal, setting.baseline, setting.max_depth)
-        shares.append(valid.mean())
-        if valid.any():
-            errors.append(np.median(left_right[valid]))
-            medians.append(np.median(disparity[valid]))
-    points, lower, further = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
-    figures |= {"median_disparity": _median(medians), "vertical_error": _median(np.abs(lower))}
-    figures["row_curvature"] = row_curvature(points, lower, further, setting.intrinsics)
-    _check_range(depths, figures, setting)
-    return depths, {name: float(value) for name, value in figures.items()}
+class _DepthMaps:
+    """Depth maps of a clip, each found when it is first asked for; indexed by frame like an f32[T,H,W].
+
+    Attributes:
+      maps: f32[T,H,W] metres, NaN = unknown, or not asked for.
+    """
+
+    def __init__(self, left: np.ndarray, right: np.ndarray, setting: _Matching):
+        self.maps = np.full(left.shape[:3], np.nan, np.float32)
+        self.shape, self.ndim, self.dtype = self.maps.shape, self.maps.ndim, self.maps.dtype
+        self._views, self._setting, self._known = (left, right), setting, set()
+
+    def __getitem__(self, frame: int) -> np.ndarray:
+        if frame not in self._known:
+            self.find(frame)
+        return self.maps[frame]
+
+    def find(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Match a frame's pair and keep its depth; return what `match_pair` found."""
+        setting = self._setting
+        found, valid, left_right = match_pair(*(view[frame] for view in self._views), setting.max_disparity)
+        disparity = found - np.float32(setting.offset)
+        self.maps[frame] = depth_from_disparity(
+            disparity, valid, setting.intrinsics[0, 0], setting.baseline, setting.max_depth
+        )
+        self._known.add(frame)
+        return found, valid, left_right
+
+    def figures(self, frames: Sequence[int]) -> dict[str, float]:
+        """Match those frames; return the figures of matching, named as in `Quality`."""
+        shares, errors, medians, rows = [], [], [], []
+        for frame in frames:
+            disparity, valid, left_right = self.find(frame)
+            shares.append(valid.mean())
+            if valid.any():
+                errors.append(np.median(left_right[valid]))
+                medians.append(np.median(disparity[valid]))
+            if frame in (frames[0], frames[len(frames) // 2], frames[-1]):
+                rows.append(row_errors(*(view[frame] for view in self._views), disparity, valid))
+        points, lower, further = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
+        figures |= {"median_disparity": _median(medians), "vertical_error": _median(np.abs(lower))}
+        figures["row_curvature"] = row_curvature(points, lower, further, self._setting.intrinsics)
+        _check_range(self.maps[frames], figures, self._setting)
+        return {name: float(value) for name, value in figures.items()}
 
 
 def _check_range(depths: np.ndarray, figures: Mapping[str, float], setting: _Matching) -> None:

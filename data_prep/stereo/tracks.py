@@ -59,11 +59,11 @@ def track_points(
 ) -> PointTracks:
     """Follow background and object points forward and backward through a clip.
 
-    Every `seed_every` frames each label is filled up to its number of points. A point is looked for where the camera's
-    motion would take it if it stood still, plus what it moved besides in the step before. It ends where Lucas-Kanade
-    does not find its way back, where it no longer looks as when seeded, where its depth jumps, or where it leaves its
-    object's mask (background points: where they enter one). While an object's mask is empty its points go on unseen.
-    Points with depth in fewer than two frames are left out.
+    Every `seed_every` frames with depth each label is filled up to its number of points. A point is looked for where
+    the camera's motion would take it if it stood still, plus what it moved besides in the step before. It ends where
+    Lucas-Kanade does not find its way back, where it no longer looks as when seeded, where its depth jumps, or where it
+    leaves its object's mask (background points: where they enter one). While an object's mask is empty its points go on
+    unseen. Points with depth in fewer than two frames are left out.
 
     Args:
       frames: u8[T,H,W,3].
@@ -71,7 +71,7 @@ def track_points(
       intrinsics: f64[3,3] pixels.
       world_to_camera: f64[T,3,4].
       object_masks: bool[T,H,W] each.
-      seed_every: frames between seedings.
+      seed_every: frames with depth from one seeding to the next.
 
     Raises:
       StereoError: shapes do not fit.
@@ -82,13 +82,16 @@ def track_points(
     for n, mask in enumerate(object_masks):
         check_array(f"object_masks[{n}]", mask, bool, frames.shape[:3])
     greys = grey_frames(frames)
-    clear = np.stack([clear_of_edges(depth) for depth in depths])
+    clear = np.full(depths.shape, np.nan, np.float32)
+    known = np.flatnonzero(np.isfinite(depths).any((1, 2)))
+    for frame in known:
+        clear[frame] = clear_of_edges(depths[frame])
     wanted = [(-1, _BACKGROUND)] + [(n, _PER_OBJECT) for n in range(len(object_masks))]
     sweep = _Sweep(greys, clear, object_masks, intrinsics, world_to_camera)
     for frame in range(count):
         if frame:
             sweep.step(frame - 1, frame)
-        if frame % seed_every == 0:
+        if frame in known[::seed_every]:
             for label, number in wanted:
                 sweep.seed(frame, label, number)
     sweep.turn_round()

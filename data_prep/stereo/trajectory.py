@@ -107,7 +107,7 @@ def solve_trajectory(
 
     Args:
       frames: u8[T,H,W,3].
-      depths: f32[T,H,W] metres, NaN = unknown.
+      depths: f32[T,H,W] metres, NaN = unknown; asked for at keyframes only.
       intrinsics: f64[3,3] pixels, pixel centres at +0.5.
       masks: bool[T,H,W], True on objects that may move; None = the static scene must fill most of the view.
 

@@ -180,6 +180,22 @@ def centers(world_to_camera):
     return -np.einsum("tji,tj->ti", world_to_camera[:, :, :3], world_to_camera[:, :, 3])
 
 
+def test_only_used_frames_and_keyframes_get_a_depth(clip):
+    every, some = reconstruct(clip), reconstruct(clip, used=[1, 3, 6])
+    known = np.isfinite(some.depths).any((1, 2))
+    assert known.tolist() == [True, True, False, True, False, False, True]  # the path starts at frame 0
+    np.testing.assert_array_equal(some.depths[3], every.depths[3])
+    np.testing.assert_allclose(some.scene.camera_centers, every.scene.camera_centers, atol=2e-3)
+    ball = some.scene.object("ball").points
+    assert np.isfinite(ball[[1, 3, 6], :, 0]).any(1).all() and not np.isfinite(ball[[2, 4, 5], :, 0]).any()
+
+
+def test_depth_limit_is_the_callers(clip):
+    near = reconstruct(clip, max_depth=3.5)
+    assert np.nanmax(near.depths) <= 3.5 < np.nanmax(reconstruct(clip).depths)
+    assert near.scene.provenance["parameters"]["max_depth"] == 3.5
+
+
 def test_unknown_baseline_is_flagged_and_scales_the_world(clip):
     short = dataclasses.replace(clip, left=clip.left[:3], right=clip.right[:3], masks=clip.masks[:3])
     known, assumed = (reconstruct(short, baseline=b).scene for b in (clip.baseline, None))
