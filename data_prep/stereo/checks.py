@@ -15,7 +15,7 @@ from data_prep.stereo.tracks import PointTracks
 
 _MIN_POINTS = 40
 _MAX_SLOPE_ERROR = 0.03  # of a row curvature that counts as measured
-_MAX_OFFSET_ERROR = 0.12  # pixels; a quarter of the offset that is refused
+_MAX_OFFSET_ERROR = 0.035  # pixels; points of one distance tell less, and a slanted wall's bias then looks like one
 _NOISE = 0.1  # pixels: scale of the residuals of followed points
 
 
@@ -112,12 +112,20 @@ def _offset_of_pair(
     between = _compose(poses[1], invert_poses(poses[:1])[0])
     turn = Rotation.from_matrix(between[:, :3])
 
-    def residuals(step: np.ndarray) -> np.ndarray:
-        true = np.maximum(measured - step[6], 0.05)
+    def errors(step: np.ndarray, true: np.ndarray) -> np.ndarray:
+        """Pixels f64[N,4] off, points having disparity `true` in the first frame: there, in the second, its place."""
         pose = np.column_stack([(Rotation.from_rotvec(step[:3]) * turn).as_matrix(), between[:, 3] + step[3:6]])
-        points, ahead = project(rays * (intrinsics[0, 0] * baseline / true[:, :1]), pose, intrinsics)
+        points, ahead = project(rays * (intrinsics[0, 0] * baseline / true)[:, None], pose, intrinsics)
         seen = intrinsics[0, 0] * baseline / np.maximum(ahead, 1e-3)
-        return np.concatenate([(points - image[:, 1]).ravel(), seen - true[:, 1]])
+        return np.column_stack([np.column_stack([true, seen]) + step[6] - measured, points - image[:, 1]])
+
+    def residuals(step: np.ndarray) -> np.ndarray:
+        # Each point's own disparity is free: taken as measured, its noise would pass for an offset.
+        true = np.maximum(measured[:, 0] - step[6], 0.05)
+        start = errors(step, true)
+        slope = (errors(step, true + 1e-3) - start) / 1e-3
+        best = (start * slope).sum(1, keepdims=True) / (slope**2).sum(1, keepdims=True)
+        return (start - best * slope).ravel()
 
     found = least_squares(residuals, np.zeros(7), loss="soft_l1", f_scale=_NOISE, x_scale=[0.01] * 3 + [0.05] * 3 + [1])
     return float(found.x[6]), _standard_error(found.jac, residuals(found.x), 6)

@@ -11,6 +11,10 @@ import numpy as np
 _UPSAMPLE = 2
 # The rest of SGBM's settings were chosen on photographs (Middlebury 2003 and 2014), of which they keep more.
 _BLOCK = 3  # matching window, pixels of the image matched
+_SPECKLE = 60  # native pixels: smaller patches of other disparity are mismatches
+_SEARCH_MARGIN = (
+    4  # native pixels beyond what the match at native size found; most of the time goes by the range searched
+)
 _MIN_AGREEING = 3  # of the small pixels of one native pixel; a surface's border runs through a pixel
 _REFINE_WINDOW = 9  # window of the sub-pixel refinement, native pixels
 _REFINE_STEPS = 3
@@ -74,8 +78,8 @@ def match_pair(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple
     width = left.shape[1]
     if not 1 <= max_disparity < width:
         raise StereoError(f"max_disparity {max_disparity} must be between 1 and the width {width} (exclusive)")
-    coarse = _match(left, right, max_disparity, _UPSAMPLE)
     mirrored = _match(right[:, ::-1], left[:, ::-1], max_disparity, 1)[:, ::-1]  # of the right view
+    coarse = _match(left, right, min(max_disparity, _largest(mirrored) + _SEARCH_MARGIN), _UPSAMPLE)
     left_right = left_right_error(coarse, np.where(mirrored > 0, mirrored, np.nan))
     contradicted = np.isfinite(left_right) & (left_right > _MAX_LR_ERROR)
     inside = np.arange(width) - coarse >= 1  # at the right view's first column also what lies beyond it ends up
@@ -147,6 +151,12 @@ def _grey(image: np.ndarray, name: str) -> np.ndarray:
     return image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
 
 
+def _largest(disparity: np.ndarray) -> int:
+    """The largest disparity, rounded up, that more pixels have than a speckle of mismatches; 0 if none has one."""
+    count = np.bincount(np.ceil(disparity[disparity > 0]).astype(int), minlength=1)
+    return int(np.flatnonzero(np.cumsum(count[::-1])[::-1] > _SPECKLE).max(initial=0))
+
+
 def _match(left: np.ndarray, right: np.ndarray, max_disparity: int, scale: int) -> np.ndarray:
     """SGBM disparity f32[H,W] in native pixels of u8[H,W] views matched at `scale`; 0 = none."""
     height, width = left.shape
@@ -167,7 +177,7 @@ def _match(left: np.ndarray, right: np.ndarray, max_disparity: int, scale: int) 
         disp12MaxDiff=1,
         preFilterCap=15,
         uniquenessRatio=5,
-        speckleWindowSize=60 * scale**2,
+        speckleWindowSize=_SPECKLE * scale**2,
         speckleRange=scale,
         mode=cv2.STEREO_SGBM_MODE_SGBM_3WAY,
     )

@@ -98,7 +98,7 @@ class QualityLimits:
     max_static_drift: float | None = 0.05
     max_path_length: float | None = None
     max_row_curvature: float | None = 0.12
-    max_disparity_offset: float | None = 0.5
+    max_disparity_offset: float | None = 0.6
 
 
 def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id: str) -> None:
