@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+from benchmarks.stereo_accuracy import photo_scene
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import intrinsics_of
 from data_prep.stereo import disparity as disparity_module
@@ -130,6 +131,27 @@ def test_split_side_by_side(layout):
     first, second = split_side_by_side(np.concatenate(order, 2 if "left" in layout else 1), layout)
     np.testing.assert_array_equal(first, left)
     np.testing.assert_array_equal(second, right)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_benchmark_reads_photographs(tmp_path, times):
+    """A scene folder in Middlebury's form; larger ones are reduced, and their disparities with them."""
+    width = 900 if times == 2 else 160
+    truth = np.tile(np.arange(1, 97, dtype=np.float32)[:, None], (1, width))
+    truth[0, 0] = np.inf
+    for name in ("im0.png", "im1.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((96, width, 3), np.uint8))
+    pixels = truth[::-1].astype(">f4" if times == 2 else "<f4").tobytes()  # bottom row first
+    sign = b"1.0" if times == 2 else b"-1.0"
+    (tmp_path / "disp0.pfm").write_bytes(b"Pf\n%d 96\n%s\n" % (width, sign) + pixels)
+    (tmp_path / "calib.txt").write_text("cam0=[1 0 0]\nndisp=64\n")
+    left, _, found, largest = photo_scene(tmp_path)
+    assert left.shape == (96 // times, width // times, 3) and largest == 64 // times
+    np.testing.assert_array_equal(found[1:, 5], truth[times // 2 :: times, 5][1:] / times)
+    assert np.isnan(found[0, 0]) == (times == 1)
+    (tmp_path / "disp0.pfm").write_bytes(b"Pf\n%d 96\n-1\n" % width)
+    with pytest.raises(ValueError, match="has 0 bytes of pixels"):
+        photo_scene(tmp_path)
 
 
 def test_bad_pairs_are_refused():
