@@ -16,6 +16,7 @@ from data_prep.stereo.tracks import PointTracks
 _MIN_POINTS = 40
 _MAX_SLOPE_ERROR = 0.03  # of a row curvature that counts as measured
 _MAX_OFFSET_ERROR = 0.035  # pixels; points of one distance tell less, and a slanted wall's bias then looks like one
+_MAX_DISAGREEMENT = 0.5  # pixels between the estimates of two pairs of frames
 _NOISE = 0.1  # pixels: scale of the residuals of followed points
 
 
@@ -79,7 +80,7 @@ def disparity_offset(
       baseline: metres, as used for the tracks' depths.
 
     Returns:
-      Pixels; NaN where the motion does not tell, as without any forward.
+      Pixels; NaN where the motion does not tell, as without any forward, or two pairs of frames tell different ones.
     """
     still = tracks.labels == -1
     image, world = tracks.image[still], tracks.world[still]
@@ -92,11 +93,13 @@ def disparity_offset(
                 pair = _offset_of_pair(
                     image[both][:, [first, second]], world[both][:, [first, second]], poses, intrinsics, baseline
                 )
-                estimates.append(pair)
+                estimates += [pair] if math.isfinite(pair[1]) else []
                 break
-    if not estimates:
+    if len(estimates) < 2:
         return math.nan
     value, error = np.array(estimates).T
+    if np.ptp(value) > _MAX_DISAGREEMENT:
+        return math.nan
     weight = 1 / np.maximum(error, 1e-3) ** 2
     known = weight.sum() > _MAX_OFFSET_ERROR**-2
     return float((value * weight).sum() / weight.sum()) if known else math.nan
@@ -128,6 +131,8 @@ def _offset_of_pair(
         return (start - best * slope).ravel()
 
     found = least_squares(residuals, np.zeros(7), loss="soft_l1", f_scale=_NOISE, x_scale=[0.01] * 3 + [0.05] * 3 + [1])
+    if found.x[6] > 0.5 * np.median(measured):  # most of the disparity: everything could as well be at infinity
+        return math.nan, math.inf
     return float(found.x[6]), _standard_error(found.jac, residuals(found.x), 6)
 
 
