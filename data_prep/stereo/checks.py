@@ -85,7 +85,7 @@ def disparity_offset(
     still = tracks.labels == -1
     image, world = tracks.image[still], tracks.world[still]
     count, estimates = len(world_to_camera), []
-    for first in sorted({0, count // 2}):
+    for first in sorted({0, count // 4, count // 2}):
         for second in range(count - 1, first, -1):
             both = np.isfinite(world[:, [first, second], 0]).all(1)
             if both.sum() >= _MIN_POINTS:
