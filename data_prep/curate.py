@@ -141,6 +141,8 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
             baseline=s.baseline or None,
             max_frames=s.max_frames,
             max_disparity=s.max_disparity or None,
+            max_depth=s.max_depth,
+            num_frames=config.questions.num_frames,
             pool=pool,
         )
     if not source.clip_ids():

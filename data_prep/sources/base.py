@@ -86,6 +86,8 @@ class ClipCard:
       fov_degrees: horizontal field of view; None if unknown.
       intrinsics: f64[3,3] pixels of one eye's frame; None if unknown.
       baseline: metres between the eyes; None if unknown.
+      squeezed: whether stereo views are pressed to half their width (top-bottom: height); None = unknown.
+      disparity_offset: pixels that the stereo views' disparity is too large everywhere (principal points that differ).
       frame_size: (height, width) of the frames that an external tool was given; None = those of the video.
     """
 
@@ -93,6 +95,8 @@ class ClipCard:
     fov_degrees: float | None = None
     intrinsics: np.ndarray | None = None
     baseline: float | None = None
+    squeezed: bool | None = None
+    disparity_offset: float | None = None
     frame_size: tuple[int, int] | None = None
 
 
@@ -108,6 +112,8 @@ def read_card(path: str | Path, stem: str) -> ClipCard:
         "fov_degrees": (lambda v: _is_number(v) and 0 < v < 1000, "a number above 0"),
         "intrinsics": (lambda v: v is None or _is_camera(v), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels"),
         "baseline": (lambda v: _is_number(v) and 0 < v < 1000, "a number above 0"),
+        "squeezed": (lambda v: type(v) is bool, "true or false"),
+        "disparity_offset": (lambda v: _is_number(v) and abs(v) < 1000, "a number of pixels"),
         "frame_size": (lambda v: v is None or _is_size(v), "[height, width]"),
     }
     for name, value in fields.items():
