@@ -1,7 +1,7 @@
 """Accuracy of the stereo stage on synthetic clips: depth, camera path and objects from the two videos alone.
 
 python benchmarks/stereo_accuracy.py [--clips=48] [--first=1000] [--size=512] [--frames=16] [--seed=2026]
-    [--masks=truth|none] [--jpeg=QUALITY]
+    [--masks=truth|none] [--jpeg=QUALITY] [--middlebury=FOLDER]
 
 Per clip: median relative depth error over valid pixels and its sign (bias), the same beyond 6 m, the largest camera
 centre error relative to the path's length, the error of object displacements (per object and frame pair, centroids of
@@ -10,6 +10,10 @@ that agree with the exact scene's: the same class, or a distance within 10 cm or
 questions that curation would ask of the reconstructed clips, and the share of their letters that the exact scene gives
 too. Poses are compared in the frame of the first camera, without any alignment or scaling. `--jpeg` compresses every
 frame first, as lossy video does.
+
+`--middlebury` adds a second table, of photographs: scenes in the form of the Middlebury 2014 data set, a folder each
+with im0.png, im1.png, disp0.pfm and calib.txt (vision.middlebury.edu/stereo/data/scenes2014, or disp0GT.pfm as in
+MiddEval3). Larger ones are reduced to 800 pixels in width, a whole number of times. `--clips=0` prints it alone.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import sys
 import time
 from collections import defaultdict
@@ -33,13 +38,14 @@ from data_prep.questions.propose import SCENARIOS, Question, QuestionRules, prop
 from data_prep.scenes import relations
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene
-from data_prep.stereo.disparity import StereoError
+from data_prep.stereo.disparity import StereoError, match_pair
 from data_prep.stereo.stage import Reconstruction, reconstruct_clip
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import SyntheticClip, make_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 
 FAR = 6.0  # metres
+PHOTO_WIDTH = 800  # pixels: about what clips have
 MIN_PATH = 0.05  # metres: a shorter path has no relative error
 
 
@@ -209,14 +215,83 @@ def print_letters(letters: dict[str, list[bool]]) -> None:
         print(f"{'all':38s} {len(everything):6d} {100 * np.mean(everything):20.1f} %")
 
 
+def read_pfm(path: Path) -> np.ndarray:
+    """Read a grey PFM file, f32[H,W], top row first.
+
+    Raises:
+      ValueError: not a grey PFM, or shorter than its header says; naming the file.
+    """
+    with path.open("rb") as file:
+        kind, size, scale = (file.readline().split() for _ in range(3))
+        values = file.read()
+    if kind != [b"Pf"] or len(size) != 2 or len(scale) != 1:
+        raise ValueError(f"{path} is no grey PFM file: its header is {kind} {size} {scale}")
+    width, height = map(int, size)
+    if len(values) != 4 * width * height:
+        raise ValueError(f"{path} has {len(values)} bytes of pixels, {width} x {height} need {4 * width * height}")
+    kind = "<f4" if float(scale[0]) < 0 else ">f4"  # the sign of the scale is the order of bytes
+    return np.frombuffer(values, kind).reshape(height, width)[::-1].astype(np.float32)
+
+
+def photo_scene(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Views u8[H,W,3] RGB, true disparity f32[H,W] (NaN = unknown) and the largest disparity of a scene folder.
+
+    Raises:
+      ValueError: a file is missing or not what it should be; naming it.
+    """
+    views = [cv2.imread(str(folder / name), cv2.IMREAD_COLOR) for name in ("im0.png", "im1.png")]
+    truths = [path for path in (folder / "disp0.pfm", folder / "disp0GT.pfm") if path.exists()]
+    if any(view is None for view in views) or not truths or not (folder / "calib.txt").exists():
+        raise ValueError(f"{folder} needs im0.png, im1.png, calib.txt and disp0.pfm or disp0GT.pfm")
+    card = dict(line.split("=", 1) for line in (folder / "calib.txt").read_text().split("\n") if "=" in line)
+    truth, times = read_pfm(truths[0]), math.ceil(views[0].shape[1] / PHOTO_WIDTH)
+    height, width = (side // times for side in truth.shape)
+    truth = truth[times // 2 :: times, times // 2 :: times][:height, :width] / times  # the middle of each block
+    truth = np.where(np.isfinite(truth) & (truth > 0), truth, np.nan)
+    whole = [view[: height * times, : width * times] for view in views]
+    views = [cv2.resize(view, (width, height), interpolation=cv2.INTER_AREA)[..., ::-1] for view in whole]
+    largest = int(card["ndisp"]) / times if "ndisp" in card else float(np.nanmax(truth)) + 2
+    return views[0].copy(), views[1].copy(), truth.astype(np.float32), min(math.ceil(largest), width - 1)
+
+
+def print_photos(root: Path) -> None:
+    """Print the table of photographs: over pixels with truth (hidden ones too), and over those that got a disparity."""
+    scenes = sorted(path.parent for path in root.glob("*/im0.png"))
+    if not scenes:
+        print(f"\nno photographs: {root} holds no */im0.png (see --help)")
+        return
+    print("\nphotographs                 density %  median px  bad-1 %  bad-2 %  seconds")
+    for scene in scenes:
+        left, right, truth, largest = photo_scene(scene)
+        start = time.perf_counter()
+        found, valid, _ = match_pair(left, right, largest)
+        seconds = time.perf_counter() - start
+        known = np.isfinite(truth)
+        error = np.abs(found - truth)[known & valid]
+        print(
+            f"{scene.name[:26]:26s} {100 * error.size / known.sum():10.1f} {np.median(error):10.3f} "
+            f"{100 * (error > 1).mean():8.2f} {100 * (error > 2).mean():8.2f} {seconds:8.1f}",
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Prints a line per clip and the summary."""
+    """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("clips", 48), ("first", 1000), ("size", 512), ("frames", 16), ("seed", 2026)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--masks", choices=("truth", "none"), default="truth")
     parser.add_argument("--jpeg", type=int, default=None)
+    parser.add_argument("--middlebury", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.clips:
+        measure_renders(arguments)
+    if arguments.middlebury is not None:
+        print_photos(arguments.middlebury)
+
+
+def measure_renders(arguments: argparse.Namespace) -> None:
+    """Prints a line per rendered clip and the summary."""
     config = SyntheticConfig(height=arguments.size, width=arguments.size, frames=arguments.frames, stereo=True)
     rows, objects, failed, tally, letters = [], [], [], defaultdict(list), defaultdict(list)
     print("clip   depth %  bias %  >6 m %  valid %   path m  path err %  object cm  keyframes  seconds")

@@ -14,8 +14,9 @@ import ml_collections
 from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
 from data_prep.cold_start.task import run_cold_start
-from data_prep.questions.balance import PRESETS, select, split_of
-from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
+from data_prep.questions.blind import screen
+from data_prep.questions.propose import QuestionRules, ask, kind_weights
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource
@@ -72,18 +73,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     root = Path(workdir).absolute()
     source = make_source(config, root)
     clip_ids = source.clip_ids()
-    rules = QuestionRules(num_frames=config.questions.num_frames, per_clip=config.questions.per_clip)
+    rules = question_rules(config)
     work = functools.partial(ask_clip, source, rules, config.seed, config.bench_share)
     with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:
         done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result)
         print(f"{done} clips done now, {len(clip_ids)} in all")
         rows = judged_rows(store, clip_ids)
-        chosen = choose(config, rows)
+        chosen = choose(config, rows, rules.weights)
         manifest = assemble(store, clip_ids, root, OUTPUTS, chosen.__contains__)
-        kept = [row for row in rows if row["id"] in chosen]
         by_clip: dict[str, list[str]] = {}
-        for row in kept:
-            by_clip.setdefault(row["part"], []).append(row["id"])
+        for row in rows:
+            if row["id"] in chosen:
+                by_clip.setdefault(row["part"], []).append(row["id"])
         write_atomic(root / CHOSEN, canonical_json(by_clip))
         if config.tfds.write:
             write_dataset(config, root, source.root, store, by_clip)
@@ -92,10 +93,21 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         print(f"{split}: {sum(counts.values())} questions; {listed}")
     if manifest["rejected"]:
         print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")
-    write_curation_report(config, root, source, manifest, kept)
+    write_curation_report(config, root, source, manifest, rows, chosen)
     print(f"records: {', '.join(str(root / name) for name in OUTPUTS)}; media root: {source.root}")
     print(f"report: {root / 'report.html'}")
     return 0
+
+
+def question_rules(config: ml_collections.ConfigDict) -> QuestionRules:
+    """Return what is asked, by the config's `questions`. Raises KindError, or CurateError: margin is not below tau."""
+    values = dict(config.questions)
+    if values["margin"] >= values["tau"]:
+        raise CurateError(
+            f"questions.margin = {values['margin']:g} must be below questions.tau = {values['tau']:g}, or nothing is "
+            "'not moving'"
+        )
+    return QuestionRules(weights=kind_weights(values.pop("kinds")), **values)
 
 
 def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
@@ -129,6 +141,8 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
             baseline=s.baseline or None,
             max_frames=s.max_frames,
             max_disparity=s.max_disparity or None,
+            max_depth=s.max_depth,
+            num_frames=config.questions.num_frames,
             pool=pool,
         )
     if not source.clip_ids():
@@ -137,21 +151,27 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
 
 
 def ask_clip(source: ClipSource, rules: QuestionRules, seed: int, bench_share: float, clip_id: str) -> ClipResult:
-    """Ask about a clip: `questions.propose` and `balance.split_of`. Raises ClipRejected: it gives no questions."""
-    source_id = ""
+    """Ask about a clip: `questions.propose` and `balance.split_of`; a clip or object without questions is listed.
+
+    Raises:
+      ClipRejected: the clip cannot be loaded.
+    """
     try:
         clip = source.load(clip_id)
-        source_id = clip.scene.source_id
-        found = propose(clip.scene, rules, seed)
     except SceneError as error:
-        raise ClipRejected("bad_scene", str(error), source_id) from error
+        raise ClipRejected("bad_scene", str(error)) from error
+    scene, source_id = clip.scene, clip.scene.source_id
+    try:
+        found, unasked = ask(scene, rules, seed)
+        lost = (*clip.left_out, *unasked)
     except Refused as error:
-        raise ClipRejected(error.reason, str(error), source_id) from error
-    if not found:
-        raise ClipRejected("no_questions", "no relation of this clip has a clear answer", source_id)
+        found, lost = [], ({"reason": error.reason, "detail": str(error)}, *clip.left_out)
+    else:
+        if not found:
+            lost = ({"reason": "no_questions", "detail": "no relation of this clip has a clear answer"}, *lost)
     video = clip.video.relative_to(source.root).as_posix()
     rows = tuple(question.record(video) for question in found)
-    return ClipResult(clip_id, source_id, split_of(source_id, bench_share=bench_share), rows, clip.left_out)
+    return ClipResult(clip_id, source_id, split_of(source_id, bench_share=bench_share) if found else "", rows, lost)
 
 
 def judged_rows(store: PartStore, clip_ids: Sequence[str]) -> list[dict[str, Any]]:
@@ -164,8 +184,16 @@ def judged_rows(store: PartStore, clip_ids: Sequence[str]) -> list[dict[str, Any
     ]
 
 
-def choose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]]) -> set[str]:
+def choose(
+    config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float]
+) -> set[str]:
     """Choose the ids of the questions of both splits by their presets; preset "all" takes the training split whole.
+
+    Of the training set those are left out again that let a guesser exceed `balance.slack` (`blind.screen`). Where no
+    held-out questions can be chosen and no number of them was asked for, that is printed.
+
+    Args:
+      weights: of the scenarios asked about, see `kind_weights`.
 
     Raises:
       CurateError: there are none. BalanceError: too few for the totals wanted.
@@ -173,11 +201,30 @@ def choose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, Any]])
     if not rows:
         raise CurateError("not one question could be asked; the reasons are in the files under parts/ of the workdir")
     chosen: set[str] = set()
-    for name, total in ((config.preset, config.total), ("bench", config.bench_total)):
+    for split, name, total in (("train", config.preset, config.total), ("bench", "bench", config.bench_total)):
+        group = [row for row in rows if row["split"] == split]
         if name == EVERYTHING:
-            chosen |= {row["id"] for row in rows if row["split"] == "train"}
-            continue
-        preset = dataclasses.replace(PRESETS[name], total=total or None)
-        if any(row["split"] == preset.split for row in rows):
-            chosen |= {rows[n]["id"] for n in select(rows, preset, seed=config.seed, bench_share=config.bench_share)}
+            chosen |= {row["id"] for row in group}
+        elif group and split == "train":
+            balance = config.balance
+            shares = {n: share * weights[n] for n, share in PRESETS[name].shares.items() if n in weights}
+            changes = {"slack": balance.slack, "stretch": balance.stretch}
+            preset = dataclasses.replace(PRESETS[name], shares=shares, total=total or None, **changes)
+            while True:
+                kept = [group[n] for n in select(group, preset, seed=config.seed, bench_share=config.bench_share)]
+                out = screen(kept, balance.slack, config.seed)
+                if not out or not total:
+                    break
+                group = [row for row in group if row["id"] not in out]  # others take their place
+            chosen |= {row["id"] for row in kept} - out
+        elif group:
+            shares = {n: share for n, share in PRESETS[name].shares.items() if n in weights}
+            preset = dataclasses.replace(PRESETS[name], shares=shares, total=total or None)
+            try:
+                picked = select(group, preset, seed=config.seed, bench_share=config.bench_share)
+                chosen |= {group[n]["id"] for n in picked}
+            except BalanceError as error:
+                if total:
+                    raise
+                print(f"no held-out questions: {error}")
     return chosen

@@ -39,16 +39,52 @@ CLIP_KEYS = (
     Key("stereo.baseline", 0.0, "stereo: metres between the eyes; 0 = assume 0.063, as Stereo4D does", low=0, high=100),
     Key("stereo.max_frames", 300, "stereo: a longer clip is rejected", low=2, high=100000),
     Key("stereo.max_disparity", 0, "stereo: pixels searched; 0 = an eighth of the width", low=0, high=8192),
+    Key("stereo.max_depth", 20.0, "stereo: metres; farther pixels count as unknown", low=0.1, high=10000),
     Key("monocular.max_spread", 0.1, "monocular: relative spread of the scale up to which it counts as metric", low=0),
     Key(
         "questions.num_frames", 32, "frames of a clip that the model will see; questions count these", low=2, high=65536
     ),
     Key("questions.per_clip", 28, "most questions proposed per clip, before balancing", low=1, high=100000),
     Key(
+        "questions.kinds",
+        (),
+        "scenarios to ask about, each 'name' or 'name=weight'; () = all seven, equally often. Weights multiply the "
+        "preset's shares of the training set; the held-out set has equal shares of those named",
+    ),
+    Key("questions.pairs", 24, "frame pairs tried per clip; more find more of what is scarce", low=1, high=100000),
+    Key("questions.min_gap", 0.1, "both frames are at least this share of the clip apart", low=0, high=0.99),
+    Key("questions.min_points", 5, "points of an object that both frames must show", low=1, high=100000),
+    Key("questions.min_motion", 0.2, "metres the camera must move to have a direction", low=0.001, high=1000),
+    Key(
+        "questions.dominance",
+        1.5,
+        "its largest component must be this many times the second; the lower, the more oblique a 'forward' may be",
+        low=1,
+        high=1000,
+    ),
+    Key("questions.tau", 0.25, "metres; a smaller change of an object is 'not moving'", low=0.001, high=1000),
+    Key("questions.margin", 0.1, "metres around tau where nothing is asked; below tau", low=0, high=1000),
+    Key(
         "preset",
         "mllm4d_2m",
         "shares, caps and motion of the training set; 'all' = every question, unbalanced (for a handful of clips)",
         choices=("mllm4d_2m", "r1_30k", "all"),
+    ),
+    Key(
+        "balance.slack",
+        0.03,
+        "accuracy above chance that a guesser without the video may reach on the training set, in every scenario; 0 = "
+        "equal classes, as in the held-out set, which keeps far less where one answer is frequent",
+        low=0,
+        high=1,
+    ),
+    Key(
+        "balance.stretch",
+        3.0,
+        "a scenario may have up to this many times its share of the training set where others have too few; 1 = "
+        "exact shares",
+        low=1,
+        high=1000,
     ),
     Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0),
     Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0),

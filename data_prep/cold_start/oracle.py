@@ -118,7 +118,7 @@ def _fields(item: R1Question, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | Non
         "verdict": verdict,
     }
     if shift is not None:
-        fields["obj"] = _clause(name, shift, "keeps its place", "moves")
+        fields["obj"] = _clause(f"the position of {name}", shift, "hardly changes", "shifts")
         fields["before"], fields["after"] = (f"{math.dist(c, o):.2f}" for c, o in zip(camera, thing, strict=True))
     return fields
 

@@ -3,7 +3,7 @@
 Fields: {i}, {j}: the two frames; {o}: the object; {cam}, {obj}: clauses saying where camera and object go in the fixed
 axes; {sight}: what can be seen of it; {d}: displacement [x, y, z] between the two written states; {n}: its length;
 {v}: the measured value; {before}, {after}: distances between camera and object centre at the two states; {verdict}:
-what {v} means. Lengths are in metres.
+what {v} means. Lengths are in metres. No verb or pronoun depends on the number of objects ("the two men").
 
 The distances to an object are measured to its nearest visible point, and the written states hold the middle of its
 points. So where a relation is about such a distance, the text gives both numbers and says which one the question is
@@ -34,41 +34,47 @@ GOAL: Mapping[str, tuple[str, ...]] = {
         "own pose at frame {i}.",
     ),
     "object_absolute_distance": (
-        "The task is to find how far {o} gets in the scene between frame {i} and frame {j}.",
-        "I need the straight distance between the place of {o} at frame {i} and its place at frame {j}.",
+        "The task is to find how far the position of {o} shifts in the scene between frame {i} and frame {j}.",
+        "I need the straight distance between the places of {o} at frame {i} and at frame {j}.",
         "Two places of {o} have to be compared, at the start frame {i} and at the end frame {j}; the camera's own move "
         "must not be mixed in.",
         "What is wanted is the net displacement of {o}, starting at frame {i} and ending at frame {j}.",
     ),
     "object_camera_absolute_distance": (
-        "The task is to find the distance from where the camera is at frame {i} to {o} as it stands at frame {j}.",
-        "I need two things: the camera's position at the start frame {i}, and the place of {o} at the end frame {j}.",
-        "The distance asked about mixes two moments. The camera counts as it is at frame {i}, {o} as it is at frame "
-        "{j}.",
-        "What is wanted is how far {o}, seen at frame {j}, lies from the camera's place at frame {i}.",
+        "The task is to find the distance from where the camera is at frame {i} to the nearest visible point of {o} at "
+        "frame {j}.",
+        "I need two things: the camera's position at the start frame {i}, and the nearest visible point of {o} at the"
+        " end frame {j}.",
+        "The distance asked about mixes two moments. The camera counts with the position at frame {i}, {o} with the "
+        "nearest visible point at frame {j}.",
+        "What is wanted is how far the nearest visible point of {o} at frame {j} lies from the camera's place at frame "
+        "{i}.",
     ),
     "object_camera_relative_distance": (
-        "The task is to tell whether {o} is nearer to the camera or farther from it at frame {j} than at frame {i}.",
-        "I have to compare two distances from the camera to {o}: the one at frame {i} and the one at frame {j}.",
-        "The start frame is {i} and the end frame is {j}; what counts is how the gap between the camera and {o} "
-        "changes.",
-        "What is wanted is the change of the distance between the camera and {o}, with both free to move, from frame "
-        "{i} to frame {j}.",
+        "The task is to tell whether the nearest visible point of {o} is closer to the camera or farther from it at "
+        "frame {j} than at frame {i}.",
+        "I have to compare two distances from the camera to the nearest visible point of {o}: the one at frame {i} and "
+        "the one at frame {j}.",
+        "The start frame is {i} and the end frame is {j}; what counts is how the gap between the camera and the "
+        "nearest visible point of {o} changes.",
+        "What is wanted is the change of the distance between the camera and the nearest visible point of {o}, with "
+        "both free to move, from frame {i} to frame {j}.",
     ),
     "object_camera_lateral_direction": (
-        "The task is to tell whether {o} goes left or right between frame {i} and frame {j}, in the view of frame {i}.",
+        "The task is to tell whether the position of {o} shifts left or right between frame {i} and frame {j}, in the"
+        " view of frame {i}.",
         "I have to look at the sideways motion of {o}. Frame {i} is the start and sets the axes, frame {j} is the end.",
-        "Start frame {i}, end frame {j}: what counts is how far {o} shifts along the horizontal axis of the first of "
-        "them.",
+        "Start frame {i}, end frame {j}: what counts is how far the position of {o} shifts along the horizontal axis "
+        "of the first of them.",
         "What is wanted is the left-right displacement of {o} from frame {i} to frame {j}, with the camera held as it "
         "was at frame {i}.",
     ),
     "object_camera_longitudinal_direction": (
-        "The task is to tell whether {o} goes away or comes near along the line of sight of frame {i}, until frame "
-        "{j}.",
+        "The task is to tell whether the position of {o} shifts away or closer along the line of sight of frame {i}, "
+        "up to frame {j}.",
         "I have to look at the motion of {o} in depth. Frame {i} is the start and sets the axes, frame {j} is the end.",
-        "Start frame {i}, end frame {j}: what counts is how far {o} shifts along the viewing axis of the first of "
-        "them.",
+        "Start frame {i}, end frame {j}: what counts is how far the position of {o} shifts along the viewing axis of "
+        "the first of them.",
         "What is wanted is the change in depth of {o} from frame {i} to frame {j}, with the camera held as it was at "
         "frame {i}.",
     ),
@@ -105,7 +111,7 @@ EVIDENCE: Mapping[str, tuple[str, ...]] = {
         "Leaving aside any turning of the view, {sight} on the way from frame {i} to frame {j}.",
     ),
     "object_absolute_distance": (
-        "Between these frames {obj}, judged by the things around it that stand still; {cam}.",
+        "Between these frames {obj}, judged by the things around that stand still; {cam}.",
         "Following the frames in between, I see that {cam}, while {obj}.",
         "Against the static surroundings, {obj}. As for the viewpoint, {cam}.",
         "I separate the two motions in the frames in between: {cam}, and {obj}.",
@@ -152,16 +158,16 @@ SYNTHESIS: Mapping[str, tuple[str, ...]] = {
         "From the camera at the start to the middle of {o} at the end it is {d}, or {n} m. What counts is the visible "
         "part of {o} that is nearest to that place, and I judge it to be about {v} m away.",
         "The end place of {o} minus the start place of the camera is {d}, {n} m long. That leads to the middle of {o}; "
-        "to its nearest visible point I estimate {v} m.",
+        "to the nearest visible point I estimate {v} m.",
         "Taking the camera from the first state and {o} from the second, their centres are {n} m apart ({d}). The "
         "distance asked about ends at the nearest point of {o} that can be seen, roughly {v} m from there.",
-        "Between the two centres lie {d}, so {n} m. The object has some extent, though: measured to its closest "
+        "Between the two centres lie {d}, so {n} m. The object has some extent, though: measured to the closest "
         "visible point the distance is about {v} m.",
     ),
     "object_camera_relative_distance": (
         "Centre to centre, the distance is {before} m at the start and {after} m at the end. For the nearest visible "
         "part of {o}, which counts here, the change is about {v} m: {verdict}.",
-        "The states put the middle of {o} at {before} m from the camera first and at {after} m later. Measured to its "
+        "The states put the middle of {o} at {before} m from the camera first and at {after} m later. Measured to the "
         "closest visible point the difference is about {v} m, {verdict}.",
         "From {before} m between the centres it comes to {after} m. The gap to the nearest point of {o} that can be "
         "seen changes by about {v} m; this is {verdict}.",
@@ -214,13 +220,13 @@ OBJECT_SIGHT: Mapping[str, Mapping[str, tuple[str, str]]] = {
         ),
     },
     "object_camera_lateral_direction": {
-        "right": ("{o} ends up further to the right than it was", "clearly to the right"),
-        "left": ("{o} ends up further to the left than it was", "clearly to the left"),
-        "not moving": ("{o} keeps about the same place from left to right", "too little to count as motion"),
+        "right": ("the position of {o} ends up further to the right than it was", "clearly to the right"),
+        "left": ("the position of {o} ends up further to the left than it was", "clearly to the left"),
+        "not moving": ("the position of {o} stays about the same from left to right", "too little to count as motion"),
     },
     "object_camera_longitudinal_direction": {
-        "farther": ("{o} ends up deeper in the scene than it was", "clearly away from the camera"),
-        "closer": ("{o} ends up less deep in the scene than it was", "clearly towards the camera"),
-        "not moving": ("{o} keeps about the same depth", "too little to count as motion"),
+        "farther": ("the position of {o} ends up deeper in the scene than it was", "clearly away from the camera"),
+        "closer": ("the position of {o} ends up less deep in the scene than it was", "clearly towards the camera"),
+        "not moving": ("the depth of {o} stays about the same", "too little to count as motion"),
     },
 }

@@ -28,6 +28,7 @@ class R1Question:
       id: unique in the file; from the record's content where it brings none.
       scenario: the record's "question_type"; `UNSPECIFIED` without.
       source_id: source video, "" if unknown.
+      scale: how far the metres can be trusted, as curation wrote it (`scenes.scene.SCALES`), "" if unknown.
       video: path below the media root; span: the part of it that is meant, None for all.
       system: the record's own system prompt, "" if it has none.
       prompt: what the user says, <video> included.
@@ -42,6 +43,7 @@ class R1Question:
     id: str
     scenario: str
     source_id: str
+    scale: str
     video: str
     span: Span | None
     system: str
@@ -63,8 +65,8 @@ def read_items(path: str | Path) -> tuple[list[R1Question], int]:
     """Return all questions of a JSONL file sorted by id, and how many lines only repeated an earlier record.
 
     A record is in one of the layouts of `qa.records`, with one question about one video and a "solution" (see
-    `rewards.Solution.from_record`); a last answer is left out. Optional: "id", "question_type", "source_id", "label",
-    "value", "object_name", "frames", as `export.r1_record` writes them.
+    `rewards.Solution.from_record`); a last answer is left out. Optional: "id", "question_type", "source_id", "scale",
+    "label", "value", "object_name", "frames", as `export.r1_record` writes them.
 
     Raises:
       RecordError: the file cannot be read or is empty, a record is wrong, or two differ and share an id.
@@ -113,6 +115,7 @@ def parse_item(record: Mapping[str, Any], where: str, fallback_id: str) -> R1Que
             id=text_field(record, "id", fallback_id),
             scenario=text_field(record, "question_type", UNSPECIFIED),
             source_id=text_field(record, "source_id", ""),
+            scale=text_field(record, "scale", ""),
             video=video,
             span=video_spans(record, 1)[0],
             system=system or "",
@@ -141,8 +144,11 @@ def _frames(frames: Any) -> tuple[int, int, int] | None:
 
 
 def _value(value: Any) -> float | tuple[float, ...] | None:
-    if value is None or is_metres(value):
-        return value if value is None else float(value)
-    if not is_point(value):
-        raise RecordError(f"'value' must be a number of metres, or three, not {shown(value)}")
-    return tuple(map(float, value))
+    if value is None:
+        return None
+    if is_point(value):
+        return tuple(map(float, value))
+    listed = value if isinstance(value, list) else [value]
+    if len(listed) != 1 or not is_metres(listed[0]):
+        raise RecordError(f"'value' must be a number of metres, alone or in a list, or three, not {shown(value)}")
+    return float(listed[0])

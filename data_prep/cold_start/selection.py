@@ -154,7 +154,8 @@ def _rewards(result: ClipResult) -> Rewards:
 
 
 def record(item: R1Question, completion: str, record_id: str) -> dict[str, Any]:
-    """Return a record as in MLLM4D-Cold-Start-Data.json, plus "id" and "question_type", which its readers ignore.
+    """Return a record as in MLLM4D-Cold-Start-Data.json, plus "id", "question_type" and, where it is known, "scale",
+    which its readers ignore.
 
     The speaker is "user", not "human": the released loader takes every role but user and system for the assistant.
     """
@@ -165,6 +166,7 @@ def record(item: R1Question, completion: str, record_id: str) -> dict[str, Any]:
         **dict(zip(("video_start", "video_end"), item.span or (), strict=False)),
         "conversations": [{"from": who, "value": what} for who, what in turns],
         "question_type": item.scenario,
+        **({"scale": item.scale} if item.scale else {}),
     }
 
 

@@ -1,10 +1,12 @@
-"""Choosing questions: shares per scenario, equal classes, few questions per video, one split per source video.
+"""Choosing questions: shares per scenario, even classes, few questions per video, one split per source video.
 
-Classes are made equal so that knowing how often each answer occurs is worth nothing: labels separately for short and
-long stretches of frames (otherwise "not moving" follows from two frame numbers that are close together), ranks of the
-true distance separately for small and large distances (otherwise, where large ones are rare, the smaller options are
-the better guess). The scarcest class therefore decides how much can be used. Among equally good questions those whose
-right letter is rarer so far come first, so that letters are even too and not only on average.
+Knowing how often each answer occurs must be worth little: labels are capped separately for short and long stretches of
+frames (otherwise "not moving" follows from two frame numbers that are close together), ranks of the true distance
+separately for small and large distances (otherwise, where large ones are rare, the smaller options are the better
+guess) and, where there are many, for short and long stretches too. `caps` says how far: a held-out set allows nothing
+and its classes are equal; a training set allows `slack`, and so uses most of what there is even where one answer is
+much more frequent. Among equally good questions those whose right letter is rarer so far come first, so that letters
+are even too and not only on average.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from data_prep.questions.caps import Step, cap_steps
+from data_prep.questions.options import LETTERS
 from data_prep.questions.propose import SCENARIOS
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 
-_SIZE_STEP = 0.1  # width of a bin of sizes, in the natural logarithm
+_SIZE_STEP = 0.1  # least width of a bin of sizes, in the natural logarithm
+_BIN_ROWS = 32  # least rows in a bin: with fewer, some class has none by chance
+_GAP_ROWS = 8 * _BIN_ROWS  # least rows of distances in a bin of gaps, which is then divided by size
 SPLITS = ("train", "bench")
 
 
@@ -55,17 +61,50 @@ class Preset:
     total: int | None  # questions wanted; None for as many as the shares allow
     min_motion: float  # metres that camera or object must have moved between the frames
     split: str  # "train" or "bench"
+    slack: float = 0.0  # accuracy above chance that knowing the classes' frequencies may give; 0: equal classes
+    stretch: float = 1.0  # a scenario may have this many times its share where others have less; 1: exact shares
 
-    def quotas(self, total: int) -> dict[str, int]:
-        """Share out the questions per scenario of a data set of `total`; largest remainders get the rest."""
-        weight = sum(self.shares.values())
-        exact = {name: total * share / weight for name, share in self.shares.items()}
-        quotas = {name: int(value) for name, value in exact.items()}
-        for name in sorted(exact, key=lambda n: (quotas[n] - exact[n], n))[: total - sum(quotas.values())]:
-            quotas[name] += 1
-        return quotas
+    def quotas(self, total: int, most: Mapping[str, int] | None = None) -> dict[str, int] | None:
+        """Share out the questions per scenario of a data set of `total`; largest remainders get the rest.
+
+        Args:
+          most: questions that each scenario can have; what one is short of goes to the others, up to `stretch`.
+
+        Returns:
+          None when `total` cannot be reached.
+        """
+        most = dict.fromkeys(self.shares, total) if most is None else most
+        # Where as much is wanted as there is, a scenario without questions does not keep the others from having some.
+        shares = {name: share for name, share in self.shares.items() if most[name] or self.total is not None}
+        whole = sum(shares.values())
+        if not whole:
+            return None
+        room = {
+            name: min(most[name], math.ceil(self.stretch * total * share / whole)) for name, share in shares.items()
+        }
+        full: dict[str, int] = {}
+        while True:
+            open_, rest = {n: s for n, s in shares.items() if n not in full}, total - sum(full.values())
+            quotas = _largest_remainders(open_, rest)
+            over = [name for name, quota in quotas.items() if quota > room[name]]
+            if not over:
+                return full | quotas if open_ or not rest else None
+            if self.stretch == 1:
+                return None
+            full |= {name: room[name] for name in over}
 
 
+def _largest_remainders(weights: Mapping[str, float], total: int) -> dict[str, int]:
+    """Splits `total` in proportion to `weights`, in whole numbers."""
+    whole = sum(weights.values())
+    exact = {name: total * weight / whole for name, weight in weights.items()}
+    counts = {name: int(value) for name, value in exact.items()}
+    for name in sorted(exact, key=lambda n: (counts[n] - exact[n], n))[: total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+SLACK, STRETCH = 0.03, 3.0  # of training sets
 # The paper's figures. R1-30k gives one share for both directions of the object; "significant 4D motion" is 0.5 m here.
 _R1_SHARES = {
     "object_absolute_distance": 20.0,
@@ -81,8 +120,8 @@ _BENCH_SHARES = {name: 1 / _SUBTASK_SIZES[SUBTASKS[name]] for name in SCENARIOS}
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("mllm4d_2m", dict.fromkeys(SCENARIOS, 1.0), 20, None, 0.0, "train"),
-        Preset("r1_30k", _R1_SHARES, 20, 30_000, 0.5, "train"),
+        Preset("mllm4d_2m", dict.fromkeys(SCENARIOS, 1.0), 20, None, 0.0, "train", SLACK, STRETCH),
+        Preset("r1_30k", _R1_SHARES, 20, 30_000, 0.5, "train", SLACK, STRETCH),
         Preset("bench", _BENCH_SHARES, 20, 6_000, 0.0, "bench"),
     )
 }
@@ -112,25 +151,21 @@ def select(rows: Sequence[Mapping[str, Any]], preset: Preset, *, seed: int, benc
         twice = next(name for name, count in Counter(row["id"] for row in rows).items() if count > 1)
         raise ValueError(f"question id {twice!r} occurs more than once; ids must be unique in a data set")
     pool = _Pool.collect(rows, preset, seed, bench_share)
-    most = len(rows) if preset.total is None else preset.total
-    chosen = pool.fill(most)
-    if chosen is None:
+    most = pool.most() if preset.total is None else preset.total
+    chosen = pool.choose(most)
+    if not chosen:
         low, high = 0, most  # a data set of `low` can be made, one of `high` cannot
-        best: list[int] = []
         while high - low > 1:
             middle = (low + high) // 2
-            found = pool.fill(middle)
-            if found is None:
-                high = middle
-            else:
-                low, best = middle, found
-        if preset.total is not None or not best:
+            found = pool.choose(middle)
+            low, high, chosen = (middle, high, found) if found else (low, middle, chosen)
+        if preset.total is not None or not chosen:
+            wanted = "some questions" if preset.total is None else f"{most} questions"
             raise BalanceError(
-                f"preset {preset.name} wants {most} questions with equal classes and at most {preset.per_source} of a "
-                f"video; {len(rows)} on offer make {low}. Scarcest classes: {pool.scarce()}. Add clips of the "
-                f"{preset.split} split, or ask for fewer"
+                f"preset {preset.name} wants {wanted} with even classes and at most {preset.per_source} of a video; "
+                f"{len(rows)} on offer make {low}. Scarcest classes: {pool.scarce()}. Add clips of the {preset.split} "
+                "split, or ask for fewer"
             )
-        chosen = best
     return sorted(chosen, key=lambda n: rows[n]["id"])
 
 
@@ -140,116 +175,163 @@ def gap_bin(frames: Mapping[str, Any], bins: int = 8) -> int:
     return min(bins - 1, (j - i - 1) * bins // max(frames["count"] - 1, 1))
 
 
-def _kinds(scenario: str) -> list[Any]:
-    """The classes that must be equally frequent: the labels, or the four ranks of a distance."""
+def options_of(scenario: str) -> int:
+    """Return how many options a question of the scenario has."""
+    return min(len(LABELS[scenario]) or len(LETTERS), len(LETTERS))
+
+
+def kinds_of(scenario: str) -> list[Any]:
+    """Return the classes that balancing evens out: the labels, or the four ranks of a distance."""
     return list(LABELS[scenario]) or list(range(4))
 
 
-def _size_bin(options: Mapping[str, str]) -> int:
-    """Which range of sizes the smallest of the distances on offer falls into."""
-    return math.floor(math.log(max(min(map(float, options.values())), 0.05)) / _SIZE_STEP)
+def _size(options: Mapping[str, str]) -> float:
+    """The smallest of the distances on offer, as a logarithm."""
+    return math.log(max(min(map(float, options.values())), 0.05))
+
+
+def _bins(values: Mapping[int, float], step: float, least: int) -> dict[int, int]:
+    """Row -> number of its bin of values: at least `step` wide, and with at least `least` rows."""
+    bins: dict[int, int] = {}
+    first, held, number = -math.inf, 0, 0
+    for n in sorted(values, key=values.__getitem__):  # ties in the order they come in
+        if values[n] - first >= step and held >= least:
+            number, held = number + 1, 0
+        first, held = (values[n] if not held else first), held + 1
+        bins[n] = number
+    last = max(number - (held < least), 0)
+    return {n: min(bin_, last) for n, bin_ in bins.items()}
+
+
+Place = tuple[str, int, int]  # scenario, bin of gaps, bin of sizes within it
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pool:
-    """Rows in a random order that depends on seed and id, by (scenario, bin of gaps or sizes) and class."""
+    """Rows in a random order that depends on seed and id, by scenario and bin, and by class."""
 
     preset: Preset
-    cells: Mapping[tuple[str, int], Mapping[Any, list[int]]]
+    cells: Mapping[Place, Mapping[Any, list[int]]]
     sources: Sequence[str]  # of every row
     letters: Sequence[str]
 
     @classmethod
     def collect(cls, rows: Sequence[Mapping[str, Any]], preset: Preset, seed: int, bench_share: float) -> _Pool:
         splits = {name: split_of(name, bench_share=bench_share) for name in {row["source_id"] for row in rows}}
-        cells: dict[tuple[str, int], dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for n in sorted(range(len(rows)), key=lambda n: fraction(seed, "select", rows[n]["id"])):
-            row, scenario = rows[n], rows[n]["question_type"]
-            if scenario not in preset.shares or splits[row["source_id"]] != preset.split:
-                continue
-            if row["motion"] < preset.min_motion:
-                continue
-            if LABELS[scenario]:
-                cells[scenario, gap_bin(row["frames"])][row["label"]].append(n)
-            else:
-                cells[scenario, _size_bin(row["options"])][row["rank"]].append(n)
+        usable: dict[str, list[int]] = {scenario: [] for scenario in preset.shares}
+        for n in sorted(range(len(rows)), key=lambda n: (fraction(seed, "select", rows[n]["id"]), rows[n]["id"])):
+            row = rows[n]
+            if row["question_type"] in usable and splits[row["source_id"]] == preset.split:
+                if row["motion"] >= preset.min_motion:
+                    usable[row["question_type"]].append(n)
+        cells: dict[Place, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for scenario, group in usable.items():
+            labelled = bool(LABELS[scenario])
+            gaps = _bins({n: gap_bin(rows[n]["frames"]) for n in group}, 1, _BIN_ROWS if labelled else _GAP_ROWS)
+            for gap in sorted(set(gaps.values())):
+                same = [n for n in group if gaps[n] == gap]
+                sizes = {} if labelled else _bins({n: _size(rows[n]["options"]) for n in same}, _SIZE_STEP, _BIN_ROWS)
+                for n in same:
+                    kind = rows[n]["label"] if labelled else rows[n]["rank"]
+                    cells[scenario, gap, sizes.get(n, 0)][kind].append(n)
         return cls(preset, cells, [row["source_id"] for row in rows], [row["answer"] for row in rows])
 
     def scarce(self) -> dict[str, str]:
         found = {}
         for scenario in self.preset.shares:
             sizes = {
-                kind: sum(len(cell.get(kind, ())) for (name, _), cell in self.cells.items() if name == scenario)
-                for kind in _kinds(scenario)
+                kind: sum(len(cell.get(kind, ())) for (name, *_), cell in self.cells.items() if name == scenario)
+                for kind in kinds_of(scenario)
             }
             least = min(sizes, key=lambda kind: sizes[kind])
             found[scenario] = f"{least}: {sizes[least]}"
         return found
 
-    def fill(self, total: int) -> list[int] | None:
-        """Choose the rows of a data set of `total`; None when some class runs short."""
+    def most(self) -> int:
+        """Return how many can be chosen if no video had too many."""
+        room = {name: _size_of(steps) for name, steps in self._steps(frozenset()).items()}
+        low, high = 0, sum(room.values()) + 1  # a data set of `low` can be shared out, one of `high` cannot
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.preset.quotas(middle, room) else (low, middle)
+        return low
+
+    def choose(self, total: int) -> list[int]:
+        """Choose the rows of a data set of `total`; [] when some class runs short."""
+        left: set[int] = set()  # rows that are in the way because their video is used up
+        while total:
+            chosen, blocked = self._fill(total, left)
+            if not blocked:
+                return chosen
+            left |= blocked
+        return []
+
+    def _fill(self, total: int, left: Set[int]) -> tuple[list[int], set[int]]:
+        """`total` rows, none of `left`; or, if some class runs short, [] and those whose video was used up."""
+        steps = self._steps(left)
+        quotas = self.preset.quotas(total, {name: _size_of(found) for name, found in steps.items()})
+        if quotas is None:
+            return [], set()
         wanted: list[tuple[float, int, list[int], tuple]] = []  # (offered per wanted, wanted, offered, class)
-        for scenario, quota in self.preset.quotas(total).items():
-            needs = self._needs(scenario, quota)
-            if needs is None:
-                return None
-            for (place, kind), count in needs.items():
-                offer = self.cells[place][kind]
+        for scenario, quota in quotas.items():
+            for (place, kind), count in _needs(steps[scenario], quota).items():
+                offer = [n for n in self.cells[place][kind] if n not in left]
                 wanted.append((len(offer) / count, count, offer, (scenario, kind)))
         wanted.sort(key=lambda entry: entry[0])  # scarce classes choose first, while no video is used up
         used: Counter[str] = Counter()
         right: dict[tuple, Counter[str]] = defaultdict(Counter)  # letters so far, by class
         chosen: list[int] = []
+        blocked: set[int] = set()
         for _, count, offer, kind in wanted:
-            taken = self._take(offer, count, used, right[kind])
-            if taken is None:
-                return None
+            taken, passed = self._take(offer, count, used, right[kind])
             chosen += taken
-        return chosen
+            blocked |= passed if len(taken) < count else set()
+        return ([], blocked) if blocked else (chosen, blocked)
 
-    def _take(self, offer: Sequence[int], count: int, used: Counter[str], right: Counter[str]) -> list[int] | None:
-        """`count` rows of those on offer, rarest letter first; None if they do not suffice. Updates both counters."""
+    def _steps(self, left: Set[int]) -> dict[str, list[Step]]:
+        counts: dict[str, dict[Place, dict[Any, int]]] = {scenario: {} for scenario in self.preset.shares}
+        for place in sorted(self.cells):
+            cell = self.cells[place]
+            counts[place[0]][place] = {kind: sum(n not in left for n in group) for kind, group in cell.items()}
+        return {
+            scenario: cap_steps(found, kinds_of(scenario), options_of(scenario), self.preset.slack)
+            for scenario, found in counts.items()
+        }
+
+    def _take(
+        self, offer: Sequence[int], count: int, used: Counter[str], right: Counter[str]
+    ) -> tuple[list[int], set[int]]:
+        """Up to `count` rows, rarest letter first, and those passed over for their video. Updates both counters."""
         queues: dict[str, list[int]] = {}
         for n in reversed(offer):  # popped from the end
             queues.setdefault(self.letters[n], []).append(n)
         taken: list[int] = []
+        passed: set[int] = set()
         while len(taken) < count:
             letter = min((name for name, queue in queues.items() if queue), key=lambda k: (right[k], k), default=None)
             if letter is None:
-                return None
+                break
             n = queues[letter].pop()
-            if used[self.sources[n]] < self.preset.per_source:
-                used[self.sources[n]] += 1
-                right[letter] += 1
-                taken.append(n)
-        return taken
-
-    def _needs(self, scenario: str, quota: int) -> dict[tuple[tuple[str, int], Any], int] | None:
-        """(cell, class) -> rows to take: equal over classes in each bin, bins by what they can give."""
-        kinds = _kinds(scenario)
-        places = [place for place in sorted(self.cells) if place[0] == scenario]
-        room = {place: min(len(self.cells[place].get(kind, ())) for kind in kinds) for place in places}
-        each, extra = divmod(quota, len(kinds))
-        if sum(room.values()) < each:
-            return None
-        counts = _proportional(room, each)
-        needs = {(place, kind): count for place, count in counts.items() for kind in kinds if count}
-        # What does not divide evenly: one more of some classes, spread over the list of classes.
-        for kind in kinds[:: max(1, len(kinds) // extra)][:extra] if extra else ():
-            spare = [p for p in places if len(self.cells[p].get(kind, ())) > counts[p]]
-            if not spare:
-                return None
-            place = max(spare, key=lambda p: (len(self.cells[p][kind]) - counts[p], p))
-            needs[place, kind] = needs.get((place, kind), 0) + 1
-        return needs
+            if used[self.sources[n]] >= self.preset.per_source:
+                passed.add(n)
+                continue
+            used[self.sources[n]] += 1
+            right[letter] += 1
+            taken.append(n)
+        return taken, passed
 
 
-def _proportional(room: Mapping[Any, int], total: int) -> dict[Any, int]:
-    """Splits `total` in proportion to `room`, never above it; total <= the sum of room."""
-    whole = sum(room.values())
-    counts = {place: total * size // whole if whole else 0 for place, size in room.items()}
-    for place in sorted(room, key=lambda p: (counts[p] - room[p], p)):
-        if sum(counts.values()) == total:
+def _size_of(steps: Sequence[Step]) -> int:
+    return sum(len(kinds) for _, kinds in steps)
+
+
+def _needs(steps: Sequence[Step], quota: int) -> Counter[tuple[Place, Any]]:
+    """(cell, class) -> rows to take: the first steps, of the last one as much as is left."""
+    needs: Counter[tuple[Place, Any]] = Counter()
+    for place, kinds in steps:
+        rest = quota - needs.total()
+        if rest <= 0:
             break
-        counts[place] += 1
-    return counts
+        spread = kinds if rest >= len(kinds) else kinds[:: len(kinds) // rest][:rest]  # not one axis of directions
+        needs.update((place, kind) for kind in spread)
+    return needs

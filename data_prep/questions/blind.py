@@ -1,7 +1,8 @@
 """How far one gets without the video: accuracies of guessers that see only the questions' text.
 
 Each guesser learns on half of the source videos and is scored on the other half, both ways round, so that a figure
-above chance is a leak and not the luck of having seen the answers. Rows are those of `Question.record`.
+above chance is a leak and not the luck of having seen the answers. Where there are few questions, the mean over several
+ways to halve them is taken, as one is mostly noise. Rows are those of `Question.record`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from data_prep.questions.propose import QuestionRow
 from data_prep.scenes.relations import LABELS
 
 _PRIOR_WEIGHT = 4.0  # a habit seen a few times is trusted little
+_HALVINGS, _SCORED = 32, 4000  # ways to halve the videos: at most so many, and until so many answers are scored
+NO_GUESSER = ("chance", "count")
 
 
-def baselines(rows: Sequence[QuestionRow], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Compute the accuracy in [0, 1] of each guesser per subtask.
+def baselines(rows: Sequence[QuestionRow], seed: int = 0, by: str = "subtask") -> dict[str, dict[str, float]]:
+    """Compute the accuracy in [0, 1] of each guesser per subtask, or by another field such as "question_type".
 
     Guessers: `letter_prior`; `rank_prior` (distances); `longest_text`; `class_prior` (which label, or which range of
     metres, tends to be true); `template_prior` (the same, or the rank, given the phrasing); `option_geometry` (the rank
@@ -30,25 +33,45 @@ def baselines(rows: Sequence[QuestionRow], seed: int = 0) -> dict[str, dict[str,
     apart the frames are).
 
     Returns:
-      {subtask: {guesser: accuracy, ..., "chance": mean of 1 / options, "count": rows}}; `rank_prior` only where options
-      are distances.
+      {value of `by`: {guesser: accuracy, ..., "chance": mean of 1 / options, "count": rows}}; `rank_prior` only where
+      options are distances.
     """
-    groups: dict[str, list[QuestionRow]] = {}
-    for row in rows:
-        groups.setdefault(row["question_type"], []).append(row)
     sums: dict[str, Counter[str]] = {}
-    for scenario, group in sorted(groups.items()):
-        total = sums.setdefault(group[0]["subtask"], Counter())
-        total["count"] += len(group)
-        total["chance"] += sum(1 / len(row["options"]) for row in group)
-        for name, guesser in _GUESSERS.items():
-            if name != "rank_prior" or not LABELS[scenario]:
-                total[name] += _crossed(group, guesser, seed)
-        total["longest_text"] += sum(_expected(row, list(map(len, row["options"].values()))) for row in group)
+    for group in _by_scenario(rows):
+        hits = _hits(group, seed)
+        for n, row in enumerate(group):
+            total = sums.setdefault(row[by], Counter())
+            total.update({name: found[n] for name, found in hits.items()})
+            total.update(count=1, chance=1 / len(row["options"]))
     return {
-        subtask: {name: value / total["count"] if name != "count" else float(value) for name, value in total.items()}
-        for subtask, total in sums.items()
+        value: {name: total[name] / total["count"] if name != "count" else float(total[name]) for name in total}
+        for value, total in sums.items()
     }
+
+
+def screen(rows: Sequence[QuestionRow], limit: float, seed: int = 0) -> set[str]:
+    """Find questions to leave out so that no guesser is more than `limit` above chance in any scenario.
+
+    What is even in every context may still, by chance, favour a habit that was not looked at (a phrasing, a letter),
+    the more so the fewer questions there are. Those that the guesser gets right most reliably go first, as in
+    adversarial filtering (arXiv 2002.04108). With many questions nothing is left out.
+
+    Returns:
+      Their ids.
+    """
+    out: set[str] = set()
+    for scenario in _by_scenario(rows):
+        group = list(scenario)
+        while group:
+            chance, hits = sum(1 / len(row["options"]) for row in group) / len(group), _hits(group, seed)
+            worst = max(hits, key=lambda name: sum(hits[name]))
+            excess = sum(hits[worst]) / len(group) - chance - limit
+            if excess <= 0:
+                break
+            sure = [(hits[worst][n], sum(each[n] for each in hits.values()), row["id"]) for n, row in enumerate(group)]
+            out.update(name for *_, name in sorted(sure)[-math.ceil(excess * len(group)) :])
+            group = [row for row in group if row["id"] not in out]
+    return out
 
 
 def letter_test(rows: Sequence[QuestionRow], options: int = 4) -> tuple[float, float]:
@@ -108,26 +131,47 @@ _GUESSERS: Mapping[str, Guesser] = {
 }
 
 
-def _crossed(rows: Sequence[QuestionRow], guesser: Guesser, seed: int) -> float:
-    """Expected number of right guesses, each half answered by what the other half teaches."""
-    folds: tuple[list[QuestionRow], list[QuestionRow]] = ([], [])
+def _by_scenario(rows: Sequence[QuestionRow]) -> list[list[QuestionRow]]:
+    groups: dict[str, list[QuestionRow]] = {}
     for row in rows:
-        folds[fraction(seed, "fold", row["source_id"]) < 0.5].append(row)
+        groups.setdefault(row["question_type"], []).append(row)
+    return [groups[name] for name in sorted(groups)]
+
+
+def _hits(rows: Sequence[QuestionRow], seed: int) -> dict[str, list[float]]:
+    """Guesser -> the chance that it gets each row right, for the rows of one scenario."""
+    labelled = bool(LABELS[rows[0]["question_type"]])
+    halves = [
+        {name: fraction(seed, *fold, name) < 0.5 for name in {row["source_id"] for row in rows}}
+        for k in range(max(1, min(_HALVINGS, _SCORED // len(rows))))
+        for fold in (("fold", str(k)) if k else ("fold",),)
+    ]
+    found = {
+        name: _crossed(rows, guesser, halves)
+        for name, guesser in _GUESSERS.items()
+        if name != "rank_prior" or not labelled
+    }
+    return found | {"longest_text": [_expected(row, list(map(len, row["options"].values()))) for row in rows]}
+
+
+def _crossed(rows: Sequence[QuestionRow], guesser: Guesser, halves: Sequence[Mapping[str, bool]]) -> list[float]:
+    """Mean over `halves` of each row's chance of a right guess, each half answered by what the other half teaches."""
     context, describe = guesser
-    right = 0.0
-    for learn, score in (folds, folds[::-1]):
-        shown, true = Counter(), Counter()
-        for row in learn:
-            where = context(row)
-            for letter, what in zip(row["options"], describe(row), strict=True):
-                shown[where, what] += 1
-                true[where, what] += letter == row["answer"]
-        for row in score:
-            where, chance = context(row), 1 / len(row["options"])
-            keys = [(where, what) for what in describe(row)]
-            rates = [(true[key] + _PRIOR_WEIGHT * chance) / (shown[key] + _PRIOR_WEIGHT) for key in keys]
-            right += _expected(row, rates)
-    return right
+    keys = [[(context(row), what) for what in describe(row)] for row in rows]
+    right = [0.0] * len(rows)
+    for half in halves:
+        shown, true = (Counter(), Counter()), (Counter(), Counter())
+        for row, described in zip(rows, keys, strict=True):
+            side = half[row["source_id"]]
+            shown[side].update(described)
+            true[side][described[list(row["options"]).index(row["answer"])]] += 1
+        for n, (row, described) in enumerate(zip(rows, keys, strict=True)):
+            side, chance = not half[row["source_id"]], 1 / len(described)
+            rates = [
+                (true[side][key] + _PRIOR_WEIGHT * chance) / (shown[side][key] + _PRIOR_WEIGHT) for key in described
+            ]
+            right[n] += _expected(row, rates)
+    return [hits / len(halves) for hits in right]
 
 
 def _expected(row: QuestionRow, scores: Sequence[float]) -> float:

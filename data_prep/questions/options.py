@@ -18,7 +18,9 @@ _LOW, _HIGH = 0.25, 1.75  # distractors lie within these multiples of the truth 
 _NARROWEST, _WIDEST = 0.85, 0.95  # share of the permitted range (in the logarithm) that a ladder takes
 
 
-def numeric_options(truth: float, shape: str, rng: random.Random) -> tuple[list[str], int] | None:
+def numeric_options(
+    truth: float, shape: str, rng: random.Random, said: float | None = None
+) -> tuple[list[str], int] | None:
     """Four distances with one decimal, ascending and distinct, and the rank of the truth among them.
 
     Args:
@@ -27,13 +29,22 @@ def numeric_options(truth: float, shape: str, rng: random.Random) -> tuple[list[
         the values alone do not tell which one is true; no option is below about 0.6 m. "independent": distractors drawn
         uniformly in the bounds, the paper's reading; allows truths from 0.4 m, and lets a reader of the options alone
         do far better than chance (`option_geometry` in `blind` measures it).
+      said: metres that the solution's centres give for the same distance; the option nearest to it is the truth. None:
+        the truth. Centres that are off by some share of the truth need a set whose every member, off by that share, is
+        nearest to itself: again a condition on the set alone.
 
     Returns:
       None when this draw makes no fair set; another draw might.
     """
     rank = int(rng.random() * 4)
-    tenths = SHAPES[shape](truth, rank, rng)
-    return None if tenths is None else ([f"{n / 10:.1f}" for n in tenths], rank)
+    exact = SHAPES[shape](truth, rank, rng)
+    if exact is None:
+        return None
+    tenths = [round(n) for n in exact]
+    off = 1.0 if said is None else said / truth
+    if any(abs(n * off - tenths[k]) >= abs(n * off - t) for k, n in enumerate(exact) for t in tenths if t != tenths[k]):
+        return None
+    return [f"{n / 10:.1f}" for n in tenths], rank
 
 
 def label_options(labels: Sequence[str], answer: str, rng: random.Random) -> list[str]:
@@ -56,7 +67,8 @@ def shuffle(items: list, rng: random.Random) -> None:
         items[n], items[k] = items[k], items[n]
 
 
-def _ladder(truth: float, rank: int, rng: random.Random) -> list[int] | None:
+def _ladder(truth: float, rank: int, rng: random.Random) -> list[float] | None:
+    """Four distances in tenths of a metre, not rounded; so `_independent`."""
     widest = math.log(min(_HIGH, 1 / _LOW))
     a, b, c = 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random()
     scale = widest * (_NARROWEST + (_WIDEST - _NARROWEST) * rng.random()) / (a + b + c)
@@ -67,10 +79,10 @@ def _ladder(truth: float, rank: int, rng: random.Random) -> list[int] | None:
     room = min(_HIGH - span, 1 - _LOW * span)
     if lowest * gap < 0.1 or lowest * room < 0.05:
         return None
-    return [round(10 * lowest * step) for step in steps]
+    return [10 * lowest * step for step in steps]
 
 
-def _independent(truth: float, rank: int, rng: random.Random) -> list[int] | None:
+def _independent(truth: float, rank: int, rng: random.Random) -> list[float] | None:
     center = round(10 * truth)
     bottom, top = math.ceil(10 * _LOW * truth), math.floor(10 * _HIGH * truth)
     if center - max(bottom, 1) < 3 or top - center < 3:
@@ -80,7 +92,7 @@ def _independent(truth: float, rank: int, rng: random.Random) -> list[int] | Non
         chosen.add(max(bottom, 1) + int(rng.random() * (center - max(bottom, 1))))
     while len(chosen) < 3:
         chosen.add(center + 1 + int(rng.random() * (top - center)))
-    return sorted(chosen | {center})
+    return sorted([*chosen, 10 * truth])
 
 
 SHAPES = {"exchangeable": _ladder, "independent": _independent}

@@ -10,17 +10,22 @@ Frames are named by their number in the clip as the model sees it (`frame_number
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_options, shuffle
-from data_prep.questions.wording import ANCHORS, PHRASINGS, object_names, question_text
+from data_prep.questions.states import Pair, agreeing, in_axes, stated
+from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
-from data_prep.scenes.scene import Scene, move_points
+from data_prep.scenes.scene import Scene
+from data_prep.store.parts import LostObject, lost_object
 from mllm4d_jax.media.frame_sampling import nearest_in_time, sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
@@ -38,6 +43,8 @@ class QuestionRules(RelationRules):
     pairs: int = 24  # frame pairs tried per clip
     min_gap: float = 0.1  # the two frames are at least this share of the clip apart
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
+    # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
+    weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +52,35 @@ class QuestionRules(RelationRules):
             raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
         if self.options not in SHAPES:
             raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
+        if not self.weights or not self.weights.keys() <= LABELS.keys() or not min(self.weights.values()) > 0:
+            raise ValueError(f"weights must be above 0, of scenarios: {self}")
+
+
+class KindError(ValueError):
+    """The scenarios to ask about are not given as `kind_weights` reads them."""
+
+
+def kind_weights(kinds: Sequence[str]) -> dict[str, float]:
+    """Read the scenarios to ask about, each "name" or "name=weight"; none at all: all of them, equally often.
+
+    Raises:
+      KindError: an unknown scenario (names the nearest), one given twice, a weight outside (0, 1000].
+    """
+    weights: dict[str, float] = {}
+    for kind in kinds:
+        name, equals, text = kind.partition("=") if isinstance(kind, str) else (str(kind), "", "")
+        if name not in LABELS:
+            hint = "".join(f" - did you mean '{close}'?" for close in difflib.get_close_matches(name, SCENARIOS, 1))
+            raise KindError(f"questions.kinds has no scenario '{name}'{hint} (there are: {', '.join(SCENARIOS)})")
+        try:
+            weight = float(text) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if name in weights or not 0 < weight <= 1000:
+            wrong = "is there twice" if name in weights else f"needs a weight above 0 and up to 1000, not '{text}'"
+            raise KindError(f"questions.kinds: '{name}' {wrong}")
+        weights[name] = weight
+    return weights or dict.fromkeys(SCENARIOS, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +89,7 @@ class Question:
 
     Attributes:
       id: "<clip_id>:<number>".
+      scale: how far the metres can be trusted, of the scene: see `scene.SCALES`.
       scenario: one of `SCENARIOS`.
       text: the question, without options.
       options: texts in the order of the letters.
@@ -73,6 +110,7 @@ class Question:
     id: str
     clip_id: str
     source_id: str
+    scale: str
     scenario: str
     text: str
     options: tuple[str, ...]
@@ -103,8 +141,9 @@ class Question:
             "id": self.id,
             "source_id": self.source_id,
             "clip_id": self.clip_id,
+            "scale": self.scale,
             "video": video,
-            "conversations": [{"from": "human", "value": prompt}, {"from": "gpt", "value": self.answer}],
+            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.answer}],
             "question_type": self.scenario,
             "subtask": SUBTASKS[self.scenario],
             "question": self.text,
@@ -133,10 +172,21 @@ def frame_numbers(times: np.ndarray, num_frames: int) -> np.ndarray:
 
 
 def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
+    """Return the questions of `ask`."""
+    return ask(scene, rules, seed)[0]
+
+
+def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], tuple[LostObject, ...]]:
     """Ask up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
 
-    Only objects with a name that tells them apart and gives nothing away are asked about, and both frames must show
-    `min_points` of their points. No (scenario, object, frame pair) comes twice.
+    In each round the scenario of the largest weight is asked about once, others as often as their weight is of that.
+
+    Only objects with a name that tells them apart are asked about, and both frames must show `min_points` of their
+    points. No (scenario, object, frame pair) comes twice. The centres of a question's solution never point to another
+    option than its answer (see `states`).
+
+    Returns:
+      (questions, an entry for each object that none is about, "object_unnamed" or "object_unasked").
 
     Raises:
       Refused: "relative_scale" (metres mean nothing there), "too_few_frames".
@@ -149,22 +199,42 @@ def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
     rng = random.Random(int.from_bytes(digest[:16], "big"))
     facts = _Facts.measure(scene, rules, rng)
     queues = {name: _in_turn(facts.cases[name], rng) for name in SCENARIOS}
-    order = list(SCENARIOS)
+    order = [name for name in SCENARIOS if name in rules.weights]
     shuffle(order, rng)
+    heaviest, due = max(rules.weights.values()), dict.fromkeys(order, 0.0)
     found: list[Question] = []
     while order and len(found) < rules.per_clip:
         for name in tuple(order):
+            due[name] += rules.weights[name] / heaviest
+            if due[name] < 1 - 1e-9:
+                continue
+            due[name] -= 1
             made = next(filter(None, (_ask(facts, name, case, rules, rng, len(found)) for case in queues[name])), None)
             if made is None:
                 order.remove(name)
             elif len(found) < rules.per_clip:
                 found.append(made)
-    return found
+    return found, _unasked(facts, found)
+
+
+def _unasked(facts: _Facts, found: Sequence[Question]) -> tuple[LostObject, ...]:
+    """The lines of `ask` for the objects that no question is about."""
+    asked, unnamed = {question.object_id for question in found}, object_names(facts.scene)[1]
+    clear = {facts.names[case[1]][0] for cases in facts.cases.values() for case in cases if case[1] >= 0}
+    lines = []
+    for o in facts.scene.objects:
+        if o.object_id in asked:
+            continue
+        reason = "object_unnamed" if o.object_id in unnamed else "object_unasked"
+        seldom = "too few of its points are seen in both frames of a pair, or nothing about it is clear"
+        why = unnamed.get(o.object_id, "the clip's questions are about others" if o.object_id in clear else seldom)
+        lines.append(lost_object(reason, o.object_id, o.description, why))
+    return tuple(lines)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """Everything measured on the candidate pairs. A case is (pair, object index or -1, class, value)."""
+    """Everything measured on the candidate pairs. A case is (pair, object index or -1, class, value, stated value)."""
 
     scene: Scene
     seen: list[int]  # scene frame of each frame the model sees
@@ -184,21 +254,25 @@ class _Facts:
         pairs = _draw_pairs(len(seen), rules, rng)
         i, j = seen[[p[0] for p in pairs]], seen[[p[1] for p in pairs]]
         axes = scene.world_to_camera[int(seen[0])]
-        names = sorted(object_names(scene).items())
+        names = sorted(object_names(scene)[0].items())
         travelled = measure_camera(scene, i, j)
-        always = np.ones(len(i), bool)
-        cases = {name: _cases(name, -1, values, always, rules) for name, values in travelled.items()}
+        centers = in_axes(scene.camera_centers, axes)
+        camera = Pair(centers[i], centers[j])
+        said, always = stated(camera), np.ones(len(i), bool)
+        cases = {name: _cases(name, -1, values, said[name], always, rules) for name, values in travelled.items()}
         cases |= {name: [] for name in SCENARIOS if name not in cases}
         motion, starts, ends = [], [], []
         for n, (object_id, _) in enumerate(names):
             middle, measured = measure_object(scene, scene.object(object_id), i, j, rules)
             motion.append(measured["object_absolute_distance"].tolist())
-            starts.append(_state(middle.start, axes))
-            ends.append(_state(middle.end, axes))
+            thing = Pair(in_axes(middle.start, axes), in_axes(middle.end, axes))
+            starts.append(thing.start.tolist())
+            ends.append(thing.end.tolist())
+            said = stated(camera, thing)
             for name, values in measured.items():
-                cases[name] += _cases(name, n, values, middle.seen, rules)
-        cameras, moved = _state(scene.camera_centers, axes), travelled["camera_absolute_distance"].tolist()
-        return cls(scene, seen.tolist(), pairs, cases, names, moved, motion, cameras, starts, ends)
+                cases[name] += _cases(name, n, values, said[name], middle.seen, rules)
+        moved = travelled["camera_absolute_distance"].tolist()
+        return cls(scene, seen.tolist(), pairs, cases, names, moved, motion, centers.tolist(), starts, ends)
 
 
 def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tuple[int, int]]:
@@ -214,17 +288,14 @@ def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tu
     return list(pairs) or [(0, count - 1)]
 
 
-def _state(points: np.ndarray, axes: np.ndarray) -> list[list[float]]:
-    """World points [N, 3] in the axes of a camera f64[3, 4], in whole millimetres."""
-    return (move_points(axes, points).round(3) + 0.0).tolist()  # adding 0.0 turns -0.0 into 0.0
-
-
-def _cases(name: str, obj: int, values: np.ndarray, usable: np.ndarray, rules: QuestionRules) -> list[tuple]:
-    """The usable pairs for which relation `name` has a clear label."""
+def _cases(
+    name: str, obj: int, values: np.ndarray, said: np.ndarray, usable: np.ndarray, rules: QuestionRules
+) -> list[tuple]:
+    """The usable pairs for which relation `name` has a clear label that the stated values `said` agree with."""
     classes = classes_of(name, values, rules)
-    pairs = np.flatnonzero(usable & (classes >= 0))
-    columns = (column.tolist() for column in (pairs, classes[pairs], values[pairs]))
-    return [(pair, obj, kind, value) for pair, kind, value in zip(*columns, strict=True)]
+    pairs = np.flatnonzero(usable & (classes >= 0) & agreeing(name, said, classes, rules))
+    columns = (column.tolist() for column in (pairs, classes[pairs], values[pairs], said[pairs]))
+    return [(pair, obj, *rest) for pair, *rest in zip(*columns, strict=True)]
 
 
 def _in_turn(cases: list[tuple], rng: random.Random) -> Iterator[tuple]:
@@ -247,13 +318,13 @@ def _ask(
     facts: _Facts, scenario: str, case: tuple, rules: QuestionRules, rng: random.Random, number: int
 ) -> Question | None:
     """The question of one case; None when no fair options exist for it."""
-    pair, obj, kind, value = case
+    pair, obj, kind, value, said = case
     labels = LABELS[scenario]
     if labels:
         label, rank, truth = labels[kind], -1, labels[kind]
         texts = label_options(labels, label, rng)
     else:
-        made = numeric_options(value, rules.options, rng)
+        made = numeric_options(value, rules.options, rng, said)
         if made is None:
             return None
         texts, rank = made
@@ -271,8 +342,9 @@ def _ask(
         id=f"{facts.scene.clip_id}:{number:03d}",
         clip_id=facts.scene.clip_id,
         source_id=facts.scene.source_id,
+        scale=facts.scene.scale,
         scenario=scenario,
-        text=question_text(scenario, phrasing, anchor, i, j, len(facts.seen) - 1, name),
+        text=question_text(scenario, phrasing, anchor, i, j, len(facts.seen) - 1, name, rules.tau),
         options=tuple(texts),
         answer=LETTERS[texts.index(truth)],
         label=label,

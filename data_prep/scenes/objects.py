@@ -1,19 +1,20 @@
 """Objects of a scene from other tools' files: masks, captions, 2D tracks; and the scene points that lie in the masks.
 
-Formats: COCO run lengths (github.com/cocodataset/cocoapi, own decoder), npz masks, `{track_id: caption}` JSON, BootsTAP
-tracks (`tracks` [N, T, 2] pixels x y, `visibles` [N, T]).
+Formats: COCO run lengths (github.com/cocodataset/cocoapi, own decoder), npz masks, SA-V (see `masklets`),
+`{track_id: caption}` JSON, BootsTAP tracks (`tracks` [N, T, 2] pixels x y, `visibles` [N, T]).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.scenes.masklets import ClipMasks, is_sav, sav_masks
 from data_prep.scenes.scene import Scene, SceneObject, move_tracks
 from data_prep.store.untrusted import SceneError, keep_visible, numbers, read_json, read_npz
 from mllm4d_jax.files.quoting import shown
@@ -21,6 +22,7 @@ from mllm4d_jax.files.quoting import shown
 MAX_MASK_BYTES = 2**31  # all masks of a clip together, one byte a pixel
 MAX_CAPTION = 1000  # characters of what a file calls an object
 MAX_SIDE = 1 << 14
+_BLOCK = 1024  # tracks projected at once
 _RLE_TEXT = re.compile(r"[0-o]*")  # characters 48 to 111
 
 
@@ -97,10 +99,11 @@ def _decompress(text: str, pixels: int, where: str) -> list[int]:
     return counts
 
 
-def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> ClipMasks:
     """Read the masks per object id, bool[frames, H, W], of an npz or a JSON file.
 
-    npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame.
+    npz: one bool[T, H, W] array per id. JSON: {id: [RLE or null per frame]}; null = not in that frame. Or an annotation
+    of SA-V, of every fourth frame: the others are not `annotated`.
 
     Raises:
       SceneError: unreadable, or masks of another length or size than the clip; naming file and id.
@@ -114,8 +117,11 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
                 raise SceneError(
                     f"{path}: {name} is {array.dtype}{list(array.shape)}, the clip needs bool{[frames, *image_size]}"
                 )
-        return masks
-    document = read_json(path)
+            array.setflags(write=False)  # scenes take it as it is
+        return ClipMasks(masks, np.ones(frames, bool))
+    document, annotated = read_json(path), np.ones(frames, bool)
+    if is_sav(document):
+        document, annotated = sav_masks(document, path, frames)
     if len(document) * per_object > MAX_MASK_BYTES:
         raise SceneError(f"{path}: {len(document)} objects of {per_object} mask pixels exceed {MAX_MASK_BYTES} bytes")
     masks = {}
@@ -126,7 +132,8 @@ def read_masks(path: str | Path, frames: int, image_size: tuple[int, int]) -> di
         for t, entry in enumerate(entries):
             if entry is not None:
                 masks[name][t] = decode_rle(entry, f"{path}: {name!r}, frame {t}", image_size)
-    return masks
+        masks[name].setflags(write=False)
+    return ClipMasks(masks, annotated)
 
 
 def read_captions(path: str | Path) -> dict[str, Caption]:
@@ -207,6 +214,7 @@ def objects_from_tracks(
     min_points: int = 4,
     min_frames: int = 2,
     min_share: float = 0.5,
+    annotated: np.ndarray | None = None,
 ) -> tuple[tuple[SceneObject, ...], dict[str, str]]:
     """Make the objects whose masks hold enough tracked points (paper: points that project into the mask).
 
@@ -219,6 +227,7 @@ def objects_from_tracks(
       tracks: f64[N, T, 3] world, NaN = not visible.
       masks: bool[T, H, W] per object id. captions: per object id.
       min_frames: frames with points that an object needs.
+      annotated: bool[T], frames whose masks are known; in others no track is anybody's. None = all.
 
     Returns:
       (objects in the order of `masks`, object id -> reason of those left out).
@@ -229,21 +238,18 @@ def objects_from_tracks(
     height, width = scene.image_size
     if tracks.ndim != 3 or tracks.shape[1:] != (scene.num_frames, 3):
         raise SceneError(f"tracks are {list(tracks.shape)}, the clip needs [N, {scene.num_frames}, 3]")
-    pixels, _ = project(tracks, scene.world_to_camera, scene.intrinsics)
-    inside = (pixels >= 0).all(2) & (pixels[..., 0] < width) & (pixels[..., 1] < height)
-    visible = ~np.isnan(tracks[..., 0])
-    column, row = (np.where(inside, pixels[..., a], 0).astype(np.int64) for a in (0, 1))
-    frame = np.broadcast_to(np.arange(scene.num_frames), inside.shape)
-    hits = np.zeros((len(masks), *inside.shape), bool)
-    for n, (name, mask) in enumerate(masks.items()):
+    for name, mask in masks.items():
         if mask.dtype != np.bool_ or mask.shape != (scene.num_frames, height, width):
             raise SceneError(f"masks of {name!r} are {mask.dtype}{list(mask.shape)}, which does not fit the clip")
         if name not in captions:
             raise SceneError(f"no caption for the masks {name!r}; captions are for {sorted(captions)[:20]}")
-        hits[n] = inside & mask[frame, row, column]
+    visible = ~np.isnan(tracks[..., 0])
+    if annotated is not None:
+        visible &= annotated
+    hits = _mask_hits(scene, tracks, visible, list(masks.values()))
     share = hits.sum(2) / np.maximum(visible.sum(1), 1)  # f64[objects, N]
     owner = np.where(share.max(0, initial=0) >= min_share, share.argmax(0), -1) if len(masks) else None
-    objects, dropped = [], {}
+    objects, dropped = [], {name: "it has a caption and no masks" for name in captions if name not in masks}
     for n, (name, mask) in enumerate(masks.items()):
         members = np.flatnonzero(owner == n)
         seen = hits[n][members]
@@ -253,10 +259,37 @@ def objects_from_tracks(
             reason = "never in view" if not mask.any() else "too few points" if len(members) else "no tracked points"
             dropped[name] = f"{reason}: {int(seen.any(0).sum())} of at least {min_frames} frames"
             continue
-        points = np.where(seen[..., None], tracks[members], np.nan).swapaxes(0, 1)
+        points = np.full((scene.num_frames, len(members), 3), np.nan)
+        member, frame = np.nonzero(seen)
+        points[frame, member] = tracks[members[member], frame]
+        points.setflags(write=False)  # the object takes it as it is
         caption = captions[name]
         objects.append(SceneObject(name, caption.description, caption.category, points, mask))
     return tuple(objects), dropped
+
+
+def _mask_hits(scene: Scene, tracks: np.ndarray, visible: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Say which points of tracks f64[N, T, 3] lie in which mask bool[T, H, W]: bool[masks, N, T].
+
+    Only what is visible (bool[N, T]) is projected, a block of tracks at a time: a third of a released clip's points,
+    and never more than a small part of them in memory.
+    """
+    height, width = scene.image_size
+    hits = np.zeros((len(masks), *visible.shape), bool)
+    for start in range(0, len(tracks), _BLOCK):
+        frame, track = np.nonzero(visible[start : start + _BLOCK].T)  # frame by frame: a mask's pixels lie together
+        track += start
+        # One point a frame: a track of as many frames as there are points.
+        poses, cameras = scene.world_to_camera[frame], scene.intrinsics[frame]
+        pixels = project(tracks[track, frame][None], poses, cameras)[0][0]
+        inside = (pixels >= 0).all(1) & (pixels[:, 0] < width) & (pixels[:, 1] < height)  # False for NaN
+        track, frame = track[inside], frame[inside]
+        column, row = pixels[inside].astype(np.int64).T
+        at = np.ravel_multi_index((frame, row, column), (scene.num_frames, height, width))
+        for n, mask in enumerate(masks):
+            held = mask.reshape(-1)[at]
+            hits[n, track[held], frame[held]] = True
+    return hits
 
 
 def _is_int(value: Any) -> bool:

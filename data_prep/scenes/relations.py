@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.scenes.scene import Scene, SceneObject
 
+NOT_MOVING = "not moving"  # a change below `RelationRules.tau`
 CAMERA_DIRECTIONS = ("right", "left", "down", "up", "forward", "backward")
 # Every relation by name, with its labels; () for a distance.
 LABELS: Mapping[str, tuple[str, ...]] = {
@@ -27,9 +28,9 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "camera_relative_direction": CAMERA_DIRECTIONS,
     "object_absolute_distance": (),
     "object_camera_absolute_distance": (),
-    "object_camera_relative_distance": ("farther", "closer", "not moving"),
-    "object_camera_lateral_direction": ("right", "left", "not moving"),
-    "object_camera_longitudinal_direction": ("farther", "closer", "not moving"),
+    "object_camera_relative_distance": ("farther", "closer", NOT_MOVING),
+    "object_camera_lateral_direction": ("right", "left", NOT_MOVING),
+    "object_camera_longitudinal_direction": ("farther", "closer", NOT_MOVING),
 }
 # Classes that are refused; the others count into a relation's labels.
 UNSEEN, NO_MOTION, MIXED_AXES, NEAR_THRESHOLD = -1, -2, -3, -4

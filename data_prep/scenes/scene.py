@@ -69,8 +69,8 @@ class SceneObject:
             raise SceneError(f"{where}: points must be [T, M, 3], not {list(points.shape)}")
         if np.isinf(points).any():
             raise SceneError(f"{where}: points hold infinite values; an unseen point is NaN")
-        missing = np.isnan(points)
-        if (missing.any(-1) != missing.all(-1)).any():
+        x, y, z = np.moveaxis(np.isnan(points), -1, 0)
+        if ((x != y) | (y != z)).any():
             raise SceneError(f"{where}: a point has some NaN coordinates; an unseen point has all three NaN")
         object.__setattr__(self, "points", points)
         if self.masks is not None:
@@ -320,6 +320,10 @@ def _pose_array(poses: np.ndarray) -> np.ndarray:
 
 
 def _frozen(array: np.ndarray, dtype: type, name: str) -> np.ndarray:
+    """Return a copy that nobody can write to; an array that is such already is taken as it is (masks are large)."""
+    frozen = isinstance(array, np.ndarray) and not array.flags.writeable
+    if frozen and array.dtype == dtype and array.flags.c_contiguous:
+        return array
     with as_scene_error(TypeError, ValueError, name=f"{name} is no array of numbers"):
         array = np.array(array, dtype, order="C")
     array.setflags(write=False)

@@ -5,13 +5,14 @@
     stereo       nothing but two views: the stereo stage finds poses and points
     monocular    SpatialTrackerV2 tracks, brought to metres by MoGe-2
 
-All take masks (`<clip>-masks.npz` or `.json`) and captions (`<clip>-captions.json`) of other tools.
+All take masks (`<clip>-masks.npz` or `.json`, or SA-V's `<clip>_manual.json` or `_auto.json`) and captions
+(`<clip>-captions.json`) of other tools. `layout` says in which folders a clip's files may lie.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,13 @@ import numpy as np
 
 from data_prep.scenes.objects import objects_from_tracks, read_captions, read_masks
 from data_prep.scenes.scene import Scene
-from data_prep.store.parts import ClipRejected
+from data_prep.sources.layout import find
+from data_prep.store.parts import LostObject, lost_object
 from data_prep.store.untrusted import SceneError, read_json
 
-MASKS, CAPTIONS = ("-masks.npz", "-masks.json"), ("-captions.json",)
-LeftOut = tuple[Mapping[str, str], ...]  # objects that could not be used, each with "reason" and "detail"
+# The last two are SA-V's own names.
+MASKS, CAPTIONS = ("-masks.npz", "-masks.json", "_manual.json", "_auto.json"), ("-captions.json",)
+LeftOut = tuple[LostObject, ...]  # objects that could not be used
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,36 +65,16 @@ class ClipSource(Protocol):
         """
 
 
-def find(folder: Path, stem: str, names: Iterable[tuple[str, ...]]) -> list[Path]:
-    """Find the files of clip `stem`: for each entry the first of its endings that exists.
-
-    Raises:
-      ClipRejected: "missing_file", naming all that are not there.
-    """
-    found, missing = [], []
-    for endings in names:
-        here = [path for path in (folder / f"{stem}{ending}" for ending in endings) if path.exists()]
-        found += here[:1]
-        missing += [] if here else [" or ".join(f"{stem}{ending}" for ending in endings)]
-    if missing:
-        raise ClipRejected("missing_file", f"{folder} has no {', '.join(missing)}")
-    return found
-
-
 def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) -> tuple[Scene, LeftOut]:
     """Give a scene the objects of its mask and caption files that its tracks f64[N, T, 3] place in the world.
 
     Raises:
       SceneError: as `read_masks`, `read_captions` and `objects_from_tracks`.
     """
-    read = read_masks(masks, scene.num_frames, scene.image_size)
-    objects, dropped = objects_from_tracks(scene, tracks, read, read_captions(captions))
-    return dataclasses.replace(scene, objects=objects), dropped_objects(dropped)
-
-
-def dropped_objects(reasons: Mapping[str, str]) -> LeftOut:
-    """Return object ids and why they were dropped as entries of `LoadedClip.left_out`."""
-    return tuple({"reason": "object_dropped", "detail": f"{name}: {why}"} for name, why in reasons.items())
+    read, said = read_masks(masks, scene.num_frames, scene.image_size), read_captions(captions)
+    objects, dropped = objects_from_tracks(scene, tracks, read, said, annotated=read.annotated)
+    lost = (lost_object("object_dropped", name, said[name].description, why) for name, why in dropped.items())
+    return dataclasses.replace(scene, objects=objects), tuple(lost)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +86,8 @@ class ClipCard:
       fov_degrees: horizontal field of view; None if unknown.
       intrinsics: f64[3,3] pixels of one eye's frame; None if unknown.
       baseline: metres between the eyes; None if unknown.
+      squeezed: whether stereo views are pressed to half their width (top-bottom: height); None = unknown.
+      disparity_offset: pixels that the stereo views' disparity is too large everywhere (principal points that differ).
       frame_size: (height, width) of the frames that an external tool was given; None = those of the video.
     """
 
@@ -110,6 +95,8 @@ class ClipCard:
     fov_degrees: float | None = None
     intrinsics: np.ndarray | None = None
     baseline: float | None = None
+    squeezed: bool | None = None
+    disparity_offset: float | None = None
     frame_size: tuple[int, int] | None = None
 
 
@@ -125,6 +112,8 @@ def read_card(path: str | Path, stem: str) -> ClipCard:
         "fov_degrees": (lambda v: _is_number(v) and 0 < v < 1000, "a number above 0"),
         "intrinsics": (lambda v: v is None or _is_camera(v), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]] in pixels"),
         "baseline": (lambda v: _is_number(v) and 0 < v < 1000, "a number above 0"),
+        "squeezed": (lambda v: type(v) is bool, "true or false"),
+        "disparity_offset": (lambda v: _is_number(v) and abs(v) < 1000, "a number of pixels"),
         "frame_size": (lambda v: v is None or _is_size(v), "[height, width]"),
     }
     for name, value in fields.items():
@@ -138,6 +127,12 @@ def read_card(path: str | Path, stem: str) -> ClipCard:
     if fields.get("frame_size"):
         fields["frame_size"] = tuple(fields["frame_size"])
     return ClipCard(**fields)
+
+
+def card_of(folder: Path, stem: str, groups: Sequence[str]) -> ClipCard:
+    """Read the card of clip `stem` below `folder`. Raises: as `layout.find` and `read_card`."""
+    found = find(folder, stem, [("-clip.json",)], groups, optional=True)
+    return read_card(*found, stem) if found else ClipCard(stem)
 
 
 def _is_camera(value: Any) -> bool:

@@ -1,32 +1,39 @@
 """The `monocular` source (the paper's ablation): what SpatialTrackerV2 and MoGe-2 left beside each video.
 
-`<clip>.mp4`, `<clip>-spatialtracker.npz`, and a folder `<clip>-moge` with one npz per frame that was measured, named by
-the frame's number ("000012.npz"). If the tracker was given frames of another size than the video's, `<clip>-clip.json`
-says so (`frame_size`); masks have that size too.
+`<clip>.mp4`, `<clip>-spatialtracker.npz` (or `<clip>_result.npz`, as its demo calls it), and a folder `<clip>-moge`
+with one entry per frame that was measured, named by its number: "000012.npz", or a folder "000012". If the tracker
+was given frames of another size than the video's, `<clip>-clip.json` says so (`frame_size`); where the demo stored the
+frames (`video`), its file says so itself. Masks have that size too.
 
 SpatialTrackerV2 leaves an npz with time first: `coords` [T, N, 3] world, `extrinsics` [T, 4, 4] world->camera,
-`intrinsics` [T, 3, 3] pixels, `visibs` [T, N]. MoGe-2 leaves one npz per picture: `depth` [H, W] metres, `mask` [H, W],
-`intrinsics` [3, 3] normalised by the picture's sides.
+`intrinsics` [T, 3, 3] pixels, `visibs` [T, N]. MoGe-2's Python interface gives, per picture, `depth` [H, W] metres,
+`mask` [H, W], `intrinsics` [3, 3] normalised by the picture's sides; its command line (`moge infer --maps`) leaves a
+folder per picture with `depth.exr`, `mask.png`, `fov.json` (degrees) and others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.scenes.objects import project
 from data_prep.scenes.scene import Scene, nearest_rigid
-from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, read_card, with_objects
-from data_prep.store.untrusted import SceneError, as_scene_error, keep_visible, numbers, read_npz
+from data_prep.sources.base import CAPTIONS, MASKS, ClipCard, LoadedClip, card_of, with_objects
+from data_prep.sources.exr import read_exr
+from data_prep.sources.layout import VIDEOS, clip_groups, clip_stems, find
+from data_prep.store.untrusted import SceneError, as_scene_error, keep_visible, numbers, read_json, read_npz
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.images import read_image
 from mllm4d_jax.qa.errors import MediaError
 
 MAX_SPREAD = 0.1
 _MIN_RATIOS = 30
-_TRACKER = "-spatialtracker.npz"
+_TRACKER = ("-spatialtracker.npz", "_result.npz")  # the second as its demo (inference.py) names it
 _OFF_CENTRE = 0.1  # share of the side by which a principal point may lie off the middle
 
 
@@ -39,12 +46,14 @@ class SpatialTracks:
       tracks: f64[N, T, 3] world, NaN = not visible.
       world_to_camera: f64[T, 3, 4].
       intrinsics: f64[T, 3, 3] pixels of the frames the tool was given.
+      frame_size: (height, width) of those frames; None where the file has no `video`.
     """
 
     path: str
     tracks: np.ndarray
     world_to_camera: np.ndarray
     intrinsics: np.ndarray
+    frame_size: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +92,26 @@ def read_spatialtracker(path: str | Path) -> SpatialTracks:
     visible = visible.reshape(frames, count).astype(np.float64) > 0.5
     coords = keep_visible(path, "coords", coords, visible)
     intrinsics = numbers(path, arrays, "intrinsics", (frames, 3, 3))
-    return SpatialTracks(path, coords.swapaxes(0, 1), world_to_camera, intrinsics)
+    size = None
+    if "video" in arrays:  # the demo's: f[T, 3, H, W]
+        shape = arrays["video"].shape
+        if len(shape) != 4 or shape[:2] != (frames, 3) or not min(shape):
+            raise SceneError(f"{path}: video is {list(shape)}, expected the tracker's frames [{frames}, 3, H, W]")
+        size = shape[2:]
+    return SpatialTracks(path, coords.swapaxes(0, 1), world_to_camera, intrinsics, size)
 
 
 def read_moge(path: str | Path) -> np.ndarray:
     """Read MoGe-2's depth of one picture, f64[H, W] camera z in metres, NaN outside its mask.
 
+    Args:
+      path: an npz of what its Python interface returns, or the folder that its command line left.
+
     Raises:
-      SceneError: as `read_spatialtracker`.
+      SceneError: as `read_spatialtracker`, or a file of the folder is missing or unreadable.
     """
-    path = str(path)
-    arrays = read_npz(path)
+    path = Path(path)
+    arrays = _moge_folder(path) if path.is_dir() else read_npz(path)
     depth = numbers(path, arrays, "depth", (None, None), finite=False)
     mask = arrays.get("mask", np.zeros(0))
     if mask.shape != depth.shape or mask.dtype.kind not in "biu" or not depth.size:
@@ -101,10 +119,29 @@ def read_moge(path: str | Path) -> np.ndarray:
     depth = keep_visible(path, "depth", depth, mask.astype(bool))
     if (depth <= 0).any():  # False for NaN
         raise SceneError(f"{path}: depth must be above 0 within the mask")
+    if path.is_dir():
+        return depth
     k = numbers(path, arrays, "intrinsics", (3, 3))
     if not (0 < k[0, 0] < 20 and 0 < k[1, 1] < 20 and -1 < k[0, 2] < 2 and -1 < k[1, 2] < 2):
         raise SceneError(f"{path}: intrinsics must be normalised by the picture's width and height")
     return depth
+
+
+def _moge_folder(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of `read_moge` from the files of MoGe's command line (moge/scripts/infer.py)."""
+    missing = [name for name in ("depth.exr", "mask.png") if not (folder / name).is_file()]
+    if missing:
+        raise SceneError(f"{folder} has no {', '.join(missing)}; run MoGe with --maps")
+    channels = read_exr(folder / "depth.exr")
+    if len(channels) != 1:
+        raise SceneError(f"{folder / 'depth.exr'} has the channels {', '.join(channels)}; depth is one")
+    with as_scene_error(MediaError):
+        mask = read_image(str(folder / "mask.png"))[..., 0] > 0
+    fov = read_json(folder / "fov.json") if (folder / "fov.json").exists() else {}
+    for name in {"fov_x", "fov_y"} & fov.keys():  # depth is z already: they are only checked
+        if type(fov[name]) not in (int, float) or not 0 < fov[name] < 180:
+            raise SceneError(f"{folder / 'fov.json'}: {name} must be degrees within (0, 180), not {shown(fov[name])}")
+    return {"depth": next(iter(channels.values())), "mask": mask}
 
 
 def metric_scale(spatial: SpatialTracks, depths: Mapping[int, np.ndarray], image_size: tuple[int, int]) -> MetricScale:
@@ -182,53 +219,97 @@ class MonocularSource:
     """Clips with one view.
 
     Attributes:
-      root: where the clips' files are.
+      root: where the clips' files are, see `layout`.
       max_spread: the scale is trusted up to this spread, see `monocular_scene`.
       pool: reads the videos' headers under a time limit.
+      groups: of `layout.clip_groups`; None = found now.
     """
 
     root: Path
     max_spread: float = MAX_SPREAD
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is None:
+            object.__setattr__(self, "groups", clip_groups(self.root, _TRACKER))
 
     def clip_ids(self) -> list[str]:
-        return sorted(p.name.removesuffix(_TRACKER) for p in self.root.glob(f"*{_TRACKER}"))
+        return clip_stems(self.root, _TRACKER)
 
     def load(self, clip_id: str) -> LoadedClip:
-        names = [(".mp4",), (_TRACKER,), ("-moge",), MASKS, CAPTIONS]
-        video, tracker, moge, masks, captions = find(self.root, clip_id, names)
-        card = read_card(self.root / f"{clip_id}-clip.json", clip_id)
+        names = [VIDEOS, _TRACKER, ("-moge",), MASKS, CAPTIONS]
+        video, tracker, moge, masks, captions = find(self.root, clip_id, names, self.groups)
+        card = card_of(self.root, clip_id, self.groups)
         spatial = read_spatialtracker(tracker)
         count = len(spatial.world_to_camera)
         with as_scene_error(MediaError):
             info = self.pool.probe(str(video))
         if info.frames != count:
             raise SceneError(f"{video} has {info.frames} frames, {tracker.name} {count}: track every frame")
-        size = card.frame_size or (info.height, info.width)
-        # A tracker that was given smaller frames has a principal point far from the middle of the video's.
-        middle = np.array([size[1], size[0]]) / 2
-        if (np.abs(spatial.intrinsics[:, :2, 2] - middle) > 2 * _OFF_CENTRE * middle).any():
-            raise SceneError(
-                f"{tracker}: its principal point {np.round(spatial.intrinsics[0, :2, 2], 1).tolist()} is not near the "
-                f"middle of a {size[0]} x {size[1]} frame; if the tracker was given frames of another size, say so in "
-                "frame_size of <clip>-clip.json"
-            )
+        size = _frame_size(spatial, card, (info.height, info.width))
         scene, tracks = monocular_scene(
             spatial,
             size,
             info.times,
             clip_id=clip_id,
             source_id=card.source_id,
-            scale=metric_scale(spatial, _depths(moge), size),
+            scale=metric_scale(spatial, MogeDepths(moge), size),
             max_spread=self.max_spread,
         )
         scene, left_out = with_objects(scene, tracks, masks, captions)
         return LoadedClip(scene, video, left_out)
 
 
-def _depths(folder: Path) -> dict[int, np.ndarray]:
-    files = sorted(folder.glob("*.npz"))
-    wrong = [file for file in files if not file.stem.isascii() or not file.stem.isdigit()]
-    if wrong or not files:
-        raise SceneError(f"{wrong[0] if wrong else folder}: MoGe files are named by their frame's number: 000012.npz")
-    return {int(file.stem): read_moge(file) for file in files}
+def _frame_size(spatial: SpatialTracks, card: ClipCard, video: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the tracker's frames: by the card, by its own file, or those of the video.
+
+    Raises:
+      SceneError: card and file differ, or the intrinsics are of frames of another size.
+    """
+    if card.frame_size and spatial.frame_size not in (None, card.frame_size):
+        raise SceneError(
+            f"{spatial.path}: its video has frames of {list(spatial.frame_size)}, <clip>-clip.json says frame_size "
+            f"{list(card.frame_size)}"
+        )
+    size = card.frame_size or spatial.frame_size or video
+    # A tracker that was given smaller frames has a principal point far from the middle of the video's.
+    middle = np.array([size[1], size[0]]) / 2
+    if (np.abs(spatial.intrinsics[:, :2, 2] - middle) > 2 * _OFF_CENTRE * middle).any():
+        raise SceneError(
+            f"{spatial.path}: its principal point {np.round(spatial.intrinsics[0, :2, 2], 1).tolist()} is not near the "
+            f"middle of a {size[0]} x {size[1]} frame; if the tracker was given frames of another size, say so in "
+            "frame_size of <clip>-clip.json"
+        )
+    return size
+
+
+class MogeDepths(Mapping[int, np.ndarray]):
+    """MoGe's depth f64[H, W] per frame number, each read when it is asked for: all together may be gigabytes."""
+
+    def __init__(self, folder: Path) -> None:
+        """List what MoGe left in `folder`. Raises SceneError: nothing, or names that are no frame's or the same."""
+        self._paths: dict[int, Path] = {}
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in (p for p in entries if p.suffix == ".npz" or p.is_dir()):
+            digits = re.findall(r"[0-9]+", path.name.removesuffix(".npz"))
+            if len(digits) != 1 or len(digits[0]) > 9:
+                raise SceneError(
+                    f"{path}: MoGe's files are named by their frame's number, from 0: 000012.npz, or a folder 000012 "
+                    "or frame_000012"
+                )
+            first = self._paths.setdefault(int(digits[0]), path)
+            if first != path:
+                raise SceneError(f"{first} and {path} are of the same frame: keep one of them")
+        if not self._paths:
+            raise SceneError(f"{folder} holds no MoGe files: 000012.npz, or a folder 000012 with depth.exr, mask.png")
+
+    def __getitem__(self, frame: int) -> np.ndarray:
+        """Read it. Raises SceneError: as `read_moge`."""
+        return read_moge(self._paths[frame])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._paths))
+
+    def __len__(self) -> int:
+        return len(self._paths)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.scenes.scene import Scene, intrinsics_of, nearest_rigid
-from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, find, with_objects
+from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, with_objects
 from data_prep.sources.frames import probe_frames, read_folder, write_video
+from data_prep.sources.layout import LEFT, LEFT_EYE, SIDECARS, clip_groups, clip_stems, find
 from data_prep.stereo.stage import STEREO4D_BASELINE
 from data_prep.store.untrusted import SceneError, as_scene_error, numbers, read_npz
 from data_prep.synthetic.clip import make_clip, write_clip
@@ -143,7 +144,9 @@ def _scatter(path: str, frames: int, arrays: Mapping[str, np.ndarray]) -> np.nda
     if need > MAX_TRACK_BYTES:
         raise SceneError(f"{path}: {len(lengths)} tracks over {frames} frames need {need} > {MAX_TRACK_BYTES} bytes")
     cell = np.repeat(np.arange(len(lengths)), lengths) * frames + indices
-    if len(np.unique(cell)) != total:
+    marked = np.zeros(len(lengths) * frames, bool)
+    marked[cell] = True
+    if np.count_nonzero(marked) != total:
         raise SceneError(f"{path}: track_indices names a frame twice within one track")
     tracks = np.full((len(lengths) * frames, 3), np.nan)
     tracks[cell] = coordinates
@@ -155,23 +158,32 @@ class Stereo4DSource:
     """Stereo4D clips: `<clip>.npz`, `<clip>-left_rectified.mp4` or a folder `<clip>-left_rectified` of images.
 
     Attributes:
-      folder: where the clips' files are.
+      folder: where the clips' files are, see `layout`.
       root: see `ClipSource`; `folder` itself unless the frames are images.
       scale: how far their metres can be trusted, see `scene.SCALES`; Stereo4D assumes one baseline for every camera.
       pool: opens videos under a time limit.
+      groups: of `layout.clip_groups`; None = found now.
     """
 
     folder: Path
     root: Path
     scale: str = "assumed_baseline"
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
+    groups: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.groups is None:
+            object.__setattr__(self, "groups", clip_groups(self.folder, (".npz",)))
 
     def clip_ids(self) -> list[str]:
-        return sorted(p.stem for p in self.folder.glob("*.npz") if not p.stem.endswith("-masks"))
+        return [stem for stem in clip_stems(self.folder, (".npz",)) if not stem.endswith(SIDECARS)]
 
     def load(self, clip_id: str) -> LoadedClip:
-        files = find(self.folder, clip_id, [(".npz",), ("-left_rectified.mp4", "-left_rectified"), MASKS, CAPTIONS])
-        annotations, frames, masks, captions = files
+        names = [(".npz",), LEFT + LEFT_EYE, MASKS, CAPTIONS]
+        wanted = LEFT if self.root == self.folder else LEFT_EYE
+        if find(self.folder, clip_id, [wanted], self.groups, optional=True):
+            names[1] = wanted  # where a clip has both a video and images, the run says which
+        annotations, frames, masks, captions = find(self.folder, clip_id, names, self.groups)
         clip = read_stereo4d(annotations)
         size, times = probe_frames(frames, len(clip.timestamps), self.pool)
         scene = clip.scene(size, self.scale)
@@ -218,4 +230,4 @@ class SyntheticSource:
     def load(self, clip_id: str) -> LoadedClip:
         made, folder = make_clip(self.seed, int(clip_id.rpartition("-")[2]), self.config), self.root / "clips"
         write_clip(made, folder, codec="mpeg4")
-        return Stereo4DSource(folder, folder, "metric", self.pool).load(made.scene.clip_id)
+        return Stereo4DSource(folder, folder, "metric", self.pool, groups=("",)).load(made.scene.clip_id)

@@ -16,6 +16,7 @@ _LK = {
 _MIN_ISOTROPY = 0.06  # weakest / strongest gradient direction inside the window; points on a stripe slide along it
 _EDGE_RANGE = 0.1  # depth changing by more than this fraction inside a window marks an object's border
 _EDGE_WINDOW = 7
+_FEATURES, _FEATURE_RATIO = 4000, 0.8
 
 
 def grey_frames(frames: np.ndarray) -> np.ndarray:
@@ -81,11 +82,13 @@ def follow_points(
     if not len(points):
         return points.astype(np.float32), np.zeros(0, bool)
     start = points.astype(np.float32).reshape(-1, 1, 2)
-    ahead = start.copy() if guess is None else guess.astype(np.float32).reshape(-1, 1, 2).copy()
-    moved, found, _ = cv2.calcOpticalFlowPyrLK(first, second, start, ahead, **_LK)
+    expected = start if guess is None else guess.astype(np.float32).reshape(-1, 1, 2)
+    moved, found, _ = cv2.calcOpticalFlowPyrLK(first, second, start, expected.copy(), **_LK)
     moved = np.where(np.isfinite(moved), moved, -1e4).astype(np.float32)
-    # The way back starts from the answer, not from the known start: it must find the point by itself.
-    back_guess = (moved - np.median(moved - start, axis=0, keepdims=True)).astype(np.float32)
+    # The way back starts from the answer less what was expected of it (and of all points), not from the known start: it
+    # must find the point by itself.
+    surprise = np.median(moved - expected, axis=0, keepdims=True)
+    back_guess = (moved - (expected - start) - surprise).astype(np.float32)
     back, found_back, _ = cv2.calcOpticalFlowPyrLK(second, first, moved, back_guess, **_LK)
     good = (found.ravel() > 0) & (found_back.ravel() > 0)
     good &= np.linalg.norm((back - start).reshape(-1, 2), axis=1) <= max_error
@@ -93,6 +96,34 @@ def follow_points(
     height, width = first.shape
     good &= (moved >= 0).all(1) & (moved[:, 0] <= width - 1) & (moved[:, 1] <= height - 1)
     return moved, good
+
+
+def match_features(
+    first: np.ndarray, second: np.ndarray, first_allowed: np.ndarray, second_allowed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Match SIFT features of two views u8[H,W], whatever the motion between them; following needs a start nearby.
+
+    A match is the nearest descriptor both ways and clearly nearer than the second nearest (Lowe's ratio test).
+
+    Args:
+      first, second: u8[H,W].
+      first_allowed, second_allowed: bool[H,W], where features may lie.
+
+    Returns:
+      f32[N,2] array coordinates in each view.
+    """
+    detector = cv2.SIFT_create(_FEATURES)
+    masks = (first_allowed.astype(np.uint8), second_allowed.astype(np.uint8))
+    found = [detector.detectAndCompute(grey, mask) for grey, mask in zip((first, second), masks, strict=True)]
+    (ours, looks), (theirs, other_looks) = found
+    if min(len(ours), len(theirs)) < 2:
+        return np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32)
+    there = cv2.BFMatcher().knnMatch(looks, other_looks, k=2)
+    back = {match.queryIdx: match.trainIdx for match in cv2.BFMatcher().match(other_looks, looks)}
+    kept = [a for a, b in there if a.distance < _FEATURE_RATIO * b.distance and back[a.trainIdx] == a.queryIdx]
+    pairs = [(ours[a.queryIdx].pt, theirs[a.trainIdx].pt) for a in kept]
+    points = np.array(pairs, np.float32).reshape(-1, 2, 2)
+    return points[:, 0], points[:, 1]
 
 
 def patches(grey: np.ndarray, points: np.ndarray, size: int = 13) -> np.ndarray:

@@ -12,13 +12,22 @@ import numpy as np
 
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene, SceneObject
-from data_prep.stereo.disparity import MAX_DEPTH, StereoError, check_array, depth_from_disparity, match_pair
-from data_prep.stereo.features import follow_points, grey_frames, seed_points
+from data_prep.stereo.checks import disparity_offset as measure_offset
+from data_prep.stereo.checks import likely_cause, row_curvature, row_errors
+from data_prep.stereo.disparity import MAX_DEPTH, MIN_DEPTH, StereoError, check_array, depth_from_disparity, match_pair
 from data_prep.stereo.tracks import PointTracks, reject_outliers, track_points
 from data_prep.stereo.trajectory import Trajectory, solve_trajectory
 
 STEREO4D_BASELINE = 0.063  # metres: what Stereo4D assumes for every VR180 camera
 _MIN_OBJECT_POINTS = 4
+_MIN_IN_RANGE = 0.1  # share of the matched pixels whose depth is one that the stage keeps
+_UNKNOWN_IS_FINE = ("row_curvature", "disparity_offset")  # most clips do not tell; what is told is believed
+_CAUSES = {
+    "vertical_error": "the views are not rectified",
+    "row_curvature": "the views are not perspective (fisheye, equirectangular): project them to perspective",
+    "disparity_offset": 'the eyes\' principal points differ: rectify, or write this number as "disparity_offset" into '
+    "<clip>-clip.json",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +39,12 @@ class Quality:
       left_right_error: median pixels between a match and the way back, where matched.
       median_disparity: pixels over valid ones; below about 2 a pixel's tenth is 5 % of depth.
       vertical_error: median |row difference| in pixels of points matched between the views; rectified pairs: ~0.
+      row_curvature: how rows bend with disparity: 0 in perspective views, about 2/3 in fisheye ones; NaN = not told.
       reprojection_rms: pixels, worst frame.
       inlier_ratio: share of followed points that agree with the camera pose, worst frame.
       static_drift: median over background tracks of their spread in the world relative to their depth; it sees errors
         of depth and pose together (a scale error of the whole clip, e.g. a wrong baseline, it cannot see).
+      disparity_offset: pixels that all disparities are too large, as far as the camera's motion tells; NaN = not told.
       path_length: metres along the camera's centres.
       keyframes: number.
       scale: "metric" or "assumed_baseline".
@@ -49,12 +60,17 @@ class Quality:
     path_length: float
     keyframes: int
     scale: str
+    row_curvature: float = math.nan
+    disparity_offset: float = math.nan
 
     @classmethod
-    def of(cls, figures: Mapping[str, float], trajectory: Trajectory, tracks: PointTracks, scale: str) -> Self:
-        """Compute all figures of a clip; `figures` are those of matching."""
+    def of(
+        cls, figures: Mapping[str, float], trajectory: Trajectory, tracks: PointTracks, scale: str, offset: float
+    ) -> Self:
+        """Compute all figures of a clip; `figures` are those of matching, `offset` that of its disparities."""
         return cls(
             **figures,
+            disparity_offset=offset,
             reprojection_rms=float(trajectory.reprojection_rms.max()),
             inlier_ratio=float(trajectory.inlier_ratio.min()),
             static_drift=static_drift(tracks, trajectory),
@@ -81,6 +97,8 @@ class QualityLimits:
     min_inlier_ratio: float | None = 0.4
     max_static_drift: float | None = 0.05
     max_path_length: float | None = None
+    max_row_curvature: float | None = 0.12
+    max_disparity_offset: float | None = 0.6
 
 
 def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id: str) -> None:
@@ -88,7 +106,7 @@ def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id
 
     Args:
       figures: named as in `Quality`; those not measured yet may be absent. None or NaN (could not be measured) breaks
-        its limit.
+        its limit, unless it is one of those that few clips tell (`row_curvature`, `disparity_offset`).
 
     Raises:
       StereoError: reason "low_quality", naming every broken limit.
@@ -99,12 +117,13 @@ def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id
         if limit is None or name not in figures:
             continue
         value = figures[name]
+        cause = f" ({_CAUSES[name]})" if name in _CAUSES else ""
         if value is None or math.isnan(value):
-            broken.append(f"{name} could not be measured")
+            broken += [] if name in _UNKNOWN_IS_FINE else [f"{name} could not be measured"]
         elif side == "min" and value < limit:
-            broken.append(f"{name} {value:.3g} is below {limit:g}")
-        elif side == "max" and value > limit:
-            broken.append(f"{name} {value:.3g} is above {limit:g}")
+            broken.append(f"{name} {value:.3g} is below {limit:g}{cause}")
+        elif side == "max" and abs(value) > limit:
+            broken.append(f"{name} {value:.3g} is {'beyond' if value < 0 else 'above'} {limit:g}{cause}")
     if broken:
         raise StereoError(f"clip {clip_id}: {'; '.join(broken)}", "low_quality")
 
@@ -112,16 +131,9 @@ def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id
 def vertical_error(left: np.ndarray, right: np.ndarray, disparity: np.ndarray, valid: np.ndarray) -> float:
     """Measure the median |row difference| in pixels of points followed from the left to the right view; NaN if none is.
 
-    Args:
-      left, right: u8[H,W,3].
-      disparity: f32[H,W] pixels, where to start looking.
-      valid: bool[H,W].
+    Args: as `row_errors`.
     """
-    first, second = grey_frames(np.stack([left, right]))
-    start = seed_points(first, valid, 200)
-    shift = disparity[np.rint(start[:, 1]).astype(int), np.rint(start[:, 0]).astype(int)]
-    found, good = follow_points(first, second, start, guess=start - np.column_stack([shift, np.zeros_like(shift)]))
-    return float(np.median(np.abs(found[good, 1] - start[good, 1]))) if good.any() else math.nan
+    return _median(np.abs(row_errors(left, right, disparity, valid)[1]))
 
 
 def static_drift(tracks: PointTracks, trajectory: Trajectory) -> float:
@@ -145,7 +157,7 @@ class Reconstruction:
 
     Attributes:
       scene: poses and object points.
-      depths: f32[T,H,W] metres of the left view, NaN = unknown.
+      depths: f32[T,H,W] metres of the left view, NaN = unknown, or not of a frame used.
       quality: figures of the clip.
     """
 
@@ -166,6 +178,9 @@ def reconstruct_clip(
     masks: Mapping[str, np.ndarray] = MappingProxyType({}),
     captions: Mapping[str, Caption] = MappingProxyType({}),
     max_disparity: int | None = None,
+    max_depth: float = MAX_DEPTH,
+    disparity_offset: float = 0.0,
+    used: Sequence[int] | None = None,
     limits: QualityLimits = QualityLimits(),  # noqa: B008 - frozen
     provenance: Mapping[str, Any] = MappingProxyType({}),
 ) -> Reconstruction:
@@ -184,6 +199,10 @@ def reconstruct_clip(
       masks: per object id, bool[T,H,W] in the left view; objects are kept out of the camera's pose.
       captions: per object id, what it is called; without one its name stays empty.
       max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m).
+      max_depth: metres; farther pixels count as unknown.
+      used: frames that will be asked about, ascending; only they and keyframes of the camera's path get a depth, and
+        only they figures of matching. None = all.
+      disparity_offset: pixels to take from every disparity: by how much the eyes' principal points differ.
       limits: the clip is rejected when it breaks one.
       provenance: added to the scene's, e.g. files.
 
@@ -194,15 +213,33 @@ def reconstruct_clip(
     _check_clip(left, right, timestamps, intrinsics, masks)
     scale, metres = ("assumed_baseline", STEREO4D_BASELINE) if baseline is None else ("metric", baseline)
     search = max(1, left.shape[2] // 8) if max_disparity is None else max_disparity
-    depths, figures = _clip_depths(left, right, intrinsics[0, 0], metres, search)
-    require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
-    moving = np.logical_or.reduce(list(masks.values())) if masks else None
-    trajectory = solve_trajectory(left, depths, intrinsics, moving)
-    tracks = track_points(left, depths, intrinsics, trajectory.world_to_camera, list(masks.values()))
-    quality = Quality.of(figures, trajectory, tracks, scale)
-    require_quality(quality.as_dict(), limits, clip_id)
+    setting = _Matching(intrinsics, metres, search, max_depth, disparity_offset)
+    try:
+        depths = _DepthMaps(left, right, setting)
+        figures = depths.figures(range(len(left)) if used is None else sorted(set(used)))
+        require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
+        moving = np.logical_or.reduce(list(masks.values())) if masks else None
+        trajectory = solve_trajectory(left, depths, intrinsics, moving)
+        poses = trajectory.world_to_camera
+        tracks = track_points(left, depths.maps, intrinsics, poses, list(masks.values()))
+        offset = measure_offset(tracks, poses, intrinsics, metres)
+        quality = Quality.of(figures, trajectory, tracks, scale, offset)
+        require_quality(quality.as_dict(), limits, clip_id)
+    except StereoError as error:
+        middle = len(left) // 2
+        cause = likely_cause(left[middle], right[middle], search)
+        if not cause:
+            raise
+        told = StereoError(f"{error}; {cause}", error.reason)
+        told.frame = error.frame
+        raise told from error
     found, left_out = _scene_objects(masks, captions, tracks)
-    parameters = {"baseline": metres, "max_disparity": search, "max_depth": MAX_DEPTH}
+    parameters = {
+        "baseline": metres,
+        "max_disparity": search,
+        "max_depth": max_depth,
+        "disparity_offset": disparity_offset,
+    }
     notes = {"tool": "data_prep.stereo.stage", "parameters": parameters, "quality": quality.as_dict()}
     scene = Scene(
         clip_id=clip_id,
@@ -215,7 +252,7 @@ def reconstruct_clip(
         scale=scale,
         provenance={**provenance, **notes, "objects_left_out": left_out},
     )
-    return Reconstruction(scene, depths, quality)
+    return Reconstruction(scene, depths.maps, quality)
 
 
 def _check_clip(
@@ -235,24 +272,75 @@ def _check_clip(
         check_array(f"masks of object {name!r}", mask, bool, left.shape[:3])
 
 
-def _clip_depths(
-    left: np.ndarray, right: np.ndarray, fx: float, baseline: float, max_disparity: int
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Depths f32[T,H,W] and the figures of matching, named as in `Quality`."""
-    depths = np.empty(left.shape[:3], np.float32)
-    shares, errors, medians, rows = [], [], [], []
-    for frame, (first, second) in enumerate(zip(left, right, strict=True)):
-        disparity, valid, left_right = match_pair(first, second, max_disparity)
-        depths[frame] = depth_from_disparity(disparity, valid, fx, baseline)
-        shares.append(valid.mean())
-        if valid.any():
-            errors.append(np.median(left_right[valid]))
-            medians.append(np.median(disparity[valid]))
-        if frame in (0, len(left) // 2, len(left) - 1):
-            rows.append(vertical_error(first, second, disparity, valid))
-    figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
-    figures |= {"median_disparity": _median(medians), "vertical_error": _median(rows)}
-    return depths, {name: float(value) for name, value in figures.items()}
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Matching:
+    """How disparities are found and become metres."""
+
+    intrinsics: np.ndarray
+    baseline: float
+    max_disparity: int
+    max_depth: float
+    offset: float
+
+
+class _DepthMaps:
+    """Depth maps of a clip, each found when it is first asked for; indexed by frame like an f32[T,H,W].
+
+    Attributes:
+      maps: f32[T,H,W] metres, NaN = unknown, or not asked for.
+    """
+
+    def __init__(self, left: np.ndarray, right: np.ndarray, setting: _Matching):
+        self.maps = np.full(left.shape[:3], np.nan, np.float32)
+        self.shape, self.ndim, self.dtype = self.maps.shape, self.maps.ndim, self.maps.dtype
+        self._views, self._setting, self._known = (left, right), setting, set()
+
+    def __getitem__(self, frame: int) -> np.ndarray:
+        if frame not in self._known:
+            self.find(frame)
+        return self.maps[frame]
+
+    def find(self, frame: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Match a frame's pair and keep its depth; return what `match_pair` found."""
+        setting = self._setting
+        found, valid, left_right = match_pair(*(view[frame] for view in self._views), setting.max_disparity)
+        disparity = found - np.float32(setting.offset)
+        self.maps[frame] = depth_from_disparity(
+            disparity, valid, setting.intrinsics[0, 0], setting.baseline, setting.max_depth
+        )
+        self._known.add(frame)
+        return found, valid, left_right
+
+    def figures(self, frames: Sequence[int]) -> dict[str, float]:
+        """Match those frames; return the figures of matching, named as in `Quality`."""
+        shares, errors, medians, rows = [], [], [], []
+        for frame in frames:
+            disparity, valid, left_right = self.find(frame)
+            shares.append(valid.mean())
+            if valid.any():
+                errors.append(np.median(left_right[valid]))
+                medians.append(np.median(disparity[valid]))
+            if frame in (frames[0], frames[len(frames) // 2], frames[-1]):
+                rows.append(row_errors(*(view[frame] for view in self._views), disparity, valid))
+        points, lower, further = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
+        figures |= {"median_disparity": _median(medians), "vertical_error": _median(np.abs(lower))}
+        figures["row_curvature"] = row_curvature(points, lower, further, self._setting.intrinsics)
+        _check_range(self.maps[frames], figures, self._setting)
+        return {name: float(value) for name, value in figures.items()}
+
+
+def _check_range(depths: np.ndarray, figures: Mapping[str, float], setting: _Matching) -> None:
+    """Raises StereoError where views match, but hardly a depth is one that the stage keeps."""
+    shown = np.isfinite(depths).mean()
+    if figures["valid_disparity"] > 0 and shown < _MIN_IN_RANGE * figures["valid_disparity"]:
+        usual = setting.intrinsics[0, 0] * setting.baseline / max(figures["median_disparity"], 1e-3)
+        raise StereoError(
+            f"the views match, but at a baseline of {setting.baseline:g} m the usual depth is {usual:.3g} m, and only "
+            f"{MIN_DEPTH:g} to {setting.max_depth:g} m are kept. Is the baseline in metres (63 mm = 0.063)? Else see "
+            "stereo.max_depth",
+            "out_of_range",
+        )
 
 
 def _median(values: Sequence[float]) -> float:

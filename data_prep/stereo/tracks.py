@@ -15,6 +15,7 @@ from data_prep.stereo.features import (
     follow_points,
     grey_frames,
     patches,
+    project,
     sample_depth,
     sample_mask,
     seed_points,
@@ -58,10 +59,11 @@ def track_points(
 ) -> PointTracks:
     """Follow background and object points forward and backward through a clip.
 
-    Every `seed_every` frames each label is filled up to its number of points. A point ends where Lucas-Kanade does not
-    find its way back, where it no longer looks as when seeded, where its depth jumps, or where it leaves its object's
-    mask (background points: where they enter one). While an object's mask is empty its points go on unseen. Points with
-    depth in fewer than two frames are left out.
+    Every `seed_every` frames with depth each label is filled up to its number of points. A point is looked for where
+    the camera's motion would take it if it stood still, plus what it moved besides in the step before. It ends where
+    Lucas-Kanade does not find its way back, where it no longer looks as when seeded, where its depth jumps, or where it
+    leaves its object's mask (background points: where they enter one). While an object's mask is empty its points go on
+    unseen. Points with depth in fewer than two frames are left out.
 
     Args:
       frames: u8[T,H,W,3].
@@ -69,7 +71,7 @@ def track_points(
       intrinsics: f64[3,3] pixels.
       world_to_camera: f64[T,3,4].
       object_masks: bool[T,H,W] each.
-      seed_every: frames between seedings.
+      seed_every: frames with depth from one seeding to the next.
 
     Raises:
       StereoError: shapes do not fit.
@@ -80,13 +82,16 @@ def track_points(
     for n, mask in enumerate(object_masks):
         check_array(f"object_masks[{n}]", mask, bool, frames.shape[:3])
     greys = grey_frames(frames)
-    clear = np.stack([clear_of_edges(depth) for depth in depths])
+    clear = np.full(depths.shape, np.nan, np.float32)
+    known = np.flatnonzero(np.isfinite(depths).any((1, 2)))
+    for frame in known:
+        clear[frame] = clear_of_edges(depths[frame])
     wanted = [(-1, _BACKGROUND)] + [(n, _PER_OBJECT) for n in range(len(object_masks))]
-    sweep = _Sweep(greys, clear, object_masks)
+    sweep = _Sweep(greys, clear, object_masks, intrinsics, world_to_camera)
     for frame in range(count):
         if frame:
             sweep.step(frame - 1, frame)
-        if frame % seed_every == 0:
+        if frame in known[::seed_every]:
             for label, number in wanted:
                 sweep.seed(frame, label, number)
     sweep.turn_round()
@@ -104,8 +109,16 @@ def track_points(
 class _Sweep:
     """Tracks being extended, frame after frame, first forward and then backward from their seeds."""
 
-    def __init__(self, greys: np.ndarray, depths: np.ndarray, masks: Sequence[np.ndarray]):
+    def __init__(
+        self,
+        greys: np.ndarray,
+        depths: np.ndarray,
+        masks: Sequence[np.ndarray],
+        intrinsics: np.ndarray,
+        world_to_camera: np.ndarray,
+    ):
         self.greys, self.depths, self.masks = greys, depths, masks
+        self.intrinsics, self.poses = intrinsics, world_to_camera
         self.image = np.full((0, len(greys), 2), np.nan, np.float32)
         self.depth = np.full((0, len(greys)), np.nan)  # where seen
         self.labels = np.zeros(0, np.int32)
@@ -113,6 +126,7 @@ class _Sweep:
         self.alive = np.zeros(0, bool)
         self.looks = patches(greys[0], np.zeros((0, 2), np.float32))  # where seeded
         self.last = np.zeros(0)  # last depth known
+        self.moved = np.zeros((0, 2), np.float32)  # pixels moved in the last step, less what the camera's motion does
         self.age = np.zeros(0, np.int32)  # frames since then
         self.backward = False
 
@@ -137,6 +151,7 @@ class _Sweep:
         self.alive = np.concatenate([self.alive, np.ones(n, bool)])
         self.looks = np.concatenate([self.looks, patches(self.greys[frame], points)])
         self.last = np.concatenate([self.last, depth])
+        self.moved = np.concatenate([self.moved, np.zeros((n, 2), np.float32)])
         self.age = np.concatenate([self.age, np.zeros(n, np.int32)])
 
     def turn_round(self) -> None:
@@ -145,13 +160,19 @@ class _Sweep:
         self.alive[:] = False
         self.last = self.depth[np.arange(len(self.born)), self.born]
         self.age[:] = 0
+        self.moved[:] = 0
 
     def step(self, source: int, target: int) -> None:
         """Follow the living points from one frame to its neighbour."""
         if self.backward:
             self.alive |= self.born == source
         index = np.flatnonzero(self.alive)
-        moved, good = follow_points(self.greys[source], self.greys[target], self.image[index, source])
+        image = self.image[index, source]
+        world = backproject(image, self.last[index], self.intrinsics, self.poses[source])
+        standing, ahead = project(world, self.poses[target], self.intrinsics)
+        standing = np.where((ahead > 0)[:, None], standing, image).astype(np.float32)
+        guess = standing + self.moved[index]
+        moved, good = follow_points(self.greys[source], self.greys[target], image, guess)
         good &= (patches(self.greys[target], moved) * self.looks[index]).sum(1) >= _MIN_LIKENESS
         seen = np.zeros(len(index), bool)
         for label in np.unique(self.labels[index]):
@@ -172,6 +193,7 @@ class _Sweep:
         use = good & known & seen
         self.alive[index] = good
         self.image[index[good], target] = moved[good]
+        self.moved[index[good]] = (moved - standing)[good]
         self.depth[index[use], target] = depth[use]
         self.last[index[use]] = depth[use]
         self.age[index] = np.where(use, 0, age)

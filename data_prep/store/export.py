@@ -16,19 +16,24 @@ from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from data_prep.store.parts import ClipResult, PartStore, StoreError
 from mllm4d_jax.files.atomic import open_atomic, remove_partials, write_atomic
+from mllm4d_jax.qa.benchmarks import MULTIPLE_CHOICE
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.reasoning import Vec3
 from mllm4d_jax.qa.records import ROLES, read_conversation
 from mllm4d_jax.qa.rewards import Solution, solution_fields
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 _TEXT_FIELDS = ("id", "source_id", "video", "question", "answer", "question_type")
-_MEASURED = ("source_id", "label", "value", "object_name", "frames")
+_NOTED = ("source_id", "scale", "label", "object_name", "frames")  # of a row, in r1 records
+# The release's loader takes every speaker but "user" and "system" for the assistant, "human" too.
+_SPEAKERS = {"user": "user", "system": "system", "assistant": "gpt"}
 
 
 # File name (`.json` is one JSON list, `.jsonl` one object a line) -> the split whose rows go into it, row -> record.
@@ -40,7 +45,7 @@ def check_row(row: Mapping[str, Any], source_id: str) -> None:
 
     Fields: "id" (unique in the data set), "source_id", "video" (path relative to the media root), "question",
     "options" (object, letter -> text, letters from A on), "answer" (letter), "question_type", "conversations" (turns
-    {"from": "system" | "human" | "gpt", "value"}; one <video>, in a human turn; the last is gpt's), "solution" (object
+    {"from": "system" | "user" | "gpt", "value"}; one <video>, in a user's turn; the last is gpt's), "solution" (object
     with "camera_center" and "object_center": per state, start and end, [x, y, z] in metres or null). More
     fields may be there.
 
@@ -103,39 +108,66 @@ def check_result(result: ClipResult) -> None:
 
 
 def conversation_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as in MLLM4D-2M.json, plus "id" and "question_type", which its readers ignore."""
-    return {
-        "id": row["id"],
-        "video": row["video"],
-        "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in row["conversations"]],
-        "question_type": row["question_type"],
-    }
+    """Return a record as in MLLM4D-2M.json, plus what its readers ignore: "id", "question_type", and "scale" if known.
+
+    Who speaks is written as the release's loader reads it (`_SPEAKERS`).
+    """
+    turns = [{"from": _SPEAKERS[ROLES[turn["from"]]], "value": turn["value"]} for turn in row["conversations"]]
+    record = {"id": row["id"], "video": row["video"], "conversations": turns, "question_type": row["question_type"]}
+    return record | ({"scale": row["scale"]} if "scale" in row else {})
 
 
 def r1_record(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record as in MLLM4D-R1-30k.jsonl: the prompt as messages without the last answer, and the solution.
 
-    Its readers ignore "id", "question_type" and, where the row has them, "source_id", "label", "value", "object_name"
-    and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`).
+    Its readers ignore "id", "question_type" and, where the row has them, "source_id", "scale", "label", "value",
+    "object_name" and "frames": what a teacher needs to write the reasoning (`data_prep.cold_start.r1_items`). "value"
+    is a list of one number or of three, because a column of Hugging Face datasets has one type.
     """
     prompt = row["conversations"][:-1]
     messages = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in prompt]
-    centers = {field: row["solution"][field] for field in ("camera_center", "object_center")}
+    value = {"value": np.atleast_1d(row["value"]).astype(float).tolist()} if "value" in row else {}
     return {
         "id": row["id"],
         "messages": messages,
         "videos": [row["video"]],
-        "solution": [{"answer": row["answer"], **centers}],
+        "solution": [_solution(row)],
         "question_type": row["question_type"],
-        **{field: row[field] for field in _MEASURED if field in row},
+        **{field: row[field] for field in _NOTED if field in row},
+        **value,
     }
 
 
 def bench_record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a question to be scored: the conversation record and its parts one by one."""
+    """Return a question to be scored: the conversation record and its parts one by one, as in VLM4D.
+
+    The release's evaluator takes "multiple-choice" alone for a "question_type" (the scenario is the "category"), and
+    judges by the text of the right option, not by its letter; our own readers take either.
+    """
     choices = {letter: row["options"][letter] for letter in sorted(row["options"])}
-    parts = {"question": row["question"], "choices": choices, "answer": row["answer"]}
-    return conversation_record(row) | parts | {"source_id": row["source_id"], "solution": r1_record(row)["solution"]}
+    return conversation_record(row) | {
+        "question_type": MULTIPLE_CHOICE,
+        "category": row["question_type"],
+        "question": row["question"],
+        "choices": choices,
+        "answer": choices[row["answer"]],
+        "source_id": row["source_id"],
+        "solution": [_solution(row)],
+    }
+
+
+def _solution(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the solution in one form: lists of [x, y, z] in floats; a kind that no state has is an empty list.
+
+    Rewards read nulls alone and nothing alike, but Hugging Face datasets 4.8 crashes on a list that ends in null.
+    """
+    read = Solution.from_record(dict(solution_fields(row["solution"])) | {"answer": row["answer"]})
+
+    def listed(centers: Sequence[Vec3 | None]) -> list[list[float] | None]:
+        return [center and list(center) for center in centers] if any(centers) else []
+
+    centers = {"camera_center": listed(read.camera_center), "object_center": listed(read.object_center)}
+    return {"answer": read.answer} | centers
 
 
 class RecordWriter:
@@ -211,6 +243,7 @@ def assemble(
         for clip_id in tqdm(sorted(clip_ids), unit="clip"):
             result = store.read(clip_id)
             check_result(result)
+            tally.propose(result)
             result = dataclasses.replace(result, rows=tuple(row for row in result.rows if keep(row["id"])))
             tally.add(result)
             for name, (split, layout) in outputs.items():
@@ -239,8 +272,15 @@ class _Tally:
         self._split_of: dict[str, str] = {}
         self._ids: set[int] = set()  # 64 bits of a hash each: a set of the ids themselves would take gigabytes
         self._questions: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        self._scales: dict[str, Counter[str]] = {split: Counter() for split in splits}
+        self._proposed: dict[str, Counter[str]] = {split: Counter() for split in splits}
         self._clips: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+
+    def propose(self, result: ClipResult) -> None:
+        """Count the questions of a clip before any are left out."""
+        if result.split in self._proposed:
+            self._proposed[result.split].update(row["question_type"] for row in result.rows)
 
     def add(self, result: ClipResult) -> None:
         self._clips["total"] += 1
@@ -262,11 +302,14 @@ class _Tally:
                 raise StoreError(f"question id {row['id']!r} of clip {result.clip_id!r} occurs twice in the data set")
             self._ids.add(key)
             self._questions[result.split][row["question_type"]] += 1
+            self._scales[result.split][row.get("scale", "unknown")] += 1
 
     def summary(self) -> dict[str, Any]:
         return {
             "clips": dict(self._clips),
             "source_videos": dict(Counter(self._split_of.values())),
             "questions": {split: dict(counts) for split, counts in self._questions.items()},
+            "scales": {split: dict(counts) for split, counts in self._scales.items()},
+            "proposed": {split: dict(counts) for split, counts in self._proposed.items()},
             "rejected": dict(self._rejected),
         }

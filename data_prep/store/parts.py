@@ -26,10 +26,11 @@ from tqdm import tqdm
 from data_prep.store.untrusted import read_bytes
 from mllm4d_jax.files.atomic import remove_partials, write_atomic
 from mllm4d_jax.files.lock import LockError, WriterLock
+from mllm4d_jax.files.quoting import cut, shown
 from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.errors import RecordError
 
-PART_FORMAT = 1
+PART_FORMAT = 2
 _MAX_PART_BYTES = 2**28
 _LONGEST_NAME = 160  # leaves room for suffixes below the 255 bytes of common file systems
 
@@ -69,6 +70,15 @@ class ClipResult:
     split: str
     rows: tuple[Mapping[str, Any], ...]
     rejected: tuple[Mapping[str, Any], ...] = ()
+
+
+LostObject = Mapping[str, str]  # an entry of `ClipResult.rejected`, as `lost_object` makes it
+
+
+def lost_object(reason: str, object_id: str, caption: str, why: str) -> LostObject:
+    """Return the entry of an object that no question is about: reason, object id, the caption's beginning, detail."""
+    detail = f"{object_id}: {why}; its caption is {shown(caption)}"
+    return {"reason": reason, "object_id": object_id, "caption": cut(caption, 80), "detail": detail}
 
 
 WorkFn = Callable[[str], ClipResult]

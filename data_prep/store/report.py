@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 from data_prep.questions import blind
 from data_prep.questions.balance import PRESETS, SPLITS, fraction
 from data_prep.questions.propose import QuestionRow
+from data_prep.questions.tally import Guessed, Tally, guess, table, tally
 from data_prep.scenes.relations import LABELS
 from data_prep.scenes.scene import Scene
 from data_prep.sources.base import ClipSource
@@ -35,6 +36,12 @@ from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, number, 
 # With 40 kB a thumbnail at most, these keep the file below 10 MB whatever the frames look like.
 MAX_CLIPS, MAX_QUESTIONS = 12, 6
 MARGIN = 0.03  # a guesser may be this much above chance
+# What `Scene.scale` means for a question's answer; questions are never asked of a "relative" one.
+_SCALES = {
+    "metric": "measured with a known baseline, or brought to metres by a metric depth",
+    "assumed_baseline": "as for eyes 63 mm apart; another camera makes all distances of the clip wrong by one factor",
+    "unknown": "not recorded",
+}
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,20 @@ class CurationSummary:
       manifest: as `export.assemble` returns it.
       rows: all chosen questions with the fields id, source_id, question_type, subtask, template, answer, options,
         label, rank, motion, frames and split.
-      blind: split -> `blind.baselines` of its rows.
+      blind: see `tally.guess`.
       letters: split -> `blind.letter_test` of its rows with four options.
       clips: `MAX_CLIPS` of them are shown.
       shares: weight per scenario that the preset of the training split asks for; normalised here.
+      tallies: per split and scenario what was proposed and kept.
     """
 
     manifest: Mapping[str, Any]
     rows: Sequence[QuestionRow]
-    blind: Mapping[str, Mapping[str, Mapping[str, float]]]
+    blind: Guessed
     letters: Mapping[str, tuple[float, float]]
     clips: Sequence[SampledClip]
     shares: Mapping[str, float]
+    tallies: Sequence[Tally] = ()
 
 
 def write_curation_report(
@@ -82,32 +91,31 @@ def write_curation_report(
     root: Path,
     source: ClipSource,
     manifest: Mapping[str, Any],
-    rows: Sequence[QuestionRow],
+    proposed: Sequence[QuestionRow],
+    chosen: Collection[str],
 ) -> None:
-    """Print the blind guessers' figures and write `<root>/report.html`.
+    """Print what was proposed and kept, with the blind guessers' figures, and write `<root>/report.html`.
 
     Args:
       root: the workdir; its parts hold the questions.
-      rows: of the chosen questions, see `curate.judged_rows`.
+      proposed: see `curate.judged_rows`.
+      chosen: ids of the questions that are kept.
     """
+    guessed = guess(proposed, chosen, config.seed)
+    tallies = tally(proposed, guessed)
+    print(table(tallies))
+    rows = [row for row in proposed if row["id"] in chosen]
     by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-    guessed = {split: blind.baselines(group) for split, group in by_split.items() if group}
     four = {split: [row for row in group if len(row["options"]) == 4] for split, group in by_split.items()}
     letters = {split: blind.letter_test(group) for split, group in four.items() if group}
-    for split, subtask, figures in ((s, name, figures) for s in guessed for name, figures in guessed[s].items()):
-        best = max(_guessers(figures), key=figures.get)
-        print(
-            f"blind, {split}, {subtask}: best {figures[best]:.3f} ({best}), chance {figures['chance']:.3f}, "
-            f"{figures['count']:.0f} questions"
-        )
     clips = _sample_clips(config, root, source, rows)
     shares = PRESETS[config.preset].shares if config.preset in PRESETS else {}
-    page_text = render(CurationSummary(manifest, rows, guessed, letters, clips, shares))
+    page_text = render(CurationSummary(manifest, rows, guessed, letters, clips, shares, tallies))
     write_atomic(root / "report.html", page_text.encode("utf-8"))
 
 
 def _guessers(figures: Mapping[str, float]) -> list[str]:
-    return [name for name in figures if name not in ("chance", "count")]
+    return [name for name in figures if name not in blind.NO_GUESSER]
 
 
 def _sample_clips(
@@ -148,7 +156,7 @@ def render(summary: CurationSummary) -> str:
         "is marked. Centres are in metres in the axes of the first camera: right, down, forward."
     )
     sections = [
-        Section("made", "What was made", _made(manifest, splits)),
+        Section("made", "What was made", page.join([_made(manifest, splits), _tallied(summary.tallies)])),
         Section("shares", "Shares wanted and got", _shares(summary, splits)),
         Section("histograms", "Histograms", _histograms(summary.rows, splits), "All chosen questions together."),
         Section("blind", "What can be guessed without the video", _blind(summary, splits), _BLIND_NOTE),
@@ -174,14 +182,46 @@ def _made(manifest: Mapping[str, Any], splits: Sequence[str]) -> Markup:
     counts = [[reason, number(n)] for reason, n in reasons]
     config = json.dumps(manifest["config"], indent=2, sort_keys=True, ensure_ascii=False)
     heads = [Column("file"), Column("records", True), Column("bytes", True), Column("SHA-256")]
+    scales = manifest.get("scales", {})
+    metres = [
+        [f"{scale}: {meaning}", *(number(scales.get(s, {}).get(scale, 0)) for s in splits)]
+        for scale, meaning in _SCALES.items()
+        if any(scale in counts for counts in scales.values())
+    ]
     tables = [
         page.table(columns, rows, caption="Questions"),
+        page.table([Column("metres of the clip"), *columns[1:]], metres, caption="Scale"),
         page.table([Column("reason"), Column("count", True)], counts, caption="Rejections"),
         page.table([Column("split"), Column("source videos", True)], videos, caption="Source videos"),
         page.table(heads, files, caption="Files"),
     ]
     details = tag("details", tag("summary", "Configuration"), tag("pre", config))
     return page.join([tag("div", *tables, class_="tables"), details])
+
+
+def _tallied(tallies: Sequence[Tally]) -> Markup:
+    columns = [
+        Column("split"),
+        Column("scenario"),
+        Column("proposed", True),
+        Column("kept", True),
+        Column("part", True),
+    ]
+    columns += [
+        Column("fewest proposed of", meaning="Classes that were not proposed at all, or the one that was least often"),
+        Column("best blind guess", True, "The best guesser without the video, on what is kept"),
+        Column("chance", True),
+        Column("noise ±", True, "Twice the standard error of guessing on that many questions"),
+    ]
+    rows = [
+        [
+            *(one.split, _words(one.scenario), number(one.proposed), number(one.kept)),
+            *(number(one.kept / one.proposed, percent=True), one.short, _guess(one.accuracy, one.chance, one.noise)),
+            *(number(value, 1, percent=True) for value in (one.chance, one.noise)),
+        ]
+        for one in tallies
+    ]
+    return page.table(columns, rows, caption="Proposed and kept", filter=True)
 
 
 def _shares(summary: CurationSummary, splits: Sequence[str]) -> Markup:
@@ -252,16 +292,17 @@ def _upper(values: Sequence[float]) -> float | None:
 
 _BLIND_NOTE = (
     "Share of questions that a guesser gets right from the text alone, learned on half of the source videos and "
-    f"scored on the other half. Marked with ▲: more than {100 * MARGIN:.0f} points above chance; with ▲▲ and red: "
-    "also by more than the noise, twice the standard error of guessing on that many questions. The letters of the "
-    "right answers are compared with the uniform distribution; red: p is 0.01 or less."
+    "scored on the other half; for few questions the mean over several halvings. Questions that gave a guesser more "
+    f"than balance.slack on the training set were left out before. Marked with ▲: more than {100 * MARGIN:.0f} points "
+    "above chance; with ▲▲ and red: also by more than the noise, twice the standard error of guessing on that many "
+    "questions. The letters of the right answers are compared with the uniform distribution; red: p is 0.01 or less."
 )
 
 
 def _blind(summary: CurationSummary, splits: Sequence[str]) -> Markup:
     tables = [found for split in splits for found in summary.blind.get(split, {}).values()]
     guessers = list(dict.fromkeys(name for found in tables for name in _guessers(found)))
-    columns = [Column("split"), Column("subtask"), Column("n", True), Column("chance", True), Column("noise ±", True)]
+    columns = [Column("split"), Column("scenario"), Column("n", True), Column("chance", True), Column("noise ±", True)]
     columns += [Column(_words(name), True) for name in guessers]
     rows = []
     for split in splits:
@@ -301,7 +342,7 @@ def _cards(clip: SampledClip, rows: Sequence[QuestionRow], chosen: Mapping[str, 
             for right in (letter == row["answer"],)
         ]
         solution = row["solution"]
-        facts = [("value", _metres(row["value"])), ("motion", _metres(row["motion"]))]
+        facts = [("value", _metres(row["value"])), ("motion", _metres(row["motion"])), ("scale", row["scale"])]
         for name in ("camera_center", "object_center"):
             if any(center is not None for center in solution[name]):
                 facts.append((_words(name), _states(solution[name])))

@@ -24,6 +24,8 @@ from tqdm import tqdm
 from data_prep.scenes.objects import read_masks
 from data_prep.sources.base import MASKS
 from data_prep.sources.frames import encode_jpeg, read_all_frames
+from data_prep.sources.layout import LEFT_EYE, RIGHT_EYE, VIDEOS, clip_groups, find, walk
+from data_prep.store.parts import ClipRejected
 from data_prep.store.untrusted import SceneError
 from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, open_teacher, user_message
 from data_prep.teacher.endpoint import TeacherError
@@ -56,8 +58,6 @@ Reply with JSON and nothing else, of this form:
 {"caption": "the small brown dog with a red collar", "category": "animal"}
 The caption is one noun phrase that begins with "the" and tells looks only: kind, colour, size, clothing, parts. Say \
 nothing about where it is or how it moves. The category is one broad word."""
-_LEFT_ENDINGS = ("-left_rectified", "-left")
-_OTHER_EYE = ("-right_rectified", "-right")
 _MAX_FRAMES = 1000
 _FRAME_PIXELS = 512 * 512
 
@@ -82,16 +82,25 @@ class PendingClip:
 
 
 def find_pending(folder: Path) -> list[PendingClip]:
-    """Return the clips of a folder whose next file is not there, sorted. Raises DescribeError if it has no videos."""
+    """Return the clips below a folder whose next file is not there, sorted by their videos.
+
+    Raises:
+      DescribeError: there are no videos, or a clip has two mask files.
+    """
     found = []
-    videos = [p for p in sorted(folder.glob("*.mp4")) if not p.stem.endswith(_OTHER_EYE)]
+    videos = [folder / inner / name for inner, names in walk(folder) for name in names if name.endswith(VIDEOS)]
+    videos = [video for video in videos if not video.stem.endswith(RIGHT_EYE)]
     if not videos:
-        raise DescribeError(f"input = '{folder}' holds no *.mp4 videos")
+        raise DescribeError(f"input = '{folder}' holds no videos ({', '.join(VIDEOS[:2])})")
+    groups = clip_groups(folder, VIDEOS)
     for video in videos:
-        ending = next((e for e in _LEFT_ENDINGS if video.stem.endswith(e)), "")
+        ending = next((e for e in LEFT_EYE if video.stem.endswith(e)), "")
         clip_id = video.stem.removesuffix(ending)
-        masks = (folder / f"{clip_id}{ending}" for ending in MASKS)
-        pending = PendingClip(clip_id, video, next(filter(Path.is_file, masks), None))
+        try:
+            masks = find(folder, clip_id, [MASKS], groups, optional=True)
+        except ClipRejected as error:
+            raise DescribeError(error.detail) from error
+        pending = PendingClip(clip_id, video, masks[0] if masks else None)
         if not pending.output.exists():
             found.append(pending)
     return found

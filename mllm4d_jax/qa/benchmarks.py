@@ -42,6 +42,7 @@ from mllm4d_jax.qa.rewards import solution_fields
 VLM4D_LAST_EXOCENTRIC = 922
 _MOST_DIGITS = 18
 _MOST_ID = 500  # characters; ids stand in many places
+MULTIPLE_CHOICE = "multiple-choice"  # `question_type` in VLM4D's files and for the release's evaluator
 # MLLM4D-Bench: scenario, as curation names it -> subtask
 SUBTASKS: Mapping[str, str] = {
     "camera_absolute_distance": "camera_absolute_distance",
@@ -145,12 +146,17 @@ def vlm4d_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None
 def bench_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None) -> BenchmarkQuestion:
     """Return a question of MLLM4D-Bench: a record with a `question_type` out of `SUBTASKS`, which is its category.
 
+    Where `question_type` is `MULTIPLE_CHOICE`, as curation writes it, `category` has the scenario.
+
     Raises:
       RecordError: naming what is wrong.
     """
-    read, scenario = record_question(raw, stem, key, root), raw.get("question_type")
+    read, field = record_question(raw, stem, key, root), "question_type"
+    if raw.get(field) == MULTIPLE_CHOICE:
+        field = "category"
+    scenario = raw.get(field)
     if scenario not in SUBTASKS:
-        raise RecordError(f"'question_type' must be one of {', '.join(SUBTASKS)}, not {shown(scenario)}")
+        raise RecordError(f"'{field}' must be one of {', '.join(SUBTASKS)}, not {shown(scenario)}")
     return dataclasses.replace(read, benchmark="mllm4d", split="bench", category=scenario, subtask=SUBTASKS[scenario])
 
 

@@ -34,7 +34,9 @@ _PLACEHOLDER = re.compile("(<video>|<image>)")
 _SPAN = ("video_start", "video_end")
 _LEARNED = ("loss", "weight")  # of a turn: whether it is learned
 # What this project's own files say about a question besides; training does not need it.
-_NOTES = "id question_type source_id label value object_name frames question choices options answer category subtask"
+_NOTES = (
+    "id question_type source_id scale label value object_name frames question choices options answer category subtask"
+)
 _FIELDS = frozenset([*LAYOUTS, "video", "videos", "image", "images", "solution", "system", *_SPAN, *_NOTES.split()])
 
 Message = Mapping[str, Any]

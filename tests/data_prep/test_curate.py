@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,14 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from configs import common
 from data_prep import curate
+from data_prep.questions.propose import QuestionRules
+from data_prep.sources.base import LoadedClip
+from data_prep.store.export import check_result
 from data_prep.store.parts import StoreError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.qa.rewards import score
+from tests.data_prep.scenes.random_scenes import random_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("train.json", "train_r1.jsonl", "bench.json", "rejected.jsonl", "chosen.json", "manifest.json", "report.html")
@@ -77,10 +83,56 @@ def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reaso
     alone.unlink()
     assert run(tmp_path / "out", source="stereo4d", input=str(folder)) == 0
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    reasons = {r["clip_id"]: r["reason"] for r in rejected if r["reason"] != "object_dropped"}
+    reasons = {r["clip_id"]: r["reason"] for r in rejected if not r["reason"].startswith("object_")}
     assert reasons == {stems[0]: "bad_scene", stems[1]: "missing_file"}
+    assert all({"object_id", "caption"} <= r.keys() for r in rejected if r["reason"].startswith("object_"))
     records = json.loads((tmp_path / "out" / "train.json").read_text())
     assert records and all((folder / r["video"]).is_file() for r in records)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneClip:
+    """A source of one clip that is there already."""
+
+    clip: LoadedClip
+    root: Path = Path("/media")
+
+    def load(self, clip_id: str) -> LoadedClip:
+        return self.clip
+
+
+def test_every_object_without_a_question_has_a_line_of_its_own():
+    scene = random_scene(3, objects=3)
+    names = ("a red box moving left", "walking", "<b>")
+    objects = tuple(
+        dataclasses.replace(o, description=name, category="") for o, name in zip(scene.objects, names, strict=True)
+    )
+    scene = dataclasses.replace(scene, objects=objects)
+    left_out = ({"reason": "object_dropped", "object_id": "x", "detail": "x: never in view"},)
+
+    def ask(scene, **rules):
+        clip = LoadedClip(scene, Path("/media/a.mp4"), left_out)
+        result = curate.ask_clip(OneClip(clip), QuestionRules(**rules), 0, 0.1, scene.clip_id)
+        check_result(result)
+        return result, [(line["reason"], line.get("object_id")) for line in result.rejected]
+
+    unnamed = [("object_unnamed", "object1"), ("object_unnamed", "object2")]
+    result, lines = ask(scene)
+    assert lines == [("object_dropped", "x"), *unnamed]
+    assert {row["object_id"] for row in result.rows} == {"", "object0"}
+    assert result.rejected[1]["caption"] == "walking" and "names no thing" in result.rejected[1]["detail"]
+    # A clip without questions lists its objects, too.
+    result, lines = ask(scene, min_points=10_000, min_motion=1e6, options="independent", tau=1e6)
+    assert {row["question_type"] for row in result.rows} <= {"camera_absolute_distance"}
+    assert [line for line in lines if line[1]] == [("object_dropped", "x"), ("object_unasked", "object0"), *unnamed]
+    poses = np.repeat(scene.camera_to_world[:1], scene.num_frames, axis=0)
+    still = dataclasses.replace(scene, camera_to_world=poses, world_to_camera=None)
+    result, lines = ask(still, min_points=10_000)
+    assert (
+        not result.rows and lines[0] == ("no_questions", None) and set(lines[1:]) > {("object_dropped", "x"), *unnamed}
+    )
+    result, lines = ask(dataclasses.replace(scene, scale="relative"))
+    assert not result.rows and lines == [("relative_scale", None), ("object_dropped", "x")]
 
 
 def test_a_workdir_does_not_mix_the_results_of_two_inputs(made, tmp_path):

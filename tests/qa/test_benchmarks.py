@@ -90,7 +90,7 @@ def test_what_curation_writes():
     one = parse("mllm4d", bench_record(ROW))
     assert (one.id, one.split, one.video, one.question) == ("clip:0", "bench", "clips/a.mp4", ROW["question"])
     assert (one.category, one.subtask) == ("object_camera_lateral_direction", "object_camera_relative_direction")
-    assert (dict(one.choices), one.answer, one.truth) == (OPTIONS, "B", ("B",))
+    assert (dict(one.choices), one.answer, one.truth) == (OPTIONS, "12.7", ("B",))
     assert one.prompt == "<video>\n" + write_question(ROW["question"], OPTIONS)
 
 
@@ -167,6 +167,8 @@ def test_broken_vlm4d_questions_are_named(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"category": "colour"}, "'category' must be one of camera_absolute_distance"),
+        ({"category": None}, "'category' must be one of camera_absolute_distance"),
         ({"question_type": "colour"}, "'question_type' must be one of camera_absolute_distance"),
         ({"answer": "E"}, "'answer' is 'E'"),
         ({"answer": "B. 2.5"}, "'answer' is 'B. 2.5'"),

@@ -38,7 +38,7 @@ TOWARDS = {"right (+X)": (0, 1), "left (-X)": (0, -1), "down (+Y)": (1, 1), "up 
     "forward (+Z)": (2, 1),
     "backward (-Z)": (2, -1),
 }
-CLAUSE = r" (?:travels|moves) (?:mostly )?((?:right|left|down|up|forward|backward) \([+-][XYZ]\))"
+CLAUSE = r" (?:travels|shifts) (?:mostly )?((?:right|left|down|up|forward|backward) \([+-][XYZ]\))"
 
 
 def test_every_path_earns_the_full_reward_and_may_be_trained_on():
@@ -205,3 +205,14 @@ def test_a_wrong_answer_or_a_missing_centre_is_refused(scenario):
         with pytest.raises(ClipRejected) as caught:
             compose(broken, 0, 0)
         assert caught.value.reason == reason
+
+
+def test_the_text_fits_objects_of_any_number():
+    agreeing = re.compile(r"(?<!of )\bTHINGS (?:is|are|has|was|gets|goes|keeps|ends|moves|shifts|comes|stands)\b")
+    for name in SCENARIOS[2:]:
+        for item in OF[name][:12]:
+            for path in range(4):
+                text = compose(dataclasses.replace(item, object_name="THINGS"), path, 0)
+                assert "THINGS" in text and not agreeing.search(text), text
+                if "distance" in name and name.startswith("object_camera"):
+                    assert re.search("nearest visible", text.split("\n\n")[0]), text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -46,6 +47,9 @@ def test_a_part_of_a_video_is_kept():
     item = parse_item(record, "x", "fallback")
     assert item.span == (1.0, None) and item.system == "Think."
     made = write_record(item, "<thinking>t</thinking><answer>B</answer>", "id")
+    assert (
+        "scale" not in made and write_record(dataclasses.replace(item, scale="metric"), "r", "id")["scale"] == "metric"
+    )
     assert (made["video_start"], made["video_end"]) == (1.0, None) and parse_record(made, "k", "root")
     assert "video_start" not in write_record(parse_item(RELEASED, "x", "f"), "r", "id")
 
@@ -57,6 +61,7 @@ def test_a_curated_question_comes_back_whole():
         assert tuple(item.options.values()) == question.options and item.solution.answer == question.answer
         assert (item.frames, item.value) == ((*question.frames, question.count), question.value)
         assert (item.label, item.object_name) == (question.label, question.object_name)
+        assert item.scale == question.scale == "metric"
         assert bool(item.object_name) == bool(question.object_id) and item.object_name in question.text
         assert [list(c) for c in item.solution.camera_center] == list(question.camera_center)
 
@@ -97,6 +102,9 @@ def test_ids_come_from_the_content_and_repeated_records_count_once(tmp_path):
         ({"value": "far"}, "'value'"),
         ({"value": [1, 2]}, "'value'"),
         ({"value": True}, "'value'"),
+        ({"value": [True]}, "'value'"),
+        ({"value": []}, "'value'"),
+        ({"scale": 1.0}, "'scale'"),
         ({"value": 10**400}, "'value'"),
     ],
 )

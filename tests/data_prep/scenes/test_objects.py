@@ -277,6 +277,8 @@ def test_tracks_go_to_the_object_whose_mask_holds_them():
     seen[2, [0, 4]] = False
     np.testing.assert_array_equal(objects[0].seen(), seen)
     np.testing.assert_allclose(objects[0].points[seen], tracks[:5].swapaxes(0, 1)[seen])
+    more = objects_from_tracks(scene, tracks, masks, captions | {"c": Caption("a dog")}, min_points=3)[1]
+    assert "c" not in dropped and more["c"] == "it has a caption and no masks"
     # Below the threshold a frame has no points at all, and a threshold that no frame meets drops the object.
     strict, _ = objects_from_tracks(scene, tracks, masks, captions, min_points=5)
     np.testing.assert_array_equal(strict[0].seen().sum(1), [5, 5, 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -107,6 +108,44 @@ def test_a_packed_video_is_split_and_its_left_view_written(folder, tmp_path, cli
     assert written.frames.shape == clip.left.shape
     np.testing.assert_allclose(written.times, times, atol=1e-4)
     np.testing.assert_allclose(made.scene.timestamps, times, atol=1e-4)
+
+
+@pytest.fixture
+def squeezed(folder, tmp_path, clip):
+    """The clip as a half-width side-by-side video: each view pressed to half its width."""
+    packed, stem = tmp_path / "squeezed", clip.scene.clip_id
+    packed.mkdir()
+    half = [np.stack([cv2.resize(f, (SIZE // 2, SIZE), interpolation=cv2.INTER_AREA) for f in view])
+            for view in (clip.left, clip.right)]  # fmt: skip
+    write_video(packed / f"{stem}.mp4", np.concatenate(half, axis=2), clip.scene.timestamps, "ffv1")
+    masks = {o.object_id: o.masks[:, :, ::2] for o in clip.scene.objects}
+    np.savez(packed / f"{stem}-masks.npz", **masks)
+    (folder / f"{stem}-captions.json").rename(packed / f"{stem}-captions.json")
+    return packed
+
+
+def test_views_that_may_be_squeezed_are_asked_about(squeezed, tmp_path, clip, pool):
+    stem = clip.scene.clip_id
+    source = StereoSource(squeezed, tmp_path / "videos", tmp_path / "scenes", layout="left_right", pool=pool)
+    with pytest.raises(ClipRejected, match=f'"squeezed": true or false into {stem}-clip.json') as caught:
+        source.load(stem)
+    assert caught.value.reason == "squeezed_views"
+    write_card(squeezed, stem, squeezed=True, baseline=clip.baseline)
+    made = source.load(stem)
+    check_like_truth(made.scene, clip)
+    assert made.scene.intrinsics[0, 1, 1] == 2 * made.scene.intrinsics[0, 0, 0]
+
+
+def test_eyes_at_different_rates_are_refused(folder, tmp_path, clip, pool):
+    stem = clip.scene.clip_id
+    right = folder / f"{stem}-right_rectified.mp4"
+    write_video(right, clip.right, np.arange(6) * 1.2 * np.diff(clip.scene.timestamps)[0], "mpeg4")
+    with pytest.raises(ClipRejected, match="frame 5 is at .* same frame rate and start") as caught:
+        StereoSource(folder, folder, tmp_path / "scenes", pool=pool).load(stem)
+    assert caught.value.reason == "eyes_out_of_step"
+    write_video(right, clip.right[:4], clip.scene.timestamps[:4], "mpeg4")
+    with pytest.raises(SceneError, match="both eyes need the same size, frame rate and length"):
+        StereoSource(folder, folder, tmp_path / "scenes", pool=pool).load(stem)
 
 
 def test_questions_count_the_frames_that_a_model_is_shown_of_an_uneven_video(tmp_path, clip, pool):

@@ -78,8 +78,13 @@ def render(size, fov, pose_c2w, ball, radius, room, seed, samples=2):
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), depth, mask
 
 
-def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=0.05, ball_step=0.06, radius=0.35):
-    """A camera strafing, advancing and turning in a room with one moving ball."""
+def make_clip(
+    seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=0.05, ball_step=0.06, radius=0.35, drive=None
+):
+    """A camera strafing, advancing and turning in a room with one moving ball.
+
+    `drive` = (metres, radians) makes it a fast drive: so far ahead and turning so much each frame, in a longer room.
+    """
     fov = np.radians(fov_degrees)
     focal = 0.5 * size / np.tan(fov / 2)
     room = np.array([[-2.5, -1.5, -2.0], [2.5, 1.5, 5.0]])
@@ -89,6 +94,9 @@ def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=
         turn = rotation(0.015 * t * np.sign(heading[0]), 0.006 * t)
         centre = t * step * np.array([np.sign(heading[0]) * 0.8, 0.15 * heading[1], 0.6])
         ball = np.array([-0.5, 0.2, 2.6]) + t * ball_step * np.array([0.9, -0.2, 0.3])
+        if drive is not None:
+            room[1, 2] = 12.0
+            turn, centre = rotation(drive[1] * t, 0.0), np.array([0, 0, drive[0] * t])
         left_pose = np.column_stack([turn, centre])
         right_pose = np.column_stack([turn, centre + turn @ np.array([baseline, 0, 0])])
         left, depth, mask = render(size, fov, left_pose, ball, radius, room, 10 * seed)
@@ -99,3 +107,29 @@ def make_clip(seed=0, frames=8, size=192, baseline=0.12, fov_degrees=60.0, step=
     intrinsics = np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
     stacked = {name: np.stack(values) for name, values in out.items()}
     return StereoClip(**stacked, intrinsics=intrinsics, baseline=baseline)
+
+
+def shift_right(clip: StereoClip, pixels: float) -> StereoClip:
+    """The right eye's principal point `pixels` further right: every disparity is so much smaller."""
+    height, width = clip.right.shape[1:3]
+    move = np.array([[1, 0, pixels], [0, 1, 0]], np.float32)
+    size, how = (width, height), {"flags": cv2.INTER_CUBIC, "borderMode": cv2.BORDER_REPLICATE}
+    return dataclasses.replace(clip, right=np.stack([cv2.warpAffine(view, move, size, **how) for view in clip.right]))
+
+
+def through_lens(clip: StereoClip, lens: str) -> StereoClip:
+    """The views as an equidistant "fisheye" or an "equirectangular" projection of the same field of view shows them."""
+    size = clip.left.shape[1]
+    focal, centre = clip.intrinsics[0, 0], size / 2
+    per_radian = centre / np.arctan(centre / focal)
+    u, v = np.meshgrid(*[(np.arange(size) + 0.5 - centre) / per_radian] * 2)  # angles
+    if lens == "fisheye":
+        angle = np.hypot(u, v)
+        x, y = (np.tan(angle) / np.maximum(angle, 1e-9) * side for side in (u, v))
+    else:
+        x, y = np.tan(u), np.tan(v) / np.cos(u)
+    maps = [(focal * side + centre - 0.5).astype(np.float32) for side in (x, y)]
+    views = {
+        eye: np.stack([cv2.remap(f, *maps, cv2.INTER_CUBIC) for f in getattr(clip, eye)]) for eye in ("left", "right")
+    }
+    return dataclasses.replace(clip, **views)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import cv2
 import numpy as np
 import pytest
 
+from benchmarks.stereo_accuracy import photo_scene
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import intrinsics_of
 from data_prep.stereo import disparity as disparity_module
@@ -74,6 +76,37 @@ def test_exposure_may_differ_between_the_eyes():
     assert valid.mean() > 0.7 and abs(np.median(found[valid]) - 5.3) < 0.05
 
 
+def photograph(shift: float, seed: int) -> np.ndarray:
+    """Waves with sensor noise, of little contrast in a third of the rows, u8[H,W,3]."""
+    values = waves(shift)[..., 0].astype(float)
+    values[40:72] = 128 + (values[40:72] - 128) / 40
+    noisy = values + np.random.default_rng(seed).normal(0, 0.4, values.shape)
+    return np.repeat(np.clip(noisy, 0, 255).round().astype(np.uint8)[..., None], 3, 2)
+
+
+def test_weak_texture_with_noise_keeps_its_pixels():
+    found, valid, _ = match_pair(photograph(0, 1), photograph(5.75, 2), 24)
+    inner = np.s_[44:68, 12:]
+    error = np.abs(found - 5.75)[inner][valid[inner]]
+    assert valid[inner].mean() > 0.8 and np.median(error) < 0.4
+
+
+def test_refinement_does_not_believe_a_window_it_cannot_explain(monkeypatch):
+    """Reflections differ between the eyes: what the right view shows besides must not pull the disparity."""
+    rng = np.random.default_rng(0)
+    veil = cv2.GaussianBlur(rng.normal(0, 90, (96, 160)).astype(np.float32), (0, 0), 3)
+    right = np.clip(waves(5.5).astype(np.float32) + veil[..., None], 0, 255).round().astype(np.uint8)
+
+    def error() -> float:
+        found, valid, _ = match_pair(waves(0), right, 24)
+        assert valid.mean() > 0.5
+        return float(np.median(np.abs(found[valid] - 5.5)))
+
+    with_weights = error()
+    monkeypatch.setattr(disparity_module, "_SGBM_ERROR", 1e3)  # believes all
+    assert with_weights < 0.95 * error()
+
+
 def test_depth_of_a_rendered_room(clip):
     found, valid, _ = match_pair(clip.left[0], clip.right[0], 40)
     depth = depth_from_disparity(found, valid, clip.intrinsics[0, 0], clip.baseline)
@@ -98,6 +131,27 @@ def test_split_side_by_side(layout):
     first, second = split_side_by_side(np.concatenate(order, 2 if "left" in layout else 1), layout)
     np.testing.assert_array_equal(first, left)
     np.testing.assert_array_equal(second, right)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_benchmark_reads_photographs(tmp_path, times):
+    """A scene folder in Middlebury's form; larger ones are reduced, and their disparities with them."""
+    width = 900 if times == 2 else 160
+    truth = np.tile(np.arange(1, 97, dtype=np.float32)[:, None], (1, width))
+    truth[0, 0] = np.inf
+    for name in ("im0.png", "im1.png"):
+        cv2.imwrite(str(tmp_path / name), np.zeros((96, width, 3), np.uint8))
+    pixels = truth[::-1].astype(">f4" if times == 2 else "<f4").tobytes()  # bottom row first
+    sign = b"1.0" if times == 2 else b"-1.0"
+    (tmp_path / "disp0.pfm").write_bytes(b"Pf\n%d 96\n%s\n" % (width, sign) + pixels)
+    (tmp_path / "calib.txt").write_text("cam0=[1 0 0]\nndisp=64\n")
+    left, _, found, largest = photo_scene(tmp_path)
+    assert left.shape == (96 // times, width // times, 3) and largest == 64 // times
+    np.testing.assert_array_equal(found[1:, 5], truth[times // 2 :: times, 5][1:] / times)
+    assert np.isnan(found[0, 0]) == (times == 1)
+    (tmp_path / "disp0.pfm").write_bytes(b"Pf\n%d 96\n-1\n" % width)
+    with pytest.raises(ValueError, match="has 0 bytes of pixels"):
+        photo_scene(tmp_path)
 
 
 def test_bad_pairs_are_refused():
@@ -146,6 +200,22 @@ def test_whole_stage_from_stereo_frames_alone(clip):
 
 def centers(world_to_camera):
     return -np.einsum("tji,tj->ti", world_to_camera[:, :, :3], world_to_camera[:, :, 3])
+
+
+def test_only_used_frames_and_keyframes_get_a_depth(clip):
+    every, some = reconstruct(clip), reconstruct(clip, used=[1, 3, 6])
+    known = np.isfinite(some.depths).any((1, 2))
+    assert known.tolist() == [True, True, False, True, False, False, True]  # the path starts at frame 0
+    np.testing.assert_array_equal(some.depths[3], every.depths[3])
+    np.testing.assert_allclose(some.scene.camera_centers, every.scene.camera_centers, atol=2e-3)
+    ball = some.scene.object("ball").points
+    assert np.isfinite(ball[[1, 3, 6], :, 0]).any(1).all() and not np.isfinite(ball[[2, 4, 5], :, 0]).any()
+
+
+def test_depth_limit_is_the_callers(clip):
+    near = reconstruct(clip, max_depth=3.5)
+    assert np.nanmax(near.depths) <= 3.5 < np.nanmax(reconstruct(clip).depths)
+    assert near.scene.provenance["parameters"]["max_depth"] == 3.5
 
 
 def test_unknown_baseline_is_flagged_and_scales_the_world(clip):

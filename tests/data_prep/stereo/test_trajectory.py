@@ -58,6 +58,23 @@ def test_figures_tell_how_well_the_pose_is_founded(clip):
     assert center_error(worse.world_to_camera, clip)[0] > 3 * error
 
 
+@pytest.mark.parametrize("drive", [(0.6, 0.25), (0.3, 0.32)])
+def test_fast_motion_is_followed(drive):
+    """Wall points come nearer by a fifth and the view turns by a quarter of itself between frames."""
+    fast = make_clip(seed=5, frames=4, size=192, drive=drive)
+    poses = solve_trajectory(fast.left, depths(fast), fast.intrinsics).world_to_camera
+    error, length = center_error(poses, fast)
+    assert error < 0.015 * length and turn_error(poses, fast) < 0.25
+
+
+def test_a_sudden_stop_is_followed():
+    """Where the last motion, going on, leads astray."""
+    fast = make_clip(seed=5, frames=3, size=192, drive=(0.5, 0.2))
+    stop = np.array([0, 1, 2, 2])
+    poses = solve_trajectory(fast.left[stop], depths(fast)[stop], fast.intrinsics).world_to_camera
+    np.testing.assert_allclose(poses[3], poses[2], atol=2e-3)
+
+
 def test_deterministic(clip):
     first, second = (solve_trajectory(clip.left[:4], depths(clip)[:4], clip.intrinsics) for _ in range(2))
     assert first.world_to_camera.tobytes() == second.world_to_camera.tobytes()

@@ -42,7 +42,7 @@ def make_row(clip_id, n, source_id, **changes):
         "id": f"{clip_id}#{n}",
         "source_id": source_id,
         "video": f"videos/{source_id}.mp4",
-        "conversations": [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": "ABCD"[n % 4]}],
+        "conversations": [{"from": "user", "value": f"<video>\n{question}"}, {"from": "gpt", "value": "ABCD"[n % 4]}],
         "question": question,
         "options": {"A": "0.1 m", "B": "0.4 m", "C": "1.2 m", "D": "2.0 m"},
         "answer": "ABCD"[n % 4],
@@ -93,14 +93,16 @@ def test_the_files_hold_the_questions(tmp_path):
     assert r1["solution"] == [{"answer": "B", **centers}]
     bench = json.loads((out / "bench.json").read_bytes())
     assert {r["source_id"] for r in bench} == bench_sources and bench[0]["choices"]["C"] == "1.2 m"
+    assert {r["answer"] for r in bench} <= {"0.1 m", "0.4 m", "1.2 m", "2.0 m"}
     rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_bytes().splitlines()]
     assert {"clip_id": CLIPS[4], "source_id": "s4", "reason": "no_motion", "detail": "nothing moves"} in rejected
     assert manifest == json.loads((out / MANIFEST).read_bytes())
     assert manifest["clips"] == {"total": 12, "without_questions": 2}
     assert manifest["rejected"] == {"no_motion": 2, "near_threshold": 10}
     assert sum(manifest["questions"]["train"].values()) == len(train)
+    assert manifest["proposed"] == manifest["questions"]  # all were kept
     assert manifest["questions"]["bench"]["camera_absolute_distance"] == sum(
-        r["question_type"] == "camera_absolute_distance" for r in bench
+        r["category"] == "camera_absolute_distance" for r in bench
     )
     assert manifest["seed"] == 5 and manifest["config"] == {"lr": 1.5, "name": "é"}
     for name, entry in manifest["files"].items():
@@ -144,13 +146,49 @@ def test_finished_clips_are_not_done_again(tmp_path):
 
 
 def test_rewards_see_every_turn_but_the_last():
-    said = [("system", "Think."), ("human", "<video>One?"), ("gpt", "A"), ("human", "Two?"), ("gpt", "B")]
+    said = [("system", "Think."), ("user", "<video>One?"), ("gpt", "A"), ("human", "Two?"), ("gpt", "B")]
     row = make_row("c", 0, "s", conversations=[{"from": who, "value": what} for who, what in said])
     check_row(row, "s")
     roles = ["system", "user", "assistant", "user"]
     assert r1_record(row)["messages"] == [
         {"role": role, "content": what} for role, (_, what) in zip(roles, said, strict=False)
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "written"), [("human", "user"), ("user", "user"), ("assistant", "gpt"), ("gpt", "gpt")]
+)
+def test_speakers_are_written_as_the_release_reads_them(given, written):
+    turns = [TURN, {"from": "gpt", "value": "A"}]
+    turns[written == "gpt"] = turns[written == "gpt"] | {"from": given}
+    row = make_row("c", 0, "s", conversations=turns)
+    check_row(row, "s")
+    for record in (conversation_record(row), bench_record(row)):
+        assert [turn["from"] for turn in record["conversations"]] == ["user", "gpt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ([], []),
+        (None, []),
+        ([None, None], []),
+        ([1, 2, 3], [[1.0, 2.0, 3.0]]),
+        ([[0, 0, 0], [1, 2.5, 3]], [[0.0, 0.0, 0.0], [1.0, 2.5, 3.0]]),
+        ([None, [1, 2, 3]], [None, [1.0, 2.0, 3.0]]),
+    ],
+)
+def test_centres_are_written_in_one_form(given, written):
+    row = make_row("c", 0, "s", solution={"camera_center": given, "object_center": given})
+    check_row(row, "s")
+    centers = {"camera_center": written, "object_center": written}
+    for record in (r1_record(row), bench_record(row | {"solution": [row["solution"]]})):
+        assert json.dumps(record["solution"]) == json.dumps([{"answer": "A"} | centers])  # floats, to the letter
+
+
+@pytest.mark.parametrize(("given", "written"), [(2, "[2.0]"), (0.5, "[0.5]"), ((1, 0, -2.5), "[1.0, 0.0, -2.5]")])
+def test_a_value_is_written_as_a_list(given, written):
+    assert json.dumps(r1_record(make_row("c", 0, "s", value=given))["value"]) == written
 
 
 def test_generated_questions_pass(tmp_path):
@@ -167,7 +205,7 @@ def test_generated_questions_pass(tmp_path):
         )
 
 
-TURN = {"from": "human", "value": "<video>x"}
+TURN = {"from": "user", "value": "<video>x"}
 CENTERS = {"camera_center": [None], "object_center": [None]}
 
 

@@ -13,6 +13,7 @@ import pytest
 from data_prep.questions import blind
 from data_prep.questions.balance import PRESETS, split_of
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.tally import Tally
 from data_prep.scenes.relations import LABELS
 from data_prep.store import report
 from data_prep.store.clip_maps import MAX_OBJECTS, clip_maps
@@ -54,6 +55,7 @@ def make_summary(**changes) -> CurationSummary:
             s: {name: sum(r["question_type"] == name for r in rows) for name in SCENARIOS}
             for s, rows in by_split.items()
         },
+        "scales": {"train": {"assumed_baseline": 1234, "metric": 5}, "bench": {"metric": 6}},
         "rejected": {"no_motion": 3, NASTY: 12},
         "files": {"train.json": {"sha256": "ab" * 32, "bytes": 1234567, "records": 321}},
     }
@@ -92,6 +94,19 @@ def test_the_page_holds_all_sections_and_nothing_external(html):
     assert len(html.encode()) < 2e6
 
 
+def test_what_was_proposed_and_kept_is_counted():
+    tallies = [
+        Tally("train", "camera_relative_direction", 400, 100, "up: 7", "class_prior", 0.40, 0.25),
+        Tally("bench", "camera_relative_direction", 90, 0, "left: 0, up: 0", "", math.nan, math.nan),
+    ]
+    rows = table(read(render(make_summary(tallies=tallies, clips=[]))), "Proposed and kept")
+    name = "camera relative direction"
+    assert rows == [
+        ["train", name, "400", "100", "25%", "up: 7", "▲▲ 40.0%", "25.0%", "8.7%"],
+        ["bench", name, "90", "0", "0%", "left: 0, up: 0", "–", "–", "–"],
+    ]
+
+
 def test_same_summary_same_bytes(html):
     assert render(make_summary()) == html
 
@@ -101,6 +116,9 @@ def test_counts_hashes_and_rejections_are_those_of_the_manifest(html):
     rows = {r[0]: r[1:] for r in table(root, "Questions")}
     for name in SCENARIOS:
         assert rows[name.replace("_", " ")] == [str(manifest["questions"][s][name]) for s in ("train", "bench")]
+    metric, assumed = table(root, "Scale")
+    assert metric[0].startswith("metric: ") and metric[1:] == ["5", "6"]
+    assert assumed[0].startswith("assumed_baseline: ") and assumed[1:] == ["1,234", "0"]
     assert table(root, "Rejections") == [[NASTY, "12"], ["no_motion", "3"]]
     assert table(root, "Files") == [["train.json", "321", "1,234,567", "ab" * 32]]
     tiles = dict(zip([d.text for d in root.all("dt")], [d.text for d in root.all("dd")], strict=True))
@@ -156,6 +174,7 @@ def test_cards_show_the_question_its_frames_and_the_right_option(html):
         captions = [c.text for c in card.all("figcaption")]
         for text, seen, source in zip(captions, row["frames"]["seen"], row["frames"]["source"], strict=True):
             assert text == (f"frame {seen}" if seen == source else f"frame {seen} (source frame {source})")
+        assert facts["scale"] == "metric"
         numbers = [float(v) for v in re.findall(r"-?\d+\.\d+", facts["camera center"])]
         np.testing.assert_allclose(numbers, np.ravel(row["solution"]["camera_center"]), atol=0.0051)
         assert ("object center" in facts) == bool(row["object_id"])
