@@ -48,9 +48,12 @@ _OTHER = {"cold_start": run_cold_start, "describe": describe}
 # What has to be in the input folder, for the message that it is not.
 _SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
 _EXPECTED = {
-    "stereo4d": f"Stereo4D annotations: <clip>.npz with <clip>-left_rectified.mp4 (or a folder of images), {_SIDECARS}",
-    "stereo": f"stereo videos: <clip>-left.mp4 and <clip>-right.mp4, or packed <clip>.mp4 (stereo.layout), {_SIDECARS}",
-    "monocular": f"<clip>.mp4 with <clip>-spatialtracker.npz and a folder <clip>-moge, {_SIDECARS}",
+    "stereo4d": "Stereo4D annotations: <clip>.npz with <clip>-left_rectified.mp4 (or .mov, or a folder of images), "
+    f"{_SIDECARS}",
+    "stereo": "stereo videos: <clip>-left.mp4 and <clip>-right.mp4 (or _left, -left_rectified, .mov), or packed "
+    f"<clip>.mp4 (stereo.layout), {_SIDECARS}",
+    "monocular": "<clip>.mp4 (or .mov) with <clip>-spatialtracker.npz (or <clip>_result.npz) and a folder "
+    f"<clip>-moge, {_SIDECARS}",
 }
 
 

@@ -38,7 +38,13 @@ CLIP_KEYS = (
     ),
     Key("stereo.baseline", 0.0, "stereo: metres between the eyes; 0 = assume 0.063, as Stereo4D does", low=0, high=100),
     Key("stereo.max_frames", 300, "stereo: a longer clip is rejected", low=2, high=100000),
-    Key("stereo.max_disparity", 0, "stereo: pixels searched; 0 = an eighth of the width", low=0, high=8192),
+    Key(
+        "stereo.max_disparity",
+        0,
+        "stereo: pixels searched; 0 = an eighth of the width, or as many as a view needs",
+        low=0,
+        high=8192,
+    ),
     Key("stereo.max_depth", 20.0, "stereo: metres; farther pixels count as unknown", low=0.1, high=10000),
     Key("monocular.max_spread", 0.1, "monocular: relative spread of the scale up to which it counts as metric", low=0),
     Key(

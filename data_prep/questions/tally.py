@@ -11,6 +11,8 @@ from data_prep.questions.balance import SPLITS, kinds_of
 from data_prep.questions.blind import NO_GUESSER, baselines
 from data_prep.questions.propose import SCENARIOS, QuestionRow
 
+_TELLING = 0.15  # largest noise with which an accuracy says something: that of some 35 questions
+
 Guessed = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -72,13 +74,14 @@ def tally(rows: Sequence[QuestionRow], guessed: Guessed) -> list[Tally]:
 
 
 def table(tallies: Sequence[Tally]) -> str:
-    """Lay the counts and figures out as lines of text, a head first."""
+    """Lay the counts and figures out as lines of text, a head first; "few" for an accuracy that is mostly noise."""
     lines = [
         f"{'questions':44}{'proposed':>9}{'kept':>7}{'blind':>8}{'chance':>8}{'noise':>8}  fewest of (proposed); best "
         "blind guesser"
     ]
     for one in tallies:
-        blind = f"{one.accuracy:8.3f}{one.chance:8.3f}{one.noise:8.3f}" if one.kept else " " * 24
+        shown = f"{one.accuracy:8.3f}" if one.noise <= _TELLING else f"{'few':>8}"
+        blind = f"{shown}{one.chance:8.3f}{one.noise:8.3f}" if one.kept else " " * 24
         told = f"{one.short}; {one.guesser}" if one.kept else f"{one.short}"
         lines.append(f"{one.split + ' ' + one.scenario:44}{one.proposed:9}{one.kept:7}{blind}  {told}")
     for split in SPLITS:

@@ -263,8 +263,7 @@ def objects_from_tracks(
         member, frame = np.nonzero(seen)
         points[frame, member] = tracks[members[member], frame]
         points.setflags(write=False)  # the object takes it as it is
-        caption = captions[name]
-        objects.append(SceneObject(name, caption.description, caption.category, points, mask))
+        objects.append(SceneObject(name, captions[name].description, captions[name].category, points, mask))
     return tuple(objects), dropped
 
 

@@ -9,7 +9,7 @@ from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
 
 from data_prep.scenes.scene import invert_poses
-from data_prep.stereo.disparity import match_pair
+from data_prep.stereo.disparity import beyond_search, match_pair
 from data_prep.stereo.features import follow_points, grey_frames, project, seed_points
 from data_prep.stereo.tracks import PointTracks
 
@@ -17,6 +17,7 @@ _MIN_POINTS = 40
 _MAX_SLOPE_ERROR = 0.03  # of a row curvature that counts as measured
 _MAX_OFFSET_ERROR = 0.035  # pixels; points of one distance tell less, and a slanted wall's bias then looks like one
 _MAX_DISAGREEMENT = 0.5  # pixels between the estimates of two pairs of frames
+MAX_BEYOND = 0.02  # share of the pixels that may lie beyond the range of the search
 _NOISE = 0.1  # pixels: scale of the residuals of followed points
 
 
@@ -159,12 +160,10 @@ def likely_cause(left: np.ndarray, right: np.ndarray, max_disparity: int) -> str
             f"the eyes look swapped: the other way round {100 * swapped:.0f} % of the pixels match instead of "
             f"{100 * share:.0f} % (check which file is left, or stereo.layout)"
         )
-    wider = min(3 * max_disparity, left.shape[1] // 2)
-    if wider > max_disparity:
-        found, valid, _ = match_pair(left, right, wider)
-        if valid.mean() > share + 0.15:
-            return (
-                f"the search is too small: up to {wider} px {100 * valid.mean():.0f} % of the pixels match instead of "
-                f"{100 * share:.0f} % (set stereo.max_disparity to {math.ceil(np.percentile(found[valid], 99.5)) + 8})"
-            )
+    beyond, needed = beyond_search(left, right, max_disparity)
+    if beyond > MAX_BEYOND:
+        return (
+            f"the search is too small: {100 * beyond:.0f} % of the pixels match beyond {max_disparity} px (set "
+            f"stereo.max_disparity to {needed})"
+        )
     return ""

@@ -89,6 +89,28 @@ def match_pair(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple
     return np.where(valid, disparity, 0).astype(np.float32), valid, left_right
 
 
+def beyond_search(left: np.ndarray, right: np.ndarray, max_disparity: int) -> tuple[float, int]:
+    """Look for matches beyond a search range: nearer surfaces would get none, or wrong ones.
+
+    A search of three times the range at native size, of which only matches count that both views confirm.
+
+    Args: as `match_pair`.
+
+    Returns:
+      Share of all pixels that match beyond `max_disparity`, and the range in pixels that takes in all but 0.5 % of the
+      matches with some to spare.
+    """
+    first, second = _grey(left, "left"), _grey(right, "right")
+    wider = max(max_disparity, min(3 * max_disparity, first.shape[1] // 2))
+    found = _match(first, second, wider, 1)
+    back = _match(second[:, ::-1], first[:, ::-1], wider, 1)[:, ::-1]
+    sure = (found > 0) & (left_right_error(found, np.where(back > 0, back, np.nan)) <= 1)
+    if not sure.any():
+        return 0.0, max_disparity
+    needed = math.ceil(np.percentile(found[sure], 99.5)) + 2 * _SEARCH_MARGIN
+    return float((sure & (found > max_disparity)).mean()), needed
+
+
 def left_right_error(disparity: np.ndarray, right_disparity: np.ndarray) -> np.ndarray:
     """Return |d_left(x) - d_right(x - d_left)| in pixels, f32[H,W]; inf where the other view has no match (NaN)."""
     columns = np.arange(disparity.shape[1])

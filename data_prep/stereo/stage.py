@@ -12,9 +12,17 @@ import numpy as np
 
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene, SceneObject
+from data_prep.stereo.checks import MAX_BEYOND, likely_cause, row_curvature, row_errors
 from data_prep.stereo.checks import disparity_offset as measure_offset
-from data_prep.stereo.checks import likely_cause, row_curvature, row_errors
-from data_prep.stereo.disparity import MAX_DEPTH, MIN_DEPTH, StereoError, check_array, depth_from_disparity, match_pair
+from data_prep.stereo.disparity import (
+    MAX_DEPTH,
+    MIN_DEPTH,
+    StereoError,
+    beyond_search,
+    check_array,
+    depth_from_disparity,
+    match_pair,
+)
 from data_prep.stereo.tracks import PointTracks, reject_outliers, track_points
 from data_prep.stereo.trajectory import Trajectory, solve_trajectory
 
@@ -39,6 +47,7 @@ class Quality:
       left_right_error: median pixels between a match and the way back, where matched.
       median_disparity: pixels over valid ones; below about 2 a pixel's tenth is 5 % of depth.
       vertical_error: median |row difference| in pixels of points matched between the views; rectified pairs: ~0.
+      beyond_search: share of the pixels that match beyond the range of the search, in the frame in the middle.
       row_curvature: how rows bend with disparity: 0 in perspective views, about 2/3 in fisheye ones; NaN = not told.
       reprojection_rms: pixels, worst frame.
       inlier_ratio: share of followed points that agree with the camera pose, worst frame.
@@ -60,6 +69,7 @@ class Quality:
     path_length: float
     keyframes: int
     scale: str
+    beyond_search: float
     row_curvature: float = math.nan
     disparity_offset: float = math.nan
 
@@ -97,6 +107,7 @@ class QualityLimits:
     min_inlier_ratio: float | None = 0.4
     max_static_drift: float | None = 0.05
     max_path_length: float | None = None
+    max_beyond_search: float | None = MAX_BEYOND
     max_row_curvature: float | None = 0.12
     max_disparity_offset: float | None = 0.6
 
@@ -198,7 +209,8 @@ def reconstruct_clip(
         "assumed_baseline" instead of "metric".
       masks: per object id, bool[T,H,W] in the left view; objects are kept out of the camera's pose.
       captions: per object id, what it is called; without one its name stays empty.
-      max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m).
+      max_disparity: pixels; None = an eighth of the width (64 at 512; at 60 degrees and 63 mm down to 0.44 m), or as
+        many as the frame in the middle needs.
       max_depth: metres; farther pixels count as unknown.
       used: frames that will be asked about, ascending; only they and keyframes of the camera's path get a depth, and
         only they figures of matching. None = all.
@@ -212,21 +224,13 @@ def reconstruct_clip(
     """
     _check_clip(left, right, timestamps, intrinsics, masks)
     scale, metres = ("assumed_baseline", STEREO4D_BASELINE) if baseline is None else ("metric", baseline)
-    search = max(1, left.shape[2] // 8) if max_disparity is None else max_disparity
+    frames = range(len(left)) if used is None else sorted(set(used))
+    middle = frames[len(frames) // 2]
+    search = _usual_search(left[middle], right[middle]) if max_disparity is None else max_disparity
     setting = _Matching(intrinsics, metres, search, max_depth, disparity_offset)
     try:
-        depths = _DepthMaps(left, right, setting)
-        figures = depths.figures(range(len(left)) if used is None else sorted(set(used)))
-        require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
-        moving = np.logical_or.reduce(list(masks.values())) if masks else None
-        trajectory = solve_trajectory(left, depths, intrinsics, moving)
-        poses = trajectory.world_to_camera
-        tracks = track_points(left, depths.maps, intrinsics, poses, list(masks.values()))
-        offset = measure_offset(tracks, poses, intrinsics, metres)
-        quality = Quality.of(figures, trajectory, tracks, scale, offset)
-        require_quality(quality.as_dict(), limits, clip_id)
+        depths, trajectory, tracks, quality = _measure(left, right, frames, masks, setting, scale, limits, clip_id)
     except StereoError as error:
-        middle = len(left) // 2
         cause = likely_cause(left[middle], right[middle], search)
         if not cause:
             raise
@@ -234,13 +238,7 @@ def reconstruct_clip(
         told.frame = error.frame
         raise told from error
     found, left_out = _scene_objects(masks, captions, tracks)
-    parameters = {
-        "baseline": metres,
-        "max_disparity": search,
-        "max_depth": max_depth,
-        "disparity_offset": disparity_offset,
-    }
-    notes = {"tool": "data_prep.stereo.stage", "parameters": parameters, "quality": quality.as_dict()}
+    notes = {"tool": "data_prep.stereo.stage", "parameters": setting.parameters(), "quality": quality.as_dict()}
     scene = Scene(
         clip_id=clip_id,
         source_id=source_id,
@@ -252,7 +250,38 @@ def reconstruct_clip(
         scale=scale,
         provenance={**provenance, **notes, "objects_left_out": left_out},
     )
-    return Reconstruction(scene, depths.maps, quality)
+    return Reconstruction(scene, depths, quality)
+
+
+def _usual_search(left: np.ndarray, right: np.ndarray) -> int:
+    """Pixels of disparity to search by default, for a pair u8[H,W,3] of the clip."""
+    usual = max(1, left.shape[1] // 8)
+    beyond, needed = beyond_search(left, right, usual)
+    return max(usual, needed) if beyond > MAX_BEYOND else usual
+
+
+def _measure(
+    left: np.ndarray,
+    right: np.ndarray,
+    frames: Sequence[int],
+    masks: Mapping[str, np.ndarray],
+    setting: _Matching,
+    scale: str,
+    limits: QualityLimits,
+    clip_id: str,
+) -> tuple[np.ndarray, Trajectory, PointTracks, Quality]:
+    """Depths f32[T,H,W] of `frames` and of keyframes, camera path, tracks, and figures that break no limit."""
+    depths = _DepthMaps(left, right, setting)
+    figures = depths.figures(frames)
+    require_quality(figures, limits, clip_id)  # a bad match says more than the pose that fails because of it
+    moving = np.logical_or.reduce(list(masks.values())) if masks else None
+    trajectory = solve_trajectory(left, depths, setting.intrinsics, moving)
+    poses = trajectory.world_to_camera
+    tracks = track_points(left, depths.maps, setting.intrinsics, poses, list(masks.values()))
+    offset = measure_offset(tracks, poses, setting.intrinsics, setting.baseline)
+    quality = Quality.of(figures, trajectory, tracks, scale, offset)
+    require_quality(quality.as_dict(), limits, clip_id)
+    return depths.maps, trajectory, tracks, quality
 
 
 def _check_clip(
@@ -281,6 +310,11 @@ class _Matching:
     max_disparity: int
     max_depth: float
     offset: float
+
+    def parameters(self) -> dict[str, float]:
+        """What a scene's provenance says of it."""
+        named = {"baseline": self.baseline, "max_disparity": self.max_disparity, "max_depth": self.max_depth}
+        return named | {"disparity_offset": self.offset}
 
 
 class _DepthMaps:
@@ -325,6 +359,8 @@ class _DepthMaps:
         points, lower, further = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
         figures |= {"median_disparity": _median(medians), "vertical_error": _median(np.abs(lower))}
+        middle = (view[frames[len(frames) // 2]] for view in self._views)
+        figures["beyond_search"] = beyond_search(*middle, self._setting.max_disparity)[0]
         figures["row_curvature"] = row_curvature(points, lower, further, self._setting.intrinsics)
         _check_range(self.maps[frames], figures, self._setting)
         return {name: float(value) for name, value in figures.items()}

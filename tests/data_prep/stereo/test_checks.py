@@ -63,10 +63,11 @@ def test_a_wide_perspective_view_is_not(wide):
     [
         (lambda clip: {"left": clip.right, "right": clip.left}, "low_quality", "the eyes look swapped"),
         (lambda clip: {"max_disparity": 3}, "low_quality", "search is too small.*stereo.max_disparity to [12]"),
+        (lambda clip: {"max_disparity": 7}, "low_quality", "beyond_search 0.*search is too small.*max_disparity to 1"),
         (lambda clip: {"baseline": 120.0}, "out_of_range", "Is the baseline in metres"),
         (lambda clip: {"baseline": 0.00012}, "out_of_range", "Is the baseline in metres"),
     ],
-    ids=["swapped", "search", "millimetres", "kilometres"],
+    ids=["swapped", "search", "search_of_most", "millimetres", "kilometres"],
 )
 def test_refusals_name_the_likely_cause(clip, fault, reason, cause):
     changes = fault(clip)
@@ -74,3 +75,14 @@ def test_refusals_name_the_likely_cause(clip, fault, reason, cause):
     with pytest.raises(StereoError, match=cause) as caught:
         reconstruct(dataclasses.replace(clip, **views), **changes)
     assert caught.value.reason == reason
+
+
+def test_the_usual_search_is_widened_where_the_view_needs_it():
+    near = make_clip(seed=3, frames=3, baseline=0.5)
+    found = reconstruct(near)
+    searched = found.scene.provenance["parameters"]["max_disparity"]
+    assert searched > near.left.shape[2] // 8 == 24 and found.quality.beyond_search == 0
+    error = np.abs(found.depths / near.depth - 1)[near.masks]
+    assert np.isfinite(error).mean() > 0.8 and np.nanmedian(error) < 0.01
+    with pytest.raises(StereoError, match="search is too small"):
+        reconstruct(near, max_disparity=24)

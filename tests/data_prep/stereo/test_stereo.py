@@ -249,7 +249,7 @@ def test_objects_without_points_are_named(clip):
 
 
 def test_quality_limits_name_every_broken_figure():
-    good = Quality(0.9, 0.1, 6.0, 0.1, 0.3, 0.9, 0.01, 1.0, 2, "metric")
+    good = Quality(0.9, 0.1, 6.0, 0.1, 0.3, 0.9, 0.01, 1.0, 2, "metric", 0.0)
     require_quality(good.as_dict(), QualityLimits(), "c")
     bad = dataclasses.replace(good, valid_disparity=0.1, static_drift=float("nan"), inlier_ratio=0.2)
     with pytest.raises(StereoError, match="clip c: ") as caught:
@@ -258,4 +258,4 @@ def test_quality_limits_name_every_broken_figure():
     assert "valid_disparity 0.1 is below 0.3" in broken and "inlier_ratio" in broken
     assert "static_drift could not be measured" in broken and broken.count(";") == 2
     assert bad.as_dict()["static_drift"] is None
-    require_quality(bad.as_dict(), QualityLimits(None, None, None, None, None, None, None), "c")
+    require_quality(bad.as_dict(), QualityLimits(*[None] * len(dataclasses.fields(QualityLimits))), "c")
