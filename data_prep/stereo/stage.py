@@ -140,10 +140,7 @@ def require_quality(figures: Mapping[str, float], limits: QualityLimits, clip_id
 
 
 def vertical_error(left: np.ndarray, right: np.ndarray, disparity: np.ndarray, valid: np.ndarray) -> float:
-    """Measure the median |row difference| in pixels of points followed from the left to the right view; NaN if none is.
-
-    Args: as `row_errors`.
-    """
+    """Measure the median |row difference| in pixels of points that `row_errors` follows; NaN if none is."""
     return _median(np.abs(row_errors(left, right, disparity, valid)[1]))
 
 

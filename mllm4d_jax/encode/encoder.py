@@ -22,7 +22,7 @@ from mllm4d_jax.media.resize import ImageRule
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import plan_frames
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
-from mllm4d_jax.qa.records import Record, Span
+from mllm4d_jax.qa.records import Record, named_part
 
 _MIN_FRAMES = 2
 _Prompt = tuple[np.ndarray, np.ndarray, str]  # token ids, supervised tokens, text
@@ -320,13 +320,9 @@ def media_identity(record: Record) -> tuple[tuple[str, str], ...]:
 
     Behind the name of a video stands which part of it is meant, if not all of it.
     """
-    return tuple((p["type"], media_name(p) + _span_name(p.get("span"))) for p in media_parts(record))
+    return tuple((p["type"], named_part(media_name(p), p.get("span"))) for p in media_parts(record))
 
 
 def media_name(part: Mapping[str, Any]) -> str:
     """Return the path of an image or video, or the name of frames that came with the record."""
     return part["frames"].name if "frames" in part else part["path"]
-
-
-def _span_name(span: Span | None) -> str:
-    return "" if span is None else f"#t={span[0]},{span[1]}"

@@ -30,6 +30,7 @@ from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.records import named_part
 from mllm4d_jax.report.reading import PREDICTIONS
 
 
@@ -77,6 +78,7 @@ class Prediction(AskedQuestion):
         """The prediction for a question whose response has come in."""
         found = extract_answer(response, item.choices)
         asked = {field: getattr(item, field) for field in _OF_ITEM}
+        asked["media"] = item.media and named_part(item.media, item.span)
         made = {"prompt_mode": prompt_mode, "control": control, "tokens": tokens, "finish": finish, "config": config}
         return cls(**asked, **made, response=response, **dataclasses.asdict(found), correct=found.letter in item.truth)
 

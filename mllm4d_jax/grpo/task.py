@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from mllm4d_jax.encode.encoder import media_identity
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
@@ -262,7 +263,7 @@ def completion_lines(prompts: Sequence[Prompt], rollouts: Rollouts, advantages: 
         yield {
             "key": prompt.key,
             "question": prompt.question,
-            "media": list(prompt.media),
+            "media": [name for _, name in media_identity(prompt.record)],
             "completion": text,
             "rewards": dict(rewards),
             "total": rewards["total"],

@@ -67,7 +67,7 @@ class AskedQuestion:
       split: "real", "synthetic", "bench", or the file's name without suffix.
       category, subtask: what tables are grouped by; None = the benchmark has no such thing.
       video: the path as the benchmark names it; questions with the same one are not independent.
-      media: where that file is, None if no root is given.
+      media: where that file is, None if no root is given; in predictions with the part that is meant (`named_part`).
       question: the text without options.
       choices: letter -> option text, in the file's order.
       answer: the truth as the file gives it, a letter or an option's text.

@@ -32,6 +32,8 @@ ROLES = {"user": "user", "human": "user", "system": "system", "assistant": "assi
 LAYOUTS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 _PLACEHOLDER = re.compile("(<video>|<image>)")
 _SPAN = ("video_start", "video_end")
+_SECONDS = r"(-?\d+(?:\.\d+)?(?:e[+-]\d+)?)?"
+_FRAGMENT = re.compile(f"#t={_SECONDS},{_SECONDS}$")
 _LEARNED = ("loss", "weight")  # of a turn: whether it is learned
 # What this project's own files say about a question besides; training does not need it.
 _NOTES = (
@@ -223,6 +225,20 @@ def video_spans(raw: Mapping[str, Any], videos: int) -> tuple[Span | None, ...]:
 def video_part(path: str, span: Span | None = None) -> dict[str, Any]:
     """Return the part of a message that is a video; `span`: which part of it is meant, None for all."""
     return {"type": "video", "path": path} | ({} if span is None else {"span": span})
+
+
+def named_part(path: str, span: Span | None) -> str:
+    """Return how a part of a video is called in logs: the path, and a media fragment in seconds ("a.mp4#t=2.0,5.0")."""
+    return path if span is None else f"{path}#t={','.join('' if end is None else repr(end) for end in span)}"
+
+
+def part_named(name: str) -> tuple[str, Span | None]:
+    """Return the path and the part of the video that `named_part` called `name`."""
+    found = _FRAGMENT.search(name)
+    if not found:
+        return name, None
+    start, end = (float(number) if number else None for number in found.groups())
+    return name[: found.start()], (start, end)
 
 
 def media_files(raw: Mapping[str, Any], kind: str) -> list[str]:

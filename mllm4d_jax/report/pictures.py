@@ -13,6 +13,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import MediaError
+from mllm4d_jax.qa.records import Span, part_named
 from mllm4d_jax.report import page
 
 SIDE = 240  # pixels, the longer side of a small frame
@@ -29,12 +30,18 @@ class Pictures:
     note: str = ""
 
 
+def _part(name: str) -> tuple[str, Span]:
+    file, span = part_named(name)
+    return file, span or (None, None)
+
+
 def read_pictures(
     paths: Sequence[str], *, frames: int, max_bytes: int, clip_s: float, total_s: float
 ) -> dict[str, Pictures]:
     """Pictures of each file, every file read once; never raises because of a file.
 
     Args:
+      paths: of images and videos; of parts of videos as `records.named_part` calls them.
       frames: of a clip, evenly spaced, both ends included.
       max_bytes: of one picture.
       clip_s: seconds that a clip may take to decode.
@@ -46,10 +53,11 @@ def read_pictures(
         if time.monotonic() - started > total_s:
             return Pictures((), f"{path} was not decoded: the {total_s:g} s for all pictures were used up")
         try:
+            file, (start, end) = (path, (None, None)) if os.path.exists(path) else _part(path)
             if path.lower().endswith(_IMAGES):
                 images, captions = [read_image(path)], ["image"]
             else:
-                clip = pool.read(path, SampleRule("uniform", frames, None), _REDUCED)
+                clip = pool.read(file, SampleRule("uniform", frames, None, start=start, end=end), _REDUCED)
                 images, captions = clip.frames, [f"{t:.1f} s" for t in clip.times.tolist()]
             files = (page.thumbnail(image, max_side=SIDE, max_bytes=max_bytes) for image in images)
             return Pictures(tuple(zip(files, captions, strict=True)))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.samples import write_video
+from mllm4d_jax.qa.records import named_part
 from mllm4d_jax.report import pictures
 from mllm4d_jax.report.pictures import read_pictures
 
@@ -40,6 +41,13 @@ def test_frames_are_spread_over_the_clip_and_dated(files):
     reds = [decoded(jpeg)[..., 0].mean() for jpeg, _ in found[path].frames]
     assert np.allclose(reds, [0, 80, 160, 240], atol=16)
     assert decoded(found[path].frames[0][0]).shape == (48, 64, 3)
+
+
+def test_of_a_part_of_a_video_only_that_part_is_shown(files):
+    path = named_part(str(files / "clip.mp4"), (0.6, 1.25))
+    found = read_pictures([path, named_part(path, (None, 2.0))], **RULE)
+    assert [caption for _, caption in found[path].frames] == ["0.6 s", "0.9 s", "1.0 s", "1.2 s"]
+    assert "does not exist" in found[f"{path}#t=,2.0"].note  # only the last fragment is one
 
 
 def test_large_frames_are_made_small(files):
