@@ -28,14 +28,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = "ROW "  # see gpu_work.py
 GOLDEN = ("qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe")
+SIDES = ("ours", "theirs")
 SMOKE_SECONDS = 42
+# Rows x questions of a clip and what is kept for the backward pass; the best of each N counts.
+TRAINING = "8x20:dots_except_mlp,24x1:dots_except_mlp,8x20:full"
+MORE_TRAINING = "32x1:full,4x20:dots,12x1:dots"
+SLACK = 5  # how many times its time a part may take on a CPU, which others may use as well
 
 
 class Part(NamedTuple):
@@ -63,10 +68,13 @@ def parts_of(args: argparse.Namespace, folder: Path) -> list[Part]:
     def ours(part: str, *more: str) -> tuple[str, ...]:
         return ("benchmarks/gpu_ours.py", part, *more, *tiny)
 
+    slack = SLACK if args.device == "cpu" else 1
     wide = ("2x3", "1x1") if tiny else ("2x12", "1x1", "16x12")
-    training = ("2x3:full", "2x1:full") if tiny else ("8x20:full", "32x1:full")
-    more = ("1x3:dots",) if tiny else ("4x20:dots", "8x1:dots")
+    training, more = ("2x3:full,2x1:full", "1x3:dots") if tiny else (args.training, MORE_TRAINING)
     verify = ("run.py", "--config=configs/verify.py")
+    golden = [(*verify, f"--config.golden=tests/golden/{name}") for name in GOLDEN]
+    if tiny:
+        golden = [(*golden[-1], "--config.case=video")]
     grpo = ["benchmarks/grpo_vs_hf.py", f"--device={args.device}", f"--out={folder / 'grpo.json'}", "--rounds=1"]
     if tiny:
         grpo += ["--completions=3", "--tokens=6", "--frames=4", "--side=64", "--layers=2", "--width=128"]
@@ -75,16 +83,17 @@ def parts_of(args: argparse.Namespace, folder: Path) -> list[Part]:
     if args.reference_python:
         grpo.append(f"--reference_python={args.reference_python}")
     theirs = ("benchmarks/gpu_theirs.py", f"--candidates={','.join(wide[1::-1])}", *tiny)
-    return [
+    found = [
         Part("card", ours("card"), 25, 60),
-        *(Part("parity", (*verify, f"--config.golden=tests/golden/{name}"), 45, 100) for name in GOLDEN),
-        Part("sft", ours("sft", f"--candidates={','.join(training)}"), 110, 180),
+        *(Part("parity", command, 60, 100) for command in golden),
+        Part("sft", ours("sft", f"--candidates={training}"), 110, 200),
         Part("decode", ours("decode", f"--candidates={','.join(wide)}"), 80, 150),
         Part("theirs", theirs, 60, 120, theirs=True),
         Part("grpo", tuple(grpo), 90, 150, results=folder / "grpo.json"),
         Part("sparse", ours("sparse"), 30, 80),
-        Part("sft_more", ours("sft", f"--candidates={','.join(more)}"), 50, 100),
+        Part("sft_more", ours("sft", f"--candidates={more}"), 40, 120),
     ]
+    return [part._replace(limit=slack * part.limit) for part in found if not args.parts or part.name in args.parts]
 
 
 class Table:
@@ -121,11 +130,32 @@ class Table:
             blocks.append(f"### {part}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
         return "\n".join(blocks)
 
-    def best(self, part: str, side: str, figure: str, **wanted: Any) -> float | None:
-        """The largest of a figure among rows that have all `wanted` values."""
-        rows = [row for name, row in self.rows if name == part and row.get("side") == side]
+    def best(self, parts: Sequence[str], side: str, figure: str, **wanted: Any) -> float | None:
+        """The largest of a figure among rows of these parts that have all `wanted` values."""
+        rows = [row for name, row in self.rows if name in parts and row.get("side") == side]
         found = [row[figure] for row in rows if row.get(figure) and wanted.items() <= row.items()]
         return max(found, default=None)
+
+    def compare(self) -> None:
+        """Add how many times as fast ours is as theirs."""
+
+        def add(case: str, mine: float | None, other: float | None, times: Callable[[float, float], float]) -> None:
+            if mine and other:
+                self.add("ratios", dict(case=case, ours=mine, theirs=other, times_as_fast=times(mine, other)))
+
+        theirs = self.best(("theirs",), "theirs", "qa_per_second")
+        for n in dict.fromkeys(row["questions"] for _, row in list(self.rows) if "questions" in row):
+            mine = self.best(("sft", "sft_more"), "ours", "qa_per_second", questions=n)
+            add(f"training, N = {n}, QA/s", mine, theirs, lambda a, b: a / b)
+        for case in [row["case"] for part, row in self.rows if part == "decode"]:
+            mine, other = (self.best(("decode", "theirs"), s, "tokens_per_second", case=case) for s in SIDES)
+            add(f"decoding {case}, tokens/s", mine, other, lambda a, b: a / b)
+        steps = [{row.get("side"): row} for part, row in list(self.rows) if part == "grpo" and "step_s" in row]
+        if len(steps) == len(SIDES):
+            both = steps[0] | steps[1]
+            for name in [name for name in both["ours"] if name.endswith("_s")]:
+                mine, other = (both[side].get(name) for side in SIDES)
+                add(f"GRPO step, {name.removesuffix('_s')}, seconds", mine, other, lambda a, b: b / a)
 
 
 def shown(value: Any) -> str:
@@ -135,171 +165,139 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/").replace("\n", " ")
 
 
-def run_part(part: Part, limit: float, table: Table, environment: Mapping[str, str], python: str, log: Path) -> None:
-    """Run a part to its end or for `limit` seconds; adds its rows, and one that says how it failed."""
-    started = time.monotonic()
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [python, *part.command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            process_group=0,  # its own processes end with it
-        )
-        timer = threading.Timer(limit, end, (process,))
-        timer.start()
-        last = ""
-        for line in process.stdout:
-            if line.startswith(ROW):
-                table.add(part.name, json.loads(line.removeprefix(ROW)))
-            elif line.strip():
-                last = line.strip()
-                errors.write(line)
-        code = process.wait()
-        timer.cancel()
-    took = time.monotonic() - started
-    if part.results and part.results.is_file():
-        for row in json.loads(part.results.read_text(encoding="utf-8")):
-            table.add(part.name, row)
-    figures = dict(case="process", process_s=took)
-    if part.name == "parity":
-        figures |= dict(case=part.command[-1].rpartition("/")[2], result=last)
-    if code == -signal.SIGKILL and took >= limit:
-        figures |= dict(error=f"ended after {limit:.0f} s")
-    elif code:
-        said = [text for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
-        figures |= dict(error=f"exit code {code}: {' / '.join(said[-3:])[-400:]}")
-    table.add(part.name, figures)
+class Runner:
+    """Runs parts one after the other, or all at once."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, table: Table) -> None:
+        self._args, self._folder, self._table, self._started = args, folder, table, time.monotonic()
+        self._reference = args.reference_python or sys.executable
+        asked = "from importlib.util import find_spec as f; print(all(map(f, ('torch', 'transformers', 'peft'))))"
+        answer = subprocess.run([self._reference, "-c", asked], capture_output=True, text=True, check=False)
+        self._has_reference = answer.stdout.strip() == "True"
+
+    def run(self, parts: Sequence[Part]) -> None:
+        """Parts of one name run side by side (parity, which times nothing), with --smoke all of them."""
+        usable = []
+        for part in parts:
+            if part.name in ("theirs", "grpo") and not self._has_reference:
+                self._note(part, f"torch, transformers or peft is not in {self._reference}")
+            else:
+                usable.append(part)
+        names = dict.fromkeys(part.name for part in usable)
+        groups = [usable] if self._args.smoke else [[p for p in usable if p.name == name] for name in names]
+        full_size = self._args.device == "gpu" and not self._args.smoke
+        writer = self._write_weights() if "grpo" in names and full_size else None
+        for group in groups:
+            left = self._args.budget - (time.monotonic() - self._started)
+            if left < group[0].seconds and full_size:
+                self._note(group[0], f"left out: {left:.0f} s are left and about {group[0].seconds} are needed")
+                continue
+            if group[0].name == "grpo" and writer:
+                writer.wait()
+            with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
+                done = [pool.submit(self._run, p, n, left, len(group) == 1) for n, p in enumerate(group)]
+            for one in done:
+                one.result()
+        if writer:
+            end(writer)
+
+    def _note(self, part: Part, note: str) -> None:
+        self._table.add(part.name, dict(case="process", note=note))
+
+    def _run(self, part: Part, number: int, left: float, alone: bool) -> None:
+        """Run a part to its end or its limit; adds its rows, and one of the process."""
+        started, log = time.monotonic(), self._folder / f"{part.name}{number}.log"
+        limit = part.limit if self._args.device == "cpu" else min(part.limit, left)
+        lines: list[str] = []
+        with log.open("w", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                [self._reference if part.theirs else sys.executable, *part.command],
+                cwd=ROOT,
+                env=self._environment(alone),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                process_group=0,  # its own processes end with it
+            )
+            timer = threading.Timer(limit, end, (process,))
+            timer.start()
+            for line in process.stdout:
+                if line.startswith(ROW):
+                    self._table.add(part.name, json.loads(line.removeprefix(ROW)))
+                elif line.strip():
+                    lines.append(line.strip())
+            code = process.wait()
+            timer.cancel()
+        if part.results and part.results.is_file():
+            for row in json.loads(part.results.read_text(encoding="utf-8")):
+                self._table.add(part.name, row)
+        figures: dict[str, Any] = dict(case="process", process_s=time.monotonic() - started)
+        if part.name == "parity":
+            passed = sum(line.startswith("ok ") for line in lines)
+            figures |= dict(case=Path(part.command[2]).name, checks_passed=passed, result=lines[-1] if lines else "")
+        if code:
+            said = [text.strip() for text in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+            why = f"ended after {limit:.0f} s" if figures["process_s"] >= limit else f"exit code {code}"
+            figures |= dict(error=f"{why}: {' / '.join([*lines[-2:], *filter(None, said[-3:])])[-500:]}")
+        self._table.add(part.name, figures)
+
+    def _environment(self, alone: bool) -> dict[str, str]:
+        """The device, one store of compiled programs and of tuned kernels for all parts, memory."""
+        found = dict(os.environ)
+        found["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[self._args.device]
+        found["JAX_COMPILATION_CACHE_DIR"] = str(self._folder / "compiled")
+        found["JAX_TRACEBACK_FILTERING"] = "off"  # the last line of a traceback is the message then
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+        if alone:
+            found.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+        else:
+            found.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        return found
+
+    def _write_weights(self) -> subprocess.Popen:
+        """Begin to write the weights of the GRPO step, which a processor does while the device is busy."""
+        command = [sys.executable, "tools/make_checkpoint.py", "--size=2b", f"--out={self._folder / '2b'}"]
+        environment = self._environment(alone=False) | dict(JAX_PLATFORMS="cpu")
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, process_group=0)
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a part with all processes that it started."""
+    """End a part with all processes that it started, if it has not ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def environment_of(args: argparse.Namespace, folder: Path, *, alone: bool) -> dict[str, str]:
-    """What parts are started with: the device, one store of compiled programs and of tuned kernels, memory."""
-    platform = {"cpu": "cpu", "gpu": "cuda"}[args.device]
-    found = dict(os.environ) | dict(JAX_PLATFORMS=platform, JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"))
-    found |= dict(PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))))
-    if alone:
-        found.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    else:
-        found.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return found
-
-
-def summarise(table: Table) -> None:
-    """Adds how often ours is as fast as theirs."""
-    their_rate = table.best("theirs", "theirs", "qa_per_second")
-    for questions in (20, 1, 3):
-        rates = [table.best(part, "ours", "qa_per_second", questions=questions) for part in ("sft", "sft_more")]
-        rate = max(filter(None, rates), default=None)
-        if rate and their_rate:
-            case = f"training, N = {questions}, QA/s"
-            table.add("ratios", dict(case=case, ours=rate, theirs=their_rate, times_as_fast=rate / their_rate))
-    for case in dict.fromkeys(row["case"] for part, row in table.rows if part == "decode"):
-        rates = [table.best(part, side, "tokens_per_second", case=case) for part, side in SIDES]
-        if all(rates):
-            table.add(
-                "ratios",
-                dict(
-                    case=f"decoding {case}, tokens/s", ours=rates[0], theirs=rates[1], times_as_fast=rates[0] / rates[1]
-                ),
-            )
-
-
-SIDES = (("decode", "ours"), ("theirs", "theirs"))
 
 
 def main() -> int:
     args = arguments()
     started, table = time.monotonic(), Table(Path(args.out) if args.out else None)
-    theirs = args.reference_python or sys.executable
-    has_reference = reference_is_there(theirs)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        chosen = [part for part in parts_of(args, folder) if not args.parts or part.name in args.parts.split(",")]
-        if args.smoke:
-            chosen = [part for part in chosen if part.name != "sft_more"]
-        print(
-            f"expected: {sum(p.seconds for p in chosen if p.name != 'parity') + 45:.0f} s of {args.budget} s",
-            flush=True,
-        )
-        writer = None
-        if any(part.name == "grpo" for part in chosen) and not (args.tiny or args.smoke) and has_reference:
-            writer = write_weights(folder / "2b")
-
-        def run(group: Sequence[Part], limit: float) -> None:
-            with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
-                for number, part in enumerate(group):
-                    environment = environment_of(args, folder, alone=len(group) == 1)
-                    python = theirs if part.theirs else sys.executable
-                    log = folder / f"{part.name}{number}.log"
-                    pool.submit(run_part, part, min(limit, part.limit), table, environment, python, log)
-
-        for group in groups(chosen, at_once=args.smoke):
-            left = args.budget - (time.monotonic() - started)
-            name = group[0].name
-            if name in ("theirs", "grpo") and not has_reference and not args.smoke:
-                table.add(name, dict(case="process", note=f"torch, transformers or peft is not in {theirs}"))
-            elif left < group[0].seconds and not args.smoke and not args.tiny:
-                table.add(
-                    name, dict(case="process", note=f"left out: {left:.0f} s are left, {group[0].seconds} needed")
-                )
-            else:
-                if name == "grpo" and writer:
-                    writer.wait()
-                run(group, left)
-        if writer and writer.poll() is None:
-            end(writer)
-    summarise(table)
+        parts = parts_of(args, Path(name))
+        expected = sum({part.name: part.seconds for part in parts}.values())
+        print(f"about {expected:.0f} s on an H100; budget: {args.budget:.0f} s", flush=True)
+        Runner(args, Path(name), table).run(parts)
+    table.compare()
     print(f"\n{table.markdown()}\n{time.monotonic() - started:.0f} s in all", flush=True)
     return 1 if any("error" in row for _, row in table.rows) else 0
-
-
-def groups(parts: Sequence[Part], at_once: bool) -> list[list[Part]]:
-    """Parts that run side by side: parity, which times nothing; everything, for a look at whether it runs."""
-    if at_once:
-        return [list(parts)]
-    found: dict[str, list[Part]] = {}
-    for part in parts:
-        found.setdefault(part.name, []).append(part)
-    return list(found.values())
-
-
-def reference_is_there(python: str) -> bool:
-    """Whether an interpreter has what the reference needs."""
-    asked = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ('torch', 'transformers', 'peft'))))"
-    return subprocess.run([python, "-c", asked], check=False).returncode == 0
-
-
-def write_weights(folder: Path) -> subprocess.Popen:
-    """Begin to write random weights of the GRPO step's model, which processors do while the device is busy."""
-    command = [sys.executable, "tools/make_checkpoint.py", "--size=2b", f"--out={folder}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, process_group=0)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", default="", help="some of card,parity,sft,decode,theirs,grpo,sparse,sft_more")
-    parser.add_argument(
-        "--budget", type=float, default=480, help="seconds in all; parts that would not fit are left out"
-    )
+    parser.add_argument("--budget", type=float, default=480, help="seconds; parts that would not fit are left out")
+    parser.add_argument("--training", default=TRAINING, help="ROWSxN:REMAT,... of the part sft")
     parser.add_argument("--out", default="", help="file for the table, in Markdown; JSON is written beside it")
     parser.add_argument("--reference_python", default="", help="interpreter that has torch, transformers and peft")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the GPU, all parts at once")
     args = parser.parse_args()
+    asked, args.parts = tuple(filter(None, args.parts.split(","))), ()
     args.device = "cpu" if args.tiny else "gpu"
     if args.smoke:
         args.budget = min(args.budget, SMOKE_SECONDS)
-    known = {part.name for part in parts_of(args, Path())}
-    if unknown := set(filter(None, args.parts.split(","))) - known:
-        parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(sorted(known))}")
+    known = dict.fromkeys(part.name for part in parts_of(args, Path()))
+    if unknown := set(asked) - set(known):
+        parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    args.parts = asked or tuple(name for name in known if not (args.smoke and name == "sft_more"))
     return args
 
 

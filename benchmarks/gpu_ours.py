@@ -72,14 +72,17 @@ def card(scale: work.Scale) -> None:
 def sft(scale: work.Scale, folder: Path, candidates: str) -> None:
     """Report training steps: `ROWSxN:REMAT`, separated by commas, rows of one clip with N questions each."""
     frozen = None
+
+    def measure(rows: int, questions: int, remat: str) -> None:
+        nonlocal frozen
+        parts = _parts("sft", folder, scale, remat=remat, rows=rows, questions=questions)
+        frozen = random_arrays(parts.frozen) if frozen is None else frozen
+        _step(parts, frozen, scale, folder, rows, questions)
+
     for candidate in candidates.split(","):
         size, _, remat = candidate.partition(":")
         rows, questions = map(int, size.split("x"))
-        parts = _parts("sft", folder, scale, remat=remat, rows=rows, questions=questions)
-        if frozen is None:
-            frozen = jax.block_until_ready(random_arrays(parts.frozen))
-        measure = functools.partial(_step, parts, frozen, scale, folder, rows, questions)
-        work.guarded(f"{rows} x {questions}, remat {remat}", measure)
+        work.guarded(f"{rows} x {questions}, remat {remat}", functools.partial(measure, rows, questions, remat))
 
 
 def _step(parts: Parts, frozen: Any, scale: work.Scale, folder: Path, rows: int, questions: int) -> None:
