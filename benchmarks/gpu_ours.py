@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 if __name__ == "__main__":
@@ -188,46 +190,87 @@ def _parts(task: str, folder: Path, scale: work.Scale, *, remat: str, rows: int 
 
 
 def sparse(scale: work.Scale) -> None:
-    """Report the sparse layer of 30B-A3B, its grouped product, and a dense product of the same FLOPs."""
+    """Report the sparse layer of 30B-A3B, forms of its grouped product, and a dense product of the same FLOPs."""
     size = SIZES[MODEL]
     count, top_k, inner, width = *size.experts, size.hidden
     if scale.size == "tiny":
-        count, top_k, inner, width = 8, 2, 32, 64
+        count, top_k, inner, width = 8, 2, 64, 128
     dtype, tokens = jnp.dtype(scale.dtype), scale.sparse
-    moe = MoEConfig(count, top_k, inner, sparse_layers=(True,))
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: SparseMLP(width, moe, dtype=dtype, rngs=nnx.Rngs(0))))
+    layer, shapes = nnx.split(
+        nnx.eval_shape(lambda: SparseMLP(width, MoEConfig(count, top_k, inner, (True,)), dtype=dtype, rngs=nnx.Rngs(0)))
+    )
     weights = random_arrays(nnx.to_pure_dict(shapes))
-    x = random_arrays(_shape((1, tokens, width), dtype)) / 0.02
-    needed = 2 * tokens * top_k * 3 * width * inner  # forward; as much again for the gradient of the input
+    rows, dense = (random_arrays(_shape(s, dtype)) for s in ((tokens * top_k, width), (width, 2 * inner)))
+    sizes = np.random.default_rng(0).multinomial(len(rows), [1 / count] * count)
+    grouped, flops = (rows, weights["gate_up"], jnp.asarray(sizes, jnp.int32)), 2 * len(rows) * width * 2 * inner
 
-    def layer(x, weights):
-        y = nnx.merge(graphdef, weights)(x, jnp.ones(x.shape[:2], bool))[0]
+    def squares(x, weights):
+        y = nnx.merge(layer, weights)(x[None], jnp.ones((1, tokens), bool))[0]
         return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
-    work.guarded("layer", lambda: _timed("layer, forward and backward", jax.grad(layer), (x, weights), 2 * needed))
-    rows = random_arrays(_shape((tokens * top_k, width), dtype)) / 0.02
-    matrices = weights["gate_up"]
-    flops = 2 * rows.shape[0] * width * 2 * inner
-    sizes = jnp.asarray(np.random.default_rng(0).multinomial(len(rows), [1 / count] * count), jnp.int32)
-    dense = random_arrays(_shape((width, 2 * inner), dtype))
-
-    def pulled(product):
+    def both(product):
         return jax.grad(lambda rows, *rest: jnp.sum(jnp.square(product(rows, *rest).astype(jnp.float32))))
 
-    products = {"ragged_dot": jax.lax.ragged_dot}
-    try:
-        import tokamax
-    except ImportError:
-        work.report("tokamax.ragged_dot", note="tokamax is not installed")
-    else:
-        products["tokamax.ragged_dot"] = tokamax.ragged_dot
-    for name, product in products.items():
-        arguments = (rows, matrices, sizes)
-        for how, run, times in (("forward", product, 1), ("forward and backward", pulled(product), 2)):
-            work.guarded(f"{name}, {how}", functools.partial(_timed, f"{name}, {how}", run, arguments, times * flops))
-    for how, run, times in (("forward", jnp.matmul, 1), ("forward and backward", pulled(jnp.matmul), 2)):
+    for name, make in GROUPED.items():
+        try:
+            product = make()
+        except ImportError as problem:
+            work.report(name, note=str(problem))
+            continue
+        work.guarded(f"{name}, values", functools.partial(_first_group, name, product, grouped, int(sizes[0])))
+        for how, run, times in (("forward", product, 1), ("forward and backward", both(product), 2)):
+            case = f"{name}, {how}"
+            work.guarded(case, functools.partial(_timed, case, run, grouped, times * flops))
+    for how, run, times in (("forward", jnp.matmul, 1), ("forward and backward", both(jnp.matmul), 2)):
         case = f"dense product, {how}"
         work.guarded(case, functools.partial(_timed, case, run, (rows, dense), times * flops))
+    case = "layer of the model, forward and backward"  # twice for the gradient; up and gate are half as much again
+    work.guarded(case, lambda: _timed(case, jax.grad(squares), (rows[:tokens], weights), 3 * flops))
+
+
+def _hopper_product():
+    """The kernel for Hopper that comes with JAX, with the gradient of the rows: weights are frozen."""
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    if jax.default_backend() != "gpu":
+        raise ImportError("a kernel for GPUs")
+    tiles = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=1)
+
+    @jax.custom_vjp
+    def product(rows, matrices, sizes):
+        return ragged_dot_mgpu.ragged_dot(rows, matrices, group_sizes=sizes, **tiles)
+
+    def backward(kept, pulled):
+        matrices, sizes = kept
+        back = ragged_dot_mgpu.ragged_dot(pulled, matrices, group_sizes=sizes, transpose_rhs=True, **tiles)
+        return back, None, None
+
+    product.defvjp(lambda rows, *rest: (product(rows, *rest), rest), backward)
+    return product
+
+
+def _tokamax_product():
+    import tokamax
+
+    return tokamax.ragged_dot
+
+
+# Forms of the grouped product, by how each is got.
+GROUPED: Mapping[str, Callable[[], Callable]] = MappingProxyType(
+    {
+        "jax.lax.ragged_dot": lambda: jax.lax.ragged_dot,
+        "Pallas kernel for Hopper": _hopper_product,
+        "tokamax.ragged_dot": _tokamax_product,
+    }
+)
+
+
+def _first_group(name: str, product, grouped: tuple, size: int) -> None:
+    """Report how far the rows of the first group are from a plain product, as a share of its largest value."""
+    rows, matrices, sizes = grouped
+    found = jax.jit(product)(rows, matrices, sizes)[:size].astype(jnp.float32)
+    wanted = jnp.matmul(rows[:size], matrices[0], preferred_element_type=jnp.float32)
+    work.report(f"{name}, values", gap=float(jnp.abs(found - wanted).max() / jnp.abs(wanted).max()))
 
 
 def _timed(case: str, function, arguments: tuple, flops: float) -> None:

@@ -47,7 +47,7 @@ class Scale(NamedTuple):
     tokens: int = 65
     their_tokens: int = 17
     clips: int = 16
-    sparse: int = 16384
+    sparse: int = 8192
 
 
 TINY = Scale(
