@@ -280,7 +280,7 @@ def main() -> int:
     return 1 if any("error" in row for _, row in table.rows) else 0
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", default="", help="some of card,parity,sft,decode,theirs,grpo,sparse,sft_more")
     parser.add_argument("--budget", type=float, default=480, help="seconds; parts that would not fit are left out")
@@ -289,7 +289,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reference_python", default="", help="interpreter that has torch, transformers and peft")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the GPU, all parts at once")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     asked, args.parts = tuple(filter(None, args.parts.split(","))), ()
     args.device = "cpu" if args.tiny else "gpu"
     if args.smoke:

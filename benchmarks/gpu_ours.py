@@ -77,7 +77,7 @@ def sft(scale: work.Scale, folder: Path, candidates: str) -> None:
 
     def measure(rows: int, questions: int, remat: str) -> None:
         nonlocal frozen
-        parts = _parts("sft", folder, scale, remat=remat, rows=rows, questions=questions)
+        parts = parts_of("sft", folder, scale, remat=remat, rows=rows, questions=questions)
         frozen = random_arrays(parts.frozen) if frozen is None else frozen
         _step(parts, frozen, scale, folder, rows, questions)
 
@@ -127,7 +127,7 @@ def _step(parts: Parts, frozen: Any, scale: work.Scale, folder: Path, rows: int,
 
 def decode(scale: work.Scale, folder: Path, candidates: str) -> None:
     """Report decoding of `PROMPTSxBRANCHES`, separated by commas."""
-    parts = _parts("grpo", folder, scale, remat="none")
+    parts = parts_of("grpo", folder, scale, remat="none")
     trainable, frozen = jax.block_until_ready((random_arrays(parts.trainable), random_arrays(parts.frozen)))
     weights = sampling_weights(dataclasses.replace(parts, trainable=trainable, frozen=frozen), trainable)
     sampler = make_sampler(parts.config, weights)
@@ -172,7 +172,7 @@ def _decode(parts, sampler, weights, scale, folder, prompts: int, branches: int,
     )
 
 
-def _parts(task: str, folder: Path, scale: work.Scale, *, remat: str, rows: int = 1, questions: int = 1) -> Parts:
+def parts_of(task: str, folder: Path, scale: work.Scale, *, remat: str, rows: int = 1, questions: int = 1) -> Parts:
     """The run's parts as shapes."""
     config = common.config(task)
     config.model.path, config.model.dtype, config.model.remat = str(folder), scale.dtype, remat
@@ -186,7 +186,7 @@ def _parts(task: str, folder: Path, scale: work.Scale, *, remat: str, rows: int 
         config.data.questions_per_video, config.train.batch_size = questions, rows * questions
     else:
         config.rollout.chunk = scale.tokens - 1  # one program: what is timed is a step, not how caches grow
-    return build(config, abstract=True)
+    return build(config, devices=jax.devices()[:1], abstract=True)
 
 
 def sparse(scale: work.Scale) -> None:
