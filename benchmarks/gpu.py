@@ -37,9 +37,10 @@ ROW = "ROW "  # see gpu_work.py
 GOLDEN = ("qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe")
 SIDES = ("ours", "theirs")
 SMOKE_SECONDS = 42
-# Rows x questions of a clip and what is kept for the backward pass; the best of each N counts.
-TRAINING = "8x20:dots_except_mlp,24x1:dots_except_mlp,8x20:full"
-MORE_TRAINING = "32x1:full,4x20:dots,12x1:dots"
+# Rows x questions of a clip and what is kept for the backward pass. After a stroke: what is taken where the one before
+# it fails; the best of each N counts.
+TRAINING = "8x20:dots_except_mlp/8x20:full,24x1:dots_except_mlp/32x1:full"
+MORE_TRAINING = "8x20:full,32x1:full,4x20:dots"
 SLACK = 5  # how many times its time a part may take on a CPU, which others may use as well
 
 
@@ -84,16 +85,18 @@ def parts_of(args: argparse.Namespace, folder: Path) -> list[Part]:
         grpo.append(f"--reference_python={args.reference_python}")
     theirs = ("benchmarks/gpu_theirs.py", f"--candidates={','.join(wide[1::-1])}", *tiny)
     found = [
-        Part("card", ours("card"), 25, 60),
-        *(Part("parity", command, 60, 100) for command in golden),
+        Part("card", ours("card"), 15, 60),
         Part("sft", ours("sft", f"--candidates={training}"), 110, 200),
-        Part("decode", ours("decode", f"--candidates={','.join(wide)}"), 80, 150),
         Part("theirs", theirs, 60, 120, theirs=True),
-        Part("grpo", tuple(grpo), 90, 150, results=folder / "grpo.json"),
+        Part("decode", ours("decode", f"--candidates={','.join(wide)}"), 90, 160),
+        Part("grpo", tuple(grpo), 130, 220, results=folder / "grpo.json"),
+        *(Part("parity", command, 60, 100) for command in golden),
         Part("sparse", ours("sparse"), 30, 80),
-        Part("sft_more", ours("sft", f"--candidates={more}"), 40, 120),
+        Part("sft_more", ours("sft", f"--candidates={more}"), 50, 120),
     ]
-    return [part._replace(limit=slack * part.limit) for part in found if not args.parts or part.name in args.parts]
+    if args.parts:
+        found = [part for name in args.parts for part in found if part.name == name]
+    return [part._replace(limit=slack * part.limit) for part in found]
 
 
 class Table:
@@ -247,6 +250,7 @@ class Runner:
         found["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[self._args.device]
         found["JAX_COMPILATION_CACHE_DIR"] = str(self._folder / "compiled")
         found["JAX_TRACEBACK_FILTERING"] = "off"  # the last line of a traceback is the message then
+        found.setdefault("CUDA_VISIBLE_DEVICES", "0")
         found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         if alone:
             found.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
@@ -282,9 +286,17 @@ def main() -> int:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", default="", help="some of card,parity,sft,decode,theirs,grpo,sparse,sft_more")
+    parser.add_argument(
+        "--parts",
+        default="",
+        help="some of card,sft,theirs,decode,grpo,parity,sparse,sft_more, in the order in which they run",
+    )
     parser.add_argument("--budget", type=float, default=480, help="seconds; parts that would not fit are left out")
-    parser.add_argument("--training", default=TRAINING, help="ROWSxN:REMAT,... of the part sft")
+    parser.add_argument(
+        "--training",
+        default=TRAINING,
+        help="ROWSxN:REMAT,... of the part sft, each with what to take if it fails after a stroke",
+    )
     parser.add_argument("--out", default="", help="file for the table, in Markdown; JSON is written beside it")
     parser.add_argument("--reference_python", default="", help="interpreter that has torch, transformers and peft")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")

@@ -72,7 +72,10 @@ def card(scale: work.Scale) -> None:
 
 
 def sft(scale: work.Scale, folder: Path, candidates: str) -> None:
-    """Report training steps: `ROWSxN:REMAT`, separated by commas, rows of one clip with N questions each."""
+    """Report training steps: `ROWSxN:REMAT`, rows of one clip with N questions each, separated by commas.
+
+    What follows after a stroke is measured only where the one before it fails.
+    """
     frozen = None
 
     def measure(rows: int, questions: int, remat: str) -> None:
@@ -81,10 +84,13 @@ def sft(scale: work.Scale, folder: Path, candidates: str) -> None:
         frozen = random_arrays(parts.frozen) if frozen is None else frozen
         _step(parts, frozen, scale, folder, rows, questions)
 
-    for candidate in candidates.split(","):
-        size, _, remat = candidate.partition(":")
-        rows, questions = map(int, size.split("x"))
-        work.guarded(f"{rows} x {questions}, remat {remat}", functools.partial(measure, rows, questions, remat))
+    for alternatives in candidates.split(","):
+        for candidate in alternatives.split("/"):
+            size, _, remat = candidate.partition(":")
+            rows, questions = map(int, size.split("x"))
+            case, run = f"{rows} x {questions}, remat {remat}", functools.partial(measure, rows, questions, remat)
+            if work.guarded(case, run):
+                break
 
 
 def _step(parts: Parts, frozen: Any, scale: work.Scale, folder: Path, rows: int, questions: int) -> None:

@@ -81,7 +81,10 @@ def config_of(args: argparse.Namespace, folder: Path):
 
     names = ("prompts", "completions", "tokens", "frames", "side", "dtype")
     model = Path(args.model) if args.model else folder / "model"
-    return work.run_config(model, folder / "world" / "prompts.jsonl", **{n: getattr(args, n) for n in names})
+    config = work.run_config(model, folder / "world" / "prompts.jsonl", **{n: getattr(args, n) for n in names})
+    if args.device == "gpu":
+        config.rollout.chunk = args.tokens  # no completion ends before the others: one program, which takes its time
+    return config
 
 
 def in_turns(args: argparse.Namespace, folder: Path) -> int:

@@ -104,8 +104,8 @@ def test_questions_are_those_of_the_table(folder):
 
 
 def test_training_and_decoding_run(folder, capsys):
-    gpu_ours.sft(gpu_work.TINY, folder, "1x2:none,1x1:never")
-    trained, refused = rows_printed(capsys)
+    gpu_ours.sft(gpu_work.TINY, folder, "1x2:never/1x2:none/1x1:full")
+    refused, trained = rows_printed(capsys)
     assert trained["questions"] == 2 and 0 < trained["seconds"] and 0 < trained["loss"] < 20
     assert "unknown remat policy" in refused["error"]
     gpu_ours.decode(gpu_work.TINY, folder, "1x2")
