@@ -39,8 +39,8 @@ SIDES = ("ours", "theirs")
 SMOKE_SECONDS = 42
 # Rows x questions of a clip and what is kept for the backward pass. After a stroke: what is taken where the one before
 # it fails; the best of each N counts.
-TRAINING = "8x20:dots_except_mlp/8x20:full,24x1:dots_except_mlp/32x1:full"
-MORE_TRAINING = "8x20:full,32x1:full,4x20:dots"
+TRAINING = "4x20:dots/8x20:full,10x1:dots/32x1:full"
+MORE_TRAINING = "8x20:dots_except_mlp,24x1:dots_except_mlp,8x20:full"
 SLACK = 5  # how many times its time a part may take on a CPU, which others may use as well
 
 
@@ -85,14 +85,14 @@ def parts_of(args: argparse.Namespace, folder: Path) -> list[Part]:
         grpo.append(f"--reference_python={args.reference_python}")
     theirs = ("benchmarks/gpu_theirs.py", f"--candidates={','.join(wide[1::-1])}", *tiny)
     found = [
-        Part("card", ours("card"), 15, 60),
-        Part("sft", ours("sft", f"--candidates={training}"), 110, 200),
+        Part("card", ours("card"), 12, 60),
+        Part("sft", ours("sft", f"--candidates={training}"), 90, 180),
         Part("theirs", theirs, 60, 120, theirs=True),
-        Part("decode", ours("decode", f"--candidates={','.join(wide)}"), 90, 160),
+        Part("decode", ours("decode", f"--candidates={','.join(wide)}"), 70, 160),
         Part("grpo", tuple(grpo), 130, 220, results=folder / "grpo.json"),
-        *(Part("parity", command, 60, 100) for command in golden),
-        Part("sparse", ours("sparse"), 30, 80),
-        Part("sft_more", ours("sft", f"--candidates={more}"), 50, 120),
+        *(Part("parity", command, 45, 100) for command in golden),
+        Part("sparse", ours("sparse"), 25, 80),
+        Part("sft_more", ours("sft", f"--candidates={more}"), 45, 120),
     ]
     if args.parts:
         found = [part for name in args.parts for part in found if part.name == name]
