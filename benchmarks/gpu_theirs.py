@@ -146,9 +146,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.tiny:
         raise SystemExit("this torch sees no GPU")
-    scale = work.TINY if args.tiny else work.Scale()
-    if args.tiny and device == "cuda":
-        scale = scale._replace(dtype="bfloat16")
+    scale = work.scale_of(args.tiny, gpu=device == "cuda")
     with tempfile.TemporaryDirectory() as name:
         started = time.perf_counter()
         work.write_settings(Path(name), scale.size)

@@ -56,6 +56,11 @@ TINY = Scale(
 )  # fmt: skip
 
 
+def scale_of(tiny: bool, gpu: bool) -> Scale:
+    """The sizes of a run; a GPU's attention kernels take 16 bits alone."""
+    return (TINY._replace(dtype="bfloat16") if gpu else TINY) if tiny else Scale()
+
+
 def report(case: str, side: str = "ours", **figures: Any) -> None:
     """Print a measured row for gpu.py: what was measured, on which side, and its figures by name."""
     print(ROW + json.dumps(dict(case=case, side=side) | figures), flush=True)
