@@ -39,8 +39,8 @@ SIDES = ("ours", "theirs")
 SMOKE_SECONDS = 42
 # Rows x questions of a clip and what is kept for the backward pass. After a stroke: what is taken where the one before
 # it fails; the best of each N counts.
-TRAINING = "4x20:dots/8x20:full,10x1:dots/32x1:full"
-MORE_TRAINING = "8x20:dots_except_mlp,24x1:dots_except_mlp,8x20:full"
+TRAINING = "4x20:dots/8x20:full,12x1:dots/32x1:full"
+MORE_TRAINING = "5x20:dots,8x20:dots_except_mlp,24x1:dots_except_mlp"
 SLACK = 5  # how many times its time a part may take on a CPU, which others may use as well
 
 

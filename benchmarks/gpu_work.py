@@ -44,7 +44,7 @@ class Scale(NamedTuple):
     branch: int = 96
     answer: int = 24
     steps: int = 3
-    tokens: int = 65
+    tokens: int = 129
     their_tokens: int = 17
     clips: int = 16
     sparse: int = 8192
