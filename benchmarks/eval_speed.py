@@ -134,6 +134,7 @@ def options(tokenizer: Any, vocab_size: int) -> Any:
 def compare(folder: Path, frames: int, args: argparse.Namespace, shape: Any) -> None:
     """Runs both sides on the same videos and prints their lines."""
     from benchmarks import sft_contenders as sides
+    from benchmarks.small_model import write_model
     from mllm4d_jax.data.record_file import RecordFile
     from mllm4d_jax.encode.encoder import Encoder
     from mllm4d_jax.encode.example import VideoOptions
@@ -143,7 +144,7 @@ def compare(folder: Path, frames: int, args: argparse.Namespace, shape: Any) -> 
 
     n = args.questions
     path = sides.write_world(folder / "world", args.rounds + 1, n)
-    sides.write_model(folder / "model", shape, [path.read_text(encoding="utf-8")])
+    write_model(folder / "model", shape, [path.read_text(encoding="utf-8")])
     source, model = RecordFile(path, path.parent), folder / "model"
     records = [as_prompt(source[i]) for i in range(len(source))]
     videos = [records[at : at + n] for at in range(0, len(records), n)]
@@ -195,10 +196,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from benchmarks import sft_contenders as sides
+    from benchmarks.small_model import Shape
 
     torch.set_num_threads(args.threads)
-    shape = sides.Shape(args.layers, args.width, args.layers, args.width // 2)
+    shape = Shape(args.layers, args.width, args.layers, args.width // 2)
     print(f"{args.questions} questions a video, frames of {args.side} x {args.side}, {args.threads} threads, {shape}")
     print(" frames  prompt  side    data s  answer s   CPU s     Q/s   Q/s with data", flush=True)
     for frames in map(int, args.frames.split(",")):

@@ -42,10 +42,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from benchmarks import sft_contenders as sides
+    from benchmarks.small_model import Shape
 
     torch.set_num_threads(args.threads)
-    shape = sides.Shape(args.layers, args.width, args.layers, args.width // 2)
+    shape = Shape(args.layers, args.width, args.layers, args.width // 2)
     print(f"{args.frames} frames of {args.side} x {args.side}, {args.threads} threads, {shape}", flush=True)
     print("   N  side    data s   step s    CPU s    QA/s  QA/s with data")
     for count in map(int, args.questions.split(",")):
@@ -56,10 +56,11 @@ def main() -> None:
 def compare(folder: Path, count: int, args: argparse.Namespace, shape) -> None:
     """Runs both sides at N = `count` and prints their lines."""
     from benchmarks import sft_contenders as sides
+    from benchmarks.small_model import write_model
 
     clips, steps = (CLIPS if count == 1 else 1), args.rounds + 1
     records = sides.write_world(folder / "world", clips * steps, count)
-    sides.write_model(folder / "model", shape, [records.read_text(encoding="utf-8")])
+    write_model(folder / "model", shape, [records.read_text(encoding="utf-8")])
     config = sides.run_config(
         folder / "model", records, batch=clips * count, per_video=count, steps=steps, frames=args.frames, side=args.side
     )
