@@ -54,7 +54,7 @@ def choose_backend(requested: str, dtype, mesh: Mesh | None = None) -> Backend:
     half, name = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)), requested
     here = f"this process runs on {platform}: use 'auto' or 'xla'"
     if requested == "auto":
-        fused = platform == "gpu" and half and _compute_capability() >= 8.0
+        fused = platform == "gpu" and half and _compute_capability(mesh) >= 8.0
         name = "splash" if platform == "tpu" else "cudnn" if fused else "xla"
     elif requested not in BACKENDS:
         raise BackendError(f"unknown attention backend {requested!r} (known: {', '.join(BACKENDS)})")
@@ -64,14 +64,15 @@ def choose_backend(requested: str, dtype, mesh: Mesh | None = None) -> Backend:
         raise BackendError(f"attention='cudnn' needs an NVIDIA GPU and {here}")
     elif requested == "cudnn" and not half:
         raise BackendError(f"attention='cudnn' needs bfloat16 or float16 activations, got {jnp.dtype(dtype)}")
-    elif requested == "cudnn" and _compute_capability() < 8.0:
+    elif requested == "cudnn" and _compute_capability(mesh) < 8.0:
         raise BackendError("attention='cudnn' needs a GPU of compute capability 8.0 or more: use 'xla'")
     # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
     return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK)
 
 
-def _compute_capability() -> float:
-    return float(getattr(jax.devices()[0], "compute_capability", 0.0))
+def _compute_capability(mesh: Mesh | None) -> float:
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return float(getattr(device, "compute_capability", 0.0))
 
 
 def attention(

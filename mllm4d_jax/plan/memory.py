@@ -26,9 +26,8 @@ Memory = dict[str, dict[str, float]]  # bytes on a device by phase and kind
 Reckoned = tuple[int, Memory, dict[str, int]]  # rows of a GPU or completions of a row, bytes, most that fits by GPU
 Parameters = tuple[tuple[str, tuple[int, ...], tuple], ...]
 
-GPU_USABLE = 0.9  # a GPU also holds the CUDA context, libraries' workspaces and the allocator's gaps
-GPUS: Mapping[str, int] = MappingProxyType({name: chip.hbm for name, chip in CHIPS.items() if chip.reckoned})
-MARGIN = 0.85  # share of a TPU's memory up to which reckoned settings are proposed
+GPUS: Mapping[str, int] = MappingProxyType({name: chip.usable for name, chip in CHIPS.items() if chip.reckoned})
+MARGIN = 0.9  # share of the usable memory up to which reckoned settings are proposed
 COPY = "sampler's frozen"  # the base weights on the sampling mesh
 
 
@@ -185,10 +184,10 @@ def _largest(count: int, one: Memory, two: Memory) -> dict[str, int]:
     def most(limit: float) -> int:
         return min(math.floor(count + count * (limit - first) / max(second - first, 1.0)) for first, second in lines)
 
-    return {name: max(0, most(GPU_USABLE * hbm)) for name, hbm in GPUS.items()}
+    return {name: max(0, most(limit)) for name, limit in GPUS.items()}
 
 
-def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
+def choose(job: GrpoJob, devices: int, limit: int) -> tuple[GrpoJob, str]:
     """Return the job under settings that are reckoned to fit the devices, and a note on what has to be set for that.
 
     The config's own are taken where they can work; the note is '' then.
@@ -197,12 +196,12 @@ def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
       PlanError: no settings are found.
     """
     table = parameter_table(job)
-    problem = _problem(job, devices, hbm, table)
+    problem = _problem(job, devices, limit, table)
     if not problem:
         return job, ""
     for settings in candidates(job, devices):
         other = job.with_settings(settings)
-        if not _problem(other, devices, hbm, table):
+        if not _problem(other, devices, limit, table):
             changed = differences(settings, job.config, devices)
             flags = " ".join(f"--config.{name}={value}" for name, value in changed.items())
             return other, f"planned not as configured ({problem}), but with {flags}"
@@ -213,14 +212,14 @@ def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
     )
 
 
-def _problem(job: GrpoJob, devices: int, hbm: int, table: Parameters) -> str:
+def _problem(job: GrpoJob, devices: int, limit: int, table: Parameters) -> str:
     """Return why a job cannot run on the devices; '' if it is reckoned to fit."""
     problem = next(division_problems(job.config, devices), "")
     if problem:
         return problem
     shape = mesh_shape(dict(job.config.mesh), devices)
     wants = needed(rollout_memory(job, shape, job.config.model.remat, table))
-    return "" if wants <= MARGIN * hbm else f"about {wants / GIB:.0f} GiB would be wanted of {hbm / GIB:.0f}"
+    return "" if wants <= MARGIN * limit else f"about {wants / GIB:.0f} GiB would be wanted of {limit / GIB:.0f}"
 
 
 def candidates(job: GrpoJob, devices: int) -> Iterator[dict[str, int]]:

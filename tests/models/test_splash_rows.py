@@ -203,7 +203,7 @@ def test_blocks_bound_every_array():
     ],
 )
 def test_choice_follows_the_devices_of_the_mesh(monkeypatch, platform, dtype, capability, name, block):
-    monkeypatch.setattr(attention_module, "_compute_capability", lambda: capability)
+    monkeypatch.setattr(attention_module, "_compute_capability", lambda mesh: capability)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
     backend = choose_backend("auto", dtype, mesh)
     assert (backend.name, backend.query_block, backend.mesh) == (name, block, mesh)
