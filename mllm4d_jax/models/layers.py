@@ -17,7 +17,7 @@ from flax import nnx
 from mllm4d_jax.models.config import MoEConfig
 
 Axes = tuple[str | None, ...]
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "dots", "full")  # from the one that keeps most, and is fastest, to the one that keeps least
 ATTENTION = "attention"  # name under which a layer offers the result of its attention to a remat policy
 
 

@@ -31,7 +31,7 @@ GPU_OPTIONS: Mapping[str, bool] = MappingProxyType({"xla_gpu_enable_triton_gemm"
 CUDNN = 91200  # that kernels are chosen for, and
 CAPABILITY = (9, 0)  # compute capability, of the GPUs that are planned
 
-# What XLA asks of a GPU: a GpuTargetConfig in the text form of protobuf. All Hopper GPUs of the SXM form have these cores.
+# What XLA asks of a GPU, a GpuTargetConfig in the text form of protobuf; the cores are those of Hopper in SXM form.
 _TARGET = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 {features} }}
@@ -62,7 +62,7 @@ class Topology:
     name: str
     chip: Chip
     devices: tuple[jax.Device, ...]
-    options: Mapping[str, bool] = MappingProxyType({})
+    options: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def standing_in(self) -> Iterator[None]:
