@@ -16,6 +16,7 @@ from mllm4d_jax.parallel import collectives as hlo
 from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.place import local_bytes, placed
 from mllm4d_jax.run.build import Parts
+from mllm4d_jax.run.fitting import out_of_memory, wanted_bytes
 
 EFFICIENCY = 0.5  # share of peak FLOP/s that the matrix products of a step are taken to reach
 FORMULA = (
@@ -113,10 +114,9 @@ def compile_phase(phase: Phase, vocabulary: int, options: Mapping[str, bool]) ->
     try:
         program = phase.lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as problem:
-        wanted = _wanted(str(problem))
-        if wanted is None:
+        if not out_of_memory(problem):
             raise
-        return Compiled(phase, None, wanted, time.perf_counter() - started), None
+        return Compiled(phase, None, wanted_bytes(str(problem)), time.perf_counter() - started), None
     seconds = time.perf_counter() - started
     memory = memory_by_kind(phase.held, program.memory_analysis())
     text = program.as_text()
@@ -168,14 +168,6 @@ def held_by(parts: Parts) -> dict[str, int]:
         "trainable": local_bytes(parts.trainable),
         "optimiser": local_bytes(parts.opt_state),
     }
-
-
-def _wanted(message: str) -> int | None:
-    """Return the bytes named by the compiler's out-of-memory error, None for another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message and not found:
-        return None
-    return int(float(found[1]) * 2 ** (10 * (" KMGT".index(found[2])))) if found else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from mllm4d_jax.grpo.settings import completions_per_row, division_problems
 from mllm4d_jax.grpo.setup import make_ladder
+from mllm4d_jax.models.layers import REMAT
 from mllm4d_jax.models.split import trained
 from mllm4d_jax.parallel.chips import CHIPS, GIB
 from mllm4d_jax.parallel.mesh import AXES, MeshError, make_mesh, mesh_shape
@@ -21,6 +22,7 @@ from mllm4d_jax.parallel.rules import partition_spec
 from mllm4d_jax.plan.job import GrpoJob, PlanError, PlanJob
 from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.run.build import abstract_model
+from mllm4d_jax.run.fitting import remat_forms
 
 Memory = dict[str, dict[str, float]]  # bytes on a device by phase and kind
 Reckoned = tuple[int, Memory, dict[str, int]]  # rows of a GPU or completions of a row, bytes, most that fits by GPU
@@ -28,6 +30,7 @@ Parameters = tuple[tuple[str, tuple[int, ...], tuple], ...]
 
 GPUS: Mapping[str, int] = MappingProxyType({name: chip.usable for name, chip in CHIPS.items() if chip.reckoned})
 MARGIN = 0.9  # share of the usable memory up to which reckoned settings are proposed
+FAR = 1.3  # times the usable memory: above it nothing is compiled to see whether it fits
 COPY = "sampler's frozen"  # the base weights on the sampling mesh
 
 
@@ -40,7 +43,7 @@ def learning(
       sizes: of a row.
       rows: on this device.
       shape: devices along the axes data, fsdp and tensor; what their rules do not split is whole on each.
-      remat: "none", "full" or "dots".
+      remat: one of `models.layers.REMAT`.
       table: from `parameter_table`.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
@@ -110,6 +113,29 @@ def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Pa
     return {"sampling": kept | sampling, "learning": kept | kinds}
 
 
+def policies(job: PlanJob, platform: str, devices: int, limit: int) -> tuple[str, ...]:
+    """Return what `model.remat` may come to on so many devices, fastest first: those that are not far from fitting.
+
+    Args:
+      platform: of the devices.
+      limit: bytes of a device that programs can have.
+    """
+    *others, last = remat_forms(job.config.model.remat, platform)
+    try:
+        shape = mesh_shape(dict(job.config.mesh), devices)
+    except MeshError:
+        return (last,)
+    table = parameter_table(job) if others else ()
+
+    def far(remat: str) -> bool:
+        if isinstance(job, GrpoJob):
+            return needed(rollout_memory(job, shape, remat, table)) > FAR * limit
+        rows = -(-job.rows // (shape["data"] * shape["fsdp"]))
+        return sum(learning(job, job.sizes, rows, shape, remat, table).values()) > FAR * limit
+
+    return (*(remat for remat in others if not far(remat)), last)
+
+
 def needed(phases: Memory) -> float:
     """Return the bytes of the phase that wants most."""
     return max(sum(kinds.values()) for kinds in phases.values())
@@ -152,7 +178,7 @@ def gpu_record(job: PlanJob) -> list[dict[str, Any]]:
     """
     table, reckon, out = parameter_table(job), _gpu_rollouts if isinstance(job, GrpoJob) else _gpu_steps, []
     for devices in (1, 8):
-        for remat in ("full", "dots", "none"):
+        for remat in reversed(REMAT):
             shape = {"data": 1, "fsdp": devices, "tensor": 1}
             rows, phases, most = reckon(job, shape, remat, table)
             same = dict(devices=devices, remat=remat, rows=rows)

@@ -11,11 +11,11 @@ import ml_collections
 
 from mllm4d_jax.files.atomic import write_atomic, write_json
 from mllm4d_jax.parallel.chips import GIB
-from mllm4d_jax.parallel.topology import open_topology, split_name
+from mllm4d_jax.parallel.topology import Topology, open_topology, split_name
 from mllm4d_jax.plan.compile import FORMULA, compile_phase, compile_phases, timing
 from mllm4d_jax.plan.grpo import GrpoPhases
 from mllm4d_jax.plan.job import GrpoJob, Lengths, PlanError, PlanJob
-from mllm4d_jax.plan.memory import choose, gpu_record
+from mllm4d_jax.plan.memory import choose, gpu_record, policies
 from mllm4d_jax.plan.sft import SftPhases
 from mllm4d_jax.plan.tables import DECODING, TopologyPlan, details, gpu_table, heading, tables
 
@@ -72,7 +72,19 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
 def plan_topology(job: PlanJob, name: str) -> TopologyPlan:
     """Compile the phases of a step for a topology such as "v5e:4x4", in fine-tuning also "v5e:4x4+"; raise as `run`."""
     topology = open_topology(name.removesuffix("+"))
-    limit, devices, compiled = topology.chip.usable, topology.devices, []
+    devices, limit = topology.devices, topology.chip.usable
+    for remat in policies(job, devices[0].platform, len(devices), limit):
+        plan = _plan(job.with_settings({"model.remat": remat}), topology, name.endswith("+"))
+        if plan.fits:
+            break
+    if job.config.model.remat == remat:
+        return plan
+    return dataclasses.replace(plan, notes=(*plan.notes, f"model.remat={job.config.model.remat} is '{remat}' here"))
+
+
+def _plan(job: PlanJob, topology: Topology, searching: bool) -> TopologyPlan:
+    """Compile the phases of a step under one policy of `model.remat`."""
+    devices, limit, compiled = topology.devices, topology.chip.usable, []
     how = job.model.text.vocab_size, topology.options
     if isinstance(job, GrpoJob):
         job, note = choose(job, len(devices), limit)
@@ -83,7 +95,7 @@ def plan_topology(job: PlanJob, name: str) -> TopologyPlan:
         for one in compile_phases(step.phases(), *how):
             compiled.append(one)
             print(f"  {one.phase.name}: {one.needed / GIB:.2f} GiB, {one.seconds:.0f} s", flush=True)
-        other = (lambda phase: compile_phase(phase, *how)[0]) if name.endswith("+") else None
+        other = (lambda phase: compile_phase(phase, *how)[0]) if searching else None
         largest, certainty = step.largest(compiled, limit, other)
     timings = tuple(
         timing(step.calls(mean), compiled, len(devices), topology.chip, mean, longest)

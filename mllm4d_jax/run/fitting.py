@@ -8,6 +8,7 @@ first one fits in most runs, and nothing is compiled in vain then.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,7 +57,18 @@ def free_bytes() -> int | None:
 
 def out_of_memory(problem: BaseException) -> bool:
     """Whether an error says that devices have too little memory, be it the compiler's or that of a program."""
-    return isinstance(problem, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(problem)
+    said = ("RESOURCE_EXHAUSTED", "Ran out of memory in memory space")
+    return isinstance(problem, jax.errors.JaxRuntimeError) and any(words in str(problem) for words in said)
+
+
+def wanted_bytes(message: str) -> int:
+    """Return the bytes that such an error names: those of the program, or of the array that found no room; 0 for none.
+
+    The compiler for TPUs says "Used 24.50G of 15.75G hbm", its runtime "Attempting to reserve 5.43G at ...", that of
+    GPUs "Out of memory while trying to allocate 58.12GiB" or "... 1234567 bytes".
+    """
+    found = re.search(r"(?:Used|allocate|reserve|request for) ([\d.]+) ?([KMGT])?i?(?:B|b|\b)", message)
+    return int(float(found[1]) * 2 ** (10 * (" KMGT".index(found[2] or " ")))) if found else 0
 
 
 @dataclasses.dataclass(frozen=True)
