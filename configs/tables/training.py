@@ -9,8 +9,9 @@ TRAINED_KEYS = (
     Key(
         "model.remat",
         "full",
-        "decoder activations: keep them, recompute each layer in backward, or keep its matrix products only",
-        choices=("none", "full", "dots"),
+        "decoder activations: keep them, recompute each layer in backward, or keep its matrix products, or those but "
+        "the widest",
+        choices=("none", "full", "dots", "dots_except_mlp"),
         free=True,
     ),
     Key("model.vision_remat", "full", "the same for a trained vision tower", choices=("none", "full"), free=True),

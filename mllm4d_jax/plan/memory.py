@@ -41,7 +41,7 @@ def learning(
       sizes: of a row.
       rows: on this device.
       shape: devices along the axes data, fsdp and tensor; what their rules do not split is whole on each.
-      remat: "none", "full" or "dots".
+      remat: a policy of `models.layers.scan_layers`.
       table: from `parameter_table`.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
