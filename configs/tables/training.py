@@ -9,9 +9,9 @@ TRAINED_KEYS = (
     Key(
         "model.remat",
         "auto",
-        "decoder activations: keep them, keep their matrix products only, or recompute each layer in backward; 'auto': "
-        "the fastest that fits the devices, 'none' on a CPU",
-        choices=("auto", "none", "dots", "full"),
+        "decoder activations: keep them, keep the results of its matrix products, of all but the widest, or recompute "
+        "each layer in backward; 'auto': the fastest that fits the devices, 'none' on a CPU",
+        choices=("auto", "none", "dots", "dots_except_mlp", "full"),
         free=True,
     ),
     Key("model.vision_remat", "full", "the same for a trained vision tower", choices=("none", "full"), free=True),

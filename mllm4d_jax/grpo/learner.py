@@ -27,7 +27,7 @@ from mllm4d_jax.grpo.ratios import correct_for_gap
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.place import place_rows
-from mllm4d_jax.parallel.products import compiler_options
+from mllm4d_jax.parallel.products import learning_options
 from mllm4d_jax.parallel.rules import constrain_rows, replicated
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.fitting import Fitted, Room, free_bytes
@@ -121,7 +121,7 @@ class Learner:
             self.compiles += 1  # runs when traced, not when executed
             return function(*args)
 
-        return jax.jit(counted, compiler_options=compiler_options(self.mesh), **options)
+        return jax.jit(counted, compiler_options=learning_options(self.mesh), **options)
 
     def lower(self, program: str, *args: Any) -> jax.stages.Lowered:
         """A program of a step ("encode", "score", "begin", "zeros", "add", "finish") for shapes that are placed."""

@@ -30,8 +30,26 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
     Args:
       mesh: devices that the program is for, whether they are here or not; None for this process's.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else None
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if _platform(mesh) == "cpu" else None
+
+
+def learning_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
+    """Return `compiler_options` of programs with a backward pass.
+
+    On a GPU, XLA has a library's product written straight into the slice of an array that a loop fills. Where a layer
+    needs the product as well, as it does each one that a remat policy keeps, it is then computed twice, once for either
+    (seen in programs for an H100 with jax 0.11.2). Without that pass it is copied, while the next product runs.
+
+    Args:
+      mesh: as for `compiler_options`.
+    """
+    if _platform(mesh) == "gpu":
+        return {"xla_gpu_enable_dynamic_slice_fusion": False}
+    return compiler_options(mesh)
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

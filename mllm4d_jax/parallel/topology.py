@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from unittest import mock
 
 import jax
 import jaxlib.version
@@ -28,8 +26,6 @@ HOST = 8  # GPUs of a host
 # On the device, products are timed and the fastest kernel is taken, mostly the library's; where none can be timed the
 # compiler writes all of them itself and the program looks 5 to 12 % smaller than it is. With this it takes the library.
 GPU_OPTIONS: Mapping[str, bool] = MappingProxyType({"xla_gpu_enable_triton_gemm": False})
-CUDNN = 91200  # that kernels are chosen for, and
-CAPABILITY = (9, 0)  # compute capability, of the GPUs that are planned
 
 # What XLA asks of a GPU, a GpuTargetConfig in the text form of protobuf; the cores are those of Hopper in SXM form.
 _TARGET = """
@@ -63,29 +59,6 @@ class Topology:
     chip: Chip
     devices: tuple[jax.Device, ...]
     options: Mapping[str, bool] = dataclasses.field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Within it, a traced program gets what these devices can run where JAX asks this process's: cuDNN attention.
-
-        JAX looks at the library and the GPU of the process that it runs in (`jax.nn.dot_product_attention`), and there
-        are none of either.
-        """
-        if self.devices[0].platform != "gpu":
-            yield
-            return
-        from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-        def numbers(capability: str) -> tuple[int, ...]:
-            return tuple(map(int, capability.split(".")))
-
-        with mock.patch.multiple(
-            cudnn,
-            check_cudnn_version=lambda: CUDNN,
-            check_compute_capability=lambda least: numbers(least) <= CAPABILITY,
-            is_cuda_compute_capability_equal=lambda one: numbers(one) == CAPABILITY,
-        ):
-            yield
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -47,8 +47,9 @@ def learning(
       table: from `parameter_table`.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
-    token: one hidden state a layer with "full"; with "dots" also the results of the layer's matrix products; with
-    "none" also what lies between them, among it the fp32 statistics of the norms. One layer's worth of the latter is
+    token: one hidden state a layer with "full"; with "dots" also the results of the layer's matrix products, with
+    "dots_except_mlp" all but those into the inner width; with "none" also what lies between them, among it the fp32
+    statistics of the norms. One layer's worth of the latter is
     alive while it is computed, whatever the policy, and so are one gathered layer of weights and the head split over
     its vocabulary (when sharded), a chunk of logits twice in fp32 and the vision tower's widest activations.
     """
@@ -59,9 +60,10 @@ def learning(
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     inner = t.moe.intermediate_size * t.moe.top_k if t.moe else t.intermediate_size
     dots = (2 * q + 2 * k + 2 * inner) / tensor + 2 * t.hidden_size
+    some = dots - 2 * inner / tensor
     # the last two: fp32 halves of the norms
     between = dots + (q + k + inner) / tensor + 4 * t.hidden_size + 2 * t.hidden_size
-    kept = t.hidden_size + (dots if remat == "dots" else between if remat == "none" else 0)
+    kept = t.hidden_size + {"none": between, "dots": dots, "dots_except_mlp": some, "full": 0}[remat]
     v, patches = job.model.vision, rows * sizes.frames * sizes.frame_patches
     chunk = min(c.train.loss_chunk, rows * shards * sizes.supervised)
     head = t.hidden_size * t.vocab_size * item

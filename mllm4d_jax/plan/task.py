@@ -91,12 +91,11 @@ def _plan(job: PlanJob, topology: Topology, searching: bool) -> TopologyPlan:
         step = GrpoPhases(job, devices, note)
     else:
         step = SftPhases(job, devices)
-    with topology.standing_in():
-        for one in compile_phases(step.phases(), *how):
-            compiled.append(one)
-            print(f"  {one.phase.name}: {one.needed / GIB:.2f} GiB, {one.seconds:.0f} s", flush=True)
-        other = (lambda phase: compile_phase(phase, *how)[0]) if searching else None
-        largest, certainty = step.largest(compiled, limit, other)
+    for one in compile_phases(step.phases(), *how):
+        compiled.append(one)
+        print(f"  {one.phase.name}: {one.needed / GIB:.2f} GiB, {one.seconds:.0f} s", flush=True)
+    other = (lambda phase: compile_phase(phase, *how)[0]) if searching else None
+    largest, certainty = step.largest(compiled, limit, other)
     timings = tuple(
         timing(step.calls(mean), compiled, len(devices), topology.chip, mean, longest)
         for mean, longest in step.lengths.items()

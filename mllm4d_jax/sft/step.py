@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.parallel.place import place_rows, placed_rows, split_rows
-from mllm4d_jax.parallel.products import compiler_options, over_positions, pick
+from mllm4d_jax.parallel.products import learning_options, over_positions, pick
 from mllm4d_jax.parallel.rules import batch_shards, replicated
 from mllm4d_jax.rows.rows import RowBatch
 from mllm4d_jax.run.fitting import Choice, Fitted, Room, free_bytes
@@ -88,7 +88,7 @@ class TrainStep:
         places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
         scalar = replicated(mesh)
         results = (*places, StepMetrics(*[scalar] * len(StepMetrics._fields)))
-        partial, options = Sums(places[0], *[scalar] * 3), compiler_options(mesh)
+        partial, options = Sums(places[0], *[scalar] * 3), learning_options(mesh)
         self._whole = fitted(whole, (0, 1), results)
         self._zeros = jax.jit(zeros, out_shardings=partial)
         self._add = fitted(add, 0, partial)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from packaging.requirements import Requirement
 
 from configs import common, sft
@@ -77,19 +76,6 @@ def test_without_the_compiler_one_line_says_what_to_install(gone, message, monke
 def test_packages_are_found_without_being_imported():
     assert topology._spec("mllm4d_jax.plan") == [str(ROOT / "mllm4d_jax" / "plan")]
     assert topology._spec("mllm4d_jax.none") is None and topology._spec("none.of_this") is None
-
-
-def test_jax_is_told_what_the_planned_gpu_can_do():
-    """Within the block alone, and on a machine without cuDNN or a GPU."""
-    before = cudnn.check_compute_capability
-    gpu = type("Device", (), {"platform": "gpu"})()
-    with topology.Topology("h100", PLANNED["h100"], (gpu,)).standing_in():
-        assert cudnn.check_cudnn_version() >= 90000
-        assert [cudnn.check_compute_capability(c) for c in ("8.0", "9.0", "10.0")] == [True, True, False]
-        assert cudnn.is_cuda_compute_capability_equal("9.0") and not cudnn.is_cuda_compute_capability_equal("8.0")
-    assert cudnn.check_compute_capability is before
-    with topology.Topology("x", PLANNED["v5e"], tuple(jax.devices()[:1])).standing_in():
-        assert cudnn.check_compute_capability is before
 
 
 def test_a_program_that_is_too_large_is_told_by_its_size():
