@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import types
 
 import jax
 import pytest
@@ -136,13 +137,16 @@ def test_evaluation_and_inference_are_told_their_keys():
     assert "more memory" in shortage.advice(common.config("export"), "loading the model", 1, None)
 
 
+def fail():
+    raise error  # noqa: F821 - a global of the module that it is put into
+
+
 def raised(name: str) -> Exception:
     """An error raised in a module of that name, and caught further out."""
-    space = {"__name__": name, "error": jax.errors.JaxRuntimeError(GPU)}
-    exec("def work():\n    raise error", space)
+    work = types.FunctionType(fail.__code__, {"__name__": name, "error": jax.errors.JaxRuntimeError(GPU)})
     try:
-        space["work"]()
-    except Exception as error:
+        work()
+    except jax.errors.JaxRuntimeError as error:
         return error
 
 
