@@ -61,7 +61,7 @@ class SamplingWeights:
         if mesh is learner_mesh:
             return
         model = merge_model(graphdef, trainable, frozen)
-        model.mesh, model.backend = mesh, choose_backend(attention, model.dtype, mesh)
+        model.mesh, model.backend = mesh, choose_backend(attention, model.dtype, mesh, model.config.largest_head)
         self._places = _places(model, patterns, mesh)
         self.graphdef = split_model(model, patterns)[0]
         self._frozen = _copied(frozen, self._places[1])

@@ -8,6 +8,7 @@ can forget a mask. Id 0 is padding by convention; padded queries see padded keys
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jax.sharding import Mesh
 from mllm4d_jax.parallel.products import einsum_f32
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
+log = logging.getLogger(__name__)
+
 LOWEST = float(jnp.finfo(jnp.float32).min)  # score of what is not seen
 QUERY_BLOCK = 512  # queries whose scores the xla form holds at a time on an accelerator
 
@@ -29,7 +32,7 @@ class Backend:
     """How attention is computed."""
 
     name: str  # "xla", "cudnn" or "splash"
-    mesh: Mesh | None = None  # over which a kernel that XLA cannot split by itself (splash) is split
+    mesh: Mesh | None = None  # over which kernels, which XLA cannot split by itself, are split
     query_block: int | None = None  # queries of rows whose scores exist at a time in the xla form; None for all
     interpret: bool = False  # run the TPU kernel in the Pallas interpreter (tests on CPU)
 
@@ -37,45 +40,72 @@ class Backend:
         return self.name
 
 
-def choose_backend(requested: str, dtype, mesh: Mesh | None = None) -> Backend:
+def choose_backend(requested: str, dtype, mesh: Mesh | None = None, head_dim: int = 128) -> Backend:
     """Choose the attention backend for the devices of `mesh`, or for this process without one.
 
-    The mesh may be of devices that are not here: a program compiled ahead of time for a TPU gets the TPU's kernel.
+    The mesh may be of devices that are not here: a program compiled ahead of time for a TPU or GPU gets its kernel.
 
     Args:
-      requested: "xla", "cudnn" or "splash" to insist; "auto" is splash on TPU, cudnn on GPUs of compute capability 8.0
-        or more for 16-bit activations, xla elsewhere.
+      requested: "xla", "cudnn" or "splash" to insist; "auto" is splash on TPU, cudnn on GPUs where it can run (which
+        is compute capability 8.0 or more, 16-bit activations, and a release of JAX whose interface is known), xla
+        elsewhere. Where a GPU's activations are 16-bit and it is xla after all, a warning says why.
       dtype: activation dtype.
+      head_dim: largest head size of the model.
 
     Raises:
       BackendError: unknown name, or a backend that this platform or dtype cannot run.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    half, name = jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)), requested
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform, name = device.platform, requested
     here = f"this process runs on {platform}: use 'auto' or 'xla'"
+    problem = _cudnn_problem(device, dtype, head_dim) if platform == "gpu" and requested in ("auto", "cudnn") else None
     if requested == "auto":
-        fused = platform == "gpu" and half and _compute_capability() >= 8.0
-        name = "splash" if platform == "tpu" else "cudnn" if fused else "xla"
+        name = {"tpu": "splash", "gpu": "xla" if problem else "cudnn"}.get(platform, "xla")
+        if problem and _half(dtype):
+            log.warning("attention by XLA, several times slower than by cuDNN: %s", problem)
     elif requested not in BACKENDS:
         raise BackendError(f"unknown attention backend {requested!r} (known: {', '.join(BACKENDS)})")
     elif requested == "splash" and platform != "tpu":
         raise BackendError(f"attention='splash' is a TPU kernel and {here}")
     elif requested == "cudnn" and platform != "gpu":
         raise BackendError(f"attention='cudnn' needs an NVIDIA GPU and {here}")
-    elif requested == "cudnn" and not half:
-        raise BackendError(f"attention='cudnn' needs bfloat16 or float16 activations, got {jnp.dtype(dtype)}")
-    elif requested == "cudnn" and _compute_capability() < 8.0:
-        raise BackendError("attention='cudnn' needs a GPU of compute capability 8.0 or more: use 'xla'")
+    elif problem:
+        raise BackendError(f"attention='cudnn': {problem}. Use 'auto' or 'xla'")
     # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
     return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK)
 
 
-def _compute_capability() -> float:
-    return float(getattr(jax.devices()[0], "compute_capability", 0.0))
+def _half(dtype) -> bool:
+    return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def _cudnn_problem(device: jax.Device, dtype, head_dim: int) -> str | None:
+    """Why cuDNN's kernels cannot run on a GPU, None if they can."""
+    from mllm4d_jax.models import cudnn
+
+    if not _half(dtype):
+        return f"it needs bfloat16 or float16 activations, got {jnp.dtype(dtype)}"
+    capability = _compute_capability(device)
+    if capability < 8.0:
+        return f"it needs a GPU of compute capability 8.0 or more, and this one has {capability}"
+    if head_dim > cudnn.largest_head_dim(capability):
+        return f"heads of {head_dim} are larger than the {cudnn.largest_head_dim(capability)} that it takes here"
+    return cudnn.problem()
+
+
+def _compute_capability(device: jax.Device) -> float:
+    return float(getattr(device, "compute_capability", 0.0))
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array, causal: bool, backend: Backend
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: jax.Array,
+    causal: bool,
+    backend: Backend,
+    lone: bool = False,
 ) -> jax.Array:
     """Softmax attention within segments; scale head_dim^-0.5, softmax in fp32.
 
@@ -85,6 +115,8 @@ def attention(
       segments: i32[B, S].
       causal: position s sees positions t <= s.
       backend: from `choose_backend`.
+      lone: the caller knows that each sequence is one segment from its first position on, with padding behind. cudnn
+        then needs no mask in memory; what padded queries give is another, as meaningless, value.
 
     Returns:
       [B, S, N, d] in the dtype of q.
@@ -93,11 +125,13 @@ def attention(
         from mllm4d_jax.models.splash import splash_attention
 
         return splash_attention(q, k, v, segments, causal=causal, mesh=backend.mesh, interpret=backend.interpret)
+    if backend.name == "cudnn":
+        from mllm4d_jax.models.flash import Sequences, flash_attention
+
+        return flash_attention(q, k, v, segments, Sequences(causal, lone), backend.mesh)
     mask = segments[:, :, None] == segments[:, None, :]  # bool[B,S,S]
     if causal:
         mask &= jnp.tril(jnp.ones(mask.shape[1:], bool))
-    if backend.name == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
     return masked_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
 
 

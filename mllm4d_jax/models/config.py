@@ -139,6 +139,11 @@ class ModelConfig:
         """`qwen3_vl` (dense and MoE) or `qwen2_5_vl`: the prompt, position and vision rules."""
         return FAMILIES[self.model_type]
 
+    @property
+    def largest_head(self) -> int:
+        """Head size of decoder or tower, whichever is larger."""
+        return max(self.text.head_dim, self.vision.head_dim)
+
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> ModelConfig:
         """Reads `folder/config.json`.

@@ -48,7 +48,7 @@ class Tuning:
     targets: Sequence[str] = ()  # projections that have an adapter
     text: bool = False  # the decoder's own weights are trained
     vision: bool = False  # the tower's own weights are trained
-    remat: str = "full"  # "none", "full" or "dots"
+    remat: str = "full"  # see `layers.scan_layers`
     vision_remat: str = "full"
     attention: str = "xla"  # "xla", "cudnn" or "splash"
 
@@ -190,31 +190,31 @@ def pass_bytes(t: TextConfig, item: int, split: int, tokens: float) -> float:
 
 
 def passes(remat: str) -> int:
-    """Return how often the decoder's weights are read for a gradient: forward, once more, backward."""
-    return 2 + (remat == "full")
+    """Return how often the decoder's weights, or most of them, are read for a gradient: forward, again, backward."""
+    return 2 + (remat in ("full", "dots_except_mlp"))
 
 
-def _layer_products(t: TextConfig, layer: int) -> tuple[float, float]:
-    """(all products of a decoder layer, those of its last projection) in multiply-adds per token."""
+def _layer_products(t: TextConfig, layer: int) -> tuple[float, float, float]:
+    """Multiply-adds per token of a decoder layer: of all products, those into the inner width, and the last one."""
     q, k = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
     attention = t.hidden_size * (2 * q + 2 * k)
     if t.sparse(layer):
         one = t.hidden_size * t.moe.intermediate_size * t.moe.top_k
-        return attention + t.hidden_size * t.moe.num_experts + 3 * one, one
+        return attention + t.hidden_size * t.moe.num_experts + 3 * one, 2 * one, one
     one = t.hidden_size * t.intermediate_size
-    return attention + 3 * one, one
+    return attention + 3 * one, 2 * one, one
 
 
-def _products(products: tuple[float, float], tokens: int, trained: bool, remat: str, skip_last: bool) -> Cost:
+def _products(products: tuple[float, float, float], tokens: int, trained: bool, remat: str, skip_last: bool) -> Cost:
     """Matrix products with weights. The last one of a block is not repeated: backward does not need its result."""
-    every, last = products
-    again = every - last * skip_last if remat == "full" else 0.0
+    every, inner, last = products
+    again = {"full": every - last * skip_last, "dots_except_mlp": inner}.get(remat, 0.0)
     return Cost(every, every * (1 + trained), again) * (2.0 * tokens)
 
 
 def _attention(forward: float, remat: str, kernel: str) -> Cost:
-    # "dots" keeps the result, but neither the scores nor what a fused kernel hands to its backward pass.
-    again = {"none": 0.0, "full": 1.0, "dots": 0.5 if kernel == "xla" else 1.0}[remat]
+    # What keeps products keeps the result, but neither the scores nor what splash hands to its backward pass.
+    again = {"none": 0.0, "full": 1.0}.get(remat, {"xla": 0.5, "splash": 1.0, "cudnn": 0.0}[kernel])
     return Cost(forward, 2 * forward, forward * (again + _KERNEL_REPEATS[kernel]))
 
 
@@ -240,7 +240,7 @@ def _vision(v: VisionConfig, work: Work, tuning: Tuning) -> Cost:
     feed_forward = (2 if v.position_side else 3) * d * inner
     full = len(v.full_blocks) if v.window else v.depth
     pairs = full * work.frame_pairs + (v.depth - full) * work.window_pairs
-    block = (4 * d * d + feed_forward, d * inner)
+    block = (4 * d * d + feed_forward, feed_forward - d * inner, d * inner)
     blocks = _products(block, work.patches, True, tuning.vision_remat, True) * v.depth
     attention = _attention(4.0 * d * pairs, tuning.vision_remat, tuning.attention)
     width = d * v.merge_size**2

@@ -1,16 +1,17 @@
 """Attention over shared-prefix rows (see `rows/rows.py`) without an S x S array.
 
 A prefix query sees the prefix; a branch query sees the prefix and its own branch slot, under one maximum and one
-denominator. Partial results are never merged by their log-sum-exp: that residual has no gradient in `jax.nn`, and the
-gradients of queries and keys would be wrong without a word.
+denominator. Here is the form for any device, which the kernels (`splash.py`, `flash.py`) are compared with.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mllm4d_jax.models.attention import LOWEST, Backend, attention, masked_attention
+from mllm4d_jax.models.layers import ATTENTION
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.rows.batch import RowLayout
 
@@ -20,13 +21,13 @@ jax.tree_util.register_static(RowLayout)  # a layout is part of a batch's shape:
 def row_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, segment_ids: jax.Array, layout: RowLayout | None, backend: Backend
 ) -> jax.Array:
-    """Causal softmax attention of rows; scale head_dim^-0.5, softmax in fp32.
+    """Causal softmax attention of rows; scale head_dim^-0.5, softmax in fp32. Named `ATTENTION` for remat policies.
 
     Args:
       q: [B, S, N, d]; k, v: [B, S, K, d] with S = layout.size and N a multiple of K.
       segment_ids: i32[B, S], clip of each token, 0 for padding.
-      layout: where prefix and branch slots lie; None for rows that are one causal sequence.
-      backend: splash is one kernel call; cudnn does the prefix queries and leaves the branches to xla.
+      layout: where prefix and branch slots lie; None for rows that are one causal sequence, padded on either side.
+      backend: splash is one kernel call, cudnn three (`flash.SharedPrefix`).
 
     Returns:
       [B, S, N, d] in the dtype of q.
@@ -34,21 +35,38 @@ def row_attention(
     Raises:
       ValueError: the rows are not as long as the layout says.
     """
+    if layout is not None and q.shape[1] != layout.size:
+        raise ValueError(f"rows of {q.shape[1]} tokens for {layout}, which has {layout.size}")
+    if backend.name == "cudnn":
+        return _flash_rows(q, k, v, segment_ids, layout, backend)
+    return checkpoint_name(_rows(q, k, v, segment_ids, layout, backend), ATTENTION)
+
+
+def _flash_rows(q, k, v, segment_ids, layout: RowLayout | None, backend: Backend) -> jax.Array:
+    """The same by kernels that name what they keep themselves."""
+    from mllm4d_jax.models.flash import SharedPrefix, flash_attention
+
+    if layout is not None:
+        return flash_attention(q, k, v, segment_ids, SharedPrefix(layout), backend.mesh)
+    # Which side is padded is known on the device only. With the padding behind, causality hides it without a mask.
+    size, start = q.shape[1], jnp.argmax(segment_ids != 0, axis=1)
+    rolled, back = ((jnp.arange(size) + by[:, None]) % size for by in (start, -start))
+    q, k, v = (jnp.take_along_axis(x, rolled[..., None, None], 1) for x in (q, k, v))
+    ids = jnp.take_along_axis(segment_ids, rolled, 1)
+    out = attention(q, k, v, segments=ids, causal=True, backend=backend, lone=True)
+    return jnp.take_along_axis(out, back[..., None, None], 1)
+
+
+def _rows(q, k, v, segment_ids, layout: RowLayout | None, backend: Backend) -> jax.Array:
     if layout is None:
         return attention(q, k, v, segments=segment_ids, causal=True, backend=backend)
-    if q.shape[1] != layout.size:
-        raise ValueError(f"rows of {q.shape[1]} tokens for {layout}, which has {layout.size}")
     if backend.name == "splash":
         from mllm4d_jax.models.splash import splash_attention
 
         where = dict(mesh=backend.mesh, interpret=backend.interpret)
         return splash_attention(q, k, v, segment_ids, causal=True, layout=layout, **where)
     p = layout.prefix
-    prefix = (q[:, :p], k[:, :p], v[:, :p])
-    if backend.name == "cudnn":
-        first = attention(*prefix, segments=segment_ids[:, :p], causal=True, backend=backend)
-    else:
-        first = _prefix_queries(*prefix, segment_ids[:, :p], backend.query_block)
+    first = _prefix_queries(q[:, :p], k[:, :p], v[:, :p], segment_ids[:, :p], backend.query_block)
     return jnp.concatenate([first, _branch_queries(q, k, v, segment_ids, layout, backend.query_block)], axis=1)
 
 

@@ -5,15 +5,13 @@ Imported only where it is used, because Pallas takes long to import.
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, PartitionSpec
 
-from mllm4d_jax.parallel.rules import BATCH_AXES, RULES
+from mllm4d_jax.parallel.rules import split_attention
 from mllm4d_jax.rows.batch import RowLayout
 
 _LANES = 128  # sequence blocks of the kernel are multiples of the vector lanes
@@ -72,7 +70,7 @@ def splash_attention(
     s, d = q.shape[1], q.shape[3]
     # Padding gets segment -1: it is seen by nothing real and its own rows are cut off below.
     q, k, v, segments = _pad(q, 0), _pad(k, 0), _pad(v, 0), _pad(segments, -1)
-    rows, heads = _split(mesh, q.shape[0], q.shape[2], k.shape[2])
+    rows, heads = split_attention(mesh, q.shape[0], q.shape[2], k.shape[2])
     if layout is not None:
         mask = SharedPrefixMask(q.shape[1], layout)
     else:
@@ -101,18 +99,6 @@ def _make_kernel(mask: masks.Mask, heads: int, interpret: bool):
             masks.MultiHeadMask([mask] * heads),
             block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret,
         )  # fmt: skip
-
-
-def _split(mesh: Mesh | None, batch: int, heads: int, kv_heads: int) -> tuple[tuple[str, ...] | None, str | None]:
-    """Mesh axes of the rows and of the heads; None where they cannot be divided evenly."""
-    if mesh is None:
-        return None, None
-    rows = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
-    parts = math.prod(mesh.shape[axis] for axis in rows)
-    axis = RULES["heads"]
-    tensor = mesh.shape.get(axis, 1)
-    divides = tensor > 1 and heads % tensor == 0 and kv_heads % tensor == 0
-    return rows if rows and batch % parts == 0 else None, axis if divides else None
 
 
 def _pad(x: jax.Array, value: int) -> jax.Array:

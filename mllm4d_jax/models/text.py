@@ -13,13 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.layers import (
-    ATTENTION,
     GatedMLP,
     Linear,
     RMSNorm,
@@ -100,8 +98,7 @@ class DecoderBlock(nnx.Module):
         """First half of the block; `attention` of (q, k, v). Returns (x, k, v)."""
         q, k, v = self.attn.project(self.input_norm(x), cos, sin, key)
         out = attention(q, k, v)
-        out = checkpoint_name(out.reshape(*out.shape[:2], -1), ATTENTION)
-        return x + self.attn.o_proj(out, fold(key, 3)), k, v
+        return x + self.attn.o_proj(out.reshape(*out.shape[:2], -1), fold(key, 3)), k, v
 
     def feed_forward(self, x: jax.Array, real: jax.Array, key: jax.Array | None = None):
         """Second half of the block; returns (x, router statistics or None, router tensors or None)."""

@@ -17,7 +17,7 @@ from mllm4d_jax.encode.grids import VisionInputs
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import Backend, attention
 from mllm4d_jax.models.config import VisionConfig
-from mllm4d_jax.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm, parameter, scan_layers, stack
+from mllm4d_jax.models.layers import MLP, GatedMLP, LayerNorm, Linear, RMSNorm, parameter, scan_layers, stack
 from mllm4d_jax.parallel.rules import constrain, constrain_rows
 
 NORM_EPS = 1e-6  # fixed in every release, not a configuration key
@@ -35,7 +35,7 @@ class PlainMLP(nnx.Module):
     """fc2(gelu(fc1(x))) with the tanh approximation (vision blocks) or the exact erf (mergers)."""
 
     def __init__(self, d_in: int, hidden: int, d_out: int, *, approximate: bool, dtype, rngs: nnx.Rngs):
-        self.fc1 = Linear(d_in, hidden, axes=("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(d_in, hidden, axes=("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs, name=MLP)
         self.fc2 = Linear(hidden, d_out, axes=("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
         self.approximate = approximate
 
@@ -58,6 +58,7 @@ class VisionBlock(nnx.Module):
         else:
             self.mlp = GatedMLP(d, config.intermediate_size, bias=True, **kw)
         self.num_heads = config.num_heads
+        self.lone = not config.window  # a frame is one segment, its patches before its padding
 
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, segments: jax.Array, backend: Backend
@@ -66,7 +67,7 @@ class VisionBlock(nnx.Module):
         qkv = self.qkv(self.norm1(x)).reshape(f, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q, k = (rope.rotate(t.astype(jnp.float32), cos, sin).astype(x.dtype) for t in (q, k))
-        out = attention(q, k, v, segments=segments, causal=False, backend=backend)
+        out = attention(q, k, v, segments=segments, causal=False, backend=backend, lone=self.lone)
         x = x + self.proj(out.reshape(f, n, d))
         return x + self.mlp(self.norm2(x))
 

@@ -30,8 +30,26 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
     Args:
       mesh: devices that the program is for, whether they are here or not; None for this process's.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else None
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if _platform(mesh) == "cpu" else None
+
+
+def learning_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
+    """Return `compiler_options` of programs with a backward pass.
+
+    On a GPU, XLA has a library's product written straight into the slice of an array that a loop fills. Where a layer
+    needs the product as well, as it does each one that a remat policy keeps, it is then computed twice, once for either
+    (seen in programs for an H100 with jax 0.11.2). Without that pass it is copied, while the next product runs.
+
+    Args:
+      mesh: as for `compiler_options`.
+    """
+    if _platform(mesh) == "gpu":
+        return {"xla_gpu_enable_dynamic_slice_fusion": False}
+    return compiler_options(mesh)
+
+
+def _platform(mesh: Mesh | None) -> str:
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -41,16 +59,32 @@ def einsum_f32(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     and stops when it meets one; there the operands are widened first, which gives the same numbers.
     """
 
-    def mixed(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-
     def widened(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(subscripts, a.astype(jnp.float32), b.astype(jnp.float32))
 
     if a.dtype == b.dtype == jnp.float32:
         return jnp.einsum(subscripts, a, b)
     # Decided when the program is lowered: one compiled ahead of time for another device gets that device's form.
-    return jax.lax.platform_dependent(a, b, cpu=widened, default=mixed)
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=mixed_product(subscripts))
+
+
+def mixed_product(subscripts: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return `einsum_f32` of 16-bit operands as an accelerator computes it, backward too.
+
+    The gradient of the result is rounded to the operands' dtype, as are those that come out. In float32 it would have
+    the other operand widened and the product computed at half the speed: for logits a copy of the whole head, written
+    and read for every chunk (seen in programs for an H100).
+    """
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+    def backward(operands: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda a, b: jnp.einsum(subscripts, a, b), *operands)[1](grad.astype(operands[0].dtype))
+
+    found = jax.custom_vjp(product)
+    found.defvjp(lambda a, b: (product(a, b), (a, b)), backward)
+    return found
 
 
 def over_positions(

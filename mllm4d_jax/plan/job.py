@@ -171,7 +171,7 @@ class GrpoJob(PlanJob):
         """Return the sizes of a learner's row for completions of `mean` tokens; its features are computed before."""
         per_row, longest = completions_per_row(self.config), self.longest(mean)
         sizes = self.shape.completion_sizes(longest, min(per_row * longest, self.rollout.completions * mean))
-        return RowSizes(self.sizes.prefix, per_row, sizes[0], 0, 0, sizes[1])
+        return RowSizes(self.sizes.prefix, per_row, sizes[0], 0, 0, sizes[1], packed=False)
 
     def cache_bytes(self, rows: int, slots: int, branches: int = 1) -> int:
         """Return the bytes of the keys and values of all layers, of `rows` prompts with `branches` of `slots` each."""

@@ -20,11 +20,13 @@ class RowLayout:
       prefix: slots of the prefix region, `[0, prefix)`.
       slots: branch slots after it.
       length: tokens of each branch slot.
+      packed: rows may hold several clips. Where none does, lengths say what a token sees, and no mask is needed.
     """
 
     prefix: int
     slots: int
     length: int
+    packed: bool = True
 
     @property
     def size(self) -> int:

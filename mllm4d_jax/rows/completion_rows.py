@@ -62,7 +62,7 @@ def needed_prompt_sizes(examples: Sequence[Example]) -> RowSizes:
     prefix = max(len(e.tokens) for e in examples)
     frames = max(sum(grid.t for grid in e.grids) for e in examples)
     frame_patches = max((grid.h * grid.w for grid in grids), default=0)
-    return RowSizes(prefix, slots=1, length=1, frames=frames, frame_patches=frame_patches, supervised=1)
+    return RowSizes(prefix, 1, 1, frames=frames, frame_patches=frame_patches, supervised=1, packed=False)
 
 
 def collate_prompts(
@@ -168,7 +168,7 @@ def completion_rows(
         segment_ids=joined(batch.inputs.segment_ids[prompts], used),
         vision_index=joined(inner, np.full(used.shape, -1)),
         vision=None,
-        layout=RowLayout(p, n, slot),
+        layout=RowLayout(p, n, slot, packed=False),
     )
     same = np.array_equal(prompts, np.arange(len(batch.lengths)))
     lists = _loss_lists(batch.lengths[prompts], p, text, used, entries)

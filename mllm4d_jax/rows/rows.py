@@ -60,6 +60,7 @@ class RowSizes:
       frames: frames F of the vision tower for each row, 0 when nothing has images or videos.
       frame_patches: patches per frame n, 0 likewise.
       supervised: entries M of each row's loss lists.
+      packed: see `RowLayout`.
     """
 
     prefix: int
@@ -68,10 +69,11 @@ class RowSizes:
     frames: int
     frame_patches: int
     supervised: int
+    packed: bool = True
 
     @property
     def layout(self) -> RowLayout:
-        return RowLayout(self.prefix, self.slots, self.length)
+        return RowLayout(self.prefix, self.slots, self.length, bool(self.packed))
 
 
 class RowBatch(NamedTuple):
@@ -172,6 +174,7 @@ def needed_sizes(rows: Sequence[Sequence[Group]], geometry: VisionGeometry, leng
         frames=max((sum(grid.t for g in row for grid in g.examples[0].grids) for row in rows), default=0),
         frame_patches=max((grid.h * grid.w for grid in grids), default=0),
         supervised=max([1, *(sum(len(_targets(g)) for g in row) for row in rows)]),
+        packed=any(len(row) > 1 for row in rows),
     )
 
 
@@ -207,6 +210,8 @@ def collate_rows(
     clips = [[group.examples[0] for group in row] for row in rows]
     vision, merged = pack_rows(clips, sizes.frames, sizes.frame_patches, geometry, patch_dim)
     for i, row in enumerate(rows):
+        if len(row) > 1 and not layout.packed:
+            raise ValueError(f"{_named(row)} has {len(row)} clips, and the sizes are of rows of one")
         used, entries = 0, []
         places = _places(row, layout, packed_length or layout.length)
         for segment, (group, start, branches) in enumerate(places, 1):

@@ -113,6 +113,7 @@ class RowShape:
             frames=frames,
             frame_patches=frame_patches,
             supervised=next((n for n in (16, 64, 256, 1024) if n >= needed.supervised), bucket(needed.supervised, 2)),
+            packed=bool(needed.packed) or self.clips > 1,
         )
 
     def largest(self, prefix: int, branch: int, answer: int, frame_patches: int | None = None) -> RowSizes:
@@ -124,7 +125,8 @@ class RowShape:
         """
         slots = self.clips * self.branches
         frames, area = self.clips * self.clip_frames, self.frame_patches if frame_patches is None else frame_patches
-        return self.sizes(RowSizes(self.clips * prefix, slots, branch, frames, area, slots * answer))
+        packed = self.clips > 1
+        return self.sizes(RowSizes(self.clips * prefix, slots, branch, frames, area, slots * answer, packed))
 
     def completion_sizes(self, longest: int, entries: int) -> tuple[int, int]:
         """Return the padded (tokens of a completion, tokens of a row's completions)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mllm4d_jax.models import cudnn
 from mllm4d_jax.models.attention import Backend, BackendError, attention, choose_backend, masked_attention
 
 
@@ -88,8 +90,8 @@ def test_cache_attention_equals_plain_attention():
     np.testing.assert_allclose(one[:, 0], whole[:, 40], atol=1e-6)
 
 
-def mesh_of(platform):
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+def mesh_of(platform, capability="9.0"):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, compute_capability=capability)]))
 
 
 @pytest.mark.parametrize(
@@ -111,3 +113,29 @@ def test_a_backend_that_cannot_run_is_refused(requested, dtype, platform, messag
 def test_automatic_choice(platform, expected):
     assert choose_backend("auto", jnp.bfloat16, mesh_of(platform)).name == expected
     assert choose_backend("xla", jnp.bfloat16, mesh_of(platform)).name == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "known", "reason"),
+    [
+        ("7.5", 128, True, "compute capability 8.0 or more, and this one has 7.5"),
+        ("8.0", 192, True, "heads of 192 are larger than the 128 that it takes here"),
+        ("9.0", 264, True, "heads of 264 are larger than the 256"),
+        ("9.0", 128, False, "offers cuDNN's attention in another form .AttributeError"),
+        ("8.6", 128, True, None),
+        ("9.0", 192, True, None),
+    ],
+)
+def test_a_gpu_that_cudnn_cannot_serve_gets_xla_with_a_warning(
+    monkeypatch, caplog, capability, head_dim, known, reason
+):
+    if not known:  # a release of JAX without the names that are used
+        monkeypatch.setattr(cudnn, "_primitives", lambda: SimpleNamespace())
+    mesh = mesh_of("gpu", capability)
+    chosen = choose_backend("auto", jnp.bfloat16, mesh, head_dim)
+    assert chosen.name == ("xla" if reason else "cudnn")
+    assert [bool(re.search(reason or "", r.getMessage())) for r in caplog.records] == ([True] if reason else [])
+    if reason:
+        with pytest.raises(BackendError, match=reason):
+            choose_backend("cudnn", jnp.bfloat16, mesh, head_dim)
+    assert choose_backend("auto", jnp.float32, mesh).name == "xla" and len(caplog.records) == bool(reason)

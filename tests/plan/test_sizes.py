@@ -132,7 +132,7 @@ def test_sizes_of_the_paper_run():
     config.model.published, config.data.questions_per_video, config.train.batch_size = "8b", 20, 320
     job = PlanJob.of(config, Lengths())
     # 16 temporal patches of 49 tokens with their times, and the system text
-    assert job.sizes == RowSizes(prefix=1024, slots=20, length=96, frames=16, frame_patches=196, supervised=1024)
+    assert job.sizes == RowSizes(1024, 20, 96, frames=16, frame_patches=196, supervised=1024, packed=False)
     assert (job.rows, job.shape.clips * job.shape.branches) == (16, 20)
     long = PlanJob.of(config, Lengths.parse(["branch=200", "answer=100", "system=300"], config)).sizes
     assert (long.prefix, long.length, long.supervised) == (1280, 256, 2048)

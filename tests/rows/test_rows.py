@@ -129,6 +129,17 @@ def test_arrays_of_a_batch():
     assert {x.dtype.name for x in (inputs.tokens, inputs.positions, batch.loss_index, batch.loss_target)} == {"int32"}
 
 
+def test_rows_of_one_clip_say_so():
+    """Only then may a kernel go by lengths; sizes that say so are not used for rows of several."""
+    clip, image, text = three_groups()
+    alone = needed_sizes([[clip], [image], []], GEOMETRY)
+    assert not alone.packed and not alone.layout.packed
+    packed = needed_sizes([[clip], [image, text]], GEOMETRY)
+    assert packed.packed and packed.layout.packed
+    with pytest.raises(ValueError, match="the row that starts with c has 2 clips, and the sizes are of rows of one"):
+        collate_rows([[clip], [image, text]], dataclasses.replace(packed, packed=False), GEOMETRY, visual_token_ids=IDS)
+
+
 def test_every_row_has_its_own_frames():
     clip, image, text = three_groups()
     sizes = RowSizes(7, 4, 5, frames=4, frame_patches=8, supervised=5)
@@ -159,7 +170,7 @@ def test_batches_without_media_or_without_anything():
     assert empty.inputs.vision.patches.shape == (4, 8, 5) and not empty.loss_weight.any()
     with pytest.raises(ValueError, match="give patch_dim"):
         collate_rows([[]], bucket, GEOMETRY, visual_token_ids=IDS)
-    assert needed_sizes([[]], GEOMETRY) == RowSizes(1, 1, 1, 0, 0, 1)
+    assert needed_sizes([[]], GEOMETRY) == RowSizes(1, 1, 1, 0, 0, 1, packed=False)
 
 
 def branches(key, seed, *lengths):

@@ -39,6 +39,15 @@ def test_a_full_step_is_not_padded_in_slots_and_frames():
     assert rows.sizes(RowSizes(1, 5, 1, 0, 0, 1)) == RowSizes(1024, 5, 64, 0, 0, 16)
 
 
+@pytest.mark.parametrize(("clips", "packed"), [(1, False), (1, True), (2, False), (2, True)])
+def test_a_run_with_several_clips_a_row_has_one_form_of_rows(clips, packed):
+    """Steps in which they happen to be alone are compiled like the others; hosts hand on 0 and 1."""
+    rows = shape((8,), (8,), clips=clips)
+    made = rows.sizes(RowSizes(1, 1, 1, 0, 0, 1, packed=int(packed)))
+    assert made.packed is made.layout.packed is (packed or clips > 1)
+    assert rows.largest(4, 4, 4).packed == (clips > 1)
+
+
 def test_every_size_holds_what_it_must_and_shapes_are_few():
     rows = shape((256, 512, 1024), (32, 64, 128), branches=8, clip_frames=64)
     rng = np.random.default_rng(0)
