@@ -34,6 +34,7 @@ class Backend:
     name: str  # "xla", "cudnn" or "splash"
     mesh: Mesh | None = None  # over which kernels, which XLA cannot split by itself, are split
     query_block: int | None = None  # queries of rows whose scores exist at a time in the xla form; None for all
+    unroll: bool = False  # the decoder's layers are compiled one by one, see `layers.scan_layers`
     interpret: bool = False  # run the TPU kernel in the Pallas interpreter (tests on CPU)
 
     def __str__(self) -> str:

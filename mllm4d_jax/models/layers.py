@@ -53,10 +53,12 @@ class Linear(nnx.Module):
 
     The adapter is fp32 and is cast to the activation dtype, as mixed-precision adapters are elsewhere; the base product
     is never re-materialised with the adapter merged. `name` is what a remat policy knows the result as: the sum of both
-    products, since a policy that kept either would keep twice as much.
+    products, since a policy that kept either would keep twice as much; None where something made of it is kept.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, axes: Axes, bias: bool, dtype, rngs: nnx.Rngs, name: str = PRODUCT):
+    def __init__(
+        self, d_in: int, d_out: int, *, axes: Axes, bias: bool, dtype, rngs: nnx.Rngs, name: str | None = PRODUCT
+    ):
         self.kernel = parameter(rngs, (d_in, d_out), dtype, axes)
         self.bias = parameter(rngs, (d_out,), dtype, axes[1:], "zeros") if bias else None
         self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
@@ -73,7 +75,7 @@ class Linear(nnx.Module):
             # Scaled while it is narrow: XLA can then add the second product to the base's without another pass over y.
             low = seen @ self.lora_a[...].astype(x.dtype) * jnp.asarray(self.lora_scale, x.dtype)
             y = y + checkpoint_name(low, PRODUCT) @ self.lora_b[...].astype(x.dtype)
-        return checkpoint_name(y, self.name)
+        return y if self.name is None else checkpoint_name(y, self.name)
 
 
 class RMSNorm(nnx.Module):
@@ -194,12 +196,14 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return blocks
 
 
-def scan_layers(blocks: nnx.Module, step: Callable, carry, xs, *, remat: str = "none"):
+def scan_layers(blocks: nnx.Module, step: Callable, carry, xs, *, remat: str = "none", unroll: bool = False):
     """Scans `step(block, carry, x) -> (carry, y)` over stacked blocks: one compiled body for all layers.
 
     Args:
       blocks: a module made by `stack`.
       xs: per-layer inputs, a pytree with a leading layer dimension.
+      unroll: a body for each layer: longer to compile, and nothing is copied out of the stacked weights, nor what is
+        kept for the backward pass into a stack and out of it again.
       remat: what is kept of each layer for the backward pass besides its input: "none" everything, "full" nothing,
         "dots" the results of its products with weights and of its attention, "dots_except_mlp" these without the
         products into the feed-forward layer's inner width.
@@ -223,5 +227,21 @@ def scan_layers(blocks: nnx.Module, step: Callable, carry, xs, *, remat: str = "
         return step(nnx.merge(graphdef, layer_state), carry, x)
 
     if remat != "none":
-        body = jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*KEPT[remat]))
-    return jax.lax.scan(body, carry, (state, xs))
+        # Between the two loops of a scan nothing can be taken for the same. A barrier there would only have all that was
+        # kept copied from its stack before it is used.
+        policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+        body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
+    if not unroll:
+        return jax.lax.scan(body, carry, (state, xs))
+    outputs = []
+    for layer in _apart((state, xs)):
+        carry, y = body(carry, layer)
+        outputs.append(y)
+    return carry, jax.tree.map(lambda *y: jnp.stack(y), *outputs)
+
+
+def _apart(stacked) -> list:
+    """Trees of the layers. An array is split once, so that its gradient is joined once, not added up layer by layer."""
+    leaves, tree = jax.tree.flatten(stacked)
+    parts = [[x[0] for x in jax.lax.split(jnp.asarray(leaf), [1] * len(leaf))] for leaf in leaves]
+    return [jax.tree.unflatten(tree, layer) for layer in zip(*parts, strict=True)]

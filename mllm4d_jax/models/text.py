@@ -13,11 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import Backend
 from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.layers import (
+    PRODUCT,
     GatedMLP,
     Linear,
     RMSNorm,
@@ -64,7 +66,7 @@ class SelfAttention(nnx.Module):
         self.q_proj = Linear(h, nq, axes=("embed", "heads"), bias=config.qkv_bias, **kw)
         self.k_proj = Linear(h, nk, axes=("embed", "kv"), bias=config.qkv_bias, **kw)
         self.v_proj = Linear(h, nk, axes=("embed", "kv"), bias=config.qkv_bias, **kw)
-        self.o_proj = Linear(nq, h, axes=("heads", "embed"), bias=config.o_bias, **kw)
+        self.o_proj = Linear(nq, h, axes=("heads", "embed"), bias=config.o_bias, name=None, **kw)
         self.q_norm = RMSNorm(d, config.rms_norm_eps, **kw) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps, **kw) if config.qk_norm else None
         self.head_dim = d
@@ -98,7 +100,8 @@ class DecoderBlock(nnx.Module):
         """First half of the block; `attention` of (q, k, v). Returns (x, k, v)."""
         q, k, v = self.attn.project(self.input_norm(x), cos, sin, key)
         out = attention(q, k, v)
-        return x + self.attn.o_proj(out.reshape(*out.shape[:2], -1), fold(key, 3)), k, v
+        x = x + self.attn.o_proj(out.reshape(*out.shape[:2], -1), fold(key, 3))
+        return checkpoint_name(x, PRODUCT), k, v
 
     def feed_forward(self, x: jax.Array, real: jax.Array, key: jax.Array | None = None):
         """Second half of the block; returns (x, router statistics or None, router tensors or None)."""
@@ -171,7 +174,8 @@ class Decoder(nnx.Module):
         hidden, outputs, caches = x, [], []
         for (start, count, sparse), blocks in zip(run_lengths(config), self.stacks, strict=True):
             layers = start + jnp.arange(count)
-            hidden, (stats, kept, collected) = scan_layers(blocks, step, hidden, layers, remat=remat)
+            how = dict(remat=remat, unroll=backend.unroll and not keep_cache)
+            hidden, (stats, kept, collected) = scan_layers(blocks, step, hidden, layers, **how)
             outputs.append((sparse, stats, collected))
             caches.append(kept)
         sparse_stats = [stats for sparse, stats, _ in outputs if sparse]
