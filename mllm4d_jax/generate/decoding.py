@@ -11,6 +11,7 @@ seen; in return, all branches write the same slot in every step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,11 +23,14 @@ from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.text import KVCache, run_lengths
+from mllm4d_jax.models.text import DecoderBlock, KVCache, run_lengths
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows
 from mllm4d_jax.rows.batch import ModelInputs
+
+
+Layers = tuple[DecoderBlock, ...]
 
 
 class PromptCache(NamedTuple):
@@ -118,25 +122,40 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     )
 
 
-def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int) -> KVCache:
-    """A cache [layers, B, G, K, T, head_dim] of zeros for B prompts with G branches of up to T tokens."""
+def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int, apart: bool = False) -> KVCache:
+    """A cache [layers, B, G, K, T, head_dim] of zeros for B prompts with G branches of up to T tokens.
+
+    `apart`: one array a layer, see `cache_apart`.
+    """
     c = model.config.text
-    shape = (c.num_layers, prompts, branches, c.num_kv_heads, slots, c.head_dim)
-    zeros = jnp.zeros(shape, model.text.embed.dtype)
-    return constrain_cache(KVCache(zeros, zeros), model.mesh)
+    shape, dtype = (prompts, branches, c.num_kv_heads, slots, c.head_dim), model.text.embed.dtype
+    if apart:
+        cache = KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))
+    else:
+        cache = KVCache(*(jnp.zeros((c.num_layers, *shape), dtype) for _ in range(2)))
+    return constrain_cache(cache, model.mesh)
+
+
+def cache_apart(cache: KVCache) -> KVCache:
+    """A cache as one array a layer: k and v are tuples of [B, ...], what else is said of the dimensions holds."""
+    return KVCache(*(tuple(x[n] for n in range(len(x))) for x in cache))
 
 
 def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """Splits rows (dimension 1) over the batch axes and key heads (third from last) as the projections' outputs are."""
-    rank = cache.k.ndim
+    """Splits rows (first dimension but layers) over the batch axes and key heads (third from last) as projections are."""
     if mesh is None:
         return cache
-    axes: list = [None] * rank
-    if cache.k.shape[1] % batch_shards(mesh) == 0:
-        axes[1] = BATCH_AXES
-    if cache.k.shape[rank - 3] % mesh.shape[RULES["kv"]] == 0:
-        axes[rank - 3] = RULES["kv"]
-    return KVCache(*(constrain(x, mesh, *axes) for x in cache))
+    rows = 0 if isinstance(cache.k, tuple) else 1
+
+    def split(x: jax.Array) -> jax.Array:
+        axes: list = [None] * x.ndim
+        if x.shape[rows] % batch_shards(mesh) == 0:
+            axes[rows] = BATCH_AXES
+        if x.shape[-3] % mesh.shape[RULES["kv"]] == 0:
+            axes[-3] = RULES["kv"]
+        return constrain(x, mesh, *axes)
+
+    return jax.tree.map(split, cache)
 
 
 def decode(
@@ -147,6 +166,7 @@ def decode(
     own: KVCache,
     slot: jax.Array | int,
     asked: Asked | None = None,
+    layers: Layers | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Feeds one token to each branch.
 
@@ -157,6 +177,8 @@ def decode(
       own: [layers, B, G, K, T, head_dim]; slots below `slot` hold what was fed before.
       slot: i32[] slot to write, the same for all branches.
       asked: what the branches began with; None for branches without tokens of their own.
+      layers: the blocks, each with weights of its own; the caches are then one array a layer, too. None scans the
+        model's.
 
     Returns:
       (hidden [B, G, H] after the final norm, the branch cache with the slot written).
@@ -167,17 +189,37 @@ def decode(
     cos, sin = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
     real = jnp.ones(tokens.shape, bool)
 
+    def through(block: DecoderBlock, hidden: jax.Array, prompt: KVCache, write: Callable[..., KVCache]) -> jax.Array:
+        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
+        out = branch_attention(q, prompt, prompts.visible, write(k, v), slot, asked)
+        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
+        return constrain_rows(block.feed_forward(hidden, real)[0], mesh)
+
+    def written(cache: jax.Array, new: jax.Array, *at: jax.Array | int) -> jax.Array:
+        new = new[..., None, :].reshape(*[1] * len(at), *new.shape[:3], 1, new.shape[-1])
+        return jax.lax.dynamic_update_slice(cache, new, (*at, 0, 0, 0, slot, 0))
+
+    if layers is not None:
+        kept = []
+        for block, *caches in zip(layers, *prompts.kv, *own, strict=True):
+            prompt, mine = KVCache(*caches[:2]), KVCache(*caches[2:])
+
+            def write(k, v, mine=mine):
+                kept.append(KVCache(written(mine.k, k), written(mine.v, v)))
+                return kept[-1]
+
+            x = through(block, x, prompt, write)
+        return model.text.norm(x), KVCache(*zip(*kept, strict=True))
+
     def step(block, carry, layer):
         hidden, own = carry
-        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
-        at = (layer, 0, 0, 0, slot, 0)
-        own = KVCache(
-            *(jax.lax.dynamic_update_slice(a, b[None, ..., None, :], at) for a, b in zip(own, (k, v), strict=True))
-        )
-        shared = KVCache(*(x[layer] for x in prompts.kv))
-        out = branch_attention(q, shared, prompts.visible, KVCache(*(x[layer] for x in own)), slot, asked)
-        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
-        hidden = constrain_rows(block.feed_forward(hidden, real)[0], mesh)
+
+        def write(k, v):
+            nonlocal own
+            own = KVCache(written(own.k, k, layer), written(own.v, v, layer))
+            return KVCache(*(x[layer] for x in own))
+
+        hidden = through(block, hidden, KVCache(*(x[layer] for x in prompts.kv)), write)
         return (hidden, own), None
 
     carry = (x, own)

@@ -26,7 +26,9 @@ from jax.sharding import Mesh
 from mllm4d_jax.generate.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
 from mllm4d_jax.generate.decoding import (
     Asked,
+    Layers,
     PromptCache,
+    cache_apart,
     constrain_cache,
     decode,
     empty_branches,
@@ -36,6 +38,7 @@ from mllm4d_jax.generate.decoding import (
 from mllm4d_jax.generate.inputs import Call, fill_rows
 from mllm4d_jax.generate.policy import SamplingOptions, branch_keys, draw, head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
+from mllm4d_jax.generate.weights import apart, layers_apart
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.models.vision import VisionFeatures
@@ -73,7 +76,13 @@ class Sampler:
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, *, chunk: int = 32, ladder: Ladder | None = None
+        self,
+        graphdef: nnx.GraphDef,
+        mesh: Mesh | None = None,
+        *,
+        chunk: int = 32,
+        ladder: Ladder | None = None,
+        apart: bool | None = None,
     ) -> None:
         """
         Args:
@@ -81,6 +90,7 @@ class Sampler:
           mesh: the mesh that the model was made for, None for one device.
           chunk: decode steps between two looks of the host.
           ladder: sizes of the device's arrays; None for powers of two that fit the mesh.
+          apart: decode with one array a layer; None as it is best on the devices.
 
         Raises:
           ValueError: a mesh that splits weights over `fsdp`: every decode step would gather all of them.
@@ -94,8 +104,10 @@ class Sampler:
             raise ValueError(f"a chunk needs at least one step, got {chunk}")
         self.mesh, self.chunk, self.compiles = mesh, chunk, 0
         self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
-        self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options"))
-        self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape",))
+        self.apart = layers_apart(mesh) if apart is None else apart
+        self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options", "apart"))
+        self._layers = self._compiled(functools.partial(_layers, graphdef))
+        self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape", "apart"))
         self._decode = self._compiled(functools.partial(_decode_chunk, graphdef), ("options", "chunk"), ("own",))
         self._take_prompts = self._compiled(functools.partial(_take_prompts, mesh))
         self._take_branches = self._compiled(functools.partial(_take_branches, mesh), ("slots",))
@@ -159,6 +171,7 @@ class Sampler:
             self._everywhere(keys),
             branches=branches,
             options=on_device,
+            apart=self.apart,
         )
         following = np.asarray(following)[: len(call.limits)]
         record.add(packing, np.asarray(first), np.asarray(scores), 0)
@@ -178,18 +191,20 @@ class Sampler:
         """Decodes until every branch has ended."""
         record, packing, step, computed, compactions = run.record, run.packing, 1, 0, 0
         (slots, most), chunks = (run.call.slots, run.call.most), []
+        layers = self._layers(weights) if self.apart and not record.finished.all() else None
         while not record.finished.all():
             started = time.monotonic()
             needed = min(step + self.chunk - 1, most)
             wanted = self.ladder.pack(packing, ~record.finished, slots + needed, slots + most)
             if own is None:
-                own = self._empty(weights, shape=packing.shape)
+                own = self._empty(weights, shape=packing.shape, apart=self.apart)
             if wanted is not packing:
                 cache, own = self._repack(cache, own, packing, wanted)
                 packing, compactions = wanted, compactions + 1
             feed = self._everywhere(run.feed(packing, step))
             # The cache by its name: a jitted function of any arguments donates none that comes by its place.
-            own, *drawn, n = self._decode(weights, cache, own=own, feed=feed, options=run.options, chunk=self.chunk)
+            sent = dict(own=own, feed=feed, options=run.options, chunk=self.chunk)
+            own, *drawn, n = self._decode(weights, layers, cache, **sent)
             n = int(n)
             tokens, logprobs = (np.asarray(x)[..., :n] for x in drawn)
             record.add(packing, tokens, logprobs, step)
@@ -231,7 +246,17 @@ class _Run(NamedTuple):
         )
 
 
-def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches: int, options: SamplingOptions):
+def _start(
+    graphdef,
+    weights,
+    inputs,
+    features,
+    numbers: KeyNumbers,
+    *,
+    branches: int,
+    options: SamplingOptions,
+    apart: bool = False,
+):
     """Prefill and the first token of every branch.
 
     Returns:
@@ -250,15 +275,30 @@ def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches
         own, logits, following = prompt.own, head_logits(prompt.hidden, head), prompt.next_position
     tokens, logprobs = draw(logits, branch_keys(*numbers), 0, options)
     small = (following, tokens[..., None], logprobs[..., None])
-    return prompt.cache, own, *(constrain(x, model.mesh) for x in small)
+    cache = prompt.cache
+    if apart:
+        cache, own = cache._replace(kv=cache_apart(cache.kv)), own if own is None else cache_apart(own)
+    return cache, own, *(constrain(x, model.mesh) for x in small)
 
 
-def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
-    return empty_branches(merge_model(graphdef, *weights), *shape)
+def _layers(graphdef, weights) -> Layers:
+    return apart(merge_model(graphdef, *weights))
+
+
+def _empty(graphdef, weights, *, shape: tuple[int, int, int], apart: bool = False) -> KVCache:
+    return empty_branches(merge_model(graphdef, *weights), *shape, apart=apart)
 
 
 def _decode_chunk(
-    graphdef, weights, cache: PromptCache, own: KVCache, feed: ChunkInputs, *, options: SamplingOptions, chunk: int
+    graphdef,
+    weights,
+    layers: Layers | None,
+    cache: PromptCache,
+    own: KVCache,
+    feed: ChunkInputs,
+    *,
+    options: SamplingOptions,
+    chunk: int,
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Up to n = `chunk` steps; ends when every branch has ended by an end token or its limit.
 
@@ -277,7 +317,8 @@ def _decode_chunk(
     def body(carry):
         i, done, last, own, tokens, logprobs = carry
         index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
-        hidden, own = decode(model, last, feed.next_position + index - 1, cache, own, first + index - 1, asked)
+        position, slot = feed.next_position + index - 1, first + index - 1
+        hidden, own = decode(model, last, position, cache, own, slot, asked, layers)
         # The head is named within the loop: a tied one is a transposed view there, outside it would be a copy.
         new, scores = draw(head_logits(hidden, model.head_kernel()), keys, index, options)
         new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
@@ -294,7 +335,8 @@ def _decode_chunk(
 
 
 def _take_prompts(mesh: Mesh | None, cache: PromptCache, rows) -> PromptCache:
-    return PromptCache(constrain_cache(KVCache(*(x[:, rows] for x in cache.kv)), mesh), cache.visible[rows])
+    kept = jax.tree.map(lambda x: x[..., rows, :, :, :], cache.kv)
+    return PromptCache(constrain_cache(kept, mesh), cache.visible[rows])
 
 
 def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int) -> KVCache:
@@ -302,6 +344,7 @@ def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int
 
     def take(x: jax.Array) -> jax.Array:
         more = slots - x.shape[-2]
-        return jnp.pad(x[:, rows[:, None], columns], ((0, 0),) * 4 + ((0, more), (0, 0)))
+        taken = x[..., rows[:, None], columns, :, :, :]
+        return jnp.pad(taken, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
-    return constrain_cache(KVCache(*(take(x) for x in own)), mesh)
+    return constrain_cache(jax.tree.map(take, own), mesh)
