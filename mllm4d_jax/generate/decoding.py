@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mllm4d_jax.encode.positions import next_position
+from mllm4d_jax.generate.joined import Layers
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
@@ -28,9 +29,6 @@ from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows
 from mllm4d_jax.rows.batch import ModelInputs
-
-
-Layers = tuple[DecoderBlock, ...]
 
 
 class PromptCache(NamedTuple):
@@ -59,7 +57,7 @@ class PromptRows(NamedTuple):
     """Result of `prefill_rows`; N branch slots of L tokens."""
 
     cache: PromptCache  # of the prefixes
-    own: KVCache  # [layers, B, N, K, L, head_dim] of what each branch was given
+    own: KVCache  # [layers, B, K, N, L, head_dim] of what each branch was given
     hidden: jax.Array  # [B, N, H] of the last token of each branch, after the final norm
     next_position: jax.Array  # i32[B, N] M-RoPE position of the token that follows
 
@@ -110,8 +108,8 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     places = inputs.positions[:, :, p:].reshape(3, *in_slots.shape)
     following = next_position(jnp.take_along_axis(places, last[None, ..., None], 3)[..., 0])
 
-    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, N, K, L, d]
-        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1]).swapaxes(2, 3)
+    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, K, N, L, d]
+        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1])
 
     prefix = KVCache(*(x[..., :p, :] for x in out.cache))
     return PromptRows(
@@ -123,12 +121,12 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
 
 
 def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int, apart: bool = False) -> KVCache:
-    """A cache [layers, B, G, K, T, head_dim] of zeros for B prompts with G branches of up to T tokens.
+    """A cache [layers, B, K, G, T, head_dim] of zeros for B prompts with G branches of up to T tokens.
 
     `apart`: one array a layer, see `cache_apart`.
     """
     c = model.config.text
-    shape, dtype = (prompts, branches, c.num_kv_heads, slots, c.head_dim), model.text.embed.dtype
+    shape, dtype = (prompts, c.num_kv_heads, branches, slots, c.head_dim), model.text.embed.dtype
     if apart:
         cache = KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))
     else:
@@ -142,7 +140,7 @@ def cache_apart(cache: KVCache) -> KVCache:
 
 
 def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """Splits rows (first dimension but layers) over the batch axes and key heads (third from last) as projections are."""
+    """Splits rows over the batch axes and key heads, the next dimension, as the projections' outputs are."""
     if mesh is None:
         return cache
     rows = 0 if isinstance(cache.k, tuple) else 1
@@ -151,8 +149,8 @@ def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
         axes: list = [None] * x.ndim
         if x.shape[rows] % batch_shards(mesh) == 0:
             axes[rows] = BATCH_AXES
-        if x.shape[-3] % mesh.shape[RULES["kv"]] == 0:
-            axes[-3] = RULES["kv"]
+        if x.shape[rows + 1] % mesh.shape[RULES["kv"]] == 0:
+            axes[rows + 1] = RULES["kv"]
         return constrain(x, mesh, *axes)
 
     return jax.tree.map(split, cache)
@@ -174,7 +172,7 @@ def decode(
       tokens: i32[B, G].
       positions: i32[B, G], one M-RoPE position for all three axes, as for text.
       prompts: of the B prompts.
-      own: [layers, B, G, K, T, head_dim]; slots below `slot` hold what was fed before.
+      own: [layers, B, K, G, T, head_dim]; slots below `slot` hold what was fed before.
       slot: i32[] slot to write, the same for all branches.
       asked: what the branches began with; None for branches without tokens of their own.
       layers: the blocks, each with weights of its own; the caches are then one array a layer, too. None scans the
@@ -196,8 +194,8 @@ def decode(
         return constrain_rows(block.feed_forward(hidden, real)[0], mesh)
 
     def written(cache: jax.Array, new: jax.Array, *at: jax.Array | int) -> jax.Array:
-        new = new[..., None, :].reshape(*[1] * len(at), *new.shape[:3], 1, new.shape[-1])
-        return jax.lax.dynamic_update_slice(cache, new, (*at, 0, 0, 0, slot, 0))
+        new = new.swapaxes(1, 2)[..., None, :]
+        return jax.lax.dynamic_update_slice(cache, new.reshape(*[1] * len(at), *new.shape), (*at, 0, 0, 0, slot, 0))
 
     if layers is not None:
         kept = []
@@ -237,25 +235,23 @@ def branch_attention(
     Args:
       q: [B, G, N, d].
       prompt: k, v [B, K, P, d] with N a multiple of K; visible: bool[B, P].
-      own: k, v [B, G, K, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
+      own: k, v [B, K, G, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
 
     Returns:
       [B, G, N, d] in the dtype of q.
     """
     b, g, n, d = q.shape
-    grouped = q.reshape(b, g, prompt.k.shape[1], -1, d)
-    first = einsum_f32("bgknd,bkpd->bgknp", grouped, prompt.k) * d**-0.5
-    second = einsum_f32("bgknd,bgktd->bgknt", grouped, own.k) * d**-0.5
-    first = jnp.where(visible[:, None, None, None], first, LOWEST)
-    places = jnp.arange(own.k.shape[-2])
-    seen = places <= slot
+    p, t = prompt.k.shape[-2], own.k.shape[-2]
+    grouped = q.reshape(b, g, prompt.k.shape[1], -1, d).swapaxes(1, 2)
+    first = einsum_f32("bkgnd,bkpd->bkgnp", grouped, prompt.k)
+    second = einsum_f32("bkgnd,bkgtd->bkgnt", grouped, own.k)
+    places = jnp.arange(t)
+    seen = jnp.broadcast_to(places <= slot, (b, g, t))
     if asked is not None:
-        given = (places < asked.lengths[..., None]) | (places >= asked.slots)  # bool[B,G,T]
-        seen = (seen & given)[:, :, None, None]
-    second = jnp.where(seen, second, LOWEST)
-    top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
-    first, second = jnp.exp(first - top), jnp.exp(second - top)
-    total = first.sum(-1) + second.sum(-1)
-    out = einsum_f32("bgknp,bkpd->bgknd", first.astype(q.dtype), prompt.v)
-    out += einsum_f32("bgknt,bgktd->bgknd", second.astype(q.dtype), own.v)
-    return (out / total[..., None]).astype(q.dtype).reshape(b, g, n, d)
+        seen &= (places < asked.lengths[..., None]) | (places >= asked.slots)
+    seen = jnp.concatenate([jnp.broadcast_to(visible[:, None], (b, g, p)), seen], -1)[:, None, :, None]
+    scores = jnp.where(seen, jnp.concatenate([first, second], -1) * d**-0.5, LOWEST)
+    weights = jax.nn.softmax(scores, -1).astype(q.dtype)
+    out = einsum_f32("bkgnp,bkpd->bkgnd", weights[..., :p], prompt.v)
+    out += einsum_f32("bkgnt,bkgtd->bkgnd", weights[..., p:], own.v)
+    return out.astype(q.dtype).swapaxes(1, 2).reshape(b, g, n, d)

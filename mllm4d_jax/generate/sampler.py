@@ -26,7 +26,6 @@ from jax.sharding import Mesh
 from mllm4d_jax.generate.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
 from mllm4d_jax.generate.decoding import (
     Asked,
-    Layers,
     PromptCache,
     cache_apart,
     constrain_cache,
@@ -36,9 +35,9 @@ from mllm4d_jax.generate.decoding import (
     prefill_rows,
 )
 from mllm4d_jax.generate.inputs import Call, fill_rows
+from mllm4d_jax.generate.joined import Layers, apart, layers_apart
 from mllm4d_jax.generate.policy import SamplingOptions, branch_keys, draw, head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
-from mllm4d_jax.generate.weights import apart, layers_apart
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.models.vision import VisionFeatures
@@ -203,8 +202,8 @@ class Sampler:
                 packing, compactions = wanted, compactions + 1
             feed = self._everywhere(run.feed(packing, step))
             # The cache by its name: a jitted function of any arguments donates none that comes by its place.
-            sent = dict(own=own, feed=feed, options=run.options, chunk=self.chunk)
-            own, *drawn, n = self._decode(weights, layers, cache, **sent)
+            sent = dict(own=own, feed=feed, layers=layers, options=run.options, chunk=self.chunk)
+            own, *drawn, n = self._decode(weights, cache, **sent)
             n = int(n)
             tokens, logprobs = (np.asarray(x)[..., :n] for x in drawn)
             record.add(packing, tokens, logprobs, step)
@@ -292,10 +291,10 @@ def _empty(graphdef, weights, *, shape: tuple[int, int, int], apart: bool = Fals
 def _decode_chunk(
     graphdef,
     weights,
-    layers: Layers | None,
     cache: PromptCache,
     own: KVCache,
     feed: ChunkInputs,
+    layers: Layers | None = None,
     *,
     options: SamplingOptions,
     chunk: int,
@@ -344,7 +343,7 @@ def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int
 
     def take(x: jax.Array) -> jax.Array:
         more = slots - x.shape[-2]
-        taken = x[..., rows[:, None], columns, :, :, :]
+        taken = x.swapaxes(-4, -3)[..., rows[:, None], columns, :, :, :].swapaxes(-4, -3)
         return jnp.pad(taken, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
     return constrain_cache(jax.tree.map(take, own), mesh)

@@ -15,9 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mllm4d_jax.models.attention import choose_backend
-from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import merge_model, split_model
-from mllm4d_jax.models.text import DecoderBlock
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.parallel.rules import parameter_sharding
@@ -30,35 +28,6 @@ def sampling_mesh(mesh: Mesh, tensor: int) -> Mesh:
       MeshError: the devices cannot be divided.
     """
     return make_mesh({"data": -1, "tensor": tensor}, list(mesh.devices.flat)) if tensor else mesh
-
-
-def layers_apart(mesh: Mesh | None) -> bool:
-    """Whether decoding takes the weights one array a layer (`apart`), for a mesh or this process's devices.
-
-    XLA copies a layer's matrices out of the stacked ones before it multiplies by them, on GPUs: three times the bytes
-    of a step that does nothing but read weights.
-    """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return platform == "gpu"
-
-
-def apart(model: QwenVL) -> tuple[DecoderBlock, ...]:
-    """The decoder's blocks, each with weights of its own, products of one input joined where no mesh splits them.
-
-    They are a copy: of all weights that decoding reads but the head, in the dtype of the model.
-    """
-    whole = model.mesh is None or model.mesh.shape.get("tensor", 1) == 1
-    blocks = []
-    for stacked in model.text.stacks:
-        graphdef, state = nnx.split(stacked)
-        for n in range(jax.tree.leaves(state)[0].shape[0]):
-            block = nnx.merge(graphdef, jax.tree.map(lambda x, n=n: x[n], state))
-            if whole:
-                block.attn.join(model.dtype)
-                if not block.sparse:
-                    block.mlp.join(model.dtype)
-            blocks.append(block)
-    return tuple(blocks)
 
 
 class SamplingWeights:

@@ -7,7 +7,7 @@ Every parameter carries `logical_axes`, a name per dimension; `parallel/rules.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,44 +65,6 @@ class Linear(nnx.Module):
         return y
 
 
-class JoinedLinear(nnx.Module):
-    """Linear layers of one input as one product, for decoding: its time is that of reading the weights and of launches.
-
-    The kernels lie side by side, and beside them the first halves of the adapters; the second halves are the blocks of
-    one block-diagonal matrix. The numbers are those of the layers, up to the order of summation.
-    """
-
-    def __init__(self, layers: Sequence[Linear], dtype) -> None:
-        """`layers`: with weights, which are copied; adapters are rounded to `dtype`, as their layers do it on use."""
-        adapted = [layer.lora_a is not None for layer in layers]
-        downs = [layer.lora_a[...].astype(dtype) for layer in layers if layer.lora_a is not None]
-        widths = [layer.kernel.shape[-1] for layer in layers]
-        self.width = sum(widths)
-        self.kernel = nnx.Param(jnp.concatenate([*(layer.kernel[...].astype(dtype) for layer in layers), *downs], -1))
-        self.bias, self.up, self.scale = nnx.data(None), nnx.data(None), nnx.data(None)
-        if any(layer.bias is not None for layer in layers):
-            parts = zip(layers, widths, strict=True)
-            parts = [jnp.zeros(n, dtype) if x.bias is None else x.bias[...].astype(dtype) for x, n in parts]
-            self.bias = nnx.Param(jnp.concatenate(parts))
-        if downs:
-            ranks = [layer.lora_a.shape[-1] if there else 0 for layer, there in zip(layers, adapted, strict=True)]
-            up = jnp.zeros((sum(ranks), self.width), dtype)
-            for n, (layer, there) in enumerate(zip(layers, adapted, strict=True)):
-                if there:
-                    up = jax.lax.dynamic_update_slice(
-                        up, layer.lora_b[...].astype(dtype), (sum(ranks[:n]), sum(widths[:n]))
-                    )
-            scales = [jnp.full(n, x.lora_scale, dtype) for x, n in zip(layers, widths, strict=True)]
-            self.up, self.scale = nnx.Param(up), nnx.Param(jnp.concatenate(scales))
-
-    def __call__(self, x: jax.Array, key: None = None) -> jax.Array:
-        """x [..., in] -> [..., sum of the layers' out], layer after layer. Never in training: there is no dropout."""
-        y, low = jnp.split(x @ self.kernel[...], (self.width,), -1)
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y if self.up is None else y + (low @ self.up[...]) * self.scale[...]
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm: statistics in fp32, cast back, then scaled by the weight."""
 
@@ -139,20 +101,9 @@ class GatedMLP(nnx.Module):
         self.gate_proj = Linear(width, hidden, axes=("embed", "mlp"), **kw)
         self.up_proj = Linear(width, hidden, axes=("embed", "mlp"), **kw)
         self.down_proj = Linear(hidden, width, axes=("mlp", "embed"), **kw)
-        self.gate_up = nnx.data(None)  # gate and up joined, see `join`
-
-    def join(self, dtype) -> None:
-        """Makes layers of one input one product, in place."""
-        self.gate_up = JoinedLinear((self.gate_proj, self.up_proj), dtype)
-        self.gate_proj = self.up_proj = nnx.data(None)
-        if self.down_proj.lora_a is not None:
-            self.down_proj = JoinedLinear((self.down_proj,), dtype)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        if self.gate_up is not None:
-            gate, up = jnp.split(self.gate_up(x), 2, -1)
-        else:
-            gate, up = self.gate_proj(x, fold(key, 0)), self.up_proj(x, fold(key, 1))
+        gate, up = self.gate_proj(x, fold(key, 0)), self.up_proj(x, fold(key, 1))
         return self.down_proj(jax.nn.silu(gate) * up, fold(key, 2))
 
 

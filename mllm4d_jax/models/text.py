@@ -21,7 +21,6 @@ from mllm4d_jax.models.config import TextConfig
 from mllm4d_jax.models.layers import (
     ATTENTION,
     GatedMLP,
-    JoinedLinear,
     Linear,
     RMSNorm,
     RouterStats,
@@ -70,25 +69,14 @@ class SelfAttention(nnx.Module):
         self.o_proj = Linear(nq, h, axes=("heads", "embed"), bias=config.o_bias, **kw)
         self.q_norm = RMSNorm(d, config.rms_norm_eps, **kw) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.rms_norm_eps, **kw) if config.qk_norm else None
-        self.qkv_proj = nnx.data(None)  # q, k and v joined, see `join`
-        self.widths, self.head_dim = (nq, nk, nk), d
-
-    def join(self, dtype) -> None:
-        """Makes layers of one input one product, in place."""
-        self.qkv_proj = JoinedLinear((self.q_proj, self.k_proj, self.v_proj), dtype)
-        self.q_proj = self.k_proj = self.v_proj = nnx.data(None)
-        if self.o_proj.lora_a is not None:
-            self.o_proj = JoinedLinear((self.o_proj,), dtype)
+        self.head_dim = d
 
     def project(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B,S,H] -> rotated q [B,S,N,d] and k [B,S,K,d], and v [B,S,K,d]; `key` as in `Linear`."""
-        if self.qkv_proj is not None:
-            parts = jnp.split(self.qkv_proj(x), (self.widths[0], sum(self.widths[:2])), -1)
-        else:
-            parts = [p(x, fold(key, n)) for n, p in enumerate((self.q_proj, self.k_proj, self.v_proj))]
-        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in parts)
+        layers = enumerate((self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x, fold(key, n)).reshape(*x.shape[:2], -1, self.head_dim) for n, p in layers)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v

@@ -1,0 +1,118 @@
+"""The decoder's blocks as decoding on GPUs wants them: each with arrays of its own, few and large products.
+
+A decode step reads every weight for a few rows, and on GPUs it is bound by that reading and by the number of kernels.
+XLA copies a layer's matrices out of stacked ones before it multiplies by them, which is three times the bytes; and it
+has a kernel (or three) for every product. The blocks made here have one array a layer, and layers of one input as one
+product. They are the model's own numbers, up to the order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mllm4d_jax.models import rope
+from mllm4d_jax.models.layers import GatedMLP, Linear
+from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.text import DecoderBlock, SelfAttention
+
+Layers = tuple[DecoderBlock, ...]
+
+
+class JoinedLinear(nnx.Module):
+    """Linear layers of one input as one product.
+
+    The kernels lie side by side, beside them the first halves of the adapters; the second halves are the blocks of one
+    block-diagonal matrix. Adapters are rounded to the dtype of the activations, as their layers do it on use.
+    """
+
+    def __init__(self, layers: Sequence[Linear], dtype) -> None:
+        """Copies the weights of the layers."""
+        widths = [layer.kernel.shape[-1] for layer in layers]
+        adapted = [layer for layer in layers if layer.lora_a is not None]
+        kernels = [*(layer.kernel[...] for layer in layers), *(layer.lora_a[...] for layer in adapted)]
+        self.width = sum(widths)
+        self.kernel = nnx.Param(jnp.concatenate([kernel.astype(dtype) for kernel in kernels], -1))
+        self.bias, self.up, self.scale = nnx.data(None), nnx.data(None), nnx.data(None)
+        if any(layer.bias is not None for layer in layers):
+            parts = [jnp.zeros(n) if x.bias is None else x.bias[...] for x, n in zip(layers, widths, strict=True)]
+            self.bias = nnx.Param(jnp.concatenate([part.astype(dtype) for part in parts]))
+        if adapted:
+            up, row, column = jnp.zeros((sum(x.lora_a.shape[-1] for x in adapted), self.width), dtype), 0, 0
+            for layer, width in zip(layers, widths, strict=True):
+                if layer.lora_b is not None:
+                    up = jax.lax.dynamic_update_slice(up, layer.lora_b[...].astype(dtype), (row, column))
+                    row += layer.lora_b.shape[0]
+                column += width
+            scales = [jnp.full(n, layer.lora_scale, dtype) for layer, n in zip(layers, widths, strict=True)]
+            self.up, self.scale = nnx.Param(up), nnx.Param(jnp.concatenate(scales))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out of the first layer ++ out of the second ...], without dropout."""
+        y, low = jnp.split(x @ self.kernel[...], (self.width,), -1)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y if self.up is None else y + (low @ self.up[...]) * self.scale[...]
+
+
+class JoinedAttention(nnx.Module):
+    """`SelfAttention` with one product for queries, keys and values, and one norm for the heads of the first two."""
+
+    def __init__(self, attention: SelfAttention, dtype) -> None:
+        self.head_dim, d = (attention.head_dim,) * 2
+        layers = attention.q_proj, attention.k_proj, attention.v_proj
+        self.qkv_proj, self.o_proj = JoinedLinear(layers, dtype), JoinedLinear((attention.o_proj,), dtype)
+        self.queries, self.keys = (layer.kernel.shape[-1] // d for layer in layers[:2])
+        self.norm = attention.q_norm
+        if self.norm is not None:
+            both = ((self.queries, attention.q_norm), (self.keys, attention.k_norm))
+            scales = [jnp.broadcast_to(norm.scale[...], (heads, d)) for heads, norm in both]
+            self.norm.scale = nnx.Param(jnp.concatenate(scales))
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As `SelfAttention.project`."""
+        y = self.qkv_proj(x).reshape(*x.shape[:2], -1, self.head_dim)
+        both, v = jnp.split(y, (self.queries + self.keys,), 2)
+        both = rope.rotate(both if self.norm is None else self.norm(both), cos, sin)
+        return *jnp.split(both, (self.queries,), 2), v
+
+
+class JoinedMLP(nnx.Module):
+    """`GatedMLP` with one product for gate and up."""
+
+    def __init__(self, mlp: GatedMLP, dtype) -> None:
+        self.gate_up = JoinedLinear((mlp.gate_proj, mlp.up_proj), dtype)
+        self.down_proj = JoinedLinear((mlp.down_proj,), dtype)
+
+    def __call__(self, x: jax.Array, key: None = None) -> jax.Array:
+        gate, up = jnp.split(self.gate_up(x), 2, -1)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+def layers_apart(mesh: Mesh | None) -> bool:
+    """Whether decoding is faster with one array a layer: on GPUs; for a mesh, or None for this process's devices."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return platform == "gpu"
+
+
+def apart(model: QwenVL) -> Layers:
+    """The decoder's blocks, each with weights of its own: a copy.
+
+    Products are not joined on a mesh that splits them: the parts of a device would lie elsewhere.
+    """
+    whole = model.mesh is None or model.mesh.shape.get("tensor", 1) == 1
+    blocks = []
+    for stacked in model.text.stacks:
+        graphdef, state = nnx.split(stacked)
+        for n in range(len(jax.tree.leaves(state)[0])):
+            block = nnx.merge(graphdef, jax.tree.map(lambda x, n=n: x[n], state))
+            if whole:
+                block.attn = JoinedAttention(block.attn, model.dtype)
+                if not block.sparse:
+                    block.mlp = JoinedMLP(block.mlp, model.dtype)
+            blocks.append(block)
+    return tuple(blocks)
