@@ -9,6 +9,7 @@ product. They are the model's own numbers, up to the order of summation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,11 @@ from mllm4d_jax.models import rope
 from mllm4d_jax.models.layers import GatedMLP, Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import DecoderBlock, SelfAttention
+from mllm4d_jax.parallel.chips import chip_of
+from mllm4d_jax.parallel.place import local_bytes
 
 Layers = tuple[DecoderBlock, ...]
+_SHARE = 0.6  # of a device's memory; a model of 8B in 16 bits, twice, is 0.55 of the 64 GB that JAX takes of 80
 
 
 class JoinedLinear(nnx.Module):
@@ -93,13 +97,25 @@ class JoinedMLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-def layers_apart(mesh: Mesh | None) -> bool:
-    """Whether decoding is faster with one array a layer: on GPUs; for a mesh, or None for this process's devices."""
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return platform == "gpu"
+def uses_layers_apart(mesh: Mesh | None, weights: Any) -> bool:
+    """Whether decoding uses `layers_apart`: on GPUs, if weights and copy leave room for the rest of a run.
+
+    Args:
+      mesh: the devices, here or not; None for one of this process.
+      weights: arrays, or shapes with shardings. What else is in memory does not matter, so that it is always the same
+        program for the same weights.
+    """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return False
+    chip = chip_of(device.device_kind)
+    # Other processes' devices do not answer, and all processes have to decide alike.
+    answers = device in jax.devices() and jax.process_count() == 1
+    limit = device.memory_stats()["bytes_limit"] if answers else chip.hbm if chip else 0
+    return 2 * local_bytes(weights) <= _SHARE * limit
 
 
-def apart(model: QwenVL) -> Layers:
+def layers_apart(model: QwenVL) -> Layers:
     """The decoder's blocks, each with weights of its own: a copy.
 
     Products are not joined on a mesh that splits them: the parts of a device would lie elsewhere.

@@ -35,7 +35,7 @@ from mllm4d_jax.generate.decoding import (
     prefill_rows,
 )
 from mllm4d_jax.generate.inputs import Call, fill_rows
-from mllm4d_jax.generate.joined import Layers, apart, layers_apart
+from mllm4d_jax.generate.joined import Layers, layers_apart, uses_layers_apart
 from mllm4d_jax.generate.policy import SamplingOptions, branch_keys, draw, head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.models.split import merge_model
@@ -89,7 +89,7 @@ class Sampler:
           mesh: the mesh that the model was made for, None for one device.
           chunk: decode steps between two looks of the host.
           ladder: sizes of the device's arrays; None for powers of two that fit the mesh.
-          apart: decode with one array a layer; None as it is best on the devices.
+          apart: whether decoding takes the layers apart (`joined.layers_apart`); None for what is best on the devices.
 
         Raises:
           ValueError: a mesh that splits weights over `fsdp`: every decode step would gather all of them.
@@ -103,7 +103,7 @@ class Sampler:
             raise ValueError(f"a chunk needs at least one step, got {chunk}")
         self.mesh, self.chunk, self.compiles = mesh, chunk, 0
         self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
-        self.apart = layers_apart(mesh) if apart is None else apart
+        self._apart = apart
         self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options", "apart"))
         self._layers = self._compiled(functools.partial(_layers, graphdef))
         self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape", "apart"))
@@ -119,8 +119,12 @@ class Sampler:
         options = compiler_options(self.mesh)
         return jax.jit(counted, static_argnames=static, donate_argnames=donated, compiler_options=options)
 
+    def apart(self, weights: tuple) -> bool:
+        """Whether decoding with these weights (arrays, or shapes that are placed) takes the layers apart."""
+        return uses_layers_apart(self.mesh, weights) if self._apart is None else self._apart
+
     def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
-        """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
+        """A program ("start", "layers", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
         return getattr(self, f"_{program}").lower(*args, **named)
 
     def generate(
@@ -170,7 +174,7 @@ class Sampler:
             self._everywhere(keys),
             branches=branches,
             options=on_device,
-            apart=self.apart,
+            apart=self.apart(weights),
         )
         following = np.asarray(following)[: len(call.limits)]
         record.add(packing, np.asarray(first), np.asarray(scores), 0)
@@ -190,13 +194,14 @@ class Sampler:
         """Decodes until every branch has ended."""
         record, packing, step, computed, compactions = run.record, run.packing, 1, 0, 0
         (slots, most), chunks = (run.call.slots, run.call.most), []
-        layers = self._layers(weights) if self.apart and not record.finished.all() else None
+        apart = self.apart(weights)
+        layers = self._layers(weights) if apart and not record.finished.all() else None
         while not record.finished.all():
             started = time.monotonic()
             needed = min(step + self.chunk - 1, most)
             wanted = self.ladder.pack(packing, ~record.finished, slots + needed, slots + most)
             if own is None:
-                own = self._empty(weights, shape=packing.shape, apart=self.apart)
+                own = self._empty(weights, shape=packing.shape, apart=apart)
             if wanted is not packing:
                 cache, own = self._repack(cache, own, packing, wanted)
                 packing, compactions = wanted, compactions + 1
@@ -281,7 +286,7 @@ def _start(
 
 
 def _layers(graphdef, weights) -> Layers:
-    return apart(merge_model(graphdef, *weights))
+    return layers_apart(merge_model(graphdef, *weights))
 
 
 def _empty(graphdef, weights, *, shape: tuple[int, int, int], apart: bool = False) -> KVCache:
