@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mllm4d_jax.encode.positions import next_position
-from mllm4d_jax.generate.joined import Layers
+from mllm4d_jax.generate.joined import JoinedAttention, Layers
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
@@ -198,9 +198,16 @@ def decode(
         return jax.lax.dynamic_update_slice(cache, new.reshape(*[1] * len(at), *new.shape), (*at, 0, 0, 0, slot, 0))
 
     if layers is not None:
-        kept = []
+        kept, nothing = [], Asked(jnp.zeros(tokens.shape, jnp.int32), jnp.int32(0))
         for block, *caches in zip(layers, *prompts.kv, *own, strict=True):
             prompt, mine = KVCache(*caches[:2]), KVCache(*caches[2:])
+
+            if isinstance(block.attn, JoinedAttention) and block.attn.kernels:
+                seen = prompts.visible, slot, nothing if asked is None else asked
+                x, mine = block.attn.attend(x, block.input_norm(x), (cos, sin), prompt, mine, *seen)
+                x = block.feed_forward(x, real)[0]
+                kept.append(mine)
+                continue
 
             def write(k, v, mine=mine):
                 kept.append(KVCache(written(mine.k, k), written(mine.v, v)))

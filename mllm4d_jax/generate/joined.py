@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mllm4d_jax.generate import kernels
+from mllm4d_jax.generate.kernels import rank_block
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.layers import GatedMLP, Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.text import DecoderBlock, SelfAttention
+from mllm4d_jax.models.text import DecoderBlock, KVCache, SelfAttention
 from mllm4d_jax.parallel.chips import chip_of
 from mllm4d_jax.parallel.place import local_bytes
 
@@ -38,15 +40,18 @@ class JoinedLinear(nnx.Module):
         """Copies the weights of the layers."""
         widths = [layer.kernel.shape[-1] for layer in layers]
         adapted = [layer for layer in layers if layer.lora_a is not None]
-        kernels = [*(layer.kernel[...] for layer in layers), *(layer.lora_a[...] for layer in adapted)]
+        ranks = sum(layer.lora_a.shape[-1] for layer in adapted)
+        padding = -ranks % rank_block(ranks) if ranks else 0
+        parts = [*(layer.kernel[...] for layer in layers), *(layer.lora_a[...] for layer in adapted)]
+        parts.append(jnp.zeros((len(parts[0]), padding)))
         self.width = sum(widths)
-        self.kernel = nnx.Param(jnp.concatenate([kernel.astype(dtype) for kernel in kernels], -1))
+        self.kernel = nnx.Param(jnp.concatenate([part.astype(dtype) for part in parts], -1))
         self.bias, self.up, self.scale = nnx.data(None), nnx.data(None), nnx.data(None)
         if any(layer.bias is not None for layer in layers):
             parts = [jnp.zeros(n) if x.bias is None else x.bias[...] for x, n in zip(layers, widths, strict=True)]
             self.bias = nnx.Param(jnp.concatenate([part.astype(dtype) for part in parts]))
         if adapted:
-            up, row, column = jnp.zeros((sum(x.lora_a.shape[-1] for x in adapted), self.width), dtype), 0, 0
+            up, row, column = jnp.zeros((ranks + padding, self.width), dtype), 0, 0
             for layer, width in zip(layers, widths, strict=True):
                 if layer.lora_b is not None:
                     up = jax.lax.dynamic_update_slice(up, layer.lora_b[...].astype(dtype), (row, column))
@@ -55,9 +60,13 @@ class JoinedLinear(nnx.Module):
             scales = [jnp.full(n, layer.lora_scale, dtype) for layer, n in zip(layers, widths, strict=True)]
             self.up, self.scale = nnx.Param(up), nnx.Param(jnp.concatenate(scales))
 
+    def product(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out ++ r]: the adapters' first halves behind the layers."""
+        return x @ self.kernel[...]
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out of the first layer ++ out of the second ...], without dropout."""
-        y, low = jnp.split(x @ self.kernel[...], (self.width,), -1)
+        y, low = jnp.split(self.product(x), (self.width,), -1)
         if self.bias is not None:
             y = y + self.bias[...]
         return y if self.up is None else y + (low @ self.up[...]) * self.scale[...]
@@ -66,7 +75,9 @@ class JoinedLinear(nnx.Module):
 class JoinedAttention(nnx.Module):
     """`SelfAttention` with one product for queries, keys and values, and one norm for the heads of the first two."""
 
-    def __init__(self, attention: SelfAttention, dtype) -> None:
+    def __init__(self, attention: SelfAttention, dtype, kernels: bool = False) -> None:
+        """`kernels`: whether `attend` can be used."""
+        self.kernels = kernels
         self.head_dim, d = (attention.head_dim,) * 2
         layers = attention.q_proj, attention.k_proj, attention.v_proj
         self.qkv_proj, self.o_proj = JoinedLinear(layers, dtype), JoinedLinear((attention.o_proj,), dtype)
@@ -83,6 +94,27 @@ class JoinedAttention(nnx.Module):
         both, v = jnp.split(y, (self.queries + self.keys,), 2)
         both = rope.rotate(both if self.norm is None else self.norm(both), cos, sin)
         return *jnp.split(both, (self.queries,), 2), v
+
+    def attend(
+        self,
+        hidden: jax.Array,
+        x: jax.Array,
+        tables: tuple[jax.Array, jax.Array],
+        prompt: KVCache,
+        own: KVCache,
+        visible: jax.Array,
+        slot: jax.Array,
+        asked: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, KVCache]:
+        """The first half of a decode step's block by kernels: (hidden + attention of x, own cache with the slot)."""
+        p, o, norm = self.qkv_proj, self.o_proj, self.norm
+        up, scale, bias = (None if v is None else v[...] for v in (p.up, p.scale, p.bias))
+        weight, eps = (None, 0.0) if norm is None else (norm.scale[...], norm.eps)
+        q, own = kernels.place(p.product(x), up, scale, bias, weight, eps, tables, own, slot)
+        out = kernels.attend(q, prompt, visible, own, slot, asked)
+        if o.up is None or o.bias is not None:
+            return hidden + o(out), own
+        return kernels.add_adapted(o.product(out), o.up[...], o.scale[...], hidden), own
 
 
 class JoinedMLP(nnx.Module):
@@ -115,7 +147,7 @@ def uses_layers_apart(mesh: Mesh | None, weights: Any) -> bool:
     return 2 * local_bytes(weights) <= _SHARE * limit
 
 
-def layers_apart(model: QwenVL) -> Layers:
+def layers_apart(model: QwenVL, kernels: bool = False) -> Layers:
     """The decoder's blocks, each with weights of its own: a copy.
 
     Products are not joined on a mesh that splits them: the parts of a device would lie elsewhere.
@@ -127,7 +159,7 @@ def layers_apart(model: QwenVL) -> Layers:
         for n in range(len(jax.tree.leaves(state)[0])):
             block = nnx.merge(graphdef, jax.tree.map(lambda x, n=n: x[n], state))
             if whole:
-                block.attn = JoinedAttention(block.attn, model.dtype)
+                block.attn = JoinedAttention(block.attn, model.dtype, kernels)
                 if not block.sparse:
                     block.mlp = JoinedMLP(block.mlp, model.dtype)
             blocks.append(block)

@@ -82,6 +82,7 @@ class Sampler:
         chunk: int = 32,
         ladder: Ladder | None = None,
         apart: bool | None = None,
+        kernels: bool = False,
     ) -> None:
         """
         Args:
@@ -105,7 +106,7 @@ class Sampler:
         self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
         self._apart = apart
         self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options", "apart"))
-        self._layers = self._compiled(functools.partial(_layers, graphdef))
+        self._layers = self._compiled(functools.partial(_layers, graphdef, kernels))
         self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape", "apart"))
         self._decode = self._compiled(functools.partial(_decode_chunk, graphdef), ("options", "chunk"), ("own",))
         self._take_prompts = self._compiled(functools.partial(_take_prompts, mesh))
@@ -285,8 +286,8 @@ def _start(
     return cache, own, *(constrain(x, model.mesh) for x in small)
 
 
-def _layers(graphdef, weights) -> Layers:
-    return layers_apart(merge_model(graphdef, *weights))
+def _layers(graphdef, kernels: bool, weights) -> Layers:
+    return layers_apart(merge_model(graphdef, *weights), kernels)
 
 
 def _empty(graphdef, weights, *, shape: tuple[int, int, int], apart: bool = False) -> KVCache:
