@@ -204,7 +204,7 @@ def decode(
 
             if isinstance(block.attn, JoinedAttention) and block.attn.kernels:
                 seen = prompts.visible, slot, nothing if asked is None else asked
-                x, mine = block.attn.attend(x, block.input_norm(x), (cos, sin), prompt, mine, *seen)
+                x, mine = block.attn.step(x, block.input_norm(x), (cos, sin), prompt, mine, *seen)
                 x = block.feed_forward(x, real)[0]
                 kept.append(mine)
                 continue

@@ -8,6 +8,8 @@ product. They are the model's own numbers, up to the order of summation.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +18,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mllm4d_jax.generate import kernels
-from mllm4d_jax.generate.kernels import rank_block
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.layers import GatedMLP, Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
@@ -26,7 +26,14 @@ from mllm4d_jax.parallel.chips import chip_of
 from mllm4d_jax.parallel.place import local_bytes
 
 Layers = tuple[DecoderBlock, ...]
+# A scan over the model's own stacked weights; one array a layer; the latter with kernels.
+FORMS = ("stacked", "apart", "kernels")
 _SHARE = 0.6  # of a device's memory; a model of 8B in 16 bits, twice, is 0.55 of the 64 GB that JAX takes of 80
+
+
+def rank_block(ranks: int) -> int:
+    """Ranks of adapters that kernels multiply at a time, for the sum of the ranks, which is made a multiple of it."""
+    return min(128, max(16, 1 << (ranks - 1).bit_length()))
 
 
 class JoinedLinear(nnx.Module):
@@ -76,9 +83,9 @@ class JoinedAttention(nnx.Module):
     """`SelfAttention` with one product for queries, keys and values, and one norm for the heads of the first two."""
 
     def __init__(self, attention: SelfAttention, dtype, kernels: bool = False) -> None:
-        """`kernels`: whether `attend` can be used."""
-        self.kernels = kernels
+        """`kernels`: whether `step` is used, if the heads' size allows it."""
         self.head_dim, d = (attention.head_dim,) * 2
+        self.kernels = kernels and d >= 32 and d & (d - 1) == 0
         layers = attention.q_proj, attention.k_proj, attention.v_proj
         self.qkv_proj, self.o_proj = JoinedLinear(layers, dtype), JoinedLinear((attention.o_proj,), dtype)
         self.queries, self.keys = (layer.kernel.shape[-1] // d for layer in layers[:2])
@@ -95,7 +102,7 @@ class JoinedAttention(nnx.Module):
         both = rope.rotate(both if self.norm is None else self.norm(both), cos, sin)
         return *jnp.split(both, (self.queries,), 2), v
 
-    def attend(
+    def step(
         self,
         hidden: jax.Array,
         x: jax.Array,
@@ -107,6 +114,8 @@ class JoinedAttention(nnx.Module):
         asked: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, KVCache]:
         """The first half of a decode step's block by kernels: (hidden + attention of x, own cache with the slot)."""
+        from mllm4d_jax.generate import kernels
+
         p, o, norm = self.qkv_proj, self.o_proj, self.norm
         up, scale, bias = (None if v is None else v[...] for v in (p.up, p.scale, p.bias))
         weight, eps = (None, 0.0) if norm is None else (norm.scale[...], norm.eps)
@@ -129,8 +138,11 @@ class JoinedMLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-def uses_layers_apart(mesh: Mesh | None, weights: Any) -> bool:
-    """Whether decoding uses `layers_apart`: on GPUs, if weights and copy leave room for the rest of a run.
+def choose_form(mesh: Mesh | None, weights: Any) -> str:
+    """The form of decoding, of `FORMS`.
+
+    On GPUs layers are taken apart, if weights and copy leave room for the rest of a run. One GPU also has kernels, if
+    it is here and of a kind that they are for (not on a mesh, which XLA splits programs over, but no kernels).
 
     Args:
       mesh: the devices, here or not; None for one of this process.
@@ -139,16 +151,26 @@ def uses_layers_apart(mesh: Mesh | None, weights: Any) -> bool:
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if device.platform != "gpu":
-        return False
+        return "stacked"
     chip = chip_of(device.device_kind)
     # Other processes' devices do not answer, and all processes have to decide alike.
     answers = device in jax.devices() and jax.process_count() == 1
     limit = device.memory_stats()["bytes_limit"] if answers else chip.hbm if chip else 0
-    return 2 * local_bytes(weights) <= _SHARE * limit
+    if 2 * local_bytes(weights) > _SHARE * limit:
+        return "stacked"
+    one = answers and (mesh is None or mesh.devices.size == 1)
+    return "kernels" if one and _has_kernels(device) else "apart"
+
+
+def _has_kernels(device: jax.Device) -> bool:
+    """An NVIDIA GPU from Ampere on, and a JAX that has Pallas for Triton, which it says it will drop."""
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    triton = importlib.util.find_spec("jax.experimental.pallas.triton")
+    return capability is not None and int(capability[1]) >= 8 and triton is not None
 
 
 def layers_apart(model: QwenVL, kernels: bool = False) -> Layers:
-    """The decoder's blocks, each with weights of its own: a copy.
+    """The decoder's blocks, each with weights of its own: a copy. With `kernels`, attention uses them.
 
     Products are not joined on a mesh that splits them: the parts of a device would lie elsewhere.
     """

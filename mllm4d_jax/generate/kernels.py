@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mllm4d_jax.generate.joined import rank_block
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.text import KVCache
 
@@ -25,11 +26,6 @@ _ROWS = 64  # most queries that a program has
 def _interpreted() -> bool:
     """Elsewhere than on a GPU the kernels are run by an interpreter, for tests."""
     return jax.default_backend() != "gpu"
-
-
-def rank_block(ranks: int) -> int:
-    """Ranks of adapters that are multiplied at a time; their sum has to be a multiple of it."""
-    return min(128, _size(ranks))
 
 
 def _size(n: int, least: int = 16) -> int:
@@ -212,7 +208,7 @@ def place(
     Returns:
       (q [B, K, G, N / K, d], the caches with the slot written, in place).
     """
-    (b, g, _), (k, t, d) = y.shape, (own.k.shape[1], *own.k.shape[3:])
+    (b, g, _), (_, k, _, _, d) = y.shape, own.k.shape
     ranks = 0 if up is None else up.shape[0]
     heads = (y.shape[-1] - ranks) // d
     n = (heads - 2 * k) // k
@@ -224,7 +220,7 @@ def place(
     q, *own = pl.pallas_call(
         kernel,
         grid=(heads, b, pl.cdiv(g, rows)),
-        out_shape=(jax.ShapeDtypeStruct((b, k, g, n, d), y.dtype), *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in own)),
+        out_shape=(jax.ShapeDtypeStruct((b, k, g, n, d), y.dtype), *map(jax.typeof, own)),
         input_output_aliases={caches: 1, caches + 1: 2},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=_interpreted(),

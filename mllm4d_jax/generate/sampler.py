@@ -35,7 +35,7 @@ from mllm4d_jax.generate.decoding import (
     prefill_rows,
 )
 from mllm4d_jax.generate.inputs import Call, fill_rows
-from mllm4d_jax.generate.joined import Layers, layers_apart, uses_layers_apart
+from mllm4d_jax.generate.joined import Layers, choose_form, layers_apart
 from mllm4d_jax.generate.policy import SamplingOptions, branch_keys, draw, head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.models.split import merge_model
@@ -81,8 +81,7 @@ class Sampler:
         *,
         chunk: int = 32,
         ladder: Ladder | None = None,
-        apart: bool | None = None,
-        kernels: bool = False,
+        form: str | None = None,
     ) -> None:
         """
         Args:
@@ -90,7 +89,7 @@ class Sampler:
           mesh: the mesh that the model was made for, None for one device.
           chunk: decode steps between two looks of the host.
           ladder: sizes of the device's arrays; None for powers of two that fit the mesh.
-          apart: whether decoding takes the layers apart (`joined.layers_apart`); None for what is best on the devices.
+          form: of decoding, of `joined.FORMS`; None for what is best on the devices.
 
         Raises:
           ValueError: a mesh that splits weights over `fsdp`: every decode step would gather all of them.
@@ -104,9 +103,9 @@ class Sampler:
             raise ValueError(f"a chunk needs at least one step, got {chunk}")
         self.mesh, self.chunk, self.compiles = mesh, chunk, 0
         self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
-        self._apart = apart
+        self._form = form
         self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options", "apart"))
-        self._layers = self._compiled(functools.partial(_layers, graphdef, kernels))
+        self._layers = self._compiled(functools.partial(_layers, graphdef), ("kernels",))
         self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape", "apart"))
         self._decode = self._compiled(functools.partial(_decode_chunk, graphdef), ("options", "chunk"), ("own",))
         self._take_prompts = self._compiled(functools.partial(_take_prompts, mesh))
@@ -120,12 +119,12 @@ class Sampler:
         options = compiler_options(self.mesh)
         return jax.jit(counted, static_argnames=static, donate_argnames=donated, compiler_options=options)
 
-    def apart(self, weights: tuple) -> bool:
-        """Whether decoding with these weights (arrays, or shapes that are placed) takes the layers apart."""
-        return uses_layers_apart(self.mesh, weights) if self._apart is None else self._apart
+    def form(self, weights: tuple) -> str:
+        """Form of decoding with these weights (arrays, or shapes that are placed), of `joined.FORMS`."""
+        return choose_form(self.mesh, weights) if self._form is None else self._form
 
     def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
-        """A program ("start", "layers", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
+        """The program "start", "layers", "empty", "decode", "take_prompts" or "take_branches" for placed shapes."""
         return getattr(self, f"_{program}").lower(*args, **named)
 
     def generate(
@@ -175,7 +174,7 @@ class Sampler:
             self._everywhere(keys),
             branches=branches,
             options=on_device,
-            apart=self.apart(weights),
+            apart=self.form(weights) != "stacked",
         )
         following = np.asarray(following)[: len(call.limits)]
         record.add(packing, np.asarray(first), np.asarray(scores), 0)
@@ -195,14 +194,15 @@ class Sampler:
         """Decodes until every branch has ended."""
         record, packing, step, computed, compactions = run.record, run.packing, 1, 0, 0
         (slots, most), chunks = (run.call.slots, run.call.most), []
-        apart = self.apart(weights)
-        layers = self._layers(weights) if apart and not record.finished.all() else None
+        form, layers = self.form(weights), None
+        if form != "stacked" and not record.finished.all():
+            layers = self._layers(weights, kernels=form == "kernels")
         while not record.finished.all():
             started = time.monotonic()
             needed = min(step + self.chunk - 1, most)
             wanted = self.ladder.pack(packing, ~record.finished, slots + needed, slots + most)
             if own is None:
-                own = self._empty(weights, shape=packing.shape, apart=apart)
+                own = self._empty(weights, shape=packing.shape, apart=form != "stacked")
             if wanted is not packing:
                 cache, own = self._repack(cache, own, packing, wanted)
                 packing, compactions = wanted, compactions + 1
@@ -286,7 +286,7 @@ def _start(
     return cache, own, *(constrain(x, model.mesh) for x in small)
 
 
-def _layers(graphdef, kernels: bool, weights) -> Layers:
+def _layers(graphdef, weights, *, kernels: bool) -> Layers:
     return layers_apart(merge_model(graphdef, *weights), kernels)
 
 

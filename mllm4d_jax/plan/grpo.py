@@ -108,14 +108,15 @@ class GrpoPhases:
         there = self.held(sampling=True)
         there["features"] = local_bytes(features) + (mesh is not self.mesh) * local_bytes(flat)
         same = dict(rows=filled // batch_shards(mesh), size=job.sizes.prefix, prompts=filled)
-        apart = self._sampler.apart(self.sampled)
+        form = self._sampler.form(self.sampled)
+        apart = form != "stacked"
         named = dict(branches=job.rollout.completions, options=options, apart=apart)
         program = partial(lower, "start", self.sampled, inputs, flat, keys, **named)
         start = yield Phase("prefill", "prefill", program, there | {"batch": local_bytes(inputs)}, **same)
         if start is None:
             return
         there["prompt cache"] = local_bytes(start[0])
-        layers = results_of(lower("layers", self.sampled).compile()) if apart else None
+        layers = results_of(lower("layers", self.sampled, kernels=form == "kernels").compile()) if apart else None
         if apart:
             there[APART] = local_bytes(layers)
         rungs = [slots for slots, _ in job.rungs(self.ladder, job.rollout.max_new_tokens)]
@@ -132,8 +133,8 @@ class GrpoPhases:
             yield Phase(f"decode, {slots} positions", "decode", program, held, **same)
 
     def _branch_cache(self, filled: int, slots: int) -> Any:
-        named = dict(shape=(filled, self.job.rollout.completions, slots), apart=self._sampler.apart(self.sampled))
-        return results_of(self._sampler.lower("empty", self.sampled, **named).compile())
+        shape, apart = (filled, self.job.rollout.completions, slots), self._sampler.form(self.sampled) != "stacked"
+        return results_of(self._sampler.lower("empty", self.sampled, shape=shape, apart=apart).compile())
 
     def _learning(self, features: PromptFeatures, mean: int) -> Phases:
         """Log-probs without and with a gradient, of one micro-batch with completions of `mean` tokens."""

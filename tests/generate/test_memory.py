@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from configs.published import published_config
-from mllm4d_jax.generate.joined import uses_layers_apart
+from mllm4d_jax.generate.joined import choose_form
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import ChunkInputs, KeyNumbers, Sampler
 from mllm4d_jax.models.config import ModelConfig
@@ -46,7 +46,7 @@ def programs(model, apart=False, mesh=None):
     graphdef, state = nnx.split(model)
     if mesh is not None:
         state = jax.tree.map(lambda x: placed(x, replicated(mesh)), state)
-    sampler, options = Sampler(graphdef, chunk=CHUNK, apart=apart), SamplingOptions(eos_ids=(5,))
+    sampler, options = Sampler(graphdef, chunk=CHUNK), SamplingOptions(eos_ids=(5,))
     one, numbers = (
         np.zeros((1, 1), np.int32),
         KeyNumbers(np.uint32(0), np.zeros((1, 1), np.uint32), np.zeros((1, 1), "i4")),
@@ -56,7 +56,7 @@ def programs(model, apart=False, mesh=None):
     start = sampler._start.trace((state,), inputs, None, numbers, branches=1, options=options, apart=apart)
     cache = start.out_info[0]
     own = sampler._empty.eval_shape((state,), shape=(1, 1, CHUNK), apart=apart)
-    layers = sampler._layers.eval_shape((state,)) if apart else None
+    layers = sampler._layers.eval_shape((state,), kernels=False) if apart else None
     feed = ChunkInputs(one, one > 0, one, numbers, one + CHUNK, None, np.int32(1))
     yield "start", start
     sent = dict(own=own, feed=feed, layers=layers, options=options, chunk=CHUNK)
@@ -83,7 +83,7 @@ def test_a_gpu_decodes_without_slices_of_weights(model):
     smallest = 256 * 4 * 32  # of the key projection
     form = {apart: dict(programs(model, apart))["decode"] for apart in (False, True)}
     texts = {apart: traced.lower(lowering_platforms=("cuda",)).as_text() for apart, traced in form.items()}
-    assert len(sliced(texts[False], "bf16", smallest)) == 7
+    assert len(sliced(texts[False], "bf16", smallest)) == 4  # shapes of weights
     assert not sliced(texts[True], "bf16", smallest)
 
 
@@ -104,20 +104,33 @@ def test_a_compiled_gpu_program_copies_no_weight(model):
         assert bool(large) != apart, large
 
 
-def test_who_decodes_with_the_layers_apart(monkeypatch):
-    """GPUs that hold the weights twice and have room left; 8B and 30B of 16 bits."""
+def test_who_decodes_how(monkeypatch):
+    """GPUs that hold the weights twice and have room left have the layers apart; 8B and 30B of 16 bits."""
+    here = SingleDeviceSharding(jax.devices()[0])
 
-    def uses(platform, kind, billions, stats=None):
-        device = SimpleNamespace(platform=platform, device_kind=kind, memory_stats=lambda: stats)
-        if stats:
-            monkeypatch.setattr(jax, "devices", lambda: [device])
-        weights = jax.ShapeDtypeStruct((int(billions * 1e9),), jnp.bfloat16, sharding=SingleDeviceSharding(here))
-        return uses_layers_apart(SimpleNamespace(devices=np.array([[device]])), weights)
+    def form(platform, kind, billions, limit=None, capability="9.0", count=1):
+        stats = dict(bytes_limit=limit and limit * 1e9)
+        device = SimpleNamespace(
+            platform=platform, device_kind=kind, memory_stats=lambda: stats, compute_capability=capability
+        )
+        weights = jax.ShapeDtypeStruct((int(billions * 1e9),), jnp.bfloat16, sharding=here)
+        with monkeypatch.context() as patch:
+            if limit:
+                patch.setattr(jax, "devices", lambda: [device])
+            return choose_form(SimpleNamespace(devices=np.array([[device] * count])), weights)
 
-    here = jax.devices()[0]
-    assert uses("gpu", "NVIDIA H100 80GB HBM3", 8.8) and uses("gpu", "NVIDIA H200", 8.8)
-    assert not uses("gpu", "NVIDIA H100 80GB HBM3", 31) and not uses("gpu", "NVIDIA L40S", 8.8)
-    assert not uses("gpu", "a GPU of another name", 0.001)
-    assert not uses("tpu", "TPU v5p", 2) and not uses("cpu", "cpu", 2)
-    assert uses("gpu", "a GPU of another name", 8.8, dict(bytes_limit=64e9))
-    assert not uses("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 8.8, dict(bytes_limit=8e9))
+    # Not here: planned for, or of another process.
+    assert form("gpu", "NVIDIA H100 80GB HBM3", 8.8) == form("gpu", "NVIDIA H200", 8.8, count=8) == "apart"
+    assert form("gpu", "NVIDIA H100 80GB HBM3", 31) == form("gpu", "NVIDIA L40S", 8.8) == "stacked"
+    assert (
+        form("gpu", "a GPU of another name", 0.001) == form("tpu", "TPU v5p", 2) == form("cpu", "cpu", 2) == "stacked"
+    )
+    # Here: by the memory that JAX has.
+    assert (
+        form("gpu", "a GPU of another name", 8.8, 64)
+        == form("gpu", "NVIDIA A100-SXM4-80GB", 8.8, 64, "8.0")
+        == "kernels"
+    )
+    assert form("gpu", "Tesla V100-SXM2-32GB", 2, 24, "7.0") == form("gpu", "gfx942", 2, 24, "gfx942") == "apart"
+    assert form("gpu", "NVIDIA H100 80GB HBM3", 8.8, 64, count=2) == "apart"
+    assert form("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 8.8, 8) == "stacked"
