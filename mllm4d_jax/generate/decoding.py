@@ -11,6 +11,7 @@ seen; in return, all branches write the same slot in every step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,11 +19,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mllm4d_jax.encode.positions import next_position
+from mllm4d_jax.generate.joined import JoinedAttention, Layers
 from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
 from mllm4d_jax.models.qwen_vl import QwenVL
-from mllm4d_jax.models.text import KVCache, run_lengths
+from mllm4d_jax.models.text import DecoderBlock, KVCache, run_lengths
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.products import einsum_f32
 from mllm4d_jax.parallel.rules import BATCH_AXES, RULES, batch_shards, constrain, constrain_rows
@@ -55,7 +57,7 @@ class PromptRows(NamedTuple):
     """Result of `prefill_rows`; N branch slots of L tokens."""
 
     cache: PromptCache  # of the prefixes
-    own: KVCache  # [layers, B, N, K, L, head_dim] of what each branch was given
+    own: KVCache  # [layers, B, K, N, L, head_dim] of what each branch was given
     hidden: jax.Array  # [B, N, H] of the last token of each branch, after the final norm
     next_position: jax.Array  # i32[B, N] M-RoPE position of the token that follows
 
@@ -106,8 +108,8 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     places = inputs.positions[:, :, p:].reshape(3, *in_slots.shape)
     following = next_position(jnp.take_along_axis(places, last[None, ..., None], 3)[..., 0])
 
-    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, N, K, L, d]
-        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1]).swapaxes(2, 3)
+    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, K, N, L, d]
+        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1])
 
     prefix = KVCache(*(x[..., :p, :] for x in out.cache))
     return PromptRows(
@@ -118,25 +120,40 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     )
 
 
-def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int) -> KVCache:
-    """A cache [layers, B, G, K, T, head_dim] of zeros for B prompts with G branches of up to T tokens."""
+def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int, apart: bool = False) -> KVCache:
+    """A cache [layers, B, K, G, T, head_dim] of zeros for B prompts with G branches of up to T tokens.
+
+    `apart`: one array a layer, see `cache_apart`.
+    """
     c = model.config.text
-    shape = (c.num_layers, prompts, branches, c.num_kv_heads, slots, c.head_dim)
-    zeros = jnp.zeros(shape, model.text.embed.dtype)
-    return constrain_cache(KVCache(zeros, zeros), model.mesh)
+    shape, dtype = (prompts, c.num_kv_heads, branches, slots, c.head_dim), model.text.embed.dtype
+    if apart:
+        cache = KVCache(*(tuple(jnp.zeros(shape, dtype) for _ in range(c.num_layers)) for _ in range(2)))
+    else:
+        cache = KVCache(*(jnp.zeros((c.num_layers, *shape), dtype) for _ in range(2)))
+    return constrain_cache(cache, model.mesh)
+
+
+def cache_apart(cache: KVCache) -> KVCache:
+    """A cache as one array a layer: k and v are tuples of [B, ...], what else is said of the dimensions holds."""
+    return KVCache(*(tuple(x[n] for n in range(len(x))) for x in cache))
 
 
 def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """Splits rows (dimension 1) over the batch axes and key heads (third from last) as the projections' outputs are."""
-    rank = cache.k.ndim
+    """Splits rows over the batch axes and key heads, the next dimension, as the projections' outputs are."""
     if mesh is None:
         return cache
-    axes: list = [None] * rank
-    if cache.k.shape[1] % batch_shards(mesh) == 0:
-        axes[1] = BATCH_AXES
-    if cache.k.shape[rank - 3] % mesh.shape[RULES["kv"]] == 0:
-        axes[rank - 3] = RULES["kv"]
-    return KVCache(*(constrain(x, mesh, *axes) for x in cache))
+    rows = 0 if isinstance(cache.k, tuple) else 1
+
+    def split(x: jax.Array) -> jax.Array:
+        axes: list = [None] * x.ndim
+        if x.shape[rows] % batch_shards(mesh) == 0:
+            axes[rows] = BATCH_AXES
+        if x.shape[rows + 1] % mesh.shape[RULES["kv"]] == 0:
+            axes[rows + 1] = RULES["kv"]
+        return constrain(x, mesh, *axes)
+
+    return jax.tree.map(split, cache)
 
 
 def decode(
@@ -147,6 +164,7 @@ def decode(
     own: KVCache,
     slot: jax.Array | int,
     asked: Asked | None = None,
+    layers: Layers | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Feeds one token to each branch.
 
@@ -154,9 +172,11 @@ def decode(
       tokens: i32[B, G].
       positions: i32[B, G], one M-RoPE position for all three axes, as for text.
       prompts: of the B prompts.
-      own: [layers, B, G, K, T, head_dim]; slots below `slot` hold what was fed before.
+      own: [layers, B, K, G, T, head_dim]; slots below `slot` hold what was fed before.
       slot: i32[] slot to write, the same for all branches.
       asked: what the branches began with; None for branches without tokens of their own.
+      layers: the blocks, each with weights of its own; the caches are then one array a layer, too. None scans the
+        model's.
 
     Returns:
       (hidden [B, G, H] after the final norm, the branch cache with the slot written).
@@ -167,17 +187,44 @@ def decode(
     cos, sin = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
     real = jnp.ones(tokens.shape, bool)
 
+    def through(block: DecoderBlock, hidden: jax.Array, prompt: KVCache, write: Callable[..., KVCache]) -> jax.Array:
+        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
+        out = branch_attention(q, prompt, prompts.visible, write(k, v), slot, asked)
+        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
+        return constrain_rows(block.feed_forward(hidden, real)[0], mesh)
+
+    def written(cache: jax.Array, new: jax.Array, *at: jax.Array | int) -> jax.Array:
+        new = new.swapaxes(1, 2)[..., None, :]
+        return jax.lax.dynamic_update_slice(cache, new.reshape(*[1] * len(at), *new.shape), (*at, 0, 0, 0, slot, 0))
+
+    if layers is not None:
+        kept, nothing = [], Asked(jnp.zeros(tokens.shape, jnp.int32), jnp.int32(0))
+        for block, *caches in zip(layers, *prompts.kv, *own, strict=True):
+            prompt, mine = KVCache(*caches[:2]), KVCache(*caches[2:])
+
+            if isinstance(block.attn, JoinedAttention) and block.attn.kernels:
+                seen = prompts.visible, slot, nothing if asked is None else asked
+                x, mine = block.attn.step(x, block.input_norm(x), (cos, sin), prompt, mine, *seen)
+                x = block.feed_forward(x, real)[0]
+                kept.append(mine)
+                continue
+
+            def write(k, v, mine=mine):
+                kept.append(KVCache(written(mine.k, k), written(mine.v, v)))
+                return kept[-1]
+
+            x = through(block, x, prompt, write)
+        return model.text.norm(x), KVCache(*zip(*kept, strict=True))
+
     def step(block, carry, layer):
         hidden, own = carry
-        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
-        at = (layer, 0, 0, 0, slot, 0)
-        own = KVCache(
-            *(jax.lax.dynamic_update_slice(a, b[None, ..., None, :], at) for a, b in zip(own, (k, v), strict=True))
-        )
-        shared = KVCache(*(x[layer] for x in prompts.kv))
-        out = branch_attention(q, shared, prompts.visible, KVCache(*(x[layer] for x in own)), slot, asked)
-        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
-        hidden = constrain_rows(block.feed_forward(hidden, real)[0], mesh)
+
+        def write(k, v):
+            nonlocal own
+            own = KVCache(written(own.k, k, layer), written(own.v, v, layer))
+            return KVCache(*(x[layer] for x in own))
+
+        hidden = through(block, hidden, KVCache(*(x[layer] for x in prompts.kv)), write)
         return (hidden, own), None
 
     carry = (x, own)
@@ -195,25 +242,23 @@ def branch_attention(
     Args:
       q: [B, G, N, d].
       prompt: k, v [B, K, P, d] with N a multiple of K; visible: bool[B, P].
-      own: k, v [B, G, K, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
+      own: k, v [B, K, G, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
 
     Returns:
       [B, G, N, d] in the dtype of q.
     """
     b, g, n, d = q.shape
-    grouped = q.reshape(b, g, prompt.k.shape[1], -1, d)
-    first = einsum_f32("bgknd,bkpd->bgknp", grouped, prompt.k) * d**-0.5
-    second = einsum_f32("bgknd,bgktd->bgknt", grouped, own.k) * d**-0.5
-    first = jnp.where(visible[:, None, None, None], first, LOWEST)
-    places = jnp.arange(own.k.shape[-2])
-    seen = places <= slot
+    p, t = prompt.k.shape[-2], own.k.shape[-2]
+    grouped = q.reshape(b, g, prompt.k.shape[1], -1, d).swapaxes(1, 2)
+    first = einsum_f32("bkgnd,bkpd->bkgnp", grouped, prompt.k)
+    second = einsum_f32("bkgnd,bkgtd->bkgnt", grouped, own.k)
+    places = jnp.arange(t)
+    seen = jnp.broadcast_to(places <= slot, (b, g, t))
     if asked is not None:
-        given = (places < asked.lengths[..., None]) | (places >= asked.slots)  # bool[B,G,T]
-        seen = (seen & given)[:, :, None, None]
-    second = jnp.where(seen, second, LOWEST)
-    top = jnp.maximum(first.max(-1, keepdims=True), second.max(-1, keepdims=True))
-    first, second = jnp.exp(first - top), jnp.exp(second - top)
-    total = first.sum(-1) + second.sum(-1)
-    out = einsum_f32("bgknp,bkpd->bgknd", first.astype(q.dtype), prompt.v)
-    out += einsum_f32("bgknt,bgktd->bgknd", second.astype(q.dtype), own.v)
-    return (out / total[..., None]).astype(q.dtype).reshape(b, g, n, d)
+        seen &= (places < asked.lengths[..., None]) | (places >= asked.slots)
+    seen = jnp.concatenate([jnp.broadcast_to(visible[:, None], (b, g, p)), seen], -1)[:, None, :, None]
+    scores = jnp.where(seen, jnp.concatenate([first, second], -1) * d**-0.5, LOWEST)
+    weights = jax.nn.softmax(scores, -1).astype(q.dtype)
+    out = einsum_f32("bkgnp,bkpd->bkgnd", weights[..., :p], prompt.v)
+    out += einsum_f32("bkgnt,bkgtd->bkgnd", weights[..., p:], own.v)
+    return out.astype(q.dtype).swapaxes(1, 2).reshape(b, g, n, d)

@@ -27,6 +27,7 @@ from mllm4d_jax.generate.completions import CompletionRecord, Completions, Detok
 from mllm4d_jax.generate.decoding import (
     Asked,
     PromptCache,
+    cache_apart,
     constrain_cache,
     decode,
     empty_branches,
@@ -34,6 +35,7 @@ from mllm4d_jax.generate.decoding import (
     prefill_rows,
 )
 from mllm4d_jax.generate.inputs import Call, fill_rows
+from mllm4d_jax.generate.joined import Layers, choose_form, layers_apart
 from mllm4d_jax.generate.policy import SamplingOptions, branch_keys, draw, head_logits
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.models.split import merge_model
@@ -73,7 +75,13 @@ class Sampler:
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, mesh: Mesh | None = None, *, chunk: int = 32, ladder: Ladder | None = None
+        self,
+        graphdef: nnx.GraphDef,
+        mesh: Mesh | None = None,
+        *,
+        chunk: int = 32,
+        ladder: Ladder | None = None,
+        form: str | None = None,
     ) -> None:
         """
         Args:
@@ -81,6 +89,7 @@ class Sampler:
           mesh: the mesh that the model was made for, None for one device.
           chunk: decode steps between two looks of the host.
           ladder: sizes of the device's arrays; None for powers of two that fit the mesh.
+          form: of decoding, of `joined.FORMS`; None for what is best on the devices.
 
         Raises:
           ValueError: a mesh that splits weights over `fsdp`: every decode step would gather all of them.
@@ -94,8 +103,10 @@ class Sampler:
             raise ValueError(f"a chunk needs at least one step, got {chunk}")
         self.mesh, self.chunk, self.compiles = mesh, chunk, 0
         self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
-        self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options"))
-        self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape",))
+        self._form = form
+        self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options", "apart"))
+        self._layers = self._compiled(functools.partial(_layers, graphdef), ("kernels",))
+        self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape", "apart"))
         self._decode = self._compiled(functools.partial(_decode_chunk, graphdef), ("options", "chunk"), ("own",))
         self._take_prompts = self._compiled(functools.partial(_take_prompts, mesh))
         self._take_branches = self._compiled(functools.partial(_take_branches, mesh), ("slots",))
@@ -108,8 +119,12 @@ class Sampler:
         options = compiler_options(self.mesh)
         return jax.jit(counted, static_argnames=static, donate_argnames=donated, compiler_options=options)
 
+    def form(self, weights: tuple) -> str:
+        """Form of decoding with these weights (arrays, or shapes that are placed), of `joined.FORMS`."""
+        return choose_form(self.mesh, weights) if self._form is None else self._form
+
     def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
-        """A program ("start", "empty", "decode", "take_prompts", "take_branches") for shapes that are placed."""
+        """The program "start", "layers", "empty", "decode", "take_prompts" or "take_branches" for placed shapes."""
         return getattr(self, f"_{program}").lower(*args, **named)
 
     def generate(
@@ -159,6 +174,7 @@ class Sampler:
             self._everywhere(keys),
             branches=branches,
             options=on_device,
+            apart=self.form(weights) != "stacked",
         )
         following = np.asarray(following)[: len(call.limits)]
         record.add(packing, np.asarray(first), np.asarray(scores), 0)
@@ -178,18 +194,22 @@ class Sampler:
         """Decodes until every branch has ended."""
         record, packing, step, computed, compactions = run.record, run.packing, 1, 0, 0
         (slots, most), chunks = (run.call.slots, run.call.most), []
+        form, layers = self.form(weights), None
+        if form != "stacked" and not record.finished.all():
+            layers = self._layers(weights, kernels=form == "kernels")
         while not record.finished.all():
             started = time.monotonic()
             needed = min(step + self.chunk - 1, most)
             wanted = self.ladder.pack(packing, ~record.finished, slots + needed, slots + most)
             if own is None:
-                own = self._empty(weights, shape=packing.shape)
+                own = self._empty(weights, shape=packing.shape, apart=form != "stacked")
             if wanted is not packing:
                 cache, own = self._repack(cache, own, packing, wanted)
                 packing, compactions = wanted, compactions + 1
             feed = self._everywhere(run.feed(packing, step))
             # The cache by its name: a jitted function of any arguments donates none that comes by its place.
-            own, *drawn, n = self._decode(weights, cache, own=own, feed=feed, options=run.options, chunk=self.chunk)
+            sent = dict(own=own, feed=feed, layers=layers, options=run.options, chunk=self.chunk)
+            own, *drawn, n = self._decode(weights, cache, **sent)
             n = int(n)
             tokens, logprobs = (np.asarray(x)[..., :n] for x in drawn)
             record.add(packing, tokens, logprobs, step)
@@ -231,7 +251,17 @@ class _Run(NamedTuple):
         )
 
 
-def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches: int, options: SamplingOptions):
+def _start(
+    graphdef,
+    weights,
+    inputs,
+    features,
+    numbers: KeyNumbers,
+    *,
+    branches: int,
+    options: SamplingOptions,
+    apart: bool = False,
+):
     """Prefill and the first token of every branch.
 
     Returns:
@@ -250,15 +280,30 @@ def _start(graphdef, weights, inputs, features, numbers: KeyNumbers, *, branches
         own, logits, following = prompt.own, head_logits(prompt.hidden, head), prompt.next_position
     tokens, logprobs = draw(logits, branch_keys(*numbers), 0, options)
     small = (following, tokens[..., None], logprobs[..., None])
-    return prompt.cache, own, *(constrain(x, model.mesh) for x in small)
+    cache = prompt.cache
+    if apart:
+        cache, own = cache._replace(kv=cache_apart(cache.kv)), own if own is None else cache_apart(own)
+    return cache, own, *(constrain(x, model.mesh) for x in small)
 
 
-def _empty(graphdef, weights, *, shape: tuple[int, int, int]) -> KVCache:
-    return empty_branches(merge_model(graphdef, *weights), *shape)
+def _layers(graphdef, weights, *, kernels: bool) -> Layers:
+    return layers_apart(merge_model(graphdef, *weights), kernels)
+
+
+def _empty(graphdef, weights, *, shape: tuple[int, int, int], apart: bool = False) -> KVCache:
+    return empty_branches(merge_model(graphdef, *weights), *shape, apart=apart)
 
 
 def _decode_chunk(
-    graphdef, weights, cache: PromptCache, own: KVCache, feed: ChunkInputs, *, options: SamplingOptions, chunk: int
+    graphdef,
+    weights,
+    cache: PromptCache,
+    own: KVCache,
+    feed: ChunkInputs,
+    layers: Layers | None = None,
+    *,
+    options: SamplingOptions,
+    chunk: int,
 ) -> tuple[KVCache, jax.Array, jax.Array, jax.Array]:
     """Up to n = `chunk` steps; ends when every branch has ended by an end token or its limit.
 
@@ -277,7 +322,8 @@ def _decode_chunk(
     def body(carry):
         i, done, last, own, tokens, logprobs = carry
         index = feed.step + i  # of the token to draw; the one before it is fed to the slot with its own number
-        hidden, own = decode(model, last, feed.next_position + index - 1, cache, own, first + index - 1, asked)
+        position, slot = feed.next_position + index - 1, first + index - 1
+        hidden, own = decode(model, last, position, cache, own, slot, asked, layers)
         # The head is named within the loop: a tied one is a transposed view there, outside it would be a copy.
         new, scores = draw(head_logits(hidden, model.head_kernel()), keys, index, options)
         new, scores = jnp.where(done, options.pad_id, new), jnp.where(done, 0.0, scores)
@@ -294,7 +340,8 @@ def _decode_chunk(
 
 
 def _take_prompts(mesh: Mesh | None, cache: PromptCache, rows) -> PromptCache:
-    return PromptCache(constrain_cache(KVCache(*(x[:, rows] for x in cache.kv)), mesh), cache.visible[rows])
+    kept = jax.tree.map(lambda x: x[..., rows, :, :, :], cache.kv)
+    return PromptCache(constrain_cache(kept, mesh), cache.visible[rows])
 
 
 def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int) -> KVCache:
@@ -302,6 +349,7 @@ def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int
 
     def take(x: jax.Array) -> jax.Array:
         more = slots - x.shape[-2]
-        return jnp.pad(x[:, rows[:, None], columns], ((0, 0),) * 4 + ((0, more), (0, 0)))
+        taken = x.swapaxes(-4, -3)[..., rows[:, None], columns, :, :, :].swapaxes(-4, -3)
+        return jnp.pad(taken, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
-    return constrain_cache(KVCache(*(take(x) for x in own)), mesh)
+    return constrain_cache(jax.tree.map(take, own), mesh)

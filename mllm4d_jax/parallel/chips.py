@@ -73,8 +73,14 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
 )
 
 
-def peak_flops(device_kind: str) -> float | None:
-    """Return the peak of one device, None for a kind that is not in the table, such as a CPU."""
+def chip_of(device_kind: str) -> Chip | None:
+    """Return the entry of a device, None for a kind that is not in the table, such as a CPU."""
     words = set(re.findall(r"[a-z0-9]+", device_kind.lower()))
-    meant = [(kind.split(), chip.flops) for chip in CHIPS.values() for kind in chip.kinds]
+    meant = [(kind.split(), chip) for chip in CHIPS.values() for kind in chip.kinds]
     return max((m for m in meant if words.issuperset(m[0])), key=lambda m: len(m[0]), default=((), None))[1]
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Return the peak of one device, None for a kind that is not in the table."""
+    chip = chip_of(device_kind)
+    return chip and chip.flops

@@ -29,9 +29,9 @@ from mllm4d_jax.rows.completion_rows import CompletionRows, PromptBatch, assign_
 from mllm4d_jax.run.build import build
 
 SAMPLING = ("prefill", "growth", "decode")
-SAMPLED = "sampler's trainable"
+SAMPLED, APART = "sampler's trainable", "layers apart"
 # Kinds of memory that do not grow with the prompts of a step.
-FIXED = ("frozen", COPY, "trainable", SAMPLED, "optimiser", "reference", "gradient", "layout", "program")
+FIXED = ("frozen", COPY, "trainable", SAMPLED, APART, "optimiser", "reference", "gradient", "layout", "program")
 
 
 class GrpoPhases:
@@ -108,12 +108,17 @@ class GrpoPhases:
         there = self.held(sampling=True)
         there["features"] = local_bytes(features) + (mesh is not self.mesh) * local_bytes(flat)
         same = dict(rows=filled // batch_shards(mesh), size=job.sizes.prefix, prompts=filled)
-        named = dict(branches=job.rollout.completions, options=options)
+        form = self._sampler.form(self.sampled)
+        apart = form != "stacked"
+        named = dict(branches=job.rollout.completions, options=options, apart=apart)
         program = partial(lower, "start", self.sampled, inputs, flat, keys, **named)
         start = yield Phase("prefill", "prefill", program, there | {"batch": local_bytes(inputs)}, **same)
         if start is None:
             return
         there["prompt cache"] = local_bytes(start[0])
+        layers = results_of(lower("layers", self.sampled, kernels=form == "kernels").compile()) if apart else None
+        if apart:
+            there[APART] = local_bytes(layers)
         rungs = [slots for slots, _ in job.rungs(self.ladder, job.rollout.max_new_tokens)]
         for slots in dict.fromkeys(rungs[:1] + rungs[-1:]):
             if slots != rungs[0]:
@@ -122,14 +127,14 @@ class GrpoPhases:
                 held = there | {"branch cache": local_bytes(cache)}
                 yield Phase(f"growth to {slots} positions", "growth", program, held, **same)
             cache = self._branch_cache(filled, slots)
-            named = dict(own=cache, feed=feed, options=options, chunk=self._sampler.chunk)
+            named = dict(own=cache, feed=feed, layers=layers, options=options, chunk=self._sampler.chunk)
             program = partial(lower, "decode", self.sampled, start[0], **named)
             held = there | {"branch cache": local_bytes(cache)}
             yield Phase(f"decode, {slots} positions", "decode", program, held, **same)
 
     def _branch_cache(self, filled: int, slots: int) -> Any:
-        shape = (filled, self.job.rollout.completions, slots)
-        program, mesh = self._sampler.lower("empty", self.sampled, shape=shape), self.sampler_mesh
+        shape, apart = (filled, self.job.rollout.completions, slots), self._sampler.form(self.sampled) != "stacked"
+        program, mesh = self._sampler.lower("empty", self.sampled, shape=shape, apart=apart), self.sampler_mesh
         # Nothing says where the zeros of one device lie, and JAX puts them on this process's.
         return _everywhere(program.out_info, mesh) if mesh.size == 1 else results_of(program.compile())
 

@@ -113,7 +113,7 @@ def test_attention_against_float64(asked):
     rng = np.random.default_rng(1)
     b, g, n, k, p, t, d, slot = 2, 3, 4, 2, 7, 5, 8, 3 if asked else 2
     lengths = np.array([[0, 1, 2], [2, 0, 1]])
-    q, pk, pv, ok, ov = (rng.normal(size=s) for s in ((b, g, n, d), *[(b, k, p, d)] * 2, *[(b, g, k, t, d)] * 2))
+    q, pk, pv, ok, ov = (rng.normal(size=s) for s in ((b, g, n, d), *[(b, k, p, d)] * 2, *[(b, k, g, t, d)] * 2))
     visible = rng.random((b, p)) < 0.6
     cast = functools.partial(jnp.asarray, dtype=jnp.float32)
     began = Asked(jnp.asarray(lengths), jnp.int32(3)) if asked else None
@@ -121,7 +121,7 @@ def test_attention_against_float64(asked):
     for i, j, h in np.ndindex(b, g, n):
         kv = h // (n // k)
         own = [*range(lengths[i, j]), 3] if asked else list(range(slot + 1))
-        keys = np.concatenate([pk[i, kv][visible[i]], ok[i, j, kv, own]])
-        values = np.concatenate([pv[i, kv][visible[i]], ov[i, j, kv, own]])
+        keys = np.concatenate([pk[i, kv][visible[i]], ok[i, kv, j, own]])
+        values = np.concatenate([pv[i, kv][visible[i]], ov[i, kv, j, own]])
         weights = np.exp(keys @ q[i, j, h] * d**-0.5)
         np.testing.assert_allclose(found[i, j, h], weights @ values / weights.sum(), atol=2e-6)

@@ -31,10 +31,11 @@ def model(name="qwen3_vl", mesh=None):
 
 
 @functools.lru_cache
-def sampler(name="qwen3_vl", mesh=None, chunk=32, slots=32, compact=False):
+def sampler(name="qwen3_vl", mesh=None, chunk=32, slots=32, compact=False, form="stacked"):
     shards = 1 if mesh is None else mesh.shape["data"]
     graphdef, _ = nnx.split(model(name, mesh))
-    return Sampler(graphdef, mesh, chunk=chunk, ladder=Ladder(shards=shards, first_slots=slots, compact=compact))
+    ladder = Ladder(shards=shards, first_slots=slots, compact=compact)
+    return Sampler(graphdef, mesh, chunk=chunk, ladder=ladder, form=form)
 
 
 def sample(inputs, *, name="qwen3_vl", mesh=None, ids=None, of=None, weights=None, call=None, **options):
@@ -93,10 +94,20 @@ def same(a, b):
     np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe"])
-def test_greedy_equals_the_recording(name):
-    expected = recorded(name).arrays["gen_ids"]
-    out = sample(recorded(name).inputs, name=name, call=dict(branches=2, max_new_tokens=expected.shape[1]))
+# "apart" is how GPUs decode: one array a layer, products joined.
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("qwen3_vl", "stacked"),
+        ("qwen2_5_vl", "stacked"),
+        ("qwen2_5_vl", "apart"),
+        ("qwen3_vl_moe", "stacked"),
+        ("qwen3_vl_moe", "apart"),
+    ],
+)
+def test_greedy_equals_the_recording(name, form):
+    expected, of = recorded(name).arrays["gen_ids"], sampler(name, form=form)
+    out = sample(recorded(name).inputs, name=name, of=of, call=dict(branches=2, max_new_tokens=expected.shape[1]))
     for branch in range(2):
         np.testing.assert_array_equal(out.tokens[:, branch], expected)
     assert out.finish_reason == (("length",) * 2,) * len(expected)
@@ -153,10 +164,19 @@ def test_eight_devices_give_the_same():
     assert out.statistics.compactions >= 1
 
 
-def test_split_heads_and_rows_that_do_not_divide_the_devices():
+def test_layers_apart_give_the_same():
+    packing = sampler(chunk=6, slots=8, compact=True, form="apart")
+    out = sample(prompts(), of=packing, call=dict(branches=3, max_new_tokens=LIMITS), **ENDING)
+    same(out, sixteen()[0])
+    assert out.statistics.compactions >= 2  # rows and branches were taken from caches of one array a layer
+
+
+@pytest.mark.parametrize("form", ["stacked", "apart"])
+def test_split_heads_and_rows_that_do_not_divide_the_devices(form):
     mesh, last = make_mesh(dict(data=4, tensor=2)), slice(13, 16)
     few = jax.tree.map(lambda x: x[:, last] if x.ndim == 3 else x[last], prompts())
-    out = sample(few, mesh=mesh, ids=range(113, 116), call=dict(branches=3, max_new_tokens=LIMITS[last]), **ENDING)
+    how = dict(mesh=mesh, of=sampler(mesh=mesh, form=form), call=dict(branches=3, max_new_tokens=LIMITS[last]))
+    out = sample(few, ids=range(113, 116), **how, **ENDING)
     np.testing.assert_array_equal(out.tokens, sixteen()[0].tokens[last, :, : out.tokens.shape[2]])
 
 

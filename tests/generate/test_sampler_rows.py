@@ -79,9 +79,10 @@ def generate(name, inputs, ids, branches, mesh=None, limit=LIMIT, of=None, featu
 
 
 @functools.lru_cache
-def make_sampler(name, mesh=None, chunk=LIMIT, compact=False):
+def make_sampler(name, mesh=None, chunk=LIMIT, compact=False, form="stacked"):
     shards = 1 if mesh is None else mesh.shape["data"]
-    return Sampler(nnx.split(model(name, mesh))[0], mesh, chunk=chunk, ladder=Ladder(4, shards, 32, compact))
+    ladder = Ladder(4, shards, 32, compact)
+    return Sampler(nnx.split(model(name, mesh))[0], mesh, chunk=chunk, ladder=ladder, form=form)
 
 
 def numbered(name, inputs, places):
@@ -115,12 +116,13 @@ def test_greedy_answers_equal_those_of_one_question_at_a_time(name):
     check(*together(name), alone)
 
 
-def test_sampled_answers_too_packed_as_they_end():
+@pytest.mark.parametrize("form", ["stacked", "apart"])
+def test_sampled_answers_too_packed_as_they_end(form):
     """Every question has its own limit as well."""
     alone, (_, places) = asked_alone("qwen3_vl", **ENDING), rows("qwen3_vl")
     limits = np.full((3, 4), 9)
     limits[0] = 3, LIMIT, 2, LIMIT
-    packing = make_sampler("qwen3_vl", chunk=6, compact=True)
+    packing = make_sampler("qwen3_vl", chunk=6, compact=True, form=form)
     out, _ = together("qwen3_vl", of=packing, limit=limits, **ENDING)
     ended = [n for n in range(7) if "stop" in alone.finish_reason[n]]
     assert ended and alone.lengths.max() == LIMIT
