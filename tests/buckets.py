@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from mllm4d_jax.files import remote
 from tools.bucket_server import free_port, make_bucket, running
 
 BUCKET = "trial-bucket"
@@ -39,6 +40,7 @@ class Front:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm, wbufsize = True, 1 << 20
 
             def do(self) -> None:
                 front.answer(self, behind)
@@ -98,8 +100,9 @@ class Front:
             asked.send_header(key, value)
         asked.send_header("Content-Length", str(len(data)))
         asked.end_headers()
-        if asked.command != "HEAD":
+        with contextlib.suppress(ConnectionError):  # a client that was interrupted
             asked.wfile.write(data if cut is None else data[:cut])
+            asked.wfile.flush()
         if cut is not None:
             asked.close_connection = True
 
@@ -132,3 +135,10 @@ def bucket(folder: Path) -> Iterator[Front]:
             front.server.shutdown()
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def put_folder(folder: Path, name: str) -> str:
+    """Upload all files of a folder; return its path in the bucket."""
+    for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        remote.upload(f"gs://{BUCKET}/{name}/{file.relative_to(folder).as_posix()}", file)
+    return f"gs://{BUCKET}/{name}"

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mllm4d_jax.files.lock import WriterLock
+from mllm4d_jax.files.remote import is_remote, upload
 from mllm4d_jax.files.storage import storing
 
 PARTIAL = ".partial"  # part of the name of everything that is still being written
@@ -26,8 +28,13 @@ def replacing(path: str | Path, ending: str = "") -> Iterator[Path]:
       ending: of the free name, for writers that choose a format by it, e.g. ".mp4".
 
     Raises:
-      StorageError: the disk is full, read-only or the like.
+      StorageError: the disk is full, read-only or the like; RemoteError.
     """
+    if is_remote(path):  # objects appear whole, once they are written
+        with tempfile.TemporaryDirectory() as folder:
+            yield (partial := Path(folder) / f"object{ending}")
+            upload(path, partial)
+        return
     path = Path(path)
     # Process and thread make the name unique among the writers of this machine that race for one file.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{ending}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,9 +114,17 @@ def fetch(path: str | os.PathLike, target: Path) -> None:
     about = info(path)
 
     def same(_: object) -> bool:
-        return target.stat().st_size == int(about["size"]) and about.get("crc32c") in (None, _crc32c(target))
+        return target.stat().st_size == int(about["size"]) and about.get("crc32c") in (None, crc32c(target))
 
     _until(lambda: _asked(path, lambda fs, name: fs.get_file(name, os.fspath(target))), same, path)
+
+
+def bring(path: str | os.PathLike, target: Path) -> None:
+    """Copy a file from anywhere to this machine. Raises as `fetch`, and OSError."""
+    if is_remote(path):
+        fetch(path, target)
+    else:
+        shutil.copyfile(path, target)
 
 
 def upload(path: str | os.PathLike, data: bytes | Path) -> None:
@@ -216,8 +225,9 @@ def _pauses() -> Iterator[float]:
     return (0.1 * 2**n for n in range(_TRIES))
 
 
-def _crc32c(file: Path) -> str:
-    """Return the checksum that the service gives for every object, in its form."""
+def crc32c(file: Path) -> str:
+    """Return the checksum that the service gives for every object, in its form. Raises RemoteError without a driver."""
+    _driver()
     import base64
 
     import google_crc32c
@@ -249,13 +259,12 @@ def _driver() -> Any:
     What a folder holds is always asked anew: other processes write there, too. An emulator that gcsfs is sent to by
     STORAGE_EMULATOR_HOST is TensorStore's as well.
     """
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for the kind of bucket at each call
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
     try:
         import aiohttp
         import fsspec
-        import gcsfs  # noqa: F401
+        import gcsfs.core
         import google_crc32c  # noqa: F401
     except ImportError as problem:
         raise RemoteError(
@@ -263,5 +272,7 @@ def _driver() -> Any:
             "pip install -r requirements-cloud.txt"
         ) from problem
     limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
+    # Not its experimental class, which asks for the kind of the bucket at each call.
+    fsspec.register_implementation("gcs", gcsfs.core.GCSFileSystem, clobber=True)
     fsspec.config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": limits}
     return fsspec.filesystem("gcs")

@@ -20,6 +20,7 @@ from flax import nnx
 
 from mllm4d_jax.files.json_object import real, whole
 from mllm4d_jax.files.quoting import plain, shown
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
@@ -63,7 +64,7 @@ class Adapter:
 
 def is_peft_folder(path: str | pathlib.Path) -> bool:
     """Whether a path is a folder with an `adapter_config.json`; "" names nothing."""
-    return bool(str(path)) and (pathlib.Path(path) / CONFIG).is_file()
+    return bool(str(path)) and (place(path) / CONFIG).is_file()
 
 
 def adapted_linears(model: QwenVL) -> dict[tuple, Linear]:
@@ -155,7 +156,7 @@ def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
       PeftError: an option this port does not compute exactly, tensors that are missing, unknown, of another shape or
         not finite, or another adapter on the model; everything that is wrong is in one message.
     """
-    folder = pathlib.Path(folder)
+    folder = place(folder)
     config, problems = _read_config(folder)
     if problems:
         raise _refusal(folder, problems)

@@ -23,6 +23,7 @@ from configs.schema import flatten
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode import chat_template
 from mllm4d_jax.files import digests
+from mllm4d_jax.files.remote import found, is_remote, place
 from mllm4d_jax.files.storage import of_disk, storing
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import placed
@@ -357,7 +358,7 @@ def model_digest(folder: str | Path) -> str:
     single changed tensor where it is larger than the gap between two samples (39 MB in a file of 5 GB), a few changed
     bytes only in files up to 8 MiB.
     """
-    folder, sha = Path(folder), hashlib.sha256()
+    folder, sha = place(folder), hashlib.sha256()
     for name in _MODEL_FILES:
         file = folder / name
         sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
@@ -369,6 +370,9 @@ def model_digest(folder: str | Path) -> str:
 
 def folder_digest(folder: str | Path) -> str:
     """Return the digest of all files below a folder, sampled: the same wherever the folder is moved."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    folder = place(folder)
+    if is_remote(folder):
+        files = [folder / name for name in sorted(found(folder))]
+    else:
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
     return hashlib.sha256("\n".join(digests.all_sampled(folder, files, _SAMPLED)).encode()).hexdigest()

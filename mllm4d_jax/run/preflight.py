@@ -13,6 +13,7 @@ from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import parse_mixture
 from mllm4d_jax.data.stream import LoaderError
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
@@ -54,7 +55,7 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     base = SIZES[config.model.published or PAPER].repository
     local = f"weights/{base.split('/')[1]}"
     fetch = f"`hf download {base} --local-dir {local}` (pip install huggingface_hub), then --config.model.path={local}"
-    folder = Path(config.model.path)
+    folder = place(config.model.path)
     if not config.model.path:
         yield f"no base model (model.path is not set): {fetch}"
     elif not folder.is_dir():
