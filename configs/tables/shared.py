@@ -55,6 +55,7 @@ VIDEO_KEYS = (
         choices=("release", "hf517", "hf523"),
     ),
     Key("video.decode_timeout_s", 60.0, "seconds a clip or image may take to decode", low=0, free=True),
+    Key("video.cache_gib", 100.0, "GiB of this machine's disk for clips that are in a bucket", low=0, free=True),
     Key("video.decode_threads", 1, "of the codec, for each clip that is decoded", low=1, high=64, free=True),
     Key(
         "video.sampling",

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 SCHEME = "gs://"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _CONNECT_S, _READ_S = 20.0, 60.0  # until a server answers, and between two pieces of an answer
+_LARGE = 32 << 20  # bytes of an object that is fetched in several parts at a time
 _TRIES = 5  # of a transfer that came to an end with other bytes than were asked for
 _ACCESS = "give this account the roles roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 _LOG_IN = "log in with `gcloud auth application-default login`, or give the machine a service account"
@@ -51,6 +52,16 @@ def place(path: str | os.PathLike) -> Path:
     return epath.Path(os.fspath(path))
 
 
+def is_file(path: str | os.PathLike) -> bool:
+    """Whether a path names a file; False for a name that no file can have. Raises as `place`."""
+    return place(path).is_file() if is_remote(path) else os.path.isfile(path)
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether a path names a folder, or a bucket has objects below it. Raises as `place`."""
+    return place(path).is_dir() if is_remote(path) else os.path.isdir(path)
+
+
 def join(root: str | os.PathLike, name: str) -> str:
     """Return the path of a file below a remote folder."""
     return f"{os.fspath(root).rstrip('/')}/{name}"
@@ -80,7 +91,7 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       FileNotFoundError; RemoteError.
     """
-    return _asked(path, lambda fs, name: fs.info(name))
+    return _asked(path, lambda fs, name: fs.call("GET", "b/{}/o/{}", *name.split("/", 1), json_out=True))
 
 
 def found(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -116,7 +127,8 @@ def fetch(path: str | os.PathLike, target: Path) -> None:
     def same(_: object) -> bool:
         return target.stat().st_size == int(about["size"]) and about.get("crc32c") in (None, crc32c(target))
 
-    _until(lambda: _asked(path, lambda fs, name: fs.get_file(name, os.fspath(target))), same, path)
+    lanes = {} if int(about["size"]) > _LARGE else {"concurrency": 1}  # one request for a small one
+    _until(lambda: _asked(path, lambda fs, name: fs.get_file(name, os.fspath(target), **lanes)), same, path)
 
 
 def bring(path: str | os.PathLike, target: Path) -> None:
