@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from configs import reading, schema
 from configs.common import TASKS
 from configs.schema import ConfigError, Key
-from mllm4d_jax.files import storage
+from mllm4d_jax.files import remote, storage
 from mllm4d_jax.files.console import guard_console
 from mllm4d_jax.files.ending import EXIT_S, Ending
 
@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
             print(reading.config_help(loaded, config))
             return 0
         name = f"{loaded.path.stem}-{loaded.variant}" if loaded.variant else loaded.path.stem
-        config.workdir = str(pathlib.Path(asked.workdir or config.workdir or f"runs/{name}"))
+        named = asked.workdir or config.workdir or f"runs/{name}"
+        config.workdir = named if remote.is_remote(named) else str(pathlib.Path(named))
         if asked.plan is not None:
             prepare_plan(config.task)
     except ConfigError as problem:
@@ -53,25 +54,25 @@ def main(argv: Sequence[str]) -> int:
         join_processes(config.distributed)
         code = int(importlib.import_module(task.module).run(config, config.workdir) or 0)
         if code == 0 and task.page:
-            write_page(pathlib.Path(config.workdir))
+            write_page(config.workdir)
         return code
     except ValueError as problem:
         if not is_addressed_to_user(problem):
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
     except Exception as problem:
-        disk = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})")
+        disk = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})") or remote.trouble(problem)
         if disk is None:
             raise
         return report(disk, 1)
 
 
-def write_page(folder: pathlib.Path) -> None:
+def write_page(folder: str) -> None:
     """Write the page of a run and say its figures, on the first of several processes; without a step it has none."""
     from mllm4d_jax.parallel import multihost
     from mllm4d_jax.report import build, reading
 
-    if multihost.is_primary() and folder.is_dir():
+    if multihost.is_primary() and remote.is_folder(folder):
         try:
             print(build.close_run(folder), flush=True)
         except reading.ReportError as problem:
@@ -176,7 +177,7 @@ def is_addressed_to_user(problem: ValueError) -> bool:
     return any(home in ("mllm4d_jax", "data_prep", "configs") for home in homes)
 
 
-def report(problem: Exception, code: int) -> int:
+def report(problem: Exception | str, code: int) -> int:
     """Prints `error: message` to stderr and returns the exit code."""
     print(f"error: {problem}", file=sys.stderr)
     return code

@@ -28,7 +28,7 @@ def sampled(path: str | Path, most: int) -> str:
     noticed where it touches a sample of 64 KiB: surely if it is longer than the gap between two of them, `size / (most
     / 64 KiB)`. A few changed bytes may be missed. Names and times do not count.
     """
-    size = int(remote.info(path)["size"]) if remote.is_remote(path) else os.stat(path).st_size
+    size = remote.size(path)
     count = max(2, most // _BLOCK)
     starts = [(size - _BLOCK) * n // (count - 1) for n in range(count)]
     parts = [(0, size)] if size <= most else [(start, start + _BLOCK) for start in starts]

@@ -94,6 +94,11 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
     return _asked(path, lambda fs, name: fs.call("GET", "b/{}/o/{}", *name.split("/", 1), json_out=True))
 
 
+def size(path: str | os.PathLike) -> int:
+    """Return the bytes of a file anywhere. Raises FileNotFoundError, OSError, RemoteError."""
+    return int(info(path)["size"]) if is_remote(path) else os.stat(path).st_size
+
+
 def found(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """Return name below a folder -> `info` of every object there, at any depth, by one listing. Raises RemoteError."""
     root = os.fspath(path).removeprefix(SCHEME).rstrip("/") + "/"
@@ -186,6 +191,14 @@ def remove(path: str | os.PathLike) -> None:
         _asked(path, lambda fs, name: fs.rm_file(name))
     except FileNotFoundError:
         pass
+
+
+def remove_folder(path: str | os.PathLike) -> None:
+    """Delete a folder with all that is in it, if it is there."""
+    if is_remote(path):
+        place(path).rmtree(missing_ok=True)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
 
 
 def trouble(problem: BaseException | None) -> str | None:

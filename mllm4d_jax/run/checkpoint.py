@@ -23,7 +23,7 @@ from configs.schema import flatten
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode import chat_template
 from mllm4d_jax.files import digests
-from mllm4d_jax.files.remote import found, is_remote, place
+from mllm4d_jax.files.remote import found, is_remote, place, trouble
 from mllm4d_jax.files.storage import of_disk, storing
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import placed
@@ -107,7 +107,8 @@ class Checkpoints:
         Raises:
           StorageError: the folder cannot be made.
         """
-        self.folder, self._guard, self._step = Path(folder).absolute(), guard, -1
+        self.folder = place(folder) if is_remote(folder) else Path(folder).absolute()
+        self._guard, self._step = guard, -1
         policies, loss = ocp.checkpoint_managers, operator.itemgetter("loss")
         best = [policies.BestN(get_metric_fn=loss, reverse=True, n=keep_best)] if keep_best else []
         options = ocp.CheckpointManagerOptions(
@@ -207,7 +208,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            disk = of_disk(error, self.folder) or of_disk(self._failures.first, self.folder)
+            first = self._failures.first
+            disk = of_disk(error, self.folder) or of_disk(first, self.folder) or trouble(error) or trouble(first)
             if disk is None:
                 raise
             whole = [step for step in saved.steps(self.folder) if step != self._step]
@@ -220,7 +222,10 @@ class Checkpoints:
     def _seal(self) -> None:
         """Add digests to a checkpoint that is complete but for its name; called in the background."""
         self._guard()
-        (folder,) = self.folder.glob(f"{self._step}{saved.UNFINISHED}*")
+        if is_remote(self.folder):
+            folder = self.folder / str(self._step)
+        else:
+            (folder,) = self.folder.glob(f"{self._step}{saved.UNFINISHED}*")
         digests.record(folder, without=saved.WRITTEN_LATER)
 
     def meta(self, step: int) -> Meta:

@@ -75,14 +75,13 @@ def carry_out(
       ResumeError: no checkpoint in the folder is whole.
       SaveError: one cannot be written; LockError: another run has taken the folder over.
     """
-    c, workdir = config.train, held.path
-    folder = workdir / "checkpoints"
+    c, folder = config.train, held.home / "checkpoints"
     multihost.primary_only(lambda: take_up(folder))
     kept = Checkpoints(folder, c.keep_checkpoints, c.keep_best, guard=held.check)
     with Ending(CLOSING_S) as ending, kept as checkpoints, StopSignal() as stop:
         with ending.after_errors():
-            setup = set_up(config, workdir, checkpoints)
-            write_facts(workdir, setup.facts)
+            setup = set_up(config, held.path, checkpoints)
+            write_facts(held.path, setup.facts)
         done = setup.begun.progress.step
         if done < c.steps:
             with setup.begun.encoder, TrainingRun(setup.begun, columns, stop, ending) as run:
