@@ -44,11 +44,14 @@ def main(argv: Sequence[str]) -> int:
         config.workdir = named if remote.is_remote(named) else str(pathlib.Path(named))
         if asked.plan is not None:
             prepare_plan(config.task)
+        places = in_buckets(config, loaded.keys, asked.plan is not None)
     except ConfigError as problem:
         return report(problem, 2)
     try:
         flags.FLAGS.mark_as_parsed()  # libraries that ask absl for a flag get its default
         task = TASKS[config.task]
+        for place in places:
+            remote.require(place)
         if asked.plan is not None:
             return int(importlib.import_module(task.plan).run(config, config.workdir, asked.plan) or 0)
         join_processes(config.distributed)
@@ -138,6 +141,19 @@ def override(
         wanted = schema.TYPE_NAMES[type(keys[parts[1]].default)]
         raise ConfigError(f"{parts[1]} must be {wanted}, not '{parts[2]}'") from None
     return schema.complete(holder.value, keys.values())
+
+
+def in_buckets(config: ml_collections.ConfigDict, keys: Mapping[str, Key], plan: bool) -> list[str]:
+    """Return the paths in buckets that a config names, each once. Raises ConfigError where a key can have none."""
+    found = {}
+    for name, value in schema.flatten(config):
+        for path in remote.buckets_in(value):
+            if not keys[name].bucket or (plan and name == "workdir"):
+                raise ConfigError(
+                    f"{name} = {path}: this is not supported in a bucket yet: copy it to this machine and name the copy"
+                )
+            found[path] = None
+    return list(found)
 
 
 def prepare_plan(task: str) -> None:

@@ -50,6 +50,7 @@ class Front:
 
         self.url = f"http://127.0.0.1:{port}"
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.handle_error = lambda *_: None  # clients that were interrupted or killed
         self.server.daemon_threads = True
 
     def reset(self) -> None:

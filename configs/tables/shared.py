@@ -8,7 +8,7 @@ from configs.schema import Key
 
 RUN_KEYS = (
     Key("seed", 0, "seed of everything random in the run", low=0),
-    Key("workdir", "", "where results go, also --workdir; '' = runs/<config>[-<variant>]", free=True),
+    Key("workdir", "", "where results go, also --workdir; '' = runs/<config>[-<variant>]", free=True, bucket=True),
     Key(
         "distributed",
         "off",
@@ -19,8 +19,20 @@ RUN_KEYS = (
     ),
 )
 MODEL_KEYS = (
-    Key("model.path", "", "Hugging Face folder of the base model: config, tokenizer and *.safetensors", content=True),
-    Key("model.adapter", "", "trained on it: a run's workdir (says the base, too), or a PEFT folder", content=True),
+    Key(
+        "model.path",
+        "",
+        "Hugging Face folder of the base model: config, tokenizer and *.safetensors",
+        content=True,
+        bucket=True,
+    ),
+    Key(
+        "model.adapter",
+        "",
+        "trained on it: a run's workdir (says the base, too), or a PEFT folder",
+        content=True,
+        bucket=True,
+    ),
     Key("model.step", -1, "checkpoint of that run by its step; -1 = the newest", low=-1, content=True),
     Key(
         "model.chat_template",

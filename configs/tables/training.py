@@ -22,17 +22,30 @@ TRAINED_KEYS = (
     Key("model.published", "", "plans only, without model.path: a published size", choices=("", *SIZES), free=True),
 )
 DATA_KEYS = (
-    Key("data.path", "", "records: JSON list, JSONL file, or a TFDS set's version folder (folder@split)", content=True),
-    Key("data.root", "", "folder that the records' media paths are relative to", content=True),
+    Key(
+        "data.path",
+        "",
+        "records: JSON list, JSONL file, or a TFDS set's version folder (folder@split)",
+        content=True,
+        bucket=True,
+    ),
+    Key("data.root", "", "folder that the records' media paths are relative to", content=True, bucket=True),
     Key(
         "data.eval_path",
         "",
         "held-out records in the same forms: their mean loss is logged as eval_loss; '' = none. Every process reads it",
         content=True,
+        bucket=True,
     ),
-    Key("data.eval_root", "", "folder of their media; '' = data.root", content=True),
+    Key("data.eval_root", "", "folder of their media; '' = data.root", content=True, bucket=True),
     Key("data.max_tokens", 8192, "a record with more tokens than this is quarantined, never cut", low=16, high=1 << 20),
-    Key("data.mixture", (), "in place of data.path: 'path::root::rate' each, rates as shares of groups", content=True),
+    Key(
+        "data.mixture",
+        (),
+        "in place of data.path: 'path::root::rate' each, rates as shares of groups",
+        content=True,
+        bucket=True,
+    ),
     Key(
         "data.questions_per_video",
         1,

@@ -16,10 +16,32 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import Any, Self
 
 from mllm4d_jax.files import remote
-from mllm4d_jax.files.lock import BEAT_S, NAME, STALE_S, LockError, owner_of, said
+from mllm4d_jax.files.lock import BEAT_S, NAME, STALE_S, LockError, WriterLock, owner_of, said
+from mllm4d_jax.files.storage import storing
+
+
+def take_folder(folder: str, copies: Path, held: contextlib.ExitStack) -> BucketLock:
+    """Make this process the only writer of a folder in a bucket and of its copies on this machine, until `held` ends.
+
+    Args:
+      copies: a folder, made if need be.
+
+    Raises:
+      LockError: another run is writing; RemoteError; StorageError.
+    """
+    remote.require(folder)
+    with storing(copies):
+        copies.mkdir(parents=True, exist_ok=True)
+    held.enter_context(WriterLock(copies / NAME, folder))
+    mark = copies / "mark"  # tells this folder from those of all machines
+    with storing(mark):
+        if not mark.exists():
+            mark.write_text(uuid.uuid4().hex)
+        return held.enter_context(BucketLock(folder, mark.read_text()))
 
 
 class BucketLock:

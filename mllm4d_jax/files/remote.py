@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 SCHEME = "gs://"
+_BUCKETS = re.compile(r"(gs|gcs|s3|az|abfs|hf)://")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _CONNECT_S, _READ_S = 20.0, 60.0  # until a server answers, and between two pieces of an answer
 _LARGE = 32 << 20  # bytes of an object that is fetched in several parts at a time
@@ -38,6 +39,13 @@ def is_remote(path: str | os.PathLike) -> bool:
     return bool(_URL.match(os.fspath(path)))
 
 
+def buckets_in(value: object) -> list[str]:
+    """Return the paths in buckets among what a key of a config says: a path, or parts with "::" between them."""
+    texts = value if isinstance(value, tuple | list) else (value,)
+    parts = [part for text in texts if isinstance(text, str) for part in text.split("::")]
+    return [part for part in parts if _BUCKETS.match(part)]
+
+
 def place(path: str | os.PathLike) -> Path:
     """Return a path with the methods of `pathlib.Path`: of this machine, or of a bucket (`etils.epath`).
 
@@ -53,13 +61,23 @@ def place(path: str | os.PathLike) -> Path:
 
 
 def is_file(path: str | os.PathLike) -> bool:
-    """Whether a path names a file; False for a name that no file can have. Raises as `place`."""
-    return place(path).is_file() if is_remote(path) else os.path.isfile(path)
+    """Whether a path names a file; False for a name that no file can have. Raises RemoteError."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    try:
+        return bool(info(path))
+    except FileNotFoundError:
+        return False
 
 
 def is_folder(path: str | os.PathLike) -> bool:
     """Whether a path names a folder, or a bucket has objects below it. Raises as `place`."""
     return place(path).is_dir() if is_remote(path) else os.path.isdir(path)
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """Return a path that does not depend on the folder in which a program was started."""
+    return os.fspath(path) if is_remote(path) else os.path.abspath(path)
 
 
 def join(root: str | os.PathLike, name: str) -> str:

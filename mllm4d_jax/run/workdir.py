@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from mllm4d_jax.files.bucket_lock import BucketLock
-from mllm4d_jax.files.lock import NAME, WriterLock
+from mllm4d_jax.files.bucket_lock import BucketLock, take_folder
+from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.mirror import Mirror, copy_of
-from mllm4d_jax.files.remote import is_remote, place, require
-from mllm4d_jax.files.storage import storing
+from mllm4d_jax.files.remote import is_remote, place
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.run.preflight import PreflightError
 
@@ -72,7 +70,10 @@ def hold_workdir(workdir: str | Path) -> Iterator[Workdir]:
         path = Path(workdir)
 
         def take() -> WriterLock:
-            _make(path)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                raise PreflightError(f"workdir '{path}' cannot be written: {problem.strerror}") from problem
             return held.enter_context(WriterLock.of(path))
 
         yield Workdir(path, path, multihost.primary_only(take))
@@ -86,26 +87,5 @@ def not_held(workdir: str | Path) -> Workdir:
 def _hold_remote(workdir: str, held: contextlib.ExitStack) -> Workdir:
     folder = copy_of(workdir, str(jax.process_index()))
 
-    def take() -> BucketLock:
-        require(workdir)
-        _make(folder.parent)
-        held.enter_context(WriterLock(folder.parent / NAME, workdir))
-        return held.enter_context(BucketLock(workdir, _mark(folder.parent / "mark")))
-
-    lock = multihost.primary_only(take)
+    lock = multihost.primary_only(lambda: take_folder(workdir, folder.parent, held))
     return Workdir(folder, place(workdir), lock, held.enter_context(Mirror(workdir, folder)))
-
-
-def _mark(file: Path) -> str:
-    """Return what names this folder among those of all machines. Only for who has its lock."""
-    with storing(file):
-        if not file.exists():
-            file.write_text(uuid.uuid4().hex)
-        return file.read_text()
-
-
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise PreflightError(f"workdir '{path}' cannot be written: {problem.strerror}") from problem
