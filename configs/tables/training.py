@@ -18,6 +18,7 @@ TRAINED_KEYS = (
         "model.adapter",
         "",
         "start from this adapter: workdir or checkpoints folder of an earlier run, or a PEFT folder; '' = a fresh one",
+        bucket=True,
     ),
     Key("model.published", "", "plans only, without model.path: a published size", choices=("", *SIZES), free=True),
 )

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mllm4d_jax.files.traffic import counting
+
 SCHEME = "gs://"
 _BUCKETS = re.compile(r"(gs|gcs|s3|az|abfs|hf)://")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -317,5 +319,6 @@ def _driver() -> Any:
     limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_READ_S)
     # Not its experimental class, which asks for the kind of the bucket at each call.
     fsspec.register_implementation("gcs", gcsfs.core.GCSFileSystem, clobber=True)
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": limits}
+    more = {"trace_configs": [counting()]}
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": limits, "session_kwargs": more}
     return fsspec.filesystem("gcs")
