@@ -82,8 +82,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         root = Path(workdir).absolute()
         if is_remote(workdir):
             root = copy_of(workdir)
-            take_folder(workdir, root.parent, held)
-            held.enter_context(Mirror(workdir, root))
+            lock = take_folder(workdir, root.parent, held)
+            held.enter_context(Mirror(workdir, root, lock.check))
         return _curate(config, root, lambda path: str(path).replace(str(root), workdir) if own else str(path))
 
 

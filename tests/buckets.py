@@ -56,6 +56,7 @@ class Front:
     def reset(self) -> None:
         """Forget what was counted, and let everything go right."""
         self.requests.clear()
+        self._random.seed(0)
         self.rate, self.kinds, self.sent, self.hit, self.refuse = 0.0, FAULTS, 0, 0, lambda method, name: None
 
     def fault(self) -> str:

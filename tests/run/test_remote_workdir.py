@@ -6,12 +6,15 @@ import json
 import threading
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from mllm4d_jax.files import remote
 from mllm4d_jax.files.bucket_lock import BucketLock
 from mllm4d_jax.files.lock import LockError
 from mllm4d_jax.files.mirror import Mirror
+from mllm4d_jax.run import saved
+from mllm4d_jax.run.checkpoint import Checkpoints, SaveError
 from mllm4d_jax.run.workdir import hold_workdir
 from tests.buckets import BUCKET
 
@@ -126,3 +129,41 @@ def test_the_folder_is_held_uploaded_and_left(front):
         with pytest.raises(LockError), hold_workdir(f"{ROOT}/held"):
             pass
     assert remote.found(f"{ROOT}/held").keys() == {"config.json"}
+
+
+def test_who_was_taken_over_uploads_nothing_more(front):
+    there = f"{ROOT}/taken"
+    with pytest.raises(LockError, match="was taken over"), hold_workdir(there) as held:
+        (held.path / "a").write_bytes(b"1")
+        held.check()
+        remote.upload(
+            f"{there}/lock.json", json.dumps(held.lock._owner | {"id": "other", "time": time.time()}).encode()
+        )
+        remote.upload(f"{there}/a", b"of the other one")
+        (held.path / "a").write_bytes(b"2")
+    assert remote.place(f"{there}/a").read_bytes() == b"of the other one"
+
+
+def test_processes_see_what_the_others_have_written(front, tmp_path):
+    there = f"{ROOT}/several"
+    remote.upload(f"{there}/b.1.jsonl", b"old\n")
+    with Mirror(there, tmp_path / "0") as first, Mirror(there, tmp_path / "1") as second:
+        (second.folder / "b.1.jsonl").write_bytes(b"old\nnew\n")
+        (second.folder / "c.1.jsonl").write_bytes(b"c\n")
+        (first.folder / "b.jsonl").write_bytes(b"mine\n")
+        second.push()
+        first.pull()
+        assert (first.folder / "b.1.jsonl").read_bytes() == b"old\nnew\n"
+        assert (first.folder / "c.1.jsonl").exists() and (first.folder / "b.jsonl").read_bytes() == b"mine\n"
+        front.reset()
+        first.pull()
+        assert sum(front.requests.values()) == 1, "what is here already is fetched again"
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(front):
+    front.refuse = lambda method, name: 403 if method == "POST" and "/trainable" in name else None
+    with pytest.raises(SaveError, match=r"step 3 cannot be saved: .*permission denied \(403\)"):
+        with Checkpoints(f"{ROOT}/refused/checkpoints", keep=1) as kept:
+            kept.save_trainable(3, {"a": jnp.ones(4)})
+    front.reset()
+    assert saved.steps(remote.place(f"{ROOT}/refused/checkpoints")) == []
