@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files import digests
-from mllm4d_jax.files.remote import found, is_remote
+from mllm4d_jax.files.remote import found, is_remote, upload
 from mllm4d_jax.files.storage import storing
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax is still writing
@@ -53,8 +53,21 @@ def _parts(folder: Path) -> dict[str, set[str]]:
 
 
 def _is_unfinished(files: set[str]) -> bool:
-    """Whether Orbax had begun to write these files of a checkpoint in a bucket, where it cannot rename folders."""
-    return WRITTEN_LATER[0] in files and not files & {WRITTEN_LATER[1], digests.LIST}
+    """Whether Orbax has begun, and not ended, to write these files of a checkpoint in a bucket."""
+    about, commit = WRITTEN_LATER
+    return about in files and commit not in files
+
+
+def _finish(folder: Path) -> None:
+    """Give the last file to checkpoints in a bucket that lack nothing else: a run was killed between it and the list
+    of the others, which says that they are whole."""
+    for name, files in _parts(folder).items():
+        if _is_unfinished(files) and digests.LIST in files:
+            if wrong := digests.damage(folder / name):
+                aside = _set_aside(folder / name)
+                log.warning("%s is damaged (%s): set aside as %s", folder / name, wrong, aside)
+            else:
+                upload(folder / name / WRITTEN_LATER[1], b"finished by the run that went on")
 
 
 def damage(folder: Path, largest: float = float("inf"), parts: Sequence[str] = ("",)) -> str:
@@ -86,6 +99,8 @@ def take_up(folder: Path) -> None:
       ResumeError: there are checkpoints, and not one is whole.
       StorageError: the folder cannot be written.
     """
+    if is_remote(folder):
+        _finish(folder)
     remove_unfinished(folder)
     good, bad = None, {}
     for step in reversed(steps(folder)):
@@ -121,8 +136,9 @@ def remove_unfinished(folder: Path, settle_s: float = 0.0) -> None:
     until = time.monotonic() + settle_s
     while True:
         if is_remote(folder):
-            for name in [name for name, files in _parts(folder).items() if _is_unfinished(files)]:
-                (folder / name).rmtree(missing_ok=True)
+            for name, files in _parts(folder).items():
+                if _is_unfinished(files) and digests.LIST not in files:
+                    (folder / name).rmtree(missing_ok=True)
         for path in () if is_remote(folder) else folder.glob(f"*{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
         if time.monotonic() >= until:

@@ -8,6 +8,7 @@ import random
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,6 +79,28 @@ def test_an_unfinished_checkpoint_is_removed_and_a_damaged_one_set_aside(front):
     assert saved.steps(folder) == [5]
     saved.take_up(folder)
     assert remote.found(folder).keys() == {"aside-5/notes.txt"}
+
+
+def test_a_checkpoint_that_lacks_its_last_file_alone_is_finished(front):
+    folder = f"gs://{BUCKET}/last/checkpoints"
+    with Checkpoints(folder, keep=3) as kept:
+        for step in (3, 6):
+            kept.save_trainable(step, {"a": jnp.arange(4.0)})
+    commit = f"{folder}/6/commit_success.txt"
+    remote.remove(commit)
+    assert saved.steps(remote.place(folder)) == [3], "another run may be writing it"
+    saved.take_up(remote.place(folder))
+    with Checkpoints(folder, keep=3) as kept:
+        assert kept.latest() == 6
+        assert kept.restore_trainable(6, {"a": jnp.zeros(4)})["a"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    remote.remove(commit)
+    data = next(name for name in remote.found(f"{folder}/6") if name.startswith("trainable/d/"))
+    remote.upload(f"{folder}/6/{data}", b"damage")
+    saved.take_up(remote.place(folder))
+    assert saved.steps(remote.place(folder)) == [3] and remote.is_file(f"{folder}/aside-6/digests.json")
+    remote.upload(f"{folder}/3/meta/metadata", b"damage")
+    with pytest.raises(saved.ResumeError, match="none of the checkpoints in gs://"):
+        saved.take_up(remote.place(folder))
 
 
 @pytest.mark.slow
