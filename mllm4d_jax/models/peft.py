@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mllm4d_jax.files.cache import copied_file
 from mllm4d_jax.files.json_object import real, whole
 from mllm4d_jax.files.quoting import plain, shown
 from mllm4d_jax.files.remote import place
@@ -161,7 +162,7 @@ def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
     if problems:
         raise _refusal(folder, problems)
     places = _places(model)
-    stored, problems = _read_tensors(folder / WEIGHTS, places)
+    stored, problems = _read_tensors(copied_file(folder / WEIGHTS), places)
     targets = tuple(sorted({module.rpartition(".")[2] for module, _ in stored}))
     adapter = dataclasses.replace(config, targets=targets)
     problems += _shape_problems(stored, places, adapter, dict(nnx.iter_modules(model)))
