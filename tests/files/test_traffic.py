@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import subprocess
 import sys
 
@@ -29,3 +30,15 @@ def test_requests_and_bytes_of_all_processes(front, tmp_path):
         remote.read_range(PATH, 0, 10)
         assert other.total()[:2] == (1, 10)
     remote.read_range(PATH, 0, 10)
+
+
+def test_the_total_never_falls_while_others_are_at_work(front):
+    remote.upload(PATH, bytes(10))
+    with Traffic() as traffic, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(remote.read_range, PATH, 0, 10) for _ in range(60)]
+        while not traffic.total().requests:
+            pass
+        seen = [traffic.total().requests]
+        while not all(one.done() for one in work):
+            seen.append(traffic.total().requests)
+        assert seen == sorted(seen) and traffic.total().requests == 60

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 
@@ -108,7 +107,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bits(front, tiny_world, make
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     config = make_config(*tiny_world)
-    wanted_kills = int(os.environ.get("KILLS", "10"))
+    wanted_kills = 10
     config.train.steps, config.train.checkpoint_every = 3 * wanted_kills + 3, 3
     moved, there = in_bucket(config, *tiny_world, "killed"), f"gs://{BUCKET}/killed/run"
     with Processes(write_config(tmp_path / "local.py", config), tmp_path / "run") as local:
