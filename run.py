@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from configs import reading, schema
 from configs.common import TASKS
 from configs.schema import ConfigError, Key
-from mllm4d_jax.files import storage
+from mllm4d_jax.files import remote, storage
 from mllm4d_jax.files.console import guard_console
 from mllm4d_jax.files.ending import EXIT_S, Ending
 
@@ -40,28 +40,33 @@ def main(argv: Sequence[str]) -> int:
             print(reading.config_help(loaded, config))
             return 0
         name = f"{loaded.path.stem}-{loaded.variant}" if loaded.variant else loaded.path.stem
-        config.workdir = str(pathlib.Path(asked.workdir or config.workdir or f"runs/{name}"))
+        named = asked.workdir or config.workdir or f"runs/{name}"
+        config.workdir = named if remote.is_remote(named) else str(pathlib.Path(named))
         if asked.plan is not None:
             prepare_plan(config.task)
+        places = in_buckets(config, loaded.keys, asked.plan is not None)
     except ConfigError as problem:
         return report(problem, 2)
     try:
         flags.FLAGS.mark_as_parsed()  # libraries that ask absl for a flag get its default
         task = TASKS[config.task]
+        for place in places:
+            remote.require(place)
         if asked.plan is not None:
             return int(importlib.import_module(task.plan).run(config, config.workdir, asked.plan) or 0)
         use_gpu_memory()
         join_processes(config.distributed)
         code = int(importlib.import_module(task.module).run(config, config.workdir) or 0)
         if code == 0 and task.page:
-            write_page(pathlib.Path(config.workdir))
+            write_page(config.workdir)
         return code
     except ValueError as problem:
         if not is_addressed_to_user(problem):
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
     except Exception as problem:
-        told = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})") or of_memory(problem, config)
+        disk = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})")
+        told = disk or remote.trouble(problem) or of_memory(problem, config)
         if told is None:
             raise
         return report(told, 1)
@@ -82,12 +87,12 @@ def use_gpu_memory() -> None:
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
 
 
-def write_page(folder: pathlib.Path) -> None:
+def write_page(folder: str) -> None:
     """Write the page of a run and say its figures, on the first of several processes; without a step it has none."""
     from mllm4d_jax.parallel import multihost
     from mllm4d_jax.report import build, reading
 
-    if multihost.is_primary() and folder.is_dir():
+    if multihost.is_primary() and remote.is_folder(folder):
         try:
             print(build.close_run(folder), flush=True)
         except reading.ReportError as problem:
@@ -155,6 +160,19 @@ def override(
     return schema.complete(holder.value, keys.values())
 
 
+def in_buckets(config: ml_collections.ConfigDict, keys: Mapping[str, Key], plan: bool) -> list[str]:
+    """Return the paths in buckets that a config names, each once. Raises ConfigError where a key can have none."""
+    found = {}
+    for name, value in schema.flatten(config):
+        for path in remote.buckets_in(value):
+            if not keys[name].bucket or (plan and name == "workdir"):
+                raise ConfigError(
+                    f"{name} = {path}: this is not supported in a bucket yet: copy it to this machine and name the copy"
+                )
+            found[path] = None
+    return list(found)
+
+
 def prepare_plan(task: str) -> None:
     """Sets what a plan needs before JAX is imported: the TPU compiler, and no accelerator.
 
@@ -192,7 +210,7 @@ def is_addressed_to_user(problem: ValueError) -> bool:
     return any(home in ("mllm4d_jax", "data_prep", "configs") for home in homes)
 
 
-def report(problem: Exception, code: int) -> int:
+def report(problem: Exception | str, code: int) -> int:
     """Prints `error: message` to stderr and returns the exit code."""
     print(f"error: {problem}", file=sys.stderr)
     return code

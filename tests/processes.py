@@ -23,11 +23,20 @@ def write_config(path: pathlib.Path, config: ml_collections.ConfigDict) -> pathl
 class Processes:
     """A run over `count` processes with `devices` CPU devices each. Use as a context manager; none is left behind."""
 
-    def __init__(self, config: pathlib.Path, workdir: pathlib.Path, count: int = 1, devices: int = 1) -> None:
+    def __init__(
+        self,
+        config: pathlib.Path,
+        workdir: pathlib.Path | str,
+        count: int = 1,
+        devices: int = 1,
+        outputs: pathlib.Path | None = None,
+    ) -> None:
+        """`outputs`: folder of what they print, by default that of the workdir."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        self.output = [workdir.with_name(f"{workdir.name}-process-{i}.txt") for i in range(count)]
+        name, outputs = str(workdir).rpartition("/")[2], outputs or pathlib.Path(workdir).parent
+        self.output = [outputs / f"{name}-process-{i}.txt" for i in range(count)]
         command = [sys.executable, "run.py", f"--config={config}", f"--workdir={workdir}"]
         if count > 1:
             command.append("--config.distributed=explicit")

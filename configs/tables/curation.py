@@ -14,7 +14,12 @@ CLIP_KEYS = (
         "names objects for the other sources",
         choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe"),
     ),
-    Key("input", "", "all but synthetic: folder with the clips' files; what is expected there is in the README"),
+    Key(
+        "input",
+        "",
+        "all but synthetic: folder with the clips' files; what is expected there is in the README",
+        bucket=True,
+    ),
     Key("decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0, free=True),
     Key("synthetic.clips", 400, "synthetic: clips to render", low=1),
     Key("synthetic.height", 64, "synthetic: pixels", low=16, high=8192),

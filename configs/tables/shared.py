@@ -8,7 +8,7 @@ from configs.schema import Key
 
 RUN_KEYS = (
     Key("seed", 0, "seed of everything random in the run", low=0),
-    Key("workdir", "", "where results go, also --workdir; '' = runs/<config>[-<variant>]", free=True),
+    Key("workdir", "", "where results go, also --workdir; '' = runs/<config>[-<variant>]", free=True, bucket=True),
     Key(
         "distributed",
         "off",
@@ -19,8 +19,20 @@ RUN_KEYS = (
     ),
 )
 MODEL_KEYS = (
-    Key("model.path", "", "Hugging Face folder of the base model: config, tokenizer and *.safetensors", content=True),
-    Key("model.adapter", "", "trained on it: a run's workdir (says the base, too), or a PEFT folder", content=True),
+    Key(
+        "model.path",
+        "",
+        "Hugging Face folder of the base model: config, tokenizer and *.safetensors",
+        content=True,
+        bucket=True,
+    ),
+    Key(
+        "model.adapter",
+        "",
+        "trained on it: a run's workdir (says the base, too), or a PEFT folder",
+        content=True,
+        bucket=True,
+    ),
     Key("model.step", -1, "checkpoint of that run by its step; -1 = the newest", low=-1, content=True),
     Key(
         "model.chat_template",
@@ -55,6 +67,7 @@ VIDEO_KEYS = (
         choices=("release", "hf517", "hf523"),
     ),
     Key("video.decode_timeout_s", 60.0, "seconds a clip or image may take to decode", low=0, free=True),
+    Key("video.cache_gib", 100.0, "GiB of this machine's disk for clips that are in a bucket", low=0, free=True),
     Key("video.decode_threads", 1, "of the codec, for each clip that is decoded", low=1, high=64, free=True),
     Key(
         "video.sampling",

@@ -9,8 +9,8 @@ INFER_KEYS = (
     *MODEL_KEYS,
     *take(MESH_KEYS, "tensor"),
     *VIDEO_KEYS,
-    Key("clip", "", "video file to ask about; '' = none"),
-    Key("image", "", "image file to ask about; '' = none"),
+    Key("clip", "", "video file to ask about; '' = none", bucket=True),
+    Key("image", "", "image file to ask about; '' = none", bucket=True),
     Key("question", "", "what to ask"),
     Key("system_file", "", "file with a system prompt; '' = none"),
     Key("max_new_tokens", 256, "longest answer, in tokens", low=1, high=1 << 20),
@@ -48,8 +48,8 @@ EVAL_KEYS = (
         "released record layout",
         choices=("vlm4d", "mllm4d", "jsonl"),
     ),
-    Key("data.path", "", "file with the questions, or a folder of .json and .jsonl files", content=True),
-    Key("data.root", "", "folder that the questions' video paths are relative to", content=True),
+    Key("data.path", "", "file with the questions, or a folder of .json and .jsonl files", content=True, bucket=True),
+    Key("data.root", "", "folder that the questions' video paths are relative to", content=True, bucket=True),
     Key(
         "data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16, high=1 << 20
     ),
@@ -86,18 +86,28 @@ EVAL_KEYS = (
     Key("limit", 0, "ask only this many questions; 0 = all", low=0, free=True),
     Key("control", "", "without the video, or its frames in random order; '' = as usual", ("", "blind", "shuffled")),
     Key(
-        "rescore.path", "", "score these instead of asking: predictions.jsonl, a workdir, or published files", free=True
+        "rescore.path",
+        "",
+        "score these instead of asking: predictions.jsonl, a workdir, or published files",
+        free=True,
+        bucket=True,
     ),
     Key("extractor", "strict", "read answers by our rules, or the release's", ("strict", "official"), free=True),
     Key("controls", (), "predictions of control runs on the same questions, shown beside", free=True),
-    Key("compare", "", "predictions of another run on the same questions, to compare with; '' = none", free=True),
+    Key(
+        "compare",
+        "",
+        "predictions of another run on the same questions, to compare with; '' = none",
+        free=True,
+        bucket=True,
+    ),
     Key("bootstrap.samples", 10000, "draws for the intervals", low=100, high=1000000, free=True),
 )
 
 EXPORT_KEYS = (
     *run_keys("export"),
     Key("form", "peft", "a PEFT adapter, or the whole model with everything merged", choices=("peft", "merged")),
-    Key("output", "", "folder to write; it must not exist yet"),
+    Key("output", "", "folder to write; it must not exist yet", bucket=True),
     # dtype and attention are those of the comparison with the model; the files keep their own dtype.
     *take(MODEL_KEYS, "path", "adapter", "step", dtype="float32", attention="xla"),
     Key("base_name", "", "PEFT: name of the base model to put into adapter_config.json; '' = what is known of it"),
@@ -108,9 +118,9 @@ EXPORT_KEYS = (
 
 REPORT_KEYS = (
     *run_keys("report"),
-    Key("run", "", "workdir of the run to show"),
-    Key("other", "", "workdir of a run to compare it with; '' = none"),
-    Key("out", "", "file to write; '' = report.html in the run, for two runs in this task's own workdir"),
+    Key("run", "", "workdir of the run to show", bucket=True),
+    Key("other", "", "workdir of a run to compare it with; '' = none", bucket=True),
+    Key("out", "", "file to write; '' = report.html in the run, for two runs in this task's own workdir", bucket=True),
     Key("answers", 200, "completions and predictions shown at most; more are sampled evenly", low=1),
     Key("frames", 4, "frames shown of a clip; 0 = none, and no video is opened", low=0, high=4096),
     Key("clip_s", 20.0, "seconds a clip may take to decode", low=0),

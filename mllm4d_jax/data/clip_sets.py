@@ -14,6 +14,7 @@ import numpy as np
 
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.files import digests
+from mllm4d_jax.files.cache import copied_folder
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.qa.errors import MediaError, RecordError
 from mllm4d_jax.qa.records import Record, parse_record
@@ -30,7 +31,7 @@ class ClipSet:
     Needs tensorflow-datasets (never TensorFlow); it is imported when a set is opened.
 
     Attributes:
-      path: the folder of the set's version, with `features.json`.
+      path: the folder of the set's version, with `features.json`; of one in a bucket a copy (`files.cache`).
       split: of the set.
       system_prompt: given to records that bring none; '' for none.
       digest: sha256 over the set's description, and names, sizes and samples of its files (`files.digests`).
@@ -43,7 +44,8 @@ class ClipSet:
         Raises:
           RecordFileError: no set of clips there, no such split, or a `source.json` that does not fit.
         """
-        self.path, self.split, self.system_prompt = Path(path), split, system_prompt
+        self.path, self.split, self.system_prompt = copied_folder(path), split, system_prompt
+        self._called = str(path)
         self._source = _open(self.path, split)
         self._last: tuple[int, Mapping[str, Any]] | None = None
         counts = _noted_counts(self.path, split, len(self._source))
@@ -60,7 +62,7 @@ class ClipSet:
     @property
     def name(self) -> str:
         """What messages call the whole set."""
-        return f"{self.path}@{self.split}"
+        return f"{self._called}@{self.split}"
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -98,19 +98,20 @@ def _line_start(file, offset: int) -> int:
     return 0
 
 
-def build_index(path: str | Path, chunk: int = CHUNK) -> JsonIndex:
+def build_index(path: str | Path, chunk: int = CHUNK, name: str = "") -> JsonIndex:
     """Indexes a JSON list or a JSONL file; which of the two is decided by the first character, not by the name.
 
     Args:
       path: the file.
+      name: what messages call it, if not by its path.
       chunk: bytes read at a time (bounds the memory together with the longest record).
 
     Raises:
       RecordFileError: the file is missing, empty, or starts with neither `[` nor `{`.
     """
-    path = Path(path)
+    path, name = Path(path), name or str(path)
     if not os.path.isfile(path):
-        raise RecordFileError(f"{path}: no such file of records (set data.path)")
+        raise RecordFileError(f"{name}: no such file of records (set data.path)")
     with path.open("rb") as file:
         buffer = _Buffer(file, chunk)
         if buffer.text.startswith("\xef\xbb\xbf"):
@@ -122,7 +123,7 @@ def build_index(path: str | Path, chunk: int = CHUNK) -> JsonIndex:
             spans = _line_spans(buffer)
         else:
             what = "is empty" if not first else f"starts with {first!r}"
-            raise RecordFileError(f"{path}: {what}; expected a JSON list of records, or JSONL with one record a line")
+            raise RecordFileError(f"{name}: {what}; expected a JSON list of records, or JSONL with one record a line")
         starts, ends, media = array("Q"), array("Q"), array("Q")
         unread: dict[str, int] = {}
         for start, end, value in spans:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mllm4d_jax.data.json_index import build_index
+from mllm4d_jax.data.json_index import RecordFileError, build_index
+from mllm4d_jax.files.cache import copied_file
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import Record, parse_record
 
@@ -15,7 +17,7 @@ class RecordFile:
     """Random access to the records of one JSON or JSONL file.
 
     Attributes:
-      path: the file.
+      path: the file; in a bucket, what is read is a copy of it (`files.cache`).
       root: folder that every media path must stay under.
       system_prompt: given to records that bring no system message of their own; '' for none.
       digest: sha256 of the file (hex), so that a resumed run can tell that its data changed.
@@ -29,8 +31,12 @@ class RecordFile:
         Raises:
           RecordFileError: there is no such file, or it is neither a JSON list nor JSONL.
         """
-        self.path, self.root, self.system_prompt = Path(path), Path(root), system_prompt
-        self._index = build_index(self.path)
+        self.path, self.root, self.system_prompt = place(path), place(root), system_prompt
+        try:
+            copy = copied_file(path)
+        except FileNotFoundError:
+            raise RecordFileError(f"{path}: no such file of records (set data.path)") from None
+        self._index = build_index(copy, name=str(path))
         self.digest, self.clips, self.unread = self._index.digest, self._index.clips, self._index.unread
 
     @property

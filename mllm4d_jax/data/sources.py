@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from mllm4d_jax.data.clip_sets import DEFAULT_SPLIT, ClipSet
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import is_folder
 from mllm4d_jax.qa.records import Record
 
 _SEPARATOR = "::"
@@ -107,9 +107,9 @@ def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> 
       RecordFileError: nothing usable there.
     """
     folder, _, split = str(path).rpartition("@")
-    if os.path.isdir(path):
+    if is_folder(path):
         return ClipSet(path, DEFAULT_SPLIT, system_prompt)
-    if folder and os.path.isdir(folder):
+    if folder and is_folder(folder):
         return ClipSet(folder, split, system_prompt)
     records = RecordFile(path, root, system_prompt)
     if records.unread:

@@ -26,6 +26,7 @@ from typing import Any
 
 from mllm4d_jax.files.json_object import read_object
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.qa.errors import ProcessorError
 
 # Of several templates the one counts that transformers takes for a processor, and after those the tokenizer's.
@@ -94,7 +95,7 @@ def chat_form(folder: str | Path, family: str, choice: str = "auto") -> ChatForm
         raise ProcessorError(f"unknown chat template {choice!r} (known: {', '.join(CHOICES)})")
     if choice != "auto":
         return ChatForm.published(family, choice == "thinking")
-    found = _find(Path(folder))
+    found = _find(place(folder))
     if found is None:
         return ChatForm.published(family)
     source, template = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,9 @@ from mllm4d_jax.encode.grids import merged_tokens, patchify
 from mllm4d_jax.encode.positions import mrope_positions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.files.cache import ClipCache
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import TransferError, is_remote
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ImageRule
@@ -80,6 +82,7 @@ class Encoder(contextlib.AbstractContextManager):
         tokenizer.check_config(config)
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.options = opts = options or VideoOptions()
+        self._clips = ClipCache(opts.cache_gib * 2**30)
         self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads)
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps)
         self._resize = opts.resize_for(config)
@@ -146,12 +149,13 @@ class Encoder(contextlib.AbstractContextManager):
         try:
             prompts = None
             if media is None:
-                plan = [self._plan(part) for part in wanted]
-                if all(item is not None for item in plan):
-                    prompts = attempt(lambda i: self._prompt(records[i], plan, add_generation_prompt))
-                if len(refused) == len(records):
-                    return [refused[i] for i in range(len(records))]
-                media = self._load_all(wanted, plan)
+                with self._on_disk(wanted) as parts:
+                    plan = [self._plan(part) for part in parts]
+                    if all(item is not None for item in plan):
+                        prompts = attempt(lambda i: self._prompt(records[i], plan, add_generation_prompt))
+                    if len(refused) == len(records):
+                        return [refused[i] for i in range(len(records))]
+                    media = self._load_all(parts, plan)
                 if [i.visual for i in media.items] != [i.visual for i in plan if i is not None]:
                     prompts = None  # a file did not say how long it is, or not truly
             if prompts is None:
@@ -162,6 +166,35 @@ class Encoder(contextlib.AbstractContextManager):
             cache.put(identity, media)
         made = attempt(lambda i: self._assemble(records[i].key, prompts[i], media))
         return [refused.get(i) or made[i] for i in range(len(records))]
+
+    @contextlib.contextmanager
+    def _on_disk(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+        """Yield the parts with files of this machine: copies of those in a bucket, which errors go on to name.
+
+        Raises:
+          MediaError: reason "missing_file", or "fetch_failed" for one that cannot be read whole.
+          RemoteError: the bucket cannot be used; nothing is wrong with the record.
+        """
+        names: dict[str, str] = {}
+        with contextlib.ExitStack() as held:
+
+            def copied(part: Mapping[str, Any]) -> Mapping[str, Any]:
+                path = part.get("path")
+                if path is None or not is_remote(path):
+                    return part
+                try:
+                    here = str(held.enter_context(self._clips.held(path)))
+                except FileNotFoundError:
+                    raise MediaError(f"{part['type']} file {path} does not exist", "missing_file") from None
+                except TransferError as error:
+                    raise MediaError(str(error), "fetch_failed") from error
+                names[here] = path
+                return {**part, "path": here}
+
+            try:
+                yield [copied(part) for part in parts]
+            except RecordError as error:
+                raise error.with_names(names) from error.__cause__
 
     def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
         """Decodes what was planned."""

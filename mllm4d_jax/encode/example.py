@@ -49,6 +49,7 @@ class VideoOptions:
       image_min_pixels, image_max_pixels: budget of still images; None = the processor folder's.
       decode_timeout_s: seconds a clip or image may take to decode before its decoder process is killed.
       decode_threads: of the codec, for each clip that is decoded; each holds frames of its own in memory.
+      cache_gib: of the machine's disk, for clips that are in a bucket (`files.cache`).
       outer_markers: keep a vision_start/vision_end pair around a whole clip (HF 5.x) instead of replacing it (release).
       position_rule: Qwen2.5-VL temporal positions, see `positions.mrope_positions`.
     """
@@ -63,6 +64,7 @@ class VideoOptions:
     image_max_pixels: int | None = None
     decode_timeout_s: float = 60.0
     decode_threads: int = 1
+    cache_gib: float = 100.0
     outer_markers: bool = False
     position_rule: str = "release"
 

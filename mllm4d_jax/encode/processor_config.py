@@ -11,6 +11,7 @@ from typing import Any, Self
 from mllm4d_jax.encode.chat_template import ChatForm, chat_form
 from mllm4d_jax.files.json_object import JsonObject, read_object, real
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.qa.errors import ProcessorError
 
 FAMILIES = {"qwen3_vl": "qwen3_vl", "qwen3_vl_moe": "qwen3_vl", "qwen2_5_vl": "qwen2_5_vl"}
@@ -92,7 +93,7 @@ class ProcessorConfig:
           ProcessorError: config.json missing or not of a supported family, a key missing, settings of images, videos
             and config.json that contradict each other, or a chat template of another form.
         """
-        folder = Path(path)
+        folder = place(path)
         config = read_object(folder / "config.json", ProcessorError)
         if config is None:
             raise ProcessorError(f"{folder}/config.json not found: give the folder of a Hugging Face checkpoint")
@@ -123,7 +124,7 @@ class ProcessorConfig:
         Raises:
           ProcessorError: as `from_folder`.
         """
-        folder, where = where, Path(where) / "config.json"
+        folder, where = where, place(where) / "config.json"
         top, image = JsonObject.of(config, str(where), ProcessorError), _settings(image, folder, "image processor")
         video, model_type = _settings(video, folder, "video processor"), config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.files.json_object import read_object
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.qa.errors import ProcessorError, RecordError
 from mllm4d_jax.qa.special_tokens import QWEN_TOKENS
 
@@ -126,7 +127,7 @@ class Tokenizer:
           ProcessorError: the file is missing or unreadable, or is no Qwen-VL tokenizer; or the two files give a token
             different ids.
         """
-        file = Path(path) / "tokenizer.json"
+        file = place(path) / "tokenizer.json"
         if not file.is_file():
             raise ProcessorError(
                 f"{file} not found (vocab.json and merges.txt are not read): download tokenizer.json of the checkpoint "
@@ -134,7 +135,7 @@ class Tokenizer:
                 f"--local-dir {path}), or let transformers write it with AutoTokenizer...save_pretrained"
             )
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise ProcessorError(f"{file} cannot be read as a tokenizer ({error})") from error
         declared = [

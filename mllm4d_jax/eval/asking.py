@@ -11,6 +11,7 @@ import numpy as np
 
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
+from mllm4d_jax.files.remote import absolute
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.options import INSTRUCTION, write_question
@@ -45,7 +46,7 @@ class Manner:
         """
         if item.media is None and not self.blind:
             raise RecordError("has no video file", "missing_file", item.id)
-        video = "" if item.media is None else str(Path(item.media).absolute())
+        video = "" if item.media is None else absolute(item.media)
         if item.prompt is None:
             text = write_question(item.question, item.choices, INSTRUCTION if self.mode == "direct" else "")
             parts = [video_part(video, item.span), {"type": "text", "text": text}]

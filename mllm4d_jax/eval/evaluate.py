@@ -9,6 +9,7 @@ tables. What an answer is depends on its question, the model and the seed, not o
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import hashlib
 import sys
@@ -31,6 +32,7 @@ from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
 from mllm4d_jax.files.atomic import write_json
+from mllm4d_jax.files.remote import is_remote
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -46,7 +48,7 @@ from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import encoder_of, row_shape
 from mllm4d_jax.run.clips import check_clips
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
-from mllm4d_jax.run.workdir import hold_workdir
+from mllm4d_jax.run.workdir import Workdir, hold_workdir, not_held
 
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
 
@@ -76,11 +78,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
             "model.path and rescore.path are empty: name the model to ask with --config.model.path=DIR, or predictions "
             "to score with --config.rescore.path=FILE"
         )
-    folder = Path(workdir)
     if config.rescore.path:
-        with hold_workdir(folder):
-            publish(read_any(config.rescore.path, config.benchmark), config, folder)
+        with hold_workdir(workdir) as held:
+            publish(read_any(config.rescore.path, config.benchmark), config, held.path)
         return 0
+    # On a disk, the files of predictions have locks of their own.
+    with hold_workdir(workdir) if is_remote(workdir) else contextlib.nullcontext(not_held(workdir)) as held:
+        return _ask_and_score(config, held)
+
+
+def _ask_and_score(config: ml_collections.ConfigDict, held: Workdir) -> int:
+    """Do what `run` does without `rescore.path`, and raise the same."""
+    folder = held.path
     try:
         bad = _ask_all(config, folder)
     except StoppedElsewhereError:
@@ -88,7 +97,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     except Exception:
         multihost.gather([1, 0])  # the others wait in `_agree`
         raise
-    unusable, answers = int(_agree(bad).sum()), read_predictions(folder)
+    unusable = int(_agree(bad).sum())
+    held.share()
+    answers = read_predictions(folder)
     if not answers:
         raise EvaluationError(
             f"not one of the {unusable} questions could be asked: {main_reasons(folder / QUARANTINE)}. Every one is "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from flax import nnx
 
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.encode.tokenizer import Tokenizer
+from mllm4d_jax.files.remote import absolute
 from mllm4d_jax.generate.completions import Completions
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
 from mllm4d_jax.generate.sampler import Sampler
@@ -39,7 +39,7 @@ def build_record(question: str, *, video: str = "", image: str = "", system: str
     """One user turn: the media, then the question."""
     if not question.strip():
         raise InferError('config.question is empty: give one with --config.question="..."')
-    parts = [{"type": kind, "path": os.path.abspath(p)} for kind, p in (("video", video), ("image", image)) if p]
+    parts = [{"type": kind, "path": absolute(p)} for kind, p in (("video", video), ("image", image)) if p]
     if not parts:
         raise InferError("nothing to look at: give --config.clip=FILE or --config.image=FILE")
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]

@@ -24,8 +24,11 @@ from configs.schema import fixed
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
+from mllm4d_jax.files.cache import copied_file
 from mllm4d_jax.files.lock import NAME, LockError, WriterLock
+from mllm4d_jax.files.mirror import copied_logs
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import is_remote
 from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
@@ -143,7 +146,7 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
       PredictionError: nothing there, a line that is no prediction, an id twice, predictions of two configurations;
         JsonLinesError: a damaged line.
     """
-    path = Path(path)
+    path = _copied(path)
     files = [path] if os.path.isfile(path) else jsonl.of_all_hosts(path / PREDICTIONS)
     if not files:
         raise PredictionError(f"{path}: no such file, and no folder with a {PREDICTIONS}")
@@ -164,6 +167,16 @@ def read_predictions(path: str | Path) -> tuple[Prediction, ...]:
     return tuple(one for one, _ in found.values())
 
 
+def _copied(path: str | Path) -> Path:
+    """Return what is read for a path: itself, or a copy of a file or a run's folder in a bucket."""
+    if not is_remote(path):
+        return Path(path)
+    try:
+        return copied_file(path)
+    except FileNotFoundError:
+        return copied_logs(path)
+
+
 def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
     """Predictions of a run (a file or its workdir), or published ones (a file, or a folder of files).
 
@@ -173,7 +186,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
     Raises:
       PredictionError: nothing there, or a published question without a response; BenchmarkError: unusable questions.
     """
-    path = Path(path)
+    path = _copied(path)
     if os.path.isdir(path) and jsonl.of_all_hosts(path / PREDICTIONS):
         return read_predictions(path)
     try:

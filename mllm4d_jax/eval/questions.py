@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import is_file, is_folder, place
 from mllm4d_jax.qa.benchmarks import PARSERS, BenchmarkQuestion, ParseFn
 from mllm4d_jax.qa.errors import RecordError
 
@@ -21,10 +21,10 @@ class BenchmarkError(ValueError):
 
 def question_files(path: str | Path) -> tuple[Path, ...]:
     """Return a file itself, or all .json and .jsonl files of a folder by name. Raises BenchmarkError without any."""
-    path = Path(path)
-    if os.path.isfile(path):
+    path = place(path)
+    if is_file(path):
         return (path,)
-    inside = path.glob("*.json*") if os.path.isdir(path) else ()
+    inside = path.glob("*.json*") if is_folder(path) else ()
     found = tuple(sorted(p for p in inside if p.suffix in (".json", ".jsonl")))
     if not found:
         raise BenchmarkError(f"{path}: no such file, and no folder with .json or .jsonl files")
@@ -77,7 +77,7 @@ def _question(parse: ParseFn, raw: Mapping[str, Any], stem: str, key: str, root:
     """The parser's result; errors name the question by key and id, and a video must exist."""
     try:
         question = parse(raw, stem, key, root)
-        if question.media is not None and not os.path.isfile(question.media):  # also for a name that no file can have
+        if question.media is not None and not is_file(question.media):  # also for a name that no file can have
             raise RecordError(f"there is no video {shown(question.media)}; data.root must be the folder it is in")
     except RecordError as error:
         raise error.with_key(f"{key} (id {shown(raw['id'])})" if isinstance(raw.get("id"), str) else key) from None

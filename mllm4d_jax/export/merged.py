@@ -7,12 +7,12 @@ tensor, and everything else (names, order, shards, index, untouched weights) sta
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
+from mllm4d_jax.files.remote import bring
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import transposed_experts
 from mllm4d_jax.models.peft import adapted_linears
@@ -99,10 +99,10 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
     # An index beside a single file belongs to other weights.
     for name in [*_COMPANIONS, *([] if shards == [SINGLE] else [INDEX])]:
         if (files.folder / name).is_file():
-            shutil.copyfile(files.folder / name, out / name)
+            bring(files.folder / name, out / name)
     for name in shards:
         target = out / name
-        shutil.copyfile(files.folder / name, target)
+        bring(files.folder / name, target)
         _replace(target, {n: c for n, c in changes.items() if files.location[n] == name}, files)
     return len(changes)
 

@@ -16,6 +16,7 @@ from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
 from mllm4d_jax.export.merged import ModelExportError, find_changes, write_merged
 from mllm4d_jax.files.atomic import new_folder
+from mllm4d_jax.files.remote import absolute, place
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
 from mllm4d_jax.models.tensor_files import TensorFiles
@@ -98,7 +99,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         raise ModelExportError("an export is the work of one process: run it with --config.distributed=off")
     if not config.output:
         raise ModelExportError("config.output is empty: name the folder to write with --config.output=DIR")
-    output = pathlib.Path(config.output).absolute()
+    output = place(absolute(config.output))
     if output.exists():
         raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
     if not config.model.adapter:

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mllm4d_jax.files.lock import WriterLock
+from mllm4d_jax.files.remote import is_remote, join, remove_folder, upload
 from mllm4d_jax.files.storage import storing
 
 PARTIAL = ".partial"  # part of the name of everything that is still being written
@@ -26,8 +28,13 @@ def replacing(path: str | Path, ending: str = "") -> Iterator[Path]:
       ending: of the free name, for writers that choose a format by it, e.g. ".mp4".
 
     Raises:
-      StorageError: the disk is full, read-only or the like.
+      StorageError: the disk is full, read-only or the like; RemoteError.
     """
+    if is_remote(path):  # objects appear whole, once they are written
+        with tempfile.TemporaryDirectory() as folder:
+            yield (partial := Path(folder) / f"object{ending}")
+            upload(path, partial)
+        return
     path = Path(path)
     # Process and thread make the name unique among the writers of this machine that race for one file.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{ending}")
@@ -68,8 +75,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
       LockError: another writer is at work on the same folder.
-      StorageError: the disk is full, read-only or the like.
+      StorageError: the disk is full, read-only or the like; RemoteError.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            (partial := Path(folder) / "folder").mkdir()
+            yield partial
+            _upload_folder(partial, str(path))
+        return
     path = Path(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     with storing(path):
@@ -82,6 +95,18 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                 partial.rename(path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _upload_folder(folder: Path, path: str) -> None:
+    """Upload a folder; where that fails, nothing of it stays. What says what the others are comes last: *.json."""
+    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p.suffix == ".json", p))
+    try:
+        for file in files:
+            upload(join(path, file.relative_to(folder).as_posix()), file)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            remove_folder(path)
+        raise
 
 
 def remove_partials(folder: Path, pattern: str = "*") -> None:

@@ -7,13 +7,15 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from mllm4d_jax.files import remote
 from mllm4d_jax.files.atomic import write_json
 
 LIST = "digests.json"
+_CRC = "crc32c:"  # before the digest of a file in a bucket, in base64; others are SHA-256 in hex
 _BLOCK = 1 << 16  # bytes of a sample
 _THREADS = 8
 T, R = TypeVar("T"), TypeVar("R")
@@ -26,15 +28,19 @@ def sampled(path: str | Path, most: int) -> str:
     noticed where it touches a sample of 64 KiB: surely if it is longer than the gap between two of them, `size / (most
     / 64 KiB)`. A few changed bytes may be missed. Names and times do not count.
     """
-    size = os.stat(path).st_size
-    sha, count = hashlib.sha256(), max(2, most // _BLOCK)
-    with open(path, "rb") as file:
-        if size <= most:
-            sha.update(file.read())
-        else:
-            for n in range(count):
-                file.seek((size - _BLOCK) * n // (count - 1))
-                sha.update(file.read(_BLOCK))
+    size = remote.size(path)
+    count = max(2, most // _BLOCK)
+    starts = [(size - _BLOCK) * n // (count - 1) for n in range(count)]
+    parts = [(0, size)] if size <= most else [(start, start + _BLOCK) for start in starts]
+    sha = hashlib.sha256()
+    if remote.is_remote(path):
+        for data in _in_threads(lambda part: remote.read_range(path, *part), parts):
+            sha.update(data)
+    else:
+        with open(path, "rb") as file:
+            for start, stop in parts:
+                file.seek(start)
+                sha.update(file.read(stop - start))
     return f"{size}:{sha.hexdigest()}"
 
 
@@ -50,16 +56,22 @@ def all_sampled(folder: Path, files: Iterable[Path], most: int) -> list[str]:
 def record(folder: str | Path, without: Collection[str] = ()) -> None:
     """Write size and SHA-256 of every file below a folder to `digests.json` in it, once they are all safely on disk.
 
-    Costs reading all files once (1 to 2 GB/s of a core, several files at a time).
+    Costs reading all files once (1 to 2 GB/s of a core, several files at a time). In a bucket, nothing is read: it
+    knows the CRC-32C of every object, which was compared when the object was written.
 
     Args:
       without: names below the folder that are left out, e.g. those which are still to change.
     """
-    folder = Path(folder)
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    names = [name for name in names if name not in {LIST, *without}]
-    digests = _in_threads(lambda name: _whole(folder / name, sync=True), names)
-    write_json(folder / LIST, {"files": dict(zip(names, digests, strict=True))})
+    left_out = {LIST, *without}
+    if remote.is_remote(folder):
+        there = remote.found(folder).items()
+        files = {name: (int(about["size"]), _CRC + about["crc32c"]) for name, about in there if name not in left_out}
+    else:
+        names = sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+        names = [name for name in names if name not in left_out]
+        digests = _in_threads(lambda name: _whole(Path(folder) / name, sync=True), names)
+        files = dict(zip(names, digests, strict=True))
+    write_json(remote.place(folder) / LIST, {"files": files})
 
 
 def damage(folder: str | Path, largest: float = float("inf"), parts: Sequence[str] = ("",)) -> str:
@@ -69,7 +81,8 @@ def damage(folder: str | Path, largest: float = float("inf"), parts: Sequence[st
       largest: of files above so many bytes only the size is looked at.
       parts: folders below it; other files are not looked at.
     """
-    folder = Path(folder)
+    folder = remote.place(folder)
+    there = remote.found(folder) if remote.is_remote(folder) else {}
     try:
         listed = json.loads((folder / LIST).read_bytes())["files"]
         entries = [(str(name), int(size), str(sha)) for name, (size, sha) in listed.items()]
@@ -85,17 +98,27 @@ def damage(folder: str | Path, largest: float = float("inf"), parts: Sequence[st
     def look(entry: tuple[str, int, str]) -> str:
         name, size, sha = entry
         try:
-            found = (folder / name).stat().st_size
+            found = int(there[name]["size"]) if remote.is_remote(folder) else (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"
-            return f"{name} has changed bytes" if size <= largest and _whole(folder / name)[1] != sha else ""
-        except FileNotFoundError:
+            same = size > largest or _digest(folder / name, sha.startswith(_CRC), there.get(name)) == sha
+            return "" if same else f"{name} has changed bytes"
+        except (FileNotFoundError, KeyError):
             return f"{name} is missing"
         except OSError as problem:
             return f"{name} cannot be read: {problem.strerror}"
 
     wrong = [said for said in _in_threads(look, itertools.chain(*chosen)) if said]
     return "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def _digest(path: Path, crc: bool, about: Mapping[str, Any] | None) -> str:
+    """Return the digest of one kind or the other, of a file or of an object of which a bucket says `about`."""
+    if crc:
+        return _CRC + (remote.crc32c(path) if about is None else about["crc32c"])
+    if about is None:
+        return _whole(path)[1]
+    return hashlib.sha256(remote.read_range(path, 0, int(about["size"]))).hexdigest()
 
 
 def _whole(path: Path, sync: bool = False) -> tuple[int, str]:

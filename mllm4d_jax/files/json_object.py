@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import place
 
 _LARGEST = sys.float_info.max
 
@@ -101,7 +102,7 @@ def read_object(path: str | Path, problem: type[ValueError]) -> Mapping[str, Any
     Raises:
       problem: not such a file: also not UTF-8, a number of thousands of digits, nested too deep.
     """
-    path = Path(path)
+    path = place(path)
     if not path.is_file():
         return None
     try:

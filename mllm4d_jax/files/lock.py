@@ -83,7 +83,7 @@ class WriterLock:
         """Raises LockError if another run has taken over, thinking this one dead."""
         if not self._holds():
             raise LockError(
-                f"{self._what} was taken over by {_said(_read(self._path))} while this run gave no sign: it ends here "
+                f"{self._what} was taken over by {said(_read(self._path))} while this run gave no sign: it ends here "
                 "and writes nothing more"
             )
 
@@ -96,7 +96,7 @@ class WriterLock:
                 locked, owner = _lock(file), _read(self._path)
                 if locked is False or (watched and owner and owner != watched):
                     raise LockError(
-                        f"another run is writing to {self._what}: {_said(owner)}. Wait for it, end it, or use another "
+                        f"another run is writing to {self._what}: {said(owner)}. Wait for it, end it, or use another "
                         "folder"
                     )
                 # Its name may be gone by now, with the writer before; then the next round makes it anew.
@@ -109,7 +109,7 @@ class WriterLock:
                     os.close(file)
             if watched is None and owner:
                 watched = owner
-                print(f"{self._path}: waiting for a sign of {_said(owner)}", file=sys.stderr, flush=True)
+                print(f"{self._path}: waiting for a sign of {said(owner)}", file=sys.stderr, flush=True)
             time.sleep(min(1.0, self._beat_s / 4))
 
     def _is_free(self, owner: dict[str, Any] | None, locked: bool | None, unchanged_s: float) -> bool:
@@ -146,11 +146,15 @@ def _lock(file: int) -> bool | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return who a file names as the writer; None for an empty file or none, nobody known for one that is damaged."""
+    """Return who a file names as the writer; None without a file, and as `owner_of`."""
     try:
-        text = path.read_bytes()
+        return owner_of(path.read_bytes())
     except OSError:
         return None
+
+
+def owner_of(text: bytes) -> dict[str, Any] | None:
+    """Return who a text names as the writer; None for an empty one, nobody known for one that is damaged."""
     try:
         owner = json.loads(text)
     except ValueError:
@@ -168,7 +172,7 @@ def _same(file: int, path: Path) -> bool:
         return False
 
 
-def _said(owner: dict[str, Any] | None) -> str:
+def said(owner: dict[str, Any] | None) -> str:
     if not owner or not owner["pid"]:
         return "another process"
     return f"process {owner['pid']} on {owner['host']}, last there {max(0.0, time.time() - owner['time']):.0f} s ago"

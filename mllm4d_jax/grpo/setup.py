@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import ml_collections
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.stream import GroupStream, LoaderOptions
+from mllm4d_jax.files.remote import remove_folder
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -160,15 +160,14 @@ def make_ladder(config: ml_collections.ConfigDict, shards: int) -> Ladder:
 def _start(begun: Begun) -> Any:
     """The trained tree at step 0, which is what the reference is, too.
 
-    It is kept in the workdir, since the run that `model.adapter` names may go on or be deleted.
+    It is kept beside the checkpoints, since the run that `model.adapter` names may go on or be deleted.
     """
-    folder, trainable = begun.workdir / "start", begun.parts.trainable
+    folder, trainable = begun.checkpoints.folder.parent / "start", begun.parts.trainable
     if begun.progress.step:
         with Checkpoints(folder, keep=1, read_only=True) as kept:
             return kept.restore_trainable(0, trainable)
     trainable = start_from_run(begun.config, trainable, begun.content)
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    remove_folder(folder)
     with Checkpoints(folder, keep=1) as kept:
         kept.save_trainable(0, trainable)
     return trainable

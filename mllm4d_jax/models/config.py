@@ -20,6 +20,7 @@ from typing import Any
 from mllm4d_jax.encode.processor_config import FAMILIES, SIZE_LIMITS, TOKEN_IDS
 from mllm4d_jax.files.json_object import JsonObject, read_object, whole
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import place
 
 DTYPES = ("float32", "bfloat16", "float16")
 _CONTEXT = "original_max_position_embeddings"
@@ -151,7 +152,7 @@ class ModelConfig:
         Raises:
           ModelConfigError: the file is absent, not JSON, or describes something this port does not run.
         """
-        path = pathlib.Path(folder) / "config.json"
+        path = place(folder) / "config.json"
         raw = read_object(path, ModelConfigError)
         if raw is None:
             raise ModelConfigError(f"{path} does not exist: point the model path at a folder in Hugging Face format")

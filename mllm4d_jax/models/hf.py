@@ -115,9 +115,8 @@ def _equal(files: TensorFiles, a: str, b: str) -> bool:
         return False
     if files.shapes[a] != files.shapes[b] or not files.shapes[a]:
         return False
-    x, y = (files.read(n) for n in both)
-    blocks = (slice(start, start + _ROWS) for start in range(0, len(x), _ROWS))
-    return all(np.array_equal(x[rows], y[rows]) for rows in blocks)
+    blocks = (slice(start, start + _ROWS) for start in range(0, files.shapes[a][0], _ROWS))
+    return all(np.array_equal(*(files.read(n, rows) for n in both)) for rows in blocks)
 
 
 def _check(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
@@ -178,11 +177,15 @@ def _load_leaf(leaf: Leaf, files: TensorFiles, dtype: np.dtype, mesh: Mesh | Non
         names = leaf.names[index[0]] if leaf.stacked else leaf.names
         out = _empty((len(names), *(s.stop - s.start for s in single)), dtype)
 
+        # Which dimension of ours is the first in the file: of that one, no more than what is needed is read.
+        first = 1 if turned and len(single) == 2 else 0
+        rest = tuple(slice(None) if n == first else s for n, s in enumerate(single))
+
         def fill(layer: int) -> None:
-            stored = files.read(names[layer])
+            stored = files.read(names[layer], single[first])
             stored = stored.reshape(len(stored), -1) if leaf.layout == weight_map.CONV else stored
             stored = np.swapaxes(stored, -1, -2) if turned else stored
-            _copy(stored[single], out[layer], turned)
+            _copy(stored[rest], out[layer], turned)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(fill, range(len(names))))

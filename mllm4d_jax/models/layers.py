@@ -227,8 +227,8 @@ def scan_layers(blocks: nnx.Module, step: Callable, carry, xs, *, remat: str = "
         return step(nnx.merge(graphdef, layer_state), carry, x)
 
     if remat != "none":
-        # Between the two loops of a scan nothing can be taken for the same. A barrier there would only have all that was
-        # kept copied from its stack before it is used.
+        # Between the two loops of a scan nothing can be taken for the same. A barrier there would only have all that
+        # was kept copied from its stack before it is used.
         policy = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
         body = jax.checkpoint(body, policy=policy, prevent_cse=unroll)
     if not unroll:

@@ -18,8 +18,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mllm4d_jax.files.cache import copied_file
 from mllm4d_jax.files.json_object import real, whole
 from mllm4d_jax.files.quoting import plain, shown
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
@@ -63,7 +65,7 @@ class Adapter:
 
 def is_peft_folder(path: str | pathlib.Path) -> bool:
     """Whether a path is a folder with an `adapter_config.json`; "" names nothing."""
-    return bool(str(path)) and (pathlib.Path(path) / CONFIG).is_file()
+    return bool(str(path)) and (place(path) / CONFIG).is_file()
 
 
 def adapted_linears(model: QwenVL) -> dict[tuple, Linear]:
@@ -155,12 +157,12 @@ def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
       PeftError: an option this port does not compute exactly, tensors that are missing, unknown, of another shape or
         not finite, or another adapter on the model; everything that is wrong is in one message.
     """
-    folder = pathlib.Path(folder)
+    folder = place(folder)
     config, problems = _read_config(folder)
     if problems:
         raise _refusal(folder, problems)
     places = _places(model)
-    stored, problems = _read_tensors(folder / WEIGHTS, places)
+    stored, problems = _read_tensors(copied_file(folder / WEIGHTS), places)
     targets = tuple(sorted({module.rpartition(".")[2] for module, _ in stored}))
     adapter = dataclasses.replace(config, targets=targets)
     problems += _shape_problems(stored, places, adapter, dict(nnx.iter_modules(model)))

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from mllm4d_jax.files import remote
 from mllm4d_jax.files.quoting import plain
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.config import ModelConfig
@@ -31,6 +33,8 @@ FLOATS: Mapping[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _INDEX_BYTES = 1 << 26  # the index of the largest release has 0.2 MB
+_HEADER_BYTES = 1 << 17  # read at first of a file in a bucket: all of most headers
+_MOST_HEADER = 100 << 20  # the library refuses larger ones
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _LISTED = 12  # offending tensors plain per kind in an error
 
@@ -71,7 +75,7 @@ class TensorFiles:
           CheckpointError: no weights, a missing or damaged file, an index that disagrees with its shards, or a tensor
             that is there twice.
         """
-        folder = pathlib.Path(folder)
+        folder = remote.place(folder)
         if config and (named := json.loads(config.source).get("transformers_weights")):
             raise CheckpointError(
                 f"{folder / 'config.json'}: transformers_weights = {plain(repr(named))}: weights are only loaded from "
@@ -113,18 +117,29 @@ class TensorFiles:
             spelled={name: spelled for name, (spelled, _, _) in found.items()},
         )
 
-    def read(self, name: str) -> np.ndarray:
-        """Return one tensor, stored in one of `FLOATS`: a view of the file, which cannot be written to."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Return one tensor, stored in one of `FLOATS`, or some of its rows: as `mapped`."""
         entry = StoredTensor(self.dtypes[name], self.shapes[name], self.offsets[name])
-        return mapped(self.folder / self.location[name], entry)
+        return mapped(self.folder / self.location[name], entry, rows)
 
 
-def mapped(file: pathlib.Path, entry: StoredTensor) -> np.ndarray:
-    """Return the tensor of a header's entry as a view of the file; its pages are read when they are looked at."""
+def mapped(file: pathlib.Path, entry: StoredTensor, rows: slice = slice(None)) -> np.ndarray:
+    """Return the tensor of a header's entry, which cannot be written to: a view of the file, whose pages are read when
+    they are looked at; of a file in a bucket its bytes, which are fetched now.
+
+    Args:
+      rows: of its first dimension, one after the other, if not all are wanted.
+    """
     dtype = FLOATS[entry.dtype]
     if 0 in entry.shape:  # nothing to map
-        return np.empty(entry.shape, dtype)
-    return np.asarray(np.memmap(file, dtype, "r", offset=entry.offset, shape=entry.shape))
+        return np.empty(entry.shape, dtype)[rows]
+    if not remote.is_remote(file):
+        whole = np.asarray(np.memmap(file, dtype, "r", offset=entry.offset, shape=entry.shape))
+        return whole[rows] if entry.shape else whole
+    start, stop, _ = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
+    row = dtype.itemsize * int(np.prod(entry.shape[1:], dtype=np.int64))
+    data = remote.read_range(file, entry.offset + start * row, entry.offset + stop * row)
+    return np.frombuffer(data, dtype).reshape((stop - start, *entry.shape[1:]) if entry.shape else ())
 
 
 def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
@@ -135,12 +150,15 @@ def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
     Raises:
       CheckpointError: there is no such file, or its header and size do not make sense.
     """
-    if not os.path.isfile(file):  # also False for a name that no file can have
-        raise CheckpointError(f"{plain(file.name)} is missing")
     try:
-        with safetensors.safe_open(file, "np"), file.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            entries = parse_json(f.read(length))
+        if remote.is_remote(file):
+            length, entries = _remote_header(file)
+        elif os.path.isfile(file):  # also False for a name that no file can have
+            length, entries = _header(file)
+        else:
+            raise CheckpointError(f"{plain(file.name)} is missing")
+    except (CheckpointError, remote.RemoteError):
+        raise
     except (safetensors.SafetensorError, ValueError) as error:
         raise CheckpointError(f"{plain(file.name)} is damaged or cut short ({plain(error)})") from error
     except OSError as error:
@@ -152,15 +170,46 @@ def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
     }
 
 
+def _header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Return (bytes of the header, its entries), checked. Raises SafetensorError, ValueError, OSError."""
+    with safetensors.safe_open(file, "np"), file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        return length, parse_json(f.read(length))
+
+
+def _remote_header(file: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Return `_header` of a file in a bucket, of which nothing else is read: the library is shown a file of the same
+    size without data.
+
+    Raises:
+      CheckpointError: it is missing; and as `_header`.
+    """
+    try:
+        size = int(remote.info(file)["size"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{plain(file.name)} is missing") from None
+    begin = remote.read_range(file, 0, min(size, _HEADER_BYTES))
+    length = 8 + int.from_bytes(begin[:8], "little")
+    if len(begin) < length <= min(size, _MOST_HEADER):
+        begin += remote.read_range(file, len(begin), length)
+    with tempfile.TemporaryDirectory() as folder:
+        shell = pathlib.Path(folder) / "header.safetensors"
+        shell.write_bytes(begin[:length])
+        os.truncate(shell, size)
+        return _header(shell)
+
+
 def _read_index(folder: pathlib.Path) -> dict[str, str]:
     """Return weight_map of the index: tensor name -> shard. Raises CheckpointError without one, or for a bad one."""
     file = folder / INDEX
     if not file.is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}: {_instead(folder)}")
     try:
-        if file.stat().st_size > _INDEX_BYTES:
+        with file.open("rb") as opened:
+            text = opened.read(_INDEX_BYTES + 1)
+        if len(text) > _INDEX_BYTES:
             raise ValueError(f"more than {_INDEX_BYTES >> 20} MiB")
-        index = parse_json(file.read_bytes())
+        index = parse_json(text)
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
             raise ValueError("there is no object 'weight_map' with tensors in it")
     except (ValueError, OSError) as error:

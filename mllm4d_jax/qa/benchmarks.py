@@ -11,15 +11,16 @@ A new benchmark is a function here, its name in `PARSERS` and in the choices of 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from mllm4d_jax.files.quoting import shown
+from mllm4d_jax.files.remote import is_folder
 from mllm4d_jax.qa.answers import same_option, true_letters
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.options import split_label, split_question
@@ -138,7 +139,7 @@ def vlm4d_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None
         category, subtask = "false positive" if said == "no" or said.startswith("no ") else "directional", None
     video, media = f"{folder}/{rest}", None
     if root is not None:
-        media = resolve_media(root, video if (Path(root) / folder).is_dir() else rest)
+        media = resolve_media(root, video if is_folder(os.path.join(root, folder)) else rest)
     named = f"{split}/{name}"
     return BenchmarkQuestion(named, "vlm4d", split, category, subtask, video, media, question, choices, answer, truth)
 

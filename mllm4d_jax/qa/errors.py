@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 from mllm4d_jax.files.quoting import cut
@@ -44,6 +44,15 @@ class RecordError(ValueError):
         named.key = cut(key, MOST_SAID // 4)
         named.args = (self.message, self.reason, named.key)
         return named
+
+    def with_names(self, names: Mapping[str, str]) -> Self:
+        """Return the same error, its message with other names for what it speaks of."""
+        message = self.message
+        for name, other in names.items():
+            message = message.replace(name, other)
+        renamed = copy.copy(self)
+        renamed.message, renamed.args = message, (message, self.reason, self.key)
+        return renamed
 
 
 class MediaError(RecordError):

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files.quoting import cut, shown
+from mllm4d_jax.files.remote import is_remote, join
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError
 from mllm4d_jax.qa.rewards import Solution, is_number
 
@@ -294,6 +296,8 @@ def resolve_media(root: str | Path, relative: str) -> str:
     """
     if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
         raise MediaError(f"media path {shown(relative)} is not a usable path", "bad_path")
+    if is_remote(root):
+        return _in_bucket(os.fspath(root), relative)
     base = Path(root).resolve()
     try:
         relative.encode("utf-8")  # half a surrogate pair can stand for a byte in a file's name, but in no message
@@ -314,6 +318,21 @@ def resolve_media(root: str | Path, relative: str) -> str:
             "path_outside_root",
         )
     return str(full)
+
+
+def _in_bucket(root: str, relative: str) -> str:
+    """Return `resolve_media` for a root in a bucket, where names have no links."""
+    try:
+        relative.encode("utf-8")
+    except UnicodeError as error:
+        raise MediaError(f"media path {shown(relative)} cannot be resolved ({error})", "bad_path") from error
+    named = posixpath.normpath(relative)
+    if named.startswith("/") or named in (".", "..") or named.startswith("../"):
+        raise MediaError(
+            f"media path {shown(relative)} leaves the media root {root}: paths must be relative to it and stay inside",
+            "path_outside_root",
+        )
+    return join(root, named)
 
 
 def _blobs_beside(root: Path) -> Path | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.files.remote import place, size
 from mllm4d_jax.report import compare, page, scores, summary
 from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, spread
 from mllm4d_jax.report.curves import curve_section
@@ -27,9 +29,9 @@ def run(config: Any, workdir: str) -> int:
     if not config.run:
         raise ReportError("config.run is not set: name the workdir of a run, as in --config.run=runs/sft-tiny")
     options = BrowserOptions(config.answers, config.frames, config.clip_s, config.pictures_s)
-    out = config.out or (Path(workdir) / REPORT if config.other else None)
+    out = config.out or (os.path.join(workdir, REPORT) if config.other else None)
     path = write_report(config.run, out, config.other or None, options)
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{path} ({size(path) / 1e6:.1f} MB)")
     return 0
 
 
@@ -51,7 +53,7 @@ def write_report(
     """
     found = read_run(workdir)
     html = render(found, options) if other is None else render_pair(found, read_run(other), options)
-    return _write(Path(out) if out is not None else found.path / REPORT, html)
+    return _write(place(out) if out is not None else place(found.home) / REPORT, html)
 
 
 def close_run(workdir: str | Path) -> str:
@@ -61,7 +63,7 @@ def close_run(workdir: str | Path) -> str:
       ReportError: see `write_report`.
     """
     found = read_run(workdir)
-    path = _write(found.path / REPORT, render(found, _DEFAULT))
+    path = _write(place(found.home) / REPORT, render(found, _DEFAULT))
     return "\n".join([*(f"{name}: {said}" for name, said in summary.findings(found).items()), f"report: {path}"])
 
 

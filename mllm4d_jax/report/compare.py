@@ -25,8 +25,7 @@ def labels(first: Run, second: Run) -> tuple[str, str]:
 def tile_columns(runs: Mapping[str, Run]) -> Markup:
     """Return what a run's own page has at its top, what is said about it, and where the run is."""
     found = [
-        dict(summary.tiles(run)) | run.facts | summary.findings(run) | {"workdir": str(run.path)}
-        for run in runs.values()
+        dict(summary.tiles(run)) | run.facts | summary.findings(run) | {"workdir": run.home} for run in runs.values()
     ]
     names = list(dict.fromkeys(name for tiles in found for name in tiles))
     rows = [[name, *(tiles.get(name, "–") for tiles in found)] for name in names]

@@ -17,7 +17,9 @@ from typing import Any
 
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.jsonl import Row
+from mllm4d_jax.files.mirror import copied_logs
 from mllm4d_jax.files.quoting import cut
+from mllm4d_jax.files.remote import is_folder, is_remote
 
 CONFIG, FACTS, METRICS, EVALS, RESULTS = "config.json", "facts.json", "metrics.jsonl", "evals.jsonl", "results.json"
 COMPLETIONS, PREDICTIONS, QUARANTINE = "completions.jsonl", "predictions.jsonl", "quarantine.jsonl"
@@ -39,7 +41,7 @@ class Run:
     """What a workdir holds.
 
     Attributes:
-      path: the workdir.
+      path: the workdir, or a copy of one in a bucket; `home`: what it is called.
       name: its folder's name.
       config: the resolved config, flat: dotted name -> value; {} without one.
       facts: what the run said of itself when it began: name -> text; {} if it said nothing.
@@ -52,6 +54,7 @@ class Run:
     """
 
     path: Path
+    home: str
     name: str
     config: Mapping[str, Any]
     facts: Mapping[str, str]
@@ -93,9 +96,9 @@ def read_run(workdir: str | Path) -> Run:
     Raises:
       ReportError: no such folder, or nothing in it that can be shown.
     """
-    path = Path(workdir)
-    if not path.is_dir():
-        raise ReportError(f"{path} is not a folder: name the workdir of a run")
+    if not is_folder(workdir):
+        raise ReportError(f"{workdir} is not a folder: name the workdir of a run")
+    path = copied_logs(workdir)
     notes: list[str] = []
     metrics, evals = (_by_step(row for _, row in _scan(path / name, notes)) for name in (METRICS, EVALS))
     completions = _distinct(_scan(path / COMPLETIONS, notes), _completion, "step", "key", "branch")
@@ -110,7 +113,8 @@ def read_run(workdir: str | Path) -> Run:
     config, facts = (_json(path / name, notes) for name in (CONFIG, FACTS))
     return Run(
         path=path,
-        name=path.resolve().name,
+        home=str(workdir),
+        name=str(workdir).rstrip("/").rpartition("/")[2] if is_remote(workdir) else path.resolve().name,
         config=dict(flat(config)) if isinstance(config, Mapping) else {},
         facts={name: text(value) for name, value in facts.items()} if isinstance(facts, Mapping) else {},
         metrics=metrics,

@@ -23,6 +23,7 @@ from configs.schema import flatten
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode import chat_template
 from mllm4d_jax.files import digests
+from mllm4d_jax.files.remote import found, is_remote, place, trouble
 from mllm4d_jax.files.storage import of_disk, storing
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import placed
@@ -106,7 +107,8 @@ class Checkpoints:
         Raises:
           StorageError: the folder cannot be made.
         """
-        self.folder, self._guard, self._step = Path(folder).absolute(), guard, -1
+        self.folder = place(folder) if is_remote(folder) else Path(folder).absolute()
+        self._guard, self._step = guard, -1
         policies, loss = ocp.checkpoint_managers, operator.itemgetter("loss")
         best = [policies.BestN(get_metric_fn=loss, reverse=True, n=keep_best)] if keep_best else []
         options = ocp.CheckpointManagerOptions(
@@ -206,7 +208,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            disk = of_disk(error, self.folder) or of_disk(self._failures.first, self.folder)
+            first = self._failures.first
+            disk = of_disk(error, self.folder) or of_disk(first, self.folder) or trouble(error) or trouble(first)
             if disk is None:
                 raise
             whole = [step for step in saved.steps(self.folder) if step != self._step]
@@ -219,7 +222,10 @@ class Checkpoints:
     def _seal(self) -> None:
         """Add digests to a checkpoint that is complete but for its name; called in the background."""
         self._guard()
-        (folder,) = self.folder.glob(f"{self._step}{saved.UNFINISHED}*")
+        if is_remote(self.folder):
+            folder = self.folder / str(self._step)
+        else:
+            (folder,) = self.folder.glob(f"{self._step}{saved.UNFINISHED}*")
         digests.record(folder, without=saved.WRITTEN_LATER)
 
     def meta(self, step: int) -> Meta:
@@ -357,7 +363,7 @@ def model_digest(folder: str | Path) -> str:
     single changed tensor where it is larger than the gap between two samples (39 MB in a file of 5 GB), a few changed
     bytes only in files up to 8 MiB.
     """
-    folder, sha = Path(folder), hashlib.sha256()
+    folder, sha = place(folder), hashlib.sha256()
     for name in _MODEL_FILES:
         file = folder / name
         sha.update(name.encode() + (file.read_bytes() if file.is_file() else b""))
@@ -369,6 +375,9 @@ def model_digest(folder: str | Path) -> str:
 
 def folder_digest(folder: str | Path) -> str:
     """Return the digest of all files below a folder, sampled: the same wherever the folder is moved."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    folder = place(folder)
+    if is_remote(folder):
+        files = [folder / name for name in sorted(found(folder))]
+    else:
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
     return hashlib.sha256("\n".join(digests.all_sampled(folder, files, _SAMPLED)).encode()).hexdigest()

@@ -18,6 +18,7 @@ import numpy as np
 from mllm4d_jax.data.sources import RecordSource
 from mllm4d_jax.files import digests
 from mllm4d_jax.files.atomic import write_json
+from mllm4d_jax.files.remote import RemoteError, place
 from mllm4d_jax.qa.errors import RecordError
 
 CLIPS = "clips.json"
@@ -68,9 +69,11 @@ def _digests(sources: Sequence[RecordSource]) -> Iterator[tuple[str, str]]:
             except RecordError:
                 continue
             parts = (part for message in record.messages for part in message["content"] if isinstance(part, dict))
-            for file in (Path(part["path"]) for part in parts if isinstance(part.get("path"), str)):
+            for file in (place(part["path"]) for part in parts if isinstance(part.get("path"), str)):
                 try:
                     yield f"{file.name} (record {i} of source {number})", digests.sampled(file, _READ)
+                except RemoteError:
+                    raise
                 except (OSError, ValueError):  # missing, no permission, a name that cannot be one
                     continue
 

@@ -74,8 +74,8 @@ class RunLog:
 
 
 def say(text: str) -> None:
-    """Print, once per run."""
-    if multihost.is_primary():
+    """Print, once per run; '' is nothing."""
+    if text and multihost.is_primary():
         print(text, flush=True)
 
 

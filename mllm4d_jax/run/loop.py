@@ -22,6 +22,7 @@ import jax
 import ml_collections
 
 from mllm4d_jax.files.ending import CLOSING_S, Ending
+from mllm4d_jax.files.traffic import Traffic
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.run.begin import Begun
 from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
@@ -75,18 +76,18 @@ def carry_out(
       ResumeError: no checkpoint in the folder is whole.
       SaveError: one cannot be written; LockError: another run has taken the folder over.
     """
-    c, workdir = config.train, held.path
-    folder = workdir / "checkpoints"
+    c, folder = config.train, held.home / "checkpoints"
     multihost.primary_only(lambda: take_up(folder))
     kept = Checkpoints(folder, c.keep_checkpoints, c.keep_best, guard=held.check)
-    with Ending(CLOSING_S) as ending, kept as checkpoints, StopSignal() as stop:
+    with Traffic() as traffic, Ending(CLOSING_S) as ending, kept as checkpoints, StopSignal() as stop:
         with ending.after_errors():
-            setup = set_up(config, workdir, checkpoints)
-            write_facts(workdir, setup.facts)
+            setup = set_up(config, held.path, checkpoints)
+            write_facts(held.path, setup.facts)
         done = setup.begun.progress.step
         if done < c.steps:
             with setup.begun.encoder, TrainingRun(setup.begun, columns, stop, ending) as run:
                 train(setup, run)
+            say(traffic.said(run.progress.step - done))
             done = run.progress.step
     stopped = f"stopped after step {done} of {c.steps} and saved; the same command goes on from there"
     say(stopped if done < c.steps else f"{done} steps done")

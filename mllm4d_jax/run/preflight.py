@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import ml_collections
@@ -13,6 +12,7 @@ from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import parse_mixture
 from mllm4d_jax.data.stream import LoaderError
+from mllm4d_jax.files.remote import is_file, is_folder, place
 from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
@@ -54,7 +54,7 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     base = SIZES[config.model.published or PAPER].repository
     local = f"weights/{base.split('/')[1]}"
     fetch = f"`hf download {base} --local-dir {local}` (pip install huggingface_hub), then --config.model.path={local}"
-    folder = Path(config.model.path)
+    folder = place(config.model.path)
     if not config.model.path:
         yield f"no base model (model.path is not set): {fetch}"
     elif not folder.is_dir():
@@ -100,17 +100,17 @@ def data_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
 
 def place_problems(name: str, path: str, root: str) -> Iterator[str]:
     """Yield what is wrong with a place of records and with their media folder, one line each; no path, no line."""
-    if path and not (os.path.isfile(path) or _is_clip_set(path)):
+    if path and not (is_file(path) or _is_clip_set(path)):
         yield f"{name} {path} is not a file of records, nor the folder of a TFDS set"
     if path and not root and not _is_clip_set(path):
         yield f"{name} {path} has no media folder, where its video paths start: --config.data.root=DIR, or its own root"
-    if root and not os.path.isdir(root):
+    if root and not is_folder(root):
         yield f"{root} is not a folder: media of {path or 'the records'} should be in it"
 
 
 def _is_clip_set(path: str) -> bool:
     """Whether a path names a TFDS set, with or without its split."""
-    return any(os.path.isfile(Path(p) / "features.json") for p in (path, path.rpartition("@")[0]) if p)
+    return any(is_file(os.path.join(p, "features.json")) for p in (path, path.rpartition("@")[0]) if p)
 
 
 def _prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:

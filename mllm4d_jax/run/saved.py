@@ -2,7 +2,8 @@
 
 A checkpoint is a folder named by its step. `digests.json` in it was written last, with size and SHA-256 of every file,
 before the folder got its name; so a folder without it was not written here, and one that does not agree with it is
-damaged.
+damaged. In a bucket folders cannot be renamed: there a checkpoint has its name from the start, and is one once it has
+the last file, `commit_success.txt`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.files import digests
+from mllm4d_jax.files.remote import found, is_remote, upload
 from mllm4d_jax.files.storage import storing
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax is still writing
@@ -34,7 +36,38 @@ class ResumeError(ValueError):
 
 def steps(folder: Path) -> list[int]:
     """Return the numbers in a folder of checkpoints, whole or not, ascending."""
-    return sorted(int(p.name) for p in folder.iterdir() if _STEP.fullmatch(p.name)) if folder.is_dir() else []
+    if is_remote(folder):  # unfinished ones have their own names there
+        names = [name for name, files in _parts(folder).items() if not _is_unfinished(files)]
+    else:
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+
+def _parts(folder: Path) -> dict[str, set[str]]:
+    """Return what is in a folder of a bucket: name -> names in it."""
+    parts: dict[str, set[str]] = {}
+    for name in found(folder):
+        first, _, rest = name.partition("/")
+        parts.setdefault(first, set()).add(rest.partition("/")[0])
+    return parts
+
+
+def _is_unfinished(files: set[str]) -> bool:
+    """Whether Orbax has begun, and not ended, to write these files of a checkpoint in a bucket."""
+    about, commit = WRITTEN_LATER
+    return about in files and commit not in files
+
+
+def _finish(folder: Path) -> None:
+    """Give the last file to checkpoints in a bucket that lack nothing else: a run was killed between it and the list
+    of the others, which says that they are whole."""
+    for name, files in _parts(folder).items():
+        if _is_unfinished(files) and digests.LIST in files:
+            if wrong := digests.damage(folder / name):
+                aside = _set_aside(folder / name)
+                log.warning("%s is damaged (%s): set aside as %s", folder / name, wrong, aside)
+            else:
+                upload(folder / name / WRITTEN_LATER[1], b"finished by the run that went on")
 
 
 def damage(folder: Path, largest: float = float("inf"), parts: Sequence[str] = ("",)) -> str:
@@ -66,6 +99,8 @@ def take_up(folder: Path) -> None:
       ResumeError: there are checkpoints, and not one is whole.
       StorageError: the folder cannot be written.
     """
+    if is_remote(folder):
+        _finish(folder)
     remove_unfinished(folder)
     good, bad = None, {}
     for step in reversed(steps(folder)):
@@ -100,7 +135,11 @@ def remove_unfinished(folder: Path, settle_s: float = 0.0) -> None:
     """
     until = time.monotonic() + settle_s
     while True:
-        for path in folder.glob(f"*{UNFINISHED}*"):
+        if is_remote(folder):
+            for name, files in _parts(folder).items():
+                if _is_unfinished(files) and digests.LIST not in files:
+                    (folder / name).rmtree(missing_ok=True)
+        for path in () if is_remote(folder) else folder.glob(f"*{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
         if time.monotonic() >= until:
             return

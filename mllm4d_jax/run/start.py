@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from configs.common import task_keys
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import CONFIG, is_peft_folder, load_peft
 from mllm4d_jax.models.qwen_vl import QwenVL
@@ -82,7 +83,7 @@ class ModelChoice:
 
 def checkpoint_folder(path: str | Path) -> Path | None:
     """Return the folder of checkpoints that a path names, itself or as the workdir around it; None without any."""
-    for folder in (Path(path) / "checkpoints", Path(path)):
+    for folder in (place(path) / "checkpoints", place(path)):
         if saved.steps(folder):
             return folder
     return None
@@ -111,7 +112,7 @@ def find_adapter(path: str, step: int = -1) -> TrainedAdapter | None:
             )
         if step >= 0:
             raise StartError(f"model.step = {step}, but {path} is a PEFT adapter, which has no steps")
-        return TrainedAdapter(Path(path))
+        return TrainedAdapter(place(path))
     steps = saved.steps(folder)
     if step >= 0 and step not in steps:
         raise StartError(f"model.step = {step}: {folder} holds the steps {', '.join(map(str, steps))}")
@@ -152,7 +153,7 @@ def choose_model(path: str, adapter: str = "", step: int = -1) -> ModelChoice:
     found = find_adapter(adapter, step)
     meta = None if found is None else found.meta
     named = path or ("" if meta is None else meta.config["model.path"])
-    base = Path(named)
+    base = place(named)
     if not (base / "config.json").is_file() or checkpoint_folder(base) is not None:
         hint = ""
         if path and checkpoint_folder(path):

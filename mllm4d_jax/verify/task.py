@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.verify.checks import Check
@@ -68,7 +69,7 @@ def _is_model_folder(folder: pathlib.Path) -> bool:
 
 
 def _weights(folder: pathlib.Path, model: str) -> pathlib.Path:
-    path = pathlib.Path(model) if model else folder
+    path = place(model) if model else folder
     if not any(path.glob("model*.safetensors")):
         raise RecordingError(
             f"{path} holds no weights: give the checkpoint the reference was recorded with by --config.model.path=DIR"

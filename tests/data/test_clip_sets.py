@@ -21,6 +21,7 @@ from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer
 from mllm4d_jax.qa.errors import RecordError
+from tests.buckets import put_folder
 from tests.encode.decoding import in_process
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,3 +155,16 @@ def test_what_is_no_set_is_refused(folder, tmp_path):
 def test_tfds_is_imported_only_when_a_set_is_opened():
     code = "import sys, mllm4d_jax.data.loader\nassert 'tensorflow_datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_set_in_a_bucket_is_the_same(front, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    there, here = put_folder(folder, "sets/mllm4d/1.0.0"), open_source(folder, "")
+    source = open_source(there, "")
+    assert (source.digest, len(source), source.key(3)) == (here.digest, len(here), here.key(3))
+    assert source.name == f"{there}@train"
+    ours, theirs = (s[3].messages[0]["content"][0]["frames"].jpegs for s in (source, here))
+    assert ours == theirs and source[3].messages[-1] == here[3].messages[-1]
+    assert len(open_source(f"{there}@bench", "")) == 2
+    with pytest.raises(RecordFileError, match="no such file of records"):
+        open_source(f"{there}/none", "")

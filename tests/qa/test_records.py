@@ -255,3 +255,12 @@ def test_the_answer_is_found_as_in_a_response(reply, answer):
     raw = {"messages": [ASKED, {"role": "assistant", "content": reply}], "videos": ["a.mp4"]}
     raw |= {"choices": {"A": "x < y", "B": "right"}}
     assert record_question(raw, "stem", "k", None).answer == answer
+
+
+def test_media_in_a_bucket_stay_below_their_root():
+    assert resolve_media("gs://b/root/", "a//b/../c é%2F.mp4") == "gs://b/root/a/c é%2F.mp4"
+    assert resolve_media("gs://b", "gs://other/x.mp4") == "gs://b/gs:/other/x.mp4"
+    for name in ("../x.mp4", "a/../../x.mp4", "/x.mp4", "//x.mp4", ".", "a/.."):
+        assert reason(lambda name=name: resolve_media("gs://b/root", name))[0] == "path_outside_root", name
+    for name in ("", " ", "a\0b", "\ud800.mp4"):
+        assert reason(lambda name=name: resolve_media("gs://b/root", name))[0] == "bad_path", name

@@ -1,0 +1,89 @@
+"""Objects of a bucket against the emulator: what is read is what was written, also where requests go wrong."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from mllm4d_jax.files import remote
+from tests.buckets import BUCKET
+
+ROOT = f"gs://{BUCKET}"
+DATA = os.urandom(3 << 20)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("/a/b", False), ("a://b", False), ("gs://b/c", True), ("s3://b/c", True), ("gs:/b", False)]
+)
+def test_what_is_remote(path, said):
+    assert remote.is_remote(path) is said
+
+
+def test_other_places_are_refused():
+    with pytest.raises(remote.RemoteError, match="only gs://BUCKET"):
+        remote.place("s3://b/c")
+
+
+def test_place_has_the_methods_of_a_path(front):
+    folder = remote.place(f"{ROOT}/place") / "below"
+    (folder / "a é%2F.txt").write_text("hé")
+    assert (folder / "a é%2F.txt").read_bytes() == "hé".encode()
+    assert [p.name for p in folder.iterdir()] == ["a é%2F.txt"] and folder.is_dir() and not folder.is_file()
+    assert remote.found(f"{ROOT}/place").keys() == {"below/a é%2F.txt"}
+    assert not (folder / "b").exists()
+
+
+def test_transfers_survive_a_bad_service(front, tmp_path):
+    front.rate = 0.3
+    for n in range(4):
+        remote.upload(f"{ROOT}/many/{n}", DATA + bytes([n]))
+        remote.fetch(f"{ROOT}/many/{n}", tmp_path / str(n))
+        assert (tmp_path / str(n)).read_bytes() == DATA + bytes([n])
+        assert remote.read_range(f"{ROOT}/many/{n}", len(DATA) - 5, len(DATA) + 1) == DATA[-5:] + bytes([n])
+    (tmp_path / "big").write_bytes(DATA * 4)
+    remote.upload(f"{ROOT}/many/file", tmp_path / "big")
+    remote.fetch(f"{ROOT}/many/file", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == DATA * 4
+    assert front.hit
+
+
+def test_only_one_creates_and_replaces(front):
+    path = f"{ROOT}/lock"
+    first = remote.write_if(path, b"one", "0")
+    assert first and remote.write_if(path, b"two", "0") is None
+    second = remote.write_if(path, b"three", first)
+    assert second and remote.write_if(path, b"four", first) is None
+    assert remote.place(path).read_bytes() == b"three"
+    remote.remove(path)
+    remote.remove(path)
+    assert not remote.place(path).exists()
+
+
+def test_missing_things_have_names(front):
+    remote.require(f"{ROOT}/nothing/there/yet")
+    with pytest.raises(remote.RemoteError, match="gs://no-such-bucket/a: there is no bucket gs://no-such-bucket"):
+        remote.require("gs://no-such-bucket/a")
+    with pytest.raises(FileNotFoundError):
+        remote.read_range(f"{ROOT}/nothing", 0, 5)
+
+
+@pytest.mark.parametrize(("status", "said"), [(403, "permission denied"), (401, "no credentials")])
+def test_refusals_say_what_to_do(front, tmp_path, status, said):
+    front.refuse = lambda method, name: status
+    for call in (
+        lambda: remote.require(f"{ROOT}/a"),
+        lambda: remote.fetch(f"{ROOT}/a", tmp_path / "a"),
+        lambda: remote.upload(f"{ROOT}/a", b""),
+        lambda: remote.write_if(f"{ROOT}/a", b"", "0"),
+    ):
+        with pytest.raises(remote.RemoteError, match=f"gs://{BUCKET}/a: {said}"):
+            call()
+
+
+def test_a_damaged_object_is_told_from_a_bad_network(front, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "_TRIES", 2)
+    remote.upload(f"{ROOT}/damaged", DATA)
+    front.rate, front.kinds = 1.0, ("short",)
+    with pytest.raises(remote.TransferError, match="gs://trial-bucket/damaged: what was read is not"):
+        remote.fetch(f"{ROOT}/damaged", tmp_path / "a")

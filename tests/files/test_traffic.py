@@ -1,0 +1,44 @@
+"""What a run asks of buckets is counted over all its processes."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import subprocess
+import sys
+
+from mllm4d_jax.files import remote
+from mllm4d_jax.files.traffic import Total, Traffic
+from tests.buckets import BUCKET
+
+PATH = f"gs://{BUCKET}/traffic/a"
+CODE = "import sys; from mllm4d_jax.files import remote; remote.read_range(sys.argv[1], 0, 5000)"
+
+
+def test_requests_and_bytes_of_all_processes(front, tmp_path):
+    with Traffic() as traffic:
+        assert traffic.total() == Total() and traffic.said(5) == ""
+        remote.upload(PATH, bytes(5000))
+        front.reset()
+        for _ in range(2):
+            remote.read_range(PATH, 0, 5000)
+        subprocess.check_call([sys.executable, "-c", CODE, PATH])
+        got = traffic.total()
+        assert got.requests == 1 + sum(front.requests.values()) == 4
+        assert 15000 <= got.received < 17000 and 5000 <= got.sent < 6000
+        assert traffic.said(50).endswith("per 100 steps 8 requests, 0.0 MB")
+    with Traffic() as other:
+        remote.read_range(PATH, 0, 10)
+        assert other.total()[:2] == (1, 10)
+    remote.read_range(PATH, 0, 10)
+
+
+def test_the_total_never_falls_while_others_are_at_work(front):
+    remote.upload(PATH, bytes(10))
+    with Traffic() as traffic, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(remote.read_range, PATH, 0, 10) for _ in range(60)]
+        while not traffic.total().requests:
+            pass
+        seen = [traffic.total().requests]
+        while not all(one.done() for one in work):
+            seen.append(traffic.total().requests)
+        assert seen == sorted(seen) and traffic.total().requests == 60
