@@ -13,6 +13,7 @@ from mllm4d_jax.generate.decoding import empty_branches
 from mllm4d_jax.generate.slots import Ladder, Packing
 from mllm4d_jax.grpo.settings import completions_per_row, division_problems
 from mllm4d_jax.models.flops import Tuning
+from mllm4d_jax.models.layers import REMAT
 from mllm4d_jax.parallel import topology
 from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.mesh import make_mesh, mesh_shape
@@ -233,7 +234,7 @@ def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys, quic
     assert timed["mean"] == timed["longest"] == 32
     assert one["hours"] == pytest.approx(one["step_seconds"]["32"] * config.train.steps / 3600)
     assert one["fits"] and one["notes"] == [] and one["largest"] >= 4
-    assert [r["devices"] for r in found["memory"]] == [1, 1, 1, 8, 8, 8]
+    assert [r["devices"] for r in found["memory"]] == [1] * len(REMAT) + [8] * len(REMAT)
 
 
 def test_reckoned_bytes_are_those_of_the_placed_trees(config):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mllm4d_jax.models.layers import REMAT
 from mllm4d_jax.parallel import topology
 from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh
@@ -114,7 +115,7 @@ def test_the_command_on_fake_devices(config, tmp_path, fake, capsys):
     assert sum(one["facts"]["flops"].values()) == pytest.approx(timed["flops"]) and one["facts"]["questions"] == 16
     assert one["hours"] == pytest.approx(max(seconds.values()) * config.train.steps / 3600)
     assert one["step_seconds"] == {"8": max(seconds.values())}
-    assert [r["devices"] for r in found["memory"]] == [1, 1, 1, 8, 8, 8]
+    assert [r["devices"] for r in found["memory"]] == [1] * len(REMAT) + [8] * len(REMAT)
 
 
 def test_what_was_planned_is_written_before_the_next_target(config, tmp_path, fake, monkeypatch):
