@@ -246,7 +246,7 @@ def _problem(job: GrpoJob, devices: int, limit: int, table: Parameters) -> str:
     if problem:
         return problem
     shape = mesh_shape(dict(job.config.mesh), devices)
-    wants = needed(rollout_memory(job, shape, job.config.model.remat, table))
+    wants = needed(rollout_memory(job, shape, remat_forms(job.config.model.remat, "")[-1], table))
     return "" if wants <= MARGIN * limit else f"about {wants / GIB:.0f} GiB would be wanted of {limit / GIB:.0f}"
 
 
