@@ -36,16 +36,13 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
 def learning_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
     """Return `compiler_options` of programs with a backward pass.
 
-    On a GPU, XLA has a library's product written straight into the slice of an array that a loop fills. Where a layer
-    needs the product as well, as it does each one that a remat policy keeps, it is then computed twice, once for either
-    (seen in programs for an H100 with jax 0.11.2). Without that pass it is copied, while the next product runs.
+    On a GPU their large products are left to the library. To time kernels of XLA's own against it takes a minute of
+    each first compilation, and a plan that has no device to time them on could not tell the program's memory.
 
     Args:
       mesh: as for `compiler_options`.
     """
-    if _platform(mesh) == "gpu":
-        return {"xla_gpu_enable_dynamic_slice_fusion": False}
-    return compiler_options(mesh)
+    return {"xla_gpu_enable_triton_gemm": False} if _platform(mesh) == "gpu" else compiler_options(mesh)
 
 
 def _platform(mesh: Mesh | None) -> str:
@@ -114,12 +111,35 @@ def over_positions(
     @jax.checkpoint
     def body(_, piece: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         hidden, *others = (constrain(x, mesh, groups or None) for x in piece)
-        logits = einsum_f32("bmh,hv->bmv", hidden, head)
+        logits = _logits(hidden, head)
         logits = constrain(logits, mesh, groups or None, None, _VOCABULARY_AXES)
         return None, tuple(function(logits, *others))
 
     _, out = jax.lax.scan(body, None, (chunks(hidden), *map(chunks, others)))
     return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :m] for x in out)
+
+
+@jax.custom_vjp
+def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[B, m, H] x [H, V] -> f32[B, m, V]. Backward multiplies 16-bit operands too, as for any other product.
+
+    Without a rule of its own the gradient of float32 logits would have the whole head widened, chunk after chunk.
+    """
+    return einsum_f32("bmh,hv->bmv", hidden, head)
+
+
+def _logits_forward(hidden, head):
+    return _logits(hidden, head), (hidden, head)
+
+
+def _logits_backward(kept, grad):
+    hidden, head = kept
+    grad = grad.astype(hidden.dtype)
+    to_hidden, to_head = einsum_f32("bmv,hv->bmh", grad, head), einsum_f32("bmh,bmv->hv", hidden, grad)
+    return to_hidden.astype(hidden.dtype), to_head.astype(head.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
