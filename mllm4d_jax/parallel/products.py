@@ -111,35 +111,12 @@ def over_positions(
     @jax.checkpoint
     def body(_, piece: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         hidden, *others = (constrain(x, mesh, groups or None) for x in piece)
-        logits = _logits(hidden, head)
+        logits = einsum_f32("bmh,hv->bmv", hidden, head)
         logits = constrain(logits, mesh, groups or None, None, _VOCABULARY_AXES)
         return None, tuple(function(logits, *others))
 
     _, out = jax.lax.scan(body, None, (chunks(hidden), *map(chunks, others)))
     return tuple(x.swapaxes(0, 1).reshape(rows, -1)[:, :m] for x in out)
-
-
-@jax.custom_vjp
-def _logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """[B, m, H] x [H, V] -> f32[B, m, V]. Backward multiplies 16-bit operands too, as for any other product.
-
-    Without a rule of its own the gradient of float32 logits would have the whole head widened, chunk after chunk.
-    """
-    return einsum_f32("bmh,hv->bmv", hidden, head)
-
-
-def _logits_forward(hidden, head):
-    return _logits(hidden, head), (hidden, head)
-
-
-def _logits_backward(kept, grad):
-    hidden, head = kept
-    grad = grad.astype(hidden.dtype)
-    to_hidden, to_head = einsum_f32("bmv,hv->bmh", grad, head), einsum_f32("bmh,bmv->hv", hidden, grad)
-    return to_hidden.astype(hidden.dtype), to_head.astype(head.dtype)
-
-
-_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def pick(logits: jax.Array, targets: jax.Array) -> jax.Array:
