@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         task = TASKS[config.task]
         if asked.plan is not None:
             return int(importlib.import_module(task.plan).run(config, config.workdir, asked.plan) or 0)
+        use_gpu_memory()
         join_processes(config.distributed)
         code = int(importlib.import_module(task.module).run(config, config.workdir) or 0)
         if code == 0 and task.page:
@@ -60,10 +61,25 @@ def main(argv: Sequence[str]) -> int:
             raise
         return report(problem, 2 if isinstance(problem, ConfigError) else 1)
     except Exception as problem:
-        disk = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})")
-        if disk is None:
+        told = storage.of_disk(problem, f"a file of this run (workdir {config.workdir})") or of_memory(problem, config)
+        if told is None:
             raise
-        return report(disk, 1)
+        return report(told, 1)
+
+
+def of_memory(problem: Exception, config: ml_collections.ConfigDict) -> ValueError | None:
+    """An error of the devices' memory with what to change; None for other errors."""
+    if "jax" not in sys.modules:
+        return None
+    from mllm4d_jax.plan import shortage
+
+    return shortage.of_memory(problem, config)
+
+
+def use_gpu_memory() -> None:
+    """Has JAX take 92 % of a GPU instead of 75: the rest is enough for context and libraries; TPUs do not ask."""
+    if not os.environ.keys() & {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
 
 
 def write_page(folder: pathlib.Path) -> None:

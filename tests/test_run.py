@@ -217,3 +217,17 @@ def test_explicit_processes_join(task, monkeypatch):
     assert run.main(["run.py", SFT, "--config.distributed=explicit"]) == 0
     assert run.main(["run.py", SFT, "--config.distributed=auto"]) == 0
     assert joined == [("h:1", 2, 1), ()]
+
+
+@pytest.mark.parametrize(
+    ("there", "after"),
+    [
+        ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),  # JAX refuses both at once
+    ],
+)
+def test_a_run_may_have_most_of_a_gpu(there, after, task, monkeypatch):
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if "MEM_FRACTION" not in k} | there)
+    assert run.main(["run.py", SFT]) == 0
+    assert {k: v for k, v in os.environ.items() if "MEM_FRACTION" in k} == after

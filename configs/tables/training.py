@@ -8,10 +8,10 @@ TRAINED_KEYS = (
     *take(MODEL_KEYS, "path", "chat_template", "dtype", "attention"),
     Key(
         "model.remat",
-        "full",
-        "decoder activations: keep them, recompute each layer in backward, or keep its matrix products, or those but "
-        "the widest",
-        choices=("none", "full", "dots", "dots_except_mlp"),
+        "auto",
+        "decoder activations: keep them, keep the results of its matrix products, of all but the widest, or recompute "
+        "each layer in backward; 'auto': the fastest that fits the devices, 'none' on a CPU",
+        choices=("auto", "none", "dots", "dots_except_mlp", "full"),
         free=True,
     ),
     Key("model.vision_remat", "full", "the same for a trained vision tower", choices=("none", "full"), free=True),

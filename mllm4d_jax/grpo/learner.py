@@ -30,6 +30,7 @@ from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.products import learning_options
 from mllm4d_jax.parallel.rules import constrain_rows, replicated
 from mllm4d_jax.rows.completion_rows import CompletionRows
+from mllm4d_jax.run.fitting import Fitted, Room, free_bytes
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 
 
@@ -86,6 +87,8 @@ class Learner:
         banned_ids: Sequence[int],
         mesh: Mesh,
         chunk: int = 1024,
+        remat: Sequence[str] = ("",),
+        room: Room = free_bytes,
     ) -> None:
         """
         Args:
@@ -95,6 +98,7 @@ class Learner:
           temperature, banned_ids: of the sampler.
           mesh: the same as the model was made for.
           chunk: positions whose logits exist at a time.
+          remat, room: as for `sft.step.TrainStep`.
         """
         self.mesh, self.objective, self.compiles = mesh, objective, 0
         self._graphdef, self._optimizer, self._chunk = graphdef, optimizer, chunk
@@ -106,7 +110,9 @@ class Learner:
         self._score = self._compiled(self._score_into, donate_argnums=0, out_shardings=scalar)
         self._begin = self._compiled(functools.partial(_begin, objective), out_shardings=scalar)
         self._zeros = self._compiled(zeros, out_shardings=places[0])
-        self._add = self._compiled(self._add_rows, donate_argnums=0, out_shardings=(places[0], scalar, scalar, scalar))
+        added = dict(donate_argnums=0, out_shardings=(places[0], scalar, scalar, scalar))
+        adding = lambda name: self._compiled(functools.partial(self._add_rows, name), **added)  # noqa: E731
+        self._add = Fitted(adding, remat, room)
         metrics = StepMetrics(*[scalar] * len(StepMetrics._fields))
         self._finish = self._compiled(self._apply, donate_argnums=(0, 1), out_shardings=(*places, metrics))
 
@@ -189,9 +195,13 @@ class Learner:
         deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
         return PromptFeatures(constrain_rows(merged, self.mesh), constrain_rows(deepstack, self.mesh, 1))
 
-    def _scores(self, tree: Any, frozen: Any, features: PromptFeatures | None, rows: CompletionRows) -> TokenScores:
+    def _scores(
+        self, tree: Any, frozen: Any, features: PromptFeatures | None, rows: CompletionRows, remat: str = ""
+    ) -> TokenScores:
         """Log-probs and entropies f32[R, N, T], 0 where there is no token."""
         model = merge_model(self._graphdef, tree, frozen)
+        if remat:
+            model.remat = remat
         hidden = model(rows.inputs, features=_features_of_rows(features, rows.prompts, self.mesh))
         chosen = jax.vmap(lambda row, index: row[index])(hidden, rows.loss_index)
         sampling, how = (self._temperature, self._banned_ids), dict(chunk=self._chunk, mesh=self.mesh)
@@ -213,6 +223,7 @@ class Learner:
 
     def _add_rows(
         self,
+        remat: str,
         total: Any,
         trainable: Any,
         frozen: Any,
@@ -224,7 +235,7 @@ class Learner:
         """(total + gradient of these rows, their loss, metrics, largest gap)."""
 
         def loss(tree: Any) -> tuple[jax.Array, tuple[dict[str, Mean], jax.Array]]:
-            found = self._scores(tree, frozen, features, rows)
+            found = self._scores(tree, frozen, features, rows, remat)
             part, slot = _rows_of(batch, rows), found.logprobs.shape[-1]
             logprobs, entropy = (x.reshape(-1, slot) for x in found)
             found = None if part.importance is not None else jax.lax.stop_gradient(logprobs)

@@ -28,6 +28,7 @@ from mllm4d_jax.report.reading import EVALS
 from mllm4d_jax.run.begin import Begun, begin
 from mllm4d_jax.run.build import Parts, open_held_out
 from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.fitting import remat_forms
 from mllm4d_jax.run.preflight import PreflightError
 from mllm4d_jax.run.start import start_from_run
 
@@ -127,6 +128,7 @@ def make_learner(parts: Parts, trainable: Any, opt_state: Any, sampling: Samplin
         banned_ids=sampling.banned_ids,
         mesh=parts.mesh,
         chunk=parts.config.train.loss_chunk,
+        remat=remat_forms(parts.config.model.remat, parts.mesh.devices.flat[0].platform),
     )
 
 

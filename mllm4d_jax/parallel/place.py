@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
@@ -64,6 +65,15 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
         return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, dim), x, shape)
 
     return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def split_rows(tree: Any, parts: int) -> list[Any]:
+    """Return a tree of rows in so many pieces, each with as many rows, in their order; see `row_shardings`."""
+    if parts == 1:
+        return [tree]
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    pieces = [np.split(x, parts, axis=_row_dimension(path)) for path, x in leaves]
+    return [structure.unflatten(piece) for piece in zip(*pieces, strict=True)]
 
 
 def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

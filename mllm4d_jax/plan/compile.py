@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from mllm4d_jax.parallel import collectives as hlo
 from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.place import local_bytes, placed
 from mllm4d_jax.run.build import Parts
+from mllm4d_jax.run.fitting import out_of_memory, wanted_bytes
 
-USABLE = 0.95  # of a TPU's memory; the rest is the runtime's, and what fragmentation leaves
 EFFICIENCY = 0.5  # share of peak FLOP/s that the matrix products of a step are taken to reach
 FORMULA = (
     "The seconds of a phase are the largest of: its FLOPs with recomputation / devices / "
@@ -26,7 +26,7 @@ FORMULA = (
     "results of its matrix products; bytes received: collectives of the compiled program, each as often as its loop "
     "runs. What overlaps and what waits is not modelled: take it as the better half of an estimate."
 )
-_KERNEL = "tpu_custom_call"
+_KERNEL = re.compile(r"tpu_custom_call|__cudnn\$fmha|mosaic_gpu")  # of attention: Pallas on either, cuDNN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Compiled:
         compiler itself refused for lack of memory.
       needed: bytes the program wants, also when it was refused.
       seconds: of lowering and compiling.
-      kernels: calls of Pallas kernels in the program.
+      kernels: calls of attention kernels in the program.
       received: bytes a device receives in a run, by collective.
       gathered: the largest array that a gather makes, as text.
       largest: the largest arrays made, as text.
@@ -84,17 +84,17 @@ class Compiled:
     largest: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
 
-    def fits(self, hbm: int) -> bool:
-        """Return whether it can run on devices with so many bytes of memory."""
-        return self.memory is not None and self.needed <= USABLE * hbm
+    def fits(self, limit: int) -> bool:
+        """Return whether it can run on devices that let programs have so many bytes, see `Chip.usable`."""
+        return self.memory is not None and self.needed <= limit
 
 
-def compile_phases(phases: Phases, vocabulary: int) -> Iterator[Compiled]:
-    """Compile the phases of a step one after the other, for a model with such a vocabulary."""
+def compile_phases(phases: Phases, vocabulary: int, options: Mapping[str, bool]) -> Iterator[Compiled]:
+    """Compile the phases of a step one after the other. Arguments as for `compile_phase`."""
     results = None
     with contextlib.suppress(StopIteration):
         while True:
-            compiled, results = compile_phase(phases.send(results), vocabulary)
+            compiled, results = compile_phase(phases.send(results), vocabulary, options)
             yield compiled
 
 
@@ -103,16 +103,20 @@ def results_of(program: jax.stages.Compiled) -> Any:
     return jax.tree.map(placed, program.out_info, program.output_shardings)
 
 
-def compile_phase(phase: Phase, vocabulary: int) -> tuple[Compiled, Any]:
-    """Compile a phase; return what the program says, and the shapes of its results, None if there is no memory."""
+def compile_phase(phase: Phase, vocabulary: int, options: Mapping[str, bool]) -> tuple[Compiled, Any]:
+    """Compile a phase; return what the program says, and the shapes of its results, None if there is no memory.
+
+    Args:
+      vocabulary: of the model.
+      options: of the compiler for these devices, besides the program's own, see `Topology`.
+    """
     started = time.perf_counter()
     try:
-        program = phase.lower().compile()
+        program = phase.lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as problem:
-        wanted = _wanted(str(problem))
-        if wanted is None:
+        if not out_of_memory(problem):
             raise
-        return Compiled(phase, None, wanted, time.perf_counter() - started), None
+        return Compiled(phase, None, wanted_bytes(str(problem)), time.perf_counter() - started), None
     seconds = time.perf_counter() - started
     memory = memory_by_kind(phase.held, program.memory_analysis())
     text = program.as_text()
@@ -126,7 +130,7 @@ def compile_phase(phase: Phase, vocabulary: int) -> tuple[Compiled, Any]:
         memory=memory,
         needed=memory["peak"],
         seconds=seconds,
-        kernels=text.count(_KERNEL),
+        kernels=len(_KERNEL.findall(text)),
         received=hlo.received_bytes(found),
         gathered="" if most is None else " ".join(f"{d}{list(s)}" for d, s in most.shapes),
         largest=tuple(name for _, name in made[:5]),
@@ -164,14 +168,6 @@ def held_by(parts: Parts) -> dict[str, int]:
         "trainable": local_bytes(parts.trainable),
         "optimiser": local_bytes(parts.opt_state),
     }
-
-
-def _wanted(message: str) -> int | None:
-    """Return the bytes named by the compiler's out-of-memory error, None for another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    if "RESOURCE_EXHAUSTED" not in message and not found:
-        return None
-    return int(float(found[1]) * 2 ** (10 * (" KMGT".index(found[2])))) if found else 0
 
 
 @dataclasses.dataclass(frozen=True)

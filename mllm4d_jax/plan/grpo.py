@@ -21,7 +21,7 @@ from mllm4d_jax.grpo.setup import make_learner, make_sampler, sampling_weights
 from mllm4d_jax.models.flops import Tuning, Work, padded_work, pass_bytes, passes, step_flops
 from mllm4d_jax.parallel.place import local_bytes, placed, placed_rows, repeated
 from mllm4d_jax.parallel.rules import batch_shards, replicated
-from mllm4d_jax.plan.compile import USABLE, Compiled, Phase, Phases, PhaseWork, held_by, results_of
+from mllm4d_jax.plan.compile import Compiled, Phase, Phases, PhaseWork, held_by, results_of
 from mllm4d_jax.plan.job import GrpoJob
 from mllm4d_jax.plan.memory import COPY
 from mllm4d_jax.rows.batch import ModelInputs
@@ -129,7 +129,9 @@ class GrpoPhases:
 
     def _branch_cache(self, filled: int, slots: int) -> Any:
         shape = (filled, self.job.rollout.completions, slots)
-        return results_of(self._sampler.lower("empty", self.sampled, shape=shape).compile())
+        program, mesh = self._sampler.lower("empty", self.sampled, shape=shape), self.sampler_mesh
+        # Nothing says where the zeros of one device lie, and JAX puts them on this process's.
+        return _everywhere(program.out_info, mesh) if mesh.size == 1 else results_of(program.compile())
 
     def _learning(self, features: PromptFeatures, mean: int) -> Phases:
         """Log-probs without and with a gradient, of one micro-batch with completions of `mean` tokens."""
@@ -200,9 +202,12 @@ class GrpoPhases:
             accumulation=self.job.config.train.accumulation,
         )
 
-    def largest(self, compiled: Sequence[Compiled], hbm: int, searching: bool) -> tuple[int, str]:
-        """Return the most prompts of a step and how certain they are, see `TopologyPlan`; nothing is searched for."""
-        return largest_prompts(self.job, compiled, hbm, batch_shards(self.mesh)), "estimated"
+    def largest(self, compiled: Sequence[Compiled], limit: int, compile_other: None) -> tuple[int, str]:
+        """Return the most prompts of a step and how certain they are, see `TopologyPlan`; nothing is searched for.
+
+        Arguments as of `SftPhases.largest`.
+        """
+        return largest_prompts(self.job, compiled, limit, batch_shards(self.mesh)), "estimated"
 
     def decoded(self) -> int:
         """Return the bytes of weights that a decode step reads on a device: no tower, no embedding unless tied."""
@@ -256,7 +261,7 @@ def _everywhere(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: placed(x, replicated(mesh)), tree)
 
 
-def largest_prompts(job: GrpoJob, phases: Sequence[Compiled], hbm: int, shards: int) -> int:
+def largest_prompts(job: GrpoJob, phases: Sequence[Compiled], limit: int, shards: int) -> int:
     """Return the most prompts of a step for which every phase is reckoned to fit.
 
     Bytes of weights, of what is trained and of the program stay, all else grows with the prompts; phases of a sampler
@@ -268,7 +273,7 @@ def largest_prompts(job: GrpoJob, phases: Sequence[Compiled], hbm: int, shards: 
         prompts = p.phase.prompts
         if prompts and not (p.phase.kind in SAMPLING and c.rollout.prompts_at_once):
             fixed = sum(n for kind, n in (p.memory or p.phase.held).items() if kind in FIXED)
-            most = min(most, prompts * (USABLE * hbm - fixed) / max(p.needed - fixed, 1))
+            most = min(most, prompts * (limit - fixed) / max(p.needed - fixed, 1))
     each = c.train.accumulation * shards
     rows = job.rollout.completions // completions_per_row(c)
     step = math.lcm(each // math.gcd(rows, each), c.rollout.prompts_at_once or 1)

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from mllm4d_jax.grpo.settings import completions_per_row, division_problems
 from mllm4d_jax.grpo.setup import make_ladder
+from mllm4d_jax.models.layers import REMAT
 from mllm4d_jax.models.split import trained
 from mllm4d_jax.parallel.chips import CHIPS, GIB
 from mllm4d_jax.parallel.mesh import AXES, MeshError, make_mesh, mesh_shape
@@ -21,14 +22,15 @@ from mllm4d_jax.parallel.rules import partition_spec
 from mllm4d_jax.plan.job import GrpoJob, PlanError, PlanJob
 from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.run.build import abstract_model
+from mllm4d_jax.run.fitting import remat_forms
 
 Memory = dict[str, dict[str, float]]  # bytes on a device by phase and kind
 Reckoned = tuple[int, Memory, dict[str, int]]  # rows of a GPU or completions of a row, bytes, most that fits by GPU
 Parameters = tuple[tuple[str, tuple[int, ...], tuple], ...]
 
-GPU_USABLE = 0.9  # a GPU also holds the CUDA context, libraries' workspaces and the allocator's gaps
-GPUS: Mapping[str, int] = MappingProxyType({name: chip.hbm for name, chip in CHIPS.items() if chip.reckoned})
-MARGIN = 0.85  # share of a TPU's memory up to which reckoned settings are proposed
+GPUS: Mapping[str, int] = MappingProxyType({name: chip.usable for name, chip in CHIPS.items() if chip.reckoned})
+MARGIN = 0.9  # share of the usable memory up to which reckoned settings are proposed
+FAR = 1.3  # times the usable memory: above it nothing is compiled to see whether it fits
 COPY = "sampler's frozen"  # the base weights on the sampling mesh
 
 
@@ -41,7 +43,7 @@ def learning(
       sizes: of a row.
       rows: on this device.
       shape: devices along the axes data, fsdp and tensor; what their rules do not split is whole on each.
-      remat: a policy of `models.layers.scan_layers`.
+      remat: one of `models.layers.REMAT`.
       table: from `parameter_table`.
 
     Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
@@ -113,6 +115,29 @@ def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Pa
     return {"sampling": kept | sampling, "learning": kept | kinds}
 
 
+def policies(job: PlanJob, platform: str, devices: int, limit: int) -> tuple[str, ...]:
+    """Return what `model.remat` may come to on so many devices, fastest first: those that are not far from fitting.
+
+    Args:
+      platform: of the devices.
+      limit: bytes of a device that programs can have.
+    """
+    *others, last = remat_forms(job.config.model.remat, platform)
+    try:
+        shape = mesh_shape(dict(job.config.mesh), devices)
+    except MeshError:
+        return (last,)
+    table = parameter_table(job) if others else ()
+
+    def far(remat: str) -> bool:
+        if isinstance(job, GrpoJob):
+            return needed(rollout_memory(job, shape, remat, table)) > FAR * limit
+        rows = -(-job.rows // (shape["data"] * shape["fsdp"]))
+        return sum(learning(job, job.sizes, rows, shape, remat, table).values()) > FAR * limit
+
+    return (*(remat for remat in others if not far(remat)), last)
+
+
 def needed(phases: Memory) -> float:
     """Return the bytes of the phase that wants most."""
     return max(sum(kinds.values()) for kinds in phases.values())
@@ -155,7 +180,7 @@ def gpu_record(job: PlanJob) -> list[dict[str, Any]]:
     """
     table, reckon, out = parameter_table(job), _gpu_rollouts if isinstance(job, GrpoJob) else _gpu_steps, []
     for devices in (1, 8):
-        for remat in ("full", "dots", "none"):
+        for remat in reversed(REMAT):
             shape = {"data": 1, "fsdp": devices, "tensor": 1}
             rows, phases, most = reckon(job, shape, remat, table)
             same = dict(devices=devices, remat=remat, rows=rows)
@@ -187,10 +212,10 @@ def _largest(count: int, one: Memory, two: Memory) -> dict[str, int]:
     def most(limit: float) -> int:
         return min(math.floor(count + count * (limit - first) / max(second - first, 1.0)) for first, second in lines)
 
-    return {name: max(0, most(GPU_USABLE * hbm)) for name, hbm in GPUS.items()}
+    return {name: max(0, most(limit)) for name, limit in GPUS.items()}
 
 
-def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
+def choose(job: GrpoJob, devices: int, limit: int) -> tuple[GrpoJob, str]:
     """Return the job under settings that are reckoned to fit the devices, and a note on what has to be set for that.
 
     The config's own are taken where they can work; the note is '' then.
@@ -199,12 +224,12 @@ def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
       PlanError: no settings are found.
     """
     table = parameter_table(job)
-    problem = _problem(job, devices, hbm, table)
+    problem = _problem(job, devices, limit, table)
     if not problem:
         return job, ""
     for settings in candidates(job, devices):
         other = job.with_settings(settings)
-        if not _problem(other, devices, hbm, table):
+        if not _problem(other, devices, limit, table):
             changed = differences(settings, job.config, devices)
             flags = " ".join(f"--config.{name}={value}" for name, value in changed.items())
             return other, f"planned not as configured ({problem}), but with {flags}"
@@ -215,14 +240,14 @@ def choose(job: GrpoJob, devices: int, hbm: int) -> tuple[GrpoJob, str]:
     )
 
 
-def _problem(job: GrpoJob, devices: int, hbm: int, table: Parameters) -> str:
+def _problem(job: GrpoJob, devices: int, limit: int, table: Parameters) -> str:
     """Return why a job cannot run on the devices; '' if it is reckoned to fit."""
     problem = next(division_problems(job.config, devices), "")
     if problem:
         return problem
     shape = mesh_shape(dict(job.config.mesh), devices)
     wants = needed(rollout_memory(job, shape, job.config.model.remat, table))
-    return "" if wants <= MARGIN * hbm else f"about {wants / GIB:.0f} GiB would be wanted of {hbm / GIB:.0f}"
+    return "" if wants <= MARGIN * limit else f"about {wants / GIB:.0f} GiB would be wanted of {limit / GIB:.0f}"
 
 
 def candidates(job: GrpoJob, devices: int) -> Iterator[dict[str, int]]:

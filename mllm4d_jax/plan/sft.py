@@ -13,7 +13,7 @@ import jax
 from mllm4d_jax.models.flops import StepFlops, padded_work, pass_bytes, passes, step_flops
 from mllm4d_jax.parallel.place import local_bytes, placed_rows, repeated
 from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.plan.compile import USABLE, Compiled, Phase, Phases, PhaseWork, compile_phase, held_by
+from mllm4d_jax.plan.compile import Compiled, Phase, Phases, PhaseWork, held_by
 from mllm4d_jax.plan.job import PlanJob
 from mllm4d_jax.run.build import build
 from mllm4d_jax.run.preflight import uneven_rows
@@ -79,15 +79,21 @@ class SftPhases:
         work = padded_work(s.layout, rows, rows * s.frames, s.frame_patches, rows * s.supervised)
         return step_flops(self.job.model, work, self.parts.tuning)
 
-    def largest(self, compiled: Sequence[Compiled], hbm: int, searching: bool) -> tuple[int, str]:
-        """Return the most rows of a device and how certain they are, see `TopologyPlan`; searching compiles others."""
-        if not searching:
-            return max(0, _guess(compiled, hbm)), "estimated"
-        vocabulary = self.job.model.text.vocab_size
-        return search(lambda rows: compile_phase(self.step(rows), vocabulary)[0], compiled[0], hbm)
+    def largest(
+        self, compiled: Sequence[Compiled], limit: int, compile_other: Callable[[Phase], Compiled] | None
+    ) -> tuple[int, str]:
+        """Return the most rows of a device and how certain they are, see `TopologyPlan`.
+
+        Args:
+          limit: bytes of a device that programs can have.
+          compile_other: to look at other batches; None only reckons.
+        """
+        if compile_other is None:
+            return max(0, _guess(compiled, limit)), "estimated"
+        return search(lambda rows: compile_other(self.step(rows)), compiled[0], limit)
 
 
-def search(compile_rows: Callable[[int], Compiled], first: Compiled, hbm: int) -> tuple[int, str]:
+def search(compile_rows: Callable[[int], Compiled], first: Compiled, limit: int) -> tuple[int, str]:
     """Return the most rows of a device that were seen to fit, and how certain that is; compile at most `SEARCH` times.
 
     Memory is nearly a straight line over the rows, so each guess is where the line through what is known meets the
@@ -96,18 +102,18 @@ def search(compile_rows: Callable[[int], Compiled], first: Compiled, hbm: int) -
     tried = [first]
     good, bad = 0, None
     for _ in range(SEARCH + 1):
-        good = max((c.phase.rows for c in tried if c.fits(hbm)), default=0)
-        bad = min((c.phase.rows for c in tried if not c.fits(hbm)), default=None)
+        good = max((c.phase.rows for c in tried if c.fits(limit)), default=0)
+        bad = min((c.phase.rows for c in tried if not c.fits(limit)), default=None)
         if bad == good + 1 or len(tried) > SEARCH:
             break
-        guess = max(_guess(tried, hbm), good + 1)
+        guess = max(_guess(tried, limit), good + 1)
         if any(c.phase.rows == guess for c in tried):
             guess += 1
         tried.append(compile_rows(guess if bad is None else min(guess, bad - 1)))
     return good, "seen" if bad == good + 1 else "at least"
 
 
-def _guess(tried: Sequence[Compiled], hbm: int) -> int:
+def _guess(tried: Sequence[Compiled], limit: int) -> int:
     points = sorted((c.phase.rows, c.needed) for c in tried if c.needed)
     r1, n1 = points[-1]
     if len(points) > 1:
@@ -117,4 +123,4 @@ def _guess(tried: Sequence[Compiled], hbm: int) -> int:
         memory = tried[0].memory
         fixed = sum(memory[kind] for kind in ("frozen", "trainable", "optimiser")) if memory else 0
         slope = (n1 - fixed) / r1
-    return math.floor(r1 + (USABLE * hbm - n1) / max(slope, 1.0))
+    return math.floor(r1 + (limit - n1) / max(slope, 1.0))

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mllm4d_jax.parallel.chips import GIB
-from mllm4d_jax.plan.compile import EFFICIENCY, USABLE, Compiled, Timing
+from mllm4d_jax.plan.compile import EFFICIENCY, Compiled, Timing
 from mllm4d_jax.plan.job import LONGEST, GrpoJob, Lengths, PlanJob
-from mllm4d_jax.plan.memory import COPY, GPU_USABLE, GPUS
+from mllm4d_jax.plan.memory import COPY, GPUS
 
 DECODING = (
     " A decode step reads the decoder's weights, the prompts' cache (once for all completions of a prompt) and the "
@@ -26,7 +26,7 @@ class TopologyPlan:
 
     Attributes:
       topology, devices, mesh: what it is for.
-      hbm: bytes of a device.
+      hbm, usable: bytes of a device, and those that programs can have.
       notes: what differs from the config.
       phases: the compiled programs, in the order of a step.
       timings: of a step; for the expected completions first.
@@ -40,6 +40,7 @@ class TopologyPlan:
     devices: int
     mesh: dict[str, int]
     hbm: int
+    usable: int
     notes: tuple[str, ...]
     phases: tuple[Compiled, ...]
     timings: tuple[Timing, ...]
@@ -51,7 +52,7 @@ class TopologyPlan:
     @property
     def fits(self) -> bool:
         """Whether every phase can run."""
-        return all(c.fits(self.hbm) for c in self.phases)
+        return all(c.fits(self.usable) for c in self.phases)
 
     @property
     def peak(self) -> Compiled:
@@ -167,11 +168,10 @@ def details(p: TopologyPlan) -> str:
     lines.append(f"- all logits or all scores of a row: {', '.join(whole) or 'nowhere'}")
     if any(c.memory and not c.kernels for c in p.phases if c.phase.kind in ("step", "gradient")):
         lines.append("- the update has no attention kernel: see model.attention")
-    title = f"{p.topology}, {p.devices} devices, GiB on each by what it is for ({USABLE:.0%} of {p.hbm / GIB:.0f} are "
+    room = f"{p.usable / GIB:.1f} of {p.hbm / GIB:.0f}"
+    title = f"{p.topology}, {p.devices} devices, GiB on each by what it is for ({room} are counted as usable):\n"
     heads = " | ".join(["program", *(f"{kind}:" for kind in kinds), "GB received: | kernels: | compile s:"])
-    return "\n".join(
-        (title + "counted as usable):\n", _table(heads, rows) + "\n", *lines, *(f"- {n}" for n in p.notes))
-    )
+    return "\n".join((title, _table(heads, rows) + "\n", *lines, *(f"- {n}" for n in p.notes)))
 
 
 def gpu_table(job: PlanJob, record: Iterable[dict[str, Any]]) -> str:
@@ -200,7 +200,7 @@ def gpu_table(job: PlanJob, record: Iterable[dict[str, Any]]) -> str:
         heads += "learning, GiB:"
     heads = " | ".join(["devices: | remat", heads, *(f"most {most}, {name}:" for name in GPUS)])
     return (
-        f"Reckoned, not compiled, for {what}; several devices are those of {several}. {GPU_USABLE:.0%} of the memory "
+        f"Reckoned, not compiled, for {what}; several devices are those of {several}. Nine tenths of the memory "
         f"is counted as usable.\n\n{_table(heads, rows)}"
     )
 

@@ -11,11 +11,11 @@ import ml_collections
 
 from mllm4d_jax.files.atomic import write_atomic, write_json
 from mllm4d_jax.parallel.chips import GIB
-from mllm4d_jax.parallel.topology import open_topology, split_name
-from mllm4d_jax.plan.compile import FORMULA, compile_phases, timing
+from mllm4d_jax.parallel.topology import Topology, open_topology, split_name
+from mllm4d_jax.plan.compile import FORMULA, compile_phase, compile_phases, timing
 from mllm4d_jax.plan.grpo import GrpoPhases
 from mllm4d_jax.plan.job import GrpoJob, Lengths, PlanError, PlanJob
-from mllm4d_jax.plan.memory import choose, gpu_record
+from mllm4d_jax.plan.memory import choose, gpu_record, policies
 from mllm4d_jax.plan.sft import SftPhases
 from mllm4d_jax.plan.tables import DECODING, TopologyPlan, details, gpu_table, heading, tables
 
@@ -28,9 +28,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
     Args:
       config: every key of the "sft" or "grpo" task; data and weights need not exist.
       workdir: gets the two files, anew after each target, since the next one may take minutes.
-      targets: separated by commas: TPU topologies such as "v5e:4x4", in fine-tuning with "+" after it to compile other
-        batches too and see how many rows fit, or "memory" for GPUs without compiling. Words such as "branch=120" among
-        them say how many tokens the records' texts have, see `job.Lengths`.
+      targets: separated by commas: TPU topologies such as "v5e:4x4" or GPUs such as "h100" and "h200:8", in fine-tuning
+        with "+" after it to compile other batches too and see how many rows fit, or "memory" for GPUs without
+        compiling. Words such as "branch=120" among them say how many tokens the records' texts have, see `job.Lengths`.
 
     Returns:
       0.
@@ -43,7 +43,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
     names = [word for word in words if "=" not in word]
     lengths = Lengths.parse([word for word in words if "=" in word], config)
     if not names:
-        raise PlanError("--plan needs a target: TPU topologies such as v5e:4x4,v5p:2x2x1, or memory")
+        raise PlanError(
+            "--plan needs a target: TPU topologies such as v5e:4x4,v5p:2x2x1, GPUs such as h100,h200:8, or memory"
+        )
     for name in names:
         if name != MEMORY:
             split_name(name.removesuffix("+") if config.task == "sft" else name)
@@ -70,25 +72,40 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
 def plan_topology(job: PlanJob, name: str) -> TopologyPlan:
     """Compile the phases of a step for a topology such as "v5e:4x4", in fine-tuning also "v5e:4x4+"; raise as `run`."""
     topology = open_topology(name.removesuffix("+"))
-    hbm, devices, compiled = topology.chip.hbm, topology.devices, []
+    devices, limit = topology.devices, topology.chip.usable
+    for remat in policies(job, devices[0].platform, len(devices), limit):
+        plan = _plan(job.with_settings({"model.remat": remat}), topology, name.endswith("+"))
+        if plan.fits:
+            break
+    if job.config.model.remat == remat:
+        return plan
+    return dataclasses.replace(plan, notes=(*plan.notes, f"model.remat={job.config.model.remat} is '{remat}' here"))
+
+
+def _plan(job: PlanJob, topology: Topology, searching: bool) -> TopologyPlan:
+    """Compile the phases of a step under one policy of `model.remat`."""
+    devices, limit, compiled = topology.devices, topology.chip.usable, []
+    how = job.model.text.vocab_size, topology.options
     if isinstance(job, GrpoJob):
-        job, note = choose(job, len(devices), hbm)
+        job, note = choose(job, len(devices), limit)
         step = GrpoPhases(job, devices, note)
     else:
         step = SftPhases(job, devices)
-    for one in compile_phases(step.phases(), job.model.text.vocab_size):
+    for one in compile_phases(step.phases(), *how):
         compiled.append(one)
         print(f"  {one.phase.name}: {one.needed / GIB:.2f} GiB, {one.seconds:.0f} s", flush=True)
+    other = (lambda phase: compile_phase(phase, *how)[0]) if searching else None
+    largest, certainty = step.largest(compiled, limit, other)
     timings = tuple(
         timing(step.calls(mean), compiled, len(devices), topology.chip, mean, longest)
         for mean, longest in step.lengths.items()
     )
-    largest, certainty = step.largest(compiled, hbm, name.endswith("+"))
     return TopologyPlan(
         topology=topology.name,
         devices=len(devices),
         mesh=dict(step.mesh.shape),
-        hbm=hbm,
+        hbm=topology.chip.hbm,
+        usable=limit,
         notes=step.notes,
         phases=tuple(compiled),
         timings=timings,

@@ -36,6 +36,7 @@ from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.parallel.rules import parameter_sharding
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.shape import RowShape
+from mllm4d_jax.run.fitting import remat_of
 from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer, optimizer_placement
 
 
@@ -223,7 +224,7 @@ def load_trainable(config: ml_collections.ConfigDict, mesh: Mesh) -> QwenVL:
         dtype=jnp.dtype(config.model.dtype),
         mesh=mesh,
         attention=config.model.attention,
-        remat=config.model.remat,
+        remat=remat_of(config.model.remat, mesh),
     )
     model.vision_remat = config.model.vision_remat
     if needs_adapter(config.train.trainable):
@@ -245,7 +246,7 @@ def abstract_model(config: ml_collections.ConfigDict, sizes: ModelConfig, mesh: 
             mesh=mesh,
             rngs=rngs,
             attention=settings.attention,
-            remat=settings.remat,
+            remat=remat_of(settings.remat, mesh),
             vision_remat=settings.vision_remat,
         )
         if needs_adapter(config.train.trainable):
@@ -281,7 +282,7 @@ def tuning(config: ml_collections.ConfigDict, model: QwenVL, trainable: Mapping[
         targets=tuple(config.lora.targets),
         text=trained("text/stacks/0/mlp/down_proj/kernel", tuple(config.train.trainable)),
         vision="blocks" in trainable.get("vision", {}),
-        remat=config.model.remat,
+        remat=model.remat,
         vision_remat=config.model.vision_remat,
         attention=str(model.backend),
     )

@@ -17,6 +17,7 @@ from mllm4d_jax.parallel.chips import peak_flops
 from mllm4d_jax.run.begin import Begun, begin
 from mllm4d_jax.run.build import Parts, loader_options, open_held_out
 from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run.fitting import remat_forms
 from mllm4d_jax.run.start import start_from_run
 from mllm4d_jax.run.throughput import FlopCounter
 from mllm4d_jax.sft.held_out import HeldOutLoss
@@ -79,7 +80,9 @@ def make_trainer(begun: Begun) -> Trainer:
 def train_step(parts: Parts, trainable: Any, opt_state: Any) -> TrainStep:
     """Return the compiled step for trees of arrays, or of shapes with shardings."""
     chunk, seed = parts.config.train.loss_chunk, parts.config.seed
-    return TrainStep(parts.graphdef, parts.optimizer, trainable, opt_state, parts.mesh, chunk, seed)
+    remat = remat_forms(parts.config.model.remat, parts.mesh.devices.flat[0].platform)
+    trees = parts.graphdef, parts.optimizer, trainable, opt_state
+    return TrainStep(*trees, parts.mesh, chunk, seed, remat)
 
 
 def make_loader(begun: Begun) -> Loader:

@@ -16,10 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mllm4d_jax.models.split import merge_model
-from mllm4d_jax.parallel.place import place_rows, placed_rows
+from mllm4d_jax.parallel.place import place_rows, placed_rows, split_rows
 from mllm4d_jax.parallel.products import learning_options, over_positions, pick
-from mllm4d_jax.parallel.rules import replicated
+from mllm4d_jax.parallel.rules import batch_shards, replicated
 from mllm4d_jax.rows.rows import RowBatch
+from mllm4d_jax.run.fitting import Choice, Fitted, Room, free_bytes
+from mllm4d_jax.run.log import say
 from mllm4d_jax.run.loop import check_finite
 from mllm4d_jax.run.optimizer import StepMetrics, Sums, apply_sums
 from mllm4d_jax.run.throughput import mfu, peak_memory_gib
@@ -46,8 +48,11 @@ class TrainStep:
         mesh: Mesh,
         chunk: int,
         seed: int = 0,
+        remat: Sequence[str] = ("",),
+        room: Room = free_bytes,
     ) -> None:
-        """
+        """A batch that no policy lets fit is taken in parts, as if `train.accumulation` were higher.
+
         Args:
           graphdef: structure of the model, from `models.split.split_model`.
           optimizer: see `run.optimizer.make_optimizer`.
@@ -55,19 +60,26 @@ class TrainStep:
           mesh: devices, the same as the model was made for.
           chunk: supervised positions whose logits exist at a time.
           seed: of dropout.
+          remat: policies that the decoder may have, fastest first, see `run.fitting`; '' for the model's own.
+          room: bytes that are left on the devices.
         """
         self.mesh, self.compiles, self._shapes = mesh, 0, set()
+        self._parts: dict[Any, int] = {}  # of batches that do not fit whole, by their shapes
 
-        def sums(trainable, frozen, batch, step, micro):
+        def sums(remat, trainable, frozen, batch, step, micro):
             self.compiles += 1  # runs when traced, not when executed
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), micro)
-            return batch_sums(graphdef, trainable, frozen, batch, chunk, key, mesh)
+            return batch_sums(graphdef, trainable, frozen, batch, chunk, key, mesh, remat)
 
-        def whole(trainable, opt_state, frozen, batch, step):
-            return apply_sums(optimizer, trainable, opt_state, sums(trainable, frozen, batch, step, 0))
+        def whole(remat, trainable, opt_state, frozen, batch, step):
+            return apply_sums(optimizer, trainable, opt_state, sums(remat, trainable, frozen, batch, step, 0))
 
-        def add(total, trainable, frozen, batch, step, micro):
-            return jax.tree.map(jnp.add, total, sums(trainable, frozen, batch, step, micro))
+        def add(remat, total, trainable, frozen, batch, step, micro):
+            return jax.tree.map(jnp.add, total, sums(remat, trainable, frozen, batch, step, micro))
+
+        def fitted(function, donated, places):
+            settings = dict(donate_argnums=donated, out_shardings=places, compiler_options=options)
+            return Fitted(lambda name: jax.jit(functools.partial(function, name), **settings), remat, room)
 
         def zeros(trainable):
             scalars = (jnp.zeros((), jnp.float32) for _ in range(3))
@@ -77,14 +89,14 @@ class TrainStep:
         scalar = replicated(mesh)
         results = (*places, StepMetrics(*[scalar] * len(StepMetrics._fields)))
         partial, options = Sums(places[0], *[scalar] * 3), learning_options(mesh)
-        self._whole = jax.jit(whole, donate_argnums=(0, 1), out_shardings=results, compiler_options=options)
+        self._whole = fitted(whole, (0, 1), results)
         self._zeros = jax.jit(zeros, out_shardings=partial)
-        self._add = jax.jit(add, donate_argnums=0, out_shardings=partial, compiler_options=options)
+        self._add = fitted(add, 0, partial)
         self._finish = jax.jit(functools.partial(apply_sums, optimizer), donate_argnums=(0, 1), out_shardings=results)
 
     @property
     def retraces(self) -> int:
-        return self.compiles - len(self._shapes)
+        return self.compiles - len(self._shapes) - self._whole.dropped - self._add.dropped
 
     def __call__(
         self, trainable: Any, opt_state: Any, frozen: Any, batches: Sequence[RowBatch], step: int
@@ -96,15 +108,52 @@ class TrainStep:
           batches: the micro-batches of this step, in any shapes; each supervised token counts the same.
           step: number of the step, from 0.
         """
-        number = np.int32(step)
-        if len(batches) == 1:
+        number, micro = np.int32(step), 0
+        if len(batches) == 1 and _shape(batches[0]) not in self._parts:
             self._count(batches[0], accumulated=False)
-            return self._whole(trainable, opt_state, frozen, place_rows(batches[0], self.mesh), number)
+            args = trainable, opt_state, frozen, place_rows(batches[0], self.mesh), number
+            choice = self._whole.choose(*args)
+            if choice.fits or not self._divisors(batches[0]):
+                return choice.run(*args)
+            del args  # frees the batch
+            self._parts[_shape(batches[0])] = self._fewest_parts(batches[0], choice, trainable, frozen)
         total = self._zeros(trainable)
-        for i, batch in enumerate(batches):
-            self._count(batch, accumulated=True)
-            total = self._add(total, trainable, frozen, place_rows(batch, self.mesh), number, np.int32(i))
+        for batch in batches:
+            if _shape(batch) not in self._parts:
+                choice = self._choose_add(batch, total, trainable, frozen)
+                self._parts[_shape(batch)] = self._fewest_parts(batch, choice, trainable, frozen)
+            for rows in split_rows(batch, self._parts[_shape(batch)]):
+                self._count(rows, accumulated=True)
+                total = self._add(total, trainable, frozen, place_rows(rows, self.mesh), number, np.int32(micro))
+                micro += 1
         return self._finish(trainable, opt_state, total)
+
+    def _choose_add(self, batch: RowBatch, total: Any, trainable: Any, frozen: Any) -> Choice:
+        self._count(batch, accumulated=True)
+        return self._add.choose(total, trainable, frozen, place_rows(batch, self.mesh), np.int32(0), np.int32(0))
+
+    def _fewest_parts(self, batch: RowBatch, choice: Choice, trainable: Any, frozen: Any) -> int:
+        """In how many parts a batch has to be taken; as many as there can be where it fits in none of them.
+
+        Args:
+          choice: for the whole batch.
+        """
+        parts, possible = 1, self._divisors(batch)
+        while not choice.fits and possible:
+            # Memory is at most in proportion to the rows.
+            parts = next((n for n in possible if choice.wanted * parts <= choice.room * n), possible[-1])
+            possible = [n for n in possible if n > parts]
+            choice = self._choose_add(split_rows(batch, parts)[0], self._zeros(trainable), trainable, frozen)
+        if parts > 1:
+            rows = len(batch.loss_index)
+            say(f"a batch of {rows} rows does not fit and is taken in {parts} parts; the sums stay the same")
+        return parts
+
+    def _divisors(self, batch: RowBatch) -> list[int]:
+        """In how many parts a batch can be taken that the devices share evenly, ascending, without 1."""
+        processes = len({device.process_index for device in self.mesh.devices.flat})
+        each, rest = divmod(len(batch.loss_index) * processes, batch_shards(self.mesh))
+        return [] if rest else [n for n in range(2, each + 1) if each % n == 0]
 
     def lower(self, trainable: Any, opt_state: Any, frozen: Any, batch: RowBatch) -> jax.stages.Lowered:
         """The step of one batch for ahead-of-time compilation, without devices or data.
@@ -120,7 +169,12 @@ class TrainStep:
         return self._whole.lower(trainable, opt_state, frozen, shapes, step)
 
     def _count(self, batch: RowBatch, accumulated: bool) -> None:
-        self._shapes.add((accumulated, batch.inputs.layout, *(x.shape for x in jax.tree.leaves(batch))))
+        self._shapes.add((accumulated, _shape(batch)))
+
+
+def _shape(batch: RowBatch) -> tuple:
+    """What a program is compiled for."""
+    return batch.inputs.layout, *(x.shape for x in jax.tree.leaves(batch))
 
 
 def batch_sums(
@@ -131,8 +185,9 @@ def batch_sums(
     chunk: int,
     key: jax.Array,
     mesh: Mesh | None = None,
+    remat: str = "",
 ) -> Sums:
-    """Loss and gradient of one micro-batch, summed over its supervised tokens.
+    """Loss and gradient of one micro-batch, summed over its supervised tokens, under a policy or the model's own.
 
     Nothing is kept of the vision tower for the backward pass when none of it is trained: JAX keeps only what the
     gradient of `trainable` depends on.
@@ -140,6 +195,8 @@ def batch_sums(
 
     def loss(trainable: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         model = merge_model(graphdef, trainable, frozen)
+        if remat:
+            model.remat = remat
         hidden = model(batch.inputs, dropout_key=key)
         chosen = jax.vmap(lambda row, index: row[index])(hidden, batch.loss_index)
         out = token_cross_entropy(chosen, model.head_kernel(), batch.loss_target, batch.loss_weight, chunk, mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mllm4d_jax.parallel.products import compiler_options, einsum_f32
+from mllm4d_jax.parallel.products import compiler_options, einsum_f32, mixed_product
 
 SHAPES = (
     ("bgknd,bkpd->bgknp", (2, 12, 2, 2, 32), (2, 2, 40, 32)),
@@ -47,6 +48,42 @@ def test_values_and_gradients_against_float64(subscripts, left, right, dtype):
         (grads[1], 3 * np.einsum(f"{result},{first}->{second}", weights, exact[0])),
     ):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=tolerance * np.abs(wanted).max())
+
+
+def gradients(subscripts, left, right, product):
+    """(function of the operands and of the result's gradient, shapes of the operands) in bfloat16."""
+
+    def grads(a, b, weights):
+        return jax.grad(lambda a, b: jnp.sum(product(a, b) * weights), (0, 1))(a, b)
+
+    return grads, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (left, right)]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(("subscripts", "left", "right"), SHAPES)
+def test_accelerators_multiply_no_widened_operand_in_either_direction(subscripts, left, right, platform):
+    grads, shapes = gradients(subscripts, left, right, lambda a, b: einsum_f32(subscripts, a, b))
+    out = jax.ShapeDtypeStruct(np.einsum(subscripts, np.zeros(left), np.zeros(right)).shape, jnp.float32)
+    text = jax.jit(grads).trace(*shapes, out).lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(r"stablehlo\.dot_general.*: \((.*)\) ->", text)
+    assert len(products) >= 2 and all(p.count("xbf16>") == 2 for p in products), products
+
+
+@pytest.mark.parametrize(("subscripts", "left", "right"), SHAPES)
+def test_gradients_as_accelerators_compute_them(subscripts, left, right):
+    rng = np.random.default_rng(1)
+    exact = [np.asarray(jnp.asarray(rng.normal(size=shape), jnp.bfloat16), np.float64) for shape in (left, right)]
+    weights = rng.normal(size=np.einsum(subscripts, *exact).shape)
+    grads, _ = gradients(subscripts, left, right, mixed_product(subscripts))
+    found = grads(*(jnp.asarray(x, jnp.bfloat16) for x in exact), weights)
+    first, second, result = *subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+    wanted = [np.einsum(f"{result},{second}->{first}", weights, exact[1])]
+    wanted.append(np.einsum(f"{result},{first}->{second}", weights, exact[0]))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        # Both the gradient that comes in and the one that goes out have 8 bits, and so have parts of a CPU's sums.
+        scale = np.sqrt(np.mean(theirs**2))
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=2**-8, atol=2**-6 * scale)
 
 
 @pytest.mark.parametrize(("platform", "changes"), [("cpu", True), ("gpu", False), ("tpu", False)])

@@ -23,6 +23,7 @@ from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import replicated
 from mllm4d_jax.rows.batch import ModelInputs, collate
 from mllm4d_jax.rows.rows import RowBatch, collate_rows, needed_sizes, share_prefix
+from mllm4d_jax.run.fitting import extra_bytes
 from mllm4d_jax.run.optimizer import init_optimizer, make_optimizer
 from mllm4d_jax.sft.step import TrainStep
 
@@ -130,22 +131,25 @@ class Toy(nnx.Module):
         self.dtype = jnp.dtype(jnp.float32)
         self.table = nnx.Param(jnp.eye(8))
         self.lora_a = nnx.LoRAParam(jax.random.normal(jax.random.key(0), (8, 8)))
+        self.remat = "full"
 
     def __call__(self, inputs, dropout_key=None):
-        return self.table[...][inputs.tokens] @ self.lora_a[...]
+        hidden = self.table[...][inputs.tokens] @ self.lora_a[...]
+        # Something large between that changes nothing, as if more of it were kept.
+        return hidden + 0.0 * ((hidden @ hidden.mT) @ hidden) if self.remat == "none" else hidden
 
     def head_kernel(self):
         return self.table[...]
 
 
-def toy_step():
+def toy_step(**kwargs):
     """(step, lora, opt_state, frozen) of the toy on one device."""
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
     graphdef, lora, frozen = split_model(Toy())
     lora, frozen = jax.device_put((lora, frozen), replicated(mesh))
     optimizer = make_optimizer(np.full(9, 1e-2), b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
     opt_state = init_optimizer(optimizer, lora, mesh)
-    return TrainStep(graphdef, optimizer, lora, opt_state, mesh, 4), lora, opt_state, frozen
+    return TrainStep(graphdef, optimizer, lora, opt_state, mesh, 4, **kwargs), lora, opt_state, frozen
 
 
 def toy_batch(length, weight):
@@ -228,3 +232,28 @@ def test_one_micro_batch_without_weight_is_harmless():
     padded = step(lora, opt_state, frozen, [empty, full], 0)
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(padded), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_auto_takes_what_fits_and_splits_a_batch_that_does_not(count, capsys):
+    """The memory that is left is an argument; what the programs want is the compiler's own figure for them."""
+    batches = [toy_batch(256, np.array([[1, 1], [0, 2]], np.float32))] * count
+    plain, lora, opt_state, frozen = toy_step()
+    want = plain(*copied((lora, opt_state)), frozen, batches, 0)
+
+    def wanted(remat):
+        step, *trees = toy_step(remat=(remat,))
+        return extra_bytes(step.lower(*trees, batches[0]).compile())
+
+    none, full = wanted("none"), wanted("full")
+    assert full < none / 4
+    # An accumulated gradient is there besides, and so is its sum.
+    for room, name, parts in ((2 * none, "none", 1), (none // 2, "full", 1), (full * 2 // 3, "full", 2)):
+        step, *_ = toy_step(remat=("none", "full"), room=lambda room=room: room)
+        for _ in range(2):
+            found = step(*copied((lora, opt_state)), frozen, batches, 0)
+        out = capsys.readouterr().out
+        assert f"takes '{name}'" in out and out.count("does not fit and is taken in 2 parts") == (parts == 2), room
+        assert step.retraces == 0
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
