@@ -36,16 +36,13 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
 def learning_options(mesh: Mesh | None) -> dict[str, str | bool] | None:
     """Return `compiler_options` of programs with a backward pass.
 
-    On a GPU, XLA has a library's product written straight into the slice of an array that a loop fills. Where a layer
-    needs the product as well, as it does each one that a remat policy keeps, it is then computed twice, once for either
-    (seen in programs for an H100 with jax 0.11.2). Without that pass it is copied, while the next product runs.
+    On a GPU their large products are left to the library. To time kernels of XLA's own against it takes a minute of
+    each first compilation, and a plan that has no device to time them on could not tell the program's memory.
 
     Args:
       mesh: as for `compiler_options`.
     """
-    if _platform(mesh) == "gpu":
-        return {"xla_gpu_enable_dynamic_slice_fusion": False}
-    return compiler_options(mesh)
+    return {"xla_gpu_enable_triton_gemm": False} if _platform(mesh) == "gpu" else compiler_options(mesh)
 
 
 def _platform(mesh: Mesh | None) -> str:

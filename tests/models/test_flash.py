@@ -284,10 +284,14 @@ def test_the_program_calls_the_kernels_and_makes_no_scores(kind, d):
         assert squares(xla, {p, slots * length, size, length})  # the search finds what it looks for
 
 
+@pytest.mark.parametrize("unroll", [True, False])
 @pytest.mark.parametrize(("remat", "forward"), [("none", 3), ("dots", 3), ("dots_except_mlp", 3), ("full", 6)])
-def test_what_is_kept_of_attention_is_not_computed_again(remat, forward):
-    """In a gradient through a scan over layers: three kernels forward and three backward in the two loop bodies."""
-    graphdef, state = nnx.split(small_model(remat))
+def test_what_is_kept_of_attention_is_not_computed_again(remat, forward, unroll):
+    """Three kernels forward and three backward, of each of two layers or in the bodies of the two loops over them."""
+    model = small_model(remat)
+    assert model.backend.unroll
+    model.backend = dataclasses.replace(model.backend, unroll=unroll)
+    graphdef, state = nnx.split(model)
     layout = RowLayout(32, 2, 8, packed=False)
     ids = abstract(2, layout.size, dtype=jnp.int32)
     inputs = ModelInputs(ids, abstract(3, *ids.shape, dtype=jnp.int32), ids, ids, None, layout)
@@ -295,7 +299,8 @@ def test_what_is_kept_of_attention_is_not_computed_again(remat, forward):
     def loss(state, inputs):
         return nnx.merge(graphdef, state)(inputs).astype(jnp.float32).sum()
 
-    assert calls(lowered(jax.grad(loss), state, inputs)) == (forward, 3)
+    bodies = 2 if unroll else 1
+    assert calls(lowered(jax.grad(loss), state, inputs)) == (forward * bodies, 3 * bodies)
 
 
 def test_the_tower_of_a_model_calls_one_kernel():

@@ -193,5 +193,6 @@ def test_choice_follows_the_devices_of_the_mesh(monkeypatch, platform, dtype, ca
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
     backend = choose_backend("auto", dtype, mesh)
     assert (backend.name, backend.query_block, backend.mesh) == (name, block, mesh)
+    assert backend.unroll == (platform == "gpu")
     assert str(backend) == name
     assert choose_backend("auto", jnp.float32) == Backend("xla")
