@@ -163,10 +163,11 @@ def choose_form(mesh: Mesh | None, weights: Any) -> str:
 
 
 def _has_kernels(device: jax.Device) -> bool:
-    """An NVIDIA GPU from Ampere on, and a JAX that has Pallas for Triton, which it says it will drop."""
+    """An NVIDIA GPU from Ampere on, and a JAX that they were run with and that has Pallas for Triton still."""
     capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
     triton = importlib.util.find_spec("jax.experimental.pallas.triton")
-    return capability is not None and int(capability[1]) >= 8 and triton is not None
+    known = jax.__version_info__ >= (0, 11) and triton is not None
+    return known and capability is not None and int(capability[1]) >= 8
 
 
 def layers_apart(model: QwenVL, kernels: bool = False) -> Layers:
