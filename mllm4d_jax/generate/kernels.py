@@ -14,7 +14,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mllm4d_jax.generate.joined import rank_block
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.text import KVCache
 
@@ -180,7 +179,7 @@ def _low_rank(y, up, scale, at, rows, real, columns, width):
     """The product's `columns` with what an adapter adds to them: its first half lies behind the product's `width`."""
     f32, ranks = jnp.float32, up.shape[0]
     x = plgpu.load(y.at[*at, rows, columns], mask=real[:, None], other=0.0)
-    added, size = jnp.zeros(x.shape, f32), rank_block(ranks)
+    added, size = jnp.zeros(x.shape, f32), min(128, ranks & -ranks)
     for first in range(0, ranks, size):
         low = plgpu.load(y.at[*at, rows, pl.ds(width + first, size)], mask=real[:, None], other=0.0)
         added += jnp.dot(low, up[pl.ds(first, size), columns], preferred_element_type=f32)
@@ -204,7 +203,7 @@ def place(
 
     Args:
       y: [B, G, (N + 2 K) * d + r], behind the product what the adapters' first halves give.
-      up: [r, (N + 2 K) * d] and scale [(N + 2 K) * d]; None without adapters. bias: [(N + 2 K) * d] or None.
+      up: [r, (N + 2 K) * d], r a multiple of 16, and scale [(N + 2 K) * d]; None without adapters. bias: [(N + 2 K) * d] or None.
       norm: [N + K, d], weight of the RMS norm of each head, or None; eps: its epsilon.
       tables: cos and sin [B, G, d].
       own: k, v [B, K, G, T, d]; slot: i32[] to write.
