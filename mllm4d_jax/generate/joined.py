@@ -31,11 +31,6 @@ FORMS = ("stacked", "apart", "kernels")
 _SHARE = 0.6  # of a device's memory; a model of 8B in 16 bits, twice, is 0.55 of the 64 GB that JAX takes of 80
 
 
-def rank_block(ranks: int) -> int:
-    """Ranks of adapters that kernels multiply at a time, for the sum of the ranks, which is made a multiple of it."""
-    return min(128, max(16, 1 << (ranks - 1).bit_length()))
-
-
 class JoinedLinear(nnx.Module):
     """Linear layers of one input as one product.
 
@@ -48,7 +43,7 @@ class JoinedLinear(nnx.Module):
         widths = [layer.kernel.shape[-1] for layer in layers]
         adapted = [layer for layer in layers if layer.lora_a is not None]
         ranks = sum(layer.lora_a.shape[-1] for layer in adapted)
-        padding = -ranks % rank_block(ranks) if ranks else 0
+        padding = -ranks % 16  # as kernels want them
         parts = [*(layer.kernel[...] for layer in layers), *(layer.lora_a[...] for layer in adapted)]
         parts.append(jnp.zeros((len(parts[0]), padding)))
         self.width = sum(widths)
@@ -163,10 +158,11 @@ def choose_form(mesh: Mesh | None, weights: Any) -> str:
 
 
 def _has_kernels(device: jax.Device) -> bool:
-    """An NVIDIA GPU from Ampere on, and a JAX that has Pallas for Triton, which it says it will drop."""
+    """An NVIDIA GPU from Ampere on, and a JAX that they were run with and that has Pallas for Triton still."""
     capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
     triton = importlib.util.find_spec("jax.experimental.pallas.triton")
-    return capability is not None and int(capability[1]) >= 8 and triton is not None
+    known = jax.__version_info__ >= (0, 11) and triton is not None
+    return known and capability is not None and int(capability[1]) >= 8
 
 
 def layers_apart(model: QwenVL, kernels: bool = False) -> Layers:

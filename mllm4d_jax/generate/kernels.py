@@ -14,11 +14,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mllm4d_jax.generate.joined import rank_block
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.text import KVCache
 
-_KEYS = 128  # of the prompt that a program looks at
+_KEYS, _PARTS = 128, 16  # keys of the prompt that a program looks at at a time, and most parts of the prompt
 _OWN, _STEPS = 64, 8  # own keys of a branch that a program looks at at a time, and how often
 _ROWS = 64  # most queries that a program has
 
@@ -56,11 +55,12 @@ def attend(
     """
     (b, k, g, n, d), p, t = q.shape, prompt.k.shape[2], own.k.shape[3]
     rows = min(_ROWS, _size(g * n))
-    blocks, parts, own_parts = pl.cdiv(g * n, rows), pl.cdiv(p, _KEYS), pl.cdiv(t, _OWN * _STEPS)
+    steps = pl.cdiv(p, _KEYS * _PARTS)
+    blocks, parts, own_parts = pl.cdiv(g * n, rows), pl.cdiv(p, _KEYS * steps), pl.cdiv(t, _OWN * _STEPS)
     total = parts + own_parts
     size = (b, k, total, g * n)
     f32 = jnp.float32
-    kernel = functools.partial(_look, keys=(p, t), shape=(g, n, d), grid=(k, rows, blocks, parts))
+    kernel = functools.partial(_look, keys=(p, t), shape=(g, n, d), grid=(k, rows, blocks, parts, steps))
     numbers = jnp.stack([slot, asked[1]]).astype(jnp.int32)
     found = pl.pallas_call(
         kernel,
@@ -80,22 +80,30 @@ def attend(
     )(*found).reshape(b, g, k * n * d)
 
 
-def _scores(q, keys, seen):
-    """(maximum, exponentials, their sum) of the scores that are seen."""
-    scores = jnp.dot(q, keys.T, preferred_element_type=jnp.float32) * keys.shape[-1] ** -0.5
+def _nothing(rows: int, d: int):
+    """Maximum of the scores, sum of their exponentials, and sum of the values by them, before any key."""
+    return jnp.full((rows,), LOWEST, jnp.float32), jnp.zeros((rows,)), jnp.zeros((rows, d))
+
+
+def _more(found, q, k, v, seen):
+    """`_nothing`, or what was found so far, with the keys that are seen."""
+    (top, total, o), f32 = found, jnp.float32
+    scores = jnp.dot(q, k.T, preferred_element_type=f32) * k.shape[-1] ** -0.5
     scores = jnp.where(seen[None], scores, LOWEST)
-    top = scores.max(-1)
-    return top, scores
+    new = jnp.maximum(top, scores.max(-1))
+    weights, kept = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
+    o = o * kept[:, None] + jnp.dot(weights.astype(v.dtype), v, preferred_element_type=f32)
+    return new, total * kept + weights.sum(-1), o
 
 
 def _look(numbers, lengths, visible, q, pk, pv, ok, ov, out, tops, sums, *, keys, shape, grid):
     """What one program finds: the sum of values, not divided, with maximum and sum of the exponentials."""
-    (p, t), (g, n, d), (heads, rows, blocks, parts) = keys, shape, grid
+    (p, t), (g, n, d), (heads, rows, blocks, parts, steps) = keys, shape, grid
     b, head, j = pl.program_id(0) // heads, pl.program_id(0) % heads, pl.program_id(1)
     slot, begin = numbers[0], numbers[1]
     columns = pl.ds(0, d)
 
-    def put(part, first, count, size, o, top, total):
+    def put(part, first, count, size, top, total, o):
         at, real = pl.ds(first, size), jnp.arange(size) < count
         plgpu.store(out.at[b, head, part, at, columns], o, mask=real[:, None])
         plgpu.store(tops.at[b, head, part, at], top, mask=real)
@@ -104,17 +112,19 @@ def _look(numbers, lengths, visible, q, pk, pv, ok, ov, out, tops, sums, *, keys
     @pl.when(j < blocks * parts)
     def _():
         part, first = j // blocks, (j % blocks) * rows
-        places = part * _KEYS + jnp.arange(_KEYS)
-        there, at = places < p, pl.ds(part * _KEYS, _KEYS)
         real = first + jnp.arange(rows) < g * n
         queries = plgpu.load(q.at[b, head, pl.ds(first, rows), columns], mask=real[:, None], other=0.0)
-        k = plgpu.load(pk.at[b, head, at, columns], mask=there[:, None], other=0.0)
-        v = plgpu.load(pv.at[b, head, at, columns], mask=there[:, None], other=0.0)
-        seen = plgpu.load(visible.at[b, at], mask=there, other=0) != 0
-        top, scores = _scores(queries, k, seen)
-        weights = jnp.exp(scores - top[:, None])
-        o = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        put(part, first, g * n - first, rows, o, top, weights.sum(-1))
+
+        def step(i, found):
+            start = (part * steps + i) * _KEYS
+            there, at = start + jnp.arange(_KEYS) < p, pl.ds(start, _KEYS)
+            k = plgpu.load(pk.at[b, head, at, columns], mask=there[:, None], other=0.0)
+            v = plgpu.load(pv.at[b, head, at, columns], mask=there[:, None], other=0.0)
+            return _more(found, queries, k, v, plgpu.load(visible.at[b, at], mask=there, other=0) != 0)
+
+        found = _nothing(rows, d)
+        found = step(0, found) if steps == 1 else jax.lax.fori_loop(0, steps, step, found)
+        put(part, first, g * n - first, rows, *found)
 
     @pl.when(j >= blocks * parts)
     def _():
@@ -124,25 +134,18 @@ def _look(numbers, lengths, visible, q, pk, pv, ok, ov, out, tops, sums, *, keys
         queries = plgpu.load(q.at[b, head, pl.ds(branch * n, size), columns], mask=real[:, None], other=0.0)
         length, start = lengths[b, branch], part * _OWN * _STEPS
 
-        def step(i, carry):
-            top, total, o = carry
+        def step(i, found):
             first = start + i * _OWN
             places, at = first + jnp.arange(_OWN), pl.ds(first, _OWN)
             there = places < t
             k = plgpu.load(ok.at[b, head, branch, at, columns], mask=there[:, None], other=0.0)
             v = plgpu.load(ov.at[b, head, branch, at, columns], mask=there[:, None], other=0.0)
             seen = (places <= slot) & ((places < length) | (places >= begin))
-            new, scores = _scores(queries, k, seen)
-            new = jnp.maximum(top, new)
-            weights, kept = jnp.exp(scores - new[:, None]), jnp.exp(top - new)
-            o = o * kept[:, None] + jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            return new, total * kept + weights.sum(-1), o
+            return _more(found, queries, k, v, seen)
 
         # Slots that are not written yet are not read.
-        steps = jnp.clip((slot - start) // _OWN + 1, 0, _STEPS)
-        empty = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,)), jnp.zeros((size, d))
-        top, total, o = jax.lax.fori_loop(0, steps, step, empty)
-        put(parts + part, branch * n, n, size, o, top, total)
+        filled = jnp.clip((slot - start) // _OWN + 1, 0, _STEPS)
+        put(parts + part, branch * n, n, size, *jax.lax.fori_loop(0, filled, step, _nothing(size, d)))
 
 
 def _join(out, tops, sums, joined, *, total, shape):
@@ -161,8 +164,8 @@ def _join(out, tops, sums, joined, *, total, shape):
         more = plgpu.load(out.at[b, head, part, at, columns], mask=real[:, None], other=0.0)
         return new, denominator, o * kept[:, None] + weight[:, None] * more
 
-    carry = jnp.full((size,), LOWEST, jnp.float32), jnp.zeros((size,)), jnp.zeros((size, d))
-    if total <= 16:  # unrolled, so that all is read at once
+    carry = _nothing(size, d)
+    if total <= 2 * _PARTS:  # unrolled, so that all is read at once
         for part in np.arange(total, dtype=np.int32):
             carry = step(part, carry)
     else:
@@ -176,7 +179,7 @@ def _low_rank(y, up, scale, at, rows, real, columns, width):
     """The product's `columns` with what an adapter adds to them: its first half lies behind the product's `width`."""
     f32, ranks = jnp.float32, up.shape[0]
     x = plgpu.load(y.at[*at, rows, columns], mask=real[:, None], other=0.0)
-    added, size = jnp.zeros(x.shape, f32), rank_block(ranks)
+    added, size = jnp.zeros(x.shape, f32), min(128, ranks & -ranks)
     for first in range(0, ranks, size):
         low = plgpu.load(y.at[*at, rows, pl.ds(width + first, size)], mask=real[:, None], other=0.0)
         added += jnp.dot(low, up[pl.ds(first, size), columns], preferred_element_type=f32)
@@ -200,7 +203,7 @@ def place(
 
     Args:
       y: [B, G, (N + 2 K) * d + r], behind the product what the adapters' first halves give.
-      up: [r, (N + 2 K) * d] and scale [(N + 2 K) * d]; None without adapters. bias: [(N + 2 K) * d] or None.
+      up: [r, (N + 2 K) * d], r a multiple of 16, and scale [(N + 2 K) * d]; None without adapters. bias: [(N + 2 K) * d] or None.
       norm: [N + K, d], weight of the RMS norm of each head, or None; eps: its epsilon.
       tables: cos and sin [B, G, d].
       own: k, v [B, K, G, T, d]; slot: i32[] to write.

@@ -126,6 +126,9 @@ def test_who_decodes_how(monkeypatch):
         form("gpu", "a GPU of another name", 0.001) == form("tpu", "TPU v5p", 2) == form("cpu", "cpu", 2) == "stacked"
     )
     # Here: by the memory that JAX has.
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert form("gpu", "NVIDIA H100 80GB HBM3", 8.8, 64) == "apart"
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert (
         form("gpu", "a GPU of another name", 8.8, 64)
         == form("gpu", "NVIDIA A100-SXM4-80GB", 8.8, 64, "8.0")
