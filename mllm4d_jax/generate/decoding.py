@@ -11,7 +11,6 @@ seen; in return, all branches write the same slot in every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -184,54 +183,58 @@ def decode(
     config, mesh = model.config.text, model.mesh
     x = constrain_rows(model.text.embed[...][tokens], mesh)
     on_axes = jnp.broadcast_to(positions, (3, *positions.shape))
-    cos, sin = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
-    real = jnp.ones(tokens.shape, bool)
-
-    def through(block: DecoderBlock, hidden: jax.Array, prompt: KVCache, write: Callable[..., KVCache]) -> jax.Array:
-        q, k, v = block.attn.project(block.input_norm(hidden), cos, sin)
-        out = branch_attention(q, prompt, prompts.visible, write(k, v), slot, asked)
-        hidden = hidden + block.attn.o_proj(out.reshape(*out.shape[:2], -1))
-        return constrain_rows(block.feed_forward(hidden, real)[0], mesh)
-
-    def written(cache: jax.Array, new: jax.Array, *at: jax.Array | int) -> jax.Array:
-        new = new.swapaxes(1, 2)[..., None, :]
-        return jax.lax.dynamic_update_slice(cache, new.reshape(*[1] * len(at), *new.shape), (*at, 0, 0, 0, slot, 0))
-
+    tables = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
+    token = _Token(tables, prompts.visible, slot, asked, mesh)
     if layers is not None:
-        kept, nothing = [], Asked(jnp.zeros(tokens.shape, jnp.int32), jnp.int32(0))
+        kept = []
         for block, *caches in zip(layers, *prompts.kv, *own, strict=True):
-            prompt, mine = KVCache(*caches[:2]), KVCache(*caches[2:])
-
-            if isinstance(block.attn, JoinedAttention) and block.attn.kernels:
-                seen = prompts.visible, slot, nothing if asked is None else asked
-                x, mine = block.attn.step(x, block.input_norm(x), (cos, sin), prompt, mine, *seen)
-                x = block.feed_forward(x, real)[0]
-                kept.append(mine)
-                continue
-
-            def write(k, v, mine=mine):
-                kept.append(KVCache(written(mine.k, k), written(mine.v, v)))
-                return kept[-1]
-
-            x = through(block, x, prompt, write)
+            x, mine = token.through(block, x, KVCache(*caches[:2]), KVCache(*caches[2:]))
+            kept.append(mine)
         return model.text.norm(x), KVCache(*zip(*kept, strict=True))
 
     def step(block, carry, layer):
         hidden, own = carry
-
-        def write(k, v):
-            nonlocal own
-            own = KVCache(written(own.k, k, layer), written(own.v, v, layer))
-            return KVCache(*(x[layer] for x in own))
-
-        hidden = through(block, hidden, KVCache(*(x[layer] for x in prompts.kv)), write)
-        return (hidden, own), None
+        # The prompt's keys are indexed, not scanned over, so that stacks of several kinds need no parts of them.
+        prompt = KVCache(*(x[layer] for x in prompts.kv))
+        return token.through(block, hidden, prompt, own, layer), None
 
     carry = (x, own)
     for (start, count, _), blocks in zip(run_lengths(config), model.text.stacks, strict=True):
-        # The prompt's keys are indexed, not scanned over, so that stacks of several kinds need no parts of them.
         carry, _ = scan_layers(blocks, step, carry, start + jnp.arange(count))
     return model.text.norm(carry[0]), carry[1]
+
+
+class _Token(NamedTuple):
+    """What a step's token of every branch has in all layers, see `decode`."""
+
+    tables: tuple[jax.Array, jax.Array]
+    visible: jax.Array
+    slot: jax.Array | int
+    asked: Asked | None
+    mesh: Mesh | None
+
+    def through(
+        self, block: DecoderBlock, hidden: jax.Array, prompt: KVCache, own: KVCache, layer: jax.Array | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """(hidden states after the block, `own` with the slot written); `own` is of all layers if one is named."""
+        x, shape = block.input_norm(hidden), hidden.shape[:2]
+        if isinstance(block.attn, JoinedAttention) and block.attn.kernels:
+            asked = self.asked or Asked(jnp.zeros(shape, jnp.int32), jnp.int32(0))
+            hidden, own = block.attn.step(hidden, x, self.tables, prompt, own, self.visible, self.slot, asked)
+        else:
+            q, k, v = block.attn.project(x, *self.tables)
+            own = KVCache(self._written(own.k, k, layer), self._written(own.v, v, layer))
+            mine = own if layer is None else KVCache(*(cache[layer] for cache in own))
+            out = branch_attention(q, prompt, self.visible, mine, self.slot, self.asked)
+            hidden = hidden + block.attn.o_proj(out.reshape(*shape, -1))
+        hidden = block.feed_forward(hidden, jnp.ones(shape, bool))[0]
+        return constrain_rows(hidden, self.mesh), own
+
+    def _written(self, cache: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
+        new, at = new.swapaxes(1, 2)[..., None, :], (0, 0, 0, self.slot, 0)
+        if layer is not None:
+            new, at = new[None], (layer, *at)
+        return jax.lax.dynamic_update_slice(cache, new, at)
 
 
 def branch_attention(

@@ -203,7 +203,8 @@ def place(
 
     Args:
       y: [B, G, (N + 2 K) * d + r], behind the product what the adapters' first halves give.
-      up: [r, (N + 2 K) * d], r a multiple of 16, and scale [(N + 2 K) * d]; None without adapters. bias: [(N + 2 K) * d] or None.
+      up: [r, (N + 2 K) * d], r a multiple of 16, and scale [(N + 2 K) * d]; None without adapters.
+      bias: [(N + 2 K) * d] or None.
       norm: [N + K, d], weight of the RMS norm of each head, or None; eps: its epsilon.
       tables: cos and sin [B, G, d].
       own: k, v [B, K, G, T, d]; slot: i32[] to write.
