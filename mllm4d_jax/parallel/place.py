@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from mllm4d_jax.parallel.mesh import own_part, process_count
 from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
 
 # Arrays whose rows (or frames, or features, row by row) are not their first dimension, by the name of their field.
@@ -49,7 +50,7 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return tree
-    processes = len({device.process_index for device in mesh.devices.flat})
+    processes = process_count(mesh)
     if processes == 1:
         return jax.device_put(tree, row_shardings(tree, mesh))
     shards = batch_shards(mesh)
@@ -64,6 +65,48 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
         return jax.make_array_from_process_local_data(batch_sharding(mesh, x.ndim, dim), x, shape)
 
     return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Put arrays whole on every device; those of several processes have to be equal."""
+    sharding = replicated(mesh)
+    if process_count(mesh) == 1:
+        return jax.device_put(tree, sharding)
+    # device_put would have the processes compare every array first.
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def join_rows(tree: Any, mesh: Mesh) -> Any:
+    """Put rows that are on the devices of each process on those of all, as `place_rows` does with rows of the host.
+
+    Args:
+      tree: see `row_shardings`; of each process, equally many rows, which its part of the mesh divides.
+      mesh: over several processes.
+    """
+    own, processes = own_part(mesh), process_count(mesh)
+
+    def whole(path: tuple, x: jax.Array) -> jax.Array:
+        dim = _row_dimension(path)
+        shape = (*x.shape[:dim], x.shape[dim] * processes, *x.shape[dim + 1 :])
+        parts = [s.data for s in jax.device_put(x, batch_sharding(own, x.ndim, dim)).addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, batch_sharding(mesh, x.ndim, dim), parts)
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def own_copies(tree: Any, mesh: Mesh) -> Any:
+    """Return arrays as this process alone sees them, on its own part of their mesh; nothing is moved.
+
+    Args:
+      tree: arrays that are not split over the batch axes, so that every process has them whole.
+      mesh: `own_part` of theirs.
+    """
+
+    def own(x: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), parts)
+
+    return jax.tree.map(own, tree)
 
 
 def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -51,6 +51,11 @@ class Watchdog:
         finally:
             self._now = None
 
+    def progress(self) -> None:
+        """Start the time of the phase anew: a part of it is done."""
+        now = self._now
+        self._now = now and (now[0], time.monotonic())
+
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit_s / 4)):
             now = self._now
