@@ -130,7 +130,7 @@ class Actor:
         return Drawn(prompts, batch, features, dataclasses.replace(rollouts, seconds=seconds))
 
     def prepare(self, prompts: Sequence[Prompt], weights: tuple) -> tuple[PromptBatch, PromptFeatures | None]:
-        """The prompts as arrays, their vision features on the devices; the frames are not kept. `weights`: see `draw`."""
+        """The prompts as arrays, their vision features on the devices; frames are not kept. `weights`: as of `draw`."""
         examples = [p.example for p in prompts]
         needed = needed_prompt_sizes(examples)
         if self.together:

@@ -134,16 +134,15 @@ class Rollouts:
         """
         if jax.process_count() == 1:
             return self
-        arrays = io.BytesIO()
+        file = io.BytesIO()
         rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ARRAYS}
-        named = {name: getattr(self, name) for name in _ARRAYS}
-        np.savez(arrays, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **named)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        np.savez(file, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
         parts = []
-        for told in multihost.gather_bytes(arrays.getvalue()):
+        for told in multihost.gather_bytes(file.getvalue()):
             with np.load(io.BytesIO(told), allow_pickle=False) as stored:
-                parts.append(
-                    self.from_json({**json.loads(stored["rest"].tobytes()), **{n: stored[n] for n in _ARRAYS}})
-                )
+                arrays = {name: stored[name] for name in _ARRAYS}
+                parts.append(self.from_json(json.loads(stored["rest"].tobytes()) | arrays))
         seconds = {name: max(part.seconds[name] for part in parts) for name in self.seconds}
         return dataclasses.replace(self.join(parts, pad_id), seconds=seconds)
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from mllm4d_jax.parallel.mesh import own_part, process_count
@@ -67,13 +68,17 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree_util.tree_map_with_path(whole, tree)
 
 
+def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Put an array that every process of the run has whole, and all of them alike, on the devices of a sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)  # device_put would have the processes compare it first, and leaves an array of arrays (jax 0.10)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Put arrays whole on every device; those of several processes have to be equal."""
-    sharding = replicated(mesh)
-    if process_count(mesh) == 1:
-        return jax.device_put(tree, sharding)
-    # device_put would have the processes compare every array first.
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+    """Put arrays that every process has, and all of them alike, whole on every device."""
+    return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
 
 
 def join_rows(tree: Any, mesh: Mesh) -> Any:

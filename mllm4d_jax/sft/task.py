@@ -63,7 +63,7 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
 
     def held_out_loss() -> float:
         with run.watchdog.phase("measuring the held-out loss"):
-            loss = setup.held_out(trainer.trainable)
+            loss = setup.held_out(trainer.trainable, run.watchdog.progress)
         trainer.restart_clock()
         return loss
 
