@@ -29,6 +29,12 @@ def only_directions(completion, solution, record):
     return figures(completion, solution, record) if "Which way" in record["question"] else 0.0
 
 
+def fails_on_the_second(completion, solution, record):
+    if jax.process_index() == 1:
+        raise RuntimeError("no")
+    return 0.5
+
+
 def make_config(world, reward="figures", **changes):
     """A run on a random tiny model with a fresh adapter: short completions, one device.
 
