@@ -10,9 +10,8 @@ import ml_collections
 
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids
-from mllm4d_jax.generate.weights import sampling_mesh
 from mllm4d_jax.grpo.presets import ObjectiveConfig, resolve_objective
-from mllm4d_jax.parallel.mesh import MeshError, make_mesh, mesh_shape, rows_divide
+from mllm4d_jax.parallel.mesh import MeshError, mesh_shape
 from mllm4d_jax.qa.custom_rewards import RewardError, Rewards, load_rewards
 from mllm4d_jax.run import preflight
 
@@ -58,8 +57,7 @@ def sampling_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, vocab_s
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Look for everything a run needs. Raises PreflightError."""
-    divisions = [*layout_problems(config), *division_problems(config, len(jax.devices()))]
-    divisions = divisions or list(_process_problems(config))
+    divisions = [*layout_problems(config), *division_problems(config, len(jax.devices()), jax.process_count())]
     preflight.refuse(config, [*_setting_problems(config), *divisions])
 
 
@@ -72,21 +70,6 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     c = config.rollout
     yield from preflight.bucket_problems("rollout.buckets", c.buckets, "rollout.max_new_tokens", c.max_new_tokens)
     yield from preflight.place_problems("eval.path =", config.eval.path, config.eval.root or config.data.root)
-
-
-def _process_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
-    """What cannot be divided over the processes of the run, one line each."""
-    c, hosts, mesh = config.rollout, jax.process_count(), make_mesh(dict(config.mesh))
-    if c.prompts % hosts:
-        yield f"rollout.prompts = {c.prompts} cannot be divided evenly over {hosts} processes"
-    if not rows_divide(mesh):
-        yield f"mesh: {hosts} processes would have to share rows of a batch: make mesh.tensor smaller"
-    elif not rows_divide(sampling_mesh(mesh, c.tensor)):
-        local = len(jax.local_devices())
-        yield (
-            f"rollout.tensor = {c.tensor} spans several processes, of {local} devices each: every process samples by "
-            f"itself, make it a divisor of {local}"
-        )
 
 
 def completions_per_row(config: ml_collections.ConfigDict) -> int:
@@ -106,8 +89,12 @@ def layout_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time"
 
 
-def division_problems(config: ml_collections.ConfigDict, devices: int) -> Iterator[str]:
-    """What cannot be divided on so many devices, one line each: rows -> micro-batches -> devices of the mesh."""
+def division_problems(config: ml_collections.ConfigDict, devices: int, hosts: int = 1) -> Iterator[str]:
+    """What cannot be divided on so many devices, one line each: rows -> micro-batches -> devices of the mesh.
+
+    Args:
+      hosts: processes that have as many of the devices; each draws completions of its own prompts, on its own devices.
+    """
     c = config.rollout
     try:
         shape = mesh_shape(dict(config.mesh), devices)
@@ -116,6 +103,12 @@ def division_problems(config: ml_collections.ConfigDict, devices: int) -> Iterat
     except MeshError as error:
         yield f"mesh: {error}"
         return
+    local = devices // hosts
+    for name, tensor in (("mesh.tensor", shape["tensor"]), ("rollout.tensor", c.tensor or 1)):
+        if local % tensor:
+            yield f"{name} = {tensor} spans several hosts, which have {local} devices each: make it divide {local}"
+    if c.prompts % hosts:
+        yield f"rollout.prompts = {c.prompts} cannot be divided evenly over {hosts} hosts: make it a multiple"
     if shape["fsdp"] > 1 and not c.tensor:
         yield (
             f"mesh.fsdp = {shape['fsdp']} would gather all weights for every sampled token: set rollout.tensor to "

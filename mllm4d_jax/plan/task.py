@@ -72,7 +72,7 @@ def plan_topology(job: PlanJob, name: str) -> TopologyPlan:
     topology = open_topology(name.removesuffix("+"))
     hbm, devices, compiled = topology.chip.hbm, topology.devices, []
     if isinstance(job, GrpoJob):
-        job, note = choose(job, len(devices), hbm)
+        job, note = choose(job, len(devices), hbm, len({device.process_index for device in devices}))
         step = GrpoPhases(job, devices, note)
     else:
         step = SftPhases(job, devices)

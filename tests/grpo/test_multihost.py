@@ -195,12 +195,12 @@ def test_a_reward_that_fails_on_one_process_ends_all(mixed_world, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rollout__prompts=3), "rollout.prompts = 3 cannot be divided evenly over 2 processes"),
+        (dict(rollout__prompts=3), "rollout.prompts = 3 cannot be divided evenly over 2 hosts"),
         (
             dict(mesh__fsdp=2, mesh__data=1, rollout__tensor=2),
-            "rollout.tensor = 2 spans several processes, of 1 devices",
+            "rollout.tensor = 2 spans several hosts, which have 1",
         ),
-        (dict(mesh__tensor=2, mesh__data=1), "2 processes would have to share rows of a batch"),
+        (dict(mesh__tensor=2, mesh__data=1), "mesh.tensor = 2 spans several hosts, which have 1"),
     ],
 )
 def test_what_cannot_be_divided_is_said_at_once(mixed_world, tmp_path, changes, message):
