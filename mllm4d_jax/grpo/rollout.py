@@ -130,7 +130,7 @@ class Rollouts:
     def shared(self, pad_id: int) -> Self:
         """The completions of all processes, one process after the other, the same on each; all of them call it.
 
-        Each has as many prompts. Seconds are those of the slowest process.
+        Each has as many prompts. Seconds are those of the slowest process, counts add up.
         """
         if jax.process_count() == 1:
             return self

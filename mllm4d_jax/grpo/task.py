@@ -38,6 +38,10 @@ COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups"
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Trains as the config says, continuing from the workdir's newest checkpoint if there is one.
 
+    Every process of a run over several calls this, with the same config and a workdir that they share. Each draws and
+    scores completions of its own prompts on its own devices; then all know all completions (not the frames of the
+    others' prompts), so that what decides shapes is the same on each, and update the policy together.
+
     Args:
       config: every key of the "grpo" task.
       workdir: gets config.json, checkpoints/, start/ (the policy at the start), metrics.jsonl, completions.jsonl,
@@ -52,10 +56,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       ResumeError: the workdir holds a run with other settings, or no whole checkpoint; ClipsError: or other clips.
       QuarantineError: too many unusable records.
       RewardError: a reward function misbehaves.
+      OtherProcessError: that, or what another process cannot read, on the others.
       TrainingError: loss or gradient is not finite.
     """
     with hold_workdir(workdir) as held:
-        settings.check(config)
+        multihost.together(lambda: settings.check(config))
         return carry_out(config, held, COLUMNS, set_up, train)
 
 
@@ -104,7 +109,8 @@ class Rounds:
         has too many of is dropped, since it would be from an older policy in the next step.
         """
         setup, run = self._setup, self._run
-        weights, done = setup.sampling_weights(), run.progress.step
+        with run.watchdog.phase(f"copying the weights to sample with for step {step + 1}"):
+            weights, done = setup.sampling_weights(), run.progress.step
         objective, c = setup.learner.objective, run.config.rollout
         kept: list[Drawn] = []
         for _ in range(c.max_rounds if objective.dynamic_sampling else 1):
@@ -137,8 +143,9 @@ class Rounds:
         """Completions with this process's part of their prompts, those that were not found encoded anew."""
         each = len(rollouts.positions) // jax.process_count()
         mine = rollouts.positions[jax.process_index() * each :][:each]
-        prompts = self._setup.loader.having(found, mine)
-        return Drawn(prompts, *self._setup.actor.prepare(prompts, weights), rollouts)
+        with self._run.watchdog.phase("encoding prompts of completions that are there"):
+            prompts = self._setup.loader.having(found, mine)
+            return Drawn(prompts, *self._setup.actor.prepare(prompts, weights), rollouts)
 
     def _next_prompts(self) -> PromptStep | None:
         with self._run.watchdog.phase("waiting for data"):
@@ -168,9 +175,9 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
             run.save(state.trainable, state.opt_state, -float(np.mean(rewards)), pending)
 
         def evaluate(step: int) -> None:
-            if setup.held_out.done(step):
-                return
             with run.watchdog.phase("evaluating on held-out prompts"):
+                if setup.held_out.done(step):
+                    return
                 row = setup.held_out.run(setup.sampling_weights(), step, run.watchdog.progress)
             say(f"held-out after step {step}: reward {row['reward']:.3f} on {row['n']} prompts")
 

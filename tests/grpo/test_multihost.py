@@ -102,7 +102,7 @@ def test_two_processes_take_the_steps_of_one(mixed_world, tmp_path, monkeypatch)
     """Completions of different lengths, and an unusable record, so that a prompt moves to another process."""
     changes = {"rollout__completions": 2, "rollout__chunk": 16, "train__steps": 2}
     config = config_of(mixed_world, **(UNEVEN | changes))
-    config.seed, config.eval.path = 3, ""
+    config.seed, config.eval.path = 2, ""
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     assert grpo.run(config, str(tmp_path / "one")) == 0
@@ -115,6 +115,14 @@ def test_prompts_are_divided_evenly_and_few_move():
     assert share_out([0, 0, 0, 1], 2) == [[0, 1], [3, 2]]
     assert share_out([2, 2, 2], 3) == [[1], [2], [0]]
     assert share_out([0, 0], 1) == [[0, 1]]
+
+
+@pytest.mark.slow
+def test_weights_that_are_split_over_all_devices(mixed_world, tmp_path):
+    """Every process has all of them once more to sample with, on its own two devices."""
+    config = config_of(mixed_world, **(FULL | {"rollout__tensor": 2, "train__steps": 3}))
+    config.mesh.fsdp = 4
+    assert_same_run(trained(config, tmp_path / "two", 2, 2), trained(config, tmp_path / "one", 1, 4))
 
 
 @pytest.mark.slow
