@@ -46,8 +46,8 @@ GRPO_KEYS = (
     Key(
         "rollout.tensor",
         0,
-        "devices of a host that share the weights while sampling, where the learner's mesh splits them (fsdp): the base "
-        "weights are then held a second time; 0 = the learner's mesh",
+        "devices of a host that share the weights while sampling, where the learner's mesh splits them (fsdp): the "
+        "base weights are then held a second time; 0 = the learner's mesh",
         low=0,
         free=True,
     ),
