@@ -58,6 +58,7 @@ def config_of(world, **changes):
     config = make_config(world, **changes)
     config.data.path, config.data.max_quarantine_rate = str(world[1] / "mixed.jsonl"), 0.5
     config.eval.path, config.eval.limit, config.mesh.data = config.data.path, 5, -1
+    config.optim.lr = 5e-4  # Adam takes a step of this size where a gradient is nothing but the rounding of its sums
     return config
 
 
