@@ -45,6 +45,7 @@ class Processes:
         for i, path in enumerate(self.output):
             env = os.environ | {
                 "JAX_PLATFORMS": "cpu",
+                "NPROC": "8",  # threads of XLA: collectives of two devices would else block all that two cores have
                 "XLA_FLAGS": flags,
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": str(count),

@@ -13,7 +13,7 @@ GRPO_KEYS = (
     *take(PROMPT_KEYS, system="st_cot"),
     *take(LORA_KEYS, "rank", "alpha", "targets"),
     *take(OPTIM_KEYS, lr=5e-5),
-    Key("rollout.prompts", 2, "prompts of a step", low=1, high=1 << 20),
+    Key("rollout.prompts", 2, "prompts of a step, over all hosts, which divide them", low=1, high=1 << 20),
     Key("rollout.completions", 12, "completions of each prompt", low=2, high=1 << 16),
     Key("rollout.temperature", 1.0, "of sampling; log-probs are those at this temperature", low=0.01, high=100),
     Key("rollout.max_new_tokens", 4096, "longest completion, in tokens", low=1, high=1 << 20),
@@ -27,7 +27,7 @@ GRPO_KEYS = (
     Key(
         "rollout.prompts_at_once",
         0,
-        "prompts in the sampler at a time (for memory); 0 = all",
+        "prompts in the samplers of all hosts at a time (for memory); 0 = all",
         low=0,
         high=1 << 20,
         free=True,
@@ -46,7 +46,7 @@ GRPO_KEYS = (
     Key(
         "rollout.tensor",
         0,
-        "devices that share the weights while sampling, where the learner's mesh splits them otherwise (fsdp): the "
+        "devices of a host that share the weights while sampling, where the learner's mesh splits them (fsdp): the "
         "base weights are then held a second time; 0 = the learner's mesh",
         low=0,
         free=True,

@@ -130,7 +130,11 @@ TRAIN_KEYS = (
     Key("train.eval_every", 500, "steps between measurements of data.eval_path, besides checkpoints", low=1, free=True),
     Key("train.trace_steps", (), "steps whose device trace (XProf) is written to trace/, e.g. (10, 11)", free=True),
     Key(
-        "train.watchdog_s", 0.0, "seconds without progress until it ends with where it hangs; 0 = off", low=0, free=True
+        "train.watchdog_s",
+        -1.0,
+        "seconds without progress until it ends with where it hangs; 0 = off, -1 = 1800 with several processes",
+        low=-1,
+        free=True,
     ),
     Key("train.resume", True, "go on from the newest checkpoint of the workdir, if there is one", free=True),
     Key("train.loss_chunk", 1024, "supervised positions whose logits exist at a time", low=1, high=1 << 20, free=True),

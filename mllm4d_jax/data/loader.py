@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from mllm4d_jax.data.steps import PreparedStep
-from mllm4d_jax.data.stream import GroupStream
+from mllm4d_jax.data.stream import GroupStream, LoaderError
 from mllm4d_jax.rows.rows import pack_groups, share_prefix
 from mllm4d_jax.rows.shape import RowShape
 
@@ -19,8 +19,10 @@ class Loader:
     """
 
     def __init__(self, stream: GroupStream, shape: RowShape) -> None:
-        """`shape`: how rows are laid out and padded."""
+        """`shape`: how rows are laid out and padded. Raises LoaderError for a stream that begins inside a step."""
         _, self._rows = stream.options.local(stream.options.hosts)
+        if stream.position % stream.options.groups:
+            raise LoaderError(f"position {stream.position} is inside a step of {stream.options.groups} groups")
         self.stream, self.shape = stream, shape
 
     def next_step(self, stop: object = False) -> PreparedStep | None:

@@ -137,21 +137,19 @@ class Order:
 
 
 class HostOrder:
-    """One host's groups of an order, whose steps the hosts share: the random-access source that Grain reads from.
+    """One host's groups of an order that the hosts share: the random-access source that Grain reads from.
 
-    Host h of H has the groups h, h + H, ... of each step.
+    Host h of H has the groups h, h + H, ...
     """
 
-    def __init__(self, order: Order, step_groups: int, host: int, hosts: int) -> None:
-        """`step_groups`: groups of a step, over all `hosts`, which divide it."""
-        self._order, self._step, self._host, self._hosts = order, step_groups, host, hosts
+    def __init__(self, order: Order, host: int, hosts: int) -> None:
+        self._order, self._host, self._hosts = order, host, hosts
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, place: int) -> Questions:
-        step, part = divmod(place, self._step // self._hosts)
-        return self._order[step * self._step + self._host + part * self._hosts]
+        return self._order[place * self._hosts + self._host]
 
 
 def even_order(ascending: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -100,45 +100,47 @@ class GroupStream:
           encoder: of its sources.
           quarantine: where unusable records go.
           options: what a step holds, and how it is read.
-          position: groups consumed before this point of the run, a whole number of steps.
+          position: groups consumed before this point of the run.
 
         Raises:
-          LoaderError: groups that cannot be divided, or a position inside a step.
+          LoaderError: groups that cannot be divided.
         """
-        self._groups, _ = options.local(options.hosts)
-        if position % options.groups:
-            raise LoaderError(f"position {position} is inside a step of {options.groups} groups")
+        groups, _ = options.local(options.hosts)
         self.mixture, self.encoder, self.quarantine, self.options = mixture, encoder, quarantine, options
         clips, per_group = [source.clips for source in mixture.sources], options.questions_per_video
         self.order = Order(clips, mixture.rates, per_group=per_group, seed=options.seed)
         self.position = position
         self._barren = 0  # records in a row of which none was usable
         self._reader = GroupReader(
-            HostOrder(self.order, options.groups, options.host, options.hosts),
+            HostOrder(self.order, options.host, options.hosts),
             encoder,
             workers=options.workers,
-            ahead=options.ahead * self._groups,
-            start=position // options.hosts,
+            ahead=options.ahead * groups,
+            start=-((options.host - position) // options.hosts),
             known=quarantine.knows,
         )
 
-    def next_groups(self, stop: object = False) -> list[EncodedGroup] | None:
+    def next_groups(self, stop: object = False, count: int | None = None) -> list[EncodedGroup] | None:
         """This host's groups of the next step; None when `stop` became true before it was complete (the stream is then
         of no further use).
 
         A record or clip that cannot be used leaves its place empty: the group is there with fewer results, or none.
 
+        Args:
+          count: groups over all hosts that are taken in place of a step's.
+
         Raises:
           QuarantineError: too many records are unusable; on a single host, also if there is not a usable one. Several
             hosts have to ask each other whether all of them are `barren`.
         """
-        hosts, groups = self.options.hosts, []
-        for n in range(self._groups):
+        hosts, host, groups = self.options.hosts, self.options.host, []
+        end = self.position + (self.options.groups if count is None else count)
+        for place in range(self.position + (host - self.position) % hosts, end, hosts):
             group = self._reader.take(stop)
             if group is None:
                 return None
-            groups.append(self._accounted(group, self.order.questions_until(self.position + (n + 1) * hosts) / hosts))
-        self.position += self.options.groups
+            groups.append(self._accounted(group, self.order.questions_until(place - host + hosts) / hosts))
+        self.position = end
         return groups
 
     def _accounted(self, group: EncodedGroup, seen: float) -> EncodedGroup:

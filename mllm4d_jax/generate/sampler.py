@@ -219,8 +219,12 @@ class Sampler:
 
     def _repack(self, cache: PromptCache, own: KVCache, packing: Packing, wanted: Packing):
         rows, columns = packing.places(wanted)
-        if wanted.rows is not packing.rows:
+        # Rows, or branches of a row, that all stay where they are need no other device.
+        if wanted.rows is packing.rows:
+            rows = None
+        else:
             cache = self._take_prompts(cache, self._everywhere(rows))
+        columns = None if wanted.branches is packing.branches else columns
         return cache, self._take_branches(own, *self._everywhere((rows, columns)), slots=wanted.slots)
 
     def _everywhere(self, tree):
@@ -345,11 +349,14 @@ def _take_prompts(mesh: Mesh | None, cache: PromptCache, rows) -> PromptCache:
 
 
 def _take_branches(mesh: Mesh | None, own: KVCache, rows, columns, *, slots: int) -> KVCache:
-    """Branches at (row, column), each with `slots` positions (at least as many as before)."""
+    """Branches at (row, column), each with `slots` positions (at least as many as before); None: all, as they are."""
 
     def take(x: jax.Array) -> jax.Array:
         more = slots - x.shape[-2]
-        taken = x.swapaxes(-4, -3)[..., rows[:, None], columns, :, :, :].swapaxes(-4, -3)
-        return jnp.pad(taken, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
+        x = x if rows is None else x[..., rows, :, :, :, :]
+        if columns is not None:
+            index = columns[:, None, :, None, None]
+            x = jnp.take_along_axis(x, index.reshape((1,) * (x.ndim - 5) + index.shape), -3)
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
 
     return constrain_cache(jax.tree.map(take, own), mesh)

@@ -3,6 +3,9 @@
 Learning may split every weight over all devices (fsdp) and gather a layer at a time; sampling would gather the whole
 model for each token. The same devices are then seen as a second mesh, of data and tensor alone: the base weights are
 placed on it once, besides the learner's copy, and what is trained is copied there before each step's completions.
+
+In a run of several processes each samples on its own part of that mesh, where all weights are: no process waits for
+another to end its completions, and none has to know of another's.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.split import merge_model, split_model
-from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.parallel.place import placed
+from mllm4d_jax.parallel.mesh import make_mesh, own_part
+from mllm4d_jax.parallel.place import own_copies, placed
 from mllm4d_jax.parallel.rules import parameter_sharding
 
 
@@ -35,7 +38,7 @@ class SamplingWeights:
 
     Attributes:
       graphdef: structure of the model on the sampling mesh.
-      mesh: that mesh.
+      mesh: that mesh, or this process's part of it.
     """
 
     def __init__(
@@ -57,20 +60,25 @@ class SamplingWeights:
           patterns: what is trained, as given to `split_model`.
           attention: backend by its configured name; chosen anew for the mesh.
         """
-        self.graphdef, self.mesh, self._frozen, self._places = graphdef, mesh, frozen, None
-        if mesh is learner_mesh:
+        own = own_part(mesh)
+        self.graphdef, self.mesh, self._frozen, self._places = graphdef, own, frozen, None
+        self._apart = own is not mesh
+        if own is learner_mesh:
             return
         model = merge_model(graphdef, trainable, frozen)
-        model.mesh, model.backend = mesh, choose_backend(attention, model.dtype, mesh, model.config.largest_head)
-        self._places = _places(model, patterns, mesh)
+        model.mesh, model.backend = own, choose_backend(attention, model.dtype, own, model.config.largest_head)
         self.graphdef = split_model(model, patterns)[0]
-        self._frozen = _copied(frozen, self._places[1])
+        if mesh is not learner_mesh:
+            self._places = _places(model, patterns, mesh)
+            self._frozen = _copied(frozen, self._places[1])
+        if self._apart:
+            self._frozen = own_copies(self._frozen, own)
 
     def of(self, trainable: Any) -> tuple[Any, Any]:
-        """Return the trees for `Sampler.generate` with the given trained weights."""
+        """Return the trees for `Sampler.generate` with the given trained weights; all processes call it."""
         if self._places is not None:
             trainable = _copied(trainable, self._places[0])
-        return trainable, self._frozen
+        return own_copies(trainable, self.mesh) if self._apart else trainable, self._frozen
 
 
 def _copied(tree: Any, places: Any) -> Any:

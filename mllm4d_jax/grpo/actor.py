@@ -19,12 +19,15 @@ from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.qa.custom_rewards import Rewards
 from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.rows.completion_rows import PromptBatch, collate_prompts, needed_prompt_sizes
+from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.rows.shape import RowShape
 
-Encode = Callable[[Any, int], PromptFeatures | None]  # (vision inputs of so many prompts, their number)
+# (trees of the policy, vision inputs of so many prompts, their number)
+Encode = Callable[[tuple, Any, int], PromptFeatures | None]
 Scores = list[tuple[str, Mapping[str, float]]]  # (text, rewards) of every completion
 
 
@@ -33,10 +36,10 @@ class Drawn:
     """Rollouts with the prompts they are for.
 
     Attributes:
-      prompts: B.
-      batch: on the host.
-      features: on the devices; None for prompts without media.
-      rollouts: the completions.
+      prompts: those of this process.
+      batch: of them, on the host.
+      features: of them, on the devices; None for prompts without media.
+      rollouts: the completions, of all processes once they are shared.
     """
 
     prompts: tuple[Prompt, ...]
@@ -47,7 +50,7 @@ class Drawn:
 
 @dataclasses.dataclass(eq=False)
 class Actor:
-    """Samples and scores. Use as a context manager.
+    """Samples and scores on the devices of one process. Use as a context manager.
 
     Attributes:
       encode: vision features of prompts, see `Learner.encode`.
@@ -55,6 +58,7 @@ class Actor:
       max_new_tokens: length cap.
       prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
       seed: of the whole run; each step draws from a seed of its own.
+      together: all processes prepare as many prompts at the same time, and pad them alike.
     """
 
     sampler: Sampler
@@ -67,15 +71,16 @@ class Actor:
     max_new_tokens: int
     prompts_at_once: int
     seed: int
+    together: bool = True
 
     @functools.cached_property
     def _scorer(self) -> concurrent.futures.Executor:
         return concurrent.futures.ThreadPoolExecutor(1, "scorer")
 
     def greedy(self) -> Actor:
-        """Return an actor with the same sampler that gives one greedy completion per prompt."""
+        """Return an actor with the same sampler that gives one greedy completion per prompt, each process by itself."""
         options = dataclasses.replace(self.options, temperature=0.0, require_exact=False)
-        return dataclasses.replace(self, options=options, branches=1, prompts_at_once=0)
+        return dataclasses.replace(self, options=options, branches=1, prompts_at_once=0, together=False)
 
     def __enter__(self) -> Actor:
         return self
@@ -98,7 +103,7 @@ class Actor:
         """
         started = time.perf_counter()
         prompts, scores = found.prompts, []
-        batch, features = self.prepare(prompts)
+        batch, features = self.prepare(prompts, weights)
         jax.block_until_ready(features)
         encoded = time.perf_counter()
         size = self.prompts_at_once or len(prompts)
@@ -124,12 +129,15 @@ class Actor:
         }
         return Drawn(prompts, batch, features, dataclasses.replace(rollouts, seconds=seconds))
 
-    def prepare(self, prompts: Sequence[Prompt]) -> tuple[PromptBatch, PromptFeatures | None]:
-        """The prompts as arrays, their vision features on the devices; the frames are not kept."""
+    def prepare(self, prompts: Sequence[Prompt], weights: tuple) -> tuple[PromptBatch, PromptFeatures | None]:
+        """The prompts as arrays, their vision features on the devices; frames are not kept. `weights`: as of `draw`."""
         examples = [p.example for p in prompts]
-        sizes = self.shape.sizes(needed_prompt_sizes(examples))
+        needed = needed_prompt_sizes(examples)
+        if self.together:
+            needed = RowSizes(*multihost.gather(dataclasses.astuple(needed)).max(axis=0).tolist())
+        sizes = self.shape.sizes(needed)
         batch = collate_prompts(examples, sizes, self.shape.geometry, self.shape.visual_token_ids)
-        features = self.encode(batch.inputs.vision, len(prompts))
+        features = self.encode(weights, batch.inputs.vision, len(prompts))
         return dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None)), features
 
     def _sample(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.grpo.actor import Actor
 from mllm4d_jax.grpo.prompts import PromptStep, prompts_of
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.qa.errors import RecordError
 
 log = logging.getLogger(__name__)
@@ -34,28 +37,54 @@ class HeldOut:
         Args:
           path: the file.
           encoder: of one source, one that makes prompts.
-          actor: one completion per prompt, with the rewards of the run.
-          limit: prompts; at_once: prompts of a batch.
+          actor: one completion per prompt, with the rewards of the run; of each process by itself.
+          limit: prompts; at_once: prompts of a batch; both over all processes.
           workers: processes that encode; 0 = a thread of this process.
         """
-        self._path, self._actor, self._at_once, self._name = path, actor, at_once, encoder.sources[0].name
+        host, hosts = jax.process_index(), jax.process_count()
+        self._path, self._actor, self._name = path, actor, encoder.sources[0].name
+        self._at_once = -(-at_once // hosts)
         groups = [Questions(0, (n,), n) for n in range(min(limit, len(encoder.sources[0])))]
-        self._groups = KeptGroups(groups, encoder, workers=workers, ahead=at_once)
+        self._groups = KeptGroups(groups[host::hosts], encoder, workers=workers, ahead=self._at_once)
 
     def done(self, step: int) -> bool:
-        """Whether the evaluation after so many steps is in the file."""
-        return any(row.get("step") == step for row in jsonl.read_steps(self._path))
+        """Whether the evaluation after so many steps is in the file, as the first process reads it."""
+        there = multihost.is_primary() and any(row.get("step") == step for row in jsonl.read_steps(self._path))
+        return bool(multihost.gather([there])[0, 0])
 
-    def run(self, weights: tuple, step: int) -> dict[str, Any]:
+    def run(self, weights: tuple, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Evaluates the policy after `step` steps and adds a row to the file: means of all rewards.
+
+        Every process evaluates its own prompts, at its own pace, and all of them call this.
+
+        Args:
+          weights: see `Actor.draw`.
+          progress: called after each batch.
 
         Raises:
           RecordError: not one of the prompts can be used.
+          OtherProcessError: another process cannot go on.
         """
-        found: list[tuple[Mapping[str, float], int]] = []
+        mine = multihost.together(lambda: self._ask(weights, step, progress))
+        parts = [json.loads(part) for part in multihost.gather_bytes(json.dumps(mine).encode())]
+        told = [one for part in parts for one in part["found"]]
+        found = [(rewards, length) for _, rewards, length in sorted(told, key=lambda one: one[0])]
+        bad = [reason for part in parts for reason in part["bad"]]
+        if not found:
+            raise RecordError(f"not one of the held-out prompts can be used: {counted(bad)}", "no_prompt", self._name)
+        row = {"step": step, "n": len(found), "unusable": len(bad), **mean_rewards([values for values, _ in found])}
+        row["completion_tokens"] = float(np.mean([length for _, length in found]))
+        if multihost.is_primary():
+            jsonl.append(self._path, [row])
+        return row
+
+    def _ask(self, weights: tuple, step: int, progress: Callable[[], None]) -> dict[str, list]:
+        """This process's prompts: (place, rewards, tokens) of each, and why others cannot be used."""
+        found: list[tuple[int, Mapping[str, float], int]] = []
         bad, number = [], len(self._groups.groups)
         with contextlib.closing(iter(self._groups)) as encoded:
-            for _ in tqdm(range(0, number, self._at_once), desc="held-out", unit="batch", leave=False):
+            quiet = not multihost.is_primary()
+            for _ in tqdm(range(0, number, self._at_once), "held-out", unit="batch", leave=False, disable=quiet):
                 batch = list(itertools.islice(encoded, self._at_once))
                 prompts = [prompt for group in batch for prompt in prompts_of(group)]
                 for error in (error for group in batch for error in group.errors.values()):
@@ -65,13 +94,10 @@ class HeldOut:
                     continue
                 full = prompts + prompts[:1] * (self._at_once - len(prompts))  # one shape for every batch
                 rollouts = self._actor.draw(PromptStep(tuple(full), 0, 0), weights, 0, step).rollouts
-                found += list(zip(rollouts.rewards, rollouts.lengths.tolist(), strict=True))[: len(prompts)]
-        if not found:
-            raise RecordError(f"not one of the held-out prompts can be used: {counted(bad)}", "no_prompt", self._name)
-        row = {"step": step, "n": len(found), "unusable": len(bad), **mean_rewards([values for values, _ in found])}
-        row["completion_tokens"] = float(np.mean([length for _, length in found]))
-        jsonl.append(self._path, [row])
-        return row
+                places, rewards = (p.position for p in full), rollouts.rewards
+                found += list(zip(places, rewards, rollouts.lengths.tolist(), strict=True))[: len(prompts)]
+                progress()
+        return {"found": found, "bad": bad}
 
 
 def mean_rewards(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:

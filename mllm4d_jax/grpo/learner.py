@@ -26,8 +26,9 @@ from mllm4d_jax.grpo.presets import ObjectiveConfig
 from mllm4d_jax.grpo.ratios import correct_for_gap
 from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.vision import VisionFeatures
-from mllm4d_jax.parallel.place import place_rows
-from mllm4d_jax.parallel.products import learning_options
+from mllm4d_jax.parallel.mesh import process_count
+from mllm4d_jax.parallel.place import everywhere, join_rows, place_rows
+from mllm4d_jax.parallel.products import compiler_options, learning_options
 from mllm4d_jax.parallel.rules import constrain_rows, replicated
 from mllm4d_jax.rows.completion_rows import CompletionRows
 from mllm4d_jax.run.fitting import Fitted, Room, free_bytes
@@ -106,9 +107,11 @@ class Learner:
         places = jax.tree.map(lambda x: x.sharding, (trainable, opt_state))
         scalar = replicated(mesh)
         zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, jnp.float32))
-        self._encode = self._compiled(self._encode_prompts, static_argnums=3)
+        encode = functools.partial(encode_prompts, graphdef, mesh)
+        self._encode = self._compiled(encode, static_argnums=3)
         self._score = self._compiled(self._score_into, donate_argnums=0, out_shardings=scalar)
         self._begin = self._compiled(functools.partial(_begin, objective), out_shardings=scalar)
+        self._take = jax.jit(_take)
         self._zeros = self._compiled(zeros, out_shardings=places[0])
         added = dict(donate_argnums=0, out_shardings=(places[0], scalar, scalar, scalar))
         adding = lambda name: self._compiled(functools.partial(self._add_rows, name), **added)  # noqa: E731
@@ -138,13 +141,31 @@ class Learner:
 
         Args:
           tree: like the trainable tree.
-          parts: rows that hold every completion once, on the host or placed.
-          batch: the RolloutBatch.
+          features, parts, batch: as for `update`.
         """
-        whole = jax.device_put(np.zeros(batch.mask.shape, np.float32), replicated(self.mesh))
-        for rows in parts:
-            whole = self._score(whole, tree, frozen, features, place_rows(rows, self.mesh))
+        return self._score_all(tree, frozen, self._placed(features, parts), batch)
+
+    def _score_all(self, tree: Any, frozen: Any, placed: Sequence[tuple], batch: Any) -> jax.Array:
+        whole = everywhere(np.zeros(batch.mask.shape, np.float32), self.mesh)
+        for features, rows in placed:
+            whole = self._score(whole, tree, frozen, features, rows)
         return whole
+
+    def _placed(
+        self, features: PromptFeatures | None, parts: Sequence[CompletionRows]
+    ) -> list[tuple[PromptFeatures | None, CompletionRows]]:
+        """The rows of all processes on the devices, each part with the features that they are about.
+
+        A process's rows are about its own prompts, and their features on its own devices: no other needs them.
+        """
+        if process_count(self.mesh) == 1:
+            return [(features, place_rows(rows, self.mesh)) for rows in parts]
+        placed = []
+        for rows in parts:
+            prompts = np.arange(len(rows.completions)) if rows.prompts is None else rows.prompts
+            taken = None if features is None else join_rows(self._take(features, prompts), self.mesh)
+            placed.append((taken, place_rows(rows._replace(prompts=None), self.mesh)))
+        return placed
 
     def update(
         self,
@@ -164,36 +185,28 @@ class Learner:
         and one iteration finds them in the same pass that it differentiates; any other scores all parts first.
 
         Args:
-          features: of the prompts, from `encode`.
-          parts: micro-batches; the result does not depend on how the rows are divided.
-          batch: all completions, log-probs from the sampler, on the host.
+          features: of the prompts; in a run of several processes, of this process's on its own devices.
+          parts: micro-batches, on the host; the result does not depend on how the rows are divided. Each process gives
+            rows of as many of its own prompts.
+          batch: all completions of all processes, log-probs from the sampler, on the host.
           reference: tree of the policy that beta keeps the trained one near to; None without that term.
           iterations: updates on these completions (mu).
         """
-        batch = jax.device_put(jax.tree.map(np.asarray, batch), replicated(self.mesh))
-        placed = [place_rows(rows, self.mesh) for rows in parts]
+        batch, placed = everywhere(jax.tree.map(np.asarray, batch), self.mesh), self._placed(features, parts)
         if reference is not None:
-            scored = self.score(reference, frozen, features, placed, batch)
-            batch = batch._replace(reference_logprobs=scored)
+            batch = batch._replace(reference_logprobs=self._score_all(reference, frozen, placed, batch))
         first = None
         if scores_first(len(parts), iterations):
-            first = self.score(trainable, frozen, features, placed, batch)
+            first = self._score_all(trainable, frozen, placed, batch)
         batch, totals, weight, metrics, gap_max = self._begin(batch, first)
         for _ in range(iterations):
             grads, loss, found = self._zeros(trainable), jnp.float32(0), []
-            for rows in placed:
-                grads, part, means, gap = self._add(grads, trainable, frozen, features, rows, batch, totals)
+            for of_rows, rows in placed:
+                grads, part, means, gap = self._add(grads, trainable, frozen, of_rows, rows, batch, totals)
                 loss, gap_max = loss + part, jnp.maximum(gap_max, gap)
                 found.append(means)
             trainable, opt_state, step = self._finish(trainable, opt_state, grads, loss, weight)
         return trainable, opt_state, Update(step, metrics | add_means(*found), gap_max, batch.advantages)
-
-    def _encode_prompts(self, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int) -> PromptFeatures:
-        found = merge_model(self._graphdef, trainable, frozen).encode_vision(vision)
-        rows, width = found.merged.shape
-        merged = found.merged.reshape(prompts, rows // prompts, width)
-        deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
-        return PromptFeatures(constrain_rows(merged, self.mesh), constrain_rows(deepstack, self.mesh, 1))
 
     def _scores(
         self, tree: Any, frozen: Any, features: PromptFeatures | None, rows: CompletionRows, remat: str = ""
@@ -253,6 +266,30 @@ class Learner:
         return apply_sums(self._optimizer, trainable, opt_state, Sums(grads, loss, jnp.float32(0), weight))
 
 
+class PromptEncoder:
+    """Encodes prompts' frames on the devices of one process of several, with the sampler's weights."""
+
+    def __init__(self, graphdef: nnx.GraphDef, mesh: Mesh) -> None:
+        """`graphdef`, `mesh`: see `generate.weights.SamplingWeights`."""
+        self._mesh, encode = mesh, functools.partial(encode_prompts, graphdef, mesh)
+        self._encode = jax.jit(encode, static_argnums=3, compiler_options=compiler_options(mesh))
+
+    def __call__(self, weights: tuple, vision: VisionInputs | None, prompts: int) -> PromptFeatures | None:
+        """Features of the frames of all prompts; `weights`: trees on these devices."""
+        return None if vision is None else self._encode(*weights, place_rows(vision, self._mesh), prompts)
+
+
+def encode_prompts(
+    graphdef: nnx.GraphDef, mesh: Mesh, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int
+) -> PromptFeatures:
+    """Return the features of the frames of so many prompts, which share the frames evenly; to be jitted."""
+    found = merge_model(graphdef, trainable, frozen).encode_vision(vision)
+    rows, width = found.merged.shape
+    merged = found.merged.reshape(prompts, rows // prompts, width)
+    deepstack = found.deepstack.reshape(len(found.deepstack), *merged.shape)
+    return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1))
+
+
 def scores_first(parts: int, iterations: int) -> bool:
     """Return whether a step of so many micro-batches and iterations makes the policy's log-probs in a pass before."""
     return parts > 1 or iterations > 1
@@ -264,8 +301,12 @@ def _features_of_rows(features: PromptFeatures | None, prompts: jax.Array | None
         return None
     if prompts is None:
         return features.flat()
-    merged, deepstack = jnp.take(features.merged, prompts, 0), jnp.take(features.deepstack, prompts, 1)
+    merged, deepstack = _take(features, prompts)
     return PromptFeatures(constrain_rows(merged, mesh), constrain_rows(deepstack, mesh, 1)).flat()
+
+
+def _take(features: PromptFeatures, prompts: jax.Array) -> PromptFeatures:
+    return PromptFeatures(jnp.take(features.merged, prompts, 0), jnp.take(features.deepstack, prompts, 1))
 
 
 def _begin(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
+import jax
 import numpy as np
 
 from mllm4d_jax.grpo.advantages import DEAD_SPREAD
 from mllm4d_jax.grpo.batch import RolloutBatch
+from mllm4d_jax.parallel import multihost
 
+_ARRAYS: Mapping[str, Any] = MappingProxyType({"tokens": np.int32, "lengths": np.int32, "logprobs": np.float32})
 _OF_EACH = ("finish", "texts", "rewards")  # tuples with an entry per completion
 
 
@@ -121,15 +127,33 @@ class Rollouts:
             },
         )
 
+    def shared(self, pad_id: int) -> Self:
+        """The completions of all processes, one process after the other, the same on each; all of them call it.
+
+        Each has as many prompts. Seconds are those of the slowest process, counts add up.
+        """
+        if jax.process_count() == 1:
+            return self
+        file = io.BytesIO()
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        np.savez(file, rest=np.frombuffer(json.dumps(rest).encode(), np.uint8), **arrays)
+        parts = []
+        for told in multihost.gather_bytes(file.getvalue()):
+            with np.load(io.BytesIO(told), allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in _ARRAYS}
+                parts.append(self.from_json(json.loads(stored["rest"].tobytes()) | arrays))
+        seconds = {name: max(part.seconds[name] for part in parts) for name in self.seconds}
+        return dataclasses.replace(self.join(parts, pad_id), seconds=seconds)
+
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint. float32 values survive the way through JSON's numbers to the bit."""
-        arrays = {name: getattr(self, name).tolist() for name in ("tokens", "lengths", "logprobs")}
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
         return dataclasses.asdict(self) | arrays
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
         """What `to_json` returned, after a way through JSON."""
-        types = {"tokens": np.int32, "lengths": np.int32, "logprobs": np.float32}
-        values = {name: np.asarray(stored[name], kind) for name, kind in types.items()}
+        values = {name: np.asarray(stored[name], kind) for name, kind in _ARRAYS.items()}
         tuples = {name: tuple(stored[name]) for name in ("positions", *_OF_EACH)}
         return cls(**{**stored, **values, **tuples})

@@ -57,7 +57,7 @@ def sampling_of(config: ml_collections.ConfigDict, tokenizer: Tokenizer, vocab_s
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Look for everything a run needs. Raises PreflightError."""
-    divisions = [*layout_problems(config), *division_problems(config, len(jax.devices()))]
+    divisions = [*layout_problems(config), *division_problems(config, len(jax.devices()), jax.process_count())]
     preflight.refuse(config, [*_setting_problems(config), *divisions])
 
 
@@ -67,8 +67,6 @@ def _setting_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             load(config)
         except ValueError as error:
             yield str(error)
-    if jax.process_count() > 1:
-        yield "reinforcement learning over several processes is not supported: run it on the devices of one host"
     c = config.rollout
     yield from preflight.bucket_problems("rollout.buckets", c.buckets, "rollout.max_new_tokens", c.max_new_tokens)
     yield from preflight.place_problems("eval.path =", config.eval.path, config.eval.root or config.data.root)
@@ -91,8 +89,12 @@ def layout_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
         yield f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time"
 
 
-def division_problems(config: ml_collections.ConfigDict, devices: int) -> Iterator[str]:
-    """What cannot be divided on so many devices, one line each: rows -> micro-batches -> devices of the mesh."""
+def division_problems(config: ml_collections.ConfigDict, devices: int, hosts: int = 1) -> Iterator[str]:
+    """What cannot be divided on so many devices, one line each: rows -> micro-batches -> devices of the mesh.
+
+    Args:
+      hosts: processes that have as many of the devices; each draws completions of its own prompts, on its own devices.
+    """
     c = config.rollout
     try:
         shape = mesh_shape(dict(config.mesh), devices)
@@ -101,6 +103,12 @@ def division_problems(config: ml_collections.ConfigDict, devices: int) -> Iterat
     except MeshError as error:
         yield f"mesh: {error}"
         return
+    local = devices // hosts
+    for name, tensor in (("mesh.tensor", shape["tensor"]), ("rollout.tensor", c.tensor or 1)):
+        if local % tensor:
+            yield f"{name} = {tensor} spans several hosts, which have {local} devices each: make it divide {local}"
+    if c.prompts % hosts:
+        yield f"rollout.prompts = {c.prompts} cannot be divided evenly over {hosts} hosts: make it a multiple"
     if shape["fsdp"] > 1 and not c.tensor:
         yield (
             f"mesh.fsdp = {shape['fsdp']} would gather all weights for every sampled token: set rollout.tensor to "

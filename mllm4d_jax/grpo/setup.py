@@ -20,8 +20,9 @@ from mllm4d_jax.generate.weights import SamplingWeights, sampling_mesh
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Actor
 from mllm4d_jax.grpo.held_out import HeldOut
-from mllm4d_jax.grpo.learner import Learner
+from mllm4d_jax.grpo.learner import Learner, PromptEncoder
 from mllm4d_jax.grpo.prompts import PromptLoader
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.records import as_prompt, as_scored_prompt
 from mllm4d_jax.report.reading import EVALS
@@ -94,7 +95,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
     weights = sampling_weights(parts, trainable)
     state = PolicyState(trainable, opt_state)
     actor = _actor(begun, weights, sampling, learner, state)
-    greedy, held_out, c = actor.greedy(), None, config.eval
+    greedy, held_out, c, number = actor.greedy(), None, config.eval, config.rollout.prompts
     judged = as_prompt if settings.rewards_of(config).builtin is None else as_scored_prompt
     if c.path:
         held_encoder = GroupEncoder([open_held_out(config, c.path, c.root)], encoder, as_prompt=judged)
@@ -103,11 +104,16 @@ def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkp
             held_encoder,
             greedy,
             limit=c.limit,
-            at_once=config.rollout.prompts,
+            at_once=number,
             workers=config.data.workers,
         )
-    number = config.rollout.prompts
-    options = LoaderOptions(batch_size=1, workers=config.data.workers, ahead=number, seed=config.seed)
+    options = LoaderOptions(
+        batch_size=number,
+        workers=config.data.workers,
+        seed=config.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
     prompts = GroupEncoder(begun.mixture.sources, encoder, as_prompt=judged)
     stream = GroupStream(begun.mixture, prompts, begun.open_quarantine(), options, progress.position)
     loader = PromptLoader(stream, number)
@@ -167,7 +173,7 @@ def _start(begun: Begun) -> Any:
         with Checkpoints(folder, keep=1, read_only=True) as kept:
             return kept.restore_trainable(0, trainable)
     trainable = start_from_run(begun.config, trainable, begun.content)
-    remove_folder(folder)
+    multihost.primary_only(lambda: remove_folder(folder))
     with Checkpoints(folder, keep=1) as kept:
         kept.save_trainable(0, trainable)
     return trainable
@@ -178,19 +184,19 @@ def _actor(
 ) -> Actor:
     """The actor of the steps."""
 
-    def encode(vision: Any, prompts: int) -> Any:
+    def encode(trees: tuple, vision: Any, prompts: int) -> Any:
         return learner.encode(state.trainable, begun.parts.frozen, vision, prompts)
 
-    c = begun.config.rollout
+    c, hosts = begun.config.rollout, jax.process_count()
     return Actor(
         make_sampler(begun.config, weights),
         begun.encoder.tokenizer,
         begun.parts.shape,
-        encode,
+        encode if hosts == 1 else PromptEncoder(weights.graphdef, weights.mesh),
         settings.rewards_of(begun.config),
         sampling,
         branches=c.completions,
         max_new_tokens=c.max_new_tokens,
-        prompts_at_once=c.prompts_at_once,
+        prompts_at_once=-(-c.prompts_at_once // hosts),
         seed=begun.config.seed,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Drawn
 from mllm4d_jax.grpo.held_out import mean_rewards
 from mllm4d_jax.grpo.learner import Update
-from mllm4d_jax.grpo.prompts import Prompt, PromptStep
+from mllm4d_jax.grpo.prompts import Prompt, PromptStep, share_out
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.setup import GrpoSetup, set_up
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.qa.reasoning import parse
 from mllm4d_jax.report.reading import COMPLETIONS, EVALS, METRICS
 from mllm4d_jax.rows.completion_rows import CompletionRows, assign_rows, completion_rows
@@ -30,11 +32,16 @@ from mllm4d_jax.run.loop import TrainingRun, carry_out, check_finite
 from mllm4d_jax.run.throughput import peak_memory_gib
 from mllm4d_jax.run.workdir import hold_workdir
 
+AGREEING = "agreeing with the other processes"  # a phase of the watchdog's
 COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s")  # of the terminal
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Trains as the config says, continuing from the workdir's newest checkpoint if there is one.
+
+    Every process of a run over several calls this, with the same config and a workdir that they share. Each draws and
+    scores completions of its own prompts on its own devices; then all know all completions (not the frames of the
+    others' prompts), so that what decides shapes is the same on each, and update the policy together.
 
     Args:
       config: every key of the "grpo" task.
@@ -50,10 +57,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       ResumeError: the workdir holds a run with other settings, or no whole checkpoint; ClipsError: or other clips.
       QuarantineError: too many unusable records.
       RewardError: a reward function misbehaves.
+      OtherProcessError: that, or what another process cannot read, on the others.
       TrainingError: loss or gradient is not finite.
     """
     with hold_workdir(workdir) as held:
-        settings.check(config)
+        multihost.together(lambda: settings.check(config))
         return carry_out(config, held, COLUMNS, set_up, train)
 
 
@@ -78,7 +86,7 @@ class Rounds:
         self.started = time.perf_counter()
         if self.pending is None:
             self.pending = self._draw(step - 1)
-        if self._run.stop or self.pending is None:
+        if self.pending is None or self._asked_to_stop():
             return None
         drawn, self.pending = self.pending, None
         if self._run.config.rollout.ahead and step < self._run.config.train.steps:
@@ -89,14 +97,21 @@ class Rounds:
             self.pending = following
         return drawn
 
+    def _asked_to_stop(self) -> bool:
+        """Whether a process was. Raises SaveError, and OtherProcessError on the others, where one cannot save."""
+        with self._run.watchdog.phase(AGREEING):
+            multihost.together(self._run.checkpoints.check)
+            return bool(multihost.gather([bool(self._run.stop)]).any())
+
     def _draw(self, step: int) -> Drawn | None:
-        """Completions for the step after `step` steps, from the policy as it is now.
+        """Completions for the step after `step` steps, from the policy as it is now; None once asked to stop.
 
         With dynamic sampling, groups of equal rewards are replaced by others while rounds are left; what a last round
         has too many of is dropped, since it would be from an older policy in the next step.
         """
         setup, run = self._setup, self._run
-        weights, done = setup.sampling_weights(), run.progress.step
+        with run.watchdog.phase(f"copying the weights to sample with for step {step + 1}"):
+            weights, done = setup.sampling_weights(), run.progress.step
         objective, c = setup.learner.objective, run.config.rollout
         kept: list[Drawn] = []
         for _ in range(c.max_rounds if objective.dynamic_sampling else 1):
@@ -104,24 +119,34 @@ class Rounds:
             prompts = self._next_prompts()
             if prompts is None:
                 return None
+            waited = time.perf_counter() - started
             with run.watchdog.phase(f"drawing completions for step {step + 1}"):
-                drawn = setup.actor.draw(prompts, weights, step, done, time.perf_counter() - started)
-            kept.append(drawn)
+                drawn = multihost.together(lambda: setup.actor.draw(prompts, weights, step, done, waited))  # noqa: B023
+            with run.watchdog.phase(AGREEING):
+                kept.append(dataclasses.replace(drawn, rollouts=drawn.rollouts.shared(setup.actor.options.pad_id)))
             if not objective.dynamic_sampling or sum(int(d.rollouts.informative.sum()) for d in kept) >= c.prompts:
                 break
         last = kept[-1].rollouts
         run.progress = dataclasses.replace(run.progress, position=last.position, rejected=last.rejected)
-        return kept[0] if len(kept) == 1 else self._chosen(kept)
+        return kept[0] if len(kept) == 1 else self._chosen(kept, weights)
 
-    def _chosen(self, kept: list[Drawn]) -> Drawn:
-        """As many prompts as a step has, those with different rewards first."""
-        actor = self._setup.actor
-        rollouts = Rollouts.join([drawn.rollouts for drawn in kept], actor.options.pad_id)
-        prompts = [prompt for drawn in kept for prompt in drawn.prompts]
-        order = np.argsort(~rollouts.informative, kind="stable")[: self._run.config.rollout.prompts]
-        chosen = sorted(int(i) for i in order)
-        picked = tuple(prompts[i] for i in chosen)
-        return Drawn(picked, *actor.prepare(picked), rollouts.take(chosen))
+    def _chosen(self, kept: list[Drawn], weights: tuple) -> Drawn:
+        """As many prompts as a step has, those with different rewards first, divided evenly over the processes."""
+        count, hosts = self._run.config.rollout.prompts, jax.process_count()
+        rollouts = Rollouts.join([drawn.rollouts for drawn in kept], self._setup.actor.options.pad_id)
+        dull, place = ~rollouts.informative, rollouts.positions
+        chosen = sorted(sorted(range(len(place)), key=lambda i: (dull[i], place[i]))[:count], key=lambda i: place[i])
+        shares = share_out([i % count // (count // hosts) for i in chosen], hosts)
+        found = {prompt.position: prompt for drawn in kept for prompt in drawn.prompts}
+        return self._having(found, rollouts.take([chosen[i] for share in shares for i in share]), weights)
+
+    def _having(self, found: Mapping[int, Prompt], rollouts: Rollouts, weights: tuple) -> Drawn:
+        """Completions with this process's part of their prompts, those that were not found encoded anew."""
+        each = len(rollouts.positions) // jax.process_count()
+        mine = rollouts.positions[jax.process_index() * each :][:each]
+        with self._run.watchdog.phase("encoding prompts of completions that are there"):
+            prompts = self._setup.loader.having(found, mine)
+            return Drawn(prompts, *self._setup.actor.prepare(prompts, weights), rollouts)
 
     def _next_prompts(self) -> PromptStep | None:
         with self._run.watchdog.phase("waiting for data"):
@@ -132,9 +157,7 @@ class Rounds:
         stored = self._run.checkpoints.pending(self._run.progress.step)
         if stored is None:
             return None
-        rollouts = Rollouts.from_json(stored)
-        prompts = self._setup.loader.again(rollouts.positions)
-        return Drawn(prompts, *self._setup.actor.prepare(prompts), rollouts)
+        return self._having({}, Rollouts.from_json(stored), self._setup.sampling_weights())
 
 
 def train(setup: GrpoSetup, run: TrainingRun) -> None:
@@ -143,8 +166,8 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     # Of the newest steps; the best checkpoints are chosen by them.
     rows = jsonl.read_steps(run.workdir / METRICS, start, numbers=("reward",))
     rewards = deque((row["reward"] for row in rows), maxlen=10)
-    for name in (EVALS, COMPLETIONS):
-        jsonl.rewind(run.workdir / name, start)
+    multihost.primary_only(lambda: rewind(run.workdir, start))
+    completions = jsonl.of_host(run.workdir / COMPLETIONS, jax.process_index())
     with setup.loader, setup.actor, setup.greedy, run.body():
         rounds = Rounds(setup, run)
 
@@ -153,10 +176,10 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
             run.save(state.trainable, state.opt_state, -float(np.mean(rewards)), pending)
 
         def evaluate(step: int) -> None:
-            if setup.held_out.done(step):
-                return
             with run.watchdog.phase("evaluating on held-out prompts"):
-                row = setup.held_out.run(setup.sampling_weights(), step)
+                if setup.held_out.done(step):
+                    return
+                row = setup.held_out.run(setup.sampling_weights(), step, run.watchdog.progress)
             say(f"held-out after step {step}: reward {row['reward']:.3f} on {row['n']} prompts")
 
         if setup.held_out is not None:
@@ -172,8 +195,13 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
             run.record(row)
             rewards.append(row["reward"])
             if c.train.completions_every and drawn.rollouts.step % c.train.completions_every == 0:
-                rows = completion_lines(drawn.prompts, drawn.rollouts, np.asarray(update.advantages))
-                jsonl.append(run.workdir / COMPLETIONS, rows)
+                jsonl.append(completions, completion_lines(drawn, np.asarray(update.advantages)))
+
+
+def rewind(workdir: Path, step: int) -> None:
+    """Cut off what an interrupted run, of any number of processes, wrote beyond a step."""
+    for path in (workdir / EVALS, *jsonl.of_all_hosts(workdir / COMPLETIONS)):
+        jsonl.rewind(path, step)
 
 
 def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dict[str, float | None]]:
@@ -210,15 +238,23 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
 
 
 def rows_of(config: ml_collections.ConfigDict, shape: RowShape, drawn: Drawn) -> tuple[int, list[CompletionRows]]:
-    """Return (padded length of the longest completion, micro-batches of a step's completions)."""
-    rollouts = drawn.rollouts
-    per_row = settings.completions_per_row(config)
-    lengths = rollouts.lengths.reshape(-1, rollouts.branches)
+    """Return (padded length of the longest completion, micro-batches of a step's completions).
+
+    They are of this process's prompts, padded like those of the others, whose completions are known, too.
+    """
+    rollouts, per_row = drawn.rollouts, settings.completions_per_row(config)
+    own = len(drawn.batch.lengths) * rollouts.branches
+    lengths = rollouts.lengths.reshape(-1, own)
+    shares = [assign_rows(of.reshape(-1, rollouts.branches), per_row, config.train.accumulation) for of in lengths]
+    host = jax.process_index() if len(shares) > 1 else 0
+    mine, tokens = slice(host * own, (host + 1) * own), rollouts.tokens[host * own : (host + 1) * own]
     parts = []
-    for rows in assign_rows(lengths, per_row, config.train.accumulation):
-        counts = [[int(rollouts.lengths[c]) for c in chosen] for _, chosen in rows]
-        slot, entries = shape.completion_sizes(max(map(max, counts)), max(map(sum, counts)))
-        parts.append(completion_rows(drawn.batch, rows, rollouts.tokens, rollouts.lengths, slot=slot, entries=entries))
+    for n, rows in enumerate(shares[host]):
+        counts = [of[list(chosen)] for of, divided in zip(lengths, shares, strict=True) for _, chosen in divided[n]]
+        longest, most = max(int(c.max()) for c in counts), max(int(c.sum()) for c in counts)
+        slot, entries = shape.completion_sizes(longest, most)
+        laid = completion_rows(drawn.batch, rows, tokens, rollouts.lengths[mine], slot=slot, entries=entries)
+        parts.append(laid._replace(completions=laid.completions + np.int32(mine.start)))
     return shape.completion_sizes(int(rollouts.lengths.max()), 1)[0], parts
 
 
@@ -250,15 +286,17 @@ def step_row(rollouts: Rollouts, step_s: float, **values: float | None) -> dict[
     }
 
 
-def completion_lines(prompts: Sequence[Prompt], rollouts: Rollouts, advantages: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yield the completions of a step as lines of completions.jsonl: what was asked, what it says, how it was judged.
+def completion_lines(drawn: Drawn, advantages: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yield this process's completions as lines of completions.jsonl: what was asked, what it says, how it was judged.
 
     Args:
-      advantages: f32[C].
+      drawn: of a step; advantages: f32[C] of all its completions.
     """
-    for i, (text, rewards) in enumerate(zip(rollouts.texts, rollouts.rewards, strict=True)):
-        number, branch = divmod(i, rollouts.branches)
-        prompt, parsed = prompts[number], parse(text)
+    rollouts, own = drawn.rollouts, len(drawn.prompts) * drawn.rollouts.branches
+    first = jax.process_index() * own
+    for i, (text, rewards) in list(enumerate(zip(rollouts.texts, rollouts.rewards, strict=True)))[first : first + own]:
+        number, branch = divmod(i - first, rollouts.branches)
+        prompt, parsed = drawn.prompts[number], parse(text)
         solution = prompt.record.solution
         yield {
             "key": prompt.key,

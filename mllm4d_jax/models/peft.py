@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -28,6 +27,7 @@ from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.split import attach_lora
 from mllm4d_jax.models.tensor_files import FLOATS, CheckpointError, counted, mapped, parse_json, read_header
+from mllm4d_jax.parallel.place import put
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _WRAPPER = "base_model.model."
@@ -180,7 +180,7 @@ def load_peft(folder: str | pathlib.Path, model: QwenVL) -> Adapter:
     for path, linear in adapted_linears(model).items():
         for side, variable in (("A", linear.lora_a), ("B", linear.lora_b)):
             value = np.stack([stored[module, side].T for module in by_path[path]])
-            variable.set_value(jax.device_put(value, variable.get_value().sharding))
+            variable.set_value(put(value, variable.get_value().sharding))
     return adapter
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models.layers import Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.parallel.place import put
 from mllm4d_jax.parallel.rules import parameter_sharding
 
 # Names for lists of patterns, see `trained`. The vision tower is in none of them.
@@ -77,7 +78,7 @@ def attach_lora(
 
 def _adapter(value: jax.Array, axes: tuple, mesh: Mesh | None) -> nnx.LoRAParam:
     if mesh is not None:
-        value = jax.device_put(value, parameter_sharding(axes, value.shape, mesh))
+        value = put(value, parameter_sharding(axes, value.shape, mesh))
     return nnx.LoRAParam(value, logical_axes=axes)
 
 

@@ -71,3 +71,21 @@ def rows_divide(mesh: Mesh) -> bool:
             parts.setdefault(device.process_index, set()).add(row)
     sizes = {len(part) for part in parts.values()}
     return len(sizes) == 1 and sum(len(part) for part in parts.values()) == len(rows)
+
+
+def process_count(mesh: Mesh) -> int:
+    """The number of processes that its devices belong to."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def own_part(mesh: Mesh) -> Mesh:
+    """The rows of this process as a mesh of `data` and `tensor`; `mesh` itself in a run of one process.
+
+    Args:
+      mesh: one whose rows divide, see `rows_divide`.
+    """
+    if jax.process_count() == 1:
+        return mesh
+    rows = mesh.devices.reshape(-1, 1, mesh.shape["tensor"])
+    mine = [row for row in rows if row[0, 0].process_index == jax.process_index()]
+    return Mesh(np.asarray(mine), AXES)

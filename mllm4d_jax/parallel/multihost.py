@@ -70,6 +70,50 @@ def primary_only(work: Callable[[], T]) -> T | None:
     return result
 
 
+class OtherProcessError(ValueError):
+    """Another process of the run cannot go on."""
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work`, which concerns this process alone, on every process; where it fails on one, none goes on.
+
+    Raises what `work` raises; on the others, OtherProcessError then.
+    """
+    if jax.process_count() == 1:
+        return work()
+    problem, result = None, None
+    try:
+        result = work()
+    except Exception as error:  # the others must hear of it before it is raised
+        problem = error
+    refuse(gather([problem is not None])[:, 0], problem)
+    return result
+
+
+def refuse(failed: np.ndarray, problem: Exception | None) -> None:
+    """Raises if a process has failed: its own problem on that one, OtherProcessError on the others.
+
+    Args:
+      failed: bool or i32[processes].
+    """
+    if np.any(failed):
+        which = ", ".join(map(str, np.flatnonzero(failed)))
+        raise problem or OtherProcessError(
+            f"process {which} of {len(failed)} cannot go on; its own output says why. The same command goes on from "
+            "the newest checkpoint"
+        )
+
+
+def gather_bytes(data: bytes) -> list[bytes]:
+    """The bytes of every process, in the order of the processes, equal on all of them. Called as `gather`."""
+    if jax.process_count() == 1:
+        return [data]
+    sizes = gather([len(data)])[:, 0]
+    padded = np.frombuffer(data.ljust(int(sizes.max()), b"\0"), np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [row[:size].tobytes() for row, size in zip(found, sizes.tolist(), strict=True)]
+
+
 def share(total: int) -> int:
     """This process's part of a count that belongs to the whole run; the parts add up to it."""
     hosts, host = jax.process_count(), jax.process_index()

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from mllm4d_jax.parallel.mesh import own_part, process_count
 from mllm4d_jax.parallel.rules import batch_sharding, batch_shards, replicated
 
 # Arrays whose rows (or frames, or features, row by row) are not their first dimension, by the name of their field.
@@ -50,7 +51,7 @@ def place_rows(tree: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return tree
-    processes = len({device.process_index for device in mesh.devices.flat})
+    processes = process_count(mesh)
     if processes == 1:
         return jax.device_put(tree, row_shardings(tree, mesh))
     shards = batch_shards(mesh)
@@ -74,6 +75,52 @@ def split_rows(tree: Any, parts: int) -> list[Any]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
     pieces = [np.split(x, parts, axis=_row_dimension(path)) for path, x in leaves]
     return [structure.unflatten(piece) for piece in zip(*pieces, strict=True)]
+
+
+def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Put an array that every process of the run has whole, and all of them alike, on the devices of a sharding."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)  # device_put would have the processes compare it first, and leaves an array of arrays (jax 0.10)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Put arrays that every process has, and all of them alike, whole on every device."""
+    return jax.tree.map(lambda x: put(x, replicated(mesh)), tree)
+
+
+def join_rows(tree: Any, mesh: Mesh) -> Any:
+    """Put rows that are on the devices of each process on those of all, as `place_rows` does with rows of the host.
+
+    Args:
+      tree: see `row_shardings`; of each process, equally many rows, which its part of the mesh divides.
+      mesh: over several processes.
+    """
+    own, processes = own_part(mesh), process_count(mesh)
+
+    def whole(path: tuple, x: jax.Array) -> jax.Array:
+        dim = _row_dimension(path)
+        shape = (*x.shape[:dim], x.shape[dim] * processes, *x.shape[dim + 1 :])
+        parts = [s.data for s in jax.device_put(x, batch_sharding(own, x.ndim, dim)).addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, batch_sharding(mesh, x.ndim, dim), parts)
+
+    return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def own_copies(tree: Any, mesh: Mesh) -> Any:
+    """Return arrays as this process alone sees them, on its own part of their mesh; nothing is moved.
+
+    Args:
+      tree: arrays that are not split over the batch axes, so that every process has them whole.
+      mesh: `own_part` of theirs.
+    """
+
+    def own(x: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), parts)
+
+    return jax.tree.map(own, tree)
 
 
 def placed(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

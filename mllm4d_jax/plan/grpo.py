@@ -102,7 +102,7 @@ class GrpoPhases:
         numbers = np.zeros((filled, job.rollout.completions), np.int32)
         keys = KeyNumbers(np.uint32(0), numbers.astype(np.uint32), numbers)
         feed = ChunkInputs(numbers, numbers > 0, numbers, keys, numbers, None, np.int32(0))
-        keys, feed, rows, columns = _everywhere((keys, feed, numbers[:, 0], numbers), mesh)
+        keys, feed = _everywhere((keys, feed), mesh)
         flat = jax.eval_shape(lambda f: PromptFeatures(f.merged[:first], f.deepstack[:, :first]).flat(), features)
         flat, inputs = placed_rows((flat, _prompts(job, filled).inputs), mesh)
         there = self.held(sampling=True)
@@ -123,7 +123,7 @@ class GrpoPhases:
         for slots in dict.fromkeys(rungs[:1] + rungs[-1:]):
             if slots != rungs[0]:
                 cache = self._branch_cache(filled, rungs[-2])
-                program = partial(lower, "take_branches", cache, rows, columns, slots=slots)
+                program = partial(lower, "take_branches", cache, None, None, slots=slots)
                 held = there | {"branch cache": local_bytes(cache)}
                 yield Phase(f"growth to {slots} positions", "growth", program, held, **same)
             cache = self._branch_cache(filled, slots)

@@ -215,21 +215,21 @@ def _largest(count: int, one: Memory, two: Memory) -> dict[str, int]:
     return {name: max(0, most(limit)) for name, limit in GPUS.items()}
 
 
-def choose(job: GrpoJob, devices: int, limit: int) -> tuple[GrpoJob, str]:
+def choose(job: GrpoJob, devices: int, limit: int, hosts: int = 1) -> tuple[GrpoJob, str]:
     """Return the job under settings that are reckoned to fit the devices, and a note on what has to be set for that.
 
-    The config's own are taken where they can work; the note is '' then.
+    The config's own are taken where they can work; the note is '' then. `hosts`: that have as many of the devices.
 
     Raises:
       PlanError: no settings are found.
     """
     table = parameter_table(job)
-    problem = _problem(job, devices, limit, table)
+    problem = _problem(job, devices, limit, table, hosts)
     if not problem:
         return job, ""
     for settings in candidates(job, devices):
         other = job.with_settings(settings)
-        if not _problem(other, devices, limit, table):
+        if not _problem(other, devices, limit, table, hosts):
             changed = differences(settings, job.config, devices)
             flags = " ".join(f"--config.{name}={value}" for name, value in changed.items())
             return other, f"planned not as configured ({problem}), but with {flags}"
@@ -240,9 +240,9 @@ def choose(job: GrpoJob, devices: int, limit: int) -> tuple[GrpoJob, str]:
     )
 
 
-def _problem(job: GrpoJob, devices: int, limit: int, table: Parameters) -> str:
+def _problem(job: GrpoJob, devices: int, limit: int, table: Parameters, hosts: int) -> str:
     """Return why a job cannot run on the devices; '' if it is reckoned to fit."""
-    problem = next(division_problems(job.config, devices), "")
+    problem = next(division_problems(job.config, devices, hosts), "")
     if problem:
         return problem
     shape = mesh_shape(dict(job.config.mesh), devices)

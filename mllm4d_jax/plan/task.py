@@ -87,7 +87,7 @@ def _plan(job: PlanJob, topology: Topology, searching: bool) -> TopologyPlan:
     devices, limit, compiled = topology.devices, topology.chip.usable, []
     how = job.model.text.vocab_size, topology.options
     if isinstance(job, GrpoJob):
-        job, note = choose(job, len(devices), limit)
+        job, note = choose(job, len(devices), limit, len({device.process_index for device in devices}))
         step = GrpoPhases(job, devices, note)
     else:
         step = SftPhases(job, devices)

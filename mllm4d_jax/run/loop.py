@@ -157,7 +157,8 @@ class TrainingRun:
         self.progress, self.stop, self._content, self._start = begun.progress, stop, begun.content, begun.progress.step
         c = self.config.train
         self._log = RunLog(self.workdir, self.config.task, columns, c.steps, self._start, c.log_every)
-        self.watchdog, self._hooks = Watchdog(c.watchdog_s), []
+        self.watchdog = Watchdog(c.watchdog_s, process=jax.process_index(), processes=jax.process_count())
+        self._hooks: list[_Hook] = []
         self._open, self._tracing = contextlib.ExitStack(), contextlib.ExitStack()
         self._ending = ending
 
@@ -223,5 +224,5 @@ class TrainingRun:
     def save(self, trainable: Any, opt_state: Any, loss: float, pending: Mapping[str, Any] | None = None) -> None:
         """Save the state after the last step; see `Checkpoints.save`."""
         meta = Meta(**dataclasses.asdict(self.progress), config=flat_config(self.config), content=self._content)
-        with self.watchdog.phase("saving"):
+        with self.watchdog.phase("saving a checkpoint"):
             self.checkpoints.save(trainable, opt_state, meta, loss, pending)

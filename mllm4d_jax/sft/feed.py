@@ -27,10 +27,6 @@ from mllm4d_jax.run.watchdog import Watchdog
 _GO, _BARREN, _STOP, _FAILED = range(4)
 
 
-class FeedError(ValueError):
-    """Another process of the run cannot go on."""
-
-
 @dataclasses.dataclass(frozen=True)
 class StepData:
     """The data of one optimiser step."""
@@ -74,7 +70,7 @@ class StepFeed:
 
         Raises:
           QuarantineError: as `Loader.next_step`, and when no process has a usable record; and what `check` raises.
-          FeedError: that happened on another process.
+          OtherProcessError: that happened on another process.
         """
         if self._alone:  # arrays are put together while the device works on the step before
             prepared = self._prepare()
@@ -121,9 +117,7 @@ class StepFeed:
         with self._watchdog.phase("agreeing with the other processes"):
             gathered = multihost.gather([status, *dataclasses.astuple(counts), *needed.ravel().tolist()])
         statuses, told, needs = np.split(gathered, [1, 1 + len(dataclasses.fields(Counts))], axis=1)
-        if (statuses == _FAILED).any():
-            failed = ", ".join(map(str, np.flatnonzero(statuses == _FAILED)))
-            raise problem or FeedError(f"process {failed} of {len(statuses)} cannot go on; its own output says why")
+        multihost.refuse(statuses[:, 0] == _FAILED, problem)
         if (statuses == _BARREN).all():
             raise self._loader.stream.nothing_usable()
         total = Counts(*told.sum(axis=0).tolist())

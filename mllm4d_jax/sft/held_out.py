@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -77,8 +77,12 @@ class HeldOutLoss:
         mine, ahead = [group for batch in batches for group in batch], options.groups // hosts
         self._groups = KeptGroups(mine, encoder, workers=options.workers, ahead=ahead)
 
-    def __call__(self, trainable: Any) -> float:
+    def __call__(self, trainable: Any, progress: Callable[[], None] = lambda: None) -> float:
         """The loss, nats per supervised token. Every process of the run has to call it at the same point.
+
+        Args:
+          trainable: what is trained, as it is now.
+          progress: called after each batch.
 
         Raises:
           HeldOutError: no record is usable.
@@ -90,6 +94,7 @@ class HeldOutLoss:
                 batch = self._batch(itertools.islice(encoded, count), bad)
                 sums.append(self._sums(trainable, self._frozen, place_rows(batch, self._mesh)))
                 jax.block_until_ready(sums[-2:-1])  # one in flight while the next is put together, and no more
+                progress()
         total, weight = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
         if not weight:
             why = counted(error.reason for error in bad)

@@ -39,14 +39,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       LockError, StorageError, SaveError: the workdir cannot be written, or another run does.
       ResumeError: the workdir holds a run with other settings, or no whole checkpoint; ClipsError: or other clips.
       StartError: what model.adapter names cannot be started from.
-      QuarantineError: too many unusable records, or not a usable one (then on all processes); FeedError on the other
-        processes of the run.
+      QuarantineError: too many unusable records, or not a usable one (then on all processes); OtherProcessError on the
+        other processes of the run.
       TrainingError: loss or gradient is not finite.
       HeldOutError: no record of data.eval_path can be used.
     """
     with hold_workdir(workdir) as held:
         config = multihost.primary_first(lambda: with_sample(config, held.path))
-        preflight.check(config)
+        multihost.together(lambda: preflight.check(config))
         return carry_out(config, held, COLUMNS, set_up, train)
 
 
@@ -63,7 +63,7 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
 
     def held_out_loss() -> float:
         with run.watchdog.phase("measuring the held-out loss"):
-            loss = setup.held_out(trainer.trainable)
+            loss = setup.held_out(trainer.trainable, run.watchdog.progress)
         trainer.restart_clock()
         return loss
 

@@ -101,7 +101,5 @@ def test_a_stopped_stream_gives_nothing(make_stream):
 
 
 def test_settings_that_cannot_work(make_stream):
-    with pytest.raises(LoaderError, match="inside a step"):
-        make_stream(position=2)
     with pytest.raises(LoaderError, match="over 3 hosts"):
         make_stream(hosts=3)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy import stats
 
 from mllm4d_jax.generate.policy import SamplingOptions, token_scores
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.verify.reference import build_case, read_arrays
@@ -261,3 +263,16 @@ def test_samplers_are_checked():
         Sampler(None, make_mesh(dict(data=2, fsdp=4)))
     with pytest.raises(ValueError, match="at least one step"):
         Sampler(None, chunk=0)
+
+
+def test_caches_that_grow_or_lose_branches_stay_on_their_devices():
+    """Only where rows move does a device get what another one had."""
+    mesh = make_mesh(dict(data=8))
+    packing = sampler(mesh=mesh, chunk=12, compact=True)
+    cache = KVCache(*[np.zeros((2, 8, 4, 2, 16, 8), np.float32)] * 2)
+    cache = jax.device_put(cache, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"))))
+    rows, columns = np.arange(8, dtype=np.int32)[::-1].copy(), np.tile(np.array([3, 1], np.int32), (8, 1))
+    for moved, kept, exchanged in ((None, None, False), (None, columns, False), (rows, columns, True)):
+        moved, kept = jax.device_put((moved, kept), NamedSharding(mesh, PartitionSpec()))
+        text = packing.lower("take_branches", cache, moved, kept, slots=32).compile().as_text()
+        assert any(f" {name}" in text for name in ("all-gather", "all-reduce", "collective-permute")) == exchanged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import grpo as grpo_config
+from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.run.checkpoint import Checkpoints
 
 FIGURES = frozenset("0123456789.")
@@ -25,6 +27,12 @@ def constant(completion, solution, record):
 
 def only_directions(completion, solution, record):
     return figures(completion, solution, record) if "Which way" in record["question"] else 0.0
+
+
+def fails_on_the_second(completion, solution, record):
+    if jax.process_index() == 1:
+        raise RuntimeError("no")
+    return 0.5
 
 
 def make_config(world, reward="figures", **changes):
@@ -63,7 +71,13 @@ def final(folder: Path):
         step = kept.latest()
     found = {}
     for part in ("trainable", "opt"):
-        tree = ocp.StandardCheckpointer().restore((folder / "checkpoints" / str(step) / part).absolute())
+        path, here = (
+            (folder / "checkpoints" / str(step) / part).absolute(),
+            jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+        )
+        stored = ocp.StandardCheckpointer()  # whatever devices, and of how many processes, the run was on
+        shapes = jax.tree.map(functools.partial(placed, sharding=here), stored.metadata(path).item_metadata.tree)
+        tree = stored.restore(path, shapes)
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         found |= {f"{part}{jax.tree_util.keystr(path)}": np.asarray(x) for path, x in leaves}
     return step, found

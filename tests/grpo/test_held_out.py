@@ -5,12 +5,14 @@ from __future__ import annotations
 import types
 from collections import Counter
 
+import jax
 import pytest
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.grpo.held_out import HeldOut
+from mllm4d_jax.parallel import multihost
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import as_prompt
 from tests.data.fakes import FakeEncoder, write_records
@@ -75,3 +77,28 @@ def test_not_one_usable(make_held_out):
     held_out, *_ = make_held_out(-1, -2)
     with pytest.raises(RecordError, match="not one of the held-out prompts can be used: 2 missing_file"):
         held_out.run((), 0)
+
+
+def test_processes_share_the_prompts_and_find_the_same_means(make_held_out, tmp_path, monkeypatch):
+    """Three take two, two and one of five, at one a time; one of them has none that can be used."""
+    numbers, asked, told = (5, 6, -1, 7, 8), [], []
+    wanted = make_held_out(*numbers)[0].run((), 0)
+    (tmp_path / "evals.jsonl").unlink()
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(multihost, "together", lambda work: work())
+    for process in range(3):  # what each would tell the others
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        held_out, _, _, actor = make_held_out(*numbers)
+        monkeypatch.setattr(
+            multihost,
+            "gather_bytes",
+            lambda data: told.append(data) or [b'{"found": [[0, {"total": 0}, 1]], "bad": []}'],
+        )
+        held_out.run((), 0)
+        asked.append(sorted({place for batch in actor.drawn for place, *_ in batch}))
+    assert asked == [[0, 3], [1, 4], []]
+    monkeypatch.setattr(multihost, "gather_bytes", lambda data: told)
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert make_held_out(*numbers)[0].run((), 7) == wanted | {"step": 7}
+    assert [row["step"] for row in read_steps(tmp_path / "evals.jsonl")] == [0, 7]  # the first one writes

@@ -105,6 +105,19 @@ def test_other_settings_are_named(devices, hbm):
     assert job.config.mesh.fsdp == (3 if devices == 1 else 1)  # the config itself is as it was
 
 
+def test_what_several_hosts_cannot_divide():
+    """Each draws its own prompts on its own devices: v5e-16 has four hosts of four."""
+    settings = {"mesh.fsdp": 16, "rollout.tensor": 8, "rollout.prompts": 6, "learner.completions_per_row": 3}
+    config = paper_job(**settings, **{"mesh.data": 1}).config
+    found = " ".join(division_problems(config, 16, 4))
+    assert "rollout.tensor = 8 spans several hosts, which have 4 devices each" in found
+    assert "rollout.prompts = 6 cannot be divided evenly over 4 hosts" in found
+    other, note = reckon.choose(paper_job(**{"rollout.prompts": 4}), 16, 16 * GIB, 4)
+    assert other.config.rollout.tensor <= 4 and not list(division_problems(other.config, 16, 4)) and note
+    with pytest.raises(PlanError, match="rollout.prompts = 6 cannot be divided evenly over 4 hosts"):
+        reckon.choose(paper_job(**{"rollout.prompts": 6}), 16, 95 * GIB, 4)
+
+
 def test_nothing_fits():
     with pytest.raises(PlanError, match="no mesh of 4 devices"):
         reckon.choose(paper_job(), 4, 2 * GIB)

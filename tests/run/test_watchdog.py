@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 
+import pytest
+
 from mllm4d_jax.run.watchdog import EXIT_CODE, Watchdog
 
 HANGING = """
@@ -46,3 +48,52 @@ def test_without_a_limit_there_is_no_thread():
     before = threading.active_count()
     with Watchdog(0) as watchdog, watchdog.phase("anything"):
         assert threading.active_count() == before
+
+
+OF_TWO = """
+import os, signal, sys
+from mllm4d_jax.run.watchdog import Watchdog
+
+with Watchdog(-1, process=1, processes=2) as watchdog:
+    with watchdog.phase("drawing completions for step 7"):
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] == "lost":
+            raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:1249")
+        if sys.argv[1] == "broken":
+            raise KeyError("connection closed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("killed", -9, "error: process 1 of 2 was ended from outside while drawing completions for step 7; the same"),
+        (
+            "lost",
+            EXIT_CODE,
+            "error: process 1 of 2 lost another process while drawing completions for step 7; the same",
+        ),
+        ("broken", 1, "KeyError: 'connection closed'"),
+        ("ended", 0, ""),
+    ],
+)
+def test_one_of_two_processes_says_how_it_ends(how, code, said):
+    """stderr is read to its end, which comes when the child that outlives a killed process is gone, too."""
+    done = subprocess.run([sys.executable, "-c", OF_TWO, how], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and said in done.stderr
+    assert ("error: " in done.stderr) == (how in ("killed", "lost"))
+
+
+def test_only_several_processes_have_a_limit_that_nobody_set():
+    assert Watchdog(-1).limit_s == 0 and Watchdog(-1, processes=2).limit_s == 1800
+    assert Watchdog(0, processes=2).limit_s == 0 and Watchdog(5).limit_s == 5
+
+
+def test_progress_within_a_phase_starts_its_time_anew():
+    ended = []
+    with Watchdog(0.4, ended.append) as watchdog, watchdog.phase("evaluating"):
+        for _ in range(4):
+            time.sleep(0.2)
+            watchdog.progress()
+    assert not ended

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import signal
 
 import jax
@@ -100,6 +101,26 @@ def test_four_processes_with_micro_batches_and_groups(config, tmp_path):
         run.running[0].send_signal(signal.SIGTERM)
         assert run.wait() == [0, 0], run.text()
     assert_same_curve(read_steps(workdir / "metrics.jsonl")[: len(want)], want)
+
+
+@pytest.mark.slow
+def test_the_held_out_loss_is_that_of_one_process(config, tmp_path):
+    """Nine records, two to a batch: in the last one a process has none, in others one that cannot be used."""
+    records = json.loads(pathlib.Path(config.data.path).read_text())
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(json.dumps(records[:9]))
+    config.data.eval_path, config.train.batch_size = str(held_out), 2
+    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 3, 2, 3
+    found = []
+    for count in (1, 2):
+        workdir = tmp_path / f"of-{count}"
+        with Processes(write_config(tmp_path / "run_config.py", config), workdir, count, devices=2 // count) as run:
+            assert run.wait(300) == [0] * count, run.text()
+        rows = read_steps(workdir / "metrics.jsonl")
+        found.append([(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row])
+    assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == [2, 3]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    assert found[0][0][1] != found[0][1][1]
 
 
 @pytest.mark.slow
