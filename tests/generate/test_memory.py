@@ -41,21 +41,19 @@ def model():
     return abstract_model(ModelConfig.from_dict(raw | ids), dtype=jnp.bfloat16)
 
 
-def programs(model, apart=False, mesh=None):
-    """(program of the sampler, traced), for one prompt of text and one completion."""
+def programs(model, apart=False, mesh=None, branches=1):
+    """(program of the sampler, traced), for one prompt of text."""
     graphdef, state = nnx.split(model)
     if mesh is not None:
         state = jax.tree.map(lambda x: placed(x, replicated(mesh)), state)
     sampler, options = Sampler(graphdef, chunk=CHUNK), SamplingOptions(eos_ids=(5,))
-    one, numbers = (
-        np.zeros((1, 1), np.int32),
-        KeyNumbers(np.uint32(0), np.zeros((1, 1), np.uint32), np.zeros((1, 1), "i4")),
-    )
+    one = np.zeros((1, branches), np.int32)
+    numbers = KeyNumbers(np.uint32(0), one.astype(np.uint32), one)
     blank = np.zeros((1, PROMPT), np.int32)
     inputs = ModelInputs(blank, np.zeros((3, 1, PROMPT), np.int32), blank + 1, blank - 1, None, None)
-    start = sampler._start.trace((state,), inputs, None, numbers, branches=1, options=options, apart=apart)
+    start = sampler._start.trace((state,), inputs, None, numbers, branches=branches, options=options, apart=apart)
     cache = start.out_info[0]
-    own = sampler._empty.eval_shape((state,), shape=(1, 1, CHUNK), apart=apart)
+    own = sampler._empty.eval_shape((state,), shape=(1, branches, CHUNK), apart=apart)
     layers = sampler._layers.eval_shape((state,), kernels=False) if apart else None
     feed = ChunkInputs(one, one > 0, one, numbers, one + CHUNK, None, np.int32(1))
     yield "start", start
@@ -95,7 +93,7 @@ def test_a_compiled_gpu_program_copies_no_weight(model):
         pytest.skip(str(problem))
     smallest = 256 * 4 * 32
     for apart in (True, False):
-        text = dict(programs(model, apart, mesh))["decode"].lower().compile().as_text()
+        text = dict(programs(model, apart, mesh, branches=4))["decode"].lower().compile().as_text()
         body = re.split(r"\n(?=%?[\w.-]+ \()", text)
         loops = set(re.findall(r"body=%?([\w.-]+)", text))
         lines = "\n".join(part for part in body if re.match(r"%?([\w.-]+)", part)[1] in loops)
