@@ -12,6 +12,7 @@ query (cudnn-frontend#1072).
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,9 @@ class _Primitives:
 
         self.forward, self.backward = fused._dot_product_attention_fwd_p, fused._dot_product_attention_bwd_p
         self.masks, self.layout = fused.MaskType, fused.AttentionLayout.BTNH.value
+        # Since jax 0.12 scores may be changed by a function; there is none.
+        known = inspect.signature(fused._dot_product_attention_fwd_cuda_lowering).parameters
+        self.unused = {name: None for name in ("score_mod_name", "score_mod_jaxpr") if name in known}
 
 
 @functools.cache
@@ -129,6 +133,7 @@ def _call(q, k, v, causal, lengths, mask) -> tuple[list[jax.Array], dict]:
         mask_type=kinds[causal, lengths is not None],
         layout=_primitives().layout,
         sliding_window_length=None,
+        **_primitives().unused,
     )
     # After the lengths: where packed sequences and pages begin, of which there are none.
     return [_pad(q), _pad(k), _pad(v), bias, *counts, *[unused] * 4], options
