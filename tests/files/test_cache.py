@@ -100,11 +100,11 @@ def test_a_list_is_copied_once_for_each_version(front, tmp_path):
 
 def test_a_folder_is_copied_whole(front):
     for name in ("features.json", "below/data-0"):
-        remote.upload(f"{ROOT}/sets/mllm4d/1.0.0/{name}", name.encode())
-    folder = copied_folder(f"{ROOT}/sets/mllm4d/1.0.0")
-    assert (folder.parent.name, folder.name) == ("mllm4d", "1.0.0")
+        remote.upload(f"{ROOT}/sets/alone/1.0.0/{name}", name.encode())
+    folder = copied_folder(f"{ROOT}/sets/alone/1.0.0")
+    assert (folder.parent.name, folder.name) == ("alone", "1.0.0")
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
         "features.json",
         "below/data-0",
     }
-    assert copied_folder(f"{ROOT}/sets/mllm4d/1.0.0") == folder
+    assert copied_folder(f"{ROOT}/sets/alone/1.0.0") == folder
