@@ -1,5 +1,5 @@
-"""README.md and the pages of docs/: commands are accepted by the program they start, what they name exists, messages that
-they quote are the code's. `tools/check_docs.py` runs the commands as well.
+"""README.md and the pages of docs/: commands are accepted by the program they start, what they name exists, messages
+that they quote are the code's. `tools/check_docs.py` runs the commands as well.
 """
 
 from __future__ import annotations

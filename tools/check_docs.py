@@ -10,8 +10,8 @@ A line before each block of commands says what is done with it:
     <!-- check: slow + --config.train.steps=2 -->    run with these flags after every `python run.py`
 
 A block without such a line is an error. Commands run in the order of the pages, in a folder that has the repository's
-files and small stand-ins for what a user brings: a tiny random model for the published weights, a rendered clip, records
-of the sample world for the released files. So a page's command is run as it stands, on other content.
+files and small stand-ins for what a user brings: a tiny random model for the published weights, a clip, records of the
+sample world for the released files. So a page's command is run as it stands, on other content.
 """
 
 from __future__ import annotations
