@@ -52,6 +52,14 @@ def test_links_of_pages_outside_the_site_lead_somewhere(page):
     assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
 
 
+def test_each_kind_of_bad_input_names_tests_that_show_it():
+    rows = [line for line in TEXTS[ROOT / "docs/data/bad_input.md"].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 50
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row.split("|")[-2])
+        assert files and all((ROOT / "tests" / name).is_file() for name in files), row
+
+
 def test_every_page_is_in_the_navigation():
     assert set(PAGES) == {ROOT / "README.md", *(ROOT / "docs").rglob("*.md")}
 
