@@ -17,7 +17,7 @@ CLIP_KEYS = (
     Key(
         "input",
         "",
-        "all but synthetic: folder with the clips' files; what is expected there is in the README",
+        "all but synthetic: folder with the clips' files; what is expected there is in docs/data/curation.md",
         bucket=True,
     ),
     Key("decode_timeout_s", 60.0, "seconds a clip may take to decode", low=0, free=True),

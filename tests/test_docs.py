@@ -1,0 +1,118 @@
+"""README.md and the pages of docs/: commands are accepted by the program they start, what they name exists, messages
+that they quote are the code's. `tools/check_docs.py` runs the commands as well.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+import run
+from configs.reading import ROOT
+from tools import check_docs, make_checkpoint, record_reference
+
+PAGES = check_docs.page_files()
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = [block for page in PAGES for block in check_docs.blocks(page)]
+COMMANDS = [part.strip() for block in BLOCKS for line in block.text.splitlines() for part in line.split("&&")]
+RUNS = sorted({c for c in COMMANDS if c.startswith("python run.py")})
+
+
+def test_there_are_commands():
+    assert len(RUNS) >= 12 and {"pytest -n 2", "pip install -r requirements.txt"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_run_commands_are_accepted(command, capsys):
+    assert run.main([*shlex.split(command)[1:], "--help"]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+def test_flags_of_the_check_are_accepted_too(capsys):
+    for block in BLOCKS:
+        for line in block.script.splitlines():
+            if block.flags and line.startswith("python run.py"):
+                assert run.main([*shlex.split(line)[1:], "--help"]) == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_exists(page):
+    text = TEXTS[page]
+    named = set(re.findall(r"(?<![\w/])(?:configs|tools|tests|benchmarks|data_prep|mllm4d_jax)/[\w/]+\.\w+", text))
+    named |= set(re.findall(r"requirements[\w-]*\.txt", text))
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_of_pages_outside_the_site_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))
+    assert len(links) >= 2
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
+def test_each_kind_of_bad_input_names_tests_that_show_it():
+    rows = [line for line in TEXTS[ROOT / "docs/data/bad_input.md"].splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 50
+    for row in rows:
+        files = re.findall(r"`([\w/]+\.py)`", row.split("|")[-2])
+        assert files and all(name.startswith("tests/") and (ROOT / name).is_file() for name in files), row
+
+
+def test_every_page_is_in_the_navigation():
+    assert set(PAGES) == {ROOT / "README.md", *(ROOT / "docs").rglob("*.md")}
+
+
+def test_readme_stays_short():
+    assert len(TEXTS[ROOT / "README.md"].splitlines()) < 150
+
+
+def test_the_config_example_works(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"^```python\n(.*?)^```", TEXTS[ROOT / "docs/first_steps.md"], re.M | re.S)
+    (tmp_path / "my_run.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["run.py", "--config=my_run.py", "--help"]) == 0
+    assert "train.steps = 2000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [record_reference, make_checkpoint], ids=lambda module: module.__name__)
+def test_options_of_tools_exist(module, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["", "--help"])
+    known = capsys.readouterr().out
+    name = f"tools/{module.__name__.rpartition('.')[2]}.py"
+    used = [option for command in COMMANDS if name in command for option in re.findall(r"--\w+", command)]
+    assert used and all(option in known for option in used)
+
+
+def test_messages_that_the_faq_quotes_are_in_the_code(tmp_path):
+    assert check_docs.absent_messages(ROOT / "docs/faq.md") == []
+    page = tmp_path / "faq.md"
+    page.write_text("> `another run is writing to …: …. Wait for it, end it, or use another planet`\n")
+    assert len(check_docs.absent_messages(page)) == 1
+
+
+@pytest.mark.parametrize("marker", ["", "<!-- check: sometimes -->\n", "<!-- check: elsewhere -->\n"])
+def test_a_block_says_what_is_done_with_it(marker, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{marker}```bash\ntrue\n```\n")
+    with pytest.raises(check_docs.DocsError, match=r"page\.md:\d+: commands need"):
+        list(check_docs.blocks(page))
+
+
+def test_blocks_run_in_the_folder_and_failures_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check_docs, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- check: fast -->\n```bash\ntrue && echo here > made.txt\n```\n"
+        "1. in a list\n\n   <!-- check: fast -->\n   ```bash\n   cat made.txt\n   false\n   true\n   ```\n"
+        "<!-- check: slow -->\n```bash\nfalse\n```\n"
+    )
+    first, second, third = check_docs.blocks(page)
+    assert [check_docs.done(block, tmp_path, slow=False) for block in (first, second, third)] == [True, False, True]
+    captured = capsys.readouterr()
+    assert "FAILED    page.md:9" in captured.out and "not run   page.md:15: slow" in captured.out
+    assert "here" in captured.err
+    assert not check_docs.done(third, tmp_path, slow=True)
