@@ -27,7 +27,7 @@ from mllm4d_jax.data.quarantine import Quarantine, main_reasons
 from mllm4d_jax.data.reader import GroupReader
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
+from mllm4d_jax.eval.asking import EvaluationError, ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
@@ -42,7 +42,6 @@ from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import as_prompt
-from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.report.reading import CONFIG, QUARANTINE
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import encoder_of, row_shape
@@ -51,10 +50,6 @@ from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
 from mllm4d_jax.run.workdir import Workdir, hold_workdir, not_held
 
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
-
-
-class EvaluationError(ValueError):
-    """The evaluation cannot be run as configured."""
 
 
 class StoppedElsewhereError(EvaluationError):
@@ -178,16 +173,8 @@ def load_questions(config: ml_collections.ConfigDict) -> tuple[BenchmarkQuestion
 
 
 def manner_of(config: ml_collections.ConfigDict) -> Manner:
-    """How the config wants questions asked.
-
-    Raises:
-      EvaluationError: prompt.file and prompt.mode contradict each other; ProcessorError: the file cannot be used.
-    """
-    mode, file = config.prompt.mode, config.prompt.file
-    if bool(file) != (mode == "file"):
-        raise EvaluationError(f"prompt.mode = {mode!r} and prompt.file = {file!r}: mode 'file' and a file go together")
-    system = resolve_system_prompt(file=file) if file else resolve_system_prompt("st_cot" if mode == "st_cot" else "")
-    return Manner(mode, system, config.control == "blind")
+    """How the config wants questions asked. Raises as `Manner.of`."""
+    return Manner.of(config.prompt, config.control == "blind")
 
 
 def answers_hash(config: ml_collections.ConfigDict, manner: Manner, choice: ModelChoice) -> str:
