@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from mllm4d_jax import __version__
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine, main_reasons
 from mllm4d_jax.data.reader import GroupReader
@@ -31,8 +32,8 @@ from mllm4d_jax.eval.asking import EvaluationError, ItemSource, Layout, Manner, 
 from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
-from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.files.remote import is_remote
+from mllm4d_jax.files.version import of_another
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -42,12 +43,12 @@ from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import as_prompt
-from mllm4d_jax.report.reading import CONFIG, QUARANTINE
+from mllm4d_jax.report.reading import QUARANTINE
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import encoder_of, row_shape
 from mllm4d_jax.run.clips import check_clips
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
-from mllm4d_jax.run.workdir import Workdir, hold_workdir, not_held
+from mllm4d_jax.run.workdir import Workdir, hold_workdir, not_held, write_config
 
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
 
@@ -131,8 +132,10 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:
         if multihost.is_primary():
+            for version in sorted(store.versions - {__version__}):
+                print(of_another(f"a part of the answers in {folder}", version), flush=True)
             check_clips(folder, [ItemSource(items, manner)], fresh=not store.done)
-            write_json(folder / CONFIG, config.to_dict())
+            write_config(folder, config)
         quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host)
         mine = [i for video in share_of_host(items, (), host, hosts) for i in video]
         known = {items[i].id for i in mine if quarantine.knows(0, i)}

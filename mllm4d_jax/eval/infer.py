@@ -150,7 +150,7 @@ class _Talk:
         print(f"> {question.text}\n{answer.text}\n" if self._named else answer.text, flush=True)
         self._print_figures(answer, example)
         if self._film is not None:
-            self._shown.append(self._shown_answer(question, answer))
+            self._shown.append(self._shown_answer(question, example, answer))
             self._write_page(example)
 
     def _print_figures(self, answer: Answer, example: Example) -> None:
@@ -167,14 +167,14 @@ class _Talk:
             flush=True,
         )
 
-    def _shown_answer(self, question: ClipQuestion, answer: Answer) -> ShownAnswer:
+    def _shown_answer(self, question: ClipQuestion, example: Example, answer: Answer) -> ShownAnswer:
         limit = self._config.max_new_tokens
         return shown_answer(
             f"{len(self._shown) + 1}. {question.record.key}",
             question.text,
             question.choices,
             answer.text,
-            reasoning=self._config.prompt.mode == "st_cot",
+            reasoning="<thinking>" in example.text,  # whoever asks for it
             truth=question.truth,
             solution=question.solution,
             facts=(("tokens", f"{answer.tokens}"),),
