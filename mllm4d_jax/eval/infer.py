@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from mllm4d_jax.encode.encoder import Encoder, media_identity
+from mllm4d_jax.encode.encoder import Encoder, media_identity, media_name
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.eval.asking import Manner
 from mllm4d_jax.eval.clip_questions import (
@@ -62,7 +63,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     with encoder_of(choice.base, config.video, chat_template=config.model.chat_template) as encoder:
         looked = manner.conversation("the clip", [{"role": "user", "content": media}])
         examples = [clip.encode(encoder, record) for record in ([one.record for one in known] or [looked])]
-    talk = _Talk(config, choice, encoder, clip, named=len(known) > 1 or not (known or typed.isatty()))
+    named = len(known) > 1 or not (known or typed.isatty())
+    talk = _Talk(config, choice, encoder, clip, [media_name(part) for part in media], named=named)
     if lines is None:
         for question, example in zip(known, examples, strict=True):
             talk.ask(question, example)
@@ -130,10 +132,22 @@ class _Talk:
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, choice: ModelChoice, encoder: Encoder, clip: OneClip, *, named: bool
+        self,
+        config: ml_collections.ConfigDict,
+        choice: ModelChoice,
+        encoder: Encoder,
+        clip: OneClip,
+        files: Sequence[str],
+        *,
+        named: bool,
     ) -> None:
-        """Load the model. `clip`: encoded before; `named`: answers are printed behind their questions."""
-        self._config, self._choice, self._named = config, choice, named
+        """Load the model.
+
+        Args:
+          clip: encoded before; `files`: what its images and videos are called.
+          named: answers are printed behind their questions.
+        """
+        self._config, self._choice, self._files, self._named = config, choice, files, named
         self._film, self._shown = None, []
         if config.page:
             frames = ((one, "image" if one.time is None else f"{one.time:.2f} s") for one in clip.frames(encoder))
@@ -183,16 +197,16 @@ class _Talk:
 
     def _write_page(self, example: Example) -> None:
         """Write what there is so far, so that an end at any moment loses no answer that was printed."""
-        c, files = self._config, example.grids
+        c, name = self._config, " and ".join(os.path.basename(file) for file in self._files)
         drawn = "greedy" if c.temperature == 0 else f"temperature {c.temperature:g}, seed {c.seed}"
         facts = {
             "model": str(self._choice),
-            "clip": c.clip or c.image or c.record,
-            "patches": ", ".join(f"{g.modality} {g.t} x {g.h} x {g.w}" for g in files),
+            "clip": ", ".join(self._files),
+            "patches": ", ".join(f"{g.modality} {g.t} x {g.h} x {g.w}" for g in example.grids),
             "prompt": c.prompt.mode + (f" ({c.prompt.file})" if c.prompt.file else ""),
             "answers": f"{drawn}, at most {c.max_new_tokens} tokens",
         }
-        html = look_page(f"Answers about {facts['clip']}", self._film, self._shown, facts, dict(flat(c.to_dict())))
+        html = look_page(f"Answers about {name}", self._film, self._shown, facts, dict(flat(c.to_dict())))
         write_page(place(c.page), html)
 
 

@@ -38,6 +38,7 @@ def typed_lines(stream: TextIO) -> Iterator[Line]:
         try:
             line = _asked_for() if terminal else stream.readline()
         except (EOFError, OSError):  # Ctrl-D, or a terminal that was closed
+            print(file=sys.stderr, flush=True)  # below the prompt
             return
         if not (line or terminal):
             return

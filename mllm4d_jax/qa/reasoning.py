@@ -149,7 +149,7 @@ def unread(completion: str, *, reasoning: bool) -> tuple[str, ...]:
             found.append(f"no {kind} centre is written in the thinking")
     outside = len(_MARKER.findall(spoken)) - len(_MARKER.findall(parsed.thinking or ""))
     if outside:
-        found.append(f"{outside} centres stand outside the thinking, where they do not count")
+        found.append(f"centres outside the thinking, where they do not count: {outside}")
     return tuple(found)
 
 

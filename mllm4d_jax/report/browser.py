@@ -164,7 +164,7 @@ def _options(item: ShownAnswer, entry: Entry) -> Markup:
         right = letter in item.truth
         answered = [name for name, one in entry.items() if one.answer == letter]
         notes = " ✓" * right + (f" ← {', '.join(filter(None, answered)) or 'answered'}" if answered else "")
-        look = "good" if right else "bad" if answered else None
+        look = "good" if right else "bad" if answered and item.truth else None
         lines.append(tag("li", shortened(f"{letter}. {text}", _FIELD), notes or None, class_=look))
     return tag("ul", *lines, class_="options")
 

@@ -32,8 +32,8 @@ def film(frames: Sequence[tuple[np.ndarray, str]]) -> tuple[Markup, str]:
         for pixels, caption in shown
     ]
     sizes = dict.fromkeys(f"{pixels.shape[1]} x {pixels.shape[0]}" for pixels, _ in frames)
-    count = f"All {len(frames)}" if len(shown) == len(frames) else f"{len(shown)} of {len(frames)}, evenly spaced,"
-    note = f"{count} as the model saw them ({', '.join(sizes)} pixels), with the times at which they show."
+    count = f"All {len(frames)}" if len(shown) == len(frames) else f"{len(shown)} of {len(frames)}, evenly spaced:"
+    note = f"{count} frames as the model saw them ({', '.join(sizes)} pixels), with the times at which they show."
     return tag("div", *figures, class_="film"), note
 
 
@@ -77,7 +77,7 @@ def shown_answer(
         outcome = ("correct" if answer in truth else "wrong") if answer else "unparsed"
     for kind, written, known in pairs:
         if known and written and len(written) != len(known):
-            notes.append(f"{len(written)} {kind} centres are written, the question has {len(known)} states")
+            notes.append(f"{kind} centres written: {len(written)}; the question has {len(known)} states")
     camera, objects = (Centers(tuple(known or ())[:MAX_STATES], written[:MAX_STATES]) for _, written, known in pairs)
     return ShownAnswer(
         title=title,
