@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.remote import is_remote, join, remove_folder, upload
-from mllm4d_jax.files.storage import storing
+from mllm4d_jax.files.storage import StorageError, storing
 
 PARTIAL = ".partial"  # part of the name of everything that is still being written
 
@@ -59,12 +59,14 @@ def require_place(path: str | Path) -> None:
     if is_remote(path):  # `remote.require` has asked its bucket
         return
     path = Path(path)
-    with storing(path):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
+    except OSError as problem:
+        raise StorageError(problem.errno, problem.strerror, str(path)) from problem
 
 
 @contextlib.contextmanager
