@@ -25,10 +25,10 @@ _SHOWN_FILES = 4  # clips of one question
 _LOOKS = {"thinking": "thought", "answer": "answer"}
 
 MAP_NOTE = (
-    "Maps are in metres and in the axes of the solution, the two of a question in one scale: from above with x to the "
-    "right and z, which is forward, up; from the side with z to the right and -y, which is up, up. Open circles are "
+    "Maps are in metres and in the axes of the solution: x to the right, z, which is forward, up. Open circles are "
     "starts, filled ones ends; what the model said is dashed."
 )
+SIDE_NOTE = "Those from the side have the same scale, z to the right and -y, which is up, up."
 
 Entry = Mapping[str, ShownAnswer]  # run -> what it answered to one question; the run is '' where there is only one
 
@@ -63,12 +63,14 @@ class BrowserOptions:
       frames: of a clip; 0 shows none and opens no video.
       clip_s: seconds that a clip may take to decode.
       pictures_s: seconds after which no further clip is begun.
+      side: maps from the side beside those from above.
     """
 
     answers: int = 200
     frames: int = 4
     clip_s: float = 20.0
     pictures_s: float = 120.0
+    side: bool = False
 
 
 def spread(count: int, limit: int) -> list[int]:
@@ -86,7 +88,8 @@ def browser(entries: Sequence[Entry], options: BrowserOptions, *, label: str) ->
         paths, frames=options.frames, max_bytes=size, clip_s=options.clip_s, total_s=options.pictures_s
     )
     text = min(_TEXT, TEXT_BYTES // max(sum(map(len, entries)), 1))
-    cards = [_card(entry, pictures, text) for entry in entries]
+    views = VIEWS if options.side else VIEWS[:1]
+    cards = [_card(entry, pictures, text, views) for entry in entries]
     return page.cards(cards, label=label, ranges=("step",), wide=True)
 
 
@@ -94,13 +97,13 @@ def _media(entry: Entry) -> tuple[str, ...]:
     return next(iter(entry.values())).media[:_SHOWN_FILES]
 
 
-def _card(entry: Entry, pictures: Mapping[str, Pictures], max_text: int) -> Card:
+def _card(entry: Entry, pictures: Mapping[str, Pictures], max_text: int, views: Sequence[View]) -> Card:
     item = next(iter(entry.values()))
     left = [
         *(_strip(pictures[path], path) for path in _media(entry) if path in pictures),
         tag("p", shortened(item.question, max_text // 4), class_="question", tabindex="0"),
         _options(item, entry) if item.choices else None,
-        *(made for name, one in entry.items() for made in center_maps(one, name)),
+        *(made for name, one in entry.items() for made in center_maps(one, views, name)),
     ]
     right = [part for name, one in entry.items() for part in _answer(name, one, max_text)]
     body = tag("div", tag("div", *left, class_="stack"), tag("div", *right, class_="stack"), class_="review")
@@ -202,13 +205,13 @@ def distances(centers: Centers) -> list[float]:
     return [math.dist(a, b) for a, b in both if a is not None and b is not None]
 
 
-def center_maps(item: ShownAnswer, name: str = "") -> list[Markup]:
-    """Maps of the true and the predicted centres in one scale, from above and from the side; [] where none are known.
+def center_maps(item: ShownAnswer, views: Sequence[View], name: str) -> list[Markup]:
+    """Maps of the true and the predicted centres in one scale; [] where none are known.
 
     `name`: of the run, for the titles; '' for one of its own.
     """
-    scale = common_scale(*(_center_paths(item, view) for view in VIEWS))
-    made = (center_map(item, _called(f"Centres {view.name}", name), view, scale) for view in VIEWS)
+    scale = common_scale(*(_center_paths(item, view) for view in views))
+    made = (center_map(item, _called(f"Centres {view.name}", name), view, scale) for view in views)
     return [one for one in made if one is not None]
 
 

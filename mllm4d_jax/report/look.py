@@ -11,7 +11,7 @@ from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.reasoning import parse, unread
 from mllm4d_jax.qa.rewards import Solution
 from mllm4d_jax.report import page, summary
-from mllm4d_jax.report.browser import MAP_NOTE, PICTURE_BYTES, BrowserOptions, browser, overview, spread
+from mllm4d_jax.report.browser import MAP_NOTE, PICTURE_BYTES, SIDE_NOTE, BrowserOptions, browser, overview, spread
 from mllm4d_jax.report.items import MAX_PARTS, MAX_STATES, TONES, Centers, ShownAnswer
 from mllm4d_jax.report.page import Column, Markup, Section, join, shortened, table, tag
 
@@ -114,12 +114,12 @@ def look_page(
     pictures, note = clip
     drawn = any(c.truth or c.predicted for one in answers for c in (one.camera, one.objects))
     about = [[name, shortened(value, summary.FIELD)] for name, value in facts.items()]
-    said = browser([{"": one} for one in answers], BrowserOptions(frames=0), label="answers")
+    said = browser([{"": one} for one in answers], BrowserOptions(frames=0, side=True), label="answers")
     tiles = [("questions", f"{len(answers)}")]
     tiles += [("answers", overview(answers))] if any(TONES[one.outcome] for one in answers) else []
     sections = [
         Section("clip", "Clip", pictures, note),
-        Section("answers", "Answers", said, MAP_NOTE if drawn else ""),
+        Section("answers", "Answers", said, f"{MAP_NOTE} {SIDE_NOTE}" if drawn else ""),
         Section("about", "About", join([table([Column("what"), Column("value")], about, caption="Model and clip")])),
         Section("config", "Configuration", summary.config_table(config)),
     ]
