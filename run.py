@@ -24,12 +24,16 @@ from configs.schema import ConfigError, Key
 from mllm4d_jax.files import remote, storage
 from mllm4d_jax.files.console import guard_console
 from mllm4d_jax.files.ending import EXIT_S, Ending
+from mllm4d_jax.files.version import PROGRAM
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command line (`argv[0]` is the program) and returns its exit code."""
     try:
         asked, rest = split_flags(argv)
+        if asked.version:
+            print(PROGRAM)
+            return 0
         if not asked.config:
             refuse_leftovers(rest, {})
             print(reading.overview())
@@ -100,7 +104,7 @@ def write_page(folder: str) -> None:
 
 
 def split_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
-    """The flags config, workdir, plan (None = not given) and help, anywhere on the command line; all other arguments.
+    """The flags config, workdir, plan (None = not given), version and help, anywhere; all other arguments.
 
     Raises:
       ConfigError: one of them lacks its value.
@@ -108,6 +112,7 @@ def split_flags(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
     values = flags.FlagValues()
     for name, default in (("config", ""), ("workdir", ""), ("plan", None)):
         flags.DEFINE_string(name, default, "", flag_values=values)
+    flags.DEFINE_boolean("version", False, "", flag_values=values)
     flags.DEFINE_boolean("help", False, "", short_name="h", flag_values=values)
     try:
         return values, values(list(argv), known_only=True)[1:]
@@ -135,7 +140,9 @@ def refuse_leftovers(rest: Sequence[str], known: Mapping[str, Key]) -> None:
                 raise ConfigError(f"{schema.unknown_key(key, known)} (on the command line: '{arg}')")
             skip = not equals and not isinstance(known[key].default, bool)
         else:
-            near = schema.nearest(name, ["config", "workdir", "plan", "help", *(f"config.{key}" for key in known)])
+            near = schema.nearest(
+                name, ["config", "workdir", "plan", "version", "help", *(f"config.{key}" for key in known)]
+            )
             hint = f" - did you mean '--{near}'?" if near else ""
             raise ConfigError(f"unknown flag '{arg}'{hint} (see: python run.py --help)")
 

@@ -37,7 +37,7 @@ TASKS = MappingProxyType(
             GRPO_KEYS, "mllm4d_jax.grpo.task", "reinforcement learning (GRPO)", "mllm4d_jax.plan.task", page=True
         ),
         "curate": Task(CURATE_KEYS, "data_prep.curate", "make questions from clips with known geometry"),
-        "infer": Task(INFER_KEYS, "mllm4d_jax.eval.infer", "answer a question about one video or image"),
+        "infer": Task(INFER_KEYS, "mllm4d_jax.eval.infer", "answer questions about one video or image"),
         "verify": Task(VERIFY_KEYS, "mllm4d_jax.verify.task", "compare a checkpoint with a recorded reference"),
         "eval": Task(EVAL_KEYS, "mllm4d_jax.eval.evaluate", "score a model or predictions on a benchmark", page=True),
         "export": Task(EXPORT_KEYS, "mllm4d_jax.export.task", "write what was trained for PEFT or as a merged model"),

@@ -1,6 +1,7 @@
-"""Answer a question about one video or image with a checkpoint.
+"""Ask a model about one video or image: a question, those of a file or record, or one typed after the other.
 
 python run.py --config=configs/infer.py --config.model.path=DIR --config.clip=FILE --config.question="What moves?"
+python run.py --config=configs/infer.py --config.model.adapter=RUN --config.clip=FILE --config.page=FILE
 """
 
 from configs.schema import Presets

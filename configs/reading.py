@@ -29,6 +29,7 @@ FLAGS = (
         "do not train: compile the training step for TPU topologies such as v5e:4x4 and say whether it fits and how "
         "long it takes; --plan=memory reckons the memory on GPUs",
     ),
+    ("--version", "the version of this program"),
     ("--help", "this text; together with --config=FILE the keys of that config"),
 )
 

@@ -4,6 +4,15 @@ from configs.schema import Key
 from configs.tables.shared import MESH_KEYS, MODEL_KEYS, VIDEO_KEYS, run_keys, take
 from configs.tables.training import DATA_KEYS
 
+PROMPT_KEYS = (
+    Key(
+        "prompt.mode",
+        "direct",
+        "ask for the letter, ask for spatio-temporal reasoning first, or use the system prompt in prompt.file",
+        choices=("direct", "st_cot", "file"),
+    ),
+    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
+)
 INFER_KEYS = (
     *run_keys("infer"),
     *MODEL_KEYS,
@@ -11,8 +20,23 @@ INFER_KEYS = (
     *VIDEO_KEYS,
     Key("clip", "", "video file to ask about; '' = none", bucket=True),
     Key("image", "", "image file to ask about; '' = none", bucket=True),
-    Key("question", "", "what to ask"),
-    Key("system_file", "", "file with a system prompt; '' = none"),
+    Key(
+        "record",
+        "",
+        "FILE:KEY, questions that a record file has, with their clip: KEY is a record's number (from 0) or id, or a "
+        "video's path as the file has it for all questions about it",
+        bucket=True,
+    ),
+    Key("data.root", "", "folder that the record's paths are relative to; '' = the folder of its file", bucket=True),
+    Key("question", "", "what to ask; options go behind it: 'Which way? | left | right'"),
+    Key(
+        "questions",
+        "",
+        "text file with a question on each line; without question, questions and record they are read from the "
+        "terminal or standard input",
+    ),
+    *PROMPT_KEYS,
+    Key("page", "", "HTML file to write: frames, answers, reasoning and maps; '' = none", bucket=True),
     Key("max_new_tokens", 256, "longest answer, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
@@ -57,13 +81,7 @@ EVAL_KEYS = (
     *MODEL_KEYS,
     *take(MESH_KEYS, "data", "tensor"),
     *VIDEO_KEYS,
-    Key(
-        "prompt.mode",
-        "direct",
-        "ask for the letter, ask for spatio-temporal reasoning first, or use the system prompt in prompt.file",
-        choices=("direct", "st_cot", "file"),
-    ),
-    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
+    *PROMPT_KEYS,
     Key("max_new_tokens", 64, "longest response, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key(

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.store.parts import ClipResult, PartStore, StoreError
+from mllm4d_jax import __version__
 from mllm4d_jax.files.atomic import open_atomic, remove_partials, write_atomic
 from mllm4d_jax.qa.benchmarks import MULTIPLE_CHOICE
 from mllm4d_jax.qa.errors import RecordError
@@ -254,6 +255,7 @@ def assemble(
                 writers[REJECTED].write({"clip_id": result.clip_id, "source_id": result.source_id} | dict(entry))
     manifest = {
         "format": MANIFEST_FORMAT,
+        "version": __version__,
         "seed": store.seed,
         "config": store.config,
         **tally.summary(),

@@ -38,6 +38,7 @@ class MediaItem:
     visual: Visual
     seconds_per_grid: float = 0.0  # videos only
     frames: np.ndarray | None = None  # u8[T, H, W, 3], resized
+    times: np.ndarray | None = None  # f64[T], seconds of a video's frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +271,7 @@ class Encoder(contextlib.AbstractContextManager):
         grid = Grid("video", t, size[0] // c.patch_size, size[1] // c.patch_size)
         timestamps = video_timestamps(times, c.temporal_patch_size)
         sampled_fps = len(times) / total * fps
-        return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps)
+        return MediaItem(path, Visual(grid, timestamps), c.temporal_patch_size / sampled_fps, times=times)
 
     def _prompt(self, record: Record, items: Sequence[MediaItem], add_generation_prompt: bool) -> _Prompt:
         pieces = render_chat(

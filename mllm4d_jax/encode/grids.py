@@ -212,6 +212,18 @@ def patchify(frames: np.ndarray, config: ProcessorConfig) -> tuple[np.ndarray, t
     return patches.reshape(t * h * w, -1), (t, h, w)
 
 
+def unpatchify(patches: np.ndarray, grid: Grid, config: ProcessorConfig) -> np.ndarray:
+    """Return the frames u8[T, H, W, 3] of which `patchify` made the patches of one image or video.
+
+    T is a multiple of temporal_patch_size: frames that were repeated to fill a temporal patch come out as well.
+    """
+    tp, p, m = config.temporal_patch_size, config.patch_size, config.merge_size
+    scale, shift = (np.array(x, np.float32)[:, None] * np.float32(255) for x in (config.image_std, config.image_mean))
+    levels = np.rint(patches.reshape(len(patches), 3, -1) * scale + shift).astype(np.uint8)
+    blocks = levels.reshape(grid.t, grid.h // m, grid.w // m, m, m, 3, tp, p, p)
+    return blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(grid.t * tp, grid.h * p, grid.w * p, 3)
+
+
 def normalised_levels(config: ProcessorConfig) -> np.ndarray:
     """Value of each pixel level after normalisation, `(x - 255*mean) / (255*std)` in fp32: f32[3, 256]."""
     levels = np.arange(256, dtype=np.float32)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,11 +15,16 @@ from mllm4d_jax.files.remote import absolute
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.options import INSTRUCTION, write_question
-from mllm4d_jax.qa.records import Record, Span, user_content, video_part
+from mllm4d_jax.qa.records import Message, Record, Span, user_content, video_part
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import Group, share_prefix
 from mllm4d_jax.rows.shape import RowShape
+
+
+class EvaluationError(ValueError):
+    """The questions cannot be asked as configured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +41,37 @@ class Manner:
     system: str | None
     blind: bool
 
+    @classmethod
+    def of(cls, prompt: Mapping[str, str], blind: bool = False) -> Self:
+        """Return what the config group `prompt` wants.
+
+        Raises:
+          EvaluationError: prompt.file and prompt.mode contradict each other; ProcessorError: the file cannot be used.
+        """
+        mode, file = prompt["mode"], prompt["file"]
+        if bool(file) != (mode == "file"):
+            raise EvaluationError(
+                f"prompt.mode = {mode!r} and prompt.file = {file!r}: mode 'file' and a file go together"
+            )
+        preset = "st_cot" if mode == "st_cot" else ""
+        return cls(mode, resolve_system_prompt(file=file) if file else resolve_system_prompt(preset), blind)
+
+    def text(self, question: str, choices: Mapping[str, str]) -> str:
+        """Return a question as it is asked: with its options, if it has any.
+
+        It ends with the request for a letter, unless a system prompt says how to answer.
+        """
+        return write_question(question, choices, INSTRUCTION if self.mode == "direct" else "") if choices else question
+
+    def conversation(self, key: str, messages: Iterable[Message]) -> Record:
+        """Return a conversation to be continued, with the manner's system prompt, if it has one, for its own."""
+        if self.system is not None:
+            others = (message for message in messages if message["role"] != "system")
+            messages = ({"role": "system", "content": self.system}, *others)
+        return Record(key, tuple(messages))
+
     def record(self, item: BenchmarkQuestion) -> Record:
         """Return the conversation to be continued: the file's own text if it has one, else question and options.
-
-        A text made here ends with the request for a letter, unless a system prompt says how to answer.
 
         Raises:
           RecordError: the question has no file and is not asked blind.
@@ -48,16 +80,15 @@ class Manner:
             raise RecordError("has no video file", "missing_file", item.id)
         video = "" if item.media is None else absolute(item.media)
         if item.prompt is None:
-            text = write_question(item.question, item.choices, INSTRUCTION if self.mode == "direct" else "")
+            text = self.text(item.question, item.choices)
             parts = [video_part(video, item.span), {"type": "text", "text": text}]
         else:
             parts = user_content(item.prompt, {"video": iter([video_part(video, item.span)])})
         parts = [part for part in parts if part["type"] == "text" or not self.blind]
         messages = [{"role": "user", "content": parts}]
-        system = item.system if self.system is None else self.system
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return Record(item.id, tuple(messages))
+        if item.system is not None:
+            messages.insert(0, {"role": "system", "content": item.system})
+        return self.conversation(item.id, messages)
 
 
 class ItemSource:

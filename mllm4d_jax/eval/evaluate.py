@@ -22,17 +22,18 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from mllm4d_jax import __version__
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine, main_reasons
 from mllm4d_jax.data.reader import GroupReader
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.eval.asking import ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
+from mllm4d_jax.eval.asking import EvaluationError, ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
 from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
-from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.files.remote import is_remote
+from mllm4d_jax.files.version import of_another
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
@@ -42,19 +43,14 @@ from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import as_prompt
-from mllm4d_jax.qa.system_prompt import resolve_system_prompt
-from mllm4d_jax.report.reading import CONFIG, QUARANTINE
+from mllm4d_jax.report.reading import QUARANTINE
 from mllm4d_jax.rows.rows import Group
 from mllm4d_jax.run.build import encoder_of, row_shape
 from mllm4d_jax.run.clips import check_clips
 from mllm4d_jax.run.start import ModelChoice, choose_model, load_chosen
-from mllm4d_jax.run.workdir import Workdir, hold_workdir, not_held
+from mllm4d_jax.run.workdir import Workdir, hold_workdir, not_held, write_config
 
 _QUIET_S = 30.0  # between two states of the progress bar where there is no terminal
-
-
-class EvaluationError(ValueError):
-    """The evaluation cannot be run as configured."""
 
 
 class StoppedElsewhereError(EvaluationError):
@@ -136,8 +132,10 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
     digest = answers_hash(config, manner, choice)
     with PredictionStore(folder, digest, host=host) as store:
         if multihost.is_primary():
+            for version in sorted(store.versions - {__version__}):
+                print(of_another(f"a part of the answers in {folder}", version), flush=True)
             check_clips(folder, [ItemSource(items, manner)], fresh=not store.done)
-            write_json(folder / CONFIG, config.to_dict())
+            write_config(folder, config)
         quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host)
         mine = [i for video in share_of_host(items, (), host, hosts) for i in video]
         known = {items[i].id for i in mine if quarantine.knows(0, i)}
@@ -178,16 +176,8 @@ def load_questions(config: ml_collections.ConfigDict) -> tuple[BenchmarkQuestion
 
 
 def manner_of(config: ml_collections.ConfigDict) -> Manner:
-    """How the config wants questions asked.
-
-    Raises:
-      EvaluationError: prompt.file and prompt.mode contradict each other; ProcessorError: the file cannot be used.
-    """
-    mode, file = config.prompt.mode, config.prompt.file
-    if bool(file) != (mode == "file"):
-        raise EvaluationError(f"prompt.mode = {mode!r} and prompt.file = {file!r}: mode 'file' and a file go together")
-    system = resolve_system_prompt(file=file) if file else resolve_system_prompt("st_cot" if mode == "st_cot" else "")
-    return Manner(mode, system, config.control == "blind")
+    """How the config wants questions asked. Raises as `Manner.of`."""
+    return Manner.of(config.prompt, config.control == "blind")
 
 
 def answers_hash(config: ml_collections.ConfigDict, manner: Manner, choice: ModelChoice) -> str:

@@ -21,6 +21,7 @@ import ml_collections
 
 from configs.common import task_keys
 from configs.schema import fixed
+from mllm4d_jax import __version__
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
@@ -53,6 +54,7 @@ class Prediction(AskedQuestion):
       letter, rule, conflict: what `answers.extract_answer` found by the strict rules.
       correct: the letter is one of `truth`.
       config: hash of the configuration that the answer depends on (`config_hash`).
+      version: of this project that asked; '' for published responses, and before 0.1.0.
     """
 
     prompt_mode: str
@@ -65,6 +67,7 @@ class Prediction(AskedQuestion):
     conflict: bool
     correct: bool
     config: str
+    version: str = ""
 
     @classmethod
     def of(
@@ -74,6 +77,7 @@ class Prediction(AskedQuestion):
         *,
         prompt_mode: str,
         config: str,
+        version: str = __version__,
         control: str = "",
         tokens: int | None = None,
         finish: str | None = None,
@@ -83,12 +87,13 @@ class Prediction(AskedQuestion):
         asked = {field: getattr(item, field) for field in _OF_ITEM}
         asked["media"] = item.media and named_part(item.media, item.span)
         made = {"prompt_mode": prompt_mode, "control": control, "tokens": tokens, "finish": finish, "config": config}
+        made["version"] = version
         return cls(**asked, **made, response=response, **dataclasses.asdict(found), correct=found.letter in item.truth)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Self:
         """Return the prediction of a file's line. Raises PredictionError, beginning with `where`, for anything else."""
-        row = {"control": ""} | row
+        row = {"control": "", "version": ""} | row
         missing = [field for field in _FIELDS if field not in row]
         if missing:
             raise PredictionError(f"{where}: has no {', '.join(missing)}")
@@ -113,7 +118,7 @@ _OF_ITEM = tuple(field.name for field in dataclasses.fields(AskedQuestion))
 _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         **{field: (str,) for field in ("id", "benchmark", "split", "video", "question", "answer", "prompt_mode")},
-        **{field: (str,) for field in ("control", "response", "rule", "config")},
+        **{field: (str,) for field in ("control", "response", "rule", "config", "version")},
         **{field: (str, type(None)) for field in ("category", "subtask", "media", "finish", "letter")},
         "tokens": (int, type(None)),
         "choices": (Mapping,),
@@ -201,7 +206,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
     for item, raw in read_benchmark(benchmark, files, None):
         response = raw.get("response")
         if isinstance(response, str):
-            found.append(Prediction.of(item, response, prompt_mode="published", config="published"))
+            found.append(Prediction.of(item, response, prompt_mode="published", config="published", version=""))
         else:
             silent.append(item.id)
     if silent:
@@ -229,6 +234,7 @@ class PredictionStore:
     Attributes:
       path: the file.
       done: ids that are answered, by any host of this run or of an earlier one with another number of hosts.
+      versions: of this project that gave these answers.
     """
 
     def __init__(self, folder: str | Path, config: str, *, host: int = 0) -> None:
@@ -236,6 +242,7 @@ class PredictionStore:
         self.folder, self.config = Path(folder), config
         self.path, self._host, self._held = jsonl.of_host(self.folder / PREDICTIONS, host), host, contextlib.ExitStack()
         self.done: set[str] = set()
+        self.versions: frozenset[str] = frozenset()
 
     def __enter__(self) -> Self:
         """Takes the folder, for this host, and reads what is there.
@@ -261,7 +268,7 @@ class PredictionStore:
                     f"run is {self.config}): use another workdir, or delete them to start over"
                 )
             self._held = stack.pop_all()
-        self.done = {one.id for one in found}
+        self.done, self.versions = {one.id for one in found}, frozenset(one.version for one in found)
         return self
 
     def __exit__(self, *_: object) -> None:

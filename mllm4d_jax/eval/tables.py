@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_collections
 
+from mllm4d_jax import __version__
 from mllm4d_jax.eval import scoring
 from mllm4d_jax.eval.predictions import Prediction, read_any
 from mllm4d_jax.eval.statistics import Bootstrap
@@ -56,7 +57,7 @@ def publish(
         controls=[read_any(path, config.benchmark) for path in config.controls],
         compare=read_any(config.compare, config.benchmark) if config.compare else (),
     )
-    found["unusable"] = unusable
+    found |= {"unusable": unusable, "version": __version__}
     write_results(workdir, found)
     scored = scoring.score(predictions, config.extractor)
     rows = (one.prediction.to_row() | asdict(one.found) | {"correct": one.correct} for one in scored)
@@ -105,6 +106,7 @@ def summary(results: Results) -> str:
         f"{_with_interval(whole, 'accuracy')}.{left_out}{mean}{control} Extractor: {results['extractor']}. Unparsed "
         f"answers are wrong. Brackets: {results['level']:.0%} intervals, bootstrap over videos "
         f"({bootstrap['samples']} draws, seed {bootstrap['seed']})."
+        + (f" Scored by mllm4d-jax {results['version']}." if "version" in results else "")
     )
 
 

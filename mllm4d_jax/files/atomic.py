@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 
 from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.remote import is_remote, join, remove_folder, upload
-from mllm4d_jax.files.storage import storing
+from mllm4d_jax.files.storage import StorageError, storing
 
 PARTIAL = ".partial"  # part of the name of everything that is still being written
 
@@ -47,6 +48,25 @@ def replacing(path: str | Path, ending: str = "") -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # a read-only disk; it would hide the reason
             partial.unlink()
+
+
+def require_place(path: str | Path) -> None:
+    """Make the folder of a file that is to be written later, and see that it can be: before the work, not after it.
+
+    Raises:
+      StorageError: it cannot, as the disk and the rights are now.
+    """
+    if is_remote(path):  # `remote.require` has asked its bucket
+        return
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as problem:
+        raise StorageError(problem.errno, problem.strerror, str(path)) from problem
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from mllm4d_jax.models import rope
 from mllm4d_jax.models.attention import LOWEST
 from mllm4d_jax.models.layers import scan_layers
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.shared_prefix import slot_attention
 from mllm4d_jax.models.text import DecoderBlock, KVCache, run_lengths
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.products import einsum_f32
@@ -53,7 +54,7 @@ class Asked(NamedTuple):
 
 
 class PromptRows(NamedTuple):
-    """Result of `prefill_rows`; N branch slots of L tokens."""
+    """Result of `prefill_rows` and `prefill_branches`; N branch slots of L tokens."""
 
     cache: PromptCache  # of the prefixes
     own: KVCache  # [layers, B, K, N, L, head_dim] of what each branch was given
@@ -97,26 +98,64 @@ def prefill_rows(model: QwenVL, inputs: ModelInputs, features: VisionFeatures | 
     if layout is None:
         raise ValueError("shared-prefix rows are needed, these are plain ones")
     out = model.forward(inputs, features=features, keep_cache=True)
+    p, real = layout.prefix, inputs.segment_ids != 0
+    prefix, own = (KVCache(*(x[..., part, :] for x in out.cache)) for part in (slice(None, p), slice(p, None)))
+    cache = PromptCache(constrain_cache(prefix, model.mesh), real[:, :p])
+    return _branch_rows(model, inputs, cache, own, out.hidden[:, p:])
+
+
+def prefill_branches(model: QwenVL, inputs: ModelInputs, prompts: PromptCache) -> PromptRows:
+    """Runs the beginnings of branches over prefixes that were run before (`prefill`), with the attention of training.
+
+    Args:
+      inputs: shared-prefix rows without their prefixes (a layout with a prefix of 0 slots), text alone.
+      prompts: of the same rows.
+
+    Raises:
+      ValueError: plain rows, or rows with prefixes of their own.
+    """
+    layout = inputs.layout
+    if layout is None or layout.prefix:
+        raise ValueError(f"the branches of shared-prefix rows are needed, without prefixes; these are {layout}")
+    config, shape = model.config.text, (len(inputs.tokens), layout.slots, layout.length)
+    ids, prefix_ids = inputs.segment_ids.reshape(shape), prompts.visible.astype(jnp.int32)
+    x, _ = model.embed(inputs, None)
+    cos, sin = rope.text_rope(config.rope, config.head_dim, inputs.positions, x.dtype)
+
+    def step(block: DecoderBlock, hidden: jax.Array, layer: jax.Array):
+        keys, values = (x[layer].swapaxes(1, 2) for x in prompts.kv)
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            slots = (x.reshape(*shape, *x.shape[2:]) for x in (q, k, v))
+            out = slot_attention(*slots, ids, keys, values, prefix_ids, model.backend.query_block)
+            return out.reshape(q.shape)
+
+        hidden, k, v = block.attend(hidden, cos, sin, attend, None)
+        hidden = block.feed_forward(hidden, inputs.segment_ids != 0)[0]
+        return constrain_rows(hidden, model.mesh), KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    caches = []
+    for (start, count, _), blocks in zip(run_lengths(config), model.text.stacks, strict=True):
+        x, kept = scan_layers(blocks, step, x, start + jnp.arange(count))
+        caches.append(kept)
+    own = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+    return _branch_rows(model, inputs, prompts, own, model.text.norm(x))
+
+
+def _branch_rows(model: QwenVL, inputs: ModelInputs, cache: PromptCache, own: KVCache, hidden: jax.Array) -> PromptRows:
+    """The result of a pass over branches: `own` keys and values [layers, B, K, N*L, d], hidden states [B, N*L, H]."""
+    layout = inputs.layout
     p, branches = layout.prefix, (layout.slots, layout.length)
-    real = inputs.segment_ids != 0
-    in_slots = real[:, p:].reshape(-1, *branches)  # bool[B, N, L]
+    in_slots = (inputs.segment_ids[:, p:] != 0).reshape(-1, *branches)  # bool[B, N, L]
     lengths = in_slots.sum(-1, dtype=jnp.int32)  # 0 for a slot without a branch
     last = jnp.maximum(lengths - 1, 0)
-    hidden = out.hidden[:, p:].reshape(*in_slots.shape, -1)
+    hidden = hidden.reshape(*in_slots.shape, -1)
     hidden = jnp.take_along_axis(hidden, last[..., None, None], 2)[:, :, 0]
     places = inputs.positions[:, :, p:].reshape(3, *in_slots.shape)
     following = next_position(jnp.take_along_axis(places, last[None, ..., None], 3)[..., 0])
-
-    def own(x: jax.Array) -> jax.Array:  # [layers, B, K, S, d] -> [layers, B, K, N, L, d]
-        return x[..., p:, :].reshape(*x.shape[:3], *branches, x.shape[-1])
-
-    prefix = KVCache(*(x[..., :p, :] for x in out.cache))
-    return PromptRows(
-        PromptCache(constrain_cache(prefix, model.mesh), real[:, :p]),
-        constrain_cache(KVCache(*map(own, out.cache)), model.mesh),
-        hidden,
-        following.astype(jnp.int32),
-    )
+    # [layers, B, K, N * L, d] -> [layers, B, K, N, L, d]
+    own = KVCache(*(x.reshape(*x.shape[:3], *branches, x.shape[-1]) for x in own))
+    return PromptRows(cache, constrain_cache(own, model.mesh), hidden, following.astype(jnp.int32))
 
 
 def empty_branches(model: QwenVL, prompts: int, branches: int, slots: int, apart: bool = False) -> KVCache:

@@ -32,6 +32,7 @@ from mllm4d_jax.generate.decoding import (
     decode,
     empty_branches,
     prefill,
+    prefill_branches,
     prefill_rows,
 )
 from mllm4d_jax.generate.inputs import Call, fill_rows
@@ -104,6 +105,7 @@ class Sampler:
         self.mesh, self.chunk, self.compiles = mesh, chunk, 0
         self.ladder = ladder or Ladder(shards=1 if mesh is None else batch_shards(mesh))
         self._form = form
+        self._prefix = self._compiled(functools.partial(_prefix, graphdef))
         self._start = self._compiled(functools.partial(_start, graphdef), ("branches", "options", "apart"))
         self._layers = self._compiled(functools.partial(_layers, graphdef), ("kernels",))
         self._empty = self._compiled(functools.partial(_empty, graphdef), ("shape", "apart"))
@@ -124,8 +126,17 @@ class Sampler:
         return choose_form(self.mesh, weights) if self._form is None else self._form
 
     def lower(self, program: str, *args: Any, **named: Any) -> jax.stages.Lowered:
-        """The program "start", "layers", "empty", "decode", "take_prompts" or "take_branches" for placed shapes."""
+        """The program of that name for placed shapes: "prefix", "start", "layers", "empty", "decode", "take_..."."""
         return getattr(self, f"_{program}").lower(*args, **named)
+
+    def prefix(self, weights: tuple, inputs: ModelInputs) -> PromptCache:
+        """Runs the common beginning of prompts that are not all known yet, for any number of calls of `generate`.
+
+        Args:
+          weights: as in `generate`.
+          inputs: plain rows, one for each row of these calls.
+        """
+        return self._prefix(weights, place_rows(inputs, self.mesh))
 
     def generate(
         self,
@@ -138,6 +149,7 @@ class Sampler:
         options: SamplingOptions,
         seed: int = 0,
         features: VisionFeatures | None = None,
+        prefix: PromptCache | None = None,
         detokenize: Detokenize | None = None,
     ) -> Completions:
         """Draws the completions. Each depends on (seed, prompt id, branch number), its prompt and the weights alone.
@@ -153,6 +165,8 @@ class Sampler:
           max_new_tokens: length cap; one number, or an array that broadcasts to [B, G].
           seed: in [0, 2^32); another one gives other completions.
           features: vision features computed before; None encodes `inputs.vision`.
+          prefix: of the rows, computed before by `prefix`; `inputs` are then the rows' branches alone
+            (`decoding.prefill_branches`).
           detokenize: needed for `options.stop`.
 
         Raises:
@@ -163,6 +177,8 @@ class Sampler:
         record = CompletionRecord(call.limits, options, detokenize)
         on_device = dataclasses.replace(options, stop=())  # texts are the host's matter: no program for each
         packing = self._first_packing(call)
+        if prefix is not None and len(prefix.visible) != len(packing.rows):
+            raise ValueError(f"{len(prefix.visible)} prefixes for {len(packing.rows)} rows")
         keys = KeyNumbers(np.uint32(seed), call.prompt_ids[packing.rows], call.numbers[packing.rows])
         filled, features = fill_rows(inputs, features, packing.rows)
         cache, own, following, first, scores = self._start(
@@ -172,6 +188,7 @@ class Sampler:
             # sampler has a mesh of its own), and a program takes no arguments of two orders.
             place_rows(features, self.mesh),
             self._everywhere(keys),
+            prefix,
             branches=branches,
             options=on_device,
             apart=self.form(weights) != "stacked",
@@ -255,12 +272,17 @@ class _Run(NamedTuple):
         )
 
 
+def _prefix(graphdef, weights, inputs) -> PromptCache:
+    return prefill(merge_model(graphdef, *weights), inputs).cache
+
+
 def _start(
     graphdef,
     weights,
     inputs,
     features,
     numbers: KeyNumbers,
+    prefix: PromptCache | None = None,
     *,
     branches: int,
     options: SamplingOptions,
@@ -280,7 +302,7 @@ def _start(
         logits = jnp.broadcast_to(logits[:, None], (len(logits), branches, logits.shape[-1]))
         following = jnp.broadcast_to(prompt.next_position[:, None], logits.shape[:2])
     else:
-        prompt = prefill_rows(model, inputs, features)
+        prompt = prefill_rows(model, inputs, features) if prefix is None else prefill_branches(model, inputs, prefix)
         own, logits, following = prompt.own, head_logits(prompt.hidden, head), prompt.next_position
     tokens, logprobs = draw(logits, branch_keys(*numbers), 0, options)
     small = (following, tokens[..., None], logprobs[..., None])

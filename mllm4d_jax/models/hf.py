@@ -290,11 +290,16 @@ def write_shards(
         (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def write_tensors(tensors: Mapping[str, np.ndarray], file: pathlib.Path) -> None:
-    """Write a safetensors file with the rights of an ordinary new file; the library's own mode is owner-only."""
+def write_tensors(
+    tensors: Mapping[str, np.ndarray], file: pathlib.Path, about: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the rights of an ordinary new file; the library's own mode is owner-only.
+
+    `about`: what goes into its metadata besides.
+    """
     file.touch()
     mode = file.stat().st_mode
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(tensors, file, metadata={"format": "pt"} | dict(about or {}))
     file.chmod(mode)
 
 

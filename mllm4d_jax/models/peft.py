@@ -21,6 +21,7 @@ from mllm4d_jax.files.cache import copied_file
 from mllm4d_jax.files.json_object import real, whole
 from mllm4d_jax.files.quoting import plain, shown
 from mllm4d_jax.files.remote import place
+from mllm4d_jax.files.version import PROGRAM
 from mllm4d_jax.models import weight_map
 from mllm4d_jax.models.hf import write_tensors
 from mllm4d_jax.models.layers import Linear
@@ -107,7 +108,7 @@ def save_peft(model: QwenVL, folder: str | pathlib.Path, *, base: str, dropout: 
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_tensors(tensors, folder / WEIGHTS)
+    write_tensors(tensors, folder / WEIGHTS, {"written_by": PROGRAM})
     return len(tensors)
 
 

@@ -108,17 +108,26 @@ def _branch_queries(q, k, v, segment_ids, layout: RowLayout, block: int | None) 
     prefix = (k[:, :p], v[:, :p], segment_ids[:, :p])
     branches = [x[:, p:].reshape(b, slots, length, *x.shape[2:]) for x in (q, k, v, segment_ids)]
     if block is None or slots * length <= block:
-        return _in_slots(*branches, *prefix).reshape(b, slots * length, n, d)
+        return slot_attention(*branches, *prefix).reshape(b, slots * length, n, d)
     # As many slots at a time as fit into a block and divide the slots; at least one.
     some = max(c for c in range(1, slots + 1) if slots % c == 0 and (c == 1 or c * length <= block))
 
     pieces = tuple(x.reshape(b, slots // some, some, *x.shape[2:]).swapaxes(0, 1) for x in branches)
-    out = jax.lax.map(jax.checkpoint(lambda x: _in_slots(*x, *prefix, block=block)), pieces)
+    out = jax.lax.map(jax.checkpoint(lambda x: slot_attention(*x, *prefix, block=block)), pieces)
     return out.swapaxes(0, 1).reshape(b, slots * length, n, d)
 
 
-def _in_slots(q, k, v, ids, prefix_k, prefix_v, prefix_ids, block: int | None = None) -> jax.Array:
-    """Queries [B, C, L, N, d] of C slots over the prefix and their own slot; `block` queries of a slot at a time."""
+def slot_attention(q, k, v, ids, prefix_k, prefix_v, prefix_ids, block: int | None = None) -> jax.Array:
+    """Attention of the tokens of C branch slots to the prefix and, causally, to their own slot.
+
+    Args:
+      q: [B, C, L, N, d]; k, v: [B, C, L, K, d]; ids: i32[B, C, L] segments.
+      prefix_k, prefix_v: [B, P, K, d]; prefix_ids: i32[B, P].
+      block: queries of a slot at a time; None for all.
+
+    Returns:
+      [B, C, L, N, d].
+    """
     length = q.shape[2]
 
     def attend(q, q_ids, index):

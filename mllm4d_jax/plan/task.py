@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from mllm4d_jax import __version__
 from mllm4d_jax.files.atomic import write_atomic, write_json
 from mllm4d_jax.parallel.chips import GIB
 from mllm4d_jax.parallel.topology import Topology, open_topology, split_name
@@ -126,5 +127,5 @@ def _write(folder: Path, job: PlanJob, plans: Sequence[TopologyPlan], gpus: Sequ
     facts = dict(
         task=c.task, model=c.model.path or c.model.published, sizes=sizes, lengths=lengths, steps=c.train.steps
     )
-    record = dict(job=facts, plans=[p.record for p in plans]) | ({MEMORY: gpus} if gpus else {})
+    record = dict(version=__version__, job=facts, plans=[p.record for p in plans]) | ({MEMORY: gpus} if gpus else {})
     write_json(folder / "plan.json", record)

@@ -121,6 +121,38 @@ def parse(completion: str) -> ParsedReasoning:
     )
 
 
+def unread(completion: str, *, reasoning: bool) -> tuple[str, ...]:
+    """Return in words what of a completion is not read, or is missing in it; () where all of it is read.
+
+    Args:
+      reasoning: whether thinking, answer and centres were asked for; without it only what was begun is looked at.
+    """
+    parsed, where = parse(completion), said(completion)
+    spoken, found = completion[where], []
+    if where.stop < len(completion):
+        found.append("a thought (<think>) is never closed: nothing behind its opening counts")
+    for name, text in (("thinking", parsed.thinking), ("answer", parsed.answer)):
+        if text is None and f"<{name}>" in spoken:
+            found.append(f"<{name}> is opened and never closed")
+        elif text is None and reasoning:
+            found.append(f"there is no <{name}> block")
+    if not parsed.answers_agree:
+        found.append("the <answer> blocks differ: the last one counts")
+    if None not in (parsed.thinking, parsed.answer) and not parsed.well_formed:
+        found.append("it is not one thinking block, one answer block behind it, and nothing else")
+    kinds = (("camera", parsed.camera_centers, parsed.malformed_cameras),)
+    kinds += (("object", parsed.object_centers, parsed.malformed_objects),)
+    for kind, centers, malformed in kinds:
+        if malformed:
+            found.append(f"{malformed} of {malformed + len(centers)} {kind} centres are neither [x, y, z] nor null")
+        elif reasoning and parsed.thinking is not None and not centers:
+            found.append(f"no {kind} centre is written in the thinking")
+    outside = len(_MARKER.findall(spoken)) - len(_MARKER.findall(parsed.thinking or ""))
+    if outside:
+        found.append(f"centres outside the thinking, where they do not count: {outside}")
+    return tuple(found)
+
+
 def parse_center(text: str) -> Vec3 | None:
     """`[x, y, z]` with nothing around it -> metres; None for anything else.
 

@@ -6,13 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mllm4d_jax.qa.reasoning import find_blocks
 from mllm4d_jax.report import page
 from mllm4d_jax.report.items import TONES, Centers, ShownAnswer, Vec3
-from mllm4d_jax.report.maps import MapPath, top_map
+from mllm4d_jax.report.maps import MapPath, common_scale, top_map
 from mllm4d_jax.report.page import Card, Markup, shortened, tag
 from mllm4d_jax.report.pictures import Pictures, read_pictures
 
@@ -23,7 +24,34 @@ _FIELD = 400  # bytes of a title, an option or a fact
 _SHOWN_FILES = 4  # clips of one question
 _LOOKS = {"thinking": "thought", "answer": "answer"}
 
+MAP_NOTE = (
+    "Maps are in metres and in the axes of the solution: x to the right, z, which is forward, up. Open circles are "
+    "starts, filled ones ends; what the model said is dashed."
+)
+SIDE_NOTE = "Those from the side have the same scale, z to the right and -y, which is up, up."
+
 Entry = Mapping[str, ShownAnswer]  # run -> what it answered to one question; the run is '' where there is only one
+
+
+class View(NamedTuple):
+    """A direction from which centres (x to the right, y down, z forward) are drawn: axes of the page, in metres."""
+
+    name: str
+    x_label: str
+    y_label: str
+    axes: tuple[int, int]
+    signs: tuple[float, float]
+
+    def places(self, states: Sequence[Vec3 | None]) -> np.ndarray:
+        """f64[N, 2] (right, up on the page); NaN where a state has none."""
+        found = np.array([(np.nan,) * 3 if state is None else state for state in states], np.float64).reshape(-1, 3)
+        return found[:, self.axes] * self.signs
+
+
+VIEWS = (
+    View("from above", "x, m", "z, m", (0, 2), (1.0, 1.0)),
+    View("from the side", "z, m", "up, m", (2, 1), (1.0, -1.0)),
+)
 
 
 @dataclass(frozen=True)
@@ -35,12 +63,14 @@ class BrowserOptions:
       frames: of a clip; 0 shows none and opens no video.
       clip_s: seconds that a clip may take to decode.
       pictures_s: seconds after which no further clip is begun.
+      side: maps from the side beside those from above.
     """
 
     answers: int = 200
     frames: int = 4
     clip_s: float = 20.0
     pictures_s: float = 120.0
+    side: bool = False
 
 
 def spread(count: int, limit: int) -> list[int]:
@@ -58,7 +88,8 @@ def browser(entries: Sequence[Entry], options: BrowserOptions, *, label: str) ->
         paths, frames=options.frames, max_bytes=size, clip_s=options.clip_s, total_s=options.pictures_s
     )
     text = min(_TEXT, TEXT_BYTES // max(sum(map(len, entries)), 1))
-    cards = [_card(entry, pictures, text) for entry in entries]
+    views = VIEWS if options.side else VIEWS[:1]
+    cards = [_card(entry, pictures, text, views) for entry in entries]
     return page.cards(cards, label=label, ranges=("step",), wide=True)
 
 
@@ -66,13 +97,13 @@ def _media(entry: Entry) -> tuple[str, ...]:
     return next(iter(entry.values())).media[:_SHOWN_FILES]
 
 
-def _card(entry: Entry, pictures: Mapping[str, Pictures], max_text: int) -> Card:
+def _card(entry: Entry, pictures: Mapping[str, Pictures], max_text: int, views: Sequence[View]) -> Card:
     item = next(iter(entry.values()))
     left = [
         *(_strip(pictures[path], path) for path in _media(entry) if path in pictures),
         tag("p", shortened(item.question, max_text // 4), class_="question", tabindex="0"),
         _options(item, entry) if item.choices else None,
-        *(center_map(one, _called("Centres from above", name)) for name, one in entry.items()),
+        *(made for name, one in entry.items() for made in center_maps(one, views, name)),
     ]
     right = [part for name, one in entry.items() for part in _answer(name, one, max_text)]
     body = tag("div", tag("div", *left, class_="stack"), tag("div", *right, class_="stack"), class_="review")
@@ -109,12 +140,14 @@ def _strip(pictures: Pictures, path: str) -> Markup:
     return tag("div", *shown, class_="strip", title=name)
 
 
-def _verdict(item: ShownAnswer) -> Markup:
-    """The outcome, what was extracted, and what is right."""
+def _verdict(item: ShownAnswer) -> Markup | None:
+    """The outcome, what was extracted, and what is right; None for a free answer of which nothing is known."""
     extracted = tag("b", shortened(item.answer, _FIELD)) if item.answer else "nothing"
-    truth = shortened(", ".join(item.truth), _FIELD) if item.truth else "not known"
+    truth = tag("b", shortened(", ".join(item.truth), _FIELD)) if item.truth else "not known"
+    if item.outcome == "not judged" and not item.answer:
+        return tag("p", "right: ", truth) if item.truth else None
     mark = tag("span", item.outcome, class_=f"mark {TONES[item.outcome]}".rstrip())
-    return tag("p", mark, " extracted: ", extracted, "; right: ", tag("b", truth))
+    return tag("p", mark, " extracted: ", extracted, "; right: ", truth)
 
 
 def _facts(pairs: Sequence[tuple[str, str]]) -> Markup | None:
@@ -134,7 +167,7 @@ def _options(item: ShownAnswer, entry: Entry) -> Markup:
         right = letter in item.truth
         answered = [name for name, one in entry.items() if one.answer == letter]
         notes = " ✓" * right + (f" ← {', '.join(filter(None, answered)) or 'answered'}" if answered else "")
-        look = "good" if right else "bad" if answered else None
+        look = "good" if right else "bad" if answered and item.truth else None
         lines.append(tag("li", shortened(f"{letter}. {text}", _FIELD), notes or None, class_=look))
     return tag("ul", *lines, class_="options")
 
@@ -172,16 +205,31 @@ def distances(centers: Centers) -> list[float]:
     return [math.dist(a, b) for a, b in both if a is not None and b is not None]
 
 
-def center_map(item: ShownAnswer, title: str) -> Markup | None:
-    """Map of the true and the predicted centres from above; None where neither are known."""
+def center_maps(item: ShownAnswer, views: Sequence[View], name: str) -> list[Markup]:
+    """Maps of the true and the predicted centres in one scale; [] where none are known.
+
+    `name`: of the run, for the titles; '' for one of its own.
+    """
+    scale = common_scale(*(_center_paths(item, view) for view in views))
+    made = (center_map(item, _called(f"Centres {view.name}", name), view, scale) for view in views)
+    return [one for one in made if one is not None]
+
+
+def center_map(item: ShownAnswer, title: str, view: View = VIEWS[0], scale: float | None = None) -> Markup | None:
+    """Map of the true and the predicted centres; None where neither are known. `scale`: see `top_map`."""
+    paths = _center_paths(item, view)
+    return top_map(paths, title=title, x_label=view.x_label, y_label=view.y_label, scale=scale) if paths else None
+
+
+def _center_paths(item: ShownAnswer, view: View) -> list[MapPath]:
     paths = []
     for called, centers in (("camera", item.camera), ("object", item.objects)):
         camera, known = called == "camera", _known(centers.truth)
         if known:
-            paths.append(MapPath(f"{called}, true", _from_above(centers.truth), camera=camera))
+            paths.append(MapPath(f"{called}, true", view.places(centers.truth), camera=camera))
         if _known(centers.predicted):
-            paths.append(MapPath(f"{called}, said", _from_above(centers.predicted), camera=camera, guess=known))
-    return top_map(paths, title=title, x_label="x, m", y_label="z, m") if paths else None
+            paths.append(MapPath(f"{called}, said", view.places(centers.predicted), camera=camera, guess=known))
+    return paths
 
 
 def _center_facts(item: ShownAnswer) -> Iterator[tuple[str, str]]:
@@ -197,11 +245,6 @@ def _center_facts(item: ShownAnswer) -> Iterator[tuple[str, str]]:
 
 def _known(states: Sequence[Vec3 | None]) -> bool:
     return any(state is not None for state in states)
-
-
-def _from_above(states: Sequence[Vec3 | None]) -> np.ndarray:
-    """f64[N, 2] (x, z); the world's y points down."""
-    return np.array([(np.nan, np.nan) if s is None else (s[0], s[2]) for s in states], np.float64)
 
 
 def _states(states: Sequence[Vec3 | None]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.files.remote import place, size
 from mllm4d_jax.report import compare, page, scores, summary
-from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, overview, spread
+from mllm4d_jax.report.browser import MAP_NOTE, BrowserOptions, Entry, browser, overview, spread
 from mllm4d_jax.report.curves import curve_section
 from mllm4d_jax.report.items import completion_item, prediction_item
 from mllm4d_jax.report.page import Section, join, shortened, tag
@@ -53,7 +53,7 @@ def write_report(
     """
     found = read_run(workdir)
     html = render(found, options) if other is None else render_pair(found, read_run(other), options)
-    return _write(place(out) if out is not None else place(found.home) / REPORT, html)
+    return write_page(place(out) if out is not None else place(found.home) / REPORT, html)
 
 
 def close_run(workdir: str | Path) -> str:
@@ -63,11 +63,12 @@ def close_run(workdir: str | Path) -> str:
       ReportError: see `write_report`.
     """
     found = read_run(workdir)
-    path = _write(place(found.home) / REPORT, render(found, _DEFAULT))
+    path = write_page(place(found.home) / REPORT, render(found, _DEFAULT))
     return "\n".join([*(f"{name}: {said}" for name, said in summary.findings(found).items()), f"report: {path}"])
 
 
-def _write(path: Path, html: str) -> Path:
+def write_page(path: Path, html: str) -> Path:
+    """Write a page, whole or not at all. Raises ReportError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, html.encode("utf-8"))
@@ -146,12 +147,6 @@ def _answered_by_both(first: Run, second: Run, names: Sequence[str], options: Br
     return [table, *_answers("differences", "Answers that differ", entries, len(places), how, options)]
 
 
-_MAP_NOTE = (
-    "Maps are in metres and in the axes of the solution: x to the right, z, which is forward, up. Open circles are "
-    "starts, filled ones ends; what the model said is dashed."
-)
-
-
 def _answers(
     anchor: str, title: str, entries: Sequence[Entry], total: int, how: str, options: BrowserOptions
 ) -> list[Section]:
@@ -162,7 +157,7 @@ def _answers(
     shown = f"All {total:,}" if len(entries) == total else f"{len(entries):,} of {total:,}, chosen {how}"
     counted = f": {overview(items)}" if len(items) == len(entries) else ""
     notes = [f"{shown}{counted}. Long texts are cut in the middle."]
-    notes += [_MAP_NOTE] if any(item.camera.truth or item.objects.truth for item in items) else []
+    notes += [MAP_NOTE] if any(item.camera.truth or item.objects.truth for item in items) else []
     return [Section(anchor, title, browser(entries, options, label=title.lower()), " ".join(notes))]
 
 

@@ -105,6 +105,7 @@ def prediction_item(row: Row) -> ShownAnswer:
     truth = row.get("truth") if isinstance(row.get("truth"), list) else [row.get("answer")]
     outcome = outcome_of_prediction(row)
     shown = ("subtask", "category", "benchmark", "split", "rule", "finish", "tokens", "prompt_mode", "control", "video")
+    shown += ("version",)
     conflict = (("conflict", "several answers are given"),) if row.get("conflict") is True else ()
     return ShownAnswer(
         title=text(row.get("id")) or "prediction",

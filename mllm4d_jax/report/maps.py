@@ -1,4 +1,4 @@
-"""A top-down map as inline SVG: paths and points in metres, equally scaled on both axes."""
+"""A map as inline SVG, from above or from the side: paths and points in metres, equally scaled on both axes."""
 
 from __future__ import annotations
 
@@ -58,12 +58,14 @@ class MapPoint:
 class _Frame:
     """Map to drawing units, one scale for both axes, wide enough for every known point."""
 
-    def __init__(self, known: np.ndarray) -> None:
+    def __init__(self, known: np.ndarray, scale: float | None = None) -> None:
+        """`scale`: drawing units of one unit of the map; None for the largest with which all fits."""
         low, high = known.min(0), known.max(0)
         middle, span = (low + high) / 2, np.maximum((high - low) * 1.16, 1e-9)
         inner = WIDTH - _LEFT - _RIGHT
         # The width is always used; the height as far as the data ask for it.
-        self.scale = float(min(inner / max(span[0], _LEAST_SPAN), _MOST / max(span[1], _LEAST_SPAN)))
+        fitting = min(inner / max(span[0], _LEAST_SPAN), _MOST / max(span[1], _LEAST_SPAN))
+        self.scale = float(fitting if scale is None else scale)
         self.height = float(np.clip(span[1] * self.scale, _LEAST, _MOST))
         half = np.array([inner, self.height]) / (2 * self.scale)
         (self.x0, self.y0), (self.x1, self.y1) = (middle - half).tolist(), (middle + half).tolist()
@@ -88,10 +90,34 @@ class _Frame:
         return [*body, text(2, 12, y_label), text(right, bottom + 31, x_label, anchor="end")]
 
 
+def common_scale(*views: Sequence[MapPath]) -> float | None:
+    """Return the largest scale with which each of several maps holds its paths; None where no point is known."""
+    scales = [_Frame(known).scale for view in views if len(known := _known(view))]
+    return min(scales, default=None)
+
+
+def _known(paths: Sequence[MapPath], points: Sequence[MapPoint] = ()) -> np.ndarray:
+    """f64[N, 2], the places that are known."""
+    places = [np.asarray(path.points, np.float64) for path in paths]
+    places.append(np.array([(p.x, p.y) for p in points], np.float64).reshape(-1, 2))
+    known = np.concatenate(places)
+    return known[np.isfinite(known).all(1)]
+
+
 def top_map(
-    paths: Sequence[MapPath], points: Sequence[MapPoint] = (), *, title: str, x_label: str, y_label: str, note: str = ""
+    paths: Sequence[MapPath],
+    points: Sequence[MapPoint] = (),
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    note: str = "",
+    scale: float | None = None,
 ) -> Markup:
     """Paths with their starts (open) and ends (filled), and points with labels that keep out of each other's way.
+
+    Args:
+      scale: for maps that are to have the same one (`common_scale`); None for the largest that this one can have.
 
     Raises:
       ValueError: points not [N, 2], headings of another shape, an unknown path number of a point, a guess that comes
@@ -106,17 +132,14 @@ def top_map(
     for point in points:
         if not 0 <= point.path < len(paths):
             raise ValueError(f"map {title!r}: {point} needs the number of one of the paths")
-    places = [np.asarray(path.points, np.float64) for path in paths]
-    places.append(np.array([(p.x, p.y) for p in points], np.float64).reshape(-1, 2))
-    known = np.concatenate(places)
-    known = known[np.isfinite(known).all(1)]
+    known = _known(paths, points)
     if not len(known):
         return empty(title, "nothing was seen")
-    frame, looks = _Frame(known), _looks(paths)
+    frame, looks = _Frame(known, scale), _looks(paths)
     body = frame.axes(x_label, y_label)
     for path, (look, _, pattern) in zip(paths, looks, strict=True):
         body += _path(path, frame, look, pattern)
-    obstacles = np.concatenate([_dense(frame.place(place)) for place in places[:-1]])
+    obstacles = np.concatenate([_dense(frame.place(np.asarray(path.points, np.float64))) for path in paths])
     body += _points(points, frame, [look for look, _, _ in looks], obstacles[np.isfinite(obstacles).all(1)])
     height = _TOP + frame.height + _BOTTOM
     return figure(title, body, round(height, 2), legend=legend(looks), note=note)

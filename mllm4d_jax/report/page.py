@@ -20,6 +20,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mllm4d_jax.files.version import PROGRAM
+
 TONES = ("", "good", "warn", "bad")
 _VOID = frozenset({"br", "hr", "img", "input", "meta"})
 _ANCHOR = re.compile(r"[a-z][a-z0-9-]*")
@@ -257,7 +259,7 @@ def page(
         top,
         tag("nav", *links, aria_label="Sections"),
         tag("main", *map(_section, sections), id="content"),
-        tag("footer", tag("p", id="keys", class_="note")),
+        tag("footer", tag("p", id="keys", class_="note"), tag("p", f"Made by {PROGRAM}.", class_="note")),
         tag("script", Markup(script)),
     )
     return "<!DOCTYPE html>\n" + tag("html", head, body, lang="en") + "\n"

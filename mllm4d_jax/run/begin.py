@@ -13,14 +13,14 @@ import ml_collections
 from mllm4d_jax.data.quarantine import Quarantine
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode.encoder import Encoder
-from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel import multihost
-from mllm4d_jax.report.reading import CONFIG, QUARANTINE
+from mllm4d_jax.report.reading import QUARANTINE
 from mllm4d_jax.run.build import Parts, build, encoder_of, open_records
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress, check_resumable, content_digests, flat_config
 from mllm4d_jax.run.clips import check_clips
 from mllm4d_jax.run.saved import ResumeError
+from mllm4d_jax.run.workdir import write_config
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def begin(
 
     def note() -> None:
         check_clips(workdir, [*mixture.sources, *([held_out] if held_out else [])], fresh=progress.step == 0)
-        write_json(workdir / CONFIG, config.to_dict())
+        write_config(workdir, config)
 
     multihost.primary_only(note)
     chat = config.model.chat_template

@@ -20,11 +20,13 @@ import orbax.checkpoint as ocp
 
 from configs.common import task_keys
 from configs.schema import flatten
+from mllm4d_jax import __version__
 from mllm4d_jax.data.sources import Mixture, RecordSource
 from mllm4d_jax.encode import chat_template
 from mllm4d_jax.files import digests
 from mllm4d_jax.files.remote import found, is_remote, place, trouble
 from mllm4d_jax.files.storage import of_disk, storing
+from mllm4d_jax.files.version import of_another
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.place import placed
 from mllm4d_jax.run import saved
@@ -175,7 +177,7 @@ class Checkpoints:
           SaveError: this checkpoint, or the one before, cannot be written.
         """
         shapes = {"shapes": _shapes(trainable), "opt_shapes": _shapes(opt_state)}
-        content = shapes | {"run": dataclasses.asdict(meta), "pending": pending}
+        content = shapes | {"run": dataclasses.asdict(meta), "pending": pending, "version": __version__}
         args = ocp.args.Composite(
             trainable=ocp.args.StandardSave(trainable),
             opt=ocp.args.StandardSave(opt_state),
@@ -185,7 +187,7 @@ class Checkpoints:
 
     def save_trainable(self, step: int, trainable: Any) -> None:
         """Saves parameters alone. Raises SaveError as `save`."""
-        content = {"shapes": _shapes(trainable), "opt_shapes": {}, "run": None}
+        content = {"shapes": _shapes(trainable), "opt_shapes": {}, "run": None, "version": __version__}
         parts = {"trainable": ocp.args.StandardSave(trainable), "meta": ocp.args.JsonSave(content)}
         self._save(step, ocp.args.Composite(**parts), 0.0)
 
@@ -269,6 +271,9 @@ class Checkpoints:
 
     def _restore(self, step: int, **trees: Any) -> Any:
         about = saved.read_meta(self.folder / str(step))
+        told = of_another(self.folder / str(step), about.get("version"))
+        if told and multihost.is_primary():
+            log.warning("%s", told)
         names = {"trainable": ("shapes", "the parameters"), "opt": ("opt_shapes", "the optimiser's state")}
         for part, tree in trees.items():
             key, what = names[part]
@@ -288,14 +293,13 @@ def saved_meta(folder: Path) -> Meta:
     Raises:
       ResumeError: it is none of a run, or damaged, or of another version of this program.
     """
-    run = saved.read_meta(folder)["run"]
+    about = saved.read_meta(folder)
+    run = about["run"]
     if run is None:
         raise ResumeError(f"{folder} is where a run began, not a checkpoint of one: name its workdir")
     known, found = {field.name for field in dataclasses.fields(Meta)}, set(run)
     if known != found:
-        raise ResumeError(
-            f"{folder} was made by another version of this program: it differs in {', '.join(sorted(known ^ found))}"
-        )
+        raise ResumeError(f"{saved.made_by_another(folder, about)}: it differs in {', '.join(sorted(known ^ found))}")
     return Meta(**run)
 
 

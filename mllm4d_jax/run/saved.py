@@ -17,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm4d_jax import __version__
 from mllm4d_jax.files import digests
+from mllm4d_jax.files.quoting import plain
 from mllm4d_jax.files.remote import found, is_remote, upload
 from mllm4d_jax.files.storage import storing
 
@@ -171,5 +173,11 @@ def read_meta(folder: Path) -> Mapping[str, Any]:
     found = json.loads((folder / "meta" / "metadata").read_bytes())
     missing = [key for key in ("shapes", "opt_shapes", "run") if key not in found]
     if missing:
-        raise ResumeError(f"{folder} was made by another version of this program: it does not say {', '.join(missing)}")
+        raise ResumeError(f"{made_by_another(folder, found)}: it does not say {', '.join(missing)}")
     return found
+
+
+def made_by_another(folder: Path, meta: Mapping[str, Any]) -> str:
+    """Return the beginning of an error about a checkpoint of another form."""
+    version = f" ({plain(meta['version'])}, this is {__version__})" if "version" in meta else ""
+    return f"{folder} was made by another version of this program{version}"

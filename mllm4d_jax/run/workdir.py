@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import ml_collections
 
+from mllm4d_jax import __version__
+from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.files.bucket_lock import BucketLock, take_folder
 from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.mirror import Mirror, copy_of
 from mllm4d_jax.files.remote import is_remote, place
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.report.reading import CONFIG
 from mllm4d_jax.run.preflight import PreflightError
 
 
@@ -52,6 +56,11 @@ class Workdir:
             multihost.gather([0])
             if multihost.is_primary():
                 self.mirror.pull()
+
+
+def write_config(folder: Path, config: ml_collections.ConfigDict) -> None:
+    """Write config.json: the resolved config of a run, and the version that it is run with."""
+    write_json(folder / CONFIG, config.to_dict() | {"version": __version__})
 
 
 @contextlib.contextmanager

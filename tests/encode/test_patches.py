@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mllm4d_jax.encode.grids import patchify
+from mllm4d_jax.encode.example import Grid
+from mllm4d_jax.encode.grids import patchify, unpatchify
 
 
 @pytest.mark.parametrize("name", ["video_budget", "video_even", "video_noresize", "video_odd", "video_qwen2_5"])
@@ -44,6 +45,7 @@ def test_order_spelled_out(qwen2_5):
                         cube = padded[3 * t : 3 * t + 3, y : y + 3, x : x + 3]
                         expected.append(((cube / 255 - mean) / std).transpose(3, 0, 1, 2).ravel())
     np.testing.assert_allclose(patches, np.array(expected), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(unpatchify(patches, Grid("video", *grid), config), padded)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 40, 3), (0, 32, 32, 3), (2, 32, 32, 4), (32, 32, 3)])

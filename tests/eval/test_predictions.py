@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from configs import common, reading
+from mllm4d_jax import __version__
 from mllm4d_jax.eval.predictions import (
     Prediction,
     PredictionError,
@@ -55,6 +56,15 @@ def test_what_is_written_is_read(tmp_path):
     assert read_predictions(tmp_path / "run" / "predictions.jsonl") == tuple(written)
     fields = set(json.loads((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[0]))
     assert fields >= {"id", "video", "choices", "truth", "response", "tokens", "finish", "letter", "control", "config"}
+
+
+def test_answers_know_the_version_that_gave_them(tmp_path):
+    row = prediction("q0").to_row()
+    assert row["version"] == __version__
+    older = {name: value for name, value in row.items() if name != "version"} | {"id": "q1"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(older) + "\n")
+    with PredictionStore(tmp_path, "c0") as store:
+        assert store.done == {"q0", "q1"} and store.versions == {__version__, ""}
 
 
 @pytest.mark.parametrize("cut", [1, 10, 200])

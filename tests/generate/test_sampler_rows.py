@@ -12,13 +12,14 @@ from flax import nnx
 
 from mllm4d_jax.encode.example import Grid
 from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.generate.decoding import PromptCache, prefill_branches
 from mllm4d_jax.generate.inputs import fill_rows
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.models.qwen_vl import vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.rows.batch import collate
+from mllm4d_jax.rows.batch import ModelInputs, RowLayout, collate
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import collate_rows, needed_sizes, share_prefix
 from tests.generate.test_sampler import GOLDEN, model
@@ -68,13 +69,13 @@ def asked_alone(name, **options):
     return generate(name, inputs, list(range(50, 50 + len(examples))), 1, **options)
 
 
-def generate(name, inputs, ids, branches, mesh=None, limit=LIMIT, of=None, features=None, **options):
+def generate(name, inputs, ids, branches, mesh=None, limit=LIMIT, of=None, features=None, prefix=None, **options):
     made = model(name, mesh)
     sampler = of or make_sampler(name, mesh)
     with jax.default_matmul_precision("highest"):
         return sampler.generate(
             (nnx.state(made),), inputs, prompt_ids=ids, branches=branches, max_new_tokens=limit,
-            options=SamplingOptions(**options), features=features,
+            options=SamplingOptions(**options), features=features, prefix=prefix,
         )  # fmt: skip
 
 
@@ -156,8 +157,37 @@ def test_features_computed_before_are_used_and_repeated_with_their_rows():
     check(out, places, asked_alone("qwen3_vl"))
 
 
+@pytest.mark.slow  # `tests/eval/test_session.py` has the tiny Qwen3-VL
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe"])
+def test_a_prefix_that_was_run_before_gives_the_same(name):
+    group, alone, ids = groups(name)[0], asked_alone(name), visual_ids(name)
+    beginning, sampler, weights = group.examples[0], make_sampler(name), (nnx.state(model(name)),)
+    cut = dict(tokens=beginning.tokens[: group.shared], positions=beginning.positions[:, : group.shared])
+    first = dataclasses.replace(beginning, supervised=beginning.supervised[: group.shared], **cut)
+    geometry, length = vision_geometry(model(name).config), max(group.branches) + 3
+    with jax.default_matmul_precision("highest"):
+        prefix = sampler.prefix(weights, collate([first], geometry, visual_token_ids=ids, length=group.shared + 5))
+    for n, (example, tokens) in enumerate(zip(group.examples, group.branches, strict=True)):
+        pad = [(0, length - tokens)]
+        row = [
+            np.pad(x[group.shared :], pad).astype(np.int32)[None]
+            for x in (example.tokens, np.ones_like(example.tokens))
+        ]
+        positions = np.pad(example.positions[:, group.shared :], [(0, 0), *pad]).astype(np.int32)[:, None]
+        none = np.full((1, length), -1, np.int32)
+        inputs = ModelInputs(row[0], positions, row[1], none, None, RowLayout(0, 1, length, packed=False))
+        out = generate(name, inputs, [[50 + n]], 1, of=sampler, prefix=prefix)
+        np.testing.assert_array_equal(out.tokens[0, 0], alone.tokens[n, 0, : out.tokens.shape[-1]])
+        np.testing.assert_allclose(out.logprobs[0, 0], alone.logprobs[n, 0, : out.tokens.shape[-1]], atol=1e-4)
+
+
 def test_rows_are_checked():
     inputs, places = rows("qwen3_vl")
+    with pytest.raises(ValueError, match="branches of shared-prefix rows are needed, without prefixes"):
+        prefill_branches(model("qwen3_vl"), inputs, None)
+    two = PromptCache(None, np.ones((2, 4), bool))
+    with pytest.raises(ValueError, match="2 prefixes for 3 rows"):
+        generate("qwen3_vl", inputs, numbered("qwen3_vl", inputs, places), 4, prefix=two)
     ids = numbered("qwen3_vl", inputs, places)
     with pytest.raises(ValueError, match="2 branches for rows of 4 branch slots"):
         generate("qwen3_vl", inputs, ids[:, :2], 2)

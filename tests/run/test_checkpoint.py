@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mllm4d_jax import __version__
 from mllm4d_jax.files.lock import LockError
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.run import saved
@@ -249,6 +250,21 @@ def test_a_checkpoint_of_another_version_says_what_it_lacks(folder):
         saved.digests.record(folder / "5", without=saved.WRITTEN_LATER)
         with Checkpoints(folder, keep=3) as checkpoints, pytest.raises(ResumeError, match=f"another version .*{said}"):
             checkpoints.meta(5)
+
+
+def test_a_checkpoint_says_its_version_and_another_one_is_told_once(folder, three, caplog):
+    path = folder / "5" / "meta" / "metadata"
+    stored = json.loads(path.read_text())
+    assert stored["version"] == __version__
+    for version, said in ((__version__, []), ("0.0.9", ["0.0.9"]), (None, ["before 0.1.0"])):
+        path.write_text(json.dumps({k: v for k, v in (stored | {"version": version}).items() if v is not None}))
+        saved.digests.record(folder / "5", without=saved.WRITTEN_LATER)
+        caplog.clear()
+        with Checkpoints(folder, keep=3) as checkpoints:
+            checkpoints.meta(5)
+            checkpoints.restore(5, *three[1])
+        told = [line for line in caplog.messages if "was written by mllm4d-jax" in line]
+        assert len(told) == len(said) and all(word in line for word, line in zip(said, told, strict=True))
 
 
 class Full:
