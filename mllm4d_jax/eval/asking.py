@@ -14,8 +14,9 @@ from mllm4d_jax.encode.example import Example
 from mllm4d_jax.files.remote import absolute
 from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.media_paths import Span
 from mllm4d_jax.qa.options import INSTRUCTION, write_question
-from mllm4d_jax.qa.records import Record, Span, user_content, video_part
+from mllm4d_jax.qa.records import Record, user_content, video_part
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import Group, share_prefix

@@ -33,7 +33,7 @@ from mllm4d_jax.files.storage import storing
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import named_part
+from mllm4d_jax.qa.media_paths import named_part
 from mllm4d_jax.report.reading import PREDICTIONS
 
 

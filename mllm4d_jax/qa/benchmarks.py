@@ -23,16 +23,15 @@ from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.files.remote import is_folder
 from mllm4d_jax.qa.answers import same_option, true_letters
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.media_paths import Span, resolve_media
 from mllm4d_jax.qa.options import split_label, split_question
 from mllm4d_jax.qa.reasoning import answer_part
 from mllm4d_jax.qa.records import (
     LAYOUTS,
     Conversation,
-    Span,
     check_text,
     one_video,
     read_conversation,
-    resolve_media,
     text_field,
     video_spans,
     without_placeholders,
