@@ -212,7 +212,7 @@ def _extractors(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
             total, unparsed = sum(_scores(scored)), sum(not s.parsed for s in scored)
             row = {"split": split, "extractor": extractor, "n": len(part), "correct": sum(_right(scored))}
             row |= {"score": total, "unparsed": unparsed, "correct_with_blanks": total + blank}
-            row |= {"macro": _macro(scored, _ONE_DRAW)["accuracy"] if set(benchmarks) <= set(MACRO) else None}
+            row |= {"macro": _macro(scored, _ONE_DRAW)["accuracy"] if benchmarks <= set(NESTED) else None}
             row |= {"differ": len(differ), "differ_ids": differ[:_SHOWN_IDS]}
             rows.append(row)
     return rows
