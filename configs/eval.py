@@ -17,6 +17,13 @@ get_config = Presets(
         "vlm4d": ("the same", {}),
         "mllm4d": ("MLLM4D-Bench, or the held-out questions of a curation run", {"benchmark": "mllm4d"}),
         "jsonl": ("questions of your own in a released record layout", {"benchmark": "jsonl"}),
+        "vsi": ("VSI-Bench, scored by its own rule", {"benchmark": "vsi", "extractor": "official"}),
+        "sti": ("STI-Bench, scored by its own rule", {"benchmark": "sti", "extractor": "official"}),
+        "dsr": ("DSR-Bench, scored by its own rule", {"benchmark": "dsr", "extractor": "official"}),
+        "mmsi_video": (
+            "MMSI-Video-Bench, scored by its own rule; answers may be longer",
+            {"benchmark": "mmsi_video", "extractor": "official", "max_new_tokens": 1024},
+        ),
         "rescore": ("scores predictions that are there already, published ones too; needs no model and no videos", {}),
     },
 )

@@ -68,11 +68,17 @@ EVAL_KEYS = (
     Key(
         "benchmark",
         "vlm4d",
-        "layout of the questions: VLM4D's lists, MLLM4D-Bench (also as curation writes it), or any questions in a "
-        "released record layout",
-        choices=("vlm4d", "mllm4d", "jsonl"),
+        "layout of the questions: VLM4D's lists, MLLM4D-Bench (also as curation writes it), any questions in a "
+        "released record layout, VSI-Bench, STI-Bench, DSR-Bench, MMSI-Video-Bench",
+        choices=("vlm4d", "mllm4d", "jsonl", "vsi", "sti", "dsr", "mmsi_video"),
     ),
-    Key("data.path", "", "file with the questions, or a folder of .json and .jsonl files", content=True, bucket=True),
+    Key(
+        "data.path",
+        "",
+        "file with the questions, or a folder of .json, .jsonl, .parquet and .tsv files",
+        content=True,
+        bucket=True,
+    ),
     Key("data.root", "", "folder that the questions' video paths are relative to", content=True, bucket=True),
     Key(
         "data.max_tokens", 8192, "a question with more tokens than this is quarantined, never cut", low=16, high=1 << 20
@@ -110,7 +116,13 @@ EVAL_KEYS = (
         free=True,
         bucket=True,
     ),
-    Key("extractor", "strict", "read answers by our rules, or the release's", ("strict", "official"), free=True),
+    Key(
+        "extractor",
+        "strict",
+        "read answers by our rules, or as the release or the benchmark's own program does",
+        ("strict", "official"),
+        free=True,
+    ),
     Key("controls", (), "predictions of control runs on the same questions, shown beside", free=True),
     Key(
         "compare",

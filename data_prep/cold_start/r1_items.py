@@ -12,8 +12,9 @@ from data_prep.store.parts import StoreError, canonical_json
 from data_prep.teacher.json_schema import SchemaError, parse_json
 from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.media_paths import Span
 from mllm4d_jax.qa.options import split_question
-from mllm4d_jax.qa.records import Span, one_video, read_conversation, text_field, video_spans, without_placeholders
+from mllm4d_jax.qa.records import one_video, read_conversation, text_field, video_spans, without_placeholders
 from mllm4d_jax.qa.rewards import Solution, is_metres, is_point
 
 MAX_LINE_BYTES = 2**20

@@ -29,7 +29,7 @@ from data_prep.teacher.client import ENDPOINT, ORACLE, ReplyError, Teacher, open
 from data_prep.teacher.endpoint import TeacherError
 from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import resolve_media
+from mllm4d_jax.qa.media_paths import resolve_media
 from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
 
 NO_REPLY = "no_reply"

@@ -32,7 +32,7 @@ from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import resolve_media
+from mllm4d_jax.qa.media_paths import resolve_media
 
 TFDS_FOLDER = "tfds"
 _CLIPS_PER_SHARD = 256  # TFDS holds a shard in memory while writing it: 256 clips of 32 frames at 224 x 224 are 80 MB

@@ -24,7 +24,8 @@ from mllm4d_jax.media.resize import ImageRule
 from mllm4d_jax.media.stored_frames import StoredFrames
 from mllm4d_jax.media.video import plan_frames
 from mllm4d_jax.qa.errors import MediaError, PlaceholderError, RecordError, TooLongError
-from mllm4d_jax.qa.records import Record, named_part
+from mllm4d_jax.qa.media_paths import named_part
+from mllm4d_jax.qa.records import Record
 
 _MIN_FRAMES = 2
 _Prompt = tuple[np.ndarray, np.ndarray, str]  # token ids, supervised tokens, text

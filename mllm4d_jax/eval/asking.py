@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,10 +13,11 @@ import numpy as np
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
 from mllm4d_jax.files.remote import absolute
-from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.media_paths import Span
 from mllm4d_jax.qa.options import INSTRUCTION, write_question
-from mllm4d_jax.qa.records import Message, Record, Span, user_content, video_part
+from mllm4d_jax.qa.questions import BenchmarkQuestion
+from mllm4d_jax.qa.records import Message, Record, user_content, video_part
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.pack import place_branches
@@ -73,22 +75,35 @@ class Manner:
     def record(self, item: BenchmarkQuestion) -> Record:
         """Return the conversation to be continued: the file's own text if it has one, else question and options.
 
+        Asked directly, the text ends with the request for nothing but the answer, the benchmark's own or else that for
+        a letter; with a system prompt that says how to answer it has none.
+
         Raises:
           RecordError: the question has no file and is not asked blind.
         """
         if item.media is None and not self.blind:
             raise RecordError("has no video file", "missing_file", item.id)
-        video = "" if item.media is None else absolute(item.media)
+        media, direct = self._media(item), self.mode == "direct"
         if item.prompt is None:
             text = self.text(item.question, item.choices)
-            parts = [video_part(video, item.span), {"type": "text", "text": text}]
+            parts = [next(media["video"]), {"type": "text", "text": text}]
         else:
-            parts = user_content(item.prompt, {"video": iter([video_part(video, item.span)])})
+            parts = user_content(item.direct_prompt if direct and item.direct_prompt else item.prompt, media)
         parts = [part for part in parts if part["type"] == "text" or not self.blind]
         messages = [{"role": "user", "content": parts}]
         if item.system is not None:
             messages.insert(0, {"role": "system", "content": item.system})
         return self.conversation(item.id, messages)
+
+    def _media(self, item: BenchmarkQuestion) -> Mapping[str, Iterator[dict[str, Any]]]:
+        """The parts that stand for the placeholders of a question; asked blind, parts that are left out again."""
+        if self.blind:
+            return {kind: itertools.repeat({"type": kind}) for kind in ("video", "image")}
+        files = item.files or {"video": (item.media,), "image": ()}
+        return {
+            "video": (video_part(absolute(file), item.span) for file in files["video"]),
+            "image": ({"type": "image", "path": absolute(file)} for file in files["image"]),
+        }
 
 
 class ItemSource:

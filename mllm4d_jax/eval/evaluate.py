@@ -40,7 +40,7 @@ from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
-from mllm4d_jax.qa.benchmarks import BenchmarkQuestion
+from mllm4d_jax.qa.questions import BenchmarkQuestion
 from mllm4d_jax.qa.reasoning import with_prompt
 from mllm4d_jax.qa.records import as_prompt
 from mllm4d_jax.report.reading import QUARANTINE

@@ -23,6 +23,7 @@ from configs.common import task_keys
 from configs.schema import fixed
 from mllm4d_jax import __version__
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.data.table_file import TABLES
 from mllm4d_jax.eval.questions import BenchmarkError, question_files, read_benchmark
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.cache import copied_file
@@ -31,10 +32,10 @@ from mllm4d_jax.files.mirror import copied_logs
 from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.files.remote import is_remote
 from mllm4d_jax.files.storage import storing
-from mllm4d_jax.qa.answers import extract_answer
-from mllm4d_jax.qa.benchmarks import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import named_part
+from mllm4d_jax.qa.judging import read_answer, worth
+from mllm4d_jax.qa.media_paths import named_part
+from mllm4d_jax.qa.questions import AskedQuestion, BenchmarkQuestion
 from mllm4d_jax.report.reading import PREDICTIONS
 
 
@@ -51,8 +52,8 @@ class Prediction(AskedQuestion):
       control: "" for an ordinary answer, "blind" without the video, "shuffled" with its frames in random order.
       response: the raw text.
       tokens: how many were generated; finish: "stop", "length" or "stop_string". None = not known.
-      letter, rule, conflict: what `answers.extract_answer` found by the strict rules.
-      correct: the letter is one of `truth`.
+      letter, rule, conflict, number: what `judging.read_answer` found by the strict rules.
+      correct: the letter is one of `truth`, or the number is worth full marks.
       config: hash of the configuration that the answer depends on (`config_hash`).
       version: of this project that asked; '' for published responses, and before 0.1.0.
     """
@@ -67,6 +68,7 @@ class Prediction(AskedQuestion):
     conflict: bool
     correct: bool
     config: str
+    number: float | None = None
     version: str = ""
 
     @classmethod
@@ -83,26 +85,32 @@ class Prediction(AskedQuestion):
         finish: str | None = None,
     ) -> Self:
         """The prediction for a question whose response has come in."""
-        found = extract_answer(response, item.choices)
+        found = read_answer(item, response)
         asked = {field: getattr(item, field) for field in _OF_ITEM}
         asked["media"] = item.media and named_part(item.media, item.span)
         made = {"prompt_mode": prompt_mode, "control": control, "tokens": tokens, "finish": finish, "config": config}
-        made["version"] = version
-        return cls(**asked, **made, response=response, **dataclasses.asdict(found), correct=found.letter in item.truth)
+        made["version"], correct = version, worth(item, found) == 1
+        return cls(**asked, **made, response=response, **dataclasses.asdict(found), correct=correct)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Self:
         """Return the prediction of a file's line. Raises PredictionError, beginning with `where`, for anything else."""
-        row = {"control": "", "version": ""} | row
+        row = {"control": "", "number": None, "true_number": None, "version": ""} | row  # earlier files are without
         missing = [field for field in _FIELDS if field not in row]
         if missing:
             raise PredictionError(f"{where}: has no {', '.join(missing)}")
         for field, kinds in _TYPES.items():
             if not isinstance(row[field], kinds):
                 raise PredictionError(f"{where}: '{field}' cannot be {shown(row[field])}")
-        truth, choices = row["truth"], row["choices"]
-        if not truth or not all(isinstance(letter, str) and letter in choices for letter in truth):
-            raise PredictionError(f"{where}: 'truth' is {shown(truth)}, the choices are {shown(list(choices))}")
+        truth, choices, number = row["truth"], row["choices"], row["true_number"]
+        if number is None:
+            usable = bool(truth) and all(isinstance(letter, str) and letter in choices for letter in truth)
+        else:
+            usable = not truth and not choices and 0 < number < float("inf")
+        if not usable:
+            raise PredictionError(
+                f"{where}: 'truth' is {shown(truth)}, the choices {shown(list(choices))}, 'true_number' {shown(number)}"
+            )
         values = {field: row[field] for field in _FIELDS}
         choices = MappingProxyType({letter: str(text) for letter, text in choices.items()})
         return cls(**(values | {"truth": tuple(truth), "choices": choices}))
@@ -120,6 +128,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
         **{field: (str,) for field in ("id", "benchmark", "split", "video", "question", "answer", "prompt_mode")},
         **{field: (str,) for field in ("control", "response", "rule", "config", "version")},
         **{field: (str, type(None)) for field in ("category", "subtask", "media", "finish", "letter")},
+        **{field: (int, float, type(None)) for field in ("number", "true_number")},
         "tokens": (int, type(None)),
         "choices": (Mapping,),
         "truth": (list, tuple),
@@ -198,7 +207,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
         files = question_files(path)
     except BenchmarkError:
         raise PredictionError(
-            f"{path}: no such file, and no folder with predictions*.jsonl or with published .json files"
+            f"{path}: no such file, and no folder with predictions*.jsonl or with published files"
         ) from None
     if len(files) == 1 and _is_of_a_run(files[0]):
         return read_predictions(files[0])
@@ -219,7 +228,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
 
 def _is_of_a_run(path: Path) -> bool:
     """Whether the file's first readable record is a line that a run wrote."""
-    records = RecordFile(path, "")
+    records = RecordFile(path, "") if path.suffix not in TABLES else ()
     for n in range(len(records)):
         try:
             return "truth" in (raw := records.raw(n)) and "config" in raw

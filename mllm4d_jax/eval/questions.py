@@ -1,4 +1,7 @@
-"""Opens the files of a benchmark, JSON lists or JSONL; all broken questions of all files are reported together."""
+"""Opens the files of a benchmark: JSON lists, JSONL, Parquet, or tables with tabs between their columns.
+
+All broken questions of all files are reported together.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.data.table_file import TABLES, TableFile
 from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.files.remote import is_file, is_folder, place
-from mllm4d_jax.qa.benchmarks import PARSERS, BenchmarkQuestion, ParseFn
+from mllm4d_jax.qa.benchmarks import PARSERS
 from mllm4d_jax.qa.errors import RecordError
+from mllm4d_jax.qa.questions import BenchmarkQuestion, ParseFn
 
+SUFFIXES = (".json", ".jsonl", *TABLES)
 _MAX_SHOWN = 20
 
 
@@ -20,14 +26,14 @@ class BenchmarkError(ValueError):
 
 
 def question_files(path: str | Path) -> tuple[Path, ...]:
-    """Return a file itself, or all .json and .jsonl files of a folder by name. Raises BenchmarkError without any."""
+    """Return a file, or the files of a folder with one of `SUFFIXES`, by name. Raises BenchmarkError without any."""
     path = place(path)
     if is_file(path):
         return (path,)
-    inside = path.glob("*.json*") if is_folder(path) else ()
-    found = tuple(sorted(p for p in inside if p.suffix in (".json", ".jsonl")))
+    inside = path.glob("*.*") if is_folder(path) else ()
+    found = tuple(sorted(p for p in inside if p.suffix in SUFFIXES))
     if not found:
-        raise BenchmarkError(f"{path}: no such file, and no folder with .json or .jsonl files")
+        raise BenchmarkError(f"{path}: no such file, and no folder with {', '.join(SUFFIXES)} files")
     return found
 
 
@@ -43,13 +49,13 @@ def read_benchmark(
     Raises:
       BenchmarkError: after the last question, if any was wrong: all of them, with file, number and id. Also for an
         id that occurs twice.
-      RecordFileError: a file that is missing, or neither a JSON list nor JSONL.
+      RecordFileError: a file that is missing or cannot be read as its suffix says.
     """
     if benchmark not in PARSERS:
         raise BenchmarkError(f"benchmark must be one of {', '.join(PARSERS)}, not {benchmark!r}")
     problems, seen = [], {}
     for path in files:
-        source = RecordFile(path, root or "")
+        source = TableFile(path) if path.suffix in TABLES else RecordFile(path, root or "")
         for n in range(len(source)):
             key = source.key(n)
             try:
@@ -77,8 +83,10 @@ def _question(parse: ParseFn, raw: Mapping[str, Any], stem: str, key: str, root:
     """The parser's result; errors name the question by key and id, and a video must exist."""
     try:
         question = parse(raw, stem, key, root)
-        if question.media is not None and not is_file(question.media):  # also for a name that no file can have
-            raise RecordError(f"there is no video {shown(question.media)}; data.root must be the folder it is in")
+        files = question.files or {"video": (question.media,)}
+        for kind, path in ((kind, path) for kind, paths in files.items() for path in paths if path is not None):
+            if not is_file(path):  # also for a name that no file can have
+                raise RecordError(f"there is no {kind} {shown(path)}; data.root must be the folder it is in")
     except RecordError as error:
         raise error.with_key(f"{key} (id {shown(raw['id'])})" if isinstance(raw.get("id"), str) else key) from None
     return question

@@ -1,8 +1,9 @@
 """Predictions -> every figure of the results, as JSON values: what `tables` shows and `results.json` holds.
 
-A figure is an object with n, clusters (videos), correct, accuracy, low and high (95 % interval), unparsed, blank
-(empty responses, which are unparsed too), conflicts, truncated (stopped for length), chance and best_letter: what
-guessing, and always giving the letter that is right most often in these questions, would reach.
+A figure is an object with n, clusters (videos), correct, accuracy (the mean of what answers are worth, which for
+letters is the share of right ones), low and high (95 % interval), unparsed, blank (empty responses, which are unparsed
+too), conflicts, truncated (stopped for length), chance and best_letter: what guessing, and always giving the letter, or
+the number, that is right most often in these questions, would reach. A number is right where it has full marks.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import Prediction
 from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.files.quoting import shown
-from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer, extract_answer
+from mllm4d_jax.qa.answers import EXTRACTORS, RULES, ExtractedAnswer
+from mllm4d_jax.qa.judging import read_answer, worth
+from mllm4d_jax.qa.numbers import mean_relative_accuracy
 
-MACRO = ("mllm4d",)  # benchmarks whose headline is the mean over their subtasks
+MACRO = ("mllm4d", "vsi")  # benchmarks whose headline is the mean over their subtasks
+NESTED = ("vsi",)  # and a subtask's figure the mean over its categories
+_ONE_DRAW = Bootstrap(1)  # for a figure of which the interval is not shown
 _SHOWN_IDS = 20
 
 
@@ -37,30 +42,49 @@ class Scored:
     found: ExtractedAnswer
 
     @property
+    def score(self) -> float:
+        """What the answer is worth, 0 to 1: see `judging.worth`."""
+        return worth(self.prediction, self.found)
+
+    @property
     def correct(self) -> bool:
-        return self.found.letter in self.prediction.truth
+        return self.score == 1
+
+    @property
+    def parsed(self) -> bool:
+        return not (self.found.letter is None and self.found.number is None)
 
 
 def score(predictions: Iterable[Prediction], extractor: str = "strict") -> list[Scored]:
     """What an extractor makes of each prediction. Raises ValueError for an unknown extractor."""
-    return [Scored(one, extract_answer(one.response, one.choices, extractor)) for one in predictions]
+    return [Scored(one, read_answer(one, one.response, extractor)) for one in predictions]
 
 
-def figures(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
-    """The figure of a group of answers; see the module."""
-    right = _right(scored)
+def figures(scored: Sequence[Scored], bootstrap: Bootstrap, parts: Sequence[str] = ()) -> dict[str, Any]:
+    """The figure of a group of answers; see the module. `parts`: of which each counts the same; () = one."""
     asked = [s.prediction for s in scored]
-    letters = Counter(letter for one in asked for letter in one.truth)
+    with_letters = all(one.true_number is None for one in asked)
     return {
-        **_interval(statistics.accuracy(right, _videos(scored), bootstrap)),
-        "correct": sum(right),
-        "unparsed": sum(s.found.letter is None for s in scored),
+        **_interval(statistics.accuracy(_scores(scored), _videos(scored), bootstrap, groups=parts)),
+        "correct": sum(_right(scored)),
+        "unparsed": sum(not s.parsed for s in scored),
         "blank": sum(not one.response.strip() for one in asked),
         "conflicts": sum(s.found.conflict for s in scored),
         "truncated": sum(one.finish == "length" for one in asked),
-        "chance": _mean([len(one.truth) / len(one.choices) for one in asked]),
-        "best_letter": max(letters.values(), default=0) / len(asked) if asked else None,
+        "chance": _mean([len(one.truth) / len(one.choices) for one in asked]) if with_letters else None,
+        "best_letter": _best_constant(asked),
     }
+
+
+def _best_constant(asked: Sequence[Prediction]) -> float | None:
+    """What always giving the most frequent true letter, or number, would reach; None where both are asked for."""
+    numbers = [one.true_number for one in asked if one.true_number is not None]
+    if not asked or 0 < len(numbers) < len(asked):
+        return None
+    if numbers:
+        constant = Counter(numbers).most_common(1)[0][0]
+        return _mean([mean_relative_accuracy(constant, number) for number in numbers])
+    return Counter(letter for one in asked for letter in one.truth).most_common(1)[0][1] / len(asked)
 
 
 def results(
@@ -90,11 +114,12 @@ def results(
     beside = [score(control, extractor) for control in controls]
     for control in beside:
         _check_control(named, control)
-    groups = []
+    groups, benchmarks = [], sorted({one.benchmark for one in predictions})
     for table, name, group in grouped(scored):
         others = [_control(group, control) for control in beside]
-        groups.append({"table": table, "name": name, **figures(group, bootstrap), "controls": others})
-    benchmarks = sorted({one.benchmark for one in predictions})
+        nested = table == "subtask" and set(benchmarks) <= set(NESTED)
+        parts = [str(s.prediction.category) for s in group] if nested else ()
+        groups.append({"table": table, "name": name, **figures(group, bootstrap, parts), "controls": others})
     return {
         "benchmark": ", ".join(benchmarks),
         "control": ", ".join(sorted({one.control for one in predictions})),
@@ -147,8 +172,9 @@ def comparison(
         _check_same(earlier[s.prediction.id].prediction, s.prediction)
     rows = []
     for table, name, group in grouped(later):
-        a, b, videos = _right([earlier[s.prediction.id] for s in group]), _right(group), _videos(group)
-        only_first, only_second, p = statistics.mcnemar(a, b)
+        before = [earlier[s.prediction.id] for s in group]
+        a, b, videos = _scores(before), _scores(group), _videos(group)
+        only_first, only_second, p = statistics.mcnemar(_right(before), _right(group))
         row = {"table": table, "name": name, "first": _mean(a), "second": _mean(b)}
         row |= _interval(statistics.paired_difference(a, b, videos, bootstrap), "difference")
         row |= {"only_first": only_first, "only_second": only_second, "mcnemar_p": p}
@@ -162,24 +188,32 @@ def comparison(
 
 
 def _macro(scored: Sequence[Scored], bootstrap: Bootstrap) -> dict[str, Any]:
+    """The mean over the subtasks; of a benchmark out of `NESTED` over the means of their categories."""
+    nested = all(s.prediction.benchmark in NESTED for s in scored)
     subtasks = [str(s.prediction.subtask) for s in scored]
-    estimate = statistics.accuracy(_right(scored), _videos(scored), bootstrap, groups=subtasks)
-    return {"subtasks": len(set(subtasks)), **_interval(estimate)}
+    kinds = [str(s.prediction.category) for s in scored] if nested else subtasks
+    inside = Counter(subtask for _, subtask in set(zip(kinds, subtasks, strict=True)))
+    weights = {kind: 1 / inside[subtask] for kind, subtask in zip(kinds, subtasks, strict=True)}
+    estimate = statistics.accuracy(_scores(scored), _videos(scored), bootstrap, groups=kinds, weights=weights)
+    return {"subtasks": len(inside), **_interval(estimate)}
 
 
 def _extractors(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Per split and extractor: right, unparsed, and right if blank responses were credited; and where they differ."""
-    rows = []
+    """Per split and extractor: right, worth of all answers, unparsed, worth if blank responses were credited; and where
+    the extractors differ."""
+    rows, benchmarks = [], {one.benchmark for one in predictions}
     for split in sorted({one.split for one in predictions}):
         part = [one for one in predictions if one.split == split]
         blank = sum(not one.response.strip() for one in part)
         by = {extractor: score(part, extractor) for extractor in EXTRACTORS}
         pairs = zip(*by.values(), strict=True)
-        differ = [s.prediction.id for s, t in pairs if s.found.letter != t.found.letter]
+        differ = [s.prediction.id for s, t in pairs if _given(s) != _given(t)]
         for extractor, scored in by.items():
-            right, unparsed = sum(_right(scored)), sum(s.found.letter is None for s in scored)
-            row = {"split": split, "extractor": extractor, "n": len(part), "correct": right, "unparsed": unparsed}
-            row |= {"correct_with_blanks": right + blank, "differ": len(differ), "differ_ids": differ[:_SHOWN_IDS]}
+            total, unparsed = sum(_scores(scored)), sum(not s.parsed for s in scored)
+            row = {"split": split, "extractor": extractor, "n": len(part), "correct": sum(_right(scored))}
+            row |= {"score": total, "unparsed": unparsed, "correct_with_blanks": total + blank}
+            row |= {"macro": _macro(scored, _ONE_DRAW)["accuracy"] if benchmarks <= set(NESTED) else None}
+            row |= {"differ": len(differ), "differ_ids": differ[:_SHOWN_IDS]}
             rows.append(row)
     return rows
 
@@ -208,11 +242,12 @@ def _control(group: Sequence[Scored], control: Sequence[Scored]) -> dict[str, An
     """A control's accuracy on the questions of a group."""
     wanted = {s.prediction.id for s in group}
     part = [s for s in control if s.prediction.id in wanted]
-    return {"control": control[0].prediction.control, "n": len(part), "accuracy": _mean(_right(part))}
+    return {"control": control[0].prediction.control, "n": len(part), "accuracy": _mean(_scores(part))}
 
 
 def _check_same(first: Prediction, second: Prediction) -> None:
-    if (first.question, dict(first.choices), first.truth) != (second.question, dict(second.choices), second.truth):
+    asked = [(one.question, dict(one.choices), one.truth, one.true_number) for one in (first, second)]
+    if asked[0] != asked[1]:
         raise ScoringError(
             f"question {shown(first.id)} is not the same in both runs: {shown(first.question)} with "
             f"{shown(dict(first.choices))}, and {shown(second.question)} with {shown(dict(second.choices))}"
@@ -222,6 +257,14 @@ def _check_same(first: Prediction, second: Prediction) -> None:
 def _interval(estimate: statistics.Estimate, name: str = "accuracy") -> dict[str, Any]:
     ends = {"low": _number(estimate.low), "high": _number(estimate.high)}
     return {"n": estimate.n, "clusters": estimate.clusters, name: _number(estimate.value), **ends}
+
+
+def _given(scored: Scored) -> tuple[str | None, float | None]:
+    return scored.found.letter, scored.found.number
+
+
+def _scores(scored: Sequence[Scored]) -> list[float]:
+    return [s.score for s in scored]
 
 
 def _right(scored: Sequence[Scored]) -> list[bool]:

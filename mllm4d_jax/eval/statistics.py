@@ -10,7 +10,7 @@ videos that would do as well, (sum n)^2 / sum n^2: a few videos with most of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,30 +50,35 @@ class Estimate:
 
 
 def accuracy(
-    correct: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT, groups: Sequence[str] = ()
+    scores: Sequence[float],
+    clusters: Sequence[str],
+    bootstrap: Bootstrap = DEFAULT,
+    groups: Sequence[str] = (),
+    weights: Mapping[str, float] | None = None,
 ) -> Estimate:
-    """Return the share of right answers, or the mean of the groups' shares, with its interval.
+    """Return the mean score of the answers (the share of right ones, of letters), or the mean of the groups' means.
 
-    When all answers are right, or all wrong, draws do not differ; the interval's inner end is then the share at which
-    as many videos in a row without an exception have probability 2.5 %.
+    When all answers have the same score, draws do not differ; the interval's inner end is then the share at which as
+    many videos in a row without an exception have probability 2.5 %.
 
     Args:
-      correct: bool[N]; clusters: the video of each question.
-      groups: the group of each question; every group counts the same, and groups may share videos. () = one group.
+      scores: f64[N] in [0, 1], or bool[N]; clusters: the video of each question.
+      groups: the group of each question; groups may share videos. () = one group.
+      weights: of each group; None = every group counts the same.
     """
-    groups = groups if len(groups) else [""] * len(correct)
-    return _estimate(np.asarray(correct, dtype=float), 0.0, clusters, groups, bootstrap)
+    groups = groups if len(groups) else [""] * len(scores)
+    return _estimate(np.asarray(scores, dtype=float), 0.0, clusters, groups, bootstrap, weights)
 
 
 def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT
 ) -> Estimate:
-    """Return the accuracy of the second run less that of the first on the same questions, with its interval.
+    """Return the mean score of the second run less that of the first on the same questions, with its interval.
 
     An interval without 0 in it is a difference at the 5 % level.
 
     Args:
-      first, second: bool[N], question by question. The other arguments are those of `accuracy`.
+      first, second: f64[N] in [0, 1], question by question. The other arguments are those of `accuracy`.
     """
     change = _change(first, second)
     return _estimate(change, -1.0, clusters, [""] * len(change), bootstrap)
@@ -90,13 +95,14 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     return lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def detectable_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> float:
+def detectable_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[str]) -> float:
     """Return the true difference that a comparison like this one would find, at the 5 % level, in 80 of 100 cases.
 
     From the standard error of the paired difference, videos taken as the units; NaN for fewer than two of them.
     """
     change = _change(first, second)
-    index, count = _numbered("clusters", clusters, len(change))
+    index, videos = _numbered("clusters", clusters, len(change))
+    count = len(videos)
     if count < 2:
         return math.nan
     residual = np.bincount(index, change - change.mean(), count)
@@ -105,45 +111,53 @@ def detectable_difference(first: Sequence[bool], second: Sequence[bool], cluster
 
 
 def _estimate(
-    values: np.ndarray, least: float, clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap
+    values: np.ndarray,
+    least: float,
+    clusters: Sequence[str],
+    groups: Sequence[str],
+    bootstrap: Bootstrap,
+    weights: Mapping[str, float] | None = None,
 ) -> Estimate:
     """Return the mean over groups of the means of values f64[N], which lie in [least, 1], with its interval."""
     if values.ndim != 1:
         raise ValueError(f"answers are a list of them, not of shape {values.shape}")
-    index, count = _numbered("clusters", clusters, len(values))
-    group, kinds = _numbered("groups", groups, len(values))
-    if count < 2:
-        return Estimate(float(values.mean()) if count else math.nan, math.nan, math.nan, len(values), count)
+    index, videos = _numbered("clusters", clusters, len(values))
+    group, names = _numbered("groups", groups, len(values))
+    count, kinds = len(videos), len(names)
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan, 0, 0)
+    share = np.array([1.0 if weights is None else weights[name] for name in names])
     cells, shape = index * kinds + group, (count, kinds)
     total = np.bincount(cells, values, count * kinds).reshape(shape)
     asked = np.bincount(cells, minlength=count * kinds).reshape(shape).astype(float)
-    value = float(np.mean(total.sum(0) / asked.sum(0)))
+    value = float(np.average(total.sum(0) / asked.sum(0), weights=share))
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, len(values), count)
     if values.min() == values.max():  # draws would not differ: what is known is that exceptions are rare
         bound = 1 - (0.5 - LEVEL / 2) ** (1 / count)
         return Estimate(value, max(value - bound, least), min(value + bound, 1.0), len(values), count)
     means = []
-    for weights in _draws(count, bootstrap):
-        n = weights @ asked
-        with np.errstate(invalid="ignore"):
-            shares = np.where(n > 0, (weights @ total) / n, np.nan)  # a draw may miss a small group
-        means.append(np.nanmean(shares, 1))
+    for drawn in _draws(count, bootstrap):
+        n = drawn @ asked
+        there = share * (n > 0)  # a draw may miss a small group
+        means.append((there * (drawn @ total) / np.maximum(n, 1)).sum(1) / there.sum(1))
     return Estimate(value, *_percentiles(np.concatenate(means), asked.sum(1)), len(values), count)
 
 
-def _numbered(what: str, labels: Sequence[str], answers: int) -> tuple[np.ndarray, int]:
-    """(i64[N] number of each answer's label, how many labels there are)."""
+def _numbered(what: str, labels: Sequence[str], answers: int) -> tuple[np.ndarray, Sequence[str]]:
+    """(i64[N] number of each answer's label, the labels in the order of their numbers)."""
     names, index = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
     if len(index) != answers:
         raise ValueError(f"{len(index)} {what} for {answers} answers")
-    return index, len(names)
+    return index, names.tolist()
 
 
-def _change(first: Sequence[bool], second: Sequence[bool]) -> np.ndarray:
-    """f64[N]: 1 where only the second is right, -1 where only the first is."""
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+def _change(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
+    """f64[N]: of answers that are right or wrong 1 where only the second is right, -1 where only the first is."""
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"two runs are compared question by question, not {a.shape} with {b.shape}")
-    return b.astype(float) - a.astype(float)
+    return b - a
 
 
 def _draws(count: int, bootstrap: Bootstrap) -> Iterator[np.ndarray]:

@@ -16,21 +16,43 @@ from mllm4d_jax.eval.predictions import Prediction, read_any
 from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.qa.published_rules import PUBLISHED as PUBLISHED_RULES
 from mllm4d_jax.report.reading import RESULTS, SCORED
 
 TITLES = {"all": "All questions", "split": "By split", "category": "By category", "subtask": "By subtask"}
-EXPLANATION = {
-    "strict": "the rules of this project: the last answer block, else what follows the thinking; a letter, an option's "
-    "text, a stated answer, or the only option that is mentioned",
-    "official": "the release's own reading as far as it is known: the stripped text of the last answer block, or else "
+STRICT = (
+    "the rules of this project: the last answer block, else what follows the thinking; a letter, an option's text, a "
+    "stated answer, or the only option (the only number, where one is asked for) that is mentioned"
+)
+OFFICIAL = (
+    "the release's own reading as far as it is known: the stripped text of the last answer block, or else "
     "of the whole response, must be a letter and nothing more. Its final figures leave the rest to a judge that is "
-    "shown the truth; no judge is asked here",
-}
+    "shown the truth; no judge is asked here"
+)
 BLANKS = "'blanks credited' counts empty responses as right, as a judge that is shown the truth may do."
 PUBLISHED = (
     "The paper's 59.7 % on the real split are the published responses of its fine-tuned model with the blank ones "
     "credited (819 of 1371); strictly they are 58.6 % (804)."
 )
+
+# benchmark -> (source, rows of name, guessing, always the most frequent answer), percent; None = not published.
+BASELINES: Mapping[str, tuple[str, tuple[tuple[str, float | None, float | None], ...]]] = {
+    "vsi": (
+        "Chance levels of arXiv 2412.14171, table 1.",
+        (
+            ("mean over tasks", None, 34.0),
+            ("object_counting", None, 62.1),
+            ("object_abs_distance", None, 32.0),
+            ("object_size_estimation", None, 29.9),
+            ("room_size_estimation", None, 33.1),
+            ("object_rel_distance", 25.0, 25.1),
+            ("object_rel_direction", 36.1, 47.9),
+            ("route_planning", 28.3, 28.4),
+            ("obj_appearance_order", 25.0, 25.2),
+        ),
+    ),
+    "mmsi_video": ("From the benchmark's leaderboard.", (("all", 24.1, None),)),
+}
 
 Results = Mapping[str, Any]
 Block = tuple[str, str, list[str], list[list[str]]]  # title, note, heads, rows of text
@@ -60,7 +82,8 @@ def publish(
     found |= {"unusable": unusable, "version": __version__}
     write_results(workdir, found)
     scored = scoring.score(predictions, config.extractor)
-    rows = (one.prediction.to_row() | asdict(one.found) | {"correct": one.correct} for one in scored)
+    judged = ({"correct": one.correct, "score": one.score} for one in scored)
+    rows = (one.prediction.to_row() | asdict(one.found) | made for one, made in zip(scored, judged, strict=True))
     write_atomic(Path(workdir) / SCORED, jsonl.encoded(rows))
     print(markdown(found), flush=True)
 
@@ -101,10 +124,11 @@ def summary(results: Results) -> str:
     missing = results.get("unusable", 0)
     left_out = f" {missing} more could not be asked and are in no figure (see quarantine.jsonl)." if missing else ""
     mean = f" Mean over {macro['subtasks']} subtasks: {_with_interval(macro, 'accuracy')}." if macro else ""
+    numbers = " Numbers count by mean relative accuracy." if "vsi" in results["benchmark"] else ""
     return (
         f"{whole['n']} questions about {whole['clusters']} videos, {whole['correct']} right: "
-        f"{_with_interval(whole, 'accuracy')}.{left_out}{mean}{control} Extractor: {results['extractor']}. Unparsed "
-        f"answers are wrong. Brackets: {results['level']:.0%} intervals, bootstrap over videos "
+        f"{_with_interval(whole, 'accuracy')}.{left_out}{mean}{numbers}{control} Extractor: {results['extractor']}. "
+        f"Unparsed answers are wrong. Brackets: {results['level']:.0%} intervals, bootstrap over videos "
         f"({bootstrap['samples']} draws, seed {bootstrap['seed']})."
         + (f" Scored by mllm4d-jax {results['version']}." if "version" in results else "")
     )
@@ -115,13 +139,14 @@ def blocks(results: Results) -> list[Block]:
     parts = {title: [one for one in results["groups"] if one["table"] == table] for table, title in TITLES.items()}
     found = [_groups_block(title, groups) for title, groups in parts.items() if groups]
     found += [_comparison_block(results["comparison"])] if results["comparison"] else []
+    found += [_baselines_block(results["benchmark"])] if results["benchmark"] in BASELINES else []
     letters = [[row["letter"], str(row["right"]), str(row["given"])] for row in results["letters"]]
     note = "How often each letter is right, and how often it was given."
     rules = [[rule, str(n)] for rule, n in results["rules"].items()]
     return [
         *found,
         _extractors_block(results),
-        ("Letters", note, ["letter", "right", "given"], letters),
+        *([("Letters", note, ["letter", "right", "given"], letters)] if letters else []),
         ("How answers were found", "", ["rule", "answers"], rules),
     ]
 
@@ -164,21 +189,31 @@ def _comparison_block(comparison: Mapping[str, Any]) -> Block:
     return "Compared with the other run", note, heads, rows
 
 
+def _baselines_block(benchmark: str) -> Block:
+    source, rows = BASELINES[benchmark]
+    cells = [[name, *("–" if value is None else f"{value:.1f}" for value in values)] for name, *values in rows]
+    return "Published baselines", source, ["", "guessing %", "most frequent answer %"], cells
+
+
 def _extractors_block(results: Results) -> Block:
-    rows = results["extractors"]
-    explained = "; ".join(f"{name}: {text}" for name, text in EXPLANATION.items())
+    rows, benchmark = results["extractors"], results["benchmark"]
+    official = PUBLISHED_RULES[benchmark].said if benchmark in PUBLISHED_RULES else OFFICIAL
+    explained = f"strict: {STRICT}; official: {official}"
     differ = ", ".join(dict.fromkeys(f"{row['differ']} in {row['split']}" for row in rows))
     ids = list(dict.fromkeys(one for row in rows for one in row["differ_ids"]))[:5]
     named = f", among them {', '.join(ids)}" if ids else ""
     note = f"{explained}. Answers on which the two differ: {differ}{named}. {BLANKS}"
     if results["benchmark"] == "vlm4d" and results["prompt_modes"] == ["published"]:
         note += f" {PUBLISHED}"
-    heads = ["", "extractor", "n", "right", "accuracy %", "unparsed", "blanks credited (%)"]
+    macro = any(row["macro"] is not None for row in rows)
+    heads = ["", "extractor", "n", "right", "accuracy %", *(["mean over subtasks %"] if macro else [])]
+    heads += ["unparsed", "blanks credited (%)"]
     cells = []
     for row in rows:
-        right, credited = (_percent(row[name] / row["n"], 2) for name in ("correct", "correct_with_blanks"))
-        counts = [str(row["n"]), str(row["correct"]), right, str(row["unparsed"])]
-        cells.append([row["split"], row["extractor"], *counts, f"{row['correct_with_blanks']} ({credited})"])
+        score, credited = (_percent(row[name] / row["n"], 2) for name in ("score", "correct_with_blanks"))
+        counts = [str(row["n"]), str(row["correct"]), score, *([_percent(row["macro"], 2)] if macro else [])]
+        counts += [str(row["unparsed"]), f"{row['correct_with_blanks']:.6g} ({credited})"]
+        cells.append([row["split"], row["extractor"], *counts])
     return "Both extractors", note, heads, cells
 
 

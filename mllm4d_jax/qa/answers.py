@@ -25,19 +25,19 @@ from dataclasses import dataclass
 from mllm4d_jax.qa.reasoning import answer_part, find_blocks, said
 
 EXTRACTORS = ("strict", "official")
-RULES = ("letter", "text", "answer_is", "mention", "exact", "unparsed")
+RULES = ("letter", "text", "number", "answer_is", "mention", "exact", "official", "unparsed")
 
 _WORD = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)*|[^\W\d_]+")
 _APOSTROPHES = str.maketrans({"'": None, "\u2019": None, "\u2212": "-"})
-_EMPHASIS = str.maketrans({"*": None, "`": None})
+EMPHASIS = str.maketrans({"*": None, "`": None})
 _LETTER = re.compile(r"(?:\(([A-Z])\)|([A-Z])(?:[:)]|\.(?=\s|$))|([A-Z])$)(.*)", re.DOTALL)
 _LABEL = re.compile(r"\s*(?:[-\u2022]\s*)?(?:\(([A-Z])\)|([A-Z])[.:)])")  # of a line of a list
 _BETWEEN = r"[\s,;|\u2022-]+"  # the entries of a list
-_ANSWER_IS = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(?:(?:option|choice)\s+)?", re.IGNORECASE)
+ANSWER_IS = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)\s*(?:(?:option|choice)\s+)?", re.IGNORECASE)
 # "The answer is A dog" names no letter: an A before a word is the article, unless a reason follows.
 _STATED = re.compile(r"\(([A-Z])\)|(?!A\s+(?!(?:because|since|as)\b)[^\W\d_])([A-Z])(?![\w'\u2019-])")
-_MAX_STATED = 64  # of the places that say "answer is", the last so many are looked at
-_MAX_CLAUSE = 400  # characters after "answer is", or of the line after a letter, that are read
+MAX_STATED = 64  # of the places that say "answer is", the last so many are looked at
+MAX_CLAUSE = 400  # characters after "answer is", or of the line after a letter, that are read
 _NEGATIONS = ("not", "no", "never", "isnt", "arent", "wasnt", "doesnt", "dont", "cannot")
 
 
@@ -49,11 +49,13 @@ class ExtractedAnswer:
       letter: a key of the choices; None when unparsed. Of several options with the chosen text, the first.
       rule: one of `RULES`, the one that decided.
       conflict: a letter was given together with the text of another option; the letter counts.
+      number: what was given where a number is asked for (`numbers`); None when unparsed, and where a letter is.
     """
 
     letter: str | None
     rule: str
     conflict: bool = False
+    number: float | None = None
 
 
 _UNPARSED = ExtractedAnswer(None, "unparsed")
@@ -82,7 +84,7 @@ def extract_answer(response: str, choices: Mapping[str, object], extractor: str 
         given = answers[-1].text if answers else response[said(response)].strip()
         return ExtractedAnswer(given, "exact") if given in choices else _UNPARSED
     options = _Options(choices)
-    return _by_the_rules(options.without_list(answer_part(response).translate(_EMPHASIS)).strip(), options)
+    return _by_the_rules(options.without_list(answer_part(response).translate(EMPHASIS)).strip(), options)
 
 
 def plain_text(value: object) -> str:
@@ -114,7 +116,7 @@ class _Options:
         named = "|".join(re.escape(text) for text in sorted(self.first, key=len, reverse=True))
         denied = "|".join(_NEGATIONS)
         self._mention = re.compile(rf"(?<!\S)(?:({named})|(?:{denied}) (?:{named}))(?!\S)") if named else None
-        self._list = _list_of({letter: str(option).translate(_EMPHASIS) for letter, option in choices.items()})
+        self._list = _list_of({letter: str(option).translate(EMPHASIS) for letter, option in choices.items()})
         self._first_two = tuple(choices)[:2]
 
     def without_list(self, part: str) -> str:
@@ -166,10 +168,10 @@ def _by_the_rules(part: str, options: _Options) -> ExtractedAnswer:
 
 def _stated(part: str, options: _Options) -> ExtractedAnswer | None:
     """Rule 3, from the last place backwards."""
-    places = [match.span() for match in _ANSWER_IS.finditer(part)]
+    places = [match.span() for match in ANSWER_IS.finditer(part)]
     end = len(part)
-    for start, after in reversed(places[-_MAX_STATED:]):
-        clause = part[after : min(end, after + _MAX_CLAUSE)].partition("\n")[0]
+    for start, after in reversed(places[-MAX_STATED:]):
+        clause = part[after : min(end, after + MAX_CLAUSE)].partition("\n")[0]
         end = start
         letter, rest = _stated_letter(clause, options)
         if letter is not None:
@@ -183,9 +185,9 @@ def _stated(part: str, options: _Options) -> ExtractedAnswer | None:
 def _contradicts(letter: str, rest: str, options: _Options) -> bool:
     """What follows the letter gives another answer: its first line, what it states, or the only option it mentions."""
     line = rest.strip().partition("\n")[0]
-    said = options.first.get(plain_text(line)) if len(line) <= _MAX_CLAUSE else None
+    said = options.first.get(plain_text(line)) if len(line) <= MAX_CLAUSE else None
     if said is None:
-        places = [match.end() for match in _ANSWER_IS.finditer(rest)]
+        places = [match.end() for match in ANSWER_IS.finditer(rest)]
         stated = _stated_letter(rest[places[-1] :], options)[0] if places else None
         said = options.mentioned(plain_text(rest)) if stated is None else stated
     return said is not None and options.plain[said] != options.plain[letter]

@@ -102,7 +102,7 @@ def completion_item(row: Row) -> ShownAnswer:
 def prediction_item(row: Row) -> ShownAnswer:
     """A line of predictions.jsonl."""
     choices = row["choices"] if isinstance(row.get("choices"), Mapping) else {}
-    truth = row.get("truth") if isinstance(row.get("truth"), list) else [row.get("answer")]
+    truth = row["truth"] if row.get("truth") and isinstance(row["truth"], list) else [row.get("answer")]
     outcome = outcome_of_prediction(row)
     shown = ("subtask", "category", "benchmark", "split", "rule", "finish", "tokens", "prompt_mode", "control", "video")
     shown += ("version",)
@@ -114,11 +114,11 @@ def prediction_item(row: Row) -> ShownAnswer:
         choices={letter: text(choices[letter]) for letter in sorted(choices)[:MAX_PARTS]},
         response=text(row.get("response")),
         outcome=outcome,
-        answer=text(row.get("letter")),
+        answer=text(row.get("letter")) or text(row.get("number")),
         truth=tuple(text(value) for value in truth if text(value)),
         facts=_facts(row, shown) + conflict,
         facets=_facets(row, outcome, ("benchmark", "split", "category", "subtask", "finish", "rule", "control")),
-        keys=_finite({"tokens": number(row.get("tokens"))}),
+        keys=_finite({"tokens": number(row.get("tokens")), "score": number(row.get("score"))}),
     )
 
 

@@ -13,7 +13,7 @@ from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import MediaError
-from mllm4d_jax.qa.records import Span, part_named
+from mllm4d_jax.qa.media_paths import Span, part_named
 from mllm4d_jax.report import page
 
 SIDE = 240  # pixels, the longer side of a small frame
@@ -41,7 +41,7 @@ def read_pictures(
     """Pictures of each file, every file read once; never raises because of a file.
 
     Args:
-      paths: of images and videos; of parts of videos as `records.named_part` calls them.
+      paths: of images and videos; of parts of videos as `media_paths.named_part` calls them.
       frames: of a clip, evenly spaced, both ends included.
       max_bytes: of one picture.
       clip_s: seconds that a clip may take to decode.

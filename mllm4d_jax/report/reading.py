@@ -164,8 +164,8 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def outcome_of_prediction(row: Mapping[str, Any]) -> str:
-    """ "unparsed" where no letter was found, else "correct" or "wrong" as the evaluation judged it."""
-    if not row.get("letter"):
+    """ "unparsed" where no letter or number was found, else "correct" or "wrong" as the evaluation judged it."""
+    if not row.get("letter") and row.get("number") is None:
         return "unparsed"
     return "correct" if row.get("correct") is True else "wrong"
 

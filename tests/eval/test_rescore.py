@@ -14,6 +14,7 @@ from mllm4d_jax.eval.evaluate import EvaluationError
 from mllm4d_jax.eval.evaluate import run as run_task
 from mllm4d_jax.eval.predictions import PredictionError, PredictionStore, read_any
 from mllm4d_jax.files.lock import LockError, WriterLock
+from mllm4d_jax.qa.benchmarks import PARSERS
 from tests.eval.question_fixtures import prediction, vlm4d_rows
 from tests.report.reading import read
 
@@ -118,7 +119,7 @@ def test_variants():
     from configs import eval as module
 
     benchmarks = {variant: module.get_config(variant).benchmark for variant in module.get_config.variants}
-    assert benchmarks == {"": "vlm4d", "vlm4d": "vlm4d", "mllm4d": "mllm4d", "jsonl": "jsonl", "rescore": "vlm4d"}
+    assert benchmarks == {name: name for name in PARSERS} | {"": "vlm4d", "rescore": "vlm4d"}
     with pytest.raises(ConfigError, match="did you mean 'configs/eval.py:rescore'"):
         module.get_config("rescor")
 

@@ -129,6 +129,21 @@ def test_the_mean_over_groups():
         accuracy([True, True, False], range(3), groups=["a", "b"])
 
 
+def test_groups_with_weights_are_a_mean_of_means():
+    """Two tasks, one of them in three levels: the levels count a third of a half each."""
+    scores, levels = [1.0, 0.0, 0.5, 1.0, 0.0, 0.25], ["a", "a", "b", "x", "y", "z"]
+    weights = {"a": 1 / 2, "b": 1 / 2, "x": 1 / 3, "y": 1 / 3, "z": 1 / 3}
+    found = accuracy(scores, range(6), groups=levels, weights=weights)
+    assert found.value == pytest.approx((0.5 / 2 + 0.5 / 2 + 1.25 / 3) / 2) and found.low < found.value < found.high
+    alone = accuracy(scores, ["v"] * 6, groups=levels, weights=weights)
+    assert alone.value == pytest.approx(found.value) and np.isnan(alone.low)
+
+
+def test_scores_between_wrong_and_right():
+    found = paired_difference([0.5, 0.2, 1.0], [1.0, 0.2, 0.7], range(3))
+    assert found.value == pytest.approx(0.2 / 3)
+
+
 def test_a_paired_difference():
     rng = np.random.default_rng(0)
     first = rng.random(600) < 0.5

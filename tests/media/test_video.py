@@ -20,7 +20,7 @@ from mllm4d_jax.media.images import read_image
 from mllm4d_jax.media.resize import ResizeRule, resize_bicubic
 from mllm4d_jax.media.video import probe, read_video
 from mllm4d_jax.qa.errors import MediaError
-from mllm4d_jax.qa.records import resolve_media
+from mllm4d_jax.qa.media_paths import resolve_media
 
 ALL = SampleRule("uniform", 10_000, None)
 SMALL = ResizeRule("per_frame", 32, 2, 784, 50176)

@@ -9,7 +9,8 @@ import pytest
 from data_prep.cold_start.r1_items import parse_item
 from mllm4d_jax.qa.benchmarks import record_question
 from mllm4d_jax.qa.errors import RecordError
-from mllm4d_jax.qa.records import Record, as_prompt, as_scored_prompt, parse_record, resolve_media
+from mllm4d_jax.qa.media_paths import resolve_media
+from mllm4d_jax.qa.records import Record, as_prompt, as_scored_prompt, parse_record
 
 USER = {"from": "human", "value": "<video>\nWhich way?\nA. left\nB. right"}
 ASKED = {"role": "user", "content": "<video>\nWhich way?\nOptions:\nA. left\nB. right"}

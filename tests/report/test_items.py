@@ -63,6 +63,14 @@ def test_a_prediction():
     assert prediction_item({"answer": "left"}).truth == ("left",)
 
 
+def test_an_answer_that_is_a_number():
+    row = {"choices": {}, "truth": [], "answer": "4.5", "letter": None, "number": 0.0, "score": 0.6, "correct": False}
+    item = prediction_item(row)
+    assert (item.answer, item.truth, item.outcome, item.keys["score"]) == ("0.0", ("4.5",), "wrong", 0.6)
+    assert prediction_item(row | {"number": None}).outcome == "unparsed"
+    assert prediction_item(row | {"correct": True}).outcome == "correct"
+
+
 def test_distances_are_between_states_that_both_have():
     assert distances(completion_item(COMPLETION).camera) == [1.0, 2.0]
     assert distances(Centers(((0, 0, 0),), ())) == []

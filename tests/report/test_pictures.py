@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.samples import write_video
-from mllm4d_jax.qa.records import named_part
+from mllm4d_jax.qa.media_paths import named_part
 from mllm4d_jax.report import pictures
 from mllm4d_jax.report.pictures import read_pictures
 
