@@ -125,8 +125,8 @@ def test_a_step_by_kernels_equals_that_of_the_block(name, targets):
     q, *new = block.attn.project(normed, *tables)
     written = [np.array(cache) for cache in own]
     for row, branch in np.ndindex(b, g):
-        for cache, x in zip(written, new, strict=True):
-            cache[row, :, branch, slots[row, branch]] = x[row, branch]
+        for cache, arrived in zip(written, new, strict=True):
+            cache[row, :, branch, slots[row, branch]] = arrived[row, branch]
     out = branch_attention(q, prompt, visible, KVCache(*map(jnp.asarray, written)), slots)
     expected = x + block.attn.o_proj(out.reshape(b, g, -1))
     joined = JoinedAttention(block.attn, jnp.float32, kernels=True)
