@@ -238,7 +238,8 @@ def _place(slots, y, cos, sin, *refs, names, shape, rows, eps):
     given, (q, keys, values) = dict(zip(names, refs, strict=False)), refs[-3:]
     head, b, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * rows
     at, real, f32 = pl.ds(first, rows), first + jnp.arange(rows) < g, jnp.float32
-    places = first + jnp.arange(rows), plgpu.load(slots.at[b, at], mask=real, other=0)  # branches and their slots
+    # Each branch has a slot of its own.
+    places = (first + jnp.arange(rows))[:, None], plgpu.load(slots.at[b, at], mask=real, other=0)[:, None]
     width = (n + 2) * k * d
 
     def part(i):
@@ -262,18 +263,19 @@ def _place(slots, y, cos, sin, *refs, names, shape, rows, eps):
     turned = x[0] * table(cos, 0) - x[1] * table(sin, 0), x[1] * table(cos, 1) + x[0] * table(sin, 1)
     for i in range(2):
         columns, rotated = pl.ds(i * half, half), turned[i].astype(q.dtype)
+        cells = *places, (i * half + jnp.arange(half))[None]
 
         @pl.when(head < n * k)
         def _(columns=columns, rotated=rotated):
             plgpu.store(q.at[b, head // n, at, head % n, columns], rotated, mask=real[:, None])
 
         @pl.when((head >= n * k) & (head < (n + 1) * k))
-        def _(columns=columns, rotated=rotated):
-            plgpu.store(keys.at[b, head - n * k, *places, columns], rotated, mask=real[:, None])
+        def _(cells=cells, rotated=rotated):
+            plgpu.store(keys.at[b, head - n * k, *cells], rotated, mask=real[:, None])
 
         @pl.when(head >= (n + 1) * k)
-        def _(columns=columns, i=i):
-            plgpu.store(values.at[b, head - (n + 1) * k, *places, columns], plain[i], mask=real[:, None])
+        def _(cells=cells, i=i):
+            plgpu.store(values.at[b, head - (n + 1) * k, *cells], plain[i], mask=real[:, None])
 
 
 def add_adapted(y: jax.Array, up: jax.Array, scale: jax.Array, residual: jax.Array):

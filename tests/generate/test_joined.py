@@ -135,3 +135,29 @@ def test_a_step_by_kernels_equals_that_of_the_block(name, targets):
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
     for a, c in zip(cache, written, strict=True):
         np.testing.assert_allclose(a, c, atol=1e-5, rtol=1e-5)
+
+
+def test_kernels_are_lowered_for_a_gpu(monkeypatch):
+    """As far as their intermediate language: what the interpreter takes and Triton does not is found without a GPU."""
+    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    b, g, n, k, p, t, d, ranks = 2, 3, 4, 2, 40, 64, 32, 16
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def attend(q, prompt, visible, own, slots):
+        return kernels.attend(q, KVCache(*prompt), visible, KVCache(*own), slots, (slots, slots))
+
+    def place(y, up, scale, norm, tables, own, slots):
+        return kernels.place(y, up, scale, None, norm, 1e-6, tables, KVCache(*own), slots)
+
+    width, slots, own = (n + 2) * k * d, array(b, g, dtype=jnp.int32), (array(b, k, g, t, d),) * 2
+    prompt = (array(b, k, p, d),) * 2
+    adapters = array(ranks, width), array(width)
+    calls = (
+        (attend, array(b, k, g, n, d), prompt, array(b, p, dtype=bool), own, slots),
+        (place, array(b, g, width + ranks), *adapters, array((n + 1) * k, d), (array(b, g, d),) * 2, own, slots),
+    )
+    for function, *shapes in calls:
+        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert "triton" in text
