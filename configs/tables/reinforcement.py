@@ -27,9 +27,18 @@ GRPO_KEYS = (
     Key(
         "rollout.prompts_at_once",
         0,
-        "prompts in the samplers of all hosts at a time (for memory); 0 = all",
+        "prompts in the samplers of all hosts at a time (for memory), one that ends makes room for the next; 0 = all",
         low=0,
         high=1 << 20,
+        free=True,
+    ),
+    Key(
+        "rollout.completions_at_once",
+        0,
+        "completions of a prompt in the sampler at a time, one that ends makes room for the next; fewer, with more "
+        "prompts, leave fewer places idle; 0 = all",
+        low=0,
+        high=1 << 16,
         free=True,
     ),
     Key(

@@ -161,7 +161,7 @@ class Layout:
     """How questions become rows.
 
     Attributes:
-      rows: of a batch.
+      rows: that are laid out together.
       per_row: most questions of a row.
       shape: how they are laid out and padded.
     """

@@ -8,12 +8,12 @@ tables. What an answer is depends on its question, the model and the seed, not o
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import hashlib
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from mllm4d_jax import __version__
-from mllm4d_jax.data.group_encoder import GroupEncoder
+from mllm4d_jax.data.group_encoder import EncodedGroup, GroupEncoder
 from mllm4d_jax.data.quarantine import Quarantine, main_reasons
 from mllm4d_jax.data.reader import GroupReader
 from mllm4d_jax.data.sources import Questions
@@ -34,9 +34,12 @@ from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
 from mllm4d_jax.files.remote import is_remote
 from mllm4d_jax.files.version import of_another
+from mllm4d_jax.generate.completions import Completions
+from mllm4d_jax.generate.inputs import Prompts
 from mllm4d_jax.generate.policy import SamplingOptions, banned_token_ids, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
+from mllm4d_jax.generate.stream import Limits
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.rules import batch_shards
@@ -209,10 +212,9 @@ class _Asker:
         self._tokenizer = self.encoder.tokenizer
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
         model = load_chosen(choice, dtype=config.model.dtype, attention=config.model.attention, mesh=mesh)
-        rows, shards = max(1, min(config.prompts_at_once, groups)), batch_shards(mesh)
-        shape = row_shape(config, self.encoder.config, model.config)
-        # Rows enough for all devices, but not for more than there are.
-        self._layout = Layout(rows=-(-rows // shards) * shards, per_row=config.questions_per_video, shape=shape)
+        shards, shape = batch_shards(mesh), row_shape(config, self.encoder.config, model.config)
+        self._rows = max(1, min(config.prompts_at_once, groups))
+        self._layout = Layout(rows=shards, per_row=config.questions_per_video, shape=shape)  # one for each device
         graphdef, state = nnx.split(model)
         self._weights = (state,)
         self._sampler = Sampler(graphdef, mesh, chunk=config.chunk, ladder=Ladder(shards=shards))
@@ -225,45 +227,54 @@ class _Asker:
     def __call__(
         self, videos: Sequence[tuple[int, ...]], digest: str, quarantine: Quarantine, bar: tqdm
     ) -> Iterator[list[Prediction]]:
-        """Yields the predictions of one batch after the other; what cannot be asked goes to quarantine."""
-        rows, waiting = self._layout.rows, collections.deque[Group]()
+        """Yields the predictions of one row of questions after the other; what cannot be asked goes to quarantine."""
+        asked: dict[int, tuple[Group, list[str]]] = {}
         encoder = GroupEncoder([self._source], self.encoder, cache_bytes=0, as_prompt=as_prompt)
-        asked = [Questions(0, numbers) for numbers in videos]
-        with GroupReader(asked, encoder, workers=self._config.data.workers, ahead=2 * rows) as reader:
-            for encoded in reader:
-                for i, error in encoded.errors.items():
-                    quarantine.add(0, i, error)
-                bar.total -= len(encoded.errors)
-                if encoded.examples:
-                    waiting.extend(self._layout.groups(encoded.examples))
-                while len(waiting) >= rows:
-                    yield self._answer([waiting.popleft() for _ in range(rows)], digest)
-        if waiting:
-            yield self._answer(list(waiting), digest)
+        questions, ahead = [Questions(0, numbers) for numbers in videos], 2 * self._rows
+        with GroupReader(questions, encoder, workers=self._config.data.workers, ahead=ahead) as reader:
+            stream = self._sampler.stream(
+                self._weights,
+                self._prompts(_groups(reader, self._layout, quarantine, bar), asked),
+                options=self._options,
+                seed=self._config.seed,
+                limits=Limits(self._rows),
+            )
+            for number, out in stream:
+                if number in asked:  # else a row that only fills up
+                    yield self._predictions(*asked.pop(number), out, digest)
 
-    def _answer(self, groups: Sequence[Group], digest: str) -> list[Prediction]:
-        inputs, keys = self._layout.collate(groups)
-        out = self._sampler.generate(
-            self._weights,
-            inputs,
-            prompt_ids=[[prompt_id(key) for key in row] for row in keys],
-            branches=inputs.layout.slots,
-            max_new_tokens=self._config.max_new_tokens,
-            options=self._options,
-            seed=self._config.seed,
-        )
-        prompts = {example.key: example.text for group in groups for example in group.examples}
+    def _prompts(self, groups: Iterator[Group], asked: dict[int, tuple[Group, list[str]]]) -> Iterator[Prompts]:
+        """Rows as the sampler takes them; `asked` gets each one's group with the key of the question in each slot."""
+        numbers_of_rows = itertools.count()
+        while some := list(itertools.islice(groups, self._layout.rows)):
+            inputs, keys = self._layout.collate(some)
+            for one in zip(some, keys, strict=False):
+                asked[next(numbers_of_rows)] = one
+            numbers = [[prompt_id(key) for key in row] for row in keys]
+            yield Prompts.checked(inputs, numbers, inputs.layout.slots, self._config.max_new_tokens)
+
+    def _predictions(self, group: Group, keys: Sequence[str], out: Completions, digest: str) -> list[Prediction]:
+        prompts = {example.key: example.text for example in group.examples}
         return [
             Prediction.of(
                 self._items[key],
-                with_prompt(prompts[key], self._tokenizer.decode(out.ids(row, slot))),
+                with_prompt(prompts[key], self._tokenizer.decode(out.ids(0, slot))),
                 prompt_mode=self._manner.mode,
                 control=self._config.control,
                 config=digest,
-                tokens=int(out.lengths[row, slot]),
-                finish=out.finish_reason[row][slot],
+                tokens=int(out.lengths[0, slot]),
+                finish=out.finish_reason[0][slot],
             )
-            for row, places in enumerate(keys)
-            for slot, key in enumerate(places)
+            for slot, key in enumerate(keys)
             if key
         ]
+
+
+def _groups(reader: Iterable[EncodedGroup], layout: Layout, quarantine: Quarantine, bar: tqdm) -> Iterator[Group]:
+    """The rows of one video after the other."""
+    for encoded in reader:
+        for i, error in encoded.errors.items():
+            quarantine.add(0, i, error)
+        bar.total -= len(encoded.errors)
+        if encoded.examples:
+            yield from layout.groups(encoded.examples)

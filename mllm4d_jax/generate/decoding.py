@@ -2,11 +2,12 @@
 
 The blocks are the decoder's own; only attention differs from the training pass, because a query is one token and its
 keys lie in two places. The prompt's keys are read where prefill put them, once for all branches of the prompt; a
-branch's own keys are in a cache that a loop carries and one step writes one slot of.
+branch's own keys are in a cache that a loop carries and one step writes one slot of. Each branch has a slot of its own
+to write: branches that begin when others end are as far as they are.
 
 Branches may begin with tokens of their own (questions about one video): prefill then fills the first slots of their
 caches. Questions differ in length, so a shorter one leaves slots empty before the first new token, which are never
-seen; in return, all branches write the same slot in every step.
+seen.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Asked(NamedTuple):
     """Tokens of their own that branches had before their first new one."""
 
     lengths: jax.Array  # i32[B, G], in the first slots of each branch's cache
-    slots: jax.Array  # i32[] slots left for them in every branch; new tokens come after
+    slots: jax.Array  # i32[B, G] slots left for them; new tokens come after
 
 
 class PromptRows(NamedTuple):
@@ -200,7 +201,7 @@ def decode(
     positions: jax.Array,
     prompts: PromptCache,
     own: KVCache,
-    slot: jax.Array | int,
+    slots: jax.Array,
     asked: Asked | None = None,
     layers: Layers | None = None,
 ) -> tuple[jax.Array, KVCache]:
@@ -210,20 +211,20 @@ def decode(
       tokens: i32[B, G].
       positions: i32[B, G], one M-RoPE position for all three axes, as for text.
       prompts: of the B prompts.
-      own: [layers, B, K, G, T, head_dim]; slots below `slot` hold what was fed before.
-      slot: i32[] slot to write, the same for all branches.
+      own: [layers, B, K, G, T, head_dim]; slots below those to write hold what was fed before.
+      slots: i32[B, G] slot of each branch to write, below T.
       asked: what the branches began with; None for branches without tokens of their own.
       layers: the blocks, each with weights of its own; the caches are then one array a layer, too. None scans the
         model's.
 
     Returns:
-      (hidden [B, G, H] after the final norm, the branch cache with the slot written).
+      (hidden [B, G, H] after the final norm, the branch cache with the slots written).
     """
     config, mesh = model.config.text, model.mesh
     x = constrain_rows(model.text.embed[...][tokens], mesh)
     on_axes = jnp.broadcast_to(positions, (3, *positions.shape))
     tables = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
-    token = _Token(tables, prompts.visible, slot, asked, mesh)
+    token = _Token(tables, prompts.visible, slots, asked, mesh)
     if layers is not None:
         kept = []
         for block, *caches in zip(layers, *prompts.kv, *own, strict=True):
@@ -248,43 +249,53 @@ class _Token(NamedTuple):
 
     tables: tuple[jax.Array, jax.Array]
     visible: jax.Array
-    slot: jax.Array | int
+    slots: jax.Array
     asked: Asked | None
     mesh: Mesh | None
 
     def through(
         self, block: DecoderBlock, hidden: jax.Array, prompt: KVCache, own: KVCache, layer: jax.Array | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """(hidden states after the block, `own` with the slot written); `own` is of all layers if one is named."""
+        """(hidden states after the block, `own` with the slots written); `own` is of all layers if one is named."""
         x, shape = block.input_norm(hidden), hidden.shape[:2]
         if isinstance(block.attn, JoinedAttention) and block.attn.kernels:
-            asked = self.asked or Asked(jnp.zeros(shape, jnp.int32), jnp.int32(0))
-            hidden, own = block.attn.step(hidden, x, self.tables, prompt, own, self.visible, self.slot, asked)
+            asked = self.asked or Asked(*[jnp.zeros(shape, jnp.int32)] * 2)
+            hidden, own = block.attn.step(hidden, x, self.tables, prompt, own, self.visible, self.slots, asked)
         else:
             q, k, v = block.attn.project(x, *self.tables)
             own = KVCache(self._written(own.k, k, layer), self._written(own.v, v, layer))
             mine = own if layer is None else KVCache(*(cache[layer] for cache in own))
-            out = branch_attention(q, prompt, self.visible, mine, self.slot, self.asked)
+            out = branch_attention(q, prompt, self.visible, mine, self.slots, self.asked)
             hidden = hidden + block.attn.o_proj(out.reshape(*shape, -1))
         hidden = block.feed_forward(hidden, jnp.ones(shape, bool))[0]
         return constrain_rows(hidden, self.mesh), own
 
     def _written(self, cache: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
-        new, at = new.swapaxes(1, 2)[..., None, :], (0, 0, 0, self.slot, 0)
+        """`cache` ([layers,] B, K, G, T, head_dim) with `new` [B, G, K, head_dim] in the slots, in place."""
+        first, slots = cache.ndim - 5, self.slots[..., None]
         if layer is not None:
-            new, at = new[None], (layer, *at)
-        return jax.lax.dynamic_update_slice(cache, new, at)
+            slots = jnp.concatenate([jnp.full_like(slots, layer), slots], -1)
+        # Rows and branches by their own numbers, so that each device writes its own.
+        numbers = jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(2, 3),
+            inserted_window_dims=(*range(first), first + 3),
+            scatter_dims_to_operand_dims=(*range(first), first + 3),
+            operand_batching_dims=(first, first + 2),
+            scatter_indices_batching_dims=(0, 1),
+        )
+        there = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        return jax.lax.scatter(cache, slots, new, numbers, unique_indices=True, mode=there)
 
 
 def branch_attention(
-    q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVCache, slot, asked: Asked | None = None
+    q: jax.Array, prompt: KVCache, visible: jax.Array, own: KVCache, slots: jax.Array, asked: Asked | None = None
 ) -> jax.Array:
     """Attention of one token per branch to its prompt and its own branch: one maximum, one denominator, in fp32.
 
     Args:
       q: [B, G, N, d].
       prompt: k, v [B, K, P, d] with N a multiple of K; visible: bool[B, P].
-      own: k, v [B, K, G, T, d], seen up to and including `slot`, but for slots that `asked` leaves empty.
+      own: k, v [B, K, G, T, d], seen up to and including `slots` i32[B, G], but for slots that `asked` leaves empty.
 
     Returns:
       [B, G, N, d] in the dtype of q.
@@ -295,9 +306,9 @@ def branch_attention(
     first = einsum_f32("bkgnd,bkpd->bkgnp", grouped, prompt.k)
     second = einsum_f32("bkgnd,bkgtd->bkgnt", grouped, own.k)
     places = jnp.arange(t)
-    seen = jnp.broadcast_to(places <= slot, (b, g, t))
+    seen = places <= slots[..., None]
     if asked is not None:
-        seen &= (places < asked.lengths[..., None]) | (places >= asked.slots)
+        seen &= (places < asked.lengths[..., None]) | (places >= asked.slots[..., None])
     seen = jnp.concatenate([jnp.broadcast_to(visible[:, None], (b, g, p)), seen], -1)[:, None, :, None]
     scores = jnp.where(seen, jnp.concatenate([first, second], -1) * d**-0.5, LOWEST)
     weights = jax.nn.softmax(scores, -1).astype(q.dtype)

@@ -105,17 +105,17 @@ class JoinedAttention(nnx.Module):
         prompt: KVCache,
         own: KVCache,
         visible: jax.Array,
-        slot: jax.Array,
+        slots: jax.Array,
         asked: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, KVCache]:
-        """The first half of a decode step's block by kernels: (hidden + attention of x, own cache with the slot)."""
+        """The first half of a decode step's block by kernels: (hidden + attention of x, own cache with the slots)."""
         from mllm4d_jax.generate import kernels
 
         p, o, norm = self.qkv_proj, self.o_proj, self.norm
         up, scale, bias = (None if v is None else v[...] for v in (p.up, p.scale, p.bias))
         weight, eps = (None, 0.0) if norm is None else (norm.scale[...], norm.eps)
-        q, own = kernels.place(p.product(x), up, scale, bias, weight, eps, tables, own, slot)
-        out = kernels.attend(q, prompt, visible, own, slot, asked)
+        q, own = kernels.place(p.product(x), up, scale, bias, weight, eps, tables, own, slots)
+        out = kernels.attend(q, prompt, visible, own, slots, asked)
         if o.up is None or o.bias is not None:
             return hidden + o(out), own
         return kernels.add_adapted(o.product(out), o.up[...], o.scale[...], hidden), own
@@ -151,10 +151,15 @@ def choose_form(mesh: Mesh | None, weights: Any) -> str:
     # Other processes' devices do not answer, and all processes have to decide alike.
     answers = device in jax.devices() and jax.process_count() == 1
     limit = device.memory_stats()["bytes_limit"] if answers else chip.hbm if chip else 0
-    if 2 * local_bytes(weights) > _SHARE * limit:
+    if not fits_twice(local_bytes(weights), limit):
         return "stacked"
     one = answers and (mesh is None or mesh.devices.size == 1)
     return "kernels" if one and _has_kernels(device) else "apart"
+
+
+def fits_twice(weights: int, limit: int) -> bool:
+    """Whether a GPU with `limit` bytes of memory has room for `weights` bytes, for layers apart, and for a run."""
+    return 2 * weights <= _SHARE * limit
 
 
 def _has_kernels(device: jax.Device) -> bool:

@@ -37,7 +37,7 @@ def attend(
     prompt: KVCache,
     visible: jax.Array,
     own: KVCache,
-    slot: jax.Array,
+    slots: jax.Array,
     asked: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
     """Attention of one token per branch to its prompt and its own branch.
@@ -47,8 +47,8 @@ def attend(
     Args:
       q: [B, K, G, n, d], n queries of each key head.
       prompt: k, v [B, K, P, d]; visible: bool[B, P].
-      own: k, v [B, K, G, T, d], seen up to and including `slot` i32[].
-      asked: (i32[B, G], i32[]): own keys from the first number on and before the second are not seen.
+      own: k, v [B, K, G, T, d], seen up to and including `slots` i32[B, G].
+      asked: both i32[B, G]: own keys from the first number on and before the second are not seen.
 
     Returns:
       [B, G, K * n * d] in the dtype of q.
@@ -61,7 +61,7 @@ def attend(
     size = (b, k, total, g * n)
     f32 = jnp.float32
     kernel = functools.partial(_look, keys=(p, t), shape=(g, n, d), grid=(k, rows, blocks, parts, steps))
-    numbers = jnp.stack([slot, asked[1]]).astype(jnp.int32)
+    numbers = jnp.stack([slots, *asked], -1).astype(jnp.int32)
     found = pl.pallas_call(
         kernel,
         grid=(b * k, blocks * parts + g * own_parts),
@@ -69,7 +69,7 @@ def attend(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=_interpreted(),
         name="decode_attention",
-    )(numbers, asked[0], visible.astype(jnp.int32), q.reshape(b, k, g * n, d), *prompt, *own)
+    )(numbers, visible.astype(jnp.int32), q.reshape(b, k, g * n, d), *prompt, *own)
     return pl.pallas_call(
         functools.partial(_join, total=total, shape=(g, n, d)),
         grid=(b, k, g),
@@ -96,11 +96,10 @@ def _more(found, q, k, v, seen):
     return new, total * kept + weights.sum(-1), o
 
 
-def _look(numbers, lengths, visible, q, pk, pv, ok, ov, out, tops, sums, *, keys, shape, grid):
+def _look(numbers, visible, q, pk, pv, ok, ov, out, tops, sums, *, keys, shape, grid):
     """What one program finds: the sum of values, not divided, with maximum and sum of the exponentials."""
     (p, t), (g, n, d), (heads, rows, blocks, parts, steps) = keys, shape, grid
     b, head, j = pl.program_id(0) // heads, pl.program_id(0) % heads, pl.program_id(1)
-    slot, begin = numbers[0], numbers[1]
     columns = pl.ds(0, d)
 
     def put(part, first, count, size, top, total, o):
@@ -132,7 +131,8 @@ def _look(numbers, lengths, visible, q, pk, pv, ok, ov, out, tops, sums, *, keys
         size = _size(n)
         real = jnp.arange(size) < n
         queries = plgpu.load(q.at[b, head, pl.ds(branch * n, size), columns], mask=real[:, None], other=0.0)
-        length, start = lengths[b, branch], part * _OWN * _STEPS
+        slot, length, begin = (numbers[b, branch, i] for i in range(3))
+        start = part * _OWN * _STEPS
 
         def step(i, found):
             first = start + i * _OWN
@@ -195,11 +195,11 @@ def place(
     eps: float,
     tables: tuple[jax.Array, jax.Array],
     own: KVCache,
-    slot: jax.Array,
+    slots: jax.Array,
 ) -> tuple[jax.Array, KVCache]:
     """From the product for queries, keys and values to the queries and the caches, for one token per branch.
 
-    One program does a head: second half of the adapters, bias, norm, rotation, and the slot of the cache.
+    One program does a head: second half of the adapters, bias, norm, rotation, and the slots of the cache.
 
     Args:
       y: [B, G, (N + 2 K) * d + r], behind the product what the adapters' first halves give.
@@ -207,10 +207,10 @@ def place(
       bias: [(N + 2 K) * d] or None.
       norm: [N + K, d], weight of the RMS norm of each head, or None; eps: its epsilon.
       tables: cos and sin [B, G, d].
-      own: k, v [B, K, G, T, d]; slot: i32[] to write.
+      own: k, v [B, K, G, T, d]; slots: i32[B, G] to write.
 
     Returns:
-      (q [B, K, G, N / K, d], the caches with the slot written, in place).
+      (q [B, K, G, N / K, d], the caches with the slots written, in place).
     """
     (b, g, _), (_, k, _, _, d) = y.shape, own.k.shape
     ranks = 0 if up is None else up.shape[0]
@@ -229,15 +229,17 @@ def place(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=_interpreted(),
         name="decode_place",
-    )(slot.astype(jnp.int32).reshape(1), y, *tables, *given.values(), *own)
+    )(slots.astype(jnp.int32), y, *tables, *given.values(), *own)
     return q, KVCache(*own)
 
 
-def _place(slot, y, cos, sin, *refs, names, shape, rows, eps):
+def _place(slots, y, cos, sin, *refs, names, shape, rows, eps):
     (g, n, k, d), half = shape, shape[-1] // 2
     given, (q, keys, values) = dict(zip(names, refs, strict=False)), refs[-3:]
     head, b, first = pl.program_id(0), pl.program_id(1), pl.program_id(2) * rows
-    at, real, slot, f32 = pl.ds(first, rows), first + jnp.arange(rows) < g, slot[0], jnp.float32
+    at, real, f32 = pl.ds(first, rows), first + jnp.arange(rows) < g, jnp.float32
+    # Each branch has a slot of its own.
+    places = (first + jnp.arange(rows))[:, None], plgpu.load(slots.at[b, at], mask=real, other=0)[:, None]
     width = (n + 2) * k * d
 
     def part(i):
@@ -261,18 +263,19 @@ def _place(slot, y, cos, sin, *refs, names, shape, rows, eps):
     turned = x[0] * table(cos, 0) - x[1] * table(sin, 0), x[1] * table(cos, 1) + x[0] * table(sin, 1)
     for i in range(2):
         columns, rotated = pl.ds(i * half, half), turned[i].astype(q.dtype)
+        cells = *places, (i * half + jnp.arange(half))[None]
 
         @pl.when(head < n * k)
         def _(columns=columns, rotated=rotated):
             plgpu.store(q.at[b, head // n, at, head % n, columns], rotated, mask=real[:, None])
 
         @pl.when((head >= n * k) & (head < (n + 1) * k))
-        def _(columns=columns, rotated=rotated):
-            plgpu.store(keys.at[b, head - n * k, at, slot, columns], rotated, mask=real[:, None])
+        def _(cells=cells, rotated=rotated):
+            plgpu.store(keys.at[b, head - n * k, *cells], rotated, mask=real[:, None])
 
         @pl.when(head >= (n + 1) * k)
-        def _(columns=columns, i=i):
-            plgpu.store(values.at[b, head - (n + 1) * k, at, slot, columns], plain[i], mask=real[:, None])
+        def _(cells=cells, i=i):
+            plgpu.store(values.at[b, head - (n + 1) * k, *cells], plain[i], mask=real[:, None])
 
 
 def add_adapted(y: jax.Array, up: jax.Array, scale: jax.Array, residual: jax.Array):

@@ -150,7 +150,7 @@ def draw(
     Args:
       logits: f32[B, G, V].
       keys: [B, G] from `branch_keys`.
-      index: i32[] number of the token within its completion; folded into the keys.
+      index: i32[] or i32[B, G], number of each token within its completion; folded into the keys.
 
     Returns:
       (tokens i32[B, G], log-probs f32[B, G] under the policy: without top-k and top-p, and at
@@ -166,8 +166,8 @@ def draw(
             kept = jnp.where(kept < kth, -jnp.inf, kept)
         if options.top_p < 1:
             kept = _nucleus(kept, options.top_p)
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))
-        tokens = jax.vmap(jax.vmap(jax.random.categorical))(fold(keys, index), kept)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, jnp.broadcast_to(index, keys.shape))
+        tokens = jax.vmap(jax.vmap(jax.random.categorical))(keys, kept)
     return tokens.astype(jnp.int32), target_logprobs(policy, tokens)
 
 

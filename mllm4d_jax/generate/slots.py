@@ -1,23 +1,29 @@
-"""Which branches the device works on: a rectangle of prompts and branches that shrinks as completions end.
+"""Which branches the device works on: a rectangle of prompts and branches.
 
-Sizes come from a short ladder (powers of `ratio`), so that few shapes are ever compiled.
+While prompts or branches wait, those that end make room for them. Then the rectangle shrinks. Sizes come from a short
+ladder (powers of `ratio`), so that few shapes are ever compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
+
+NO_PROMPT = -1
+# Prompt number -> bool[G], which of its branches have not ended, begun or not; all of a prompt that is not there have.
+Unfinished = Mapping[int, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packing:
     """Contents of the device's arrays."""
 
-    rows: np.ndarray  # i32[b], prompt number of each row; entries that only fill up repeat one that is there
+    rows: np.ndarray  # i32[b], prompt number of each row; rows that only fill up have NO_PROMPT or repeat one before
     branches: np.ndarray  # i32[b, g], branch number within the prompt
-    used: np.ndarray  # bool[b, g], False where an entry only fills up
+    used: np.ndarray  # bool[b, g], True where a branch goes on
     slots: int  # positions in the cache of each branch
 
     @property
@@ -26,25 +32,53 @@ class Packing:
         return *self.branches.shape, self.slots
 
     @property
-    def row_grid(self) -> np.ndarray:
-        """i32[b, g], prompt number of each branch."""
-        return np.broadcast_to(self.rows[:, None], self.branches.shape)
+    def free(self) -> list[int]:
+        """Rows without a prompt."""
+        return np.flatnonzero(self.rows == NO_PROMPT).tolist()
 
     @classmethod
-    def whole(cls, prompts: int, filled: int, branches: int, slots: int) -> Self:
-        """All branches of `prompts` prompts, on `filled` rows (rows beyond the prompts repeat the first)."""
-        real, shape = np.arange(filled) < prompts, (filled, branches)
-        rows = np.where(real, np.arange(filled), 0).astype(np.int32)
-        numbers = np.broadcast_to(np.arange(branches, dtype=np.int32), shape)
-        return cls(rows, numbers, np.broadcast_to(real[:, None], shape), slots)
+    def empty(cls, rows: int, width: int, slots: int) -> Self:
+        """Rows without prompts."""
+        shape = rows, width
+        return cls(np.full(rows, NO_PROMPT, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool), slots)
+
+    def wider(self, width: int) -> Self:
+        """Further entries in each row, none used."""
+        more = ((0, 0), (0, width - self.branches.shape[1]))
+        return dataclasses.replace(self, branches=np.pad(self.branches, more), used=np.pad(self.used, more))
+
+    def placed(self, rows: Sequence[int], prompts: Sequence[int], branches: int) -> Self:
+        """Prompts in rows that have none, with the first of their `branches` branches, branch n in entry n."""
+        numbers, places, used = self.rows.copy(), self.branches.copy(), self.used.copy()
+        numbers[rows], places[rows], used[rows] = prompts, np.arange(used.shape[1]), np.arange(used.shape[1]) < branches
+        return dataclasses.replace(self, rows=numbers, branches=places, used=used)
+
+    def refilled(self, unfinished: Unfinished) -> Self:
+        """Branches that wait in the entries of those that have ended; rows of prompts that have ended are free."""
+        rows, branches, used, seen = self.rows.copy(), self.branches.copy(), self.used.copy(), set()
+        for i, prompt in enumerate(rows.tolist()):
+            left = unfinished.get(prompt)
+            if left is None or not left.any():
+                rows[i], used[i] = NO_PROMPT, False
+            elif prompt not in seen:  # in its first row alone, so that a row less is never one too few
+                seen.add(prompt)
+                used[i] &= left[np.minimum(branches[i], len(left) - 1)]
+                waiting = left.copy()
+                waiting[branches[i][used[i]]] = False
+                entries = np.flatnonzero(~used[i])[: waiting.sum()]
+                branches[i, entries], used[i, entries] = np.flatnonzero(waiting)[: len(entries)], True
+        return dataclasses.replace(self, rows=rows, branches=branches, used=used)
 
     def places(self, wanted: Packing) -> tuple[np.ndarray, np.ndarray]:
-        """Where the entries of `wanted` are in the arrays of this packing: (i32[b] rows, i32[b, g] branches)."""
+        """Where the entries of `wanted` are in the arrays of this packing: (i32[b] rows, i32[b, g] branches).
+
+        A branch that has not begun is nowhere, and 0 stands for it.
+        """
         rows = self._sources(wanted.rows)
         columns = np.zeros(wanted.branches.shape, np.int32)
         for i, row in enumerate(rows):
             at = _first_places(self.branches[row])
-            columns[i] = [at[branch] for branch in wanted.branches[i].tolist()]
+            columns[i] = [at.get(branch, 0) for branch in wanted.branches[i].tolist()]
         return rows, columns
 
     def _sources(self, rows: np.ndarray) -> np.ndarray:
@@ -72,49 +106,50 @@ class Ladder:
         """Cache positions for `needed` tokens where a completion can need `most`."""
         return min(self._rung(needed, self.first_slots), most)
 
+    def whole(self, prompts: int) -> int:
+        """Rows for so many prompts, on all devices."""
+        return -(-prompts // self.shards) * self.shards
+
     def rows(self, prompts: int, most: int) -> int:
         """Rows for so many prompts where there are `most` now."""
-        return min(-(-self._rung(prompts) // self.shards) * self.shards, most)
+        return min(self.whole(self._rung(prompts)), most)
 
     def _rung(self, needed: int, size: int = 1) -> int:
         while size < needed:
             size *= self.ratio
         return size
 
-    def pack(self, current: Packing, unfinished: np.ndarray, needed: int, most: int) -> Packing:
-        """The packing for the next chunk: `current` itself unless it can shrink or its cache has to grow.
+    def pack(self, current: Packing, unfinished: Unfinished) -> Packing:
+        """The smallest packing for what is left when nothing else comes: `current` itself unless it can shrink.
 
         Args:
-          unfinished: bool[B, G] over all prompts and branches, some True; all of them are in `current`.
-          needed: cache positions that the next chunk can use; most: that any later one can.
+          current: refilled; every branch that has begun and not ended is in it.
         """
-        b, g, slots = current.shape
-        slots = max(slots, self.slots(needed, most))
-        live = np.flatnonzero(unfinished.any(1))
-        rows, width = b, g
-        if self.compact:
-            rows, width = self.rows(len(live), b), min(self._rung(int(unfinished.sum(1).max())), g)
-        if (rows, width, slots) == current.shape:
+        b, g, _ = current.shape
+        live = [p for p in dict.fromkeys(current.rows.tolist()) if p != NO_PROMPT]
+        if not self.compact or not live:
             return current
-        if (rows, width) == (b, g):
-            return dataclasses.replace(current, slots=slots)
-        return self._fill(current, unfinished, live, (rows, width, slots))
+        width = min(self._rung(max(int(unfinished[p].sum()) for p in live)), g)
+        shape = self.rows(len(live), b), width
+        return current if shape == (b, g) else self._fill(current, unfinished, np.array(live), shape)
 
-    def _fill(self, current: Packing, unfinished: np.ndarray, live: np.ndarray, shape: tuple) -> Packing:
-        rows, width, slots = shape
+    def _fill(self, current: Packing, unfinished: Unfinished, live: np.ndarray, shape: tuple[int, int]) -> Packing:
+        rows, width = shape
         if rows == len(current.rows):  # the prompts' caches stay where they are
             kept = current.rows
         else:
             kept = np.concatenate([live, np.repeat(live[:1], rows - len(live))]).astype(np.int32)
-        fillers = current.branches[current._sources(kept), 0].tolist()
-        branches, used = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
-        seen = set()
-        for i, row in enumerate(kept.tolist()):
-            going = [] if row in seen else np.flatnonzero(unfinished[row]).tolist()
+        branches, used, seen = np.zeros(shape, np.int32), np.zeros(shape, bool), {NO_PROMPT}
+        for i, (row, source) in enumerate(zip(kept.tolist(), current._sources(kept).tolist(), strict=True)):
+            going = []
+            if row not in seen:
+                begun = np.sort(current.branches[source][current.used[source]]).tolist()
+                going = begun + [n for n in np.flatnonzero(unfinished[row]).tolist() if n not in begun]
             seen.add(row)
+            going = going[:width]
             used[i, : len(going)] = True
-            branches[i] = going + [fillers[i]] * (width - len(going))
-        return Packing(kept, branches, used, slots)
+            branches[i] = going + [int(current.branches[source, 0])] * (width - len(going))
+        return Packing(kept, branches, used, current.slots)
 
 
 def _first_places(numbers: np.ndarray) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Draws completions for prompts and scores them; the texts of one part are scored while the device draws the next."""
+"""Draws completions for prompts and scores them; the texts of a prompt are scored while the device draws others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,10 @@ import numpy as np
 
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.generate.completions import Completions
+from mllm4d_jax.generate.inputs import Prompts
 from mllm4d_jax.generate.policy import SamplingOptions, prompt_id
 from mllm4d_jax.generate.sampler import Sampler
+from mllm4d_jax.generate.stream import Limits
 from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.prompts import Prompt, PromptStep
 from mllm4d_jax.grpo.rollout import Rollouts
@@ -56,7 +58,7 @@ class Actor:
       encode: vision features of prompts, see `Learner.encode`.
       branches: completions of each prompt, G.
       max_new_tokens: length cap.
-      prompts_at_once: prompts in the sampler at a time; 0 = all. Bounds the memory of the caches.
+      at_once: prompts, and branches of each, in the sampler at a time; 0 = all. Bounds the memory of the caches.
       seed: of the whole run; each step draws from a seed of its own.
       together: all processes prepare as many prompts at the same time, and pad them alike.
     """
@@ -69,7 +71,7 @@ class Actor:
     options: SamplingOptions
     branches: int
     max_new_tokens: int
-    prompts_at_once: int
+    at_once: Limits
     seed: int
     together: bool = True
 
@@ -80,7 +82,7 @@ class Actor:
     def greedy(self) -> Actor:
         """Return an actor with the same sampler that gives one greedy completion per prompt, each process by itself."""
         options = dataclasses.replace(self.options, temperature=0.0, require_exact=False)
-        return dataclasses.replace(self, options=options, branches=1, prompts_at_once=0, together=False)
+        return dataclasses.replace(self, options=options, branches=1, at_once=Limits(0), together=False)
 
     def __enter__(self) -> Actor:
         return self
@@ -101,25 +103,26 @@ class Actor:
         Raises:
           RewardError: a reward function misbehaves.
         """
-        started = time.perf_counter()
-        prompts, scores = found.prompts, []
+        started, prompts = time.perf_counter(), found.prompts
         batch, features = self.prepare(prompts, weights)
         jax.block_until_ready(features)
         encoded = time.perf_counter()
-        size = self.prompts_at_once or len(prompts)
-        parts: list[tuple[slice, Completions]] = []
-        for at in range(0, len(prompts), size):
-            chosen = slice(at, at + size)
-            out = self._sample(prompts[chosen], _rows(batch, chosen), _features(features, chosen), weights, step)
-            parts.append((chosen, out))
-            scores.append(self._scorer.submit(self._score, prompts[chosen], out))
-        sampled = time.perf_counter()
-        drawn = [
-            _rollouts(found, chosen, out, scored.result(), (step, policy_step))
-            for (chosen, out), scored in zip(parts, scores, strict=True)
-        ]
-        rollouts = Rollouts.join(drawn, self.options.pad_id)
-        prefill = rollouts.seconds["prefill"]
+        limits = Limits(min(self.at_once.prompts or len(prompts), len(prompts)), self.at_once.branches)
+        stream = self.sampler.stream(
+            weights,
+            self._waiting(prompts, batch, features),
+            options=self.options,
+            seed=step_seed(self.seed, step),
+            limits=limits,
+            detokenize=self.tokenizer.decode,
+        )
+        drawn, scores = {}, {}
+        for number, out in stream:
+            drawn[number], scores[number] = out, self._scorer.submit(self._score, prompts[number], out)
+        sampled, numbers = time.perf_counter(), range(len(prompts))
+        scored = [one for number in numbers for one in scores[number].result()]
+        completions = Completions.join([drawn[number] for number in numbers], self.options.pad_id)
+        prefill = stream.statistics.prefill_seconds
         seconds = {
             "data": waited,
             "vision": encoded - started,
@@ -127,7 +130,13 @@ class Actor:
             "decode": sampled - encoded - prefill,
             "score": time.perf_counter() - sampled,
         }
-        return Drawn(prompts, batch, features, dataclasses.replace(rollouts, seconds=seconds))
+        counts = {
+            "decode_steps": stream.statistics.steps,
+            "branch_steps": stream.statistics.branch_steps,
+            "wasted_branch_steps": stream.statistics.wasted_branch_steps,
+        }
+        rollouts = _rollouts(found, completions, scored, (step, policy_step), seconds, counts)
+        return Drawn(prompts, batch, features, rollouts)
 
     def prepare(self, prompts: Sequence[Prompt], weights: tuple) -> tuple[PromptBatch, PromptFeatures | None]:
         """The prompts as arrays, their vision features on the devices; frames are not kept. `weights`: as of `draw`."""
@@ -140,27 +149,25 @@ class Actor:
         features = self.encode(weights, batch.inputs.vision, len(prompts))
         return dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None)), features
 
-    def _sample(
-        self, prompts: Sequence[Prompt], batch: PromptBatch, features: PromptFeatures | None, weights: tuple, step: int
-    ) -> Completions:
-        return self.sampler.generate(
-            weights,
-            batch.inputs,
-            prompt_ids=[prompt_id(f"{p.key}@{p.position}") for p in prompts],
-            branches=self.branches,
-            max_new_tokens=self.max_new_tokens,
-            options=self.options,
-            seed=step_seed(self.seed, step),
-            features=None if features is None else features.flat(),
-            detokenize=self.tokenizer.decode,
-        )
+    def _waiting(
+        self, prompts: Sequence[Prompt], batch: PromptBatch, features: PromptFeatures | None
+    ) -> Iterator[Prompts]:
+        """The prompts as the sampler takes them, each with its own features."""
+        size = self.sampler.ladder.shards
+        for at in range(0, len(prompts), size):
+            chosen = slice(at, at + size)
+            some = _features(features, chosen)
+            yield Prompts.checked(
+                _rows(batch, chosen).inputs,
+                [prompt_id(f"{p.key}@{p.position}") for p in prompts[chosen]],
+                self.branches,
+                self.max_new_tokens,
+                None if some is None else some.flat(),
+            )
 
-    def _score(self, prompts: Sequence[Prompt], out: Completions) -> Scores:
-        return [
-            (text, self.rewards(text, prompt.record.solution, prompt.described()))
-            for prompt, drawn in zip(prompts, out.texts(self.tokenizer.decode), strict=True)
-            for text in (with_prompt(prompt.example.text, generated) for generated in drawn)
-        ]
+    def _score(self, prompt: Prompt, out: Completions) -> Scores:
+        texts = (with_prompt(prompt.example.text, generated) for generated in out.texts(self.tokenizer.decode)[0])
+        return [(text, self.rewards(text, prompt.record.solution, prompt.described())) for text in texts]
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -191,14 +198,21 @@ def _features(features: PromptFeatures | None, chosen: slice) -> PromptFeatures 
     return PromptFeatures(features.merged[chosen], features.deepstack[:, chosen])
 
 
-def _rollouts(found: PromptStep, chosen: slice, out: Completions, scored: Scores, steps: tuple[int, int]) -> Rollouts:
-    """Of some prompts of a step, cut to the longest completion; `steps`: the step, and that of the policy."""
-    lengths, cost = out.lengths.reshape(-1), out.statistics
+def _rollouts(
+    found: PromptStep,
+    out: Completions,
+    scored: Scores,
+    steps: tuple[int, int],
+    seconds: Mapping[str, float],
+    counts: Mapping[str, float],
+) -> Rollouts:
+    """Of the prompts of a step, cut to the longest completion; `steps`: the step, and that of the policy."""
+    lengths = out.lengths.reshape(-1)
     longest, (texts, rewards) = int(lengths.max()), zip(*scored, strict=True)
     return Rollouts(
         step=steps[0],
         policy_step=steps[1],
-        positions=tuple(p.position for p in found.prompts[chosen]),
+        positions=tuple(p.position for p in found.prompts),
         position=found.position,
         rejected=found.rejected,
         tokens=out.tokens[..., :longest].reshape(-1, longest),
@@ -207,10 +221,6 @@ def _rollouts(found: PromptStep, chosen: slice, out: Completions, scored: Scores
         finish=tuple(reason for row in out.finish_reason for reason in row),
         texts=texts,
         rewards=rewards,
-        seconds={"prefill": cost.prefill_seconds},
-        counts={
-            "decode_steps": cost.steps,
-            "branch_steps": cost.branch_steps,
-            "wasted_branch_steps": cost.wasted_branch_steps,
-        },
+        seconds=seconds,
+        counts=counts,
     )

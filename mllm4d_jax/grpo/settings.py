@@ -78,15 +78,13 @@ def completions_per_row(config: ml_collections.ConfigDict) -> int:
 
 
 def layout_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
-    """What cannot be divided on any devices, one line each: completions of a prompt in rows, prompts in the sampler."""
+    """What cannot be divided on any devices, one line each: completions of a prompt in rows."""
     c, per_row = config.rollout, completions_per_row(config)
     if c.completions % per_row:
         yield (
             f"rollout.completions = {c.completions} cannot be laid out {per_row} to a row: change "
             "learner.completions_per_row"
         )
-    if c.prompts_at_once and c.prompts % c.prompts_at_once:
-        yield f"rollout.prompts = {c.prompts} cannot be sampled {c.prompts_at_once} at a time"
 
 
 def division_problems(config: ml_collections.ConfigDict, devices: int, hosts: int = 1) -> Iterator[str]:

@@ -16,6 +16,7 @@ from mllm4d_jax.files.remote import remove_folder
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.generate.slots import Ladder
+from mllm4d_jax.generate.stream import Limits
 from mllm4d_jax.generate.weights import SamplingWeights, sampling_mesh
 from mllm4d_jax.grpo import settings
 from mllm4d_jax.grpo.actor import Actor
@@ -197,6 +198,6 @@ def _actor(
         sampling,
         branches=c.completions,
         max_new_tokens=c.max_new_tokens,
-        prompts_at_once=-(-c.prompts_at_once // hosts),
+        at_once=Limits(-(-c.prompts_at_once // hosts), c.completions_at_once),
         seed=begun.config.seed,
     )

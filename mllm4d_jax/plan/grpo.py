@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mllm4d_jax.generate.policy import SamplingOptions
-from mllm4d_jax.generate.sampler import ChunkInputs, KeyNumbers
+from mllm4d_jax.generate.programs import ChunkInputs, KeyNumbers
 from mllm4d_jax.grpo.batch import RolloutBatch
 from mllm4d_jax.grpo.learner import PromptFeatures, scores_first
 from mllm4d_jax.grpo.settings import completions_per_row
@@ -23,13 +23,13 @@ from mllm4d_jax.parallel.place import local_bytes, placed, placed_rows, repeated
 from mllm4d_jax.parallel.rules import batch_shards, replicated
 from mllm4d_jax.plan.compile import Compiled, Phase, Phases, PhaseWork, held_by, results_of
 from mllm4d_jax.plan.job import GrpoJob
-from mllm4d_jax.plan.memory import COPY
+from mllm4d_jax.plan.memory import APART, COPY
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.rows.completion_rows import CompletionRows, PromptBatch, assign_rows, completion_rows
 from mllm4d_jax.run.build import build
 
 SAMPLING = ("prefill", "growth", "decode")
-SAMPLED, APART = "sampler's trainable", "layers apart"
+SAMPLED = "sampler's trainable"
 # Kinds of memory that do not grow with the prompts of a step.
 FIXED = ("frozen", COPY, "trainable", SAMPLED, APART, "optimiser", "reference", "gradient", "layout", "program")
 
@@ -98,45 +98,58 @@ class GrpoPhases:
     def _sampling(self, features: PromptFeatures) -> Phases:
         """Prefill; a chunk with the first cache; the last growth of the cache; a chunk with the largest."""
         job, mesh, options, lower = self.job, self.sampler_mesh, self._options, self._sampler.lower
-        filled, first = job.sampled(batch_shards(mesh)), job.at_once
-        numbers = np.zeros((filled, job.rollout.completions), np.int32)
-        keys = KeyNumbers(np.uint32(0), numbers.astype(np.uint32), numbers)
-        feed = ChunkInputs(numbers, numbers > 0, numbers, keys, numbers, None, np.int32(0))
+        together = batch_shards(mesh)  # prompts that are prefilled at a time
+        filled, first = job.sampled(together), min(together, job.rollout.prompts)
+        numbers, entries = (
+            np.zeros((together, job.rollout.completions), np.int32),
+            np.zeros((filled, job.width), np.int32),
+        )
+        keys, own_keys = (KeyNumbers(np.uint32(0), n.astype(np.uint32), n) for n in (numbers, entries))
+        feed = ChunkInputs(entries, entries > 0, entries, own_keys, entries, None, entries, np.int32(0))
         keys, feed = _everywhere((keys, feed), mesh)
         flat = jax.eval_shape(lambda f: PromptFeatures(f.merged[:first], f.deepstack[:, :first]).flat(), features)
-        flat, inputs = placed_rows((flat, _prompts(job, filled).inputs), mesh)
+        flat, inputs = placed_rows((flat, _prompts(job, together).inputs), mesh)
+        rungs = [slots for slots, _ in job.rungs(self.ladder, job.rollout.max_new_tokens)] or [1]
+        prompts, caches = self._caches(filled, {rungs[0], *rungs[-2:]})
         there = self.held(sampling=True)
         there["features"] = local_bytes(features) + (mesh is not self.mesh) * local_bytes(flat)
-        same = dict(rows=filled // batch_shards(mesh), size=job.sizes.prefix, prompts=filled)
+        there["prompt cache"] = local_bytes(prompts)
         form = self._sampler.form(self.sampled)
-        apart = form != "stacked"
-        named = dict(branches=job.rollout.completions, options=options, apart=apart)
+        layers = None
+        if form != "stacked":
+            layers = results_of(lower("layers", self.sampled, kernels=form == "kernels").compile())
+        same, decoding = dict(size=job.sizes.prefix, prompts=filled), {APART: local_bytes(layers)} if layers else {}
+        held = there | {"branch cache": local_bytes(caches[rungs[0]])}
+        if job.at_once < job.rollout.prompts:  # the next ones come while others decode, as long as they can be
+            held = there | decoding | {"branch cache": local_bytes(caches[rungs[-1]])}
+        named = dict(branches=job.rollout.completions, options=options, apart=form != "stacked")
         program = partial(lower, "start", self.sampled, inputs, flat, keys, **named)
-        start = yield Phase("prefill", "prefill", program, there | {"batch": local_bytes(inputs)}, **same)
-        if start is None:
+        held["batch"] = local_bytes(inputs)
+        if (yield Phase("prefill", "prefill", program, held, rows=1, **same)) is None:
             return
-        there["prompt cache"] = local_bytes(start[0])
-        layers = results_of(lower("layers", self.sampled, kernels=form == "kernels").compile()) if apart else None
-        if apart:
-            there[APART] = local_bytes(layers)
-        rungs = [slots for slots, _ in job.rungs(self.ladder, job.rollout.max_new_tokens)]
+        same["rows"], there = filled // together, there | decoding
         for slots in dict.fromkeys(rungs[:1] + rungs[-1:]):
             if slots != rungs[0]:
-                cache = self._branch_cache(filled, rungs[-2])
-                program = partial(lower, "take_branches", cache, None, None, slots=slots)
+                cache = caches[rungs[-2]]
+                program = partial(lower, "grow_branches", cache, width=job.width, slots=slots)
                 held = there | {"branch cache": local_bytes(cache)}
                 yield Phase(f"growth to {slots} positions", "growth", program, held, **same)
-            cache = self._branch_cache(filled, slots)
+            cache = caches[slots]
             named = dict(own=cache, feed=feed, layers=layers, options=options, chunk=self._sampler.chunk)
-            program = partial(lower, "decode", self.sampled, start[0], **named)
+            program = partial(lower, "decode", self.sampled, prompts, **named)
             held = there | {"branch cache": local_bytes(cache)}
             yield Phase(f"decode, {slots} positions", "decode", program, held, **same)
 
-    def _branch_cache(self, filled: int, slots: int) -> Any:
-        shape, apart = (filled, self.job.rollout.completions, slots), self._sampler.form(self.sampled) != "stacked"
-        program, mesh = self._sampler.lower("empty", self.sampled, shape=shape, apart=apart), self.sampler_mesh
-        # Nothing says where the zeros of one device lie, and JAX puts them on this process's.
-        return _everywhere(program.out_info, mesh) if mesh.size == 1 else results_of(program.compile())
+    def _caches(self, filled: int, rungs: Iterable[int]) -> tuple[Any, dict[int, Any]]:
+        """The prompts' cache, and the branches' by the positions of each."""
+        prompts, caches, mesh, apart = None, {}, self.sampler_mesh, self._sampler.form(self.sampled) != "stacked"
+        for slots in rungs:
+            named = dict(shape=(filled, self.job.width, slots), prompt=self.job.sizes.prefix, apart=apart)
+            program = self._sampler.lower("empty", self.sampled, **named)
+            # Nothing says where the zeros of one device lie, and JAX puts them on this process's.
+            made = _everywhere(program.out_info, mesh) if mesh.size == 1 else results_of(program.compile())
+            prompts, caches[slots] = made
+        return prompts, caches
 
     def _learning(self, features: PromptFeatures, mean: int) -> Phases:
         """Log-probs without and with a gradient, of one micro-batch with completions of `mean` tokens."""
@@ -176,17 +189,16 @@ class GrpoPhases:
         data, tensor = batch_shards(self.sampler_mesh), self.sampler_mesh.shape["tensor"]
         flops, rows = program_flops(job, self.parts.tuning, mean, data), job.sampled(data)
         yield PhaseWork("vision", "encode", 1, flops["encode"], float(local_bytes(self.parts.frozen["vision"])))
-        times = job.rollout.prompts // job.at_once
-        prefilled = pass_bytes(text, job.item, tensor, rows / data * job.sizes.prefix)
-        yield PhaseWork("prefill", "prefill", times, flops["prefill"], prefilled)
-        rungs = job.rungs(self.ladder, job.longest(mean))
+        prefilled = pass_bytes(text, job.item, tensor, job.sizes.prefix)
+        yield PhaseWork("prefill", "prefill", -(-job.rollout.prompts // data), flops["prefill"], prefilled)
+        rungs = job.decode_rungs(self.ladder, mean)
         split = data * (tensor if text.num_kv_heads % tensor == 0 else 1)
         # Every step reads the weights, the prompts' cache and the whole cache of the branches, used or not.
         fixed = self.decoded() + job.cache_bytes(rows, job.sizes.prefix) / split
-        each = job.cache_bytes(rows, 1, job.rollout.completions) / split
+        each = job.cache_bytes(rows, 1, job.width) / split
         read = float(sum(steps * (fixed + each * slots) for slots, steps in rungs))
         work = sum(steps * decode_flops(job, self.parts.tuning, slots, data) for slots, steps in rungs)
-        yield PhaseWork("decode", "decode", times, work, read, sum(steps for _, steps in rungs))
+        yield PhaseWork("decode", "decode", 1, work, read, sum(steps for _, steps in rungs))
         own = job.rows / batch_shards(self.mesh) * job.row_sizes(mean).layout.size
         learned, micro = pass_bytes(text, job.item, self.mesh.shape["tensor"], own), c.train.accumulation
         yield PhaseWork("score", "score", micro * self.scored, flops["score"], learned)
@@ -230,10 +242,10 @@ def program_flops(job: GrpoJob, tuning: Tuning, mean: int, data: int) -> dict[st
 
     They are for completions of `mean` tokens and a sampler whose prompts are split over `data` devices.
     """
-    p, sizes, sampled = job.sizes, job.row_sizes(mean), job.sampled(data)
+    p, sizes = job.sizes, job.row_sizes(mean)
     patches = job.rollout.prompts * p.frames * p.frame_patches
     vision = Work(0, 0, patches, patches * p.frame_patches, patches * p.frame_patches, 0)
-    prompts = Work(sampled * p.prefix, sampled * p.prefix * (p.prefix + 1) // 2, 0, 0, 0, sampled)
+    prompts = Work(data * p.prefix, data * p.prefix * (p.prefix + 1) // 2, 0, 0, 0, data)
     learned = padded_work(sizes.layout, job.rows, 0, 0, job.rows * sizes.supervised)
     encode, prefill, update = (step_flops(job.model, work, tuning).total for work in (vision, prompts, learned))
     return dict(encode=encode.forward, prefill=prefill.forward, score=update.forward, gradient=update.hardware)
@@ -241,7 +253,7 @@ def program_flops(job: GrpoJob, tuning: Tuning, mean: int, data: int) -> dict[st
 
 def decode_flops(job: GrpoJob, tuning: Tuning, slots: int, data: int) -> float:
     """Return the FLOPs of a token of each branch with a cache of so many positions. Arguments as `program_flops`."""
-    branches = job.sampled(data) * job.rollout.completions
+    branches = job.sampled(data) * job.width
     work = Work(branches, branches * (job.sizes.prefix + slots), 0, 0, 0, branches)
     return step_flops(job.model, work, tuning).total.forward
 
@@ -281,5 +293,5 @@ def largest_prompts(job: GrpoJob, phases: Sequence[Compiled], limit: int, shards
             most = min(most, prompts * (limit - fixed) / max(p.needed - fixed, 1))
     each = c.train.accumulation * shards
     rows = job.rollout.completions // completions_per_row(c)
-    step = math.lcm(each // math.gcd(rows, each), c.rollout.prompts_at_once or 1)
+    step = each // math.gcd(rows, each)
     return max(0, math.floor(most / step) * step) if math.isfinite(most) else 0

@@ -157,7 +157,12 @@ class GrpoJob(PlanJob):
     @property
     def at_once(self) -> int:
         """Prompts in the sampler at a time."""
-        return self.rollout.prompts_at_once or self.rollout.prompts
+        return min(self.rollout.prompts_at_once or self.rollout.prompts, self.rollout.prompts)
+
+    @property
+    def width(self) -> int:
+        """Completions of a prompt in the sampler at a time."""
+        return min(self.rollout.completions_at_once or self.rollout.completions, self.rollout.completions)
 
     def sampled(self, data: int) -> int:
         """Return the rows of the sampler's arrays: prompts, filled up to a multiple of the devices that share them."""
@@ -188,3 +193,15 @@ class GrpoJob(PlanJob):
             slots = ladder.slots(min(step + chunk - 1, most), most)
             found[slots] = found.get(slots, 0) + min(chunk, longest - step)
         return list(found.items())
+
+    def decode_rungs(self, ladder: Ladder, mean: int) -> list[tuple[int, int]]:
+        """Return as `rungs` the decode steps for a step's prompts, with completions of `mean` tokens.
+
+        The last completions of a prompt have the longest among them, those before make room as they end. Prompts that
+        wait find caches as long as they will be.
+        """
+        longest = self.longest(mean)
+        rungs, waves = self.rungs(ladder, longest), -(-self.rollout.completions // self.width)
+        each = (waves - 1) * mean + longest - 1
+        further = -(-self.rollout.prompts // self.at_once) * each - (longest - 1)
+        return [*rungs[:-1], *((slots, steps + further) for slots, steps in rungs[-1:])]

@@ -12,6 +12,7 @@ import ml_collections
 from flax import nnx
 from jax.sharding import AbstractMesh
 
+from mllm4d_jax.generate.joined import fits_twice
 from mllm4d_jax.grpo.settings import completions_per_row, division_problems
 from mllm4d_jax.grpo.setup import make_ladder
 from mllm4d_jax.models.layers import REMAT
@@ -32,6 +33,7 @@ GPUS: Mapping[str, int] = MappingProxyType({name: chip.usable for name, chip in 
 MARGIN = 0.9  # share of the usable memory up to which reckoned settings are proposed
 FAR = 1.3  # times the usable memory: above it nothing is compiled to see whether it fits
 COPY = "sampler's frozen"  # the base weights on the sampling mesh
+APART = "layers apart"  # a copy of the decoder's layers, see `generate/joined.py`
 
 
 def learning(
@@ -80,12 +82,15 @@ def learning(
     }
 
 
-def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Parameters) -> Memory:
+def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Parameters, gpu: int = 0) -> Memory:
     """Return the bytes on one device while sampling and while learning, with completions as long as the cap, by kind.
 
     The reference is a further tree of what is trained. While sampling there are the caches, before a branch's last
     growth the smaller one besides, and the branches' logits thrice in fp32. Base weights that are laid out a second
     time (rollout.tensor) are there all the time.
+
+    Args:
+      gpu: bytes of memory of a GPU, which decodes with a copy of the decoder's layers if it has room; 0 for others.
     """
     c, item, t, v = job.rollout, job.item, job.model.text, job.model.vision
     sizes, rows = job.row_sizes(c.max_new_tokens), job.rows / (shape["data"] * shape["fsdp"])
@@ -96,6 +101,7 @@ def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Pa
     frozen, adapter, _ = parameters(job, table, 1, tensor)
     # vision features, on a device that holds them whole
     features = c.prompts * job.sizes.frames * job.sizes.frame_patches // v.merge_size**2
+    copied = _layers_apart(job, table, tensor) * fits_twice(frozen * item + 4 * adapter, gpu)
     kept = {
         "weights": kinds.pop("weights"),
         COPY: frozen * item if c.tensor else 0,
@@ -108,9 +114,10 @@ def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Pa
     sampling = {
         "adapter, optimiser": 3 * 4 * trainable + (4 * adapter if c.tensor else 0),
         "prompt cache": job.cache_bytes(rows, job.sizes.prefix) / split,
-        "branch cache": job.cache_bytes(rows, slots[-1], c.completions) / split,
-        "cache before growth": job.cache_bytes(rows, smaller, c.completions) / split,
-        "logits": 3 * 4 * rows * c.completions * t.vocab_size / tensor,
+        "branch cache": job.cache_bytes(rows, slots[-1], job.width) / split,
+        "cache before growth": job.cache_bytes(rows, smaller, job.width) / split,
+        "logits": 3 * 4 * rows * job.width * t.vocab_size / tensor,
+        APART: copied,
     }
     return {"sampling": kept | sampling, "learning": kept | kinds}
 
@@ -172,6 +179,12 @@ def parameters(job: PlanJob, table: Parameters, shards: int, tensor: int = 1) ->
     return frozen, trainable, layer
 
 
+def _layers_apart(job: PlanJob, table: Parameters, tensor: int) -> int:
+    """Return the bytes on a device of the decoder's layers with their adapters, in the run's dtype."""
+    layers = tuple(row for row in table if row[0].startswith("text/stacks/"))
+    return job.item * sum(parameters(job, layers, 1, tensor)[:2])
+
+
 def gpu_record(job: PlanJob) -> list[dict[str, Any]]:
     """Return for 1 and 8 GPUs and each remat policy: bytes by phase and kind as configured, and the most that fits.
 
@@ -191,28 +204,30 @@ def gpu_record(job: PlanJob) -> list[dict[str, Any]]:
 def _gpu_steps(job: PlanJob, shape: Mapping[str, int], remat: str, table: Parameters) -> Reckoned:
     rows = -(-job.rows // shape["fsdp"])
     phases, one, two = ({"step": learning(job, job.sizes, n, shape, remat, table)} for n in (rows, 1, 2))
-    return rows, phases, _largest(1, one, two)
+    return rows, phases, {name: _largest(1, one, two, limit) for name, limit in GPUS.items()}
 
 
 def _gpu_rollouts(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Parameters) -> Reckoned:
-    """Reckon with rows of as many completions as leave each GPU one, and weights that they share while sampling."""
+    """Reckon with rows of as many completions as leave each GPU one, and weights that they share while sampling.
+
+    The bytes are those of the GPU with most memory, which has room for a copy of the layers first.
+    """
     c, heads, devices = job.rollout, job.model.text.num_kv_heads, shape["fsdp"]
     per_row = max([1, *(n for n in divisors(c.completions) if not c.prompts * (c.completions // n) % devices)])
     share = max(t for t in divisors(devices) if not heads % t) if devices > 1 else 0
     planned = job.with_settings({"learner.completions_per_row": per_row, "rollout.tensor": share})
-    phases = rollout_memory(planned, shape, remat, table)
-    twice = rollout_memory(planned.with_settings({"rollout.prompts": 2 * c.prompts}), shape, remat, table)
-    return per_row, phases, _largest(c.prompts, phases, twice)
+    jobs, most, phases = (planned, planned.with_settings({"rollout.prompts": 2 * c.prompts})), {}, {}
+    for name in sorted(GPUS, key=lambda name: CHIPS[name].hbm):
+        phases, twice = (rollout_memory(one, shape, remat, table, CHIPS[name].hbm) for one in jobs)
+        most[name] = _largest(c.prompts, phases, twice, GPUS[name])
+    return per_row, phases, {name: most[name] for name in GPUS}
 
 
-def _largest(count: int, one: Memory, two: Memory) -> dict[str, int]:
-    """Return how many fit each GPU in every phase, from the bytes of `count` and those of twice as many."""
+def _largest(count: int, one: Memory, two: Memory, limit: int) -> int:
+    """Return how many fit a GPU in every phase, from the bytes of `count` and those of twice as many."""
     lines = [(sum(one[phase].values()), sum(two[phase].values())) for phase in one]
-
-    def most(limit: float) -> int:
-        return min(math.floor(count + count * (limit - first) / max(second - first, 1.0)) for first, second in lines)
-
-    return {name: max(0, most(limit)) for name, limit in GPUS.items()}
+    most = min(math.floor(count + count * (limit - first) / max(second - first, 1.0)) for first, second in lines)
+    return max(0, most)
 
 
 def choose(job: GrpoJob, devices: int, limit: int, hosts: int = 1) -> tuple[GrpoJob, str]:

@@ -191,17 +191,21 @@ def gpu_table(job: PlanJob, record: Iterable[dict[str, Any]]) -> str:
             cells = [last["weights"], own, activations + last["vision"], rest, r["total"] / GIB]
         parts = [r["devices"], r["remat"], r["rows"], *(f"{cell:.2f}" for cell in cells), *r["largest"].values()]
         rows.append(" | ".join(map(str, parts)))
-    what, several, most = "a step", "mesh.fsdp", "rows"
+    what, several, most, copied = "a step", "mesh.fsdp", "rows", ""
     heads = "rows per device: | weights: | adapter, gradient, optimiser: | activations: | rest: | GiB:"
     if sampling:
         what, most = f"completions of {job.rollout.max_new_tokens} tokens", "prompts"
         several = "mesh.fsdp and of rollout.tensor"
+        copied = (
+            " A GPU that has room decodes with a copy of the decoder's layers: it is in the GiB of sampling where the "
+            "GPU with most memory has it, and for each in the prompts that fit."
+        )
         heads = "completions per row: | weights: | sampler's weights: | caches: | sampling, GiB: | activations: | "
         heads += "learning, GiB:"
     heads = " | ".join(["devices: | remat", heads, *(f"most {most}, {name}:" for name in GPUS)])
     return (
         f"Reckoned, not compiled, for {what}; several devices are those of {several}. Nine tenths of the memory "
-        f"is counted as usable.\n\n{_table(heads, rows)}"
+        f"is counted as usable.{copied}\n\n{_table(heads, rows)}"
     )
 
 

@@ -274,7 +274,8 @@ def _decode_recorded(model: QwenVL, case: Case, recorded: np.ndarray):
         def step(own, fed):
             index, token = fed
             positions = (prompt.next_position + index)[:, None]
-            hidden, own = decode(model, token[:, None], positions, prompt.cache, own, index)
+            slots = jnp.broadcast_to(index, positions.shape)
+            hidden, own = decode(model, token[:, None], positions, prompt.cache, own, slots)
             return own, model.logits(hidden[:, 0])
 
         fed = (jnp.arange(steps - 1), tokens[:, :-1].T)

@@ -44,7 +44,8 @@ def decoder(name):
         out = [jnp.broadcast_to(prompt.hidden[:, None], (*tokens.shape[:2], prompt.hidden.shape[-1]))]
         for i in range(tokens.shape[2]):
             positions = jnp.broadcast_to(prompt.next_position[:, None] + i, tokens.shape[:2])
-            hidden, own = decode(model, tokens[..., i], positions, prompt.cache, own, i)
+            slots = jnp.full(positions.shape, i)
+            hidden, own = decode(model, tokens[..., i], positions, prompt.cache, own, slots)
             out.append(hidden)
         return jnp.stack(out, 2)  # [B, G, N + 1, H]
 
@@ -111,17 +112,18 @@ def test_branches_do_not_see_each_other():
 def test_attention_against_float64(asked):
     """`asked`: 0 to 2 of the first 3 places of a branch's cache hold tokens, new ones begin after these places."""
     rng = np.random.default_rng(1)
-    b, g, n, k, p, t, d, slot = 2, 3, 4, 2, 7, 5, 8, 3 if asked else 2
-    lengths = np.array([[0, 1, 2], [2, 0, 1]])
+    b, g, n, k, p, t, d = 2, 3, 4, 2, 7, 5, 8
+    lengths, slots = np.array([[0, 1, 2], [2, 0, 1]]), np.array([[3, 4, 3], [4, 3, 3]]) - (0 if asked else [3, 1, 0])
     q, pk, pv, ok, ov = (rng.normal(size=s) for s in ((b, g, n, d), *[(b, k, p, d)] * 2, *[(b, k, g, t, d)] * 2))
     visible = rng.random((b, p)) < 0.6
     cast = functools.partial(jnp.asarray, dtype=jnp.float32)
-    began = Asked(jnp.asarray(lengths), jnp.int32(3)) if asked else None
-    found = branch_attention(cast(q), KVCache(cast(pk), cast(pv)), visible, KVCache(cast(ok), cast(ov)), slot, began)
+    began = Asked(jnp.asarray(lengths), jnp.full((b, g), 3)) if asked else None
+    own = KVCache(cast(ok), cast(ov))
+    found = branch_attention(cast(q), KVCache(cast(pk), cast(pv)), visible, own, jnp.asarray(slots), began)
     for i, j, h in np.ndindex(b, g, n):
-        kv = h // (n // k)
-        own = [*range(lengths[i, j]), 3] if asked else list(range(slot + 1))
-        keys = np.concatenate([pk[i, kv][visible[i]], ok[i, kv, j, own]])
-        values = np.concatenate([pv[i, kv][visible[i]], ov[i, kv, j, own]])
+        kv, last = h // (n // k), int(slots[i, j]) + 1
+        seen = [*range(lengths[i, j]), *range(3, last)] if asked else list(range(last))
+        keys = np.concatenate([pk[i, kv][visible[i]], ok[i, kv, j, seen]])
+        values = np.concatenate([pv[i, kv][visible[i]], ov[i, kv, j, seen]])
         weights = np.exp(keys @ q[i, j, h] * d**-0.5)
         np.testing.assert_allclose(found[i, j, h], weights @ values / weights.sum(), atol=2e-6)

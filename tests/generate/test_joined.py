@@ -105,29 +105,59 @@ def test_attention_by_kernels_equals_that_of_xla(sizes, began, monkeypatch):
     rng = np.random.default_rng(3)
     q, prompt, own = caches(rng, b, g, k * n, d).k, caches(rng, b, k, p, d), caches(rng, b, k, g, t, d)
     visible = jnp.asarray(rng.random((b, p)) < 0.6)
-    asked = Asked(jnp.asarray(rng.integers(0, 5, (b, g)), jnp.int32), jnp.int32(5 if began else 0))
-    expected = branch_attention(q, prompt, visible, own, slot, asked if began else None)
-    found = kernels.attend(q.reshape(b, g, k, n, d).swapaxes(1, 2), prompt, visible, own, jnp.int32(slot), asked)
+    asked = Asked(*(jnp.asarray(x, jnp.int32) for x in (rng.integers(0, 5, (b, g)), np.full((b, g), 5 * began))))
+    slots = jnp.asarray(rng.integers(5 * began, slot + 1, (b, g)).tolist(), jnp.int32).at[0, 0].set(slot)
+    expected = branch_attention(q, prompt, visible, own, slots, asked if began else None)
+    found = kernels.attend(q.reshape(b, g, k, n, d).swapaxes(1, 2), prompt, visible, own, slots, asked)
     np.testing.assert_allclose(found, expected.reshape(found.shape), atol=2e-6)
 
 
 @pytest.mark.parametrize(("name", "targets"), [("qwen3_vl", ("q_proj", "v_proj", "o_proj")), ("qwen2_5_vl", ())])
 def test_a_step_by_kernels_equals_that_of_the_block(name, targets):
     config, block = block_of(name, targets)
-    rng, b, g, slot = np.random.default_rng(4), 2, 3, jnp.int32(2)
+    rng, b, g, slots = np.random.default_rng(4), 2, 3, jnp.array([[2, 0, 3], [1, 2, 2]])
     x = jnp.asarray(rng.normal(size=(b, g, config.hidden_size)), jnp.float32)
     tables = rope.text_rope(config.rope, config.head_dim, jnp.full((3, b, g), 7), x.dtype)
     prompt = caches(rng, b, config.num_kv_heads, 9, config.head_dim)
     own = caches(rng, b, config.num_kv_heads, g, 4, config.head_dim)
-    visible, asked = jnp.ones((b, 9), bool), Asked(jnp.zeros((b, g), jnp.int32), jnp.int32(0))
+    visible, asked = jnp.ones((b, 9), bool), Asked(*[jnp.zeros((b, g), jnp.int32)] * 2)
     normed = block.input_norm(x)
     q, *new = block.attn.project(normed, *tables)
-    written = KVCache(*(a.at[..., 2, :].set(c.swapaxes(1, 2)) for a, c in zip(own, new, strict=True)))
-    out = branch_attention(q, prompt, visible, written, slot)
+    written = [np.array(cache) for cache in own]
+    for row, branch in np.ndindex(b, g):
+        for cache, arrived in zip(written, new, strict=True):
+            cache[row, :, branch, slots[row, branch]] = arrived[row, branch]
+    out = branch_attention(q, prompt, visible, KVCache(*map(jnp.asarray, written)), slots)
     expected = x + block.attn.o_proj(out.reshape(b, g, -1))
     joined = JoinedAttention(block.attn, jnp.float32, kernels=True)
     joined.kernels = True  # of 16 or 32 entries a head
-    found, cache = joined.step(x, normed, tables, prompt, own, visible, slot, asked)
+    found, cache = joined.step(x, normed, tables, prompt, own, visible, slots, asked)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)
     for a, c in zip(cache, written, strict=True):
         np.testing.assert_allclose(a, c, atol=1e-5, rtol=1e-5)
+
+
+def test_kernels_are_lowered_for_a_gpu(monkeypatch):
+    """As far as their intermediate language: what the interpreter takes and Triton does not is found without a GPU."""
+    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    b, g, n, k, p, t, d, ranks = 2, 3, 4, 2, 40, 64, 32, 16
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def attend(q, prompt, visible, own, slots):
+        return kernels.attend(q, KVCache(*prompt), visible, KVCache(*own), slots, (slots, slots))
+
+    def place(y, up, scale, norm, tables, own, slots):
+        return kernels.place(y, up, scale, None, norm, 1e-6, tables, KVCache(*own), slots)
+
+    width, slots, own = (n + 2) * k * d, array(b, g, dtype=jnp.int32), (array(b, k, g, t, d),) * 2
+    prompt = (array(b, k, p, d),) * 2
+    adapters = array(ranks, width), array(width)
+    calls = (
+        (attend, array(b, k, g, n, d), prompt, array(b, p, dtype=bool), own, slots),
+        (place, array(b, g, width + ranks), *adapters, array((n + 1) * k, d), (array(b, g, d),) * 2, own, slots),
+    )
+    for function, *shapes in calls:
+        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        assert "triton" in text

@@ -16,7 +16,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from configs.published import published_config
 from mllm4d_jax.generate.joined import choose_form
 from mllm4d_jax.generate.policy import SamplingOptions
-from mllm4d_jax.generate.sampler import ChunkInputs, KeyNumbers, Sampler
+from mllm4d_jax.generate.programs import ChunkInputs, KeyNumbers
+from mllm4d_jax.generate.sampler import Sampler
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.weight_map import abstract_model
 from mllm4d_jax.parallel.place import placed
@@ -51,14 +52,13 @@ def programs(model, apart=False, mesh=None, branches=1):
     numbers = KeyNumbers(np.uint32(0), one.astype(np.uint32), one)
     blank = np.zeros((1, PROMPT), np.int32)
     inputs = ModelInputs(blank, np.zeros((3, 1, PROMPT), np.int32), blank + 1, blank - 1, None, None)
-    start = sampler._start.trace((state,), inputs, None, numbers, branches=branches, options=options, apart=apart)
-    cache = start.out_info[0]
-    own = sampler._empty.eval_shape((state,), shape=(1, branches, CHUNK), apart=apart)
-    layers = sampler._layers.eval_shape((state,), kernels=False) if apart else None
-    feed = ChunkInputs(one, one > 0, one, numbers, one + CHUNK, None, np.int32(1))
+    start = sampler.start.trace((state,), inputs, None, numbers, branches=branches, options=options, apart=apart)
+    cache, own = sampler.empty.eval_shape((state,), shape=(1, branches, CHUNK), prompt=PROMPT, apart=apart)
+    layers = sampler.layers.eval_shape((state,), kernels=False) if apart else None
+    feed = ChunkInputs(one, one > 0, one, numbers, one + CHUNK, None, one + 1, np.int32(1))
     yield "start", start
     sent = dict(own=own, feed=feed, layers=layers, options=options, chunk=CHUNK)
-    yield "decode", sampler._decode.trace((state,), cache, **sent)
+    yield "decode", sampler.decode.trace((state,), cache, **sent)
 
 
 def test_weights_are_never_widened_as_a_whole(model):

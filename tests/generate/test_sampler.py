@@ -272,7 +272,12 @@ def test_caches_that_grow_or_lose_branches_stay_on_their_devices():
     cache = KVCache(*[np.zeros((2, 8, 4, 2, 16, 8), np.float32)] * 2)
     cache = jax.device_put(cache, NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"))))
     rows, columns = np.arange(8, dtype=np.int32)[::-1].copy(), np.tile(np.array([3, 1], np.int32), (8, 1))
-    for moved, kept, exchanged in ((None, None, False), (None, columns, False), (rows, columns, True)):
-        moved, kept = jax.device_put((moved, kept), NamedSharding(mesh, PartitionSpec()))
-        text = packing.lower("take_branches", cache, moved, kept, slots=32).compile().as_text()
-        assert any(f" {name}" in text for name in ("all-gather", "all-reduce", "collective-permute")) == exchanged
+
+    def exchanges(*program, **named):
+        text = packing.lower(*program, **named).compile().as_text()
+        return any(f" {name}" in text for name in ("all-gather", "all-reduce", "collective-permute"))
+
+    assert not exchanges("grow_branches", cache, width=4, slots=32)
+    for moved, exchanged in ((None, False), (rows, True)):
+        moved, kept = jax.device_put((moved, columns), NamedSharding(mesh, PartitionSpec()))
+        assert exchanges("take_branches", cache, moved, kept) == exchanged

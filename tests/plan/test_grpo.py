@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.generate.decoding import empty_branches
-from mllm4d_jax.generate.slots import Ladder, Packing
+from mllm4d_jax.generate.joined import fits_twice
+from mllm4d_jax.generate.slots import Ladder
+from mllm4d_jax.generate.stream import Limits
 from mllm4d_jax.grpo.settings import completions_per_row, division_problems
 from mllm4d_jax.models.flops import Tuning
 from mllm4d_jax.models.layers import REMAT
@@ -23,6 +25,7 @@ from mllm4d_jax.plan.compile import EFFICIENCY, Compiled, Phase, timing
 from mllm4d_jax.plan.grpo import GrpoPhases, decode_flops, largest_prompts, program_flops
 from mllm4d_jax.plan.job import PlanError
 from mllm4d_jax.run.build import abstract_model
+from tests.generate.fakes import FakeSampler, run
 from tests.plan.grpo_jobs import job_of, paper_job
 
 GIB = 1 << 30
@@ -32,15 +35,27 @@ GIB = 1 << 30
     ("chunk", "longest", "cap"), [(32, 768, 4096), (7, 100, 100), (32, 1, 64), (1, 5, 600), (3, 2, 2)]
 )
 def test_decode_rungs_are_what_the_sampler_goes_through(chunk, longest, cap):
-    ladder, most, found, step = Ladder(first_slots=16), max(cap - 1, 1), {}, 1
-    packing = Packing.whole(1, 1, 2, ladder.slots(min(chunk, most), most))
-    while step < longest:
-        packing = ladder.pack(packing, np.ones((1, 2), bool), min(step + chunk - 1, most), most)
-        steps = min(chunk, longest - step)
-        found[packing.slots] = found.get(packing.slots, 0) + steps
-        step += steps
-    rungs = dict(paper_job(**{"rollout.chunk": chunk, "rollout.max_new_tokens": cap}).rungs(ladder, longest))
-    assert rungs == found and sum(found.values()) == longest - 1
+    job = paper_job(**{"rollout.chunk": chunk, "rollout.max_new_tokens": cap})
+    sampler = FakeSampler(chunk, Ladder(first_slots=16))
+    lengths = np.array([[longest, cap]])  # the caches have room for the cap
+    run(sampler, lengths, Limits(1))
+    steps = [slots for _, _, slots in sampler.shapes][: longest - 1]
+    assert dict(job.rungs(sampler.ladder, longest)) == {slots: steps.count(slots) for slots in steps}
+
+
+@pytest.mark.parametrize(("rows", "width"), [(4, 12), (2, 12), (1, 12), (2, 4), (4, 3)])
+def test_decode_steps_of_places_that_are_filled_again(rows, width):
+    """Against the sampler's own count, for lengths around a mean and the longest 1.5 times that."""
+    settings = {"rollout.prompts": 4, "rollout.prompts_at_once": rows, "rollout.completions_at_once": width}
+    job = paper_job(**settings, **{"rollout.max_new_tokens": 1000})
+    lengths = np.random.default_rng(0).permuted(
+        np.tile(np.linspace(200, 600, 12).round().astype(np.int32), (4, 1)), axis=1
+    )
+    sampler = FakeSampler(32)
+    stream, _ = run(sampler, lengths, Limits(rows, width))
+    planned = job.decode_rungs(sampler.ladder, 400)
+    assert sum(steps for _, steps in planned) == pytest.approx(stream.statistics.steps, rel=0.15)
+    assert planned[-1][0] == job.rungs(sampler.ladder, 600)[-1][0]
 
 
 def test_cache_bytes_are_those_of_the_caches(config):
@@ -127,7 +142,6 @@ def test_nothing_fits():
     ("settings", "message"),
     [
         ({"learner.completions_per_row": 5}, "learner.completions_per_row"),
-        ({"rollout.prompts_at_once": 3}, "3 at a time"),
         ({"objective.eps_low": 7.0}, "eps_low"),
     ],
 )
@@ -151,6 +165,21 @@ def test_memory_counts_both_copies_and_the_reference():
     without = reckon.rollout_memory(still, shape, "full", table)["learning"]
     trained = 4 * sum(np.prod(s) for name, s, _ in table if "lora" in name)
     assert trained / 4 < both["learning"]["reference"] - without["reference"] < trained  # most of it is split
+
+
+def test_gpus_with_room_have_the_layers_twice():
+    """8B in 16 bits: 36 layers of attention (four projections), the other half (three) and norms; adapters are few."""
+    job, shape = paper_job(), {"data": 1, "fsdp": 1, "tensor": 1}
+    table = reckon.parameter_table(job)
+    without, small, large = (reckon.rollout_memory(job, shape, "full", table, gpu * GIB) for gpu in (0, 40, 80))
+    assert without == small and without["sampling"][reckon.APART] == 0
+    layers = 36 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128)
+    trained = sum(np.prod(s) for name, s, _ in table if "lora" in name)
+    copied = large["sampling"].pop(reckon.APART)
+    assert copied == 2 * (layers + trained) and large["learning"] == without["learning"]
+    assert large["sampling"].items() <= without["sampling"].items()
+    # The same rule as in a run, for the weights that it has.
+    assert fits_twice(int(2 * 8.8e9), 80 * GIB) and not fits_twice(int(2 * 8.8e9), 40 * GIB)
 
 
 def compiled(kind: str, needed: int = 1, memory: dict | None = None, *, prompts=0, mean=0, held=None, received=0):
@@ -241,7 +270,7 @@ def test_the_command_on_fake_devices(config, tmp_path, monkeypatch, capsys, quic
     assert decode["memory"]["results"] < decode["memory"]["branch cache"]  # written in place
     visible = 4 * job.sizes.prefix  # which slots are real, on both devices
     assert decode["memory"]["prompt cache"] == job.cache_bytes(4, job.sizes.prefix) / 2 + visible
-    assert prefill["memory"]["results"] >= decode["memory"]["prompt cache"]
+    assert prefill["memory"]["results"] >= job.cache_bytes(1, job.sizes.prefix) / 2  # of one prompt at a time
     assert decode["received"] and gradient["received"]["all-gather"] > score["received"]["all-gather"] > 0
     (timed,) = one["timings"]
     assert timed["mean"] == timed["longest"] == 32

@@ -11,8 +11,10 @@ import pytest
 from jax.sharding import Mesh
 
 from mllm4d_jax.encode.example import Grid
+from mllm4d_jax.generate.inputs import Prompts
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.sampler import Sampler
+from mllm4d_jax.generate.stream import Limits
 from mllm4d_jax.grpo.learner import PromptFeatures
 from mllm4d_jax.grpo.rollout import Rollouts
 from mllm4d_jax.grpo.setup import make_learner, make_sampler, sampling_weights
@@ -54,7 +56,7 @@ def planned_arguments(planned: GrpoPhases, features: PromptFeatures) -> dict[str
     """The arguments of each kind of program, nothing compiled; `features` lie as a run has them."""
     cache = jax.ShapeDtypeStruct((1,), np.int8, sharding=replicated(planned.mesh))
     phases, sent, found = planned.phases(), None, {}
-    planned._branch_cache = lambda filled, slots: cache
+    planned._caches = lambda filled, rungs: (cache, dict.fromkeys(rungs, cache))
     while True:
         try:
             phase = phases.send(sent)
@@ -65,7 +67,7 @@ def planned_arguments(planned: GrpoPhases, features: PromptFeatures) -> dict[str
         sent = sent if phase.kind == "encode" else (cache,)
 
 
-def recorded(owner, results: dict) -> dict[str, tuple]:
+def recorded(owner, results: dict, hidden: str = "") -> dict[str, tuple]:
     """Puts functions in the place of compiled ones; gives the dict in which they note their newest arguments."""
     calls = {}
 
@@ -77,7 +79,7 @@ def recorded(owner, results: dict) -> dict[str, tuple]:
         return call
 
     for name, result in results.items():
-        setattr(owner, f"_{name}", noting(name, result))
+        setattr(owner, hidden + name, noting(name, result))
     return calls
 
 
@@ -106,29 +108,25 @@ def drawn(prompts: int, branches: int, length: int) -> Rollouts:
 
 
 def sampler_calls(config, real, examples, sizes, features) -> dict[str, tuple]:
-    """What a sampler hands to its compiled functions for the first two prompts, up to the first decode."""
+    """What a sampler hands to its compiled functions for the first prompts (room for two), up to the first decode."""
     weights = sampling_weights(real, real.trainable)
-    sampler, first = make_sampler(config, weights), slice(0, 2)
-    size = -(-2 // sampler.ladder.shards) * sampler.ladder.shards
+    sampler = make_sampler(config, weights)
+    size = sampler.ladder.shards
+    first = slice(0, size)
 
     def stop(*args):
         raise Reached
 
     zeros = np.zeros((size, 8), np.int32)
     made = dict(start=lambda *args: ("cache", None, zeros, zeros[..., None], zeros[..., None].astype(np.float32)))
-    calls = recorded(sampler, made | dict(empty=lambda *args: "own", decode=stop))
-    two = collate_prompts(examples[first], sizes, real.shape.geometry, real.shape.visual_token_ids)
-    some = PromptFeatures(features.merged[first], features.deepstack[:, first]).flat()
+    cache = types.SimpleNamespace(visible=np.zeros((2, sizes.prefix)))
+    made |= dict(empty=lambda *args: (cache, "own"), insert=lambda *args: (cache, "own"), decode=stop)
+    calls = recorded(sampler, made)
+    some = collate_prompts(examples[first], sizes, real.shape.geometry, real.shape.visual_token_ids)
+    own = PromptFeatures(features.merged[first], features.deepstack[:, first]).flat()
+    prompts = Prompts.checked(some.inputs._replace(vision=None), range(size), 8, 32, own)
     with pytest.raises(Reached):
-        sampler.generate(
-            weights.of(real.trainable),
-            two.inputs._replace(vision=None),
-            prompt_ids=[1, 2],
-            branches=8,
-            max_new_tokens=32,
-            options=OPTIONS,
-            features=some,
-        )
+        list(sampler.stream(weights.of(real.trainable), [prompts], options=OPTIONS, limits=Limits(2)))
     return calls
 
 
@@ -137,7 +135,8 @@ def learner_calls(config, real, batch, features) -> tuple[dict[str, tuple], int]
     learner, rollouts = make_learner(real, real.trainable, real.opt_state, OPTIONS), drawn(4, 8, 32)
     made = dict(encode=lambda *args: features, score=lambda whole, *args: whole, begin=learner._begin)
     made |= dict(zeros=lambda tree: tree, add=lambda grads, *args: (grads, 0.0, {}, 0.0))
-    calls = recorded(learner, made | dict(finish=lambda trainable, opt_state, *args: (trainable, opt_state, None)))
+    made |= dict(finish=lambda trainable, opt_state, *args: (trainable, opt_state, None))
+    calls = recorded(learner, made, hidden="_")
     learner.encode(real.trainable, real.frozen, batch.inputs.vision, 4)
     own = dataclasses.replace(batch, inputs=batch.inputs._replace(vision=None))
     length, rows = rows_of(config, real.shape, types.SimpleNamespace(rollouts=rollouts, batch=own))
