@@ -48,6 +48,7 @@ _DSR_INTRODUCTION = (
 )
 _DSR_LETTER = "Respond with only the letter (A, B, C, or D) of the correct option."
 _VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+_STI_TEXTS = (("Video", "video"), ("Question", "question"))
 _MOST_LIST = 100_000  # characters of a list that is written as a text
 _MMSI_PROMPT = ("system_prompt", "task_prompt", "user_prompt", "format_prompt")
 
@@ -106,9 +107,8 @@ def sti_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None) 
     answer, name = _first(raw, "Answer", "answer"), _first(raw, "Scene", "scene")
     written = "\n".join(f"({letter}) {text}" for letter, text in choices.items())
     asked = f"<video>\nFrom {start} s to {end} s. {question}\n{written}"
-    own = None if not _is_given(raw.get("ID")) else f"{video}|{raw['ID']}|{start}|{end}"
     return BenchmarkQuestion(
-        id=_id(raw if own is None else {"id": own}, key),
+        id=_id(raw, key),  # `ID` counts within something that the rows do not say
         benchmark="sti",
         split="test",
         category=text_field({"Task": _first(raw, "Task", "task_type")}, "Task"),
@@ -122,9 +122,6 @@ def sti_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None) 
         prompt=asked,
         direct_prompt=f"{asked}\n{_STI_LETTER}",
     )
-
-
-_STI_TEXTS = (("Video", "video"), ("Question", "question"))
 
 
 def dsr_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None) -> BenchmarkQuestion:

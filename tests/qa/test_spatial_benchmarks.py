@@ -49,7 +49,7 @@ def test_vsi_rows_of_vlmevalkit():
 
 def test_sti():
     one = parse("sti", sti_row(5))
-    assert (one.id, one.category, one.subtask) == ("000123.mp4|5|0|12.5", "Pose Estimation", "desktop")
+    assert (one.id, one.category, one.subtask) == ("test.parquet#3", "Pose Estimation", "desktop")
     assert one.direct_prompt == (
         "<video>\nFrom 0 s to 12.5 s. How far?\n(A) 1 m\n(B) 2 m\n(C) 3 m\n(D) 4 m\n(E) 5 m\n"
         "Please output only the option letter!"

@@ -69,9 +69,9 @@ class StrictVideoMCQ(VideoBaseDataset):
 
         What cannot be read is wrong; no judge is asked.
         """
-        given = {
-            str(n): "" if pd.isna(text) else str(text) for n, text in load(eval_file)[["index", "prediction"]].values
-        }
+        answers = pd.DataFrame(load(eval_file))  # of a table, or of a list from JSON
+        pairs = zip(answers["index"], answers["prediction"], strict=True)
+        given = {str(n): "" if pd.isna(text) else str(text) for n, text in pairs}
         rows = []
         for asked in self.data.to_dict("records"):
             found = extract_answer(given.get(str(asked["index"]), ""), json.loads(asked["choices"]))
