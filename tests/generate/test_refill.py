@@ -13,11 +13,13 @@ from flax import nnx
 from mllm4d_jax.generate.completions import first_stop
 from mllm4d_jax.generate.inputs import Prompts
 from mllm4d_jax.generate.policy import SamplingOptions
+from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.generate.stream import CompletionStream, Limits
 from mllm4d_jax.models.qwen_vl import vision_geometry
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import collate_rows, needed_sizes
+from tests.generate.fakes import FakeSampler, run
 from tests.generate.test_sampler import ENDING, LIMITS, model, prompts, row, same, sample, sampler, sixteen
 from tests.generate.test_sampler_rows import ENDING as ENDING_ROWS
 from tests.generate.test_sampler_rows import LIMIT, asked_alone, groups, make_sampler, rows, visual_ids
@@ -68,6 +70,15 @@ def test_places_are_used_and_programs_are_few():
         parts.append(sample(chosen, ids=range(100 + at, 104 + at), of=refilling(), call=call, **ENDING).statistics)
     assert out.wasted_branch_steps < 0.8 * sum(p.wasted_branch_steps for p in parts)
     assert out.steps < 0.9 * sum(p.steps for p in parts)
+
+
+def test_the_counts_are_those_of_the_lengths_alone():
+    """Of programs that compute nothing, with which slots are counted elsewhere."""
+    fake = FakeSampler(5, Ladder(first_slots=32, compact=False))
+    found = run(fake, few().lengths, Limits(4, 2))[0].statistics
+    for name in ("steps", "branch_steps", "wasted_branch_steps"):
+        assert getattr(found, name) == getattr(few().statistics, name)
+    assert [steps for steps, _ in found.chunks] == [steps for steps, _ in few().statistics.chunks]
 
 
 def test_stop_texts_end_completions_here_too():
