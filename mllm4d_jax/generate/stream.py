@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mllm4d_jax.generate.compiled import CompiledPrograms
 from mllm4d_jax.generate.completions import CompletionRecord, Completions, Detokenize, SamplingStatistics
 from mllm4d_jax.generate.decoding import Asked
 from mllm4d_jax.generate.inputs import Call, Prompts
@@ -16,9 +16,6 @@ from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.programs import ChunkInputs, KeyNumbers
 from mllm4d_jax.generate.slots import NO_PROMPT, Packing
 from mllm4d_jax.parallel.place import place_rows
-
-if TYPE_CHECKING:
-    from mllm4d_jax.generate.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ class CompletionStream:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: CompiledPrograms,
         weights: tuple,
         prompts: Iterable[Prompts],
         options: SamplingOptions,

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import re
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mllm4d_jax.generate.completions import first_stop
+from mllm4d_jax.generate.decoding import PromptCache
 from mllm4d_jax.generate.inputs import Prompts
 from mllm4d_jax.generate.policy import SamplingOptions
+from mllm4d_jax.generate.slots import Ladder
 from mllm4d_jax.generate.stream import CompletionStream, Limits
 from mllm4d_jax.models.qwen_vl import vision_geometry
+from mllm4d_jax.models.text import KVCache
 from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.rows.pack import place_branches
 from mllm4d_jax.rows.rows import collate_rows, needed_sizes
+from tests.generate.fakes import FakeSampler, run
 from tests.generate.test_sampler import ENDING, LIMITS, model, prompts, row, same, sample, sampler, sixteen
 from tests.generate.test_sampler_rows import ENDING as ENDING_ROWS
 from tests.generate.test_sampler_rows import LIMIT, asked_alone, groups, make_sampler, rows, visual_ids
@@ -70,6 +77,15 @@ def test_places_are_used_and_programs_are_few():
     assert out.steps < 0.9 * sum(p.steps for p in parts)
 
 
+def test_the_counts_are_those_of_the_lengths_alone():
+    """Of programs that compute nothing, with which slots are counted elsewhere."""
+    fake = FakeSampler(5, Ladder(first_slots=32, compact=False))
+    found = run(fake, few().lengths, Limits(4, 2))[0].statistics
+    for name in ("steps", "branch_steps", "wasted_branch_steps"):
+        assert getattr(found, name) == getattr(few().statistics, name)
+    assert [steps for steps, _ in found.chunks] == [steps for steps, _ in few().statistics.chunks]
+
+
 def test_stop_texts_end_completions_here_too():
     text = "][".join(map(str, few().tokens[0, 0, 1:3]))
     out, whole = sample_few(stop=(text,)), few()
@@ -86,6 +102,27 @@ def test_rows_on_several_devices():
     call = dict(branches=3, max_new_tokens=LIMITS, limits=Limits(4, 2))
     of = sampler(mesh=mesh, chunk=5)
     same(sample(prompts(), mesh=mesh, of=of, call=call, **ENDING), sixteen()[0])
+
+
+def test_insertion_exchanges_what_arrived_alone():
+    """Two prompts of 8 tokens into rows of other devices: nothing as large as what a device has of the caches."""
+    mesh, dtype = make_mesh(dict(data=2, tensor=2), jax.devices()[:4]), np.float32
+    split = NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), "tensor"))
+
+    def cache(rows, length):
+        kv = KVCache(*[jax.ShapeDtypeStruct((2, rows, 2, length, 8), dtype, sharding=split)] * 2)
+        visible = jax.ShapeDtypeStruct((rows, length), bool, sharding=NamedSharding(mesh, PartitionSpec()))
+        return PromptCache(kv, visible)
+
+    own = KVCache(*[jax.ShapeDtypeStruct((2, 8, 2, 3, 64, 8), dtype, sharding=split)] * 2)
+    rows = jax.ShapeDtypeStruct((2,), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    program = sampler(mesh=mesh).lower("insert", rows, cache(2, 8), None, cache=cache(8, 64), own=own).compile()
+    names = "all-gather|all-reduce|all-to-all|collective-permute"
+    exchanged = re.findall(rf"= \w+\[([\d,]*)\]\S* (?:{names})\(", program.as_text())
+    sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in exchanged]
+    assert sizes and max(sizes) <= 2 * 2 * 1 * 8 * 8
+    made = program.memory_analysis()
+    assert made.temp_size_in_bytes < 4 * 2 * 4 * 1 * 64 * 8  # the prompts' keys on a device; all is written in place
 
 
 def keep_the_cache(monkeypatch):

@@ -132,7 +132,7 @@ def test_sampled_answers_too_packed_as_they_end(form):
         assert out.lengths[place] == size
         np.testing.assert_array_equal(out.tokens[place][:size], alone.tokens[n, 0, :size])
         np.testing.assert_allclose(out.logprobs[place][:size], alone.logprobs[n, 0, :size], atol=1e-4)
-    assert out.statistics.compactions >= 2  # room for new tokens, then fewer branches
+    assert out.statistics.compactions >= 1  # fewer branches; their caches have room for new tokens from the start
     empty = {(r, s) for r in range(3) for s in range(4)} - set(places)
     assert len(empty) == 5 and all(out.lengths[place] == 1 for place in empty)  # given up at once
 

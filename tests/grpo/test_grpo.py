@@ -33,8 +33,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_interrupted_runs_end_in_the_same_bits(tiny_world, tmp_path, monkeypatch, ahead):
-    """Killed between checkpoints, asked to stop between steps, and not at all."""
+    """Killed between checkpoints, asked to stop between steps, and not at all; with `ahead` places are filled again."""
     changes = dict(rollout__ahead=ahead, objective__beta=0.05, train__accumulation=2)
+    changes |= dict(rollout__prompts_at_once=1, rollout__completions_at_once=3) if ahead else {}
     whole = tmp_path / "whole"
     assert grpo.run(make_config(tiny_world, **changes), str(whole)) == 0
     expected = final(whole)
