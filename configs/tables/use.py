@@ -12,7 +12,7 @@ INFER_KEYS = (
     Key("clip", "", "video file to ask about; '' = none", bucket=True),
     Key("image", "", "image file to ask about; '' = none", bucket=True),
     Key("question", "", "what to ask"),
-    Key("system_file", "", "file with a system prompt; '' = none"),
+    Key("system_file", "", "file with a system prompt; '' = none", bucket=True),
     Key("max_new_tokens", 256, "longest answer, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
@@ -63,7 +63,7 @@ EVAL_KEYS = (
         "ask for the letter, ask for spatio-temporal reasoning first, or use the system prompt in prompt.file",
         choices=("direct", "st_cot", "file"),
     ),
-    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
+    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True, bucket=True),
     Key("max_new_tokens", 64, "longest response, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key(
