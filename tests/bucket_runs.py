@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_collections
@@ -61,6 +62,14 @@ def killed_at_times(
     return whole(config, there, outputs, name)
 
 
+def wait_for(sign: Callable[[], bool], run: Processes, timeout: float = 300) -> None:
+    """Return once there is a sign; raises AssertionError with what the processes printed."""
+    end = time.monotonic() + timeout
+    while not sign():
+        assert time.monotonic() < end, run.text()
+        time.sleep(0.1)
+
+
 def newest(folder: str) -> int:
     """The newest step in a folder of checkpoints, 0 without one."""
     return max(saved.steps(remote.place(folder)), default=0)
@@ -73,20 +82,3 @@ def rows(folder: str | Path, name: str = METRICS) -> list[dict]:
         {key: value for key, value in json.loads(line).items() if not key.endswith(CLOCK) and "time/" not in key}
         for line in lines
     ]
-
-
-def arrays(folder: str | Path) -> dict[str, bytes]:
-    """Parameters and optimiser of the newest checkpoint, by name, with its step."""
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    root, found = remote.place(folder) / "checkpoints", {}
-    step = saved.steps(root)[-1]
-    for part in ("trainable", "opt"):
-        path = root / str(step) / part
-        path = path if remote.is_remote(path) else path.absolute()
-        tree = ocp.StandardCheckpointer().restore(path)
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        found |= {f"{step} {part} {jax.tree_util.keystr(at)}": np.asarray(x).tobytes() for at, x in leaves}
-    return found

@@ -5,18 +5,24 @@ bit for bit, of the same commands on a disk.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import cold_start, curate, eval, export, grpo, report, sft
 from mllm4d_jax.files import remote
-from tests.bucket_runs import FAULTS, arrays, killed, killed_at_times, rows, whole
+from mllm4d_jax.run.watchdog import EXIT_CODE
+from tests.bucket_runs import FAULTS, killed, killed_at_times, newest, rows, wait_for, whole
 from tests.buckets import BUCKET, put_folder
+from tests.grpo.grpo_cases import final, same_bits
+from tests.processes import Processes, write_config
 
 pytestmark = pytest.mark.slow
 ROOT = f"gs://{BUCKET}/stages"
-SHORT = {"train.steps": 24, "train.checkpoint_every": 3}
+HOWS = ("lost another process", "was ended from outside")
+SHORT = {"train.steps": 16, "train.checkpoint_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize(("name", "kills"), [("sft", 3), ("cold_start", 3), ("grpo", 4)])
+@pytest.mark.parametrize(("name", "kills"), [("sft", 2), ("cold_start", 2), ("grpo", 3)])
 def test_a_stage_of_training(front, sample, outputs, name, kills):
     presets, before, values = STAGES[name]
     here, there = f"{outputs}/here", ROOT
@@ -93,7 +99,7 @@ def test_a_stage_of_training(front, sample, outputs, name, kills):
     assert front.hit > 20 and "per 100 steps" in said
     front.reset()
     assert rows(f"{there}/{name}") == rows(f"{here}/{name}")
-    assert arrays(f"{there}/{name}") == arrays(f"{here}/{name}")
+    same_bits(final(f"{there}/{name}"), final(f"{here}/{name}"))
     if name == "grpo":
         for log in ("completions.jsonl", "evals.jsonl"):
             found = [rows(f"{root}/{name}", log) for root in (here, there)]
@@ -164,3 +170,45 @@ def test_a_clip_that_is_cached_is_not_asked_for(front, sample, outputs):
     whole(moved, f"{ROOT}/again", outputs, "again")
     assert not [name for name in front.requests if ".mp4" in name], "a cached clip was asked for"
     assert rows(f"{ROOT}/again") == rows(f"{ROOT}/warm")
+
+
+def test_two_processes_with_everything_in_a_bucket(front, sample, outputs):
+    """One of them is killed on the way, and both go on; against a single process on the disk with as many devices."""
+    values = dict(records="records.json", data__questions_per_video=2, train__watchdog_s=300.0, data__max_tokens=512)
+    config, moved = (stage(sft.get_config, ROOT, "", at, **values) for at in sample)
+    here, there = outputs / "here" / "of-one", f"{ROOT}/of-two"
+    with Processes(write_config(outputs / "of-one.py", config), here, 1, 2, outputs=outputs) as run:
+        assert run.wait(900) == [0], run.text()
+    front.rate, front.kinds = 0.1, FAULTS
+    file = write_config(outputs / "of-two.py", moved)
+    with Processes(file, there, 2, outputs=outputs) as run:
+        wait_for(lambda: newest(f"{there}/checkpoints") >= 6, run)
+        run.running[1].send_signal(signal.SIGKILL)
+        codes = run.wait(300)
+        assert codes[1] == -signal.SIGKILL and codes[0] in (EXIT_CODE, -signal.SIGABRT), run.text()
+        wait_for(lambda: "process 1 of 2 was ended from outside while" in run.text(), run)
+    with Processes(file, there, 2, outputs=outputs) as run:
+        assert run.wait(900) == [0, 0], run.text()
+    front.reset()
+    for a, b in zip(rows(there), rows(here), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert value == pytest.approx(b[name], rel=1e-4 if name == "grad_norm" else 1e-5, abs=1e-7), (name, a, b)
+    (step, ours), (last, theirs) = final(there), final(here)
+    assert step == last == SHORT["train.steps"]
+    for name, x in theirs.items():
+        if name.startswith("trainable"):
+            np.testing.assert_allclose(ours[name], x, atol=1e-5, err_msg=name)
+
+
+def test_a_process_that_is_killed_while_the_run_is_set_up_is_named(front, sample, outputs):
+    moved = stage(sft.get_config, ROOT, "", sample[1], records="records.json", train__watchdog_s=60.0)
+    there = f"{ROOT}/lost-early"
+    with Processes(write_config(outputs / "early.py", moved), there, 2, outputs=outputs) as run:
+        wait_for(lambda: "trainable parameters" not in run.text() and remote.is_file(f"{there}/lock.json"), run)
+        run.running[1].send_signal(signal.SIGKILL)
+        codes = run.wait(200)
+        assert codes[1] == -signal.SIGKILL and codes[0] in (EXIT_CODE, -signal.SIGABRT), run.text()
+        wait_for(lambda: run.text().count(" of 2 ") >= 2, run)
+        assert "process 1 of 2 was ended from outside while" in run.text()
+        assert any(f"process 0 of 2 {how} while" in run.text() for how in HOWS), run.text()

@@ -31,7 +31,10 @@ def lock(name: str, machine: str = "a", beat_s: float = 0.1, stale_s: float = 0.
 
 
 def test_two_runs_in_one_are_refused(front):
-    with lock("two", stale_s=60) as held, pytest.raises(LockError, match=f"another run is writing to {ROOT}/two: process"):
+    with (
+        lock("two", stale_s=60) as held,
+        pytest.raises(LockError, match=f"another run is writing to {ROOT}/two: process"),
+    ):
         with lock("two", "b", stale_s=60):
             pass
         held.check()
