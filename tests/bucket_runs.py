@@ -27,7 +27,7 @@ CLOCK = (
 )  # ends of columns, from run to run others
 
 
-def whole(config: ml_collections.ConfigDict, there: str, outputs: Path, name: str, timeout: float = 900) -> str:
+def whole(config: ml_collections.ConfigDict, there: str, outputs: Path, name: str, timeout: float = 3600) -> str:
     """Run to the end; what it printed."""
     with Processes(write_config(outputs / f"{name}.py", config), there, outputs=outputs) as run:
         assert run.wait(timeout) == [0], run.text()
@@ -40,7 +40,7 @@ def killed(config: ml_collections.ConfigDict, there: str, outputs: Path, name: s
     for n in range(kills):
         before = newest(folder)
         with Processes(file, there, outputs=outputs) as run:
-            end = time.monotonic() + 300
+            end = time.monotonic() + 1800  # beside other work a start may take minutes
             while newest(folder) <= before:
                 assert run.running[0].poll() is None, f"ended before kill {n + 1}:\n{run.text()}"
                 assert time.monotonic() < end, run.text()
@@ -62,7 +62,7 @@ def killed_at_times(
     return whole(config, there, outputs, name)
 
 
-def wait_for(sign: Callable[[], bool], run: Processes, timeout: float = 300) -> None:
+def wait_for(sign: Callable[[], bool], run: Processes, timeout: float = 1800) -> None:
     """Return once there is a sign; raises AssertionError with what the processes printed."""
     end = time.monotonic() + timeout
     while not sign():

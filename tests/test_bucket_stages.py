@@ -178,17 +178,17 @@ def test_two_processes_with_everything_in_a_bucket(front, sample, outputs):
     config, moved = (stage(sft.get_config, ROOT, "", at, **values) for at in sample)
     here, there = outputs / "here" / "of-one", f"{ROOT}/of-two"
     with Processes(write_config(outputs / "of-one.py", config), here, 1, 2, outputs=outputs) as run:
-        assert run.wait(900) == [0], run.text()
+        assert run.wait(3600) == [0], run.text()
     front.rate, front.kinds = 0.1, FAULTS
     file = write_config(outputs / "of-two.py", moved)
     with Processes(file, there, 2, outputs=outputs) as run:
         wait_for(lambda: newest(f"{there}/checkpoints") >= 6, run)
         run.running[1].send_signal(signal.SIGKILL)
-        codes = run.wait(300)
+        codes = run.wait(600)
         assert codes[1] == -signal.SIGKILL and codes[0] in (EXIT_CODE, -signal.SIGABRT), run.text()
         wait_for(lambda: "process 1 of 2 was ended from outside while" in run.text(), run)
     with Processes(file, there, 2, outputs=outputs) as run:
-        assert run.wait(900) == [0, 0], run.text()
+        assert run.wait(3600) == [0, 0], run.text()
     front.reset()
     for a, b in zip(rows(there), rows(here), strict=True):
         assert a.keys() == b.keys()
@@ -207,7 +207,7 @@ def test_a_process_that_is_killed_while_the_run_is_set_up_is_named(front, sample
     with Processes(write_config(outputs / "early.py", moved), there, 2, outputs=outputs) as run:
         wait_for(lambda: "trainable parameters" not in run.text() and remote.is_file(f"{there}/lock.json"), run)
         run.running[1].send_signal(signal.SIGKILL)
-        codes = run.wait(200)
+        codes = run.wait(600)
         assert codes[1] == -signal.SIGKILL and codes[0] in (EXIT_CODE, -signal.SIGABRT), run.text()
         wait_for(lambda: run.text().count(" of 2 ") >= 2, run)
         assert "process 1 of 2 was ended from outside while" in run.text()

@@ -295,7 +295,7 @@ def test_a_host_of_several_decodes_without_a_gather_of_weights(config, monkeypat
     """What is gathered are the tokens drawn; the compiler may refuse a part of a slice, so a host is one of its own."""
     pytest.importorskip("libtpu")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    config.mesh.data, config.mesh.fsdp, config.rollout.tensor, config.model.dtype = 16, 16, 4, "bfloat16"
+    config.mesh.data, config.mesh.fsdp, config.rollout.tensor, config.model.dtype = 16, 16, 2, "bfloat16"
     config.rollout.prompts, config.learner.completions_per_row = 64, 2
     found = topology.open_topology("v5e:16x16")
     assert [d.coords for d in found.host] == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]] and len(found.devices) == 256

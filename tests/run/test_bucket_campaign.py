@@ -47,7 +47,8 @@ def test_a_run_in_a_bucket_has_the_bits_of_a_local_one(front, tiny_world, make_c
 
 def test_an_unfinished_checkpoint_is_removed_and_a_damaged_one_set_aside(front):
     folder = remote.place(f"gs://{BUCKET}/parts/checkpoints")
-    for name in ("4/_CHECKPOINT_METADATA", "4/trainable/d/x", "5/notes.txt"):
+    names = ("4/_CHECKPOINT_METADATA", "4/trainable/d/x", "5/notes.txt", "6/opt/array_metadatas/process_0")
+    for name in names:  # the description of a checkpoint, too, may be written later than others of its files
         remote.upload(f"{folder}/{name}", b"{}")
     assert saved.steps(folder) == [5]
     saved.take_up(folder)
@@ -82,12 +83,12 @@ def test_killed_ten_times_it_ends_in_the_same_bits(front, tiny_world, make_confi
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     config = make_config(*tiny_world)
-    config.train.steps, config.train.checkpoint_every = 120, 3
+    config.train.steps, config.train.checkpoint_every = 80, 2
     moved, there = in_bucket(config, *tiny_world, "killed"), f"gs://{BUCKET}/killed/run"
     whole(config, str(tmp_path / "run"), tmp_path, "local")
     front.rate, front.kinds = 0.1, FAULTS
     killed(moved, there, tmp_path, "moved", 10)
     assert front.hit > 100
     front.reset()
-    assert rows(there) == rows(tmp_path / "run") and len(rows(there)) == 120
+    assert rows(there) == rows(tmp_path / "run") and len(rows(there)) == 80
     same_bits(final(there), final(tmp_path / "run"))
