@@ -8,6 +8,8 @@ import pytest
 
 import run
 from mllm4d_jax.files import remote
+from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from tests.buckets import BUCKET, put_folder
 
 ROOT = f"gs://{BUCKET}/commands"
@@ -106,3 +108,10 @@ def test_a_report_of_a_run_in_a_bucket(front, capsys, tmp_path):
     assert f"{there}/report.html (" in capsys.readouterr().out
     assert b"</html>" in remote.place(f"{there}/report.html").read_bytes()
     assert not [name for name in front.requests if "large" in name]
+
+
+def test_a_system_prompt_in_a_bucket(front):
+    remote.upload(f"{ROOT}/prompt.txt", b"Say\r\nA.\n")
+    assert resolve_system_prompt(file=f"{ROOT}/prompt.txt") == "Say\nA."
+    with pytest.raises(ProcessorError, match="commands/none.txt cannot be read"):
+        resolve_system_prompt(file=f"{ROOT}/none.txt")
