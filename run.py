@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         config.workdir = named if remote.is_remote(named) else str(pathlib.Path(named))
         if asked.plan is not None:
             prepare_plan(config.task)
-        places = in_buckets(config, loaded.keys, asked.plan is not None)
+        places = in_buckets(config, loaded.keys)
     except ConfigError as problem:
         return report(problem, 2)
     try:
@@ -167,12 +167,12 @@ def override(
     return schema.complete(holder.value, keys.values())
 
 
-def in_buckets(config: ml_collections.ConfigDict, keys: Mapping[str, Key], plan: bool) -> list[str]:
+def in_buckets(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> list[str]:
     """Return the paths in buckets that a config names, each once. Raises ConfigError where a key can have none."""
     found = {}
     for name, value in schema.flatten(config):
         for path in remote.buckets_in(value):
-            if not keys[name].bucket or (plan and name == "workdir"):
+            if not keys[name].bucket:
                 raise ConfigError(
                     f"{name} = {path}: this is not supported in a bucket yet: copy it to this machine and name the copy"
                 )

@@ -1,6 +1,6 @@
 """Clips per second of the data loader from a bucket of the emulator, and from the same files on the disk.
 
-    python -m benchmarks.bucket [--clips=200] [--epochs=3] [--workers=0,2]
+    python -m benchmarks.bucket [--clips=200] [--epochs=3] [--rounds=3] [--workers=0,2]
 
 The clips of benchmarks/loader.py. The first epoch from the bucket fetches each clip; later ones find it in the cache,
 and ask nothing. Disk and bucket take turns. The emulator on loopback has the latency of no network and shares the
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -27,10 +28,10 @@ BUCKET = "benchmark"
 
 
 def main() -> None:
-    """Prints a row for each number of workers."""
+    """Prints rows for each number of workers, and the medians of bucket to disk."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", default="0,2")
-    for name, number in (("clips", 200), ("epochs", 3)):
+    for name, number in (("clips", 200), ("epochs", 3), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=number)
     asked = parser.parse_args()
     flags.FLAGS.mark_as_parsed()
@@ -49,18 +50,26 @@ def main() -> None:
                 + "---:|" * 4
             )
             for workers in map(int, asked.workers.split(",")):
-                rows = {
-                    root: measure(root, workers, asked.epochs, asked.clips) for root in (str(world), f"gs://{BUCKET}")
-                }
-                for root, (first, later, total) in rows.items():
-                    place = "bucket" if root.startswith("gs:") else "disk"
-                    figures = f"{first:.1f} | {later:.1f} | {total.requests} | {total.received / 1e6:.1f}"
-                    print(f"| {workers} | {place} | {figures} |", flush=True)
-                disk, bucket = rows.values()
+                ratios = []
+                for _ in range(asked.rounds):
+                    disk, bucket = (
+                        row(root, workers, asked.epochs, asked.clips) for root in (str(world), f"gs://{BUCKET}")
+                    )
+                    ratios.append((bucket[0] / disk[0], bucket[1] / disk[1]))
+                first, later = (f"{statistics.median(column):.2f}" for column in zip(*ratios, strict=True))
+                load = f"load {os.getloadavg()[0]:.0f}"
                 print(
-                    f"| {workers} | bucket/disk | {bucket[0] / disk[0]:.2f} | {bucket[1] / disk[1]:.2f} | | |",
-                    flush=True,
+                    f"| {workers} | bucket/disk, median of {asked.rounds}, {load} | {first} | {later} | | |", flush=True
                 )
+
+
+def row(root: str, workers: int, epochs: int, clips: int) -> tuple[float, float]:
+    """Prints a row; returns clips per second of the first epoch and of the others."""
+    first, later, total = measure(root, workers, epochs, clips)
+    place = "bucket" if root.startswith("gs:") else "disk"
+    figures = f"{first:.1f} | {later:.1f} | {total.requests} | {total.received / 1e6:.1f}"
+    print(f"| {workers} | {place} | {figures} |", flush=True)
+    return first, later
 
 
 def measure(root: str, workers: int, epochs: int, clips: int) -> tuple[float, float, object]:

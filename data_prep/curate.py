@@ -49,7 +49,6 @@ _JUDGED = (
     *("id", "clip_id", "source_id", "question_type", "subtask", "template", "answer", "options"),
     *("label", "rank", "motion", "frames"),
 )
-_OTHER = {"cold_start": run_cold_start, "describe": describe}
 # What has to be in the input folder, for the message that it is not.
 _SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
 _EXPECTED = {
@@ -77,21 +76,27 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       BalanceError: too few questions.
     """
     own = [path for path in (workdir, config.input) if is_remote(path)]
-    if config.source in _OTHER:
-        if own:
-            raise CurateError(f"{own[0]}: source = '{config.source}' is not supported in a bucket yet: copy the files")
-        return _OTHER[config.source](config, workdir)
+    if config.source == "describe":
+        if own:  # it writes beside the videos
+            raise CurateError(f"{own[0]}: source = 'describe' is not supported in a bucket yet: copy the files")
+        return describe(config, workdir)
     with ExitStack() as held:
         root = Path(workdir).absolute()
         if is_remote(workdir):
             root = copy_of(workdir)
             lock = take_folder(workdir, root.parent, held)
             held.enter_context(Mirror(workdir, root, lock.check))
-        return _curate(config, root, lambda path: str(path).replace(str(root), workdir) if own else str(path))
+
+        def named(path: Path) -> str:
+            return str(path).replace(str(root), workdir) if own else str(path)
+
+        if config.source == "cold_start":
+            return run_cold_start(config, root if is_remote(workdir) else Path(workdir), named)
+        return _curate(config, root, named)
 
 
-def _curate(config: ml_collections.ConfigDict, root: Path, shown: Callable[[Path], str]) -> int:
-    """Do what `run` does in a folder of this machine. `shown`: what messages call a file."""
+def _curate(config: ml_collections.ConfigDict, root: Path, named: Callable[[Path], str]) -> int:
+    """Do what `run` does in a folder of this machine. `named`: what messages call a file."""
     source = make_source(config, root)
     clip_ids = source.clip_ids()
     rules = question_rules(config)
@@ -115,9 +120,9 @@ def _curate(config: ml_collections.ConfigDict, root: Path, shown: Callable[[Path
     if manifest["rejected"]:
         print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")
     write_curation_report(config, root, source, manifest, rows, chosen)
-    media = config.input if is_remote(config.input) and source.root != root / "videos" else shown(source.root)
-    print(f"records: {', '.join(shown(root / name) for name in OUTPUTS)}; media root: {media}")
-    print(f"report: {shown(root / 'report.html')}")
+    media = config.input if is_remote(config.input) and source.root != root / "videos" else named(source.root)
+    print(f"records: {', '.join(named(root / name) for name in OUTPUTS)}; media root: {media}")
+    print(f"report: {named(root / 'report.html')}")
     return 0
 
 

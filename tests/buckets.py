@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import json
 import os
 import random
 import re
@@ -81,6 +82,8 @@ class Front:
             return self.reply(asked, refused or int(fault), {}, b'{"error": {"code": %d}}' % (refused or int(fault)))
         if fault == "slow":
             time.sleep(0.3)
+        if asked.command == "DELETE" and not self.is_meant(asked.path, behind):
+            return self.reply(asked, 412, {}, b'{"error": {"code": 412}}')
         onward = http.client.HTTPConnection("127.0.0.1", behind, timeout=60)
         with contextlib.closing(onward):
             own = ("host", "content-length", "transfer-encoding", "accept-encoding")
@@ -94,6 +97,17 @@ class Front:
             data = data[: len(data) // 2]
         cut = len(data) // 2 if fault == "cut" and asked.command == "GET" else None
         self.reply(asked, answer.status, kept, data, cut)
+
+    def is_meant(self, target: str, behind: int) -> bool:
+        """Whether an object is of the generation that a request to delete it names, which the emulator ignores."""
+        parts = urllib.parse.urlsplit(target)
+        wanted = urllib.parse.parse_qs(parts.query).get("ifGenerationMatch")
+        if wanted is None:
+            return True
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", behind, timeout=60)) as onward:
+            onward.request("GET", parts.path)
+            answer = onward.getresponse()
+            return answer.status != 200 or json.loads(answer.read())["generation"] == wanted[0]
 
     def reply(self, asked, status: int, headers: dict, data: bytes, cut: int | None = None) -> None:
         self.sent += len(data)

@@ -8,6 +8,8 @@ import pytest
 
 import run
 from mllm4d_jax.files import remote
+from mllm4d_jax.qa.errors import ProcessorError
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 from tests.buckets import BUCKET, put_folder
 
 ROOT = f"gs://{BUCKET}/commands"
@@ -26,7 +28,7 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("--config.prompt.system_file=gs://b-b/a",), 2, "prompt.system_file = gs://b-b/a: this is not supported in a"),
+        (("--config.lora.targets=('gs://b-b/a',)",), 2, "lora.targets = gs://b-b/a: this is not supported in a bucket"),
         (("--workdir=s3://b-b/a",), 1, "s3://b-b/a: only gs://BUCKET/... and local paths are supported"),
         (("--config.data.mixture=('/a::gs://none-such/a::1',)",), 1, "there is no bucket gs://none-such"),
         (("--workdir=gs://none-such/a",), 1, "error: gs://none-such/a: there is no bucket gs://none-such: correct the"),
@@ -37,9 +39,12 @@ def test_places_that_cannot_be_used(front, capsys, arguments, code, text):
     assert got[0] == code and text in got[1] and got[1].count("\n") == 1, got
 
 
-def test_a_plan_is_written_to_a_disk(capsys):
-    code, text = said(capsys, "--config=configs/sft.py", "--workdir=gs://b-b/a", "--plan=v5e:2x2")
-    assert code == 2 and "workdir = gs://b-b/a: this is not supported in a bucket yet" in text
+def test_a_plan_is_written_to_a_bucket(front, tiny_world, monkeypatch):
+    for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):
+        monkeypatch.setenv(name, "cpu")  # restored afterwards
+    model = f"--config.model.path={tiny_world[0]}"
+    assert run.main(["run.py", "--config=configs/sft.py:tiny", model, f"--workdir={ROOT}/plan", "--plan=memory"]) == 0
+    assert remote.found(f"{ROOT}/plan").keys() == {"plan.md", "plan.json"}
 
 
 @pytest.mark.parametrize(("status", "text"), [(403, "permission denied (403)"), (401, "no credentials are accepted")])
@@ -77,6 +82,17 @@ def test_curation_in_a_bucket_makes_the_files_of_a_folder(front, capsys, tmp_pat
     assert f"media root: {ROOT}/curated" in capsys.readouterr().out
     rows = json.loads(remote.place(f"{ROOT}/curated/train.json").read_bytes())
     assert all(remote.is_file(f"{ROOT}/curated/{row['video']}") for row in rows) and rows
+    reasoned = [tmp_path / "cold", f"{ROOT}/cold"]
+    for root, place in zip((tmp_path / "here", f"{ROOT}/curated"), reasoned, strict=True):
+        records = f"--config.cold_start.records={root}/train_r1.jsonl"
+        assert run.main(["run.py", "--config=configs/curate.py:cold_start", records, f"--workdir={place}"]) == 0
+    assert f"records: {ROOT}/cold/cold_start.json; media root: {ROOT}/curated" in capsys.readouterr().out
+    for name in ("cold_start.json", "cold_start_rejected.jsonl", "manifest.json"):
+        same = remote.place(f"{ROOT}/cold/{name}").read_bytes() == (tmp_path / "cold" / name).read_bytes()
+        assert same, name
+    none = (f"--config.cold_start.records={ROOT}/none.jsonl", f"--workdir={ROOT}/none")
+    code, text = said(capsys, "--config=configs/curate.py:cold_start", *none)
+    assert code == 1 and f"cold_start.records = {ROOT}/none.jsonl: there is no such file" in text
     code, text = said(capsys, "--config=configs/curate.py:describe", f"--config.input={ROOT}/curated")
     assert code == 1 and "is not supported in a bucket yet" in text
 
@@ -92,3 +108,10 @@ def test_a_report_of_a_run_in_a_bucket(front, capsys, tmp_path):
     assert f"{there}/report.html (" in capsys.readouterr().out
     assert b"</html>" in remote.place(f"{there}/report.html").read_bytes()
     assert not [name for name in front.requests if "large" in name]
+
+
+def test_a_system_prompt_in_a_bucket(front):
+    remote.upload(f"{ROOT}/prompt.txt", b"Say\r\nA.\n")
+    assert resolve_system_prompt(file=f"{ROOT}/prompt.txt") == "Say\nA."
+    with pytest.raises(ProcessorError, match="commands/none.txt cannot be read"):
+        resolve_system_prompt(file=f"{ROOT}/none.txt")

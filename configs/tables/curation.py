@@ -111,8 +111,14 @@ CLIP_KEYS = (
     Key("workers", 1, "processes; the result does not depend on it", low=1, high=1024, free=True),
 )
 REASONING_KEYS = (
-    Key("cold_start.records", "", "cold_start: questions, such as a curation's train_r1.jsonl", content=True),
-    Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records", content=True),
+    Key(
+        "cold_start.records",
+        "",
+        "cold_start: questions, such as a curation's train_r1.jsonl",
+        content=True,
+        bucket=True,
+    ),
+    Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records", content=True, bucket=True),
     Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1, free=True),
     Key("cold_start.paths", 3, "cold_start: reasoning paths per question", low=1, high=1024),
     Key(

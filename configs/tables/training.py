@@ -89,7 +89,7 @@ DATA_KEYS = (
 )
 PROMPT_KEYS = (
     Key("prompt.system", "", "system prompt for records that bring none; '' = none", content=True),
-    Key("prompt.system_file", "", "file to read that prompt from instead", content=True),
+    Key("prompt.system_file", "", "file to read that prompt from instead", content=True, bucket=True),
 )
 LORA_KEYS = (
     Key("lora.rank", 128, "rank of the adapter", low=1, high=16384, adapter=True),

@@ -11,7 +11,7 @@ PROMPT_KEYS = (
         "ask for the letter, ask for spatio-temporal reasoning first, or use the system prompt in prompt.file",
         choices=("direct", "st_cot", "file"),
     ),
-    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
+    Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True, bucket=True),
 )
 INFER_KEYS = (
     *run_keys("infer"),

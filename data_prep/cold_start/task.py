@@ -27,7 +27,10 @@ from data_prep.cold_start.selection import RECORDS, REJECTED, draw_order, print_
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore
 from data_prep.teacher.client import ENDPOINT, ORACLE, ReplyError, Teacher, open_teacher
 from data_prep.teacher.endpoint import TeacherError
+from mllm4d_jax.files.cache import ClipCache, copied_file
+from mllm4d_jax.files.remote import absolute
 from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.fetched import on_disk
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.media_paths import resolve_media
 from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
@@ -42,8 +45,12 @@ class ColdStartError(ValueError):
     """The settings or the records cannot give cold-start data."""
 
 
-def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
+def run_cold_start(
+    config: ml_collections.ConfigDict, workdir: str | Path, named: Callable[[Path], object] = lambda path: path
+) -> int:
     """Write cold_start.json, cold_start_rejected.jsonl and manifest.json into the workdir.
+
+    `named`: what messages call a file.
 
     Started again, a run tries questions whose video or stored reply was missing; other rejections stay.
 
@@ -58,13 +65,17 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
         weights = resolve_weights(settings.reward)
     except ValueError as error:
         raise ColdStartError(f"cold_start.reward: {error}") from error
-    items, repeated = read_items(settings.records)
+    try:
+        records = copied_file(settings.records)
+    except FileNotFoundError:
+        raise ColdStartError(f"cold_start.records = {settings.records}: there is no such file") from None
+    items, repeated = read_items(records)
     if repeated:
         print(f"{repeated} records occur more than once and count once")
     drawn = draw(items, settings.per_scenario, config.seed)
-    root = Path(settings.root) if settings.root else Path(settings.records).absolute().parent
+    root = settings.root or absolute(settings.records).rpartition("/")[0]
     folder = Path(workdir)
-    with open(settings.records, "rb") as file:
+    with open(records, "rb") as file:
         made_with = {"records": hashlib.file_digest(file, "sha256").hexdigest()}
     made_with |= fixed(config, REASONING_KEYS)
     with ExitStack() as stack:
@@ -78,8 +89,8 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
         manifest = write_selection(store, drawn, Counter(item.scenario for item in items), settings, folder)
     print_selection(manifest)
     if not manifest["files"][RECORDS]["records"]:
-        raise ColdStartError(f"not one path passed; {folder / REJECTED} has the reason for every question")
-    print(f"records: {folder / RECORDS}; media root: {root}")
+        raise ColdStartError(f"not one path passed; {named(folder / REJECTED)} has the reason for every question")
+    print(f"records: {named(folder / RECORDS)}; media root: {root}")
     return 0
 
 
@@ -91,7 +102,7 @@ def draw(items: Sequence[R1Question], per_scenario: int, seed: int) -> dict[str,
     return {name: [group[key] for key in draw_order(group, seed)[:per_scenario]] for name, group in groups.items()}
 
 
-def path_writer(config: ml_collections.ConfigDict, root: Path, folder: Path, pool: DecodePool) -> WritePaths:
+def path_writer(config: ml_collections.ConfigDict, root: str, folder: Path, pool: DecodePool) -> WritePaths:
     """Return what writes a question's paths: the configured teacher.
 
     Raises:
@@ -104,7 +115,7 @@ def path_writer(config: ml_collections.ConfigDict, root: Path, folder: Path, poo
 
 
 def model_paths(
-    config: ml_collections.ConfigDict, teacher: Teacher, root: Path, pool: DecodePool, item: R1Question
+    config: ml_collections.ConfigDict, teacher: Teacher, root: str, pool: DecodePool, item: R1Question
 ) -> list[str]:
     """Return completions written by a model that sees frames of the video.
 
@@ -116,7 +127,8 @@ def model_paths(
       TeacherError: the endpoint or the settings are wrong; no question would fare better.
     """
     settings, written = config.teacher, []
-    frames, numbers = item_frames(item, resolve_media(root, item.video), settings.num_frames, pool)
+    with on_disk(resolve_media(root, item.video), ClipCache()) as video:
+        frames, numbers = item_frames(item, video, settings.num_frames, pool)
     for path in range(config.cold_start.paths):
         digest = hashlib.sha256(f"{config.seed}\0{path}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big") >> 1  # 31 bits: what endpoints take
@@ -131,7 +143,7 @@ def model_paths(
     return written
 
 
-def judge(item: R1Question, write: WritePaths, root: Path, weights: RewardWeights) -> ClipResult:
+def judge(item: R1Question, write: WritePaths, root: str, weights: RewardWeights) -> ClipResult:
     """Return all paths of one question: rows {"path", "completion", "rewards"}; unusable ones with reason and detail.
 
     A question rejected for something that can be repaired outside of it (its video, a stored reply that is missing) is

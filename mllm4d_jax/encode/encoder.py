@@ -17,8 +17,8 @@ from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.files.cache import ClipCache
 from mllm4d_jax.files.quoting import shown
-from mllm4d_jax.files.remote import TransferError, is_remote
 from mllm4d_jax.media.decode_pool import DecodePool
+from mllm4d_jax.media.fetched import on_disk
 from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.media.resize import ImageRule
 from mllm4d_jax.media.stored_frames import StoredFrames
@@ -171,32 +171,16 @@ class Encoder(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _on_disk(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-        """Yield the parts with files of this machine: copies of those in a bucket, which errors go on to name.
-
-        Raises:
-          MediaError: reason "missing_file", or "fetch_failed" for one that cannot be read whole.
-          RemoteError: the bucket cannot be used; nothing is wrong with the record.
-        """
-        names: dict[str, str] = {}
+        """Yield the parts with files of this machine, copies of those in a bucket; raise as `media.fetched.on_disk`."""
         with contextlib.ExitStack() as held:
 
             def copied(part: Mapping[str, Any]) -> Mapping[str, Any]:
                 path = part.get("path")
-                if path is None or not is_remote(path):
+                if path is None:
                     return part
-                try:
-                    here = str(held.enter_context(self._clips.held(path)))
-                except FileNotFoundError:
-                    raise MediaError(f"{part['type']} file {path} does not exist", "missing_file") from None
-                except TransferError as error:
-                    raise MediaError(str(error), "fetch_failed") from error
-                names[here] = path
-                return {**part, "path": here}
+                return {**part, "path": held.enter_context(on_disk(path, self._clips, part["type"]))}
 
-            try:
-                yield [copied(part) for part in parts]
-            except RecordError as error:
-                raise error.with_names(names) from error.__cause__
+            yield [copied(part) for part in parts]
 
     def _load_all(self, parts: Sequence[Mapping[str, Any]], plan: Sequence[MediaItem | None]) -> Media:
         """Decodes what was planned."""

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from mllm4d_jax.encode.processor_config import ProcessorConfig
+from mllm4d_jax.files.cache import DEFAULT_GIB
 from mllm4d_jax.media import frame_sampling, resize
 from mllm4d_jax.media.resize import ResizeRule
 from mllm4d_jax.qa.errors import ProcessorError
@@ -64,7 +65,7 @@ class VideoOptions:
     image_max_pixels: int | None = None
     decode_timeout_s: float = 60.0
     decode_threads: int = 1
-    cache_gib: float = 100.0
+    cache_gib: float = DEFAULT_GIB
     outer_markers: bool = False
     position_rule: str = "release"
 

@@ -15,7 +15,7 @@ import numpy as np
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
 from mllm4d_jax.export.merged import ModelExportError, find_changes, write_merged
-from mllm4d_jax.files.atomic import new_folder
+from mllm4d_jax.files.atomic import new_folder, unfinished
 from mllm4d_jax.files.remote import absolute, place
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
@@ -100,7 +100,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     if not config.output:
         raise ModelExportError("config.output is empty: name the folder to write with --config.output=DIR")
     output = place(absolute(config.output))
-    if output.exists():
+    if output.exists() and not unfinished(output):
         raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
     if not config.model.adapter:
         raise ModelExportError("model.adapter is empty: name a workdir, its checkpoints or a PEFT adapter folder")

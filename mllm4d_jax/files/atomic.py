@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mllm4d_jax.files.lock import WriterLock
-from mllm4d_jax.files.remote import is_remote, join, remove_folder, upload
+from mllm4d_jax.files.remote import is_file, is_remote, join, remove, remove_folder, upload
 from mllm4d_jax.files.storage import StorageError, storing
 
 PARTIAL = ".partial"  # part of the name of everything that is still being written
@@ -91,7 +91,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which is renamed to `path` when the block ends without an error.
 
-    `path` must not exist then, or be empty. What an earlier writer left when it was killed is removed first.
+    `path` must not exist then, or be empty. What an earlier writer left when it was killed is removed first. In a
+    bucket the files are uploaded at the end, below a mark that says until then that they are not all there.
 
     Raises:
       LockError: another writer is at work on the same folder.
@@ -99,6 +100,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """
     if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
+            if unfinished(path):
+                remove_folder(path)
             (partial := Path(folder) / "folder").mkdir()
             yield partial
             _upload_folder(partial, str(path))
@@ -117,12 +120,19 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
+def unfinished(path: str | Path) -> bool:
+    """Whether a folder in a bucket is one that `new_folder` had not uploaded whole when it was killed."""
+    return is_remote(path) and is_file(join(path, PARTIAL))
+
+
 def _upload_folder(folder: Path, path: str) -> None:
     """Upload a folder; where that fails, nothing of it stays. What says what the others are comes last: *.json."""
     files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p.suffix == ".json", p))
     try:
+        upload(mark := join(path, PARTIAL), b"")
         for file in files:
             upload(join(path, file.relative_to(folder).as_posix()), file)
+        remove(mark)
     except BaseException:
         with contextlib.suppress(Exception):
             remove_folder(path)

@@ -56,6 +56,7 @@ class BucketLock:
         self._folder, self._path, self._beat_s, self._stale_s = folder, remote.join(folder, NAME), beat_s, stale_s
         self._owner = {"host": socket.gethostname(), "machine": machine, "pid": os.getpid(), "id": uuid.uuid4().hex}
         self._generation = "0"
+        # What is there is not read while this process replaces it: size and content would be of two versions.
         self._over, self._beating = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="bucket lock", daemon=True)
 
@@ -72,13 +73,23 @@ class BucketLock:
         self._over.set()
         self._thread.join()
         with contextlib.suppress(remote.RemoteError):
-            if self._holds():
-                remote.remove(self._path)
+            owner, generation = self._read()
+            if owner and owner["id"] == self._owner["id"]:
+                remote.remove(self._path, generation)  # unless somebody takes over at this moment
 
     def check(self) -> None:
-        """Raises LockError if another run has taken over, thinking this one dead; RemoteError."""
-        if not self._holds():
+        """Raises LockError if another run has taken over, thinking this one dead; RemoteError.
+
+        An object that is gone, though nobody took over, is made again.
+        """
+        with self._beating:
             owner, _ = self._read()
+            if owner is None:
+                self._generation = "0"
+                if self._write():
+                    return
+                owner, _ = self._read()
+        if owner is None or owner["id"] != self._owner["id"]:
             raise LockError(
                 f"{self._folder} was taken over by {said(owner)} while this run gave no sign: it ends here and writes "
                 "nothing more"
@@ -119,10 +130,6 @@ class BucketLock:
         self._generation = made
         return True
 
-    def _holds(self) -> bool:
-        owner, _ = self._read()
-        return bool(owner) and owner["id"] == self._owner["id"]
-
     def _read(self) -> tuple[dict[str, Any] | None, str]:
         """Return (who the object names, None if it is not there; its version)."""
         try:
@@ -134,5 +141,5 @@ class BucketLock:
 
     def _beat(self) -> None:
         while not self._over.wait(self._beat_s):
-            with contextlib.suppress(remote.RemoteError):  # away for now
+            with contextlib.suppress(remote.RemoteError), self._beating:  # away for now
                 self._write()

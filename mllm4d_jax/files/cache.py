@@ -23,6 +23,7 @@ _LOCK = ".lock"
 _ROOM = 0.9  # share of the bound that is left in use once clips have been thrown out
 _LOOK = 50  # one in so many of the bound's bytes is fetched before the folder is looked through again
 _LONGEST_NAME = 120
+DEFAULT_GIB = 100.0  # of clips
 
 
 def cache_folder() -> Path:
@@ -33,7 +34,7 @@ def cache_folder() -> Path:
 class ClipCache:
     """Clips of buckets as files of this machine. Pickles."""
 
-    def __init__(self, max_bytes: float) -> None:
+    def __init__(self, max_bytes: float = DEFAULT_GIB * 2**30) -> None:
         """`max_bytes`: of all clips together; each process may be over it by a fiftieth, and by the clips in use."""
         self.max_bytes, self._unseen = max_bytes, float("inf")
 
@@ -45,10 +46,7 @@ class ClipCache:
           FileNotFoundError, TransferError: what is wrong with it; RemoteError: with its bucket.
           StorageError: the disk is full or the like.
         """
-        folder = cache_folder() / "clips"
-        key = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-        entry = folder / key[:2] / key / path.rpartition("/")[2][-_LONGEST_NAME:]
-        lock = entry.parent.with_name(key + _LOCK)
+        entry, lock = _places(path)
         with storing(entry):
             entry.parent.parent.mkdir(parents=True, exist_ok=True)
             while True:
@@ -91,6 +89,24 @@ class ClipCache:
                 shutil.rmtree(file.parent, ignore_errors=True)
                 lock.unlink()
                 total -= size
+
+
+@contextlib.contextmanager
+def held_if_there(path: str) -> Iterator[Path | None]:
+    """Yield the copy of a clip as `ClipCache.held` does, None where there is none; the bucket is not asked."""
+    entry, lock = _places(path)
+    if not entry.exists():
+        yield None
+        return
+    with _locked(lock, fcntl.LOCK_SH):
+        yield entry if entry.exists() else None
+
+
+def _places(path: str) -> tuple[Path, Path]:
+    """Return where the copy of a clip is, and the file that is locked for it."""
+    key = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+    entry = cache_folder() / "clips" / key[:2] / key / path.rpartition("/")[2][-_LONGEST_NAME:]
+    return entry, entry.parent.with_name(key + _LOCK)
 
 
 def copied_file(path: str | os.PathLike) -> Path:

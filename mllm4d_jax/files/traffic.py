@@ -1,7 +1,7 @@
 """What a run and the processes that it starts ask of buckets: requests, and bytes in both directions.
 
-Each process writes its own totals into a file of a folder that an environment variable names. What TensorStore does for
-checkpoints is not among them.
+Each process writes its own totals into a file of a folder that an environment variable names. TensorStore, which Orbax
+writes arrays of checkpoints with, has connections of its own, and counts for itself what goes over them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 _FOLDER = "MLLM4D_TRAFFIC"
 _FORM = struct.Struct("<3Q")
+_HTTP = "/tensorstore/http/"  # metrics of all its buckets, and of the requests for credentials
 
 
 class Total(NamedTuple):
@@ -31,6 +33,7 @@ class Traffic:
     def __enter__(self) -> Self:
         self._held = tempfile.TemporaryDirectory(prefix="mllm4d-traffic-")
         os.environ[_FOLDER] = self._held.name
+        self._before = _tensorstore()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,9 +41,10 @@ class Traffic:
         self._held.cleanup()
 
     def total(self) -> Total:
-        """Return what all processes have asked so far."""
+        """Return what all processes have asked so far; of TensorStore's, those of this one."""
         found = [_FORM.unpack(text) for file in Path(self._held.name).iterdir() if len(text := file.read_bytes()) == 24]
-        return Total(*(sum(column) for column in zip(*found, strict=True))) if found else Total()
+        arrays = [now - before for now, before in zip(_tensorstore(), self._before, strict=True)]
+        return Total(*(sum(column) for column in zip(*found, arrays, strict=True)))
 
     def said(self, steps: int) -> str:
         """Return the total in words, for a run of so many steps; '' where no bucket was asked."""
@@ -48,6 +52,20 @@ class Traffic:
         per = f"; per 100 steps {100 * asked.requests / steps:,.0f} requests, {_mb(100 * asked.received / steps)}"
         text = f"buckets: {asked.requests:,} requests, {_mb(asked.received)} read, {_mb(asked.sent)} written"
         return text + per * (steps > 0) if asked.requests else ""
+
+
+def _tensorstore() -> Total:
+    """Return what TensorStore has asked of buckets in this process; nothing where it was never imported."""
+    module = sys.modules.get("tensorstore")
+    if module is None:
+        return Total()
+    found = dict.fromkeys(Total._fields, 0)
+    named = {"request_started": "requests", "response_bytes": "received", "request_bytes": "sent"}
+    for metric in module.experimental_collect_matching_metrics(_HTTP):
+        column = named.get(metric["name"].removeprefix(_HTTP))
+        for value in metric["values"] if column else ():
+            found[column] += round(value["mean"] * value["count"] if "mean" in value else value["value"])
+    return Total(**found)
 
 
 def counting() -> Any:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models.attention import choose_backend
 from mllm4d_jax.models.split import merge_model, split_model
-from mllm4d_jax.parallel.mesh import make_mesh, own_part
+from mllm4d_jax.parallel.mesh import make_mesh
 from mllm4d_jax.parallel.place import own_copies, placed
 from mllm4d_jax.parallel.rules import parameter_sharding
 
@@ -51,6 +51,7 @@ class SamplingWeights:
         learner_mesh: Mesh,
         patterns: Sequence[str],
         attention: str,
+        own: Mesh,
     ) -> None:
         """
         Args:
@@ -59,8 +60,8 @@ class SamplingWeights:
           mesh: to sample on; the learner's for no second copy.
           patterns: what is trained, as given to `split_model`.
           attention: backend by its configured name; chosen anew for the mesh.
+          own: this process's part of `mesh`, see `own_part`.
         """
-        own = own_part(mesh)
         self.graphdef, self.mesh, self._frozen, self._places = graphdef, own, frozen, None
         self._apart = own is not mesh
         if own is learner_mesh:

@@ -278,6 +278,10 @@ class PromptEncoder:
         """Features of the frames of all prompts; `weights`: trees on these devices."""
         return None if vision is None else self._encode(*weights, place_rows(vision, self._mesh), prompts)
 
+    def lower(self, weights: tuple, vision: VisionInputs, prompts: int) -> jax.stages.Lowered:
+        """The program, for shapes that are placed."""
+        return self._encode.lower(*weights, vision, prompts)
+
 
 def encode_prompts(
     graphdef: nnx.GraphDef, mesh: Mesh, trainable: Any, frozen: Any, vision: VisionInputs, prompts: int

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.stream import GroupStream, LoaderOptions
@@ -24,6 +25,7 @@ from mllm4d_jax.grpo.held_out import HeldOut
 from mllm4d_jax.grpo.learner import Learner, PromptEncoder
 from mllm4d_jax.grpo.prompts import PromptLoader
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.parallel.mesh import own_part
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.records import as_prompt, as_scored_prompt
 from mllm4d_jax.report.reading import EVALS
@@ -139,14 +141,16 @@ def make_learner(parts: Parts, trainable: Any, opt_state: Any, sampling: Samplin
     )
 
 
-def sampling_weights(parts: Parts, trainable: Any) -> SamplingWeights:
-    """Return the weights as the sampler takes them, on its mesh."""
+def sampling_weights(parts: Parts, trainable: Any, own: Callable[[Mesh], Mesh] = own_part) -> SamplingWeights:
+    """Return the weights as the sampler takes them, on its mesh; `own`: gives this process's part of it."""
     config = parts.config
+    mesh = sampling_mesh(parts.mesh, config.rollout.tensor)
     return SamplingWeights(
         parts.graphdef,
         trainable,
         parts.frozen,
-        sampling_mesh(parts.mesh, config.rollout.tensor),
+        mesh,
+        own=own(mesh),
         learner_mesh=parts.mesh,
         patterns=tuple(config.train.trainable),
         attention=config.model.attention,

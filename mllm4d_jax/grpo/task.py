@@ -30,7 +30,6 @@ from mllm4d_jax.rows.shape import RowShape
 from mllm4d_jax.run.log import say
 from mllm4d_jax.run.loop import TrainingRun, carry_out, check_finite
 from mllm4d_jax.run.throughput import peak_memory_gib
-from mllm4d_jax.run.workdir import hold_workdir
 
 AGREEING = "agreeing with the other processes"  # a phase of the watchdog's
 COLUMNS = ("reward", "reward/accuracy", "kl", "completion_tokens", "dead_groups", "rollouts_per_s")  # of the terminal
@@ -60,9 +59,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       OtherProcessError: that, or what another process cannot read, on the others.
       TrainingError: loss or gradient is not finite.
     """
-    with hold_workdir(workdir) as held:
-        multihost.together(lambda: settings.check(config))
-        return carry_out(config, held, COLUMNS, set_up, train)
+    return carry_out(config, workdir, COLUMNS, prepare, set_up, train)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+    """Return the config, looked through. Raises PreflightError."""
+    multihost.together(lambda: settings.check(config))
+    return config
 
 
 class Rounds:

@@ -79,12 +79,14 @@ def process_count(mesh: Mesh) -> int:
 
 
 def own_part(mesh: Mesh) -> Mesh:
-    """The rows of this process as a mesh of `data` and `tensor`; `mesh` itself in a run of one process.
+    """The rows of this process as a mesh of `data` and `tensor`; `mesh` itself where it is of one process.
+
+    In a plan this process stands for the first one of the devices that are not here.
 
     Args:
       mesh: one whose rows divide, see `rows_divide`.
     """
-    if jax.process_count() == 1:
+    if process_count(mesh) == 1:
         return mesh
     rows = mesh.devices.reshape(-1, 1, mesh.shape["tensor"])
     mine = [row for row in rows if row[0, 0].process_index == jax.process_index()]

@@ -112,13 +112,16 @@ def own_copies(tree: Any, mesh: Mesh) -> Any:
     """Return arrays as this process alone sees them, on its own part of their mesh; nothing is moved.
 
     Args:
-      tree: arrays that are not split over the batch axes, so that every process has them whole.
+      tree: arrays (or shapes) that are not split over the batch axes, so that every process has them whole.
       mesh: `own_part` of theirs.
     """
 
-    def own(x: jax.Array) -> jax.Array:
+    def own(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, x.sharding.spec)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return placed(x, sharding)
         parts = [shard.data for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), parts)
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
     return jax.tree.map(own, tree)
 

@@ -53,12 +53,15 @@ class Topology:
       chip: figures of one device.
       devices: all of them, in no host's possession.
       options: with which its programs are compiled.
+      host: devices of one of several hosts, as if there were no others: compilers take a part of a topology for the
+        whole of it, and refuse it or not by its numbers. () for one host.
     """
 
     name: str
     chip: Chip
     devices: tuple[jax.Device, ...]
     options: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    host: tuple[jax.Device, ...] = ()
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -104,7 +107,13 @@ def _tpus(name: str, chip: Chip, shape: str) -> Topology:
         )
     from jax.experimental import topologies
 
-    return Topology(name, chip, tuple(topologies.get_topology_desc(name, "tpu").devices))
+    devices, host = tuple(topologies.get_topology_desc(name, "tpu").devices), ()
+    own = [device.coords for device in devices if device.process_index == devices[0].process_index]
+    if len(own) < len(devices):
+        sizes = [max(along) - min(along) + 1 for along in zip(*own, strict=True)][: len(shape.split("x"))]
+        part = f"{chip.plan}:{'x'.join(map(str, sizes))}"
+        host = tuple(topologies.get_topology_desc(part, "tpu").devices)
+    return Topology(name, chip, devices, host=host)
 
 
 def _gpus(name: str, chip: Chip, shape: str) -> Topology:
@@ -126,10 +135,14 @@ def _gpus(name: str, chip: Chip, shape: str) -> Topology:
         memory=chip.hbm,
         name=f"NVIDIA {chip.plan.upper()}",
     )
-    found = topologies.get_topology_desc(platform="cuda", topology=f"1x{hosts}x{each}", target_config=target)
+
+    def of(hosts: int) -> tuple[jax.Device, ...]:
+        found = topologies.get_topology_desc(platform="cuda", topology=f"1x{hosts}x{each}", target_config=target)
+        return tuple(found.devices)
+
     if hosts > 1:
         chip = dataclasses.replace(chip, ici_rate=chip.net_rate)
-    return Topology(name, chip, tuple(found.devices), GPU_OPTIONS)
+    return Topology(name, chip, of(hosts), GPU_OPTIONS, of(1) if hosts > 1 else ())
 
 
 def _cuda_compiler() -> dict[str, bool]:

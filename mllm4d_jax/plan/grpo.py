@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -15,10 +16,11 @@ from jax.sharding import Mesh
 from mllm4d_jax.generate.policy import SamplingOptions
 from mllm4d_jax.generate.programs import ChunkInputs, KeyNumbers
 from mllm4d_jax.grpo.batch import RolloutBatch
-from mllm4d_jax.grpo.learner import PromptFeatures, scores_first
+from mllm4d_jax.grpo.learner import PromptEncoder, PromptFeatures, scores_first
 from mllm4d_jax.grpo.settings import completions_per_row
 from mllm4d_jax.grpo.setup import make_learner, make_sampler, sampling_weights
 from mllm4d_jax.models.flops import Tuning, Work, padded_work, pass_bytes, passes, step_flops
+from mllm4d_jax.parallel.mesh import own_part, process_count
 from mllm4d_jax.parallel.place import local_bytes, placed, placed_rows, repeated
 from mllm4d_jax.parallel.rules import batch_shards, replicated
 from mllm4d_jax.plan.compile import Compiled, Phase, Phases, PhaseWork, held_by, results_of
@@ -39,26 +41,36 @@ class GrpoPhases:
 
     Attributes:
       job: what is planned.
-      parts: of the learner; mesh, sampler_mesh: of learner and sampler.
+      parts: of the learner; mesh, sampler_mesh: of learner and sampler. Of several hosts each has a sampler of its own,
+        and one of them is planned.
       sampled: trees that the sampler is given.
       ladder: sizes of the sampler's arrays.
       lengths: tokens of a mean completion -> of a step's longest; the expected ones first.
       notes: what differs from the config.
     """
 
-    def __init__(self, job: GrpoJob, devices: Sequence[jax.Device], note: str = "") -> None:
-        """Raises MeshError where the configured meshes do not fit the devices; `note` as of `memory.choose`."""
+    def __init__(
+        self, job: GrpoJob, devices: Sequence[jax.Device], note: str = "", host: Sequence[jax.Device] = ()
+    ) -> None:
+        """Raises MeshError where the configured meshes do not fit the devices.
+
+        Args:
+          note: as of `memory.choose`.
+          host: see `Topology`; the sampler is compiled for these in the place of those of the first host.
+        """
         self.notes = (note,) if note else ()
         means = dict.fromkeys((job.lengths.completion, job.rollout.max_new_tokens))
         self.lengths = {mean: job.longest(mean) for mean in means}
-        self.job, self.parts = job, build(job.config, devices=devices, abstract=True)
-        weights = sampling_weights(self.parts, self.parts.trainable)
+        self.parts = build(job.config, devices=devices, abstract=True)
+        self.job = job = dataclasses.replace(job, hosts=process_count(self.parts.mesh))
+        weights = sampling_weights(self.parts, self.parts.trainable, partial(_host_part, host))
         self.mesh, self.sampler_mesh, self.sampled = self.parts.mesh, weights.mesh, weights.of(self.parts.trainable)
         banned, rate = tuple(sorted(job.shape.visual_token_ids)), job.rollout.temperature
         # Which token ends a text, and which are never drawn, makes no program larger.
         self._options = SamplingOptions(rate, eos_ids=(0,), banned_ids=banned, require_exact=True)
         self._learner = make_learner(self.parts, self.parts.trainable, self.parts.opt_state, self._options)
         self._sampler = make_sampler(job.config, weights)
+        self._encoder = PromptEncoder(weights.graphdef, weights.mesh) if job.hosts > 1 else None
         self.ladder = self._sampler.ladder
         # How often a step's completions are scored without a gradient: by the reference, by the policy.
         self.separate = scores_first(job.config.train.accumulation, job.config.objective.iterations)
@@ -69,7 +81,7 @@ class GrpoPhases:
         kinds = held_by(self.parts)
         if self.job.reference:
             kinds["reference"] = kinds["trainable"]
-        if self.sampler_mesh is not self.mesh:
+        if self.job.rollout.tensor:
             kinds[COPY] = local_bytes(self.sampled[1])
             if sampling:
                 kinds[SAMPLED] = local_bytes(self.sampled[0])
@@ -78,12 +90,8 @@ class GrpoPhases:
     def phases(self) -> Phases:
         """Yield the programs in the order of a step; what needs the result of one that does not fit is left out."""
         job, parts, lower = self.job, self.parts, self._learner.lower
-        count, held = job.rollout.prompts, self.held(sampling=False)
-        clip = job.shape.collate([[]], job.sizes).inputs.vision
-        vision = placed_rows(repeated(clip, count), self.mesh)
-        program = partial(lower, "encode", parts.trainable, parts.frozen, vision, count)
-        there, rows = held | {"batch": local_bytes(vision)}, -(-count // batch_shards(self.mesh))
-        features = yield Phase("vision encode", "encode", program, there, rows, job.sizes.prefix, count)
+        held, encode = self.held(sampling=False), self._encoding()
+        features = yield encode
         if features is None:
             return
         yield from self._sampling(features)
@@ -95,11 +103,24 @@ class GrpoPhases:
         size = job.row_sizes(job.rollout.max_new_tokens).layout.size
         yield Phase("optimiser", "optimiser", program, there, rows=0, size=size)
 
+    def _encoding(self) -> Phase:
+        """The frames of all prompts; of several hosts, each sees those of its own ones."""
+        job, parts, own = self.job, self.parts, self.job.rollout.prompts // self.job.hosts
+        mesh, clip = self.sampler_mesh if self._encoder else self.mesh, job.shape.collate([[]], job.sizes).inputs.vision
+        vision = placed_rows(repeated(clip, own), mesh)
+        if self._encoder:
+            program = partial(self._encoder.lower, self.sampled, vision, own)
+        else:
+            program = partial(self._learner.lower, "encode", parts.trainable, parts.frozen, vision, own)
+        there = self.held(sampling=self._encoder is not None) | {"batch": local_bytes(vision)}
+        rows = -(-own // batch_shards(mesh))
+        return Phase("vision encode", "encode", program, there, rows, job.sizes.prefix, job.rollout.prompts)
+
     def _sampling(self, features: PromptFeatures) -> Phases:
         """Prefill; a chunk with the first cache; the last growth of the cache; a chunk with the largest."""
         job, mesh, options, lower = self.job, self.sampler_mesh, self._options, self._sampler.lower
-        together = batch_shards(mesh)  # prompts that are prefilled at a time
-        filled, first = job.sampled(together), min(together, job.rollout.prompts)
+        together = batch_shards(mesh)  # prompts that a host prefills at a time
+        filled, first = job.sampled(together * job.hosts) // job.hosts, min(together, job.rollout.prompts // job.hosts)
         numbers, entries = (
             np.zeros((together, job.rollout.completions), np.int32),
             np.zeros((filled, job.width), np.int32),
@@ -112,13 +133,15 @@ class GrpoPhases:
         rungs = [slots for slots, _ in job.rungs(self.ladder, job.rollout.max_new_tokens)] or [1]
         prompts, caches = self._caches(filled, {rungs[0], *rungs[-2:]})
         there = self.held(sampling=True)
-        there["features"] = local_bytes(features) + (mesh is not self.mesh) * local_bytes(flat)
+        moved = mesh is not self.mesh and self._encoder is None
+        there["features"] = local_bytes(features) + moved * local_bytes(flat)
         there["prompt cache"] = local_bytes(prompts)
         form = self._sampler.form(self.sampled)
         layers = None
         if form != "stacked":
             layers = results_of(lower("layers", self.sampled, kernels=form == "kernels").compile())
-        same, decoding = dict(size=job.sizes.prefix, prompts=filled), {APART: local_bytes(layers)} if layers else {}
+        same = dict(size=job.sizes.prefix, prompts=filled * job.hosts)
+        decoding = {APART: local_bytes(layers)} if layers else {}
         held = there | {"branch cache": local_bytes(caches[rungs[0]])}
         if job.at_once < job.rollout.prompts:  # the next ones come while others decode, as long as they can be
             held = there | decoding | {"branch cache": local_bytes(caches[rungs[-1]])}
@@ -155,7 +178,12 @@ class GrpoPhases:
         """Log-probs without and with a gradient, of one micro-batch with completions of `mean` tokens."""
         job, c, lower = self.job, self.job.rollout, self._learner.lower
         trainable, frozen, grads = self.parts.trainable, self.parts.frozen, self._gradient()
-        rows = placed_rows(learner_rows(job, mean), self.mesh)
+        held = self.held(sampling=False) | {"features": local_bytes(features)}
+        rows = learner_rows(job, mean)
+        if self._encoder:  # each row's features are taken on its host, for all micro-batches at once
+            features, rows = self._taken(features, len(rows.completions)), rows._replace(prompts=None)
+            held["features"] += job.config.train.accumulation * local_bytes(features)
+        rows = placed_rows(rows, self.mesh)
         numbers = np.zeros((c.prompts * c.completions, rows.places.shape[-1]), np.float32)
         batch = RolloutBatch(
             tokens=numbers.astype(np.int32),
@@ -169,7 +197,6 @@ class GrpoPhases:
         batch, scores = _everywhere((batch, numbers), self.mesh)
         begun = lower("begin", batch, scores if self.separate else None).out_info
         batch, totals, *_ = _everywhere(begun, self.mesh)
-        held = self.held(sampling=False) | {"features": local_bytes(features)}
         held["batch"] = job.config.train.accumulation * local_bytes(rows) + local_bytes(batch)
         count, size = -(-rows.places.shape[0] // batch_shards(self.mesh)), rows.inputs.layout.size
         same = dict(rows=count, size=size, prompts=c.prompts, mean=mean)
@@ -180,15 +207,23 @@ class GrpoPhases:
         held = held | {"gradient": local_bytes(grads)}
         yield Phase(f"gradient, completions of {mean}", "gradient", program, held, **same)
 
+    def _taken(self, features: PromptFeatures, rows: int) -> PromptFeatures:
+        """Features of so many rows, each with those of its prompt, on the devices of all hosts."""
+        shape, dtype = (rows, *features.merged.shape[1:]), features.merged.dtype
+        deep = (features.deepstack.shape[0], *shape)
+        taken = PromptFeatures(jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(deep, dtype))
+        return placed_rows(taken, self.mesh)
+
     def _gradient(self) -> Any:
         return jax.tree.map(lambda x: placed(x.update(dtype=jnp.float32), x.sharding), self.parts.trainable)
 
     def calls(self, mean: int) -> Iterator[PhaseWork]:
         """Yield what each phase does in a step with completions of `mean` tokens."""
         job, text, c = self.job, self.job.model.text, self.job.config
-        data, tensor = batch_shards(self.sampler_mesh), self.sampler_mesh.shape["tensor"]
+        data, tensor = batch_shards(self.sampler_mesh) * job.hosts, self.sampler_mesh.shape["tensor"]
         flops, rows = program_flops(job, self.parts.tuning, mean, data), job.sampled(data)
-        yield PhaseWork("vision", "encode", 1, flops["encode"], float(local_bytes(self.parts.frozen["vision"])))
+        tower = (self.sampled[1] if self._encoder else self.parts.frozen)["vision"]
+        yield PhaseWork("vision", "encode", 1, flops["encode"], float(local_bytes(tower)))
         prefilled = pass_bytes(text, job.item, tensor, job.sizes.prefix)
         yield PhaseWork("prefill", "prefill", -(-job.rollout.prompts // data), flops["prefill"], prefilled)
         rungs = job.decode_rungs(self.ladder, mean)
@@ -213,6 +248,7 @@ class GrpoPhases:
         """Return what was planned with."""
         return dict(
             sampler_mesh=dict(self.sampler_mesh.shape),
+            hosts=self.job.hosts,
             prompts=self.job.rollout.prompts,
             completions=self.job.rollout.completions,
             completions_per_row=completions_per_row(self.job.config),
@@ -235,6 +271,15 @@ class GrpoPhases:
                 parts["text"] = {name: part for name, part in parts["text"].items() if name != "embed"}
             kept.append(parts)
         return local_bytes(kept)
+
+
+def _host_part(host: Sequence[jax.Device], mesh: Mesh) -> Mesh:
+    """Return the first host's part of a mesh, with the devices of `host`, if there are any, in their places."""
+    own = own_part(mesh)
+    if own is mesh or not host:
+        return own
+    places = {device.id: n for n, device in enumerate(sorted(own.devices.flat, key=lambda d: d.id))}
+    return Mesh(np.asarray([host[places[d.id]] for d in own.devices.flat]).reshape(own.devices.shape), own.axis_names)
 
 
 def program_flops(job: GrpoJob, tuning: Tuning, mean: int, data: int) -> dict[str, float]:
@@ -293,5 +338,5 @@ def largest_prompts(job: GrpoJob, phases: Sequence[Compiled], limit: int, shards
             most = min(most, prompts * (limit - fixed) / max(p.needed - fixed, 1))
     each = c.train.accumulation * shards
     rows = job.rollout.completions // completions_per_row(c)
-    step = each // math.gcd(rows, each)
+    step = math.lcm(each // math.gcd(rows, each), job.hosts)
     return max(0, math.floor(most / step) * step) if math.isfinite(most) else 0

@@ -121,7 +121,13 @@ class PlanJob:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoJob(PlanJob):
-    """A run of reinforcement learning to plan."""
+    """A run of reinforcement learning to plan.
+
+    Attributes:
+      hosts: that draw completions of their own prompts, each on its own devices.
+    """
+
+    hosts: int = 1
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, lengths: Lengths) -> Self:
@@ -156,8 +162,9 @@ class GrpoJob(PlanJob):
 
     @property
     def at_once(self) -> int:
-        """Prompts in the sampler at a time."""
-        return min(self.rollout.prompts_at_once or self.rollout.prompts, self.rollout.prompts)
+        """Prompts in the samplers of all hosts at a time."""
+        asked = min(self.rollout.prompts_at_once or self.rollout.prompts, self.rollout.prompts)
+        return -(-asked // self.hosts) * self.hosts
 
     @property
     def width(self) -> int:
@@ -165,7 +172,7 @@ class GrpoJob(PlanJob):
         return min(self.rollout.completions_at_once or self.rollout.completions, self.rollout.completions)
 
     def sampled(self, data: int) -> int:
-        """Return the rows of the sampler's arrays: prompts, filled up to a multiple of the devices that share them."""
+        """Return the rows of the samplers' arrays, filled up: `data` is how many parts all hosts split them into."""
         return -(-self.at_once // data) * data
 
     def longest(self, mean: int) -> int:

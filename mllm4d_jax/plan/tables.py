@@ -118,12 +118,13 @@ def memory_table(plans: Sequence[TopologyPlan]) -> str:
     rows = []
     for p in plans:
         f, peak = p.facts, p.peak
+        hosts = f" on each of {f['hosts']} hosts" if f["hosts"] > 1 else ""
         caches = max(sum(n for kind, n in (c.memory or {}).items() if "cache" in kind) for c in p.phases)
         rows.append(
-            f"{p.topology} | {_axes(p.mesh)} | {_axes(f['sampler_mesh'])} | {f['prompts']} x {f['completions']} | "
-            f"{f['completions_per_row']}, {f['accumulation']} | {peak.needed / GIB:.2f} of {p.hbm / GIB:.0f} "
-            f"({peak.phase.name}) | {caches / GIB:.2f} | {'yes' if p.fits else 'no'} | about {p.largest} | "
-            f"{sum(c.seconds for c in p.phases):.0f}"
+            f"{p.topology} | {_axes(p.mesh)} | {_axes(f['sampler_mesh'])}{hosts} | "
+            f"{f['prompts']} x {f['completions']} | {f['completions_per_row']}, {f['accumulation']} | "
+            f"{peak.needed / GIB:.2f} of {p.hbm / GIB:.0f} ({peak.phase.name}) | {caches / GIB:.2f} | "
+            f"{'yes' if p.fits else 'no'} | about {p.largest} | {sum(c.seconds for c in p.phases):.0f}"
         )
     return _table(
         "topology | learner's mesh | sampler's mesh | prompts x completions | completions per row, micro-batches | "

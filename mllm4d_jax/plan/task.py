@@ -11,6 +11,7 @@ import ml_collections
 
 from mllm4d_jax import __version__
 from mllm4d_jax.files.atomic import write_atomic, write_json
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.parallel.chips import GIB
 from mllm4d_jax.parallel.topology import Topology, open_topology, split_name
 from mllm4d_jax.plan.compile import FORMULA, compile_phase, compile_phases, timing
@@ -51,7 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, targets: str) -> int:
         if name != MEMORY:
             split_name(name.removesuffix("+") if config.task == "sft" else name)
     job = (PlanJob if config.task == "sft" else GrpoJob).of(config, lengths)
-    folder = Path(workdir)
+    folder = place(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     plans: list[TopologyPlan] = []
     gpus: list[dict[str, Any]] = []
@@ -89,7 +90,7 @@ def _plan(job: PlanJob, topology: Topology, searching: bool) -> TopologyPlan:
     how = job.model.text.vocab_size, topology.options
     if isinstance(job, GrpoJob):
         job, note = choose(job, len(devices), limit, len({device.process_index for device in devices}))
-        step = GrpoPhases(job, devices, note)
+        step = GrpoPhases(job, devices, note, topology.host)
     else:
         step = SftPhases(job, devices)
     for one in compile_phases(step.phases(), *how):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from mllm4d_jax.files.remote import place
 from mllm4d_jax.qa.errors import ProcessorError, did_you_mean
 
 ST_COT = """\
@@ -35,19 +35,21 @@ PRESETS: Mapping[str, str] = {"st_cot": ST_COT}
 def resolve_system_prompt(system: str = "", file: str = "") -> str | None:
     """Return the configured system prompt: a preset by its name, literal text or a file's text; None without any.
 
-    A file is UTF-8; line breaks at its very end are left out.
+    A file, here or in a bucket, is UTF-8; line breaks at its very end are left out.
 
     Raises:
       ProcessorError: both are set, the file is missing, not UTF-8 or blank, or `system` is a single word that is no
-        preset (a typing error, not a prompt).
+        preset (a typing error, not a prompt). RemoteError: its bucket cannot be used.
     """
     if system and file:
         raise ProcessorError("give a system prompt or a system prompt file, not both")
     if file:
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            text = place(file).read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except OSError as error:
-            raise ProcessorError(f"system prompt file {file} cannot be read ({error.strerror})") from error
+            raise ProcessorError(
+                f"system prompt file {file} cannot be read ({error.strerror or 'not there'})"
+            ) from error
         except UnicodeDecodeError as error:
             raise ProcessorError(f"system prompt file {file} is not UTF-8 text") from error
         if not text.strip():

@@ -199,6 +199,12 @@ class Checkpoints:
         with self._saving():
             self._manager.save(step, args=args, metrics={"loss": loss})
 
+    def finish(self) -> None:
+        """Return once the newest checkpoint is whole. Raises SaveError as `save`."""
+        with self._saving():
+            self._manager.wait_until_finished()
+        self.check()
+
     def check(self) -> None:
         """Raises SaveError once the checkpoint that is being written has failed."""
         with self._saving():

@@ -8,6 +8,7 @@ files do not count, since copying changes them; a clip that was missing then or 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ import numpy as np
 from mllm4d_jax.data.sources import RecordSource
 from mllm4d_jax.files import digests
 from mllm4d_jax.files.atomic import write_json
-from mllm4d_jax.files.remote import RemoteError, place
+from mllm4d_jax.files.cache import held_if_there
+from mllm4d_jax.files.remote import RemoteError, is_remote, place
 from mllm4d_jax.qa.errors import RecordError
 
 CLIPS = "clips.json"
@@ -69,13 +71,19 @@ def _digests(sources: Sequence[RecordSource]) -> Iterator[tuple[str, str]]:
             except RecordError:
                 continue
             parts = (part for message in record.messages for part in message["content"] if isinstance(part, dict))
-            for file in (place(part["path"]) for part in parts if isinstance(part.get("path"), str)):
+            for file in (part["path"] for part in parts if isinstance(part.get("path"), str)):
                 try:
-                    yield f"{file.name} (record {i} of source {number})", digests.sampled(file, _READ)
+                    yield f"{place(file).name} (record {i} of source {number})", _digest(file)
                 except RemoteError:
                     raise
                 except (OSError, ValueError):  # missing, no permission, a name that cannot be one
                     continue
+
+
+def _digest(file: str) -> str:
+    """Return the digest of a clip: of one in a bucket that of its copy on this machine, which is what a run reads."""
+    with held_if_there(file) if is_remote(file) else contextlib.nullcontext() as copy:
+        return digests.sampled(copy or file, _READ)
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ from mllm4d_jax.run.checkpoint import Checkpoints, Meta, flat_config
 from mllm4d_jax.run.log import RunLog, say, write_facts
 from mllm4d_jax.run.saved import take_up
 from mllm4d_jax.run.watchdog import Watchdog
-from mllm4d_jax.run.workdir import Workdir
+from mllm4d_jax.run.workdir import hold_workdir
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +56,20 @@ def check_finite(finite: bool, step: int, loss: float, norm: float, keys: Iterab
 
 def carry_out(
     config: ml_collections.ConfigDict,
-    held: Workdir,
+    workdir: str,
     columns: Sequence[str],
+    prepare: Callable[[ml_collections.ConfigDict, Path], ml_collections.ConfigDict],
     set_up: Callable[[ml_collections.ConfigDict, Path, Checkpoints], Any],
     train: Callable[[Any, TrainingRun], None],
 ) -> int:
-    """Open the checkpoints, set a run up, train until the last step or until asked to stop, and say how far it came.
+    """Take hold of a workdir, set a run up, train until the last step or until asked to stop, say how far it came.
+
+    Of several processes, each that is lost or hangs is named by the others from here on (`Watchdog`).
 
     Args:
-      held: the run's folder.
+      workdir: the run's folder.
       columns: of the log, that the terminal shows.
+      prepare: given the workdir (of one in a bucket its copy), checks the config and completes it.
       set_up: makes what `train` is given; has the run as `begun` and `facts` about it.
       train: runs the steps that are left, and saves.
 
@@ -76,19 +80,27 @@ def carry_out(
       ResumeError: no checkpoint in the folder is whole.
       SaveError: one cannot be written; LockError: another run has taken the folder over.
     """
-    c, folder = config.train, held.home / "checkpoints"
-    multihost.primary_only(lambda: take_up(folder))
-    kept = Checkpoints(folder, c.keep_checkpoints, c.keep_best, guard=held.check)
-    with Traffic() as traffic, Ending(CLOSING_S) as ending, kept as checkpoints, StopSignal() as stop:
-        with ending.after_errors():
-            setup = set_up(config, held.path, checkpoints)
-            write_facts(held.path, setup.facts)
-        done = setup.begun.progress.step
-        if done < c.steps:
-            with setup.begun.encoder, TrainingRun(setup.begun, columns, stop, ending) as run:
-                train(setup, run)
-            say(traffic.said(run.progress.step - done))
-            done = run.progress.step
+    c, own = config.train, dict(process=jax.process_index(), processes=jax.process_count())
+    with Traffic() as traffic, Watchdog(c.watchdog_s, **own) as watchdog, contextlib.ExitStack() as held:
+        with watchdog.phase("taking hold of the workdir"):
+            place = held.enter_context(hold_workdir(workdir))
+            folder = place.home / "checkpoints"
+            multihost.primary_only(lambda: take_up(folder))
+        with watchdog.phase("looking for what the run needs"):
+            config = prepare(config, place.path)
+        kept = Checkpoints(folder, c.keep_checkpoints, c.keep_best, guard=place.check)
+        with Ending(CLOSING_S) as ending, kept as checkpoints, StopSignal() as stop:
+            with ending.after_errors(), watchdog.phase("opening records, loading weights and checkpoint"):
+                setup = set_up(config, place.path, checkpoints)
+                write_facts(place.path, setup.facts)
+            done = setup.begun.progress.step
+            if done < c.steps:
+                with setup.begun.encoder, TrainingRun(setup.begun, columns, stop, ending, watchdog) as run:
+                    train(setup, run)
+                with watchdog.phase("writing the last checkpoint"):
+                    checkpoints.finish()
+                say(traffic.said(run.progress.step - done))
+                done = run.progress.step
     stopped = f"stopped after step {done} of {c.steps} and saved; the same command goes on from there"
     say(stopped if done < c.steps else f"{done} steps done")
     return 0
@@ -151,19 +163,31 @@ class TrainingRun:
       watchdog: is told what the process waits for.
     """
 
-    def __init__(self, begun: Begun, columns: Sequence[str], stop: StopSignal, ending: Ending | None = None) -> None:
-        """`columns`: of the log, that the terminal shows; `ending`: for closing down after an error."""
+    def __init__(
+        self,
+        begun: Begun,
+        columns: Sequence[str],
+        stop: StopSignal,
+        ending: Ending | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """
+        Args:
+          columns: of the log, that the terminal shows.
+          ending: for closing down after an error.
+          watchdog: at work already; None for nobody who watches.
+        """
         self.config, self.workdir, self.checkpoints = begun.config, begun.workdir, begun.checkpoints
         self.progress, self.stop, self._content, self._start = begun.progress, stop, begun.content, begun.progress.step
         c = self.config.train
         self._log = RunLog(self.workdir, self.config.task, columns, c.steps, self._start, c.log_every)
-        self.watchdog = Watchdog(c.watchdog_s, process=jax.process_index(), processes=jax.process_count())
+        self.watchdog = watchdog or Watchdog(0)
         self._hooks: list[_Hook] = []
         self._open, self._tracing = contextlib.ExitStack(), contextlib.ExitStack()
         self._ending = ending
 
     def __enter__(self) -> Self:
-        for part in (self._log, self.watchdog, self._tracing):
+        for part in (self._log, self._tracing):
             self._open.enter_context(part)
         return self
 

@@ -26,6 +26,7 @@ from mllm4d_jax.files.storage import storing
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax is still writing
 # Orbax writes these once more after the digests; what they say is of no use here but for being there.
 WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_PARTS = ("trainable", "opt", "meta", "metrics")  # folders of a checkpoint
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _SMALL = 1 << 16  # bytes: descriptions, which Orbax reads of every checkpoint, are smaller, arrays are larger
 
@@ -55,9 +56,9 @@ def _parts(folder: Path) -> dict[str, set[str]]:
 
 
 def _is_unfinished(files: set[str]) -> bool:
-    """Whether Orbax has begun, and not ended, to write these files of a checkpoint in a bucket."""
+    """Whether Orbax has begun, and not ended, to write these files of a checkpoint in a bucket, in whatever order."""
     about, commit = WRITTEN_LATER
-    return about in files and commit not in files
+    return commit not in files and bool(files & {about, *_PARTS})
 
 
 def _finish(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from pathlib import Path
 
 import jax
 import ml_collections
@@ -15,7 +16,6 @@ from mllm4d_jax.run import preflight
 from mllm4d_jax.run.checkpoint import Progress
 from mllm4d_jax.run.loop import TrainingRun, carry_out
 from mllm4d_jax.run.tiny import with_sample
-from mllm4d_jax.run.workdir import hold_workdir
 from mllm4d_jax.sft.feed import StepFeed
 from mllm4d_jax.sft.setup import SftSetup, set_up
 
@@ -44,10 +44,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       TrainingError: loss or gradient is not finite.
       HeldOutError: no record of data.eval_path can be used.
     """
-    with hold_workdir(workdir) as held:
-        config = multihost.primary_first(lambda: with_sample(config, held.path))
-        multihost.together(lambda: preflight.check(config))
-        return carry_out(config, held, COLUMNS, set_up, train)
+    return carry_out(config, workdir, COLUMNS, prepare, set_up, train)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+    """Return the config with a sample for what it lacks, if it asks for one. Raises PreflightError."""
+    config = multihost.primary_first(lambda: with_sample(config, workdir))
+    multihost.together(lambda: preflight.check(config))
+    return config
 
 
 def train(setup: SftSetup, run: TrainingRun) -> None:

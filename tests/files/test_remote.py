@@ -7,6 +7,7 @@ import os
 import pytest
 
 from mllm4d_jax.files import remote
+from mllm4d_jax.files.atomic import PARTIAL, new_folder, unfinished
 from tests.buckets import BUCKET
 
 ROOT = f"gs://{BUCKET}"
@@ -87,3 +88,13 @@ def test_a_damaged_object_is_told_from_a_bad_network(front, tmp_path, monkeypatc
     front.rate, front.kinds = 1.0, ("short",)
     with pytest.raises(remote.TransferError, match="gs://trial-bucket/damaged: what was read is not"):
         remote.fetch(f"{ROOT}/damaged", tmp_path / "a")
+
+
+def test_a_folder_whose_upload_was_cut_off_is_made_anew(front):
+    there = f"gs://{BUCKET}/folders/cut"
+    for name in (PARTIAL, "model.safetensors"):
+        remote.upload(f"{there}/{name}", b"x")
+    assert unfinished(there)
+    with new_folder(there) as folder:
+        (folder / "config.json").write_bytes(b"{}")
+    assert remote.found(there).keys() == {"config.json"} and not unfinished(there)

@@ -6,8 +6,12 @@ import concurrent.futures
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+
 from mllm4d_jax.files import remote
 from mllm4d_jax.files.traffic import Total, Traffic
+from mllm4d_jax.run.checkpoint import Checkpoints
 from tests.buckets import BUCKET
 
 PATH = f"gs://{BUCKET}/traffic/a"
@@ -30,6 +34,17 @@ def test_requests_and_bytes_of_all_processes(front, tmp_path):
         remote.read_range(PATH, 0, 10)
         assert other.total()[:2] == (1, 10)
     remote.read_range(PATH, 0, 10)
+
+
+def test_what_tensorstore_asks_for_checkpoints_is_counted(front):
+    with Traffic() as traffic, Checkpoints(f"gs://{BUCKET}/traffic/checkpoints", keep=1) as kept:
+        kept.save_trainable(0, {"a": jax.random.normal(jax.random.key(0), 50_000)})
+        kept.finish()
+        saved, asked = traffic.total(), sum(front.requests.values())
+        assert 150_000 <= saved.sent < 400_000
+        kept.restore_trainable(0, {"a": jnp.zeros(50_000)})
+        assert 150_000 <= traffic.total().received - saved.received < 400_000
+        assert asked <= saved.requests <= 1.5 * asked  # those for credentials go elsewhere
 
 
 def test_the_total_never_falls_while_others_are_at_work(front):

@@ -10,8 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import grpo as grpo_config
+from mllm4d_jax.files import remote
 from mllm4d_jax.parallel.place import placed
-from mllm4d_jax.run.checkpoint import Checkpoints
+from mllm4d_jax.run import saved
 
 FIGURES = frozenset("0123456789.")
 
@@ -65,16 +66,12 @@ def make_config(world, reward="figures", **changes):
     return config
 
 
-def final(folder: Path):
-    """(step, all arrays by name) of the newest checkpoint."""
-    with Checkpoints(folder / "checkpoints", keep=9) as kept:
-        step = kept.latest()
-    found = {}
+def final(folder: Path | str):
+    """(step, all arrays by name) of the newest checkpoint, here or in a bucket."""
+    root = remote.place(remote.absolute(folder)) / "checkpoints"
+    step, here, found = saved.steps(root)[-1], jax.sharding.SingleDeviceSharding(jax.devices()[0]), {}
     for part in ("trainable", "opt"):
-        path, here = (
-            (folder / "checkpoints" / str(step) / part).absolute(),
-            jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-        )
+        path = root / str(step) / part
         stored = ocp.StandardCheckpointer()  # whatever devices, and of how many processes, the run was on
         shapes = jax.tree.map(functools.partial(placed, sharding=here), stored.metadata(path).item_metadata.tree)
         tree = stored.restore(path, shapes)

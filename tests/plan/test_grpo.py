@@ -21,7 +21,7 @@ from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.mesh import make_mesh, mesh_shape
 from mllm4d_jax.plan import memory as reckon
 from mllm4d_jax.plan import task
-from mllm4d_jax.plan.compile import EFFICIENCY, Compiled, Phase, timing
+from mllm4d_jax.plan.compile import EFFICIENCY, Compiled, Phase, compile_phases, timing
 from mllm4d_jax.plan.grpo import GrpoPhases, decode_flops, largest_prompts, program_flops
 from mllm4d_jax.plan.job import PlanError
 from mllm4d_jax.run.build import abstract_model
@@ -317,3 +317,20 @@ def test_a_tpu_program_has_the_kernel(config, monkeypatch):
     assert kernels["gradient"] > kernels["score"] > 0 and planned.fits
     assert not any(c.whole for c in planned.phases)
     assert jnp.isfinite(planned.hours)
+
+
+@pytest.mark.slow
+def test_a_host_of_several_decodes_without_a_gather_of_weights(config, monkeypatch):
+    """What is gathered are the tokens drawn; the compiler may refuse a part of a slice, so a host is one of its own."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    config.mesh.data, config.mesh.fsdp, config.rollout.tensor, config.model.dtype = 16, 16, 2, "bfloat16"
+    config.rollout.prompts, config.learner.completions_per_row = 64, 2
+    found = topology.open_topology("v5e:16x16")
+    assert [d.coords for d in found.host] == [[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]] and len(found.devices) == 256
+    assert topology.open_topology("v5e:2x2").host == ()
+    programs = GrpoPhases(job_of(config, completion=64), found.devices, host=found.host)
+    assert set(programs.sampler_mesh.devices.flat) == set(found.host) and programs.job.hosts == 64
+    phases = compile_phases(programs.phases(), programs.job.model.text.vocab_size, found.options)
+    decode = next(one for one in phases if one.phase.kind == "decode")
+    assert decode.gathered.startswith("s32[1,") and decode.received["all-gather"] < 10_000

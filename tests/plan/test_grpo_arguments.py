@@ -23,6 +23,7 @@ from mllm4d_jax.models.split import merge_model
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.parallel.place import place_rows
 from mllm4d_jax.parallel.rules import replicated
+from mllm4d_jax.plan import grpo as plan_grpo
 from mllm4d_jax.plan import memory as reckon
 from mllm4d_jax.plan.grpo import GrpoPhases
 from mllm4d_jax.rows.completion_rows import collate_prompts, needed_prompt_sizes
@@ -198,3 +199,33 @@ def test_features_from_devices_in_another_order(quick_compiles):
     sampler = Sampler(graphdef, mesh, chunk=4)
     same, moved = (sampler.generate((trainable, frozen), inputs, features=put(m), **how) for m in (mesh, other))
     assert np.array_equal(same.tokens, moved.tokens) and np.array_equal(same.logprobs, moved.logprobs)
+
+
+def test_of_several_hosts_each_has_a_sampler_of_its_own(config, monkeypatch):
+    """Four devices as if they were of two hosts: what a run of two processes hands to its programs."""
+    config.mesh.data, config.mesh.fsdp, config.rollout.tensor = 1, 4, 2
+    config.learner.completions_per_row, config.train.accumulation = 4, 2
+    config.rollout.max_new_tokens, config.rollout.buckets, config.rollout.prompts_at_once = 32, (32,), 2
+    devices = jax.devices()[:8]
+    monkeypatch.setattr(plan_grpo, "process_count", lambda mesh: 2)
+    monkeypatch.setattr(plan_grpo, "own_part", lambda mesh: Mesh(mesh.devices.reshape(-1, 1, 2)[:1], mesh.axis_names))
+    programs = GrpoPhases(job_of(config), devices[:4], host=devices[6:])
+    mesh, p = programs.sampler_mesh, programs.job.sizes
+    assert list(mesh.devices.flat) == devices[6:] and dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+    assert {d for x in jax.tree.leaves(programs.sampled) for d in x.sharding.device_set} == set(devices[6:])
+    size = (2, p.frames * p.frame_patches // 4, programs.job.model.text.hidden_size)
+    found = PromptFeatures(
+        *(jax.ShapeDtypeStruct((*k, *size), np.float32, sharding=replicated(mesh)) for k in ((), (2,)))
+    )
+    planned = planned_arguments(programs, found)
+    vision, prompts = planned["encode"][0]
+    assert prompts == 2 and vision.patches.sharding.mesh == mesh and len(vision.patches) == 2 * p.frames
+    (_, inputs, flat, _), _ = planned["prefill"]
+    assert len(inputs.tokens) == 1, "one of its two prompts at a time"
+    assert flat.merged.shape[0] == size[1] and inputs.tokens.sharding.mesh == mesh
+    _, _, _, taken, rows, batch, _ = planned["gradient"][0]
+    # 4 prompts x 8 completions, 4 to a row, in two parts: 4 rows, each with the features of its prompt
+    assert rows.prompts is None and rows.places.shape[:2] == (4, 4) and taken.merged.shape == (4, *size[1:])
+    assert taken.merged.sharding.mesh == programs.mesh == rows.places.sharding.mesh and len(batch.mask) == 32
+    once = {call.kind: call for call in programs.calls(32)}
+    assert once["prefill"].times == 2 and programs.facts()["hosts"] == 2

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.files.cache import ClipCache
 from mllm4d_jax.run import clips
 from mllm4d_jax.run.clips import CLIPS, ClipsError, check_clips
+from tests.buckets import put_folder
 
 
 def world(folder, number=3):
@@ -78,3 +80,23 @@ def test_of_many_clips_some_are_looked_at(tmp_path, monkeypatch):
     check_clips(tmp_path, [world(tmp_path, number=50)], fresh=True)
     numbers = sorted(int(name.split(".")[0]) for name in json.loads((tmp_path / CLIPS).read_text()))
     assert len(numbers) == 3 and numbers[0] == 0 and max(np.diff(numbers)) < 20  # the absent one was the fourth
+
+
+def test_a_clip_in_a_bucket_that_is_here_costs_no_request(front, tmp_path, monkeypatch):
+    """What a run trains on is the copy, so that is what is compared."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "world").mkdir()
+    world(tmp_path / "world")
+    there, here = put_folder(tmp_path / "world", "clips"), tmp_path / "run"
+    here.mkdir()
+    held = ClipCache()
+    with held.held(f"{there}/media/0.mp4"), held.held(f"{there}/media/1.mp4"):
+        pass
+    records = RecordFile(f"{there}/records.json", f"{there}/media")
+    front.reset()
+    check_clips(here, [records], fresh=True)
+    assert {name.rpartition("/")[2] for name in front.requests} == {"2.mp4", "absent.mp4"}
+    check_clips(here, [source(tmp_path / "world")], fresh=False)  # the same clips, on the disk
+    (tmp_path / "world" / "media" / "1.mp4").write_bytes(b"another")
+    with pytest.raises(ClipsError, match=r"1\.mp4"):
+        check_clips(here, [source(tmp_path / "world")], fresh=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import threading
@@ -9,6 +10,8 @@ import time
 
 import pytest
 
+from configs import sft
+from mllm4d_jax.run import loop
 from mllm4d_jax.run.watchdog import EXIT_CODE, Watchdog
 
 HANGING = """
@@ -97,3 +100,23 @@ def test_progress_within_a_phase_starts_its_time_anew():
             time.sleep(0.2)
             watchdog.progress()
     assert not ended
+
+
+@pytest.mark.parametrize(
+    ("stuck", "phase"),
+    [("prepare", "looking for what the run needs"), ("set_up", "opening records, loading weights and checkpoint")],
+)
+def test_a_run_is_watched_before_its_first_step(tmp_path, monkeypatch, capfd, stuck, phase):
+    """Where it hangs in what a task does before training, the watchdog ends it and names the phase."""
+    ended, config = threading.Event(), sft.get_config("tiny")
+    config.train.watchdog_s = 0.5
+    monkeypatch.setattr(loop, "Watchdog", functools.partial(Watchdog, end=lambda code: ended.set()))
+
+    def hang(*args):
+        assert ended.wait(20), "nobody has noticed"
+        raise KeyError("over")
+
+    steps = {"prepare": lambda config, folder: config, "set_up": None} | {stuck: hang}
+    with pytest.raises(KeyError, match="over"):
+        loop.carry_out(config, str(tmp_path / "run"), (), *steps.values(), None)
+    assert f"no progress for 0.5 s (train.watchdog_s) while {phase}; process 0 of 1 ends" in capfd.readouterr().err
