@@ -27,7 +27,7 @@ class FakeSampler:
     def everywhere(self, tree):
         return tree
 
-    def start(self, weights, inputs, features, keys, *, branches, **how):
+    def start(self, weights, inputs, features, keys, prefix, *, branches, **how):
         shape = len(inputs.tokens), branches
         return None, None, np.zeros(shape, np.int32), np.ones((*shape, 1), np.int32), np.zeros((*shape, 1), np.float32)
 
