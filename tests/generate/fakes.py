@@ -28,8 +28,8 @@ class FakeSampler:
         return tree
 
     def start(self, weights, inputs, features, keys, prefix, *, branches, **how):
-        shape = len(inputs.tokens), branches
-        return None, None, np.zeros(shape, np.int32), np.ones((*shape, 1), np.int32), np.zeros((*shape, 1), np.float32)
+        shape, cache = (len(inputs.tokens), branches), SimpleNamespace(visible=np.zeros(inputs.tokens.shape))
+        return cache, None, np.zeros(shape, np.int32), np.ones((*shape, 1), np.int32), np.zeros((*shape, 1), np.float32)
 
     def empty(self, weights, *, shape, prompt, apart):
         return SimpleNamespace(visible=np.zeros((shape[0], prompt))), shape
