@@ -125,9 +125,9 @@ def sampler_calls(config, real, examples, sizes, features) -> dict[str, tuple]:
     calls = recorded(sampler, made)
     some = collate_prompts(examples[first], sizes, real.shape.geometry, real.shape.visual_token_ids)
     own = PromptFeatures(features.merged[first], features.deepstack[:, first]).flat()
-    prompts = Prompts.checked(some.inputs._replace(vision=None), range(size), 8, 32, own)
+    prompts = [Prompts.checked(some.inputs._replace(vision=None), range(size), 8, 32, own)] * (2 // size)
     with pytest.raises(Reached):
-        list(sampler.stream(weights.of(real.trainable), [prompts], options=OPTIONS, limits=Limits(2)))
+        list(sampler.stream(weights.of(real.trainable), prompts, options=OPTIONS, limits=Limits(2)))
     return calls
 
 
