@@ -10,6 +10,7 @@ python run.py --config=configs/curate.py:cold_start --config.cold_start.records=
 
 from configs.schema import Presets
 from configs.tables.curation import CURATE_KEYS
+from configs.tables.quickstart import BENCH, QUESTIONS, REASONING, WORLDS
 
 get_config = Presets(
     "configs/curate.py",
@@ -30,5 +31,9 @@ get_config = Presets(
             "writes reasoning (ST-CoT) for questions that are there already, and keeps the best of it",
             {"source": "cold_start"},
         ),
+        "quickstart": ("configs/quickstart.py: finds the geometry of its worlds and asks about it", QUESTIONS),
+        "quickstart_worlds": ("configs/quickstart.py: renders worlds for two eyes", WORLDS),
+        "quickstart_bench": ("configs/quickstart.py: renders worlds to be examined on", BENCH),
+        "quickstart_reasoning": ("configs/quickstart.py: writes reasoning", REASONING),
     },
 )

@@ -7,6 +7,7 @@ Start it again with the same workdir after an interruption: it asks what is not 
 """
 
 from configs.schema import Presets
+from configs.tables.quickstart import EVAL, EVAL_REASONING
 from configs.tables.use import EVAL_KEYS
 
 get_config = Presets(
@@ -17,6 +18,8 @@ get_config = Presets(
         "vlm4d": ("the same", {}),
         "mllm4d": ("MLLM4D-Bench, or the held-out questions of a curation run", {"benchmark": "mllm4d"}),
         "jsonl": ("questions of your own in a released record layout", {"benchmark": "jsonl"}),
+        "quickstart": ("examination of configs/quickstart.py", EVAL),
+        "quickstart_reasoning": ("the same, of models that write reasoning", EVAL_REASONING),
         "rescore": ("scores predictions that are there already, published ones too; needs no model and no videos", {}),
     },
 )

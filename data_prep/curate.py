@@ -143,7 +143,15 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     """
     if config.source == "synthetic":
         s = config.synthetic
-        made = SyntheticConfig(height=s.height, width=s.width, frames=s.frames, fps=s.fps, stereo=s.stereo)
+        made = SyntheticConfig(
+            height=s.height,
+            width=s.width,
+            frames=s.frames,
+            fps=s.fps,
+            stereo=s.stereo,
+            baseline=s.baseline,
+            fov=s.fov_degrees,
+        )
         return SyntheticSource(workdir, made, config.seed, s.clips)
     if not config.input:
         raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")

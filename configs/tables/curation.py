@@ -27,6 +27,8 @@ CLIP_KEYS = (
     Key("synthetic.frames", 16, "synthetic: frames per clip", low=2, high=10000),
     Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1, high=1000),
     Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
+    Key("synthetic.baseline", 0.063, "synthetic: metres between the eyes", low=0.001, high=100),
+    Key("synthetic.fov_degrees", 60.0, "synthetic: horizontal field of view", low=10, high=120),
     Key("stereo4d.frames", "video", "left frames: a video, or a folder of images", choices=("video", "images")),
     Key(
         "stereo.layout",
@@ -113,6 +115,12 @@ CLIP_KEYS = (
 REASONING_KEYS = (
     Key("cold_start.records", "", "cold_start: questions, such as a curation's train_r1.jsonl", content=True),
     Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records", content=True),
+    Key(
+        "cold_start.system_file",
+        "",
+        "cold_start: file with the system prompt of records that bring none; '' = that of prompt.system='st_cot'",
+        content=True,
+    ),
     Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1, free=True),
     Key("cold_start.paths", 3, "cold_start: reasoning paths per question", low=1, high=1024),
     Key(

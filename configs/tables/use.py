@@ -64,6 +64,7 @@ EVAL_KEYS = (
         choices=("direct", "st_cot", "file"),
     ),
     Key("prompt.file", "", "file with a system prompt, for prompt.mode=file", content=True),
+    Key("prompt.gen_prefix", "", "text that begins every response, e.g. '<answer>'; the model goes on from there"),
     Key("max_new_tokens", 64, "longest response, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key(

@@ -7,6 +7,7 @@ afterwards from all of them, so another filter or total costs no new path.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections import Counter, defaultdict
@@ -31,6 +32,7 @@ from mllm4d_jax.media.decode_pool import DecodePool
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.records import resolve_media
 from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 
 NO_REPLY = "no_reply"
 WritePaths = Callable[
@@ -48,8 +50,8 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
     Started again, a run tries questions whose video or stored reply was missing; other rejections stay.
 
     Raises:
-      ColdStartError: settings that cannot work, or not one path passed. RecordError: the records. TeacherError: the
-        endpoint. StoreError: the workdir holds another run's results.
+      ColdStartError: settings that cannot work, or not one path passed. ProcessorError: the system prompt's file.
+        RecordError: the records. TeacherError: the endpoint. StoreError: the workdir holds another run's results.
     """
     settings, teacher = config.cold_start, config.teacher
     if not settings.records:
@@ -58,14 +60,16 @@ def run_cold_start(config: ml_collections.ConfigDict, workdir: str) -> int:
         weights = resolve_weights(settings.reward)
     except ValueError as error:
         raise ColdStartError(f"cold_start.reward: {error}") from error
+    system = resolve_system_prompt(file=settings.system_file)
     items, repeated = read_items(settings.records)
+    items = [item if item.system or not system else dataclasses.replace(item, system=system) for item in items]
     if repeated:
         print(f"{repeated} records occur more than once and count once")
     drawn = draw(items, settings.per_scenario, config.seed)
     root = Path(settings.root) if settings.root else Path(settings.records).absolute().parent
     folder = Path(workdir)
     with open(settings.records, "rb") as file:
-        made_with = {"records": hashlib.file_digest(file, "sha256").hexdigest()}
+        made_with = {"records": hashlib.file_digest(file, "sha256").hexdigest(), "system": system}
     made_with |= fixed(config, REASONING_KEYS)
     with ExitStack() as stack:
         store = stack.enter_context(PartStore(folder, seed=config.seed, config=made_with))

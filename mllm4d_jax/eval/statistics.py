@@ -79,6 +79,15 @@ def paired_difference(
     return _estimate(change, -1.0, clusters, [""] * len(change), bootstrap)
 
 
+def mean(values: Sequence[float], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT) -> Estimate:
+    """Return the mean of values of any size with its interval, which is not known where they are all the same.
+
+    Args:
+      values: f64[N]; the other arguments are those of `accuracy`.
+    """
+    return _estimate(np.asarray(values, dtype=float), None, clusters, [""] * len(values), bootstrap)
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
     """Test exactly whether two runs on the same questions are equally often right when they differ.
 
@@ -105,9 +114,13 @@ def detectable_difference(first: Sequence[bool], second: Sequence[bool], cluster
 
 
 def _estimate(
-    values: np.ndarray, least: float, clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap
+    values: np.ndarray, least: float | None, clusters: Sequence[str], groups: Sequence[str], bootstrap: Bootstrap
 ) -> Estimate:
-    """Return the mean over groups of the means of values f64[N], which lie in [least, 1], with its interval."""
+    """Return the mean over groups of the means of values f64[N], with its interval.
+
+    Args:
+      least: values lie in [least, 1]; None = anywhere.
+    """
     if values.ndim != 1:
         raise ValueError(f"answers are a list of them, not of shape {values.shape}")
     index, count = _numbered("clusters", clusters, len(values))
@@ -118,6 +131,8 @@ def _estimate(
     total = np.bincount(cells, values, count * kinds).reshape(shape)
     asked = np.bincount(cells, minlength=count * kinds).reshape(shape).astype(float)
     value = float(np.mean(total.sum(0) / asked.sum(0)))
+    if values.min() == values.max() and least is None:
+        return Estimate(value, math.nan, math.nan, len(values), count)
     if values.min() == values.max():  # draws would not differ: what is known is that exceptions are rare
         bound = 1 - (0.5 - LEVEL / 2) ** (1 / count)
         return Estimate(value, max(value - bound, least), min(value + bound, 1.0), len(values), count)

@@ -1,0 +1,112 @@
+"""The quickstart: its own keys, and the settings of the tasks that it starts, as variants of their config files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from configs.schema import Key
+from configs.tables.quickstart_recipe import GRPO, SFT
+from configs.tables.shared import run_keys
+
+QUICKSTART_KEYS = (
+    *run_keys("quickstart"),
+    Key(
+        "size",
+        "laptop",
+        "how much is made and learned; 'smoke' only shows that everything runs",
+        choices=("laptop", "accelerator", "smoke"),
+    ),
+    Key("base", "mllm4d_jax/quickstart/base", "Hugging Face folder of the model to start from", content=True),
+    Key("workers", 0, "processes that make clips and questions; 0 = one for every core", low=0, high=1024, free=True),
+)
+
+FRAMES = 8
+_WORLDS: Mapping[str, Any] = MappingProxyType(
+    {
+        "synthetic.height": 192,
+        "synthetic.width": 192,
+        "synthetic.frames": FRAMES,
+        "questions.num_frames": FRAMES,
+        "report.clips": 4,
+    }
+)
+# Worlds to learn from, seen by two eyes. Their exact questions are written too, for those who want to compare.
+WORLDS: Mapping[str, Any] = MappingProxyType(
+    {**_WORLDS, "synthetic.clips": 400, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
+)
+# Worlds to be examined on, with exact truth. No training seed may be this one.
+BENCH: Mapping[str, Any] = MappingProxyType({**_WORLDS, "seed": 1000, "synthetic.clips": 250, "bench_share": 1.0})
+QUESTIONS: Mapping[str, Any] = MappingProxyType(
+    {"source": "stereo", "questions.num_frames": FRAMES, "bench_share": 0.0, "report.clips": 4}
+)
+REASONING: Mapping[str, Any] = MappingProxyType({"source": "cold_start", "cold_start.total": 0})
+WITH_ST = {"accuracy": 0.5, "format": 0.2, "camera": 0.15, "object": 0.15}  # the paper's shares
+WITHOUT_ST = {**WITH_ST, "camera": 0.0, "object": 0.0}  # measured all the same
+
+
+def _spelled(shares: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(f"{name}::{share}" for name, share in shares.items())
+
+
+GRPO_WITH_ST: Mapping[str, Any] = MappingProxyType({**GRPO, "reward.functions": _spelled(WITH_ST)})
+GRPO_WITHOUT_ST: Mapping[str, Any] = MappingProxyType({**GRPO, "reward.functions": _spelled(WITHOUT_ST)})
+# How the model sees clips is the same in training and evaluation.
+_SEEN = {name: value for name, value in SFT.items() if name.startswith("video.") or name == "model.dtype"}
+EVAL: Mapping[str, Any] = MappingProxyType(
+    {
+        **_SEEN,
+        "benchmark": "mllm4d",
+        "data.prefix_buckets": SFT["data.prefix_buckets"],
+        "data.max_tokens": SFT["data.max_tokens"],
+        "questions_per_video": 20,
+        "prompts_at_once": 16,
+        "max_new_tokens": 8,
+    }
+)
+EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
+    {**EVAL, "prompt.mode": "file", "max_new_tokens": GRPO["rollout.max_new_tokens"]}
+)
+
+# Stage -> its share of the time, as seconds on two quiet cores; corrected by what was measured while it runs.
+SECONDS: Mapping[str, float] = MappingProxyType(
+    {
+        "worlds": 120,
+        "bench": 30,
+        "questions": 120,
+        "sft": 240,
+        "reasoning": 6,
+        "cold_start": 90,
+        "grpo_without_st": 90,
+        "grpo": 90,
+        "control": 90,
+        "eval_base": 10,
+        "eval_base_forced": 10,
+        "eval_sft": 10,
+        "eval_sft_shuffled": 10,
+        "eval_cold_start": 15,
+        "eval_control": 15,
+        "eval_grpo_without_st": 15,
+        "eval_grpo": 15,
+    }
+)
+# What the other sizes change, by stage.
+SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "laptop": {},
+        "accelerator": {
+            "worlds": {"synthetic.clips": 4000},
+            "bench": {"synthetic.clips": 600},
+        },
+        "smoke": {
+            "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},
+            "questions": {"preset": "all", "questions.per_clip": 8},
+            "bench": {"synthetic.clips": 24, "synthetic.height": 64, "synthetic.width": 64},
+            "sft": {"train.steps": 2},
+            "cold_start": {"train.steps": 2},
+            "grpo_without_st": {"train.steps": 2, "rollout.max_new_tokens": 8},
+            "grpo": {"train.steps": 2, "rollout.max_new_tokens": 8},
+        },
+    }
+)
