@@ -23,7 +23,6 @@ from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import PAIR, StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
-from data_prep.store.builder import write_dataset
 from data_prep.store.export import assemble, bench_record, check_result, conversation_record, r1_record
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.store.report import write_curation_report
@@ -108,6 +107,8 @@ def _curate(config: ml_collections.ConfigDict, root: Path, shown: Callable[[Path
                 by_clip.setdefault(row["part"], []).append(row["id"])
         write_atomic(root / CHOSEN, canonical_json(by_clip))
         if config.tfds.write:
+            from data_prep.store.builder import write_dataset  # TFDS takes a while, in every worker process too
+
             write_dataset(config, root, source.root, store, by_clip)
     for split, counts in sorted(manifest["questions"].items()):
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

@@ -28,7 +28,7 @@ CLIP_KEYS = (
     Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1, high=1000),
     Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
     Key("synthetic.baseline", 0.063, "synthetic: metres between the eyes", low=0.001, high=100),
-    Key("synthetic.fov_degrees", 60.0, "synthetic: horizontal field of view", low=10, high=120),
+    Key("synthetic.fov", 60.0, "synthetic: horizontal field of view", low=10, high=120),
     Key("stereo4d.frames", "video", "left frames: a video, or a folder of images", choices=("video", "images")),
     Key(
         "stereo.layout",

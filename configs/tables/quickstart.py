@@ -50,8 +50,9 @@ def _spelled(shares: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(f"{name}::{share}" for name, share in shares.items())
 
 
-GRPO_WITH_ST: Mapping[str, Any] = MappingProxyType({**GRPO, "reward.functions": _spelled(WITH_ST)})
-GRPO_WITHOUT_ST: Mapping[str, Any] = MappingProxyType({**GRPO, "reward.functions": _spelled(WITHOUT_ST)})
+_GRPO = {**GRPO, "prompt.system": ""}  # it is in a file
+GRPO_WITH_ST: Mapping[str, Any] = MappingProxyType({**_GRPO, "reward.functions": _spelled(WITH_ST)})
+GRPO_WITHOUT_ST: Mapping[str, Any] = MappingProxyType({**_GRPO, "reward.functions": _spelled(WITHOUT_ST)})
 # How the model sees clips is the same in training and evaluation.
 _SEEN = {name: value for name, value in SFT.items() if name.startswith("video.") or name == "model.dtype"}
 EVAL: Mapping[str, Any] = MappingProxyType(

@@ -79,7 +79,7 @@ class Records:
         settings = json.loads(json.dumps(dict(flat(fixed(config, keys)))))
         values = dict(flat(config.to_dict()))
         given = {
-            key.name: _given(Path(values[key.name]), self._path.parent)
+            key.name: _given(str(values[key.name]), self._path.parent)
             for key in keys
             if key.content and values[key.name]
         }
@@ -114,10 +114,16 @@ class Records:
         return bool(known.results) and not differ and known.results == results_of(stage)
 
 
-def _given(path: Path, workdir: Path) -> dict[str, str]:
-    """Digests of what a key names, a file or those of a folder; {} for what a stage of this workdir has made."""
+def _given(value: str, workdir: Path) -> dict[str, str]:
+    """What the value of a key that names content stands for: digests of a file or of those of a folder, or a text.
+
+    {} for what a stage of this workdir has made.
+    """
+    path = Path(value)
     if path.is_relative_to(workdir):
         return {}
+    if not path.exists():
+        return {"": value}
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     return {file.name: sampled(file, _MOST) for file in files}
 

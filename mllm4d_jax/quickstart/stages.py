@@ -84,23 +84,24 @@ class Stage:
 
 def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     """Return all stages in their order, with the settings of `config.size` and paths below `workdir`."""
+    base, prompt = own(config.base), own(PROMPT)
     at = lambda *names: "/".join((workdir, *names))  # noqa: E731
     seeded = {"seed": config.seed} if config.seed else {}
     made = {**seeded, "workers": config.workers or os.cpu_count()}
     world = {"data.root": at("worlds", "clips")}
-    sft = {"model.path": config.base, "data.path": at("questions", "train.json"), **world}
+    sft = {"model.path": base, "data.path": at("questions", "train.json"), **world}
     reasoning = {
-        "model.path": config.base,
+        "model.path": base,
         "model.adapter": at("sft"),
         "data.path": at("reasoning", "cold_start.json"),
         **world,
     }
     grpo = {
-        "model.path": config.base,
+        "model.path": base,
         "model.adapter": at("cold_start"),
         "data.path": at("questions", "train_r1.jsonl"),
         **world,
-        "prompt.system_file": PROMPT,
+        "prompt.system_file": prompt,
     }
     listed = [
         ("worlds", "rendering worlds for two eyes", "curate.py:quickstart_worlds", made, ()),
@@ -117,7 +118,7 @@ def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
             "reasoning",
             "writing reasoning with spatial states",
             "curate.py:quickstart_reasoning",
-            {**seeded, "cold_start.records": at("questions", "train_r1.jsonl"), "cold_start.system_file": PROMPT},
+            {**seeded, "cold_start.records": at("questions", "train_r1.jsonl"), "cold_start.system_file": prompt},
             ("questions",),
         ),
         (
@@ -148,7 +149,7 @@ def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
             {**seeded, **reasoning, "model.adapter": at("cold_start")},
             ("reasoning", "cold_start", "grpo"),
         ),
-        *_examinations(config.base, at),
+        *_examinations(base, prompt, at),
     ]
     changes = SIZES[config.size]
     return [
@@ -166,7 +167,14 @@ def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     ]
 
 
-def _examinations(base: str, at: Callable[..., str]) -> list[tuple[str, str, str, Values, tuple[str, ...]]]:
+def own(path: str) -> str:
+    """Return a path as it is, or below the repository where it is not there."""
+    return path if os.path.exists(path) else str(reading.ROOT / path)
+
+
+def _examinations(
+    base: str, prompt: str, at: Callable[..., str]
+) -> list[tuple[str, str, str, Values, tuple[str, ...]]]:
     """The evaluations, as `stages` lists them: what is asked, in which manner, of which model."""
     asked = {"data.path": at("bench", "bench.json"), "data.root": at("bench"), "model.path": base}
     direct, thinking = "eval.py:quickstart", "eval.py:quickstart_reasoning"
@@ -189,7 +197,7 @@ def _examinations(base: str, at: Callable[..., str]) -> list[tuple[str, str, str
             {
                 **asked,
                 **({"model.adapter": at(adapter)} if adapter else {}),
-                **({"prompt.file": PROMPT} if spec == thinking else {}),
+                **({"prompt.file": prompt} if spec == thinking else {}),
                 **values,
             },
             ("bench", *([adapter] if adapter else [])),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import ml_collections
 
-from configs.reading import ROOT
 from configs.tables.quickstart import BENCH
 from mllm4d_jax.files.ending import StopSignal
 from mllm4d_jax.files.lock import WriterLock
@@ -20,7 +19,7 @@ from mllm4d_jax.quickstart.page import write_page
 from mllm4d_jax.quickstart.process import Ended, run_process
 from mllm4d_jax.quickstart.progress import Clock, Line, share_of, span
 from mllm4d_jax.quickstart.results import read_results
-from mllm4d_jax.quickstart.stages import PROMPT, Stage, stages
+from mllm4d_jax.quickstart.stages import PROMPT, Stage, own, stages
 from mllm4d_jax.quickstart.tables import text
 
 _MOST_SAID = 2000  # characters of a stage's own error
@@ -41,8 +40,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       ConfigError: a stage's settings. LockError, StorageError: the workdir.
     """
     check(config, workdir)
-    config = config.copy_and_resolve_references()
-    config.base = _own(config.base)
     listed, path = stages(config, workdir), Path(workdir)
     with storing(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
@@ -72,13 +69,8 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     if config.seed == BENCH["seed"]:
         raise QuickstartError(f"seed = {config.seed} is that of the worlds to be examined on: take another")
     for name, wanted in ((config.base, "config.json"), (PROMPT, "")):
-        if not Path(_own(name), wanted).is_file():
+        if not Path(own(name), wanted).is_file():
             raise QuickstartError(f"{name} is not there{' or holds no ' + wanted if wanted else ''}: see the key base")
-
-
-def _own(path: str) -> str:
-    """A path as it is, or below the repository where it is not there."""
-    return path if os.path.exists(path) else str(ROOT / path)
 
 
 @dataclasses.dataclass(frozen=True)
