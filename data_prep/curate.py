@@ -14,6 +14,7 @@ import ml_collections
 
 from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
+from data_prep.captions.task import run_captions
 from data_prep.cold_start.task import run_cold_start
 from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
 from data_prep.questions.blind import screen
@@ -48,7 +49,7 @@ _JUDGED = (
     *("id", "clip_id", "source_id", "question_type", "subtask", "template", "answer", "options"),
     *("label", "rank", "motion", "frames"),
 )
-_OTHER = {"cold_start": run_cold_start, "describe": describe}
+_OTHER = {"cold_start": run_cold_start, "describe": describe, "captions": run_captions}
 # What has to be in the input folder, for the message that it is not.
 _SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
 _EXPECTED = {
@@ -69,7 +70,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Run the task.
 
     Writes train.json, train_r1.jsonl, bench.json, rejected.jsonl, chosen.json, manifest.json and report.html into the
-    workdir, and with `tfds.write` the data set under tfds/. For sources "cold_start" and "describe" see those modules.
+    workdir, and with `tfds.write` the data set under tfds/. The sources in `_OTHER` have modules of their own.
 
     Raises:
       CurateError: no clips, or none with a clear answer. StoreError: the workdir holds another run's results.
@@ -144,15 +145,7 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     """
     if config.source == "synthetic":
         s = config.synthetic
-        made = SyntheticConfig(
-            height=s.height,
-            width=s.width,
-            frames=s.frames,
-            fps=s.fps,
-            stereo=s.stereo,
-            baseline=s.baseline,
-            fov=s.fov_degrees,
-        )
+        made = SyntheticConfig(**{name: value for name, value in s.items() if name != "clips"})
         return SyntheticSource(workdir, made, config.seed, s.clips)
     if not config.input:
         raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")

@@ -11,8 +11,8 @@ CLIP_KEYS = (
         "synthetic",
         "where clips come from: rendered rooms with exact truth, Stereo4D annotations, stereo videos alone, "
         "SpatialTrackerV2 + MoGe-2. 'cold_start' writes reasoning for questions that are there already, 'describe' "
-        "names objects for the other sources",
-        choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe"),
+        "names objects for the other sources, 'captions' renders clips with captions to pre-train a small model on",
+        choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe", "captions"),
     ),
     Key(
         "input",
@@ -26,6 +26,9 @@ CLIP_KEYS = (
     Key("synthetic.width", 64, "synthetic: pixels", low=16, high=8192),
     Key("synthetic.frames", 16, "synthetic: frames per clip", low=2, high=10000),
     Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1, high=1000),
+    Key("synthetic.objects", (2, 4), "synthetic: fewest and most named objects of a clip", low=1, high=11),
+    Key("synthetic.object_size", 1.0, "synthetic: factor on the sizes of objects", low=0.1, high=4),
+    Key("synthetic.turn", 20.0, "synthetic: most a camera yaws over a clip, degrees", low=0, high=180),
     Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
     Key("synthetic.baseline", 0.063, "synthetic: metres between the eyes", low=0.001, high=100),
     Key("synthetic.fov", 60.0, "synthetic: horizontal field of view", low=10, high=120),
@@ -77,6 +80,21 @@ CLIP_KEYS = (
     ),
     Key("questions.tau", 0.25, "metres; a smaller change of an object is 'not moving'", low=0.001, high=1000),
     Key("questions.margin", 0.1, "metres around tau where nothing is asked; below tau", low=0, high=1000),
+    Key(
+        "questions.spacing",
+        0.0,
+        "ratio of neighbouring options of a distance, such as 1.6 for readers that only measure roughly; 0 = as wide as "
+        "the paper's bounds (25 to 175 % of the truth) allow, about 1.2, which it must exceed otherwise",
+        low=0,
+        high=4,
+    ),
+    Key(
+        "questions.answers",
+        "letter",
+        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then the "
+        "letter, in thinking and answer tags",
+        choices=("letter", "measured"),
+    ),
     Key(
         "preset",
         "mllm4d_2m",

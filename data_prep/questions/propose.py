@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_options, shuffle
 from data_prep.questions.states import Pair, agreeing, in_axes, stated
-from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
+from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene
 from data_prep.store.parts import LostObject, lost_object
@@ -31,6 +31,7 @@ from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
 SCENARIOS = tuple(LABELS)
+ANSWERS = ("letter", "measured")
 QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
 
@@ -43,6 +44,8 @@ class QuestionRules(RelationRules):
     pairs: int = 24  # frame pairs tried per clip
     min_gap: float = 0.1  # the two frames are at least this share of the clip apart
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
+    spacing: float = 0.0  # ratio of neighbouring distances on offer; 0 = as wide as the paper's bounds allow
+    answers: str = "letter"  # what training answers with, one of `ANSWERS`
     # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
 
@@ -52,6 +55,8 @@ class QuestionRules(RelationRules):
             raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
         if self.options not in SHAPES:
             raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
+        if self.answers not in ANSWERS or not (self.spacing == 0 or 1.2 <= self.spacing <= 4):
+            raise ValueError(f"answers must be of {', '.join(ANSWERS)}, spacing 0 or within [1.2, 4]: {self}")
         if not self.weights or not self.weights.keys() <= LABELS.keys() or not min(self.weights.values()) > 0:
             raise ValueError(f"weights must be above 0, of scenarios: {self}")
 
@@ -99,6 +104,7 @@ class Question:
       value: what was measured, metres.
       motion: metres that the camera or the object asked about moved between the frames, the larger of them.
       template: "<phrasing>.<anchor>".
+      measured: whether the answer that is trained on says first what was measured.
       frames: (i, j) in the clip as seen; source: the same as frame numbers of the scene.
       count: frames the model sees.
       object_id: "" for the camera's relations.
@@ -120,6 +126,7 @@ class Question:
     value: float | tuple[float, ...]
     motion: float
     template: str
+    measured: bool
     frames: tuple[int, int]
     source: tuple[int, int]
     count: int
@@ -127,6 +134,16 @@ class Question:
     object_name: str
     camera_center: tuple
     object_center: tuple
+
+    @property
+    def spoken(self) -> str:
+        """The answer that is trained on: the letter, or what was measured and then the letter.
+
+        Who says first what he sees, and then which option is nearest, learns from every question what the value is, and
+        not only which of four letters it is called.
+        """
+        found = self.label or f"{self.value:.1f}"
+        return short_reasoning(found, self.answer) if self.measured else self.answer
 
     def record(self, video: str) -> dict[str, Any]:
         """Return a released conversation record, plus fields that its readers skip.
@@ -143,7 +160,7 @@ class Question:
             "clip_id": self.clip_id,
             "scale": self.scale,
             "video": video,
-            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.answer}],
+            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.spoken}],
             "question_type": self.scenario,
             "subtask": SUBTASKS[self.scenario],
             "question": self.text,
@@ -324,7 +341,7 @@ def _ask(
         label, rank, truth = labels[kind], -1, labels[kind]
         texts = label_options(labels, label, rng)
     else:
-        made = numeric_options(value, rules.options, rng, said)
+        made = numeric_options(value, rules.options, rng, said, rules.spacing)
         if made is None:
             return None
         texts, rank = made
@@ -352,6 +369,7 @@ def _ask(
         value=round(value, 6) if obj >= 0 or not labels else tuple(round(v, 6) for v in value),
         motion=round(motion, 6),
         template=f"{phrasing}.{anchor}",
+        measured=rules.answers == "measured",
         frames=(i, j),
         source=(facts.seen[i], facts.seen[j]),
         count=len(facts.seen),
