@@ -117,6 +117,24 @@ def test_one_question_at_a_time_gives_the_same_answers(asked, world, tmp_path):
     assert lines[0] == kept[0] and len(lines) == 12
 
 
+def test_a_response_goes_on_from_the_beginning_that_is_given(asked, world, tmp_path):
+    """Begun with what a question was answered anyway, greedy decoding goes on as it did then."""
+    begun = next(r for r, *_ in answers(asked).values() if r.isascii() and len(r) > 3)[:3]
+    same = {name: response for name, (response, *_) in answers(asked).items() if response.startswith(begun)}
+    assert evaluate.run(make_config(world, prompt__gen_prefix=begun), str(tmp_path / "begun")) == 0
+    found = answers(tmp_path / "begun")
+    assert len(found) == 12 and all(response.startswith(begun) for response, *_ in found.values())
+    assert all(tokens <= 6 for _, tokens, *_ in found.values())  # what was given is not generated
+    encoder, _ = encoders(world)
+    encoder.gen_prefix = begun
+    with encoder:
+        record = Manner("direct", None, blind=True).record(item(prompt="Which?"))
+        example = encoder.encode(record, add_generation_prompt=True)
+    assert example.text.endswith(f"<|im_start|>assistant\n{begun}") and not example.supervised.any()
+    kept = [name for name, response in same.items() if found[name][0].startswith(response)]
+    assert kept or not same
+
+
 def encoders(folder):
     of = (ProcessorConfig.from_folder(folder / "model"), Tokenizer.from_folder(folder / "model"))
     options = VideoOptions(num_frames=FRAMES)
