@@ -69,6 +69,13 @@ CLIP_KEYS = (
     ),
     Key("questions.pairs", 24, "frame pairs tried per clip; more find more of what is scarce", low=1, high=100000),
     Key("questions.min_gap", 0.1, "both frames are at least this share of the clip apart", low=0, high=0.99),
+    Key(
+        "questions.points",
+        "both",
+        "points whose mean an object's place is: those that both frames show, or all that each shows, as the paper's "
+        "formula reads; more is asked then, of objects that turn, and less exactly",
+        choices=("both", "all"),
+    ),
     Key("questions.min_points", 5, "points of an object that both frames must show", low=1, high=100000),
     Key("questions.min_motion", 0.2, "metres the camera must move to have a direction", low=0.001, high=1000),
     Key(

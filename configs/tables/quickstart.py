@@ -85,6 +85,8 @@ SECONDS: Mapping[str, float] = MappingProxyType(
         "eval_grpo": 15,
     }
 )
+_FEW = {"train.steps": 2, "train.batch_size": 2, "data.questions_per_video": 2, "data.rows": 1}
+_FEW_SAMPLES = {"train.steps": 2, "rollout.prompts": 1, "rollout.completions": 2, "rollout.max_new_tokens": 8}
 # What the other sizes change, by stage.
 SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -97,10 +99,11 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},
             "questions": {"preset": "all", "questions.per_clip": 8},
             "bench": {"synthetic.clips": 24, "synthetic.height": 64, "synthetic.width": 64},
-            "sft": {"train.steps": 2},
-            "cold_start": {"train.steps": 2},
-            "grpo_without_st": {"train.steps": 2, "rollout.max_new_tokens": 8},
-            "grpo": {"train.steps": 2, "rollout.max_new_tokens": 8},
+            "sft": _FEW,
+            "cold_start": _FEW,
+            "control": _FEW,
+            "grpo_without_st": _FEW_SAMPLES,
+            "grpo": _FEW_SAMPLES,
         },
     }
 )

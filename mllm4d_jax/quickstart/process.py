@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from configs.reading import ROOT
 
+GRACE_S = 20.0  # for a process that is to stop; then it is ended, and goes on from what it last saved
 _LOOK_S = 0.25  # between two looks at the process
 _MIB = 2**20
 
@@ -54,7 +56,7 @@ def run_process(
       stopped: whether it is to be asked to stop.
       look: called several times a second with the seconds since it began.
     """
-    started, peak, told = time.monotonic(), 0.0, False
+    started, peak, told = time.monotonic(), 0.0, math.inf
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "run.py"), *arguments],
@@ -67,9 +69,11 @@ def run_process(
     try:
         while (ended := _ended(process)) is None:
             peak = max(peak, group_memory(process.pid))
-            if stopped() and not told:
-                told = True
+            if stopped() and told == math.inf:
+                told = time.monotonic()
                 process.send_signal(signal.SIGINT)
+            if time.monotonic() - told > GRACE_S:
+                os.killpg(process.pid, signal.SIGKILL)
             look(time.monotonic() - started)
             time.sleep(_LOOK_S)
     finally:

@@ -125,7 +125,7 @@ class _Turn:
             now = share()
             own, whole = self.clock.left(self.number, elapsed, before, now)
             known = "" if now is None else f"{now:4.0%}, "
-            asked = "stopping: it saves what it has (Ctrl-C again ends it at once); " if self.stop else ""
+            asked = "stopping (Ctrl-C again: at once); " if self.stop else ""
             self.line.show(
                 f"{self.head} {asked}{stage.name} {known}{span(elapsed)}, about {span(own)} left; of all {span(whole)}"
             )

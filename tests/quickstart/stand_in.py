@@ -24,8 +24,8 @@ def main(flags: list[str]) -> int:
         return 1
     if what == "leave":
         return 0
-    if what == "wait":
-        wait(folder)
+    if what in ("wait", "hang"):
+        wait(folder, what == "hang")
         return 0
     name = given["config"].partition("/")[2].partition(".py")[0]
     if name == "curate":
@@ -44,14 +44,16 @@ def main(flags: list[str]) -> int:
     return 0
 
 
-def wait(folder: pathlib.Path) -> None:
-    """Wait until interrupted, and say that it was."""
+def wait(folder: pathlib.Path, on: bool) -> None:
+    """Wait until interrupted, and say that it was; then go `on` waiting."""
     asked = []
     signal.signal(signal.SIGINT, lambda *_: asked.append(True))
     (folder / "waiting").touch()
     while not asked:
         time.sleep(0.01)
     (folder / "interrupted").touch()
+    while on:
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,9 @@ def test_a_stage_that_does_not_come_to_its_end_is_named_with_its_command(quickst
     assert quickstart() == list(SECONDS)[4:]
 
 
-def test_it_stops_when_asked_and_goes_on_inside_the_stage(quickstart, capsys):
+@pytest.mark.parametrize("how", ["wait", "hang"])
+def test_it_stops_when_asked_and_goes_on_inside_the_stage(quickstart, capsys, monkeypatch, how):
+    monkeypatch.setattr(process, "GRACE_S", 20.0 if how == "wait" else 0.3)
     waiting = pathlib.Path("out/sft/waiting")
 
     def interrupt():
@@ -129,7 +131,7 @@ def test_it_stops_when_asked_and_goes_on_inside_the_stage(quickstart, capsys):
 
     helper = threading.Thread(target=interrupt)
     helper.start()
-    assert quickstart("sft=wait") == list(SECONDS)[:4]
+    assert quickstart(f"sft={how}") == list(SECONDS)[:4]
     helper.join()
     assert pathlib.Path("out/sft/interrupted").exists()
     assert "stopped in stage 4 of" in capsys.readouterr().out
