@@ -17,7 +17,6 @@ from mllm4d_jax.report.reading import METRICS, PREDICTIONS
 
 PRIOR_S = 60.0  # weight of the stated times against the measured ones
 QUIET_S = 30.0  # between two lines where there is no terminal
-_LEAST = 0.05  # share of a stage from which its own pace is believed
 
 Share = Callable[[], float | None]
 
@@ -60,14 +59,12 @@ class Clock:
           elapsed: seconds since it was begun, or gone on with.
           before, share: how much of it was done then, and is done now; None where that is not known.
         """
+        # What a stage begins with takes time in which nothing is done: its own pace counts as far as it is done.
         pace = (PRIOR_S + sum(self._measured.values())) / (PRIOR_S + sum(self._stated[n] for n in self._measured))
-        rest = self._stated[stage] * pace
-        if share is None or before is None:
-            rest = max(rest - elapsed, 0.0)
-        elif share - before > _LEAST:
-            rest = elapsed * max(1 - share, 0.0) / (share - before)
-        else:
-            rest = max(rest * (1 - before) - elapsed, rest * 0.1)
+        gain = 0.0 if share is None or before is None else share - before
+        rest = max(self._stated[stage] * pace * (1 - (before or 0.0)) - elapsed, 0.0)
+        if gain > 0:  # its own pace would give elapsed * (1 - share) / gain
+            rest = (1 - gain) * rest + elapsed * (1 - share)
         return rest, rest + pace * sum(self._stated[n] for n in range(stage + 1, len(self._stated)))
 
 

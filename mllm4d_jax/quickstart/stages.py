@@ -87,7 +87,8 @@ def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     base, prompt = own(config.base), own(PROMPT)
     at = lambda *names: "/".join((workdir, *names))  # noqa: E731
     seeded = {"seed": config.seed} if config.seed else {}
-    made = {**seeded, "workers": config.workers or os.cpu_count()}
+    workers = {"workers": config.workers or os.cpu_count()}
+    made = {**seeded, **workers}
     world = {"data.root": at("worlds", "clips")}
     sft = {"model.path": base, "data.path": at("questions", "train.json"), **world}
     reasoning = {
@@ -105,7 +106,7 @@ def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     }
     listed = [
         ("worlds", "rendering worlds for two eyes", "curate.py:quickstart_worlds", made, ()),
-        ("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", made, ()),
+        ("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", workers, ()),
         (
             "questions",
             "finding depth, camera path and objects in both views, and asking about them",

@@ -22,10 +22,12 @@ def test_the_time_left_goes_from_what_is_stated_to_what_is_measured():
     clock.done(0, 200.0)  # twice as slow as stated
     pace = (PRIOR_S + 200) / (PRIOR_S + 100)
     assert clock.left(1, 0.0, 0.0, 0.0) == (pytest.approx(100 * pace), pytest.approx(150 * pace))
-    # Half of it in 90 s: the other half takes as long, whatever was stated.
-    assert clock.left(1, 90.0, 0.0, 0.5) == (pytest.approx(90), pytest.approx(90 + 50 * pace))
+    # Half of it in 90 s: as much again by its own pace, the rest of what was stated by that; the mean of both.
+    rest = (90 + 100 * pace - 90) / 2
+    assert clock.left(1, 90.0, 0.0, 0.5) == (pytest.approx(rest), pytest.approx(rest + 50 * pace))
     # Gone on with at 60 %: 20 points in 10 s.
-    assert clock.left(1, 10.0, 0.6, 0.8)[0] == pytest.approx(10)
+    assert clock.left(1, 10.0, 0.6, 0.8)[0] == pytest.approx(0.8 * (40 * pace - 10) + 0.2 * 10)
+    assert clock.left(1, 500.0, 0.0, 1.0)[0] == 0
     assert clock.left(2, 1e6, None, None) == (0.0, 0.0)
 
 
