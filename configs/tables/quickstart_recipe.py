@@ -61,7 +61,11 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "questions.num_frames": 8,
         "questions.min_gap": 0.99,
-        "questions.spacing": 1.65,
+        "questions.spacing": (
+            "camera_absolute_distance=1.6",
+            "object_absolute_distance=1.6",
+            "object_camera_absolute_distance=1.25",
+        ),
         "questions.answers": "measured",
         "questions.margin": 0.15,
     }
