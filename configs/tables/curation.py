@@ -87,8 +87,8 @@ CLIP_KEYS = (
     Key(
         "questions.answers",
         "letter",
-        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then the "
-        "letter, in thinking and answer tags",
+        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then "
+        "the letter, in thinking and answer tags",
         choices=("letter", "measured"),
     ),
     Key(
@@ -134,8 +134,8 @@ REASONING_KEYS = (
     Key(
         "cold_start.style",
         "full",
-        "cold_start, oracle: reasoning in the five steps of ST-CoT, or its two spatial states and their outcome alone, for "
-        "models too small for sentences (one path a question)",
+        "cold_start, oracle: reasoning in the five steps of ST-CoT, or its two spatial states and their outcome alone, "
+        "for models too small for sentences (one path a question)",
         choices=("full", "brief"),
     ),
     Key(

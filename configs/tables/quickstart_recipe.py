@@ -1,4 +1,4 @@
-"""The recipe of the quickstart: its worlds, its questions, and how a tiny base model is made and then taught to measure.
+"""The recipe of the quickstart: its worlds, its questions, how a tiny base model is made and then taught to measure.
 
 docs/tiny.md tells what was measured with it and what was tried.
 """

@@ -83,8 +83,8 @@ def caption_clip(root: Path, config: SyntheticConfig, seed: int, clip_id: str) -
 def phrases() -> list[str]:
     """Return what a small model's tokenizer has one token for: phrases of questions and captions, and figures.
 
-    A sentence that is always the same is one token, as a frequent word is to a large tokenizer; figures have one decimal,
-    so that nearest ones can be told without spelling.
+    A sentence that is always the same is one token, as a frequent word is to a large tokenizer; figures have one
+    decimal, so that nearest ones can be told without spelling.
     """
     texts = [text for several in PHRASINGS.values() for text in several]
     templates = [*texts, *ANCHORS, say.OBJECT, say.PLACE, matching.NEAREST, matching.SAME, matching.ABOUT]

@@ -72,7 +72,7 @@ def kind_weights(kinds: Sequence[str]) -> dict[str, float]:
     Raises:
       KindError: as `scenario_numbers`, which reads weights above 0 and up to 1000.
     """
-    return scenario_numbers("kinds", kinds, (0, 1000), 1.0) or dict.fromkeys(SCENARIOS, 1.0)
+    return scenario_numbers("kinds", kinds, "weight", (0, 1000), 1.0) or dict.fromkeys(SCENARIOS, 1.0)
 
 
 def spacings(entries: Sequence[str]) -> dict[str, float]:
@@ -81,7 +81,7 @@ def spacings(entries: Sequence[str]) -> dict[str, float]:
     Raises:
       KindError: as `scenario_numbers`, which reads ratios above 1.1 and up to 4; a scenario without distances.
     """
-    found = scenario_numbers("spacing", entries, (1.1, 4))
+    found = scenario_numbers("spacing", entries, "ratio", (1.1, 4))
     for name in found:
         if LABELS[name]:
             raise KindError(f"questions.spacing: '{name}' has no distances for options")
@@ -89,12 +89,12 @@ def spacings(entries: Sequence[str]) -> dict[str, float]:
 
 
 def scenario_numbers(
-    key: str, entries: Sequence[str], bounds: tuple[float, float], default: float | None = None
+    key: str, entries: Sequence[str], what: str, bounds: tuple[float, float], default: float | None = None
 ) -> dict[str, float]:
     """Read numbers of scenarios, each "name=number", or "name" for the default if there is one.
 
     Args:
-      key: of the group `questions`, for messages.
+      key, what: of the group `questions`, and what its numbers are, for messages.
       bounds: numbers lie above the first and not above the second.
 
     Raises:
@@ -111,7 +111,7 @@ def scenario_numbers(
         except ValueError:
             number = math.nan
         if name in numbers or not bounds[0] < number <= bounds[1]:
-            needs = f"needs a number above {bounds[0]:g} and up to {bounds[1]:g}, not '{text}'"
+            needs = f"needs a {what} above {bounds[0]:g} and up to {bounds[1]:g}, not '{text}'"
             raise KindError(f"questions.{key}: '{name}' {'is there twice' if name in numbers else needs}")
         numbers[name] = number
     return numbers
