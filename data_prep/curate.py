@@ -18,7 +18,7 @@ from data_prep.captions.task import run_captions
 from data_prep.cold_start.task import run_cold_start
 from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
 from data_prep.questions.blind import screen
-from data_prep.questions.propose import QuestionRules, ask, kind_weights
+from data_prep.questions.propose import QuestionRules, ask, kind_weights, spacings
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource
@@ -131,7 +131,8 @@ def question_rules(config: ml_collections.ConfigDict) -> QuestionRules:
             f"questions.margin = {values['margin']:g} must be below questions.tau = {values['tau']:g}, or nothing is "
             "'not moving'"
         )
-    return QuestionRules(weights=kind_weights(values.pop("kinds")), **values)
+    chosen = {"weights": kind_weights(values.pop("kinds")), "spacing": spacings(values.pop("spacing"))}
+    return QuestionRules(**chosen, **values)
 
 
 def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:

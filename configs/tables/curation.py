@@ -89,17 +89,15 @@ CLIP_KEYS = (
     Key("questions.margin", 0.1, "metres around tau where nothing is asked; below tau", low=0, high=1000),
     Key(
         "questions.spacing",
-        0.0,
-        "ratio of neighbouring options of a distance, such as 1.6 for readers that only measure roughly; 0 = as wide as "
-        "the paper's bounds (25 to 175 % of the truth) allow, about 1.2, which it must exceed otherwise",
-        low=0,
-        high=4,
+        (),
+        "ratios of neighbouring options of distances, each 'scenario=ratio', such as 1.6 for readers that only measure "
+        "roughly; others are as wide as the paper's bounds (25 to 175 % of the truth) allow, about 1.2",
     ),
     Key(
         "questions.answers",
         "letter",
-        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then the "
-        "letter, in thinking and answer tags",
+        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then "
+        "the letter, in thinking and answer tags",
         choices=("letter", "measured"),
     ),
     Key(
@@ -148,6 +146,13 @@ REASONING_KEYS = (
     ),
     Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1, free=True),
     Key("cold_start.paths", 3, "cold_start: reasoning paths per question", low=1, high=1024),
+    Key(
+        "cold_start.style",
+        "full",
+        "cold_start, oracle: reasoning in the five steps of ST-CoT, or its two spatial states and their outcome alone, "
+        "for models too small for sentences (one path a question)",
+        choices=("full", "brief"),
+    ),
     Key(
         "cold_start.filter",
         "best_of_sample",

@@ -1,4 +1,4 @@
-"""The recipe of the quickstart: its worlds, its questions, and how a tiny base model is made and then taught to measure.
+"""The recipe of the quickstart: its worlds, its questions, how a tiny base model is made and then taught to measure.
 
 docs/tiny.md tells what was measured with it and what was tried.
 """
@@ -61,7 +61,11 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "questions.num_frames": 8,
         "questions.min_gap": 0.99,
-        "questions.spacing": 1.65,
+        "questions.spacing": (
+            "camera_absolute_distance=1.6",
+            "object_absolute_distance=1.6",
+            "object_camera_absolute_distance=1.25",
+        ),
         "questions.answers": "measured",
         "questions.margin": 0.15,
     }

@@ -88,8 +88,8 @@ DATA_KEYS = (
     Key(
         "data.sample",
         "",
-        "'tiny' = a sample world and a tiny random model for what is not set; 'base' = a random model of the quickstart's "
-        "base for data.path, with tokens for what phrases.json beside the records lists",
+        "'tiny' = a sample world and a tiny random model for what is not set; 'base' = for records of yours, a random "
+        "model of the shape of the quickstart's base, with tokens for what phrases.json beside them lists",
         choices=("", "tiny", "base"),
     ),
 )

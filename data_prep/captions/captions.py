@@ -19,12 +19,11 @@ from data_prep.scenes.scene import Scene, SceneObject
 
 Caption = tuple[str, str]  # what is asked for, what is said
 
-NAMES, CAMERA = "Name what is there.", "Describe the camera."
-OBJECT, PLACE = "Describe {o}.", "Find {o}."
+CAMERA, OBJECT, PLACE = "Describe the camera.", "Describe {o}.", "Find {o}."
 
 
 def captions(scene: Scene, rng: random.Random, objects: int) -> Iterator[Caption]:
-    """Yield the captions of a clip: the camera, what is there, and motion and place of some of its objects.
+    """Yield the captions of a clip: its camera, the motion of some of its objects, and the place of one of them.
 
     Args:
       objects: at most so many are described, drawn at random.
@@ -33,19 +32,19 @@ def captions(scene: Scene, rng: random.Random, objects: int) -> Iterator[Caption
     camera = {name: value[0] for name, value in measure_camera(scene, first, last).items()}
     yield CAMERA, camera_caption(camera["camera_relative_direction"], camera["camera_absolute_distance"])
     named = sorted(object_names(scene)[0].items())
-    yield NAMES, _listed(scene, dict(named))
-    for object_id, name in rng.sample(named, min(objects, len(named))):
+    for n, (object_id, name) in enumerate(rng.sample(named, min(objects, len(named)))):
         thing = scene.object(object_id)
         middle, values = measure_object(scene, thing, first, last, RULES)
         if not middle.seen[0]:
             continue
         yield OBJECT.format(o=name), object_caption({key: value[0] for key, value in values.items()})
-        yield PLACE.format(o=name), _places(scene, thing)
+        if n == 0:
+            yield PLACE.format(o=name), _places(scene, thing)
 
 
 def camera_caption(move: np.ndarray, length: float) -> str:
     """Describe a displacement f64[3] in the camera's own axes, metres."""
-    parts = (words.signed(aspect, v) for aspect, v in zip(("sideways", "in height", "in depth"), move, strict=True))
+    parts = words.signed("sideways", move[0]), words.signed("in depth", move[2])
     return f"{words.mainly(move)} {' '.join(parts)} in all {words.size_of(length)}"
 
 
@@ -76,12 +75,3 @@ def _column(scene: Scene, thing: SceneObject, frame: int) -> str:
         thing.points[frame][:, None], scene.world_to_camera[frame : frame + 1], scene.intrinsics[frame : frame + 1]
     )
     return words.column_of(float(np.nanmean(pixels[..., 0])), scene.image_size[1])
-
-
-def _listed(scene: Scene, names: dict[str, str]) -> str:
-    """The names of all objects, by their places in the middle frame from left to right."""
-    columns = {}
-    for object_id, name in names.items():
-        across = np.nonzero(scene.object(object_id).masks.any((0, 1)))[0]
-        columns[name] = float(across.mean()) if len(across) else 0.0
-    return ", ".join(sorted(columns, key=columns.__getitem__))

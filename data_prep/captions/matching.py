@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from data_prep.captions.captions import Caption
 from data_prep.questions.options import LETTERS, shuffle
-from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
+from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.options import lettered, write_question
 
@@ -56,7 +56,7 @@ def same_word(rng: random.Random) -> Caption:
 def _matched(text: str, given: str, right: str, options: list[str], rng: random.Random) -> Caption:
     shuffle(options, rng)
     letter = LETTERS[options.index(right)]
-    return write_question(text.format(v=given), lettered(options)), f"{given}: {letter}"
+    return write_question(text.format(v=given), lettered(options)), short_reasoning(given, letter)
 
 
 def aspect_asked(rng: random.Random, frames: int, name: str) -> Caption:

@@ -27,6 +27,9 @@ from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
 RECORDS, PHRASES = "captions.json", "phrases.json"
 _OBJECTS = 2  # described in a clip
+_ASPECTS = 0.4  # share of clips beside which is asked what a question is about
+# What stands around the figures of a spatial state (`mllm4d_jax.qa.reasoning`), for the stages to come.
+_STATE = ("**Spatial State (frame ", "):**\n- Camera Center: ", "\n- Object Center: ", "null", "[", "]", ", ", "-")
 _FIELD = re.compile(r"\{\w+\}")
 
 
@@ -63,8 +66,9 @@ def caption_clip(root: Path, config: SyntheticConfig, seed: int, clip_id: str) -
     rng = random.Random(f"{seed}/{number}")
     said = list(say.captions(clip.scene, rng, _OBJECTS))
     names = list(object_names(clip.scene)[0].values()) or ["the box"]
-    said += [matching.nearest_number(rng), matching.nearest_number(rng), matching.same_word(rng)]
-    said.append(matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names)))
+    said += [matching.nearest_number(rng), matching.same_word(rng)]
+    if rng.random() < _ASPECTS:
+        said.append(matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names)))
     rows = tuple(
         {
             "id": f"{clip_id}:{n:02d}",
@@ -79,18 +83,18 @@ def caption_clip(root: Path, config: SyntheticConfig, seed: int, clip_id: str) -
 def phrases() -> list[str]:
     """Return what a small model's tokenizer has one token for: phrases of questions and captions, and figures.
 
-    A sentence that is always the same is one token, as a frequent word is to a large tokenizer; figures have one decimal,
-    so that nearest ones can be told without spelling.
+    A sentence that is always the same is one token, as a frequent word is to a large tokenizer; figures have one
+    decimal, so that nearest ones can be told without spelling.
     """
     texts = [text for several in PHRASINGS.values() for text in several]
     templates = [*texts, *ANCHORS, say.OBJECT, say.PLACE, matching.NEAREST, matching.SAME, matching.ABOUT]
     pieces = {piece for text in templates for piece in _FIELD.split(text)}
     found = {piece for piece in pieces if len(piece.strip()) > 1}
     tau = THRESHOLD.format(tau=f"{100 * RelationRules.tau:.6g} cm")
-    found |= {f" {NUMBERING}", f" {tau}", say.NAMES, say.CAMERA, f"\n{INSTRUCTION}", "the camera"}
+    found |= {f" {NUMBERING}", f" {tau}", say.CAMERA, f"\n{INSTRUCTION}", "the camera"}
     shown = write_question("", lettered("1234")).splitlines()
     found |= {f"\n{shown[1]}", *(f"\n{line[:-1]}" for line in shown[2:6])}
     found |= {label for labels in LABELS.values() for label in labels}
     found |= {piece for piece in re.split(r"\w: \w|\b\w\b", short_reasoning("x", "y")) if piece}
-    found |= {*spoken_words(), ": ", " seconds>", "user\n", "assistant\n", "system\n"}
+    found |= {*spoken_words(), ": ", *_STATE, " seconds>", "user\n", "assistant\n", "system\n"}
     return [*sorted(found), *(f"{n / 10:.1f}" for n in range(100))]

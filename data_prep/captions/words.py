@@ -20,7 +20,6 @@ COLUMNS = ("at the left edge", "left", "half left", "in the middle", "half right
 # Aspect -> what is said of values above, below and near zero; other words than those of the questions' options.
 SIGNED: Mapping[str, tuple[str, str, str]] = {
     "sideways": ("rightwards", "leftwards", "straight"),
-    "in height": ("downwards", "upwards", "level"),
     "in depth": ("inwards", "outwards", "abreast"),
     "gap": ("widening", "narrowing", "keeping"),
 }

@@ -102,6 +102,8 @@ def path_writer(config: ml_collections.ConfigDict, root: Path, folder: Path, poo
       TeacherError: no model's name, or no endpoint's address.
     """
     paths, seed = config.cold_start.paths, config.seed
+    if config.teacher.kind == ORACLE and config.cold_start.style == "brief":
+        return lambda item: [oracle.compose_brief(item)]  # every path would be the same
     if config.teacher.kind == ORACLE:
         return lambda item: [oracle.compose(item, path, seed) for path in range(paths)]
     return functools.partial(model_paths, config, open_teacher(config.teacher, folder), root, pool)

@@ -48,8 +48,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return the optimiser of a name of `OPTIMIZERS`, on gradients clipped to a global norm.
 
-    Muon (Jordan 2024; Liu et al., arXiv 2502.16982) moves every matrix by its momentum made orthogonal, which is several
-    times faster than AdamW from a random start; what `_matrices` leaves out is AdamW's, at the same rate.
+    Muon (Jordan 2024; Liu et al., arXiv 2502.16982) moves every matrix by its momentum made orthogonal, which is
+    several times faster than AdamW from a random start; what `_matrices` leaves out is AdamW's, at the same rate.
 
     Args:
       rates: f32[steps] learning rate of every step; the last one holds afterwards.
