@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -84,127 +84,89 @@ class Stage:
 
 def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     """Return all stages in their order, with the settings of `config.size` and paths below `workdir`."""
-    base, prompt = own(config.base), own(PROMPT)
-    at = lambda *names: "/".join((workdir, *names))  # noqa: E731
-    seeded = {"seed": config.seed} if config.seed else {}
-    workers = {"workers": config.workers or os.cpu_count()}
-    made = {**seeded, **workers}
-    world = {"data.root": at("worlds", "clips")}
-    sft = {"model.path": base, "data.path": at("questions", "train.json"), **world}
-    reasoning = {
-        "model.path": base,
-        "model.adapter": at("sft"),
-        "data.path": at("reasoning", "cold_start.json"),
-        **world,
-    }
-    grpo = {
-        "model.path": base,
-        "model.adapter": at("cold_start"),
-        "data.path": at("questions", "train_r1.jsonl"),
-        **world,
-        "prompt.system_file": prompt,
-    }
-    listed = [
-        ("worlds", "rendering worlds for two eyes", "curate.py:quickstart_worlds", made, ()),
-        ("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", workers, ()),
-        (
-            "questions",
-            "finding depth, camera path and objects in both views, and asking about them",
-            "curate.py:quickstart",
-            {**made, "input": at("worlds", "clips")},
-            ("worlds",),
-        ),
-        ("sft", "fine-tuning on the answers", "sft.py:quickstart", {**seeded, **sft}, ("questions",)),
-        (
-            "reasoning",
-            "writing reasoning with spatial states",
-            "curate.py:quickstart_reasoning",
-            {**seeded, "cold_start.records": at("questions", "train_r1.jsonl"), "cold_start.system_file": prompt},
-            ("questions",),
-        ),
-        (
-            "cold_start",
-            "cold start: learning to write reasoning",
-            "cold_start.py:quickstart",
-            {**seeded, **reasoning},
-            ("sft", "reasoning"),
-        ),
-        (
-            "grpo_without_st",
-            "reinforcement without the spatio-temporal reward",
-            "grpo.py:quickstart_without_st",
-            {**seeded, **grpo},
-            ("questions", "cold_start"),
-        ),
-        (
-            "grpo",
-            "reinforcement with the spatio-temporal reward",
-            "grpo.py:quickstart",
-            {**seeded, **grpo},
-            ("questions", "cold_start"),
-        ),
-        (
-            "control",
-            "control: more fine-tuning for as long as the reinforcement took",
-            "cold_start.py:quickstart",
-            {**seeded, **reasoning, "model.adapter": at("cold_start")},
-            ("reasoning", "cold_start", "grpo"),
-        ),
-        *_examinations(base, prompt, at),
-    ]
-    changes = SIZES[config.size]
-    return [
-        Stage(
-            name,
-            title,
-            f"configs/{spec}",
-            {**values, **changes.get(name, {})},
-            inputs,
-            at(name),
-            SECONDS[name],
-            **({"late": lambda: equal_time(at("grpo"), at("cold_start"))} if name == "control" else {}),
+    listing = _Listing(config, workdir)
+    return [*listing.curation(), *listing.training(), *listing.examinations()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Listing:
+    """Lists the stages: here are the paths by which they are joined; other settings are variants of the configs."""
+
+    config: ml_collections.ConfigDict
+    workdir: str
+
+    def at(self, *names: str) -> str:
+        return "/".join((self.workdir, *names))
+
+    @property
+    def seeded(self) -> Values:
+        return {"seed": self.config.seed} if self.config.seed else {}
+
+    def stage(self, name: str, title: str, spec: str, values: Values, *inputs: str, **late: Callable) -> Stage:
+        changed = {**values, **SIZES[self.config.size].get(name, {})}
+        return Stage(name, title, f"configs/{spec}", changed, inputs, self.at(name), SECONDS[name], **late)
+
+    def curation(self) -> Iterator[Stage]:
+        """Worlds, and the questions about them."""
+        workers = {"workers": self.config.workers or os.cpu_count()}
+        made = {**self.seeded, **workers}
+        yield self.stage("worlds", "rendering worlds for two eyes", "curate.py:quickstart_worlds", made)
+        yield self.stage("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", workers)
+        title = "finding depth, camera path and objects in both views, and asking about them"
+        seen = {**made, "input": self.at("worlds", "clips")}
+        yield self.stage("questions", title, "curate.py:quickstart", seen, "worlds")
+
+    def training(self) -> Iterator[Stage]:
+        """Fine-tuning, cold start with its reasoning, reinforcement and its control."""
+        at, prompt = self.at, own(PROMPT)
+        shared = {**self.seeded, "model.path": own(self.config.base)}
+        worlds, released = {"data.root": at("worlds", "clips")}, at("questions", "train_r1.jsonl")
+        answers = {**shared, "data.path": at("questions", "train.json"), **worlds}
+        yield self.stage("sft", "fine-tuning on the answers", "sft.py:quickstart", answers, "questions")
+        written = {**self.seeded, "cold_start.records": released, "cold_start.system_file": prompt}
+        title, spec = "writing reasoning with spatial states", "curate.py:quickstart_reasoning"
+        yield self.stage("reasoning", title, spec, written, "questions")
+        taught = {**shared, "model.adapter": at("sft"), "data.path": at("reasoning", "cold_start.json"), **worlds}
+        title, spec = "cold start: learning to write reasoning", "cold_start.py:quickstart"
+        yield self.stage("cold_start", title, spec, taught, "sft", "reasoning")
+        reinforced = {**shared, "model.adapter": at("cold_start"), "data.path": released, **worlds}
+        reinforced |= {"prompt.system_file": prompt}
+        for name, spec, title in (
+            ("grpo_without_st", "grpo.py:quickstart_without_st", "without the spatio-temporal reward"),
+            ("grpo", "grpo.py:quickstart", "with the spatio-temporal reward"),
+        ):
+            yield self.stage(name, f"reinforcement {title}", spec, reinforced, "questions", "cold_start")
+        title, again = (
+            "control: more fine-tuning for as long as that took",
+            {**taught, "model.adapter": at("cold_start")},
         )
-        for name, title, spec, values, inputs in listed
-    ]
+        late = {"late": lambda: equal_time(at("grpo"), at("cold_start"))}
+        yield self.stage("control", title, "cold_start.py:quickstart", again, "reasoning", "cold_start", "grpo", **late)
+
+    def examinations(self) -> Iterator[Stage]:
+        """Greedy answers to the questions about the other worlds, of every model."""
+        asked = {"data.path": self.at("bench", "bench.json"), "data.root": self.at("bench")}
+        asked |= {"model.path": own(self.config.base)}
+        direct, thinking = "eval.py:quickstart", "eval.py:quickstart_reasoning"
+        prompted = {"prompt.file": own(PROMPT)}
+        for name, adapter, spec, how, title in (
+            ("base", "", direct, {}, "the base model"),
+            ("base_forced", "", direct, {"prompt.gen_prefix": "<answer>"}, "the base model, made to answer"),
+            ("sft", "sft", direct, {}, "the fine-tuned model"),
+            ("sft_shuffled", "sft", direct, {"control": "shuffled"}, "the fine-tuned model on shuffled frames"),
+            ("cold_start", "cold_start", thinking, prompted, "the model after the cold start"),
+            ("control", "control", thinking, prompted, "the control"),
+            ("grpo_without_st", "grpo_without_st", thinking, prompted, "what was reinforced without the ST-reward"),
+            ("grpo", "grpo", thinking, prompted, "what was reinforced with the ST-reward"),
+        ):
+            trained = {"model.adapter": self.at(adapter)} if adapter else {}
+            inputs = ("bench", adapter) if adapter else ("bench",)
+            yield self.stage(f"eval_{name}", f"examining {title}", spec, {**asked, **trained, **how}, *inputs)
 
 
 def own(path: str) -> str:
     """Return a path as it is, or below the repository where it is not there."""
     return path if os.path.exists(path) else str(reading.ROOT / path)
-
-
-def _examinations(
-    base: str, prompt: str, at: Callable[..., str]
-) -> list[tuple[str, str, str, Values, tuple[str, ...]]]:
-    """The evaluations, as `stages` lists them: what is asked, in which manner, of which model."""
-    asked = {"data.path": at("bench", "bench.json"), "data.root": at("bench"), "model.path": base}
-    direct, thinking = "eval.py:quickstart", "eval.py:quickstart_reasoning"
-    forced, shuffled = {"prompt.gen_prefix": "<answer>"}, {"control": "shuffled"}
-    of = {
-        "base": ("the base model", direct, "", {}),
-        "base_forced": ("the base model, made to answer", direct, "", forced),
-        "sft": ("the fine-tuned model", direct, "sft", {}),
-        "sft_shuffled": ("the fine-tuned model on shuffled frames", direct, "sft", shuffled),
-        "cold_start": ("the model after the cold start", thinking, "cold_start", {}),
-        "control": ("the control", thinking, "control", {}),
-        "grpo_without_st": ("the model reinforced without the ST-reward", thinking, "grpo_without_st", {}),
-        "grpo": ("the model reinforced with it", thinking, "grpo", {}),
-    }
-    return [
-        (
-            f"eval_{name}",
-            f"examining {what}",
-            spec,
-            {
-                **asked,
-                **({"model.adapter": at(adapter)} if adapter else {}),
-                **({"prompt.file": prompt} if spec == thinking else {}),
-                **values,
-            },
-            ("bench", *([adapter] if adapter else [])),
-        )
-        for name, (what, spec, adapter, values) in of.items()
-    ]
 
 
 def equal_time(reinforced: str, taught: str) -> Values:
