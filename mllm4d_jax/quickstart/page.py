@@ -85,11 +85,13 @@ def _entries(results: Results) -> Iterator[Entry]:
 
 
 def _item(results: Results, one: Examined, name: str) -> ShownAnswer:
-    """An answer with true and written centres."""
+    """An answer; one with centres has the true ones beside them."""
     prediction, solution = one.answers[name], results.solutions[name]
-    read = parse(prediction.response)
+    read, shown = parse(prediction.response), prediction_item(prediction.to_row())
+    if not (read.camera_centers or read.object_centers):
+        return shown
     centers = [Centers(getattr(solution, f"{kind}_center"), getattr(read, f"{kind}_centers")) for kind in KINDS]
-    return dataclasses.replace(prediction_item(prediction.to_row()), camera=centers[0], objects=centers[1])
+    return dataclasses.replace(shown, camera=centers[0], objects=centers[1])
 
 
 def _stages(results: Results) -> Markup:

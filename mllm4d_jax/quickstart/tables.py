@@ -48,7 +48,7 @@ def _accuracies(results: Results) -> Table:
     guess = [results.chance.get(subtask, math.nan) for subtask in HEADS]
     mean = sum(results.chance.values()) / len(results.chance)
     rows.append(["chance", f"{100 * mean:.1f}", *(_number(100 * v, 1) for v in guess), "–", "–"])
-    return "Accuracy and centre errors", ["", "mean, %", *HEADS.values(), "cam m", "obj m"], rows
+    return "Accuracy and centre errors", ["model", "mean, %", *HEADS.values(), "cam m", "obj m"], rows
 
 
 def _differences(results: Results) -> Table:
@@ -58,14 +58,17 @@ def _differences(results: Results) -> Table:
         cells = [percent(accuracy_difference(first, second), signed=True)]
         for kind in KINDS:
             apart = error_difference(first, second, kind)
-            known = f" [{apart.low:+.3f}, {apart.high:+.3f}]" if not math.isnan(apart.low) else ""
-            cells.append(f"{apart.value:+.3f}{known}" if apart.n else "–")
-        rows.append([f"{ROWS[after]} less {ROWS[before]}", *cells])
-    return "Differences on the same questions", ["", "accuracy, points", "camera centre, m", "object centre, m"], rows
+            cells.append(percent(apart, signed=True) if apart.n else "–")  # of metres: centimetres
+        rows.append([f"{ROWS[after]} - {ROWS[before]}", *cells])
+    return (
+        "Differences on the same questions",
+        ["difference", "accuracy, points", "camera centre, cm", "object centre, cm"],
+        rows,
+    )
 
 
 def _rewards(results: Results) -> Table:
-    heads = ["", *next(iter(results.rewards.values()))]
+    heads = ["run", *next(iter(results.rewards.values()))]
     rows = [
         [ROWS[f"eval_{stage}"], *(f"{first:.3f} -> {last:.3f}" for first, last in means.values())]
         for stage, means in results.rewards.items()

@@ -126,7 +126,7 @@ def test_the_table_says_what_was_reached_and_fits_the_terminal(results):
     shown = text(results)
     assert max(map(len, shown.splitlines())) <= 100
     lines = {line.split("  ")[0]: line for line in reversed(shown.splitlines())}  # those of the first table
-    assert all(name in lines for name in (*ROWS.values(), "chance", "GRPO with ST less cold start"))
+    assert all(name in lines for name in (*ROWS.values(), "chance", "GRPO with ST - cold start"))
     assert " 33.3 [" in lines["GRPO with ST"]
     assert lines["GRPO with ST"].split()[-2:] == ["1.07", "0.00"]  # (23 x 1 + (1 + 17 ** 0.5) / 2) / 24
     assert lines["base model"].split()[-2:] == ["–", "–"] and " 4.2 [" in lines["base model"]
