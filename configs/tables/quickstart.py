@@ -27,10 +27,11 @@ _WORLDS: Mapping[str, Any] = MappingProxyType(
 )
 # Worlds to learn from, seen by two eyes. Their exact questions are written too, for those who want to compare.
 WORLDS: Mapping[str, Any] = MappingProxyType(
-    {**_WORLDS, "synthetic.clips": 400, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
+    {**_WORLDS, "synthetic.clips": 450, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
 )
-# Worlds to be examined on, with exact truth. No training seed may be this one, nor that of the base's pre-training.
-BENCH: Mapping[str, Any] = MappingProxyType({**_WORLDS, "seed": 9000, "synthetic.clips": 250, "bench_share": 1.0})
+# Worlds to be examined on, with exact truth: about 300 questions of each subtask, all classes equally often. No training
+# seed may be this one, nor that of the base's pre-training.
+BENCH: Mapping[str, Any] = MappingProxyType({**_WORLDS, "seed": 9000, "synthetic.clips": 1250, "bench_share": 1.0})
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {**recipe.QUESTIONS, "source": "stereo", "bench_share": 0.0, "report.clips": 4}
 )
@@ -68,23 +69,23 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 # Stage -> its share of the time, as seconds on two quiet cores; corrected by what was measured while it runs.
 SECONDS: Mapping[str, float] = MappingProxyType(
     {
-        "worlds": 120,
-        "bench": 30,
-        "questions": 120,
-        "sft": 240,
-        "reasoning": 6,
-        "cold_start": 90,
-        "grpo_without_st": 90,
-        "grpo": 90,
-        "control": 90,
-        "eval_base": 10,
-        "eval_base_forced": 10,
-        "eval_sft": 10,
-        "eval_sft_shuffled": 10,
-        "eval_cold_start": 15,
-        "eval_control": 15,
-        "eval_grpo_without_st": 15,
-        "eval_grpo": 15,
+        "worlds": 50,
+        "bench": 75,
+        "questions": 140,
+        "sft": 200,
+        "reasoning": 5,
+        "cold_start": 60,
+        "grpo_without_st": 60,
+        "grpo": 60,
+        "control": 60,
+        "eval_base": 15,
+        "eval_base_forced": 15,
+        "eval_sft": 20,
+        "eval_sft_shuffled": 20,
+        "eval_cold_start": 25,
+        "eval_control": 25,
+        "eval_grpo_without_st": 25,
+        "eval_grpo": 25,
     }
 )
 _FEW = {"train.steps": 2, "train.batch_size": 2, "data.questions_per_video": 2, "data.rows": 1}
@@ -95,7 +96,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "laptop": {},
         "accelerator": {
             "worlds": {"synthetic.clips": 4000},
-            "bench": {"synthetic.clips": 600},
+            "bench": {"synthetic.clips": 2500},
         },
         "smoke": {
             "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},
