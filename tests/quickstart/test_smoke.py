@@ -1,4 +1,4 @@
-"""The whole quickstart with its own tasks, at the smallest size: every stage runs, and the table and the page are there."""
+"""The whole quickstart with its own tasks, at the smallest size: every stage runs, table and page are there."""
 
 from __future__ import annotations
 
