@@ -1,7 +1,7 @@
 """Accuracy of the stereo stage on synthetic clips: depth, camera path and objects from the two videos alone.
 
 python benchmarks/stereo_accuracy.py [--clips=48] [--first=1000] [--size=512] [--frames=16] [--seed=2026]
-    [--masks=truth|none] [--jpeg=QUALITY] [--middlebury=FOLDER]
+    [--baseline=0.063] [--masks=truth|none] [--jpeg=QUALITY] [--middlebury=FOLDER]
 
 Per clip: median relative depth error over valid pixels and its sign (bias), the same beyond 6 m, the largest camera
 centre error relative to the path's length, the error of object displacements (per object and frame pair, centroids of
@@ -280,6 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("clips", 48), ("first", 1000), ("size", 512), ("frames", 16), ("seed", 2026)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--baseline", type=float, default=0.063)
     parser.add_argument("--masks", choices=("truth", "none"), default="truth")
     parser.add_argument("--jpeg", type=int, default=None)
     parser.add_argument("--middlebury", type=Path, default=None)
@@ -292,7 +293,8 @@ def main() -> None:
 
 def measure_renders(arguments: argparse.Namespace) -> None:
     """Prints a line per rendered clip and the summary."""
-    config = SyntheticConfig(height=arguments.size, width=arguments.size, frames=arguments.frames, stereo=True)
+    size, rig = arguments.size, {"stereo": True, "baseline": arguments.baseline}
+    config = SyntheticConfig(height=size, width=size, frames=arguments.frames, **rig)
     rows, objects, failed, tally, letters = [], [], [], defaultdict(list), defaultdict(list)
     print("clip   depth %  bias %  >6 m %  valid %   path m  path err %  object cm  keyframes  seconds")
     for index in range(arguments.first, arguments.first + arguments.clips):

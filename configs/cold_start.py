@@ -7,6 +7,7 @@ python run.py --config=configs/cold_start.py --config.model.path=DIR --config.da
 """
 
 from configs.schema import Presets
+from configs.tables.quickstart_recipe import COLD_START
 from configs.tables.tiny import PROMPT, TINY_SFT
 from configs.tables.training import SFT_KEYS
 
@@ -27,6 +28,7 @@ get_config = Presets(
                 "train.checkpoint_every": 50,
             },
         ),
+        "quickstart": ("cold start of configs/quickstart.py", COLD_START),
         "tiny": (
             "goes on from configs/sft.py:tiny (runs/sft-tiny), on a CPU",
             {

@@ -10,6 +10,7 @@ import ml_collections
 
 from configs.schema import ConfigError, Key, complete, did_you_mean
 from configs.tables.curation import CURATE_KEYS
+from configs.tables.quickstart import QUICKSTART_KEYS
 from configs.tables.reinforcement import GRPO_KEYS
 from configs.tables.training import SFT_KEYS
 from configs.tables.use import EVAL_KEYS, EXPORT_KEYS, INFER_KEYS, REPORT_KEYS, VERIFY_KEYS
@@ -32,6 +33,7 @@ class Task(NamedTuple):
 
 TASKS = MappingProxyType(
     {
+        "quickstart": Task(QUICKSTART_KEYS, "mllm4d_jax.quickstart.task", "the paper in miniature, all stages"),
         "sft": Task(SFT_KEYS, "mllm4d_jax.sft.task", "supervised fine-tuning", "mllm4d_jax.plan.task", page=True),
         "grpo": Task(
             GRPO_KEYS, "mllm4d_jax.grpo.task", "reinforcement learning (GRPO)", "mllm4d_jax.plan.task", page=True

@@ -4,12 +4,15 @@ python run.py --config=configs/curate.py:synthetic
 python run.py --config=configs/curate.py:stereo4d --config.input=DIR
 python run.py --config=configs/curate.py:stereo --config.input=DIR
 python run.py --config=configs/curate.py:monocular --config.input=DIR
+python run.py --config=configs/curate.py:captions
 python run.py --config=configs/curate.py:describe --config.input=DIR --config.teacher.model=NAME
 python run.py --config=configs/curate.py:cold_start --config.cold_start.records=FILE.jsonl
 """
 
 from configs.schema import Presets
 from configs.tables.curation import CURATE_KEYS
+from configs.tables.quickstart import BENCH, QUESTIONS, REASONING, WORLDS
+from configs.tables.quickstart_recipe import PRETRAINING_CLIPS
 
 get_config = Presets(
     "configs/curate.py",
@@ -26,9 +29,17 @@ get_config = Presets(
             "has a vision language model name what moves, and describe segmented objects",
             {"source": "describe", "teacher.kind": "endpoint"},
         ),
+        "captions": (
+            "renders clips with captions in words, and text to match, for pre-training the tiny base model",
+            {**PRETRAINING_CLIPS, "source": "captions"},
+        ),
         "cold_start": (
             "writes reasoning (ST-CoT) for questions that are there already, and keeps the best of it",
             {"source": "cold_start"},
         ),
+        "quickstart": ("configs/quickstart.py: finds the geometry of its worlds and asks about it", QUESTIONS),
+        "quickstart_worlds": ("configs/quickstart.py: renders worlds for two eyes", WORLDS),
+        "quickstart_bench": ("configs/quickstart.py: renders worlds to be examined on", BENCH),
+        "quickstart_reasoning": ("configs/quickstart.py: writes reasoning", REASONING),
     },
 )

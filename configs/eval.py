@@ -7,6 +7,7 @@ Start it again with the same workdir after an interruption: it asks what is not 
 """
 
 from configs.schema import Presets
+from configs.tables.quickstart import EVAL, EVAL_REASONING
 from configs.tables.use import EVAL_KEYS
 
 get_config = Presets(
@@ -24,6 +25,8 @@ get_config = Presets(
             "MMSI-Video-Bench, scored by its own rule; answers may be longer",
             {"benchmark": "mmsi_video", "extractor": "official", "max_new_tokens": 1024},
         ),
+        "quickstart": ("examination of configs/quickstart.py", EVAL),
+        "quickstart_reasoning": ("the same, of models that write reasoning", EVAL_REASONING),
         "rescore": ("scores predictions that are there already, published ones too; needs no model and no videos", {}),
     },
 )

@@ -5,6 +5,7 @@ python run.py --config=configs/grpo.py --config.model.path=DIR --config.data.pat
 """
 
 from configs.schema import Presets
+from configs.tables.quickstart import GRPO_WITH_ST, GRPO_WITHOUT_ST
 from configs.tables.reinforcement import GRPO_KEYS
 from configs.tables.tiny import PROMPT, TINY
 
@@ -23,6 +24,8 @@ get_config = Presets(
                 "reward.functions": ("release::1.0",),
             },
         ),
+        "quickstart": ("reinforcement of configs/quickstart.py", GRPO_WITH_ST),
+        "quickstart_without_st": ("the same without the spatio-temporal reward", GRPO_WITHOUT_ST),
         "tiny": (
             "goes on from configs/cold_start.py:tiny (runs/cold_start-tiny), on a CPU",
             {

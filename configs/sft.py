@@ -5,6 +5,7 @@ python run.py --config=configs/sft.py --config.model.path=DIR --config.data.path
 """
 
 from configs.schema import Presets
+from configs.tables.quickstart_recipe import SFT
 from configs.tables.tiny import TINY_SFT
 from configs.tables.training import SFT_KEYS
 
@@ -32,6 +33,7 @@ get_config = Presets(
             "on Qwen3-VL-30B-A3B (mixture of experts), parameters sharded over 8 devices",
             {"model.published": "30b_a3b", "mesh.fsdp": 8},
         ),
+        "quickstart": ("fine-tuning of configs/quickstart.py", SFT),
         "tiny": (
             "a random tiny model learns a self-made sample world, on a CPU",
             {**TINY_SFT, "data.sample": "tiny", "optim.warmup_ratio": 0.05, "train.batch_size": 4},

@@ -14,16 +14,16 @@ import ml_collections
 
 from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
+from data_prep.captions.task import run_captions
 from data_prep.cold_start.task import run_cold_start
 from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
 from data_prep.questions.blind import screen
-from data_prep.questions.propose import QuestionRules, ask, kind_weights
+from data_prep.questions.propose import QuestionRules, ask, kind_weights, spacings
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import PAIR, StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
-from data_prep.store.builder import write_dataset
 from data_prep.store.export import assemble, bench_record, check_result, conversation_record, r1_record
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.store.report import write_curation_report
@@ -49,6 +49,7 @@ _JUDGED = (
     *("id", "clip_id", "source_id", "question_type", "subtask", "template", "answer", "options"),
     *("label", "rank", "motion", "frames"),
 )
+_ELSEWHERE = {"describe": describe, "captions": run_captions}  # they do not write into a bucket
 # What has to be in the input folder, for the message that it is not.
 _SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
 _EXPECTED = {
@@ -69,17 +70,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Run the task.
 
     Writes train.json, train_r1.jsonl, bench.json, rejected.jsonl, chosen.json, manifest.json and report.html into the
-    workdir, and with `tfds.write` the data set under tfds/. For sources "cold_start" and "describe" see those modules.
+    workdir, and with `tfds.write` the data set under tfds/. The sources "cold_start", "describe" and
+    "captions" have modules of their own.
 
     Raises:
       CurateError: no clips, or none with a clear answer. StoreError: the workdir holds another run's results.
       BalanceError: too few questions.
     """
     own = [path for path in (workdir, config.input) if is_remote(path)]
-    if config.source == "describe":
-        if own:  # it writes beside the videos
-            raise CurateError(f"{own[0]}: source = 'describe' is not supported in a bucket yet: copy the files")
-        return describe(config, workdir)
+    if config.source in _ELSEWHERE:
+        if own:
+            raise CurateError(f"{own[0]}: source = '{config.source}' is not supported in a bucket yet: copy the files")
+        return _ELSEWHERE[config.source](config, workdir)
     with ExitStack() as held:
         root = Path(workdir).absolute()
         if is_remote(workdir):
@@ -113,6 +115,8 @@ def _curate(config: ml_collections.ConfigDict, root: Path, named: Callable[[Path
                 by_clip.setdefault(row["part"], []).append(row["id"])
         write_atomic(root / CHOSEN, canonical_json(by_clip))
         if config.tfds.write:
+            from data_prep.store.builder import write_dataset  # TFDS takes a while, in every worker process too
+
             write_dataset(config, root, source.root, store, by_clip)
     for split, counts in sorted(manifest["questions"].items()):
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
@@ -134,7 +138,8 @@ def question_rules(config: ml_collections.ConfigDict) -> QuestionRules:
             f"questions.margin = {values['margin']:g} must be below questions.tau = {values['tau']:g}, or nothing is "
             "'not moving'"
         )
-    return QuestionRules(weights=kind_weights(values.pop("kinds")), **values)
+    chosen = {"weights": kind_weights(values.pop("kinds")), "spacing": spacings(values.pop("spacing"))}
+    return QuestionRules(**chosen, **values)
 
 
 def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
@@ -148,7 +153,7 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     """
     if config.source == "synthetic":
         s = config.synthetic
-        made = SyntheticConfig(height=s.height, width=s.width, frames=s.frames, fps=s.fps, stereo=s.stereo)
+        made = SyntheticConfig(**{name: value for name, value in s.items() if name != "clips"})
         return SyntheticSource(workdir, made, config.seed, s.clips)
     if not config.input:
         raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")

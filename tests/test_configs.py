@@ -23,6 +23,7 @@ FILES = (
     ("eval", "eval"),
     ("export", "export"),
     ("report", "report"),
+    ("quickstart", "quickstart"),
 )  # (file, task)
 
 

@@ -23,6 +23,7 @@ ORDER = (
     {"run"},
     {"sft", "grpo"},
     {"eval", "export", "verify", "plan"},
+    {"quickstart"},
 )
 WITHOUT_MODEL = {"files", "qa", "media"}
 REPORT = "report"  # pages of all kinds: knows files and clips, and no program that made them

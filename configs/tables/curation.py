@@ -11,8 +11,8 @@ CLIP_KEYS = (
         "synthetic",
         "where clips come from: rendered rooms with exact truth, Stereo4D annotations, stereo videos alone, "
         "SpatialTrackerV2 + MoGe-2. 'cold_start' writes reasoning for questions that are there already, 'describe' "
-        "names objects for the other sources",
-        choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe"),
+        "names objects for the other sources, 'captions' renders clips with captions to pre-train a small model on",
+        choices=("synthetic", "stereo4d", "stereo", "monocular", "cold_start", "describe", "captions"),
     ),
     Key(
         "input",
@@ -26,7 +26,12 @@ CLIP_KEYS = (
     Key("synthetic.width", 64, "synthetic: pixels", low=16, high=8192),
     Key("synthetic.frames", 16, "synthetic: frames per clip", low=2, high=10000),
     Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1, high=1000),
+    Key("synthetic.objects", (2, 4), "synthetic: fewest and most named objects of a clip", low=1, high=11),
+    Key("synthetic.object_size", 1.0, "synthetic: factor on the sizes of objects", low=0.1, high=4),
+    Key("synthetic.turn", 20.0, "synthetic: most a camera yaws over a clip, degrees", low=0, high=180),
     Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
+    Key("synthetic.baseline", 0.063, "synthetic: metres between the eyes", low=0.001, high=100),
+    Key("synthetic.fov", 60.0, "synthetic: horizontal field of view", low=10, high=120),
     Key("stereo4d.frames", "video", "left frames: a video, or a folder of images", choices=("video", "images")),
     Key(
         "stereo.layout",
@@ -64,6 +69,13 @@ CLIP_KEYS = (
     ),
     Key("questions.pairs", 24, "frame pairs tried per clip; more find more of what is scarce", low=1, high=100000),
     Key("questions.min_gap", 0.1, "both frames are at least this share of the clip apart", low=0, high=0.99),
+    Key(
+        "questions.points",
+        "both",
+        "points whose mean an object's place is: those that both frames show, or all that each shows, as the paper's "
+        "formula reads; more is asked then, of objects that turn, and less exactly",
+        choices=("both", "all"),
+    ),
     Key("questions.min_points", 5, "points of an object that both frames must show", low=1, high=100000),
     Key("questions.min_motion", 0.2, "metres the camera must move to have a direction", low=0.001, high=1000),
     Key(
@@ -75,6 +87,19 @@ CLIP_KEYS = (
     ),
     Key("questions.tau", 0.25, "metres; a smaller change of an object is 'not moving'", low=0.001, high=1000),
     Key("questions.margin", 0.1, "metres around tau where nothing is asked; below tau", low=0, high=1000),
+    Key(
+        "questions.spacing",
+        (),
+        "ratios of neighbouring options of distances, each 'scenario=ratio', such as 1.6 for readers that only measure "
+        "roughly; others are as wide as the paper's bounds (25 to 175 % of the truth) allow, about 1.2",
+    ),
+    Key(
+        "questions.answers",
+        "letter",
+        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then "
+        "the letter, in thinking and answer tags",
+        choices=("letter", "measured"),
+    ),
     Key(
         "preset",
         "mllm4d_2m",
@@ -119,8 +144,22 @@ REASONING_KEYS = (
         bucket=True,
     ),
     Key("cold_start.root", "", "cold_start: media root; '' = the folder of the records", content=True, bucket=True),
+    Key(
+        "cold_start.system_file",
+        "",
+        "cold_start: file with the system prompt of records that bring none; '' = that of prompt.system='st_cot'",
+        content=True,
+        bucket=True,
+    ),
     Key("cold_start.per_scenario", 2000, "cold_start: questions drawn per scenario", low=1, free=True),
     Key("cold_start.paths", 3, "cold_start: reasoning paths per question", low=1, high=1024),
+    Key(
+        "cold_start.style",
+        "full",
+        "cold_start, oracle: reasoning in the five steps of ST-CoT, or its two spatial states and their outcome alone, "
+        "for models too small for sentences (one path a question)",
+        choices=("full", "brief"),
+    ),
     Key(
         "cold_start.filter",
         "best_of_sample",

@@ -85,7 +85,13 @@ DATA_KEYS = (
         "padded lengths of a branch: the rest of a prompt and its answer",
         free=True,
     ),
-    Key("data.sample", "", "'tiny' = a sample world and a tiny random model for what is not set", choices=("", "tiny")),
+    Key(
+        "data.sample",
+        "",
+        "'tiny' = a sample world and a tiny random model for what is not set; 'base' = for records of yours, a random "
+        "model of the shape of the quickstart's base, with tokens for what phrases.json beside them lists",
+        choices=("", "tiny", "base"),
+    ),
 )
 PROMPT_KEYS = (
     Key("prompt.system", "", "system prompt for records that bring none; '' = none", content=True),
@@ -98,6 +104,12 @@ LORA_KEYS = (
     Key("lora.targets", ("q_proj", "k_proj", "v_proj", "o_proj"), "decoder projections with an adapter", adapter=True),
 )
 OPTIM_KEYS = (
+    Key(
+        "optim.name",
+        "adamw",
+        "optimiser: AdamW, or Muon for matrices (orthogonalised momentum) with AdamW for the rest, faster from scratch",
+        choices=("adamw", "muon"),
+    ),
     Key("optim.lr", 2e-5, "peak learning rate", low=0, high=1000),
     Key("optim.warmup_ratio", 0.01, "share of the steps spent on linear warm-up", low=0, high=1),
     Key("optim.schedule", "cosine", "what follows the warm-up", choices=("cosine", "constant")),

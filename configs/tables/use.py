@@ -88,6 +88,7 @@ EVAL_KEYS = (
     *take(MESH_KEYS, "data", "tensor"),
     *VIDEO_KEYS,
     *PROMPT_KEYS,
+    Key("prompt.gen_prefix", "", "text that begins every response, e.g. '<answer>'; the model goes on from there"),
     Key("max_new_tokens", 64, "longest response, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key(

@@ -14,6 +14,7 @@ import math
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import R1Question
 from data_prep.questions.propose import SCENARIOS
+from data_prep.questions.wording import short_reasoning
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
 from data_prep.store.parts import ClipRejected
 
@@ -79,9 +80,31 @@ def compose(item: R1Question, path: int, seed: int) -> str:
     return f"<thinking>{thinking}</thinking><answer>{item.solution.answer}</answer>"
 
 
-def state_block(title: str, camera: Vec3 | None, thing: Vec3 | None) -> str:
+def compose_brief(item: R1Question) -> str:
+    """Return the shortest completion with both spatial states: the states, what they come to, and the option.
+
+    For models too small for sentences. Centres have one decimal, which the reward of reinforcement learning forgives.
+
+    Raises:
+      ClipRejected: as `compose`.
+    """
+    missing = missing_fields(item)
+    if missing:
+        raise ClipRejected("oracle_fields", f"the oracle needs {', '.join(missing)}", item.source_id)
+    camera = _pair(item, "camera_center")
+    thing = _pair(item, "object_center") if item.scenario.startswith("object_") else (None, None)
+    _fields(item, camera, thing)  # refuses figures that contradict each other
+    titles = (f"frame {frame}" for frame in item.frames[:2])
+    states = (state_block(title, *centers, 1) for title, *centers in zip(titles, camera, thing, strict=True))
+    found = item.label or f"{item.value:.1f}"
+    reply = short_reasoning(found, item.solution.answer)
+    return reply.replace("<thinking>", "<thinking>" + "".join(f"{state}\n" for state in states), 1)
+
+
+def state_block(title: str, camera: Vec3 | None, thing: Vec3 | None, decimals: int = DECIMALS) -> str:
     """Return a spatial state as the reasoning prompt demands it (`mllm4d_jax.qa.system_prompt.ST_COT`). Metres."""
-    return f"**Spatial State ({title}):**\n- Camera Center: {_vector(camera)}\n- Object Center: {_vector(thing)}"
+    camera_center, object_center = (_vector(center, decimals) for center in (camera, thing))
+    return f"**Spatial State ({title}):**\n- Camera Center: {camera_center}\n- Object Center: {object_center}"
 
 
 def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:

@@ -7,6 +7,7 @@ afterwards from all of them, so another filter or total costs no new path.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections import Counter, defaultdict
@@ -34,6 +35,7 @@ from mllm4d_jax.media.fetched import on_disk
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.media_paths import resolve_media
 from mllm4d_jax.qa.rewards import RewardWeights, resolve_weights, score
+from mllm4d_jax.qa.system_prompt import resolve_system_prompt
 
 NO_REPLY = "no_reply"
 WritePaths = Callable[
@@ -55,8 +57,8 @@ def run_cold_start(
     Started again, a run tries questions whose video or stored reply was missing; other rejections stay.
 
     Raises:
-      ColdStartError: settings that cannot work, or not one path passed. RecordError: the records. TeacherError: the
-        endpoint. StoreError: the workdir holds another run's results.
+      ColdStartError: settings that cannot work, or not one path passed. ProcessorError: the system prompt's file.
+        RecordError: the records. TeacherError: the endpoint. StoreError: the workdir holds another run's results.
     """
     settings, teacher = config.cold_start, config.teacher
     if not settings.records:
@@ -65,18 +67,20 @@ def run_cold_start(
         weights = resolve_weights(settings.reward)
     except ValueError as error:
         raise ColdStartError(f"cold_start.reward: {error}") from error
+    system = resolve_system_prompt(file=settings.system_file)
     try:
         records = copied_file(settings.records)
     except FileNotFoundError:
         raise ColdStartError(f"cold_start.records = {settings.records}: there is no such file") from None
     items, repeated = read_items(records)
+    items = [item if item.system or not system else dataclasses.replace(item, system=system) for item in items]
     if repeated:
         print(f"{repeated} records occur more than once and count once")
     drawn = draw(items, settings.per_scenario, config.seed)
     root = settings.root or absolute(settings.records).rpartition("/")[0]
     folder = Path(workdir)
     with open(records, "rb") as file:
-        made_with = {"records": hashlib.file_digest(file, "sha256").hexdigest()}
+        made_with = {"records": hashlib.file_digest(file, "sha256").hexdigest(), "system": system}
     made_with |= fixed(config, REASONING_KEYS)
     with ExitStack() as stack:
         store = stack.enter_context(PartStore(folder, seed=config.seed, config=made_with))
@@ -109,6 +113,8 @@ def path_writer(config: ml_collections.ConfigDict, root: str, folder: Path, pool
       TeacherError: no model's name, or no endpoint's address.
     """
     paths, seed = config.cold_start.paths, config.seed
+    if config.teacher.kind == ORACLE and config.cold_start.style == "brief":
+        return lambda item: [oracle.compose_brief(item)]  # every path would be the same
     if config.teacher.kind == ORACLE:
         return lambda item: [oracle.compose(item, path, seed) for path in range(paths)]
     return functools.partial(model_paths, config, open_teacher(config.teacher, folder), root, pool)

@@ -19,7 +19,7 @@ _NARROWEST, _WIDEST = 0.85, 0.95  # share of the permitted range (in the logarit
 
 
 def numeric_options(
-    truth: float, shape: str, rng: random.Random, said: float | None = None
+    truth: float, shape: str, rng: random.Random, said: float | None = None, spacing: float = 0.0
 ) -> tuple[list[str], int] | None:
     """Four distances with one decimal, ascending and distinct, and the rank of the truth among them.
 
@@ -32,12 +32,14 @@ def numeric_options(
       said: metres that the solution's centres give for the same distance; the option nearest to it is the truth. None:
         the truth. Centres that are off by some share of the truth need a set whose every member, off by that share, is
         nearest to itself: again a condition on the set alone.
+      spacing: ratio of neighbours of a ladder, 0 for as wide as the bounds allow. Wider than that they leave the bounds
+        of the paper, but tell nothing more about the truth.
 
     Returns:
       None when this draw makes no fair set; another draw might.
     """
     rank = int(rng.random() * 4)
-    exact = SHAPES[shape](truth, rank, rng)
+    exact = SHAPES[shape](truth, rank, rng, spacing)
     if exact is None:
         return None
     tenths = [round(n) for n in exact]
@@ -67,22 +69,24 @@ def shuffle(items: list, rng: random.Random) -> None:
         items[n], items[k] = items[k], items[n]
 
 
-def _ladder(truth: float, rank: int, rng: random.Random) -> list[float] | None:
+def _ladder(truth: float, rank: int, rng: random.Random, spacing: float) -> list[float] | None:
     """Four distances in tenths of a metre, not rounded; so `_independent`."""
     widest = math.log(min(_HIGH, 1 / _LOW))
     a, b, c = 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random(), 0.8 + 0.4 * rng.random()
     scale = widest * (_NARROWEST + (_WIDEST - _NARROWEST) * rng.random()) / (a + b + c)
+    if spacing:
+        scale = 3 * math.log(spacing) / (a + b + c)
     steps = (1.0, math.exp(scale * a), math.exp(scale * (a + b)), math.exp(scale * (a + b + c)))
     lowest, span = truth / steps[rank], steps[3]
     # Distinct and within bounds after rounding, whichever option is the truth: conditions on the set alone.
     gap = min(steps[1] - 1, steps[2] - steps[1], span - steps[2])
-    room = min(_HIGH - span, 1 - _LOW * span)
+    room = math.inf if spacing else min(_HIGH - span, 1 - _LOW * span)
     if lowest * gap < 0.1 or lowest * room < 0.05:
         return None
     return [10 * lowest * step for step in steps]
 
 
-def _independent(truth: float, rank: int, rng: random.Random) -> list[float] | None:
+def _independent(truth: float, rank: int, rng: random.Random, spacing: float) -> list[float] | None:
     center = round(10 * truth)
     bottom, top = math.ceil(10 * _LOW * truth), math.floor(10 * _HIGH * truth)
     if center - max(bottom, 1) < 3 or top - center < 3:

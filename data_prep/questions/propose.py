@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_options, shuffle
 from data_prep.questions.states import Pair, agreeing, in_axes, stated
-from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
+from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene
 from data_prep.store.parts import LostObject, lost_object
@@ -31,6 +31,7 @@ from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
 SCENARIOS = tuple(LABELS)
+ANSWERS = ("letter", "measured")
 QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
 
@@ -43,6 +44,9 @@ class QuestionRules(RelationRules):
     pairs: int = 24  # frame pairs tried per clip
     min_gap: float = 0.1  # the two frames are at least this share of the clip apart
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
+    # scenario -> ratio of neighbouring distances on offer; others have them as wide as the paper's bounds allow
+    spacing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    answers: str = "letter"  # what training answers with, one of `ANSWERS`
     # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
 
@@ -52,35 +56,65 @@ class QuestionRules(RelationRules):
             raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
         if self.options not in SHAPES:
             raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
+        if self.answers not in ANSWERS:
+            raise ValueError(f"answers must be of {', '.join(ANSWERS)}: {self}")
         if not self.weights or not self.weights.keys() <= LABELS.keys() or not min(self.weights.values()) > 0:
             raise ValueError(f"weights must be above 0, of scenarios: {self}")
 
 
 class KindError(ValueError):
-    """The scenarios to ask about are not given as `kind_weights` reads them."""
+    """Settings of scenarios are not given as `scenario_numbers` reads them."""
 
 
 def kind_weights(kinds: Sequence[str]) -> dict[str, float]:
     """Read the scenarios to ask about, each "name" or "name=weight"; none at all: all of them, equally often.
 
     Raises:
-      KindError: an unknown scenario (names the nearest), one given twice, a weight outside (0, 1000].
+      KindError: as `scenario_numbers`, which reads weights above 0 and up to 1000.
     """
-    weights: dict[str, float] = {}
-    for kind in kinds:
-        name, equals, text = kind.partition("=") if isinstance(kind, str) else (str(kind), "", "")
+    return scenario_numbers("kinds", kinds, "weight", (0, 1000), 1.0) or dict.fromkeys(SCENARIOS, 1.0)
+
+
+def spacings(entries: Sequence[str]) -> dict[str, float]:
+    """Read ratios of neighbouring options, each "name=ratio", of scenarios that ask for a distance.
+
+    Raises:
+      KindError: as `scenario_numbers`, which reads ratios above 1.1 and up to 4; a scenario without distances.
+    """
+    found = scenario_numbers("spacing", entries, "ratio", (1.1, 4))
+    for name in found:
+        if LABELS[name]:
+            raise KindError(f"questions.spacing: '{name}' has no distances for options")
+    return found
+
+
+def scenario_numbers(
+    key: str, entries: Sequence[str], what: str, bounds: tuple[float, float], default: float | None = None
+) -> dict[str, float]:
+    """Read numbers of scenarios, each "name=number", or "name" for the default if there is one.
+
+    Args:
+      key, what: of the group `questions`, and what its numbers are, for messages.
+      bounds: numbers lie above the first and not above the second.
+
+    Raises:
+      KindError: an unknown scenario (names the nearest), one given twice, a number out of its bounds.
+    """
+    numbers: dict[str, float] = {}
+    for entry in entries:
+        name, equals, text = entry.partition("=") if isinstance(entry, str) else (str(entry), "", "")
         if name not in LABELS:
             hint = "".join(f" - did you mean '{close}'?" for close in difflib.get_close_matches(name, SCENARIOS, 1))
-            raise KindError(f"questions.kinds has no scenario '{name}'{hint} (there are: {', '.join(SCENARIOS)})")
+            raise KindError(f"questions.{key} has no scenario '{name}'{hint} (there are: {', '.join(SCENARIOS)})")
         try:
-            weight = float(text) if equals else 1.0
+            number = float(text) if equals or default is None else default
         except ValueError:
-            weight = math.nan
-        if name in weights or not 0 < weight <= 1000:
-            wrong = "is there twice" if name in weights else f"needs a weight above 0 and up to 1000, not '{text}'"
-            raise KindError(f"questions.kinds: '{name}' {wrong}")
-        weights[name] = weight
-    return weights or dict.fromkeys(SCENARIOS, 1.0)
+            number = math.nan
+        if name in numbers or not bounds[0] < number <= bounds[1]:
+            needs = f"needs a {what} above {bounds[0]:g} and up to {bounds[1]:g}, not '{text}'"
+            raise KindError(f"questions.{key}: '{name}' {'is there twice' if name in numbers else needs}")
+        numbers[name] = number
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,6 +133,7 @@ class Question:
       value: what was measured, metres.
       motion: metres that the camera or the object asked about moved between the frames, the larger of them.
       template: "<phrasing>.<anchor>".
+      measured: whether the answer that is trained on says first what was measured.
       frames: (i, j) in the clip as seen; source: the same as frame numbers of the scene.
       count: frames the model sees.
       object_id: "" for the camera's relations.
@@ -120,6 +155,7 @@ class Question:
     value: float | tuple[float, ...]
     motion: float
     template: str
+    measured: bool
     frames: tuple[int, int]
     source: tuple[int, int]
     count: int
@@ -127,6 +163,16 @@ class Question:
     object_name: str
     camera_center: tuple
     object_center: tuple
+
+    @property
+    def spoken(self) -> str:
+        """The answer that is trained on: the letter, or what was measured and then the letter.
+
+        Who says first what he sees, and then which option is nearest, learns from every question what the value is, and
+        not only which of four letters it is called.
+        """
+        found = self.label or f"{self.value:.1f}"
+        return short_reasoning(found, self.answer) if self.measured else self.answer
 
     def record(self, video: str) -> dict[str, Any]:
         """Return a released conversation record, plus fields that its readers skip.
@@ -143,7 +189,7 @@ class Question:
             "clip_id": self.clip_id,
             "scale": self.scale,
             "video": video,
-            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.answer}],
+            "conversations": [{"from": "user", "value": prompt}, {"from": "gpt", "value": self.spoken}],
             "question_type": self.scenario,
             "subtask": SUBTASKS[self.scenario],
             "question": self.text,
@@ -324,7 +370,7 @@ def _ask(
         label, rank, truth = labels[kind], -1, labels[kind]
         texts = label_options(labels, label, rng)
     else:
-        made = numeric_options(value, rules.options, rng, said)
+        made = numeric_options(value, rules.options, rng, said, rules.spacing.get(scenario, 0.0))
         if made is None:
             return None
         texts, rank = made
@@ -352,6 +398,7 @@ def _ask(
         value=round(value, 6) if obj >= 0 or not labels else tuple(round(v, 6) for v in value),
         motion=round(motion, 6),
         template=f"{phrasing}.{anchor}",
+        measured=rules.answers == "measured",
         frames=(i, j),
         source=(facts.seen[i], facts.seen[j]),
         count=len(facts.seen),

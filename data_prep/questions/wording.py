@@ -97,5 +97,10 @@ def question_text(
     return f"{text} {THRESHOLD.format(tau=_length(tau))}" if NOT_MOVING in LABELS[relation] else text
 
 
+def short_reasoning(found: str, letter: str) -> str:
+    """Return the shortest response with its reason: what was found, the option that is nearest to it, the answer."""
+    return f"<thinking>{found}: {letter}</thinking><answer>{letter}</answer>"
+
+
 def _length(metres: float) -> str:
     return f"{100 * metres:.6g} cm" if metres < 1 else f"{metres:.6g} m"

@@ -145,8 +145,9 @@ def write_clip(
     """Write a clip as Stereo4D is laid out, with the sidecars that other tools would leave beside it.
 
     In `folder`, all names starting with the clip id: `.npz` (Stereo4D's keys), `-left_rectified.mp4`,
-    `-right_rectified.mp4` (stereo clips), `-masks.npz` or `-masks.json`, `-captions.json`, and `-truth/` (the exact
-    scene). The annotations come last, so that a clip that has them is complete.
+    `-right_rectified.mp4` and `-clip.json` (stereo clips: what the `stereo` source is told of the camera), `-masks.npz`
+    or `-masks.json`, `-captions.json`, and `-truth/` (the exact scene). The annotations come last, so that a clip that
+    has them is complete.
 
     Args:
       codec: "ffv1" (lossless) or "mpeg4" (lossy, some ten times smaller).
@@ -166,6 +167,9 @@ def write_clip(
         sidecars["masks"] = {o.object_id: [encode_rle(m) for m in o.masks] for o in scene.objects}
     else:
         write_atomic(f"{stem}-masks.npz", npz_bytes({o.object_id: o.masks for o in scene.objects}))
+    if clip.right is not None:  # what the stereo stage cannot see in the two views
+        camera = {"intrinsics": scene.intrinsics[0].tolist(), "baseline": clip.baseline}
+        sidecars["clip"] = {"source_id": scene.source_id, **camera}
     for name, document in sidecars.items():
         write_json(f"{stem}-{name}.json", document)
     if truth:

@@ -50,6 +50,7 @@ class SyntheticConfig:
       stereo: whether the right eye is rendered too.
       smooth: antialias the edges.
       objects: (fewest, most) named objects.
+      object_size: factor on their sizes; 1 = 0.24 to 1 m across.
       furniture: (fewest, most) cabinets and pictures along the walls.
       object_travel, camera_travel: (shortest, longest) displacement over a clip, metres, drawn log-uniformly.
       object_still, camera_still: probability of no motion at all.
@@ -66,6 +67,7 @@ class SyntheticConfig:
     stereo: bool = False
     smooth: bool = True
     objects: tuple[int, int] = (2, 4)
+    object_size: float = 1.0
     furniture: tuple[int, int] = (2, 5)
     object_travel: tuple[float, float] = (0.3, 2.4)
     camera_travel: tuple[float, float] = (0.2, 1.6)
@@ -84,6 +86,8 @@ class SyntheticConfig:
             raise SceneError("synthetic fov must be within [10, 120] degrees, fps within (0, 1000], baseline above 0")
         if not 1 <= self.objects[0] <= self.objects[1] <= len(COLOURS):
             raise SceneError(f"synthetic objects is {self.objects}; it must be (fewest, most) in [1, {len(COLOURS)}]")
+        if not 0.1 <= self.object_size <= 4 or not 0 <= self.turn <= 180:
+            raise SceneError("synthetic object_size must be within [0.1, 4], turn within [0, 180] degrees")
         if not 0 <= self.furniture[0] <= self.furniture[1] <= 20 or self.background_points < 0:
             raise SceneError("synthetic furniture must be (fewest, most) within [0, 20], background_points at least 0")
         for name in ("object_travel", "camera_travel"):
@@ -189,7 +193,7 @@ def _objects(rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: 
     placed: list[Named] = []
     for colour in colours:
         shape = str(rng.choice(["box", "ball", "cylinder"]))
-        half = _half(rng, shape)
+        half = tuple(config.object_size * side for side in _half(rng, shape))
         solid = Solid(shape, half, np.zeros((1, 3)), np.zeros((1, 3, 3)), len(placed) + 1, _plain(rng))
         path = _path(rng, config, size, camera, solid, [o.solid for o in placed])
         if path is None:

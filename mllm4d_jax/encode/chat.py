@@ -57,6 +57,7 @@ def render_chat(
     visuals: Sequence[Visual] | None = None,
     merge_size: int = 2,
     add_generation_prompt: bool = False,
+    gen_prefix: str = "",
     outer_markers: bool = False,
     form: ChatForm | None = None,
 ) -> list[Piece]:
@@ -74,6 +75,7 @@ def render_chat(
       family: "qwen3_vl" or "qwen2_5_vl".
       visuals: one per image or video part, in reading order; None leaves a single placeholder for each.
       add_generation_prompt: end with the header of an assistant turn, and what opens its thought.
+      gen_prefix: after that, a text with which the turn begins.
       outer_markers: Qwen3-VL videos only, keep the template's own vision_start/vision_end pair around the clip.
       form: default system prompt, and whether answers begin with a thought; None = the family's published Instruct.
 
@@ -107,7 +109,7 @@ def render_chat(
             body = _with_thought(rendered_text(body), i, opening, i == len(messages) - 1, target)
         pieces += _turn(message["role"], body, target)
     if add_generation_prompt:
-        pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n"), Piece(form.opening)]
+        pieces += [Piece("<|im_start|>", control=True), Piece("assistant\n"), Piece(form.opening), Piece(gen_prefix)]
     return pieces
 
 

@@ -72,17 +72,20 @@ class Encoder(contextlib.AbstractContextManager):
         tokenizer: Tokenizer,
         options: VideoOptions | None = None,
         max_tokens: int | None = None,
+        gen_prefix: str = "",
     ):
         """Checks that tokenizer, config and options belong together.
 
         Args:
           max_tokens: longest example; longer ones raise TooLongError before any video is decoded. None = no limit.
+          gen_prefix: text with which the turn begins that a prompt asks for.
 
         Raises:
           ProcessorError: placeholder ids differ between tokenizer and config.json.
         """
         tokenizer.check_config(config)
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
+        self.gen_prefix = gen_prefix
         self.options = opts = options or VideoOptions()
         self._clips = ClipCache(opts.cache_gib * 2**30)
         self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads)
@@ -265,6 +268,7 @@ class Encoder(contextlib.AbstractContextManager):
             visuals=[i.visual for i in items],
             merge_size=self.config.merge_size,
             add_generation_prompt=add_generation_prompt,
+            gen_prefix=self.gen_prefix,
             outer_markers=self.options.outer_markers,
             form=self.config.chat,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -272,7 +273,7 @@ def _declared_tokens(file: Path) -> list[dict[str, Any]]:
 
 
 def build_byte_level_tokenizer(
-    texts: Iterable[str], vocab_size: int, special_ids: Mapping[str, int] | None = None
+    texts: Iterable[str], vocab_size: int, special_ids: Mapping[str, int] | None = None, phrases: Sequence[str] = ()
 ) -> tokenizers.Tokenizer:
     """Trains a byte-level BPE tokenizer shaped like Qwen's, with all of its added tokens. Save it with `.save(path)`.
 
@@ -281,6 +282,8 @@ def build_byte_level_tokenizer(
       vocab_size: at most this many tokens in all, added tokens included.
       special_ids: fixed ids by content, for example `QWEN_SPECIAL_IDS`; ids between the last merge and these stay
         unused. Added tokens not named take the next free ids after the last merge, in Qwen's order.
+      phrases: texts that are a token each wherever they stand, the longest first; figures only where no digit or letter
+        touches them. They come after all other tokens.
 
     Raises:
       ProcessorError: no room for 256 bytes plus the added tokens, or `special_ids` repeats an id, names an unknown
@@ -290,9 +293,14 @@ def build_byte_level_tokenizer(
     unknown = set(fixed) - set(QWEN_SPECIAL_IDS)
     if unknown or len(set(fixed.values())) != len(fixed):
         raise ProcessorError(f"special_ids: unknown tokens {sorted(unknown)} or an id given twice: {fixed}")
-    bpe_size = vocab_size - len(QWEN_TOKENS)
+    bpe_size = vocab_size - len(QWEN_TOKENS) - len(phrases)
     if bpe_size < 256:
-        raise ProcessorError(f"vocab_size {vocab_size} is below 256 bytes + {len(QWEN_TOKENS)} added tokens")
+        raise ProcessorError(
+            f"vocab_size {vocab_size} is below 256 bytes + {len(QWEN_TOKENS)} added tokens + {len(phrases)} phrases"
+        )
+    if phrases:  # merges are for what is left between them
+        between = re.compile("|".join(map(re.escape, sorted(phrases, key=len, reverse=True))))
+        texts = [rest for text in texts for rest in between.split(text) if rest]
     trained = _qwen_shell(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=bpe_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -311,6 +319,7 @@ def build_byte_level_tokenizer(
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
     shaped = _qwen_shell(models.BPE(vocab=vocab | ids, merges=merges))
     shaped.add_tokens([tokenizers.AddedToken(c, normalized=False, special=s) for c, _, s in QWEN_TOKENS])
+    shaped.add_tokens([tokenizers.AddedToken(p, normalized=False, single_word=p[0].isdigit()) for p in phrases])
     return shaped
 
 

@@ -208,6 +208,7 @@ class _Asker:
         self._items = {item.id: item for item in items}
         self._source = ItemSource(items, manner)
         kind = functools.partial(ShuffledEncoder, seed=config.seed) if config.control == "shuffled" else Encoder
+        kind = functools.partial(kind, gen_prefix=config.prompt.gen_prefix)
         self.encoder = encoder_of(choice.base, config.video, config.data.max_tokens, kind, config.model.chat_template)
         self._tokenizer = self.encoder.tokenizer
         mesh = make_mesh(dict(config.mesh), jax.local_devices())
@@ -254,11 +255,12 @@ class _Asker:
             yield Prompts.checked(inputs, numbers, inputs.layout.slots, self._config.max_new_tokens)
 
     def _predictions(self, group: Group, keys: Sequence[str], out: Completions, digest: str) -> list[Prediction]:
-        prompts = {example.key: example.text for example in group.examples}
+        begun = self._config.prompt.gen_prefix  # by us, and part of the response
+        prompts = {example.key: example.text.removesuffix(begun) for example in group.examples}
         return [
             Prediction.of(
                 self._items[key],
-                with_prompt(prompts[key], self._tokenizer.decode(out.ids(0, slot))),
+                with_prompt(prompts[key], begun + self._tokenizer.decode(out.ids(0, slot))),
                 prompt_mode=self._manner.mode,
                 control=self._config.control,
                 config=digest,

@@ -84,6 +84,15 @@ def paired_difference(
     return _estimate(change, -1.0, clusters, [""] * len(change), bootstrap)
 
 
+def mean(values: Sequence[float], clusters: Sequence[str], bootstrap: Bootstrap = DEFAULT) -> Estimate:
+    """Return the mean of values of any size with its interval, which is not known where they are all the same.
+
+    Args:
+      values: f64[N]; the other arguments are those of `accuracy`.
+    """
+    return _estimate(np.asarray(values, dtype=float), None, clusters, [""] * len(values), bootstrap)
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
     """Test exactly whether two runs on the same questions are equally often right when they differ.
 
@@ -112,13 +121,17 @@ def detectable_difference(first: Sequence[float], second: Sequence[float], clust
 
 def _estimate(
     values: np.ndarray,
-    least: float,
+    least: float | None,
     clusters: Sequence[str],
     groups: Sequence[str],
     bootstrap: Bootstrap,
     weights: Mapping[str, float] | None = None,
 ) -> Estimate:
-    """Return the mean over groups of the means of values f64[N], which lie in [least, 1], with its interval."""
+    """Return the mean over groups of the means of values f64[N], with its interval.
+
+    Args:
+      least: values lie in [least, 1]; None = anywhere.
+    """
     if values.ndim != 1:
         raise ValueError(f"answers are a list of them, not of shape {values.shape}")
     index, videos = _numbered("clusters", clusters, len(values))
@@ -131,7 +144,7 @@ def _estimate(
     total = np.bincount(cells, values, count * kinds).reshape(shape)
     asked = np.bincount(cells, minlength=count * kinds).reshape(shape).astype(float)
     value = float(np.average(total.sum(0) / asked.sum(0), weights=share))
-    if count < 2:
+    if count < 2 or (least is None and values.min() == values.max()):
         return Estimate(value, math.nan, math.nan, len(values), count)
     if values.min() == values.max():  # draws would not differ: what is known is that exceptions are rare
         bound = 1 - (0.5 - LEVEL / 2) ** (1 / count)

@@ -1,10 +1,12 @@
-"""The end of a program, which is to come: threads and worker processes that never return do not hold it up."""
+"""The end of a program: it is asked to stop, and threads and worker processes that never return do not hold it up."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from typing import Self
 
 EXIT_S = 60.0  # for the end of the process, once all is closed
 CLOSING_S = 120.0  # for closing after an error, when a checkpoint may still be under way
+
+log = logging.getLogger(__name__)
 
 
 class Ending:
@@ -57,3 +61,35 @@ class Ending:
         print(said, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         self._end(self._code)
+
+
+class StopSignal:
+    """True once SIGINT, SIGTERM or SIGHUP came in; a second SIGINT interrupts at once. Use as a context manager.
+
+    A terminal that is closed sends SIGHUP; where that is ignored, as by `nohup`, it stays so.
+
+    Outside the main thread, where Python allows no handlers, it stays False.
+    """
+
+    def __init__(self) -> None:
+        self._asked, self._before = False, {}
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            hang_up = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        log.warning("%s: finishing the step under way, then saving", signal.Signals(number).name)

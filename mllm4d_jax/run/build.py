@@ -92,9 +92,8 @@ def build(
     graphdef, trainable, frozen = split_model(model, tuple(config.train.trainable))
     o, iterations = config.optim, config.objective.iterations if config.task == "grpo" else 1
     rates = learning_rates(o.lr, config.train.steps, o.warmup_ratio, o.schedule)
-    optimizer = make_optimizer(
-        np.repeat(rates, iterations), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip_norm=o.clip_norm
-    )
+    settings = {name: o[name] for name in ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")}
+    optimizer = make_optimizer(np.repeat(rates, iterations), **settings)
     if abstract:
         places = optimizer_placement(optimizer, trainable, mesh)
         opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, trainable), places)

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -21,7 +18,7 @@ from typing import Any, Self, TypeVar
 import jax
 import ml_collections
 
-from mllm4d_jax.files.ending import CLOSING_S, Ending
+from mllm4d_jax.files.ending import CLOSING_S, Ending, StopSignal
 from mllm4d_jax.files.traffic import Traffic
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.run.begin import Begun
@@ -30,8 +27,6 @@ from mllm4d_jax.run.log import RunLog, say, write_facts
 from mllm4d_jax.run.saved import take_up
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.run.workdir import hold_workdir
-
-log = logging.getLogger(__name__)
 
 
 class TrainingError(ValueError):
@@ -104,38 +99,6 @@ def carry_out(
     stopped = f"stopped after step {done} of {c.steps} and saved; the same command goes on from there"
     say(stopped if done < c.steps else f"{done} steps done")
     return 0
-
-
-class StopSignal:
-    """True once SIGINT, SIGTERM or SIGHUP came in; a second SIGINT interrupts at once. Use as a context manager.
-
-    A terminal that is closed sends SIGHUP; where that is ignored, as by `nohup`, it stays so.
-
-    Outside the main thread, where Python allows no handlers, it stays False.
-    """
-
-    def __init__(self) -> None:
-        self._asked, self._before = False, {}
-
-    def __bool__(self) -> bool:
-        return self._asked
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            hang_up = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
-            for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-        log.warning("%s: finishing the step under way, then saving", signal.Signals(number).name)
 
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import ml_collections
@@ -26,35 +26,66 @@ from mllm4d_jax.run import preflight
 from mllm4d_jax.run.build import open_records
 
 VOCABULARY = 512
+PHRASES = "phrases.json"  # beside the records: texts that are tokens of their own in a model made for them
 _RECORDS = 1000  # the tokenizer is learned from at most so many of a source
 # What a prompt holds besides the records' own text.
 _SCAFFOLD = ("system\nuser\nassistant\n", *(f"<{t / 10:.1f} seconds>" for t in range(40)))
 
 
-def tiny_config(special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return config.json of the tiny model, in the spelling of the released checkpoints.
+class Shape(NamedTuple):
+    """What a tiny model is like.
+
+    Attributes:
+      size: of its parts, in terms of the published ones.
+      head, vision_heads: width of a decoder's head; heads of the vision tower.
+      vocabulary: most tokens, phrases not counted.
+      dtype: of the files.
+      start: standard deviation of the embedding tables' first values.
+    """
+
+    size: Size
+    head: int
+    vision_heads: int
+    vocabulary: int
+    dtype: str
+    start: float
+
+
+# By `data.sample`: what learns a few answers by heart in two minutes, and what can be pre-trained to see. Of the second
+# the figures are small so that updates, not the first values, decide what a token means.
+SHAPES: Mapping[str, Shape] = {
+    "tiny": Shape(Size("", 128, 3, 4, 2, 256, Tower(3, 64, 128, (0, 1))), 32, 2, VOCABULARY, "float32", 1.0),
+    "base": Shape(Size("", 128, 3, 4, 2, 384, Tower(3, 96, 384, (1,)), tied=True), 32, 3, 420, "bfloat16", 0.1),
+}
+
+
+def tiny_config(special_ids: Mapping[str, int], shape: Shape = SHAPES["tiny"], phrases: int = 0) -> dict[str, Any]:
+    """Return config.json of a tiny model, in the spelling of the released checkpoints.
 
     Args:
       special_ids: ids of the tokenizer's special tokens, by content.
+      shape: of the model.
+      phrases: tokens besides those of its vocabulary.
     """
-    size = Size("", 128, 3, 4, 2, 256, Tower(depth=3, width=64, inner=128, taps=(0, 1)))
-    config = hugging_face_config(size)
+    config = hugging_face_config(shape.size)
     config["text_config"] |= dict(
         bos_token_id=special_ids["<|endoftext|>"],
-        dtype="float32",
+        dtype=shape.dtype,
         eos_token_id=special_ids["<|im_end|>"],
-        head_dim=32,
+        head_dim=shape.head,
         max_position_embeddings=4096,
         rope_scaling=dict(mrope_interleaved=True, mrope_section=[6, 5, 5], rope_type="default"),
-        vocab_size=VOCABULARY,
+        vocab_size=shape.vocabulary + phrases,
     )
-    config["vision_config"] |= dict(num_heads=2, num_position_embeddings=64)
+    config["vision_config"] |= dict(num_heads=shape.vision_heads, num_position_embeddings=64)
     names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>")
     names |= dict(vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    return config | {key: special_ids[name] for key, name in names.items()} | dict(torch_dtype="float32")
+    return config | {key: special_ids[name] for key, name in names.items()} | dict(torch_dtype=shape.dtype)
 
 
-def write_tiny_model(folder: str | Path, texts: Sequence[str], seed: int = 0) -> bool:
+def write_tiny_model(
+    folder: str | Path, texts: Sequence[str], seed: int = 0, kind: str = "tiny", phrases: Sequence[str] = ()
+) -> bool:
     """Writes config.json, tokenizer.json, the preprocessor files and model.safetensors.
 
     An existing complete folder made from the same arguments is kept.
@@ -63,6 +94,8 @@ def write_tiny_model(folder: str | Path, texts: Sequence[str], seed: int = 0) ->
       folder: where to.
       texts: what the tokenizer's merges are learned from.
       seed: of the weights.
+      kind: key of `SHAPES`.
+      phrases: texts that are a token each.
 
     Returns:
       True when it was written, False when it was there.
@@ -70,19 +103,21 @@ def write_tiny_model(folder: str | Path, texts: Sequence[str], seed: int = 0) ->
     Raises:
       SampleError: the folder has something else in it.
     """
+    shape = SHAPES[kind]
 
     def write(target: Path) -> None:
-        tokenizer = build_byte_level_tokenizer([*texts, *_SCAFFOLD], VOCABULARY)
+        vocabulary = shape.vocabulary + len(phrases)
+        tokenizer = build_byte_level_tokenizer([*texts, *_SCAFFOLD], vocabulary, phrases=phrases)
         tokenizer.save(str(target / "tokenizer.json"))
         special_ids = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
-        config = tiny_config(special_ids)
+        config = tiny_config(special_ids, shape, len(phrases))
         (target / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
             (target / name).write_text(json.dumps(_preprocessor(), indent=1) + "\n")
-        save_model(_random_model(ModelConfig.from_dict(config), seed), target)
+        save_model(_random_model(ModelConfig.from_dict(config), shape, seed), target)
 
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    spec = {"kind": "tiny model", "version": 1, "seed": seed, "texts": digest}
+    digest = hashlib.sha256("\0".join([*texts, *phrases]).encode()).hexdigest()
+    spec = {"kind": f"{kind} model", "version": 1, "seed": seed, "texts": digest}
     return build_folder(Path(folder), spec, write)
 
 
@@ -97,25 +132,26 @@ def _preprocessor() -> dict[str, Any]:
     )
 
 
-def _random_model(config: ModelConfig, seed: int) -> QwenVL:
-    """A model with random weights: every matrix keeps activations of unit size, embedding tables have unit variance.
+def _random_model(config: ModelConfig, shape: Shape, seed: int) -> QwenVL:
+    """A model with random weights: every matrix keeps activations of unit size; embedding tables as `shape` says.
 
     At the usual 0.02 a model this narrow passes on almost nothing and adapters on attention have nothing to work with.
     Drawn with NumPy: compiling a random generator for each shape would take longer than everything else.
     """
     rng = np.random.default_rng(seed)
-    model = abstract_model(config, dtype=jnp.float32, attention="xla", remat="none")
+    dtype = jnp.dtype(shape.dtype)
+    model = abstract_model(config, dtype=dtype, attention="xla", remat="none")
     graphdef, state = nnx.split(model)
     filled = []
     for path, variable in nnx.to_flat_state(state):
-        shape, kind = variable.get_value().shape, path[-1]
+        sizes, kind = variable.get_value().shape, path[-1]
         if kind == "kernel":
-            value = rng.normal(size=shape) * shape[-2] ** -0.5
+            value = rng.normal(size=sizes) * sizes[-2] ** -0.5
         elif kind in ("embed", "pos_embed"):
-            value = rng.normal(size=shape)
+            value = rng.normal(size=sizes) * shape.start
         else:
-            value = np.ones(shape) if kind == "scale" else np.zeros(shape)
-        filled.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
+            value = np.ones(sizes) if kind == "scale" else np.zeros(sizes)
+        filled.append((path, variable.replace(jnp.asarray(value, dtype))))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
@@ -139,7 +175,9 @@ def with_sample(config: ml_collections.ConfigDict, workdir: Path) -> ml_collecti
         problems = list(preflight.data_problems(config))
         if problems:
             raise preflight.PreflightError("; ".join(problems))
-        write_tiny_model(sample / "model", _record_texts(open_records(config)) + _reasoning(sample), config.seed)
+        texts = _record_texts(open_records(config)) + _reasoning(sample)
+        phrases = _phrases(Path(config.data.root) / PHRASES) if config.data.sample == "base" else ()
+        write_tiny_model(sample / "model", texts, config.seed, config.data.sample, phrases)
         config.model.path = str(sample / "model")
     return config
 
@@ -149,6 +187,19 @@ def _reasoning(sample: Path) -> list[str]:
     file = sample / "world" / "cold_start.json"
     rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     return [row["conversations"][-1]["value"] for row in rows]
+
+
+def _phrases(file: Path) -> tuple[str, ...]:
+    """Texts that are to be tokens; none without a file. Raises PreflightError: it is no list of texts."""
+    if not file.is_file():
+        return ()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise preflight.PreflightError(f"{file} is not JSON ({error})") from error
+    if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
+        raise preflight.PreflightError(f"{file} must be a list of texts that are not empty")
+    return tuple(dict.fromkeys(found))
 
 
 def _record_texts(mixture: Mixture) -> list[str]:

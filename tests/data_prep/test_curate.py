@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from configs import common
 from data_prep import curate
 from data_prep.questions.propose import QuestionRules
+from data_prep.scenes.scene import load_scene
 from data_prep.sources.base import LoadedClip
 from data_prep.store.export import check_result
 from data_prep.store.parts import StoreError
@@ -174,13 +175,18 @@ def test_the_dataset_holds_the_chosen_questions_with_their_frames(made, tmp_path
 
 def test_stereo_videos_alone_through_the_whole_command(tmp_path):
     clips = {"synthetic.clips": 5, "synthetic.height": 256, "synthetic.width": 256, "synthetic.frames": 6}
-    assert run(tmp_path / "made", **clips, **{"synthetic.stereo": True, "bench_share": 0.0, "report.clips": 0}) == 0
+    rig = {"synthetic.stereo": True, "synthetic.baseline": 0.1, "synthetic.fov": 55.0}
+    assert run(tmp_path / "made", **clips, **rig, **{"bench_share": 0.0, "report.clips": 0}) == 0
     folder = tmp_path / "made" / "clips"
     for file in [p for p in folder.glob("*.npz") if not p.stem.endswith("-masks")]:
         file.unlink()  # poses and tracks
     out = tmp_path / "out"
-    found = run(out, source="stereo", input=str(folder), bench_share=0.0, preset="all", **{"stereo.baseline": 0.063})
-    assert found == 0
+    assert run(out, source="stereo", input=str(folder), bench_share=0.0, preset="all") == 0
+    for kept in sorted((out / "scenes").iterdir()):  # metres are those of the world: the cards say baseline and lens
+        truth, found = load_scene(folder / f"{kept.name}-truth"), load_scene(kept)
+        np.testing.assert_allclose(found.intrinsics, truth.intrinsics, rtol=1e-12)
+        travelled = [np.linalg.norm(one.camera_centers[-1] - one.camera_centers[0]) for one in (truth, found)]
+        assert found.source_id == truth.source_id and abs(travelled[1] - travelled[0]) < 0.03 + 0.05 * travelled[0]
     records = json.loads((out / "train.json").read_text())
     assert len(records) > 10 and all((folder / r["video"]).is_file() for r in records)
     page = (out / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -112,6 +113,25 @@ def test_one_question_at_a_time_gives_the_same_answers(asked, world, tmp_path):
     assert answers(workdir) == answers(asked)
     lines = (workdir / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     assert lines[0] == kept[0] and len(lines) == 12
+
+
+def test_a_response_goes_on_from_the_beginning_that_is_given(asked, world, tmp_path):
+    begun = "<answer>"
+    assert evaluate.run(make_config(world, prompt__gen_prefix=begun), str(tmp_path / "begun")) == 0
+    found, plain = answers(tmp_path / "begun"), answers(asked)
+    assert found.keys() == plain.keys() and all(response.startswith(begun) for response, *_ in found.values())
+    assert all(tokens <= 6 for _, tokens, *_ in found.values())  # what was given is not generated
+    assert all(found[name][0] != begun + plain[name][0] for name in found)  # it is read, not put in front
+    # The model is shown what training shows it before the rest of such an answer.
+    encoder, _ = encoders(world)
+    encoder.gen_prefix = begun
+    with encoder:
+        record = Manner("direct", None, blind=True).record(item(prompt="Which?"))
+        asked_for = encoder.encode(record, add_generation_prompt=True)
+        turns = (*record.messages, {"role": "assistant", "content": begun})
+        trained = encoder.encode(dataclasses.replace(record, messages=turns))
+    np.testing.assert_array_equal(asked_for.tokens, trained.tokens[: len(asked_for.tokens)])
+    assert len(trained.tokens) - len(asked_for.tokens) == 2 and not asked_for.supervised.any()  # <|im_end|>, newline
 
 
 def encoders(folder):

@@ -116,6 +116,21 @@ def test_the_hand_computed_rewards_are_those_of_the_reward():
         assert score(text, solution)["total"] == pytest.approx(reward, abs=1e-12)
 
 
+def test_a_file_says_the_system_prompt_of_records_that_bring_none(tmp_path, scripted):
+    own = record("s2")
+    own["messages"] = [{"role": "system", "content": "Its own."}, *own["messages"]]
+    records = write_records(tmp_path / "r1.jsonl", [record("t1"), own])
+    (tmp_path / "prompt.txt").write_text("Think, then answer.\n")
+    settings = config(records)
+    settings.cold_start.system_file = str(tmp_path / "prompt.txt")
+    assert run_cold_start(settings, str(tmp_path / "out")) == 0
+    said = {row["id"]: row["conversations"][0]["value"] for row in results(tmp_path / "out")[0]}
+    assert said == {"t1": "Think, then answer.", "s2": "Its own."}
+    (tmp_path / "prompt.txt").write_text("Another.")  # what is there was made with the first
+    with pytest.raises(StoreError, match="another seed or config"):
+        run_cold_start(settings, str(tmp_path / "out"))
+
+
 def test_the_best_path_of_each_kept_sample(tmp_path, scripted):
     records = write_records(tmp_path / "r1.jsonl", map(record, SCRIPT))
     assert run_cold_start(config(records), str(tmp_path / "out")) == 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.cold_start import oracle_wording as wording
-from data_prep.cold_start.oracle import compose, missing_fields
+from data_prep.cold_start.oracle import compose, compose_brief, missing_fields
 from data_prep.cold_start.prompt import path_problem
 from data_prep.cold_start.r1_items import parse_item
 from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
@@ -49,6 +49,21 @@ def test_every_path_earns_the_full_reward_and_may_be_trained_on():
         for text in texts:
             assert score(text, item.solution)["total"] == pytest.approx(1.0, abs=1e-12)
             assert parse(text).well_formed and path_problem(text) is None
+
+
+def test_the_brief_path_states_both_centres_and_what_they_come_to():
+    """Worth all but what one decimal costs: half a decimetre an axis at most, so exp(-0.05 sqrt 3) of a centre."""
+    for item in ITEMS:
+        text = compose_brief(item)
+        rewards, read = score(text, item.solution), parse(text)
+        assert rewards["total"] >= 0.7 + 0.3 * math.exp(-0.05 * 3**0.5) and read.well_formed
+        assert path_problem(text) is None and read.answer == item.solution.answer
+        kinds = len(read.camera_centers), len(read.object_centers), read.malformed_cameras + read.malformed_objects
+        assert kinds == (2, 2, 0) and (None in read.object_centers) == item.scenario.startswith("camera_")
+        said = item.label or f"{item.value:.1f}"
+        assert text.endswith(f"\n{said}: {read.answer}</thinking><answer>{read.answer}</answer>")
+    with pytest.raises(ClipRejected, match="oracle_contradiction"):
+        compose_brief(dataclasses.replace(OF["object_absolute_distance"][0], value=9.0))
 
 
 def test_the_states_are_in_the_form_that_the_prompt_demands():

@@ -1,0 +1,112 @@
+"""The quickstart: its own keys, and the settings of the tasks that it starts, as variants of their config files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from configs.schema import Key
+from configs.tables import quickstart_recipe as recipe
+from configs.tables.shared import run_keys
+
+QUICKSTART_KEYS = (
+    *run_keys("quickstart"),
+    Key(
+        "size",
+        "laptop",
+        "how much is made and learned; 'smoke' only shows that everything runs",
+        choices=("laptop", "accelerator", "smoke"),
+    ),
+    Key("base", "mllm4d_jax/quickstart/base", "Hugging Face folder of the model to start from", content=True),
+    Key("workers", 0, "processes that make clips and questions; 0 = one for every core", low=0, high=1024, free=True),
+)
+
+_WORLDS: Mapping[str, Any] = MappingProxyType(
+    {**recipe.WORLDS, **recipe.QUESTIONS, "synthetic.height": 192, "synthetic.width": 192, "report.clips": 4}
+)
+# Worlds to learn from, seen by two eyes. Their exact questions are written too, for those who want to compare.
+WORLDS: Mapping[str, Any] = MappingProxyType(
+    {**_WORLDS, "synthetic.clips": 450, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
+)
+# Worlds to be examined on, with exact truth: about 300 questions of each subtask, all classes equally often. No
+# training seed may be this one, nor that of the base's pre-training.
+BENCH: Mapping[str, Any] = MappingProxyType({**_WORLDS, "seed": 9000, "synthetic.clips": 1250, "bench_share": 1.0})
+QUESTIONS: Mapping[str, Any] = MappingProxyType(
+    {**recipe.QUESTIONS, "source": "stereo", "bench_share": 0.0, "report.clips": 4}
+)
+REASONING: Mapping[str, Any] = MappingProxyType(
+    {"source": "cold_start", "cold_start.total": 0, "cold_start.style": "brief", "cold_start.paths": 1}
+)
+WITH_ST = {"accuracy": 0.5, "format": 0.2, "camera": 0.15, "object": 0.15}  # the paper's shares
+WITHOUT_ST = {**WITH_ST, "camera": 0.0, "object": 0.0}  # measured all the same
+
+
+def _spelled(shares: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(f"{name}::{share}" for name, share in shares.items())
+
+
+_GRPO = {**recipe.GRPO, "prompt.system": ""}  # it is in a file
+GRPO_WITH_ST: Mapping[str, Any] = MappingProxyType({**_GRPO, "reward.functions": _spelled(WITH_ST)})
+GRPO_WITHOUT_ST: Mapping[str, Any] = MappingProxyType({**_GRPO, "reward.functions": _spelled(WITHOUT_ST)})
+# How the model sees clips is the same in training and evaluation.
+_SEEN = {name: value for name, value in recipe.SFT.items() if name.startswith("video.") or name == "model.dtype"}
+EVAL: Mapping[str, Any] = MappingProxyType(
+    {
+        **_SEEN,
+        "benchmark": "mllm4d",
+        "data.prefix_buckets": recipe.SFT["data.prefix_buckets"],
+        "data.max_tokens": recipe.SFT["data.max_tokens"],
+        "questions_per_video": 20,
+        "prompts_at_once": 16,
+        "max_new_tokens": 48,  # an answer with what was measured before it
+    }
+)
+EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
+    {**EVAL, "prompt.mode": "file", "max_new_tokens": recipe.GRPO["rollout.max_new_tokens"]}
+)
+
+# Stage -> its share of the time, as seconds on two quiet cores; corrected by what was measured while it runs.
+SECONDS: Mapping[str, float] = MappingProxyType(
+    {
+        "worlds": 50,
+        "bench": 75,
+        "questions": 140,
+        "sft": 200,
+        "reasoning": 5,
+        "cold_start": 60,
+        "grpo_without_st": 60,
+        "grpo": 60,
+        "control": 60,
+        "eval_base": 15,
+        "eval_base_forced": 15,
+        "eval_sft": 20,
+        "eval_sft_shuffled": 20,
+        "eval_cold_start": 25,
+        "eval_control": 25,
+        "eval_grpo_without_st": 25,
+        "eval_grpo": 25,
+    }
+)
+_FEW = {"train.steps": 2, "train.batch_size": 2, "data.questions_per_video": 2, "data.rows": 1}
+_FEW_SAMPLES = {"train.steps": 2, "rollout.prompts": 1, "rollout.completions": 2, "rollout.max_new_tokens": 8}
+# What the other sizes change, by stage.
+SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "laptop": {},
+        "accelerator": {
+            "worlds": {"synthetic.clips": 4000},
+            "bench": {"synthetic.clips": 2500},
+        },
+        "smoke": {
+            "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},
+            "questions": {"preset": "all", "questions.per_clip": 8},
+            "bench": {"synthetic.clips": 24, "synthetic.height": 64, "synthetic.width": 64},
+            "sft": _FEW,
+            "cold_start": _FEW,
+            "control": _FEW,
+            "grpo_without_st": _FEW_SAMPLES,
+            "grpo": _FEW_SAMPLES,
+        },
+    }
+)

@@ -1,0 +1,110 @@
+"""The recipe of the quickstart: its worlds, its questions, how a tiny base model is made and then taught to measure.
+
+docs/tiny.md tells what was measured with it and what was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+# What all worlds of the quickstart look like: few and large objects, seen by a camera that hardly turns.
+WORLDS: Mapping[str, Any] = MappingProxyType(
+    {
+        "synthetic.frames": 8,
+        "synthetic.fps": 4.0,
+        "synthetic.objects": (1, 3),
+        "synthetic.object_size": 1.6,
+        "synthetic.turn": 8.0,
+    }
+)
+PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
+    {**WORLDS, "seed": 1000, "synthetic.clips": 12000, "synthetic.height": 96, "synthetic.width": 96, "workers": 2}
+)
+# How every stage sees a clip: all frames, 96 x 96 pixels.
+_SEEN: Mapping[str, Any] = MappingProxyType(
+    {
+        "data.max_tokens": 512,
+        "data.prefix_buckets": (128, 256, 384, 512, 640, 768, 1024, 1536, 2048),
+        "data.branch_buckets": (32, 48, 64, 96, 128, 192, 256),
+        "model.dtype": "float32",
+        "model.remat": "none",
+        "model.vision_remat": "none",
+        "video.num_frames": 8,
+        "video.max_pixels": 9216,
+    }
+)
+PRETRAINING: Mapping[str, Any] = MappingProxyType(
+    {
+        **_SEEN,
+        "data.path": "runs/captions/captions.json",
+        "data.root": "runs/captions",
+        "data.sample": "base",
+        "data.questions_per_video": 10,
+        "data.rows": 8,
+        "optim.name": "muon",
+        "optim.lr": 0.015,
+        "optim.b2": 0.98,
+        "optim.weight_decay": 0.01,
+        "optim.warmup_ratio": 0.02,
+        "train.trainable": ("full", "vision/.*"),
+        "train.batch_size": 320,
+        "train.steps": 600,
+        "train.log_every": 10,
+        "train.checkpoint_every": 200,
+        "train.loss_chunk": 2048,
+    }
+)
+# First against last frame; options far enough apart for rough measurement; answers that say first what was measured.
+QUESTIONS: Mapping[str, Any] = MappingProxyType(
+    {
+        "questions.num_frames": 8,
+        "questions.min_gap": 0.99,
+        "questions.spacing": (
+            "camera_absolute_distance=1.6",
+            "object_absolute_distance=1.6",
+            "object_camera_absolute_distance=1.25",
+        ),
+        "questions.answers": "measured",
+        "questions.margin": 0.15,
+    }
+)
+SFT: Mapping[str, Any] = MappingProxyType(
+    {
+        **_SEEN,
+        "data.questions_per_video": 12,
+        "data.rows": 6,
+        "lora.rank": 32,
+        "lora.alpha": 32.0,
+        "lora.targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "optim.name": "muon",
+        "optim.lr": 0.01,
+        "optim.b2": 0.98,
+        "optim.warmup_ratio": 0.03,
+        "train.batch_size": 288,
+        "train.steps": 500,
+        "train.log_every": 10,
+        "train.checkpoint_every": 100,
+        "train.loss_chunk": 1024,
+    }
+)
+COLD_START: Mapping[str, Any] = MappingProxyType(
+    {**SFT, "data.max_tokens": 1024, "optim.lr": 0.005, "train.batch_size": 96, "train.steps": 100}
+)
+GRPO: Mapping[str, Any] = MappingProxyType(
+    {
+        **{name: value for name, value in _SEEN.items() if name != "data.branch_buckets"},
+        "data.max_tokens": 1024,
+        "lora.rank": SFT["lora.rank"],
+        "lora.alpha": SFT["lora.alpha"],
+        "lora.targets": SFT["lora.targets"],
+        "optim.lr": 1e-4,
+        "rollout.prompts": 16,
+        "rollout.completions": 8,
+        "rollout.max_new_tokens": 256,
+        "rollout.stop": ("</answer>",),
+        "train.steps": 40,
+        "train.checkpoint_every": 20,
+    }
+)

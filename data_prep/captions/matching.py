@@ -1,0 +1,74 @@
+"""Questions that can be answered from their text alone: which option is nearest, and what a question is about.
+
+They teach what an answer to a question with options needs besides seeing: that the letter of an option stands for what
+follows it, which of some figures is nearest to another, and which aspect of a caption a wording asks for. None of them
+says anything about a clip.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+
+from data_prep.captions.captions import Caption
+from data_prep.questions.options import LETTERS, shuffle
+from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
+from data_prep.scenes.relations import LABELS
+from mllm4d_jax.qa.options import lettered, write_question
+
+# Relation -> the aspect of a caption that it asks for.
+ASPECT: Mapping[str, str] = {
+    "camera_absolute_distance": "in all",
+    "camera_relative_direction": "mainly",
+    "object_absolute_distance": "in all",
+    "object_camera_absolute_distance": "distance",
+    "object_camera_relative_distance": "gap",
+    "object_camera_lateral_direction": "sideways",
+    "object_camera_longitudinal_direction": "in depth",
+}
+_LONGEST, _SHORTEST = 7.0, 0.1  # metres of figures
+NEAREST, SAME, ABOUT = "Which is nearest to {v}?", "Which says {v}?", "What is asked about: {q}"
+
+
+def nearest_number(rng: random.Random) -> Caption:
+    """Ask which of four figures is nearest to one given; any of them may be it, and one is clearly the nearest."""
+    while True:
+        ratio = 1.2 + 0.8 * rng.random()
+        lowest = math.exp(math.log(_SHORTEST) + math.log(_LONGEST / _SHORTEST / ratio**2) * rng.random())
+        tenths = [round(10 * lowest * ratio**k) for k in range(4)]
+        given = round(10 * lowest * ratio ** (rng.random() * 4 - 0.5))
+        off = sorted((abs(given - t), k) for k, t in enumerate(tenths))
+        if len(set(tenths)) == 4 and tenths[0] > 0 and given > 0 and off[1][0] > off[0][0]:
+            break
+    texts = [f"{t / 10:.1f}" for t in tenths]
+    return _matched(NEAREST, f"{given / 10:.1f}", texts[off[0][1]], texts, rng)
+
+
+def same_word(rng: random.Random) -> Caption:
+    """Ask which option says a given word; the words are the labels of the questions."""
+    labels = list(rng.choice([labels for labels in LABELS.values() if labels]))
+    shuffle(labels, rng)
+    offered = labels[: len(LETTERS)]
+    return _matched(SAME, offered[0], offered[0], offered, rng)
+
+
+def _matched(text: str, given: str, right: str, options: list[str], rng: random.Random) -> Caption:
+    shuffle(options, rng)
+    letter = LETTERS[options.index(right)]
+    return write_question(text.format(v=given), lettered(options)), short_reasoning(given, letter)
+
+
+def aspect_asked(rng: random.Random, frames: int, name: str) -> Caption:
+    """Ask what a question is about: the camera or an object, and the aspect of a caption that has the answer.
+
+    Args:
+      frames: of the clip. name: of an object.
+    """
+    relation = rng.choice(list(LABELS))
+    thing = name if relation.startswith("object_") else "the camera"
+    phrasing, anchor = rng.randrange(len(PHRASINGS[relation])), rng.randrange(len(ANCHORS))
+    i = rng.randrange(frames - 1)
+    j = rng.randrange(i + 1, frames)
+    question = question_text(relation, phrasing, anchor, i, j, frames - 1, thing)
+    return ABOUT.format(q=question), f"{thing} {ASPECT[relation]}"

@@ -1,0 +1,164 @@
+"""The task `quickstart`: every stage that is not done yet, one after the other; at the end the table and the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import ml_collections
+
+from configs.tables.quickstart import BENCH
+from mllm4d_jax.files.ending import StopSignal
+from mllm4d_jax.files.lock import WriterLock
+from mllm4d_jax.files.quoting import cut
+from mllm4d_jax.files.remote import is_remote
+from mllm4d_jax.files.storage import storing
+from mllm4d_jax.quickstart.done import QuickstartError, Records, results_of
+from mllm4d_jax.quickstart.page import write_page
+from mllm4d_jax.quickstart.process import Ended, run_process
+from mllm4d_jax.quickstart.progress import Clock, Line, share_of, span
+from mllm4d_jax.quickstart.results import read_results
+from mllm4d_jax.quickstart.stages import PROMPT, Stage, own, stages
+from mllm4d_jax.quickstart.tables import text
+
+_MOST_SAID = 2000  # characters of a stage's own error
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> int:
+    """Do what is not done yet, and show what came of it.
+
+    Args:
+      config: every key of the "quickstart" task.
+      workdir: gets a folder for each stage, logs/, stages.json and report.html.
+
+    Returns:
+      0, also when it was asked to stop (SIGINT, SIGTERM): the same command goes on from there.
+
+    Raises:
+      QuickstartError: a stage failed, or was made with other settings; says which command does it alone.
+      ConfigError: a stage's settings. LockError, StorageError: the workdir.
+    """
+    check(config, workdir)
+    listed, path = stages(config, workdir), Path(workdir)
+    with storing(path):
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+    with WriterLock.of(path), StopSignal() as stop:
+        records, line = Records(path), Line()
+        clock = Clock([stage.seconds for stage in listed])
+        about = span(clock.left(0, 0.0, None, None)[1])
+        line.say(
+            f"quickstart ({config.size}): {len(listed)} stages, about {about} on two quiet cores; all in {workdir}"
+        )
+        for number in range(len(listed)):
+            if not _Turn(listed, number, records, clock, line, stop).take():
+                line.say(f"stopped in stage {number + 1} of {len(listed)}; the same command goes on from there")
+                return 0
+        results = read_results(path, listed, records)
+        line.say(f"\n{text(results)}\n")
+        line.say(f"report: {write_page(path, results)}")
+    return 0
+
+
+def check(config: ml_collections.ConfigDict, workdir: str) -> None:
+    """Raise QuickstartError for what no stage could be run with."""
+    if is_remote(workdir) or config.distributed != "off":
+        raise QuickstartError(
+            "the quickstart runs as one process in a folder of this machine: no bucket, no distributed"
+        )
+    if config.seed == BENCH["seed"]:
+        raise QuickstartError(f"seed = {config.seed} is that of the worlds to be examined on: take another")
+    for name, wanted in ((config.base, "config.json"), (PROMPT, "")):
+        if not Path(own(name), wanted).is_file():
+            raise QuickstartError(f"{name} is not there{' or holds no ' + wanted if wanted else ''}: see the key base")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """The turn of one stage."""
+
+    listed: list[Stage]
+    number: int
+    records: Records
+    clock: Clock
+    line: Line
+    stop: StopSignal
+
+    @property
+    def stage(self) -> Stage:
+        return self.listed[self.number]
+
+    @property
+    def head(self) -> str:
+        return f"[{self.number + 1:2}/{len(self.listed)}]"
+
+    def take(self) -> bool:
+        """Do the stage unless it is done; return False once asked to stop. Raises QuickstartError."""
+        if self.stop:
+            return False
+        stage, records = self.stage, self.records
+        expected = records.expected(stage)
+        later = " ".join(one.folder for one in self.listed[self.number :] if Path(one.folder).exists())
+        if records.is_done(stage, expected, later):
+            self._over("done before")
+            return True
+        known = records.get(stage.name)
+        spent = (known.seconds, known.peak_mib) if known and Path(stage.folder).exists() else (0.0, 0.0)
+        records.put(stage.name, dataclasses.replace(expected, seconds=spent[0], peak_mib=spent[1]))
+        self.line.say(f"{self.head} {stage.title}\n{stage.command()}")
+        ended = self._run()
+        results = {} if self.stop or ended.code else results_of(stage)
+        times = {"seconds": spent[0] + ended.seconds, "peak_mib": max(spent[1], ended.peak_mib)}
+        records.put(stage.name, dataclasses.replace(expected, results=results, **times))
+        if not results and not self.stop:
+            raise QuickstartError(self._problem(ended))
+        if results:
+            self._over("done")
+        return bool(results)
+
+    def _run(self) -> Ended:
+        stage = self.stage
+        share = share_of(stage.config(), Path(stage.folder))
+        before = share()
+
+        def look(elapsed: float) -> None:
+            now = share()
+            own, whole = self.clock.left(self.number, elapsed, before, now)
+            known = "" if now is None else f"{now:4.0%}, "
+            asked = "stopping (Ctrl-C again: at once); " if self.stop else ""
+            self.line.show(
+                f"{self.head} {asked}{stage.name} {known}{span(elapsed)}, about {span(own)} left; of all {span(whole)}"
+            )
+
+        # Programs that one stage has compiled are found by the others.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self._below("compiled").absolute())}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+        cache = {name: value for name, value in cache.items() if name not in os.environ}
+        return run_process(stage.flags(), self._log, cache, lambda: bool(self.stop), look)
+
+    def _below(self, *names: str) -> Path:
+        return Path(self.stage.folder).parent.joinpath(*names)
+
+    @property
+    def _log(self) -> Path:
+        return self._below("logs", f"{self.stage.name}.log")
+
+    def _over(self, how: str) -> None:
+        record = self.records[self.stage.name]
+        self.clock.done(self.number, record.seconds)
+        page = Path(self.stage.folder) / "report.html"
+        where = f"; {page}" if page.exists() else ""
+        self.line.say(
+            f"{self.head} {self.stage.name}: {how}, {span(record.seconds)}, {record.peak_mib:,.0f} MiB{where}"
+        )
+
+    def _problem(self, ended: Ended) -> str:
+        """The message for a stage that did not come to its end."""
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        said = [n for n, line in enumerate(lines) if line.startswith("error: ")]
+        why = "\n".join(lines[said[-1] :] if said else lines[-5:])
+        return (
+            f"stage {self.number + 1} of {len(self.listed)} ({self.stage.name}, in {self.stage.folder}) did not come "
+            f"to its end (exit code {ended.code}):\n{cut(why, _MOST_SAID)}\nAll that it said: {self._log}. To repeat "
+            f"it alone:\n{self.stage.command()}\nThen the command of the quickstart goes on."
+        )

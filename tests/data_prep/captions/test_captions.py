@@ -1,0 +1,115 @@
+"""Captions of rendered clips, and the text that is matched beside them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from configs import common
+from data_prep.captions import matching, words
+from data_prep.captions.captions import camera_caption, captions, object_caption
+from data_prep.captions.task import phrases, run_captions
+from data_prep.questions.wording import short_reasoning
+from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
+from data_prep.synthetic.clip import make_clip
+from data_prep.synthetic.worlds import SyntheticConfig
+from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
+from mllm4d_jax.qa.options import split_question
+from mllm4d_jax.qa.reasoning import parse
+
+SMALL = SyntheticConfig(height=24, width=24, frames=4, objects=(1, 2))
+
+
+@pytest.mark.parametrize("axis", range(3))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_main_direction_is_that_of_the_relation_solver(axis, sign):
+    move = np.full(3, 0.1)
+    move[axis] = sign * 0.9
+    label = CAMERA_DIRECTIONS[int(classes_of("camera_relative_direction", move[None], RULES)[0])]
+    said = words.mainly(move).removeprefix("mainly ")
+    assert words.MAIN.index(said) == CAMERA_DIRECTIONS.index(label)
+    assert camera_caption(move, 0.91).startswith(f"mainly {said} sideways ")
+
+
+def test_sizes_grow_with_the_motion_and_do_not_know_its_sign():
+    metres = np.geomspace(0.03, 5, 60)
+    for tell, names in ((words.size_of, words.SIZES), (words.distance_of, words.DISTANCES)):
+        steps = [names.index(tell(m)) for m in metres * (1 if names is words.SIZES else 3)]
+        assert steps == sorted(steps) and set(steps) == set(range(len(names)))
+    assert words.size_of(-0.7) == words.size_of(0.7)
+    # One size further is 1.4 times as far.
+    assert words.SIZES.index(words.size_of(0.7 * 1.4)) == words.SIZES.index(words.size_of(0.7)) + 1
+
+
+def test_what_is_said_of_an_object():
+    told = object_caption(
+        {
+            "object_camera_lateral_direction": -0.6,
+            "object_camera_longitudinal_direction": 0.02,
+            "object_absolute_distance": 0.6,
+            "object_camera_relative_distance": 0.3,
+            "object_camera_absolute_distance": 2.0,
+        }
+    )
+    assert told.startswith("sideways leftwards ") and " in depth abreast barely " in told and " gap widening " in told
+
+
+def test_captions_name_every_object_they_describe_and_hold_no_figures():
+    clip = make_clip(0, 3, SMALL)
+    found = dict(captions(clip.scene, random.Random(0), 2))
+    asked = [text for text in found if text != "Describe the camera."]
+    assert {re.sub(r"^\w+ |\.$", "", text) for text in asked} <= {o.description for o in clip.scene.objects}
+    assert len(asked) > 1 and "Describe the camera." in found and not re.search(r"\d", json.dumps(found))
+
+
+def test_the_nearest_of_the_options_is_the_answer():
+    rng = random.Random(0)
+    letters = []
+    for _ in range(300):
+        asked, told = matching.nearest_number(rng)
+        question, options = split_question(asked)
+        given, letter = re.fullmatch(r"<thinking>(.*): .</thinking><answer>(.)</answer>", told).groups()
+        assert question == f"Which is nearest to {given}?"
+        off = {key: abs(float(value) - float(given)) for key, value in options.items()}
+        assert off[letter] < min(v for key, v in off.items() if key != letter)
+        letters.append(letter)
+    assert all(50 < letters.count(letter) < 100 for letter in "ABCD")
+    asked, told = matching.same_word(rng)
+    assert told == short_reasoning(split_question(asked)[1][parse(told).answer], parse(told).answer)
+
+
+def test_what_a_question_asks_about_is_an_aspect_of_captions():
+    rng = random.Random(1)
+    for _ in range(60):
+        asked, told = matching.aspect_asked(rng, 8, "the red ball")
+        assert told.startswith("the red ball " if "the red ball" in asked else "the camera ")
+        assert told.removeprefix("the red ball ").removeprefix("the camera ") in words.ASPECTS
+
+
+def test_the_same_bytes_for_any_number_of_workers(tmp_path):
+    made = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        size = {"synthetic.height": 16, "synthetic.width": 16, "synthetic.frames": 3, "synthetic.clips": 3}
+        config = common.config("curate", {"source": "captions", "workers": workers, "seed": 5, **size})
+        assert run_captions(config, str(folder)) == 0
+        made.append({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*.json") if f.name != "run.json"})
+        assert len(list((folder / "videos").iterdir())) == 3
+    assert made[0] == made[1] and len(made[0]) == 5
+
+
+def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():
+    found = phrases()
+    assert len(found) == len(set(found))
+    backend = build_byte_level_tokenizer(["the red box"], 420 + len(found), phrases=found)
+    pieces = lambda text: [backend.decode([i]) for i in backend.encode(text, add_special_tokens=False).ids]  # noqa: E731
+    assert pieces("Describe the camera.") == ["Describe the camera."]
+    assert pieces("<thinking>0.5: B</thinking><answer>B</answer>") == [
+        *("<thinking>", "0.5", ": ", "B", "</thinking><answer>", "B", "</answer>")
+    ]
+    assert "0.8" not in pieces("[0.81, 10.8]") and "0.8" in pieces("-0.8]")
+    assert backend.decode(backend.encode("far 0.81 of\n").ids) == "far 0.81 of\n"
