@@ -12,5 +12,5 @@ from configs.tables.training import SFT_KEYS
 get_config = Presets(
     "configs/pretrain_tiny.py",
     SFT_KEYS,
-    {"": ("the base in mllm4d_jax/quickstart/base, from the clips in runs/captions", PRETRAINING)},
+    {"": ("a base for the quickstart, from the captions in runs/captions", PRETRAINING)},
 )

@@ -23,6 +23,7 @@ from mllm4d_jax.plan.job import GrpoJob, PlanError, PlanJob
 from mllm4d_jax.rows.rows import RowSizes
 from mllm4d_jax.run.build import abstract_model
 from mllm4d_jax.run.fitting import remat_forms
+from mllm4d_jax.run.optimizer import OPTIMIZERS
 
 Memory = dict[str, dict[str, float]]  # bytes on a device by phase and kind
 Reckoned = tuple[int, Memory, dict[str, int]]  # rows of a GPU or completions of a row, bytes, most that fits by GPU
@@ -46,7 +47,7 @@ def learning(
       remat: one of `models.layers.REMAT`.
       table: from `parameter_table`.
 
-    Weights in the run's dtype; trained parameters, their gradients and two moments in fp32. Kept for backward, per
+    Weights in the run's dtype; trained parameters, their gradients and their moments in fp32. Kept for backward, per
     token: one hidden state a layer with "full"; with "dots" also the results of the layer's matrix products, with
     "dots_except_mlp" all but those into the inner width; with "none" also what lies between them, among it the fp32
     statistics of the norms. One layer's worth of the latter is
@@ -69,7 +70,7 @@ def learning(
     head = t.hidden_size * t.vocab_size * item
     return {
         "weights": frozen * item,
-        "adapter, gradient, optimiser": 4 * (4 + (c.train.accumulation > 1)) * trainable,
+        "adapter, gradient, optimiser": 4 * (2 + OPTIMIZERS[c.optim.name] + (c.train.accumulation > 1)) * trainable,
         "batch": patches * (v.patch_dim + 9) * 4 + tokens * 24,
         "kept activations": tokens * t.num_layers * kept * item,
         "working activations": tokens * (between + len(v.deepstack) * t.hidden_size) * item,
@@ -106,7 +107,8 @@ def rollout_memory(job: GrpoJob, shape: Mapping[str, int], remat: str, table: Pa
     slots = [slots for slots, _ in job.rungs(make_ladder(job.config, data), c.max_new_tokens)] or [1]
     smaller = slots[-2] if len(slots) > 1 else 0
     sampling = {
-        "adapter, optimiser": 3 * 4 * trainable + (4 * adapter if c.tensor else 0),
+        "adapter, optimiser": 4 * (1 + OPTIMIZERS[job.config.optim.name]) * trainable
+        + (4 * adapter if c.tensor else 0),
         "prompt cache": job.cache_bytes(rows, job.sizes.prefix) / split,
         "branch cache": job.cache_bytes(rows, slots[-1], c.completions) / split,
         "cache before growth": job.cache_bytes(rows, smaller, c.completions) / split,

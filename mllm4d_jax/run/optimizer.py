@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from mllm4d_jax.parallel.rules import replicated
 
 SCHEDULES = ("cosine", "constant")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS: Mapping[str, int] = {"adamw": 2, "muon": 1}  # name -> moments that it keeps of a matrix
 MUON_STEPS = 3  # Newton-Schulz iterations: five take twice the time of a small model's step, and learn no faster
 MUON_BETA = 0.95  # decay of its momentum, as published
 _NOT_MATRICES = frozenset(("bias", "scale", "embed", "pos_embed"))  # last names of parameters

@@ -201,6 +201,10 @@ def test_reckoned_memory_follows_rows_devices_and_policy(config):
     adapters = sum(math.prod(v.get_value().shape) for _, v in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)))
     alone = reckon(2, 1, "full")
     assert alone["weights"] == 4 * (base - adapters) and alone["adapter, gradient, optimiser"] == 16 * adapters
+    config.optim.name = "muon"  # one moment less
+    with_muon = PlanJob.of(config, Lengths())
+    one = memory.learning(with_muon, job.sizes, 2, {"data": 1, "fsdp": 1, "tensor": 1}, "full", table)
+    assert one["adapter, gradient, optimiser"] == 12 * adapters
 
 
 def test_gpus_hold_as_many_rows_as_their_memory_has_room_for(config):
