@@ -333,4 +333,4 @@ def test_a_host_of_several_decodes_without_a_gather_of_weights(config, monkeypat
     assert set(programs.sampler_mesh.devices.flat) == set(found.host) and programs.job.hosts == 64
     phases = compile_phases(programs.phases(), programs.job.model.text.vocab_size, found.options)
     decode = next(one for one in phases if one.phase.kind == "decode")
-    assert decode.gathered.startswith("s32[1,") and decode.received["all-gather"] < 10_000
+    assert decode.gathered == f"s32[2, 8, {programs.job.rollout.chunk}]" and decode.received["all-gather"] < 10_000
