@@ -3,10 +3,10 @@
 python run.py --config=configs/quickstart.py
 python run.py --config=configs/quickstart.py:accelerator
 
-Renders worlds, finds their geometry with the stereo stage, asks questions, fine-tunes a tiny model that is part of the
-repository, teaches it to reason, reinforces it without and with the spatio-temporal reward, and examines every step on
-worlds that it has not seen. Each stage is a task that you can start yourself; its command is printed. Started again
-with the same workdir, it goes on where it was stopped.
+Renders worlds, finds their geometry with the stereo stage, asks questions, fine-tunes a tiny model (`base`, made by
+configs/pretrain_tiny.py), teaches it to reason, reinforces it without and with the spatio-temporal reward, and examines
+every step on worlds that it has not seen. Each stage is a task that you can start yourself; its command is printed.
+Started again with the same workdir, it goes on where it was stopped.
 """
 
 from configs.schema import Presets

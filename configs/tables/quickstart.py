@@ -18,7 +18,7 @@ QUICKSTART_KEYS = (
         "how much is made and learned; 'smoke' only shows that everything runs",
         choices=("laptop", "accelerator", "smoke"),
     ),
-    Key("base", "mllm4d_jax/quickstart/base", "Hugging Face folder of the model to start from", content=True),
+    Key("base", "runs/base", "Hugging Face folder of the model to start from (configs/pretrain_tiny.py)", content=True),
     Key("workers", 0, "processes that make clips and questions; 0 = one for every core", low=0, high=1024, free=True),
 )
 

@@ -19,7 +19,7 @@ from mllm4d_jax.quickstart.page import write_page
 from mllm4d_jax.quickstart.process import Ended, run_process
 from mllm4d_jax.quickstart.progress import Clock, Line, share_of, span
 from mllm4d_jax.quickstart.results import read_results
-from mllm4d_jax.quickstart.stages import PROMPT, Stage, own, stages
+from mllm4d_jax.quickstart.stages import Stage, own, stages
 from mllm4d_jax.quickstart.tables import text
 
 _MOST_SAID = 2000  # characters of a stage's own error
@@ -68,9 +68,11 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
     if config.seed == BENCH["seed"]:
         raise QuickstartError(f"seed = {config.seed} is that of the worlds to be examined on: take another")
-    for name, wanted in ((config.base, "config.json"), (PROMPT, "")):
-        if not Path(own(name), wanted).is_file():
-            raise QuickstartError(f"{name} is not there{' or holds no ' + wanted if wanted else ''}: see the key base")
+    if not Path(own(config.base), "config.json").is_file():
+        raise QuickstartError(
+            f"base = {config.base} is no folder of a model: name one with --config.base=DIR, or make one with the "
+            "three commands that stand in configs/pretrain_tiny.py"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
