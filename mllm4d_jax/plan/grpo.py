@@ -146,7 +146,7 @@ class GrpoPhases:
         if job.at_once < job.rollout.prompts:  # the next ones come while others decode, as long as they can be
             held = there | decoding | {"branch cache": local_bytes(caches[rungs[-1]])}
         named = dict(branches=job.rollout.completions, options=options, apart=form != "stacked")
-        program = partial(lower, "start", self.sampled, inputs, flat, keys, **named)
+        program = partial(lower, "start", self.sampled, inputs, flat, keys, None, **named)
         held["batch"] = local_bytes(inputs)
         if (yield Phase("prefill", "prefill", program, held, rows=1, **same)) is None:
             return

@@ -175,7 +175,7 @@ def test_a_question_about_several_clips_and_an_image(tmp_path):
     (message,) = Manner("direct", None, blind=True).record(blind).messages
     assert {part["type"] for part in message["content"]} == {"text"}
     (tmp_path / "ref_images/a.jpg").unlink()
-    with pytest.raises(BenchmarkError, match="there is no image .*ref_images"):
+    with pytest.raises(BenchmarkError, match="there is no image .*data.root must be the folder"):
         load_benchmark("mmsi_video", file, str(tmp_path))
 
 

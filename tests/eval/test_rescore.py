@@ -119,7 +119,10 @@ def test_variants():
     from configs import eval as module
 
     benchmarks = {variant: module.get_config(variant).benchmark for variant in module.get_config.variants}
-    assert benchmarks == {name: name for name in PARSERS} | {"": "vlm4d", "rescore": "vlm4d"}
+    assert benchmarks == {name: name for name in PARSERS} | {
+        **{"": "vlm4d", "rescore": "vlm4d"},
+        **{"quickstart": "mllm4d", "quickstart_reasoning": "mllm4d"},
+    }
     with pytest.raises(ConfigError, match="did you mean 'configs/eval.py:rescore'"):
         module.get_config("rescor")
 

@@ -19,7 +19,7 @@ def test_it_begins_with_the_thought_that_the_prompt_opened(ending, opened):
 
     actor = Actor(None, SimpleNamespace(decode=None), None, None, rewards, None, 2, 8, 0, 0)
     example, record = SimpleNamespace(text=f"<|im_start|>{ending}"), SimpleNamespace(solution=None)
-    prompts = [SimpleNamespace(example=example, record=record, described=dict)]
+    prompt = SimpleNamespace(example=example, record=record, described=dict)
     drawn = SimpleNamespace(texts=lambda decode: [["Left.</think>B", "C"]])
-    scores = actor._score(prompts, drawn)
+    scores = actor._score(prompt, drawn)
     assert [text for text, _ in scores] == seen == [f"{opened}Left.</think>B", f"{opened}C"]

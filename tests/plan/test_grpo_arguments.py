@@ -119,8 +119,8 @@ def sampler_calls(config, real, examples, sizes, features) -> dict[str, tuple]:
         raise Reached
 
     zeros = np.zeros((size, 8), np.int32)
-    made = dict(start=lambda *args: ("cache", None, zeros, zeros[..., None], zeros[..., None].astype(np.float32)))
     cache = types.SimpleNamespace(visible=np.zeros((2, sizes.prefix)))
+    made = dict(start=lambda *args: (cache, None, zeros, zeros[..., None], zeros[..., None].astype(np.float32)))
     made |= dict(empty=lambda *args: (cache, "own"), insert=lambda *args: (cache, "own"), decode=stop)
     calls = recorded(sampler, made)
     some = collate_prompts(examples[first], sizes, real.shape.geometry, real.shape.visual_token_ids)
@@ -220,7 +220,7 @@ def test_of_several_hosts_each_has_a_sampler_of_its_own(config, monkeypatch):
     planned = planned_arguments(programs, found)
     vision, prompts = planned["encode"][0]
     assert prompts == 2 and vision.patches.sharding.mesh == mesh and len(vision.patches) == 2 * p.frames
-    (_, inputs, flat, _), _ = planned["prefill"]
+    (_, inputs, flat, *_), _ = planned["prefill"]
     assert len(inputs.tokens) == 1, "one of its two prompts at a time"
     assert flat.merged.shape[0] == size[1] and inputs.tokens.sharding.mesh == mesh
     _, _, _, taken, rows, batch, _ = planned["gradient"][0]

@@ -17,6 +17,7 @@ import pytest
 
 import run as cli
 from configs import sft as sft_config
+from mllm4d_jax import __version__
 from mllm4d_jax.data.quarantine import QuarantineError
 from mllm4d_jax.data.steps import Counts
 from mllm4d_jax.files.jsonl import JsonLinesError, read_steps
@@ -168,7 +169,7 @@ def test_a_damaged_line_of_the_metrics_ends_the_next_start(config, tmp_path):
 def test_another_config_does_not_continue_the_run(make_config, mixed_world, straight):
     config = make_config(*mixed_world)
     written = (straight[0] / "config.json").read_text()
-    assert json.loads(written) == json.loads(json.dumps(config.to_dict()))
+    assert json.loads(written) == json.loads(json.dumps(config.to_dict() | {"version": __version__}))
     config.optim.lr = 1.0
     config.lora.rank = 2
     with pytest.raises(ResumeError, match="lora.rank: was 16, is 2\n  optim.lr: was 0.003, is 1.0"):
