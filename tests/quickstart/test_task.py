@@ -143,7 +143,7 @@ def test_it_stops_when_asked_and_goes_on_inside_the_stage(quickstart, capsys, mo
 def test_what_cannot_be_run_is_refused_first(quickstart, tmp_path):
     for values, message in (
         ({"seed": BENCH["seed"]}, "that of the worlds to be examined on"),
-        ({"base": str(tmp_path)}, "holds no config.json"),
+        ({"base": str(tmp_path)}, "is no folder of a model"),
         ({"distributed": "auto"}, "one process"),
     ):
         with pytest.raises(QuickstartError, match=message):
