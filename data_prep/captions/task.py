@@ -25,8 +25,9 @@ from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
-RECORDS, PHRASES = "captions.json", "phrases.json"
+SEEN, RECORDS, PHRASES = "seen.json", "captions.json", "phrases.json"
 _OBJECTS = 2  # described in a clip
+_DESCRIBE = f"<video>\n{say.OBJECT.partition('{')[0]}"  # of the camera or of an object
 _ASPECTS = 0.4  # share of clips beside which is asked what a question is about
 # What stands around the figures of a spatial state (`mllm4d_jax.qa.reasoning`), for the stages to come.
 _STATE = ("**Spatial State (frame ", "):**\n- Camera Center: ", "\n- Object Center: ", "null", "[", "]", ", ", "-")
@@ -34,7 +35,10 @@ _FIELD = re.compile(r"\{\w+\}")
 
 
 def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Write videos/, captions.json and phrases.json (what is worth a token of its own) into the workdir.
+    """Write videos/, seen.json, captions.json and phrases.json into the workdir.
+
+    captions.json has all records, seen.json those that only a look at the clip can tell: a model that is given both from
+    the start learns to read and never to look. phrases.json lists what is worth a token of its own.
 
     Raises:
       StoreError: the workdir holds another run's results.
@@ -48,10 +52,12 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
         work = functools.partial(caption_clip, root, made, config.seed)
         done = process_clips(clip_ids, work, store, workers=config.workers)
         print(f"{done} clips done now, {len(clip_ids)} in all")
-        with RecordWriter(root / RECORDS) as writer:
+        with RecordWriter(root / RECORDS) as writer, RecordWriter(root / SEEN) as seen:
             for clip_id in clip_ids:
                 for row in store.read(clip_id).rows:
                     writer.write(row)
+                    if row["conversations"][0]["value"].startswith(_DESCRIBE):
+                        seen.write(row)
     write_json(root / PHRASES, phrases())
     print(f"records: {root / RECORDS} ({writer.records}); media root: {root}")
     return 0
@@ -87,7 +93,7 @@ def phrases() -> list[str]:
     decimal, so that nearest ones can be told without spelling.
     """
     texts = [text for several in PHRASINGS.values() for text in several]
-    templates = [*texts, *ANCHORS, say.OBJECT, say.PLACE, matching.NEAREST, matching.SAME, matching.ABOUT]
+    templates = [*texts, *ANCHORS, say.OBJECT, matching.NEAREST, matching.SAME, matching.ABOUT]
     pieces = {piece for text in templates for piece in _FIELD.split(text)}
     found = {piece for piece in pieces if len(piece.strip()) > 1}
     tau = THRESHOLD.format(tau=f"{100 * RelationRules.tau:.6g} cm")

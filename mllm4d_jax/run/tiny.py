@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 # the figures are small so that updates, not the first values, decide what a token means.
 SHAPES: Mapping[str, Shape] = {
     "tiny": Shape(Size("", 128, 3, 4, 2, 256, Tower(3, 64, 128, (0, 1))), 32, 2, VOCABULARY, "float32", 1.0),
-    "base": Shape(Size("", 128, 3, 4, 2, 384, Tower(3, 96, 384, (1,)), tied=True), 32, 3, 420, "bfloat16", 0.1),
+    "base": Shape(Size("", 128, 3, 4, 2, 384, Tower(2, 96, 256, (0,)), tied=True), 32, 3, 420, "bfloat16", 0.1),
 }
 
 
