@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import sft as sft_config
-from mllm4d_jax.data.samples import write_sample_world
+from data_prep.sample import write_sample_world
 from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.run.tiny import write_tiny_model
 

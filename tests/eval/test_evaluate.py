@@ -17,8 +17,8 @@ import pytest
 
 from configs import common
 from configs import sft as sft_config
+from data_prep.sample import write_sample_world
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.samples import write_sample_world
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
