@@ -60,7 +60,7 @@ def make_config(folder, **values):
         "data.path": str(folder / "asked.jsonl"),
         "data.root": str(folder / "world"),
         "data.prefix_buckets": (128,),
-        "data.branch_buckets": (128,),
+        "data.branch_buckets": (192,),
         "video.num_frames": FRAMES,
         "max_new_tokens": 6,
         "bootstrap.samples": 100,
