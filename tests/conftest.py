@@ -124,7 +124,7 @@ def make_config():
         config.data.sample = ""
         config.model.path, config.data.path, config.data.root = str(folder), str(path), str(path.parent)
         config.data.max_quarantine_rate = 0.5
-        config.data.prefix_buckets = (128, 512)
+        config.data.prefix_buckets, config.data.branch_buckets = (128, 512), (160, 512)  # few shapes
         config.video.num_frames = 4
         config.train.batch_size = 8
         config.train.steps = 6
