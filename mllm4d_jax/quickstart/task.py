@@ -71,7 +71,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     if not Path(own(config.base), "config.json").is_file():
         raise QuickstartError(
             f"base = {config.base} is no folder of a model: name one with --config.base=DIR, or make one with the "
-            "three commands that stand in configs/pretrain_tiny.py"
+            "commands that stand in configs/pretrain_tiny.py"
         )
 
 

@@ -59,11 +59,16 @@ def test_what_is_said_of_an_object():
 
 
 def test_captions_name_every_object_they_describe_and_hold_no_figures():
-    clip = make_clip(0, 3, SMALL)
-    found = dict(captions(clip.scene, random.Random(0), 2))
-    asked = [text for text in found if text != "Describe the camera."]
-    assert {re.sub(r"^\w+ |\.$", "", text) for text in asked} <= {o.description for o in clip.scene.objects}
-    assert len(asked) > 1 and "Describe the camera." in found and not re.search(r"\d", json.dumps(found))
+    described = 0
+    for n in range(3, 9):
+        clip = make_clip(0, n, SMALL)
+        found = dict(captions(clip.scene, random.Random(0), 2))
+        asked = [text for text in found if text != "Describe the camera."]
+        assert all(re.match(r"first .* last .* sideways .* distance ", found[text]) for text in asked)
+        assert {re.sub(r"^\w+ |\.$", "", text) for text in asked} <= {o.description for o in clip.scene.objects}
+        assert "Describe the camera." in found and not re.search(r"\d", json.dumps(found))
+        described += len(asked)
+    assert described >= 3
 
 
 def test_the_nearest_of_the_options_is_the_answer():
@@ -99,7 +104,10 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert run_captions(config, str(folder)) == 0
         made.append({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*.json") if f.name != "run.json"})
         assert len(list((folder / "videos").iterdir())) == 3
-    assert made[0] == made[1] and len(made[0]) == 5
+    assert made[0] == made[1] and len(made[0]) == 6
+    told, seen = (json.loads((folder / name).read_text()) for name in ("captions.json", "seen.json"))
+    looked = [row for row in told if not re.search(r"Which|What is asked", row["conversations"][0]["value"])]
+    assert seen == looked and 3 <= len(seen) < len(told)
 
 
 def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():
