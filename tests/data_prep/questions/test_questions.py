@@ -11,7 +11,8 @@ import pytest
 
 from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, label_options, numeric_options
-from data_prep.questions.propose import SCENARIOS, QuestionRules, ask, frame_numbers, propose
+from data_prep.questions.propose import QuestionRules, ask, frame_numbers, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
 from data_prep.scenes import relations as rel
 from data_prep.scenes.relations import LABELS
