@@ -69,7 +69,7 @@ READING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/seeing/exported",
         "optim.lr": 0.01,
         "train.batch_size": 160,
-        "train.steps": 600,
+        "train.steps": 500,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say first what was measured.
