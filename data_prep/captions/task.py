@@ -37,8 +37,8 @@ _FIELD = re.compile(r"\{\w+\}")
 def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Write videos/, seen.json, captions.json and phrases.json into the workdir.
 
-    captions.json has all records, seen.json those that only a look at the clip can tell: a model that is given both
-    from the start learns to read and never to look. phrases.json lists what is worth a token of its own.
+    captions.json has all records, seen.json those that only a look at the clip can tell, which pre-training begins
+    with. phrases.json lists what is worth a token of its own.
 
     Raises:
       StoreError: the workdir holds another run's results.
