@@ -44,14 +44,16 @@ class QuestionRules(RelationRules):
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
     # scenario -> ratio of neighbouring distances on offer; others have them as wide as the paper's bounds allow
     spacing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    draws: int = 1  # how often a distance may be asked about, each time with other options
     answers: str = "letter"  # what training answers with, one of `ANSWERS`
     # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_frames < 2 or self.per_clip < 1 or self.pairs < 1 or not 0 <= self.min_gap < 1:
-            raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
+        if self.num_frames < 2 or min(self.per_clip, self.pairs, self.draws) < 1 or not 0 <= self.min_gap < 1:
+            least = "num_frames >= 2, per_clip, pairs, draws >= 1 and 0 <= min_gap < 1"
+            raise ValueError(f"question rules need {least}: {self}")
         if self.options not in SHAPES:
             raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
         if self.answers not in ANSWERS:
@@ -171,8 +173,8 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     In each round the scenario of the largest weight is asked about once, others as often as their weight is of that.
 
     Only objects with a name that tells them apart are asked about, and both frames must show `min_points` of their
-    points. No (scenario, object, frame pair) comes twice. The centres of a question's solution never point to another
-    option than its answer (see `states`).
+    points. No (scenario, object, frame pair) comes twice, but distances up to `rules.draws` times, each time with other
+    options. The centres of a question's solution never point to another option than its answer (see `states`).
 
     Returns:
       (questions, an entry for each object that none is about, "object_unnamed" or "object_unasked").
@@ -187,7 +189,8 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     digest = hashlib.sha256(f"{seed}\0{scene.clip_id}".encode("utf-8", "surrogatepass")).digest()
     rng = random.Random(int.from_bytes(digest[:16], "big"))
     facts = _Facts.measure(scene, rules, rng)
-    queues = {name: _in_turn(facts.cases[name], rng) for name in SCENARIOS}
+    asked = {name: cases if LABELS[name] else cases * rules.draws for name, cases in facts.cases.items()}
+    queues = {name: _in_turn(asked[name], rng) for name in SCENARIOS}
     order = [name for name in SCENARIOS if name in rules.weights]
     shuffle(order, rng)
     heaviest, due = max(rules.weights.values()), dict.fromkeys(order, 0.0)
