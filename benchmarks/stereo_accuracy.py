@@ -34,7 +34,8 @@ import cv2
 import numpy as np
 
 from data_prep.questions.options import LETTERS
-from data_prep.questions.propose import SCENARIOS, Question, QuestionRules, propose
+from data_prep.questions.propose import Question, QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.scenes import relations
 from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import Scene

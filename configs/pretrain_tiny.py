@@ -1,4 +1,4 @@
-"""Pre-train the quickstart's tiny base model on captions of rendered clips: first to see, from a random start, then to read.
+"""Pre-train the quickstart's tiny base on captions of rendered clips: from a random start to see, then to read.
 
 python run.py --config=configs/curate.py:captions --workdir=runs/captions
 python run.py --config=configs/pretrain_tiny.py:seeing --workdir=runs/seeing

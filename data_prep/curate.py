@@ -18,7 +18,8 @@ from data_prep.captions.task import run_captions
 from data_prep.cold_start.task import run_cold_start
 from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
 from data_prep.questions.blind import screen
-from data_prep.questions.propose import QuestionRules, ask, kind_weights, spacings
+from data_prep.questions.propose import QuestionRules, ask
+from data_prep.questions.scenarios import kind_weights, spacings
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource

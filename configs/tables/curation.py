@@ -94,6 +94,14 @@ CLIP_KEYS = (
         "roughly; others are as wide as the paper's bounds (25 to 175 % of the truth) allow, about 1.2",
     ),
     Key(
+        "questions.draws",
+        1,
+        "how often the same distance may be asked about, each time with other options: more to train on where clips "
+        "are few",
+        low=1,
+        high=1000,
+    ),
+    Key(
         "questions.answers",
         "letter",
         "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then "

@@ -10,6 +10,8 @@ from configs.schema import Key
 from configs.tables import quickstart_recipe as recipe
 from configs.tables.shared import run_keys
 
+BASE = "mllm4d_jax/quickstart/base"  # made by the commands in configs/pretrain_tiny.py
+
 QUICKSTART_KEYS = (
     *run_keys("quickstart"),
     Key(
@@ -18,7 +20,7 @@ QUICKSTART_KEYS = (
         "how much is made and learned; 'smoke' only shows that everything runs",
         choices=("laptop", "accelerator", "smoke"),
     ),
-    Key("base", "runs/base", "Hugging Face folder of the model to start from (configs/pretrain_tiny.py)", content=True),
+    Key("base", BASE, "Hugging Face folder of the model to start from (configs/pretrain_tiny.py)", content=True),
     Key("workers", 0, "processes that make clips and questions; 0 = one for every core", low=0, high=1024, free=True),
 )
 

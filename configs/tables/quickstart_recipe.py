@@ -19,8 +19,8 @@ WORLDS: Mapping[str, Any] = MappingProxyType(
 PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
     {**WORLDS, "seed": 1000, "synthetic.clips": 16000, "synthetic.height": 96, "synthetic.width": 96, "workers": 2}
 )
-# How every stage sees a clip: all frames, 96 x 96 pixels: 3 x 3 tokens for two of them. With 2 x 2 (64 pixels) where
-# an object stands is learned half as fast. One clip a row costs a CPU least.
+# How every stage sees a clip: all frames, 96 x 96 pixels: 3 x 3 tokens for two of them, so that a token's place tells
+# where an object stands. One clip a row costs a CPU least.
 _SEEN: Mapping[str, Any] = MappingProxyType(
     {
         "data.max_tokens": 512,
@@ -47,8 +47,8 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only what has to be looked at, and many clips a step: what can be answered from the text alone is learned
-# faster, and a model that begins with it (or with a quarter of the clips) does not come to look.
+# At first only what has to be looked at, and many clips a step: what can be answered from the text alone would be
+# learned first and make up most of the gradient.
 SEEING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
@@ -69,7 +69,7 @@ READING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/seeing/exported",
         "optim.lr": 0.01,
         "train.batch_size": 160,
-        "train.steps": 600,
+        "train.steps": 500,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say first what was measured.

@@ -7,7 +7,7 @@ the relation solver; only how they are told is rough (`words`).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -18,57 +18,75 @@ from data_prep.scenes.relations import RULES, measure_camera, measure_object
 from data_prep.scenes.scene import Scene, SceneObject
 
 Caption = tuple[str, str]  # what is asked for, what is said
+Told = Mapping[str, str]  # aspect of a thing -> what is said of it, in the order of a caption
 
-CAMERA, OBJECT = "Describe the camera.", "Describe {o}."
+DESCRIBE = "Describe {o}."  # the camera or an object, wholly or one aspect of it
+CAMERA = "the camera"
 
 
-def captions(scene: Scene, rng: random.Random, objects: int) -> Iterator[Caption]:
-    """Yield the captions of a clip: of its camera, and of some of its objects, their places and then their motions.
+def captions(told: Mapping[str, Told]) -> Iterator[Caption]:
+    """Yield a caption of each thing.
 
     Nearly every word of them hangs on what is seen, and one text says all of a thing: a small model learns to see by
     the number of clips, not by that of the words about each.
+    """
+    for thing, parts in told.items():
+        yield DESCRIBE.format(o=thing), " ".join(f"{aspect} {text}" for aspect, text in parts.items())
 
-    Args:
-      objects: at most so many are described, drawn at random.
+
+def aspects(told: Mapping[str, Told], rng: random.Random, count: int) -> Iterator[Caption]:
+    """Ask for at most `count` single aspects: within a caption the later words follow from those before them."""
+    single = [(thing, aspect, text) for thing, parts in told.items() for aspect, text in parts.items()]
+    for thing, aspect, text in rng.sample(single, min(count, len(single))):
+        yield DESCRIBE.format(o=f"{thing} {aspect}"), f"{aspect} {text}"
+
+
+def things_told(scene: Scene, rng: random.Random, objects: int) -> dict[str, Told]:
+    """Return what is said of the camera and of at most so many objects, drawn at random, by their names.
+
+    Of an object: its places and then its motion.
     """
     first, last = np.array([0]), np.array([scene.num_frames - 1])
     camera = {name: value[0] for name, value in measure_camera(scene, first, last).items()}
-    yield CAMERA, camera_caption(camera["camera_relative_direction"], camera["camera_absolute_distance"])
+    told = {CAMERA: camera_told(camera["camera_relative_direction"], camera["camera_absolute_distance"])}
     named = sorted(object_names(scene)[0].items())
     for object_id, name in rng.sample(named, min(objects, len(named))):
         thing = scene.object(object_id)
         middle, values = measure_object(scene, thing, first, last, RULES)
         if middle.seen[0]:
-            motion = object_caption({key: value[0] for key, value in values.items()})
-            yield OBJECT.format(o=name), f"{_places(scene, thing)} {motion}"
+            motion = object_told({key: value[0] for key, value in values.items()})
+            told[name] = {**_places(scene, thing), **motion}
+    return told
 
 
-def camera_caption(move: np.ndarray, length: float) -> str:
+def camera_told(move: np.ndarray, length: float) -> Told:
     """Describe a displacement f64[3] in the camera's own axes, metres."""
-    parts = words.signed("sideways", move[0]), words.signed("in depth", move[2])
-    return f"{words.mainly(move)} {' '.join(parts)} in all {words.size_of(length)}"
+    return {
+        "mainly": words.mainly(move),
+        "sideways": words.signed("sideways", move[0]),
+        "in depth": words.signed("in depth", move[2]),
+        "in all": words.size_of(length),
+    }
 
 
-def object_caption(values: dict[str, float]) -> str:
+def object_told(values: Mapping[str, float]) -> Told:
     """Describe an object's motion; `values`: of `measure_object`, metres."""
-    return " ".join(
-        (
-            words.signed("sideways", values["object_camera_lateral_direction"]),
-            words.signed("in depth", values["object_camera_longitudinal_direction"]),
-            f"in all {words.size_of(values['object_absolute_distance'])}",
-            words.signed("gap", values["object_camera_relative_distance"]),
-            f"distance {words.distance_of(values['object_camera_absolute_distance'])}",
-        )
-    )
+    return {
+        "sideways": words.signed("sideways", values["object_camera_lateral_direction"]),
+        "in depth": words.signed("in depth", values["object_camera_longitudinal_direction"]),
+        "in all": words.size_of(values["object_absolute_distance"]),
+        "gap": words.signed("gap", values["object_camera_relative_distance"]),
+        "distance": words.distance_of(values["object_camera_absolute_distance"]),
+    }
 
 
-def _places(scene: Scene, thing: SceneObject) -> str:
+def _places(scene: Scene, thing: SceneObject) -> Told:
     """Where an object is in the first and in the last frame: its column, and how far it is from the camera."""
-    told = []
+    told = {}
     for title, frame in (("first", 0), ("last", scene.num_frames - 1)):
         distance = np.linalg.norm(thing.points[frame] - scene.camera_centers[frame], axis=1)
-        told.append(f"{title} {_column(scene, thing, frame)} {words.distance_of(float(np.nanmin(distance)))}")
-    return " ".join(told)
+        told[title] = f"{_column(scene, thing, frame)} {words.distance_of(float(np.nanmin(distance)))}"
+    return told
 
 
 def _column(scene: Scene, thing: SceneObject, frame: int) -> str:

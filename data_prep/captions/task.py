@@ -26,9 +26,9 @@ from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
 SEEN, RECORDS, PHRASES = "seen.json", "captions.json", "phrases.json"
-_OBJECTS = 2  # described in a clip
-_DESCRIBE = f"<video>\n{say.OBJECT.partition('{')[0]}"  # of the camera or of an object
-_ASPECTS = 0.4  # share of clips beside which is asked what a question is about
+# Of a clip: objects described, single aspects asked for, questions of either kind that the text alone answers.
+_OBJECTS, _ASPECTS, _MATCHED = 2, 3, 2
+_ABOUT = 0.4  # share of clips beside which is asked what a question is about
 # What stands around the figures of a spatial state (`mllm4d_jax.qa.reasoning`), for the stages to come.
 _STATE = ("**Spatial State (frame ", "):**\n- Camera Center: ", "\n- Object Center: ", "null", "[", "]", ", ", "-")
 _FIELD = re.compile(r"\{\w+\}")
@@ -37,8 +37,8 @@ _FIELD = re.compile(r"\{\w+\}")
 def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
     """Write videos/, seen.json, captions.json and phrases.json into the workdir.
 
-    captions.json has all records, seen.json those that only a look at the clip can tell: a model that is given both from
-    the start learns to read and never to look. phrases.json lists what is worth a token of its own.
+    captions.json has all records, seen.json whole captions, which only a look at the clip can tell: pre-training begins
+    with them. phrases.json lists what is worth a token of its own.
 
     Raises:
       StoreError: the workdir holds another run's results.
@@ -56,7 +56,7 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
             for clip_id in clip_ids:
                 for row in store.read(clip_id).rows:
                     writer.write(row)
-                    if row["conversations"][0]["value"].startswith(_DESCRIBE):
+                    if row["kind"] == "caption":
                         seen.write(row)
     write_json(root / PHRASES, phrases())
     print(f"records: {root / RECORDS} ({writer.records}); media root: {root}")
@@ -70,18 +70,22 @@ def caption_clip(root: Path, config: SyntheticConfig, seed: int, clip_id: str) -
     video = f"videos/{clip_id}.mp4"
     write_video(root / video, clip.left, clip.scene.timestamps, "mpeg4")
     rng = random.Random(f"{seed}/{number}")
-    said = list(say.captions(clip.scene, rng, _OBJECTS))
-    names = list(object_names(clip.scene)[0].values()) or ["the box"]
-    said += [matching.nearest_number(rng), matching.same_word(rng)]
-    if rng.random() < _ASPECTS:
-        said.append(matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names)))
+    told = say.things_told(clip.scene, rng, _OBJECTS)
+    said = [("caption", *caption) for caption in say.captions(told)]
+    said += [("aspect", *caption) for caption in say.aspects(told, rng, _ASPECTS)]
+    for ask in (matching.nearest_number, matching.same_word):
+        said += [("text", *ask(rng)) for _ in range(_MATCHED)]
+    if rng.random() < _ABOUT:
+        names = list(object_names(clip.scene)[0].values()) or ["the box"]
+        said.append(("text", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))
     rows = tuple(
         {
             "id": f"{clip_id}:{n:02d}",
             "video": video,
-            "conversations": [{"from": "user", "value": f"<video>\n{asked}"}, {"from": "gpt", "value": told}],
+            "kind": kind,
+            "conversations": [{"from": "user", "value": f"<video>\n{asked}"}, {"from": "gpt", "value": answer}],
         }
-        for n, (asked, told) in enumerate(said)
+        for n, (kind, asked, answer) in enumerate(said)
     )
     return ClipResult(clip_id, clip.scene.source_id, "train", rows)
 
@@ -93,11 +97,11 @@ def phrases() -> list[str]:
     decimal, so that nearest ones can be told without spelling.
     """
     texts = [text for several in PHRASINGS.values() for text in several]
-    templates = [*texts, *ANCHORS, say.OBJECT, matching.NEAREST, matching.SAME, matching.ABOUT]
+    templates = [*texts, *ANCHORS, say.DESCRIBE, matching.NEAREST, matching.SAME, matching.ABOUT]
     pieces = {piece for text in templates for piece in _FIELD.split(text)}
     found = {piece for piece in pieces if len(piece.strip()) > 1}
     tau = THRESHOLD.format(tau=f"{100 * RelationRules.tau:.6g} cm")
-    found |= {f" {NUMBERING}", f" {tau}", say.CAMERA, f"\n{INSTRUCTION}", "the camera"}
+    found |= {f" {NUMBERING}", f" {tau}", say.DESCRIBE.format(o=say.CAMERA), f"\n{INSTRUCTION}", say.CAMERA}
     shown = write_question("", lettered("1234")).splitlines()
     found |= {f"\n{shown[1]}", *(f"\n{line[:-1]}" for line in shown[2:6])}
     found |= {label for labels in LABELS.values() for label in labels}

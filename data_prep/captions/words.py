@@ -44,16 +44,16 @@ def _step(value: float, first: float, ratio: float, count: int) -> int:
 
 
 def signed(aspect: str, metres: float) -> str:
-    """Return "<aspect> <direction> <size>" of a component of a motion."""
+    """Return "<direction> <size>" of a component of a motion."""
     above, below, still = SIGNED[aspect]
     way = still if abs(metres) < _NOTHING else above if metres > 0 else below
-    return f"{aspect} {way} {size_of(metres)}"
+    return f"{way} {size_of(metres)}"
 
 
 def mainly(move: np.ndarray) -> str:
     """Return the word for the dominant axis of a camera's motion f64[3] in its own axes (right, down, forward)."""
     axis = int(np.abs(move).argmax())
-    return f"mainly {MAIN[2 * axis + (move[axis] < 0)]}"
+    return MAIN[2 * axis + (move[axis] < 0)]
 
 
 def column_of(x: float, width: float) -> str:

@@ -13,7 +13,7 @@ import math
 
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import R1Question
-from data_prep.questions.propose import SCENARIOS
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.wording import short_reasoning
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
 from data_prep.store.parts import ClipRejected

@@ -20,7 +20,7 @@ from typing import Any
 
 from data_prep.questions.caps import Step, cap_steps
 from data_prep.questions.options import LETTERS
-from data_prep.questions.propose import SCENARIOS
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 

@@ -10,9 +10,7 @@ Frames are named by their number in the clip as the model sees it (`frame_number
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 
 from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_options, shuffle
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.states import Pair, agreeing, in_axes, stated
 from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
@@ -30,7 +29,6 @@ from mllm4d_jax.media.frame_sampling import nearest_in_time, sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
-SCENARIOS = tuple(LABELS)
 ANSWERS = ("letter", "measured")
 QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
@@ -46,75 +44,22 @@ class QuestionRules(RelationRules):
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
     # scenario -> ratio of neighbouring distances on offer; others have them as wide as the paper's bounds allow
     spacing: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    draws: int = 1  # how often a distance may be asked about, each time with other options
     answers: str = "letter"  # what training answers with, one of `ANSWERS`
     # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_frames < 2 or self.per_clip < 1 or self.pairs < 1 or not 0 <= self.min_gap < 1:
-            raise ValueError(f"question rules need num_frames >= 2, per_clip, pairs >= 1 and 0 <= min_gap < 1: {self}")
+        if self.num_frames < 2 or min(self.per_clip, self.pairs, self.draws) < 1 or not 0 <= self.min_gap < 1:
+            least = "num_frames >= 2, per_clip, pairs, draws >= 1 and 0 <= min_gap < 1"
+            raise ValueError(f"question rules need {least}: {self}")
         if self.options not in SHAPES:
             raise ValueError(f"options must be of {', '.join(SHAPES)}: {self}")
         if self.answers not in ANSWERS:
             raise ValueError(f"answers must be of {', '.join(ANSWERS)}: {self}")
         if not self.weights or not self.weights.keys() <= LABELS.keys() or not min(self.weights.values()) > 0:
             raise ValueError(f"weights must be above 0, of scenarios: {self}")
-
-
-class KindError(ValueError):
-    """Settings of scenarios are not given as `scenario_numbers` reads them."""
-
-
-def kind_weights(kinds: Sequence[str]) -> dict[str, float]:
-    """Read the scenarios to ask about, each "name" or "name=weight"; none at all: all of them, equally often.
-
-    Raises:
-      KindError: as `scenario_numbers`, which reads weights above 0 and up to 1000.
-    """
-    return scenario_numbers("kinds", kinds, "weight", (0, 1000), 1.0) or dict.fromkeys(SCENARIOS, 1.0)
-
-
-def spacings(entries: Sequence[str]) -> dict[str, float]:
-    """Read ratios of neighbouring options, each "name=ratio", of scenarios that ask for a distance.
-
-    Raises:
-      KindError: as `scenario_numbers`, which reads ratios above 1.1 and up to 4; a scenario without distances.
-    """
-    found = scenario_numbers("spacing", entries, "ratio", (1.1, 4))
-    for name in found:
-        if LABELS[name]:
-            raise KindError(f"questions.spacing: '{name}' has no distances for options")
-    return found
-
-
-def scenario_numbers(
-    key: str, entries: Sequence[str], what: str, bounds: tuple[float, float], default: float | None = None
-) -> dict[str, float]:
-    """Read numbers of scenarios, each "name=number", or "name" for the default if there is one.
-
-    Args:
-      key, what: of the group `questions`, and what its numbers are, for messages.
-      bounds: numbers lie above the first and not above the second.
-
-    Raises:
-      KindError: an unknown scenario (names the nearest), one given twice, a number out of its bounds.
-    """
-    numbers: dict[str, float] = {}
-    for entry in entries:
-        name, equals, text = entry.partition("=") if isinstance(entry, str) else (str(entry), "", "")
-        if name not in LABELS:
-            hint = "".join(f" - did you mean '{close}'?" for close in difflib.get_close_matches(name, SCENARIOS, 1))
-            raise KindError(f"questions.{key} has no scenario '{name}'{hint} (there are: {', '.join(SCENARIOS)})")
-        try:
-            number = float(text) if equals or default is None else default
-        except ValueError:
-            number = math.nan
-        if name in numbers or not bounds[0] < number <= bounds[1]:
-            needs = f"needs a {what} above {bounds[0]:g} and up to {bounds[1]:g}, not '{text}'"
-            raise KindError(f"questions.{key}: '{name}' {'is there twice' if name in numbers else needs}")
-        numbers[name] = number
-    return numbers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -228,8 +173,8 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     In each round the scenario of the largest weight is asked about once, others as often as their weight is of that.
 
     Only objects with a name that tells them apart are asked about, and both frames must show `min_points` of their
-    points. No (scenario, object, frame pair) comes twice. The centres of a question's solution never point to another
-    option than its answer (see `states`).
+    points. No (scenario, object, frame pair) comes twice, but distances up to `rules.draws` times, each time with other
+    options. The centres of a question's solution never point to another option than its answer (see `states`).
 
     Returns:
       (questions, an entry for each object that none is about, "object_unnamed" or "object_unasked").
@@ -244,7 +189,8 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     digest = hashlib.sha256(f"{seed}\0{scene.clip_id}".encode("utf-8", "surrogatepass")).digest()
     rng = random.Random(int.from_bytes(digest[:16], "big"))
     facts = _Facts.measure(scene, rules, rng)
-    queues = {name: _in_turn(facts.cases[name], rng) for name in SCENARIOS}
+    asked = {name: cases if LABELS[name] else cases * rules.draws for name, cases in facts.cases.items()}
+    queues = {name: _in_turn(asked[name], rng) for name in SCENARIOS}
     order = [name for name in SCENARIOS if name in rules.weights]
     shuffle(order, rng)
     heaviest, due = max(rules.weights.values()), dict.fromkeys(order, 0.0)

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from data_prep.questions.balance import SPLITS, kinds_of
 from data_prep.questions.blind import NO_GUESSER, baselines
-from data_prep.questions.propose import SCENARIOS, QuestionRow
+from data_prep.questions.propose import QuestionRow
+from data_prep.questions.scenarios import SCENARIOS
 
 _TELLING = 0.15  # largest noise with which an accuracy says something: that of some 35 questions
 

@@ -22,7 +22,8 @@ from data_prep.sources.base import CAPTIONS, MASKS, ClipCard, LoadedClip, card_o
 from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.sources.layout import LEFT, RIGHT, VIDEOS, clip_groups, clip_stems, find
 from data_prep.stereo.disparity import MAX_DEPTH, StereoError, split_side_by_side
-from data_prep.stereo.stage import QualityLimits, Reconstruction, reconstruct_clip
+from data_prep.stereo.quality import QualityLimits
+from data_prep.stereo.stage import Reconstruction, reconstruct_clip
 from data_prep.store.parts import ClipRejected, clip_file_name, lost_object
 from data_prep.store.untrusted import SceneError, as_scene_error
 from mllm4d_jax.media.decode_pool import DecodePool

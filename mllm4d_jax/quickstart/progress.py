@@ -68,7 +68,7 @@ class Clock:
         return rest, rest + pace * sum(self._stated[n] for n in range(stage + 1, len(self._stated)))
 
 
-class Line:
+class StatusLine:
     """Says how far a stage is: over and over on one line of a terminal, now and then on a line of its own elsewhere."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from mllm4d_jax.files.storage import storing
 from mllm4d_jax.quickstart.done import QuickstartError, Records, results_of
 from mllm4d_jax.quickstart.page import write_page
 from mllm4d_jax.quickstart.process import Ended, run_process
-from mllm4d_jax.quickstart.progress import Clock, Line, share_of, span
+from mllm4d_jax.quickstart.progress import Clock, StatusLine, share_of, span
 from mllm4d_jax.quickstart.results import read_results
 from mllm4d_jax.quickstart.stages import Stage, own, stages
 from mllm4d_jax.quickstart.tables import text
@@ -44,7 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     with storing(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
     with WriterLock.of(path), StopSignal() as stop:
-        records, line = Records(path), Line()
+        records, line = Records(path), StatusLine()
         clock = Clock([stage.seconds for stage in listed])
         about = span(clock.left(0, 0.0, None, None)[1])
         line.say(
@@ -71,7 +71,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
     if not Path(own(config.base), "config.json").is_file():
         raise QuickstartError(
             f"base = {config.base} is no folder of a model: name one with --config.base=DIR, or make one with the "
-            "three commands that stand in configs/pretrain_tiny.py"
+            "commands that stand in configs/pretrain_tiny.py"
         )
 
 
@@ -83,7 +83,7 @@ class _Turn:
     number: int
     records: Records
     clock: Clock
-    line: Line
+    line: StatusLine
     stop: StopSignal
 
     @property

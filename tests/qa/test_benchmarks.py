@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.questions.propose import SCENARIOS
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.store.export import bench_record, conversation_record, r1_record
 from mllm4d_jax.qa.benchmarks import PARSERS, SUBTASKS, BenchmarkQuestion
 from mllm4d_jax.qa.errors import RecordError

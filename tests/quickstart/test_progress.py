@@ -53,7 +53,7 @@ def test_shares_follow_the_files_of_each_task(tmp_path):
 
 
 def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few(capsys, monkeypatch):
-    line = progress.Line()
+    line = progress.StatusLine()
     line.show("now")
     line.say("done")
     monkeypatch.setattr(progress, "QUIET_S", 0.0)
@@ -63,7 +63,7 @@ def test_elsewhere_than_on_a_terminal_lines_are_plain_and_few(capsys, monkeypatc
 
 def test_on_a_terminal_one_line_is_written_over(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    line = progress.Line()
+    line = progress.StatusLine()
     line.show("x" * 500)
     line.say("done")
     shown, said = capsys.readouterr().out.split("\r\033[K")[1:]

@@ -11,7 +11,7 @@ import pytest
 
 from configs import common
 from data_prep.captions import matching, words
-from data_prep.captions.captions import camera_caption, captions, object_caption
+from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
 from data_prep.captions.task import phrases, run_captions
 from data_prep.questions.wording import short_reasoning
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
@@ -30,9 +30,9 @@ def test_the_main_direction_is_that_of_the_relation_solver(axis, sign):
     move = np.full(3, 0.1)
     move[axis] = sign * 0.9
     label = CAMERA_DIRECTIONS[int(classes_of("camera_relative_direction", move[None], RULES)[0])]
-    said = words.mainly(move).removeprefix("mainly ")
+    said = words.mainly(move)
     assert words.MAIN.index(said) == CAMERA_DIRECTIONS.index(label)
-    assert camera_caption(move, 0.91).startswith(f"mainly {said} sideways ")
+    assert list(camera_told(move, 0.91).items())[0] == ("mainly", said)
 
 
 def test_sizes_grow_with_the_motion_and_do_not_know_its_sign():
@@ -46,7 +46,7 @@ def test_sizes_grow_with_the_motion_and_do_not_know_its_sign():
 
 
 def test_what_is_said_of_an_object():
-    told = object_caption(
+    told = object_told(
         {
             "object_camera_lateral_direction": -0.6,
             "object_camera_longitudinal_direction": 0.02,
@@ -55,15 +55,28 @@ def test_what_is_said_of_an_object():
             "object_camera_absolute_distance": 2.0,
         }
     )
-    assert told.startswith("sideways leftwards ") and " in depth abreast barely " in told and " gap widening " in told
+    assert told["sideways"].startswith("leftwards ") and told["in depth"] == "abreast barely"
+    assert told["gap"].startswith("widening ") and set(told) <= set(words.ASPECTS)
 
 
 def test_captions_name_every_object_they_describe_and_hold_no_figures():
-    clip = make_clip(0, 3, SMALL)
-    found = dict(captions(clip.scene, random.Random(0), 2))
-    asked = [text for text in found if text != "Describe the camera."]
-    assert {re.sub(r"^\w+ |\.$", "", text) for text in asked} <= {o.description for o in clip.scene.objects}
-    assert len(asked) > 1 and "Describe the camera." in found and not re.search(r"\d", json.dumps(found))
+    described = 0
+    for n in range(3, 9):
+        clip = make_clip(0, n, SMALL)
+        told = things_told(clip.scene, random.Random(0), 2)
+        found = dict(captions(told))
+        asked = [text for text in found if text != "Describe the camera."]
+        assert all(re.match(r"first .* last .* sideways .* distance ", found[text]) for text in asked)
+        assert {re.sub(r"^\w+ |\.$", "", text) for text in asked} <= {o.description for o in clip.scene.objects}
+        assert "Describe the camera." in found and not re.search(r"\d", json.dumps(found))
+        described += len(asked)
+        single = dict(aspects(told, random.Random(0), 99))
+        assert len(single) == sum(len(parts) for parts in told.values())
+        for asked, answer in single.items():
+            whole = next(text for question, text in found.items() if asked.startswith(question[:-1]))
+            aspect = asked.removesuffix(".").removeprefix(next(q for q in found if asked.startswith(q[:-1]))[:-1])
+            assert answer in whole and answer.startswith(f"{aspect.strip()} ")
+    assert described >= 3
 
 
 def test_the_nearest_of_the_options_is_the_answer():
@@ -99,7 +112,11 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert run_captions(config, str(folder)) == 0
         made.append({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*.json") if f.name != "run.json"})
         assert len(list((folder / "videos").iterdir())) == 3
-    assert made[0] == made[1] and len(made[0]) == 5
+    assert made[0] == made[1] and len(made[0]) == 6
+    told, seen = (json.loads((folder / name).read_text()) for name in ("captions.json", "seen.json"))
+    looked = [row for row in told if re.search(r"\nDescribe [a-z ]*\.", row["conversations"][0]["value"])]
+    looked = [row for row in looked if row["kind"] == "caption"]
+    assert seen == looked and 3 <= len(seen) < len(told)
 
 
 def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():

@@ -20,7 +20,8 @@ from configs.schema import build
 from data_prep.cold_start import task
 from data_prep.cold_start.selection import draw_order, passing, shares, take, threshold
 from data_prep.cold_start.task import ColdStartError, run_cold_start
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.store.export import r1_record
 from data_prep.store.parts import ClipRejected, StoreError
 from data_prep.teacher.endpoint import TeacherError

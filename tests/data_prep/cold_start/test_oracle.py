@@ -15,7 +15,8 @@ from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.oracle import compose, compose_brief, missing_fields
 from data_prep.cold_start.prompt import path_problem
 from data_prep.cold_start.r1_items import parse_item
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.store.export import r1_record
 from data_prep.store.parts import ClipRejected
 from mllm4d_jax.qa.rewards import parse, score

@@ -7,7 +7,8 @@ import pytest
 
 from data_prep.questions.balance import PRESETS, BalanceError, Preset, gap_bin, select, split_of
 from data_prep.questions.blind import baselines, letter_test
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from tests.data_prep.scenes.random_scenes import random_scene

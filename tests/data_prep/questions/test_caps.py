@@ -16,7 +16,7 @@ from data_prep.questions.balance import PRESETS, Preset, gap_bin, select
 from data_prep.questions.blind import NO_GUESSER, baselines, screen
 from data_prep.questions.caps import cap_steps, expected_accuracy
 from data_prep.questions.options import LETTERS, label_options, numeric_options
-from data_prep.questions.propose import SCENARIOS
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 

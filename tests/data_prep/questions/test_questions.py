@@ -11,7 +11,8 @@ import pytest
 
 from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, label_options, numeric_options
-from data_prep.questions.propose import SCENARIOS, QuestionRules, ask, frame_numbers, propose
+from data_prep.questions.propose import QuestionRules, ask, frame_numbers, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
 from data_prep.scenes import relations as rel
 from data_prep.scenes.relations import LABELS
@@ -42,6 +43,23 @@ def test_every_scenario_and_label_is_asked():
     assert asked == {(name, label) for name in SCENARIOS for label in (LABELS[name] or ("",))}
     assert set(SUBTASKS.values()) == {SUBTASKS[q.scenario] for _, q in ASKED} and len(set(SUBTASKS.values())) == 6
     assert Counter(q.clip_id for _, q in ASKED).most_common()[-1][1] == RULES.per_clip
+
+
+def test_distances_may_be_asked_about_several_times_with_other_options():
+    scene, wide = SCENES[0], {"per_clip": 10_000, "min_gap": 0.5, "pairs": 4}
+    once, often = (propose(scene, QuestionRules(draws=draws, **wide), 7) for draws in (1, 5))
+    fact = lambda q: (q.scenario, q.object_id, q.frames)  # noqa: E731
+    assert set(Counter(map(fact, once)).values()) == {1}
+    counts = Counter(map(fact, often))
+    labelled = {counts[key] for key in counts if LABELS[key[0]]}
+    distances = [key for key in counts if not LABELS[key[0]]]
+    assert labelled == {1} and distances and max(counts[key] for key in distances) == 5
+    for key in distances:
+        asked = [q for q in often if fact(q) == key]
+        assert len({q.value for q in asked}) == 1 and len({q.options for q in asked}) > len(asked) / 2
+    assert {q.rank for q in often if not q.label} == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="draws >= 1"):
+        QuestionRules(draws=0)
 
 
 def test_weights_say_how_often_each_scenario_is_asked_about():

@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from data_prep.questions.options import numeric_options
-from data_prep.questions.propose import KindError, QuestionRules, propose, spacings
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import KindError, spacings
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.answers import extract_answer
 from mllm4d_jax.qa.options import split_question

@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.questions.blind import baselines
 from data_prep.questions.options import numeric_options
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.scenes.scene import Scene
 from tests.data_prep.scenes.random_scenes import random_scene
 

@@ -10,7 +10,8 @@ from configs import common
 from data_prep import curate
 from data_prep.questions.balance import BalanceError, split_of
 from data_prep.questions.blind import NO_GUESSER, baselines
-from data_prep.questions.propose import SCENARIOS, KindError, QuestionRules, kind_weights
+from data_prep.questions.propose import QuestionRules
+from data_prep.questions.scenarios import SCENARIOS, KindError, kind_weights
 from data_prep.questions.tally import guess, table, tally
 from tests.data_prep.questions.test_caps import skewed_rows
 

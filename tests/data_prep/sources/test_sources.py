@@ -17,7 +17,7 @@ from data_prep.sources.frames import read_all_frames, write_video
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
-from data_prep.stereo.stage import QualityLimits
+from data_prep.stereo.quality import QualityLimits
 from data_prep.store.parts import ClipRejected
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, stereo4d_arrays, write_clip

@@ -14,7 +14,8 @@ from data_prep.scenes.objects import Caption
 from data_prep.scenes.scene import intrinsics_of
 from data_prep.stereo import disparity as disparity_module
 from data_prep.stereo.disparity import StereoError, depth_from_disparity, match_pair, split_side_by_side
-from data_prep.stereo.stage import Quality, QualityLimits, reconstruct_clip, require_quality
+from data_prep.stereo.quality import Quality, QualityLimits, require_quality
+from data_prep.stereo.stage import reconstruct_clip
 from tests.data_prep.stereo.stereo_world import make_clip
 
 

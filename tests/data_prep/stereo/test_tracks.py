@@ -17,7 +17,7 @@ from data_prep.stereo.features import (
     sample_depth,
     seed_points,
 )
-from data_prep.stereo.stage import static_drift, vertical_error
+from data_prep.stereo.quality import static_drift, vertical_error
 from data_prep.stereo.tracks import reject_outliers, track_points
 from data_prep.stereo.trajectory import solve_trajectory
 from tests.data_prep.stereo.stereo_world import make_clip

@@ -17,7 +17,8 @@ from data_prep import curate
 from data_prep.cold_start import oracle
 from data_prep.cold_start.r1_items import parse_item
 from data_prep.cold_start.selection import record as cold_start_record
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.store.export import assemble, check_result
 from data_prep.store.parts import ClipResult, PartStore
 from mllm4d_jax.qa.benchmarks import PARSERS

@@ -12,7 +12,8 @@ import pytest
 
 from data_prep.questions import blind
 from data_prep.questions.balance import PRESETS, split_of
-from data_prep.questions.propose import SCENARIOS, QuestionRules, propose
+from data_prep.questions.propose import QuestionRules, propose
+from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.tally import Tally
 from data_prep.scenes.relations import LABELS
 from data_prep.store import report

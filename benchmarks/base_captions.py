@@ -1,0 +1,119 @@
+"""Measure which words a base model says rightly about rendered clips that it has not seen, each after the right ones.
+
+python -m benchmarks.base_captions --clips=128
+python -m benchmarks.base_captions --model=runs/base --clips=128
+
+Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
+the most frequent word would have. Words of several tokens are left out. Letters and figures are those of the text that
+is matched beside the clip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from configs import common
+from configs.tables.quickstart import BASE
+from configs.tables.quickstart_recipe import PRETRAINING_CLIPS, SEEING
+from data_prep.captions import words
+from data_prep.captions.task import caption_clip
+from data_prep.synthetic.worlds import SyntheticConfig
+from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.encode.encoder import Encoder
+from mllm4d_jax.encode.example import Example
+from mllm4d_jax.files.atomic import write_json
+from mllm4d_jax.models.hf import load_model
+from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
+from mllm4d_jax.qa.records import as_target
+from mllm4d_jax.quickstart.stages import own
+from mllm4d_jax.rows.batch import collate
+from mllm4d_jax.run.build import encoder_of
+
+SEED = 2000  # not that of pre-training
+ROWS = 64  # of a batch
+WAYS = {way for three in words.SIGNED.values() for way in three} | set(words.MAIN)
+KINDS = (("way", WAYS), ("size", set(words.SIZES)), ("distance", set(words.DISTANCES)), ("column", set(words.COLUMNS)))
+
+
+def examples_of(encoder: Encoder, clips: int) -> list[Example]:
+    """Render clips of `SEED` as pre-training's were and encode what is said about them."""
+    values = {k.removeprefix("synthetic."): v for k, v in PRETRAINING_CLIPS.items() if k.startswith("synthetic.")}
+    values.pop("clips")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        (root / "videos").mkdir()
+        names = [f"captions-{SEED}-{n:06d}" for n in range(clips)]
+        said = [caption_clip(root, SyntheticConfig(**values), SEED, name).rows for name in names]
+        write_json(root / "captions.json", [row for rows in said for row in rows])
+        records, number = RecordFile(str(root / "captions.json"), str(root), ""), itertools.count()
+        groups = [[as_target(records[next(number)]) for _ in rows] for rows in said]
+        return [example for group in groups for example in encoder.encode_group(group)]  # a clip is decoded once
+
+
+def likely(model: QwenVL, examples: list[Example]) -> Iterator[np.ndarray]:
+    """Yield the most likely next token at every place of each example: i32[S]."""
+    graphdef, state = nnx.split(model)
+    length = max(len(e.tokens) for e in examples)
+
+    @jax.jit
+    def best(state, inputs):
+        model = nnx.merge(graphdef, state)
+        return model.logits(model(inputs)).argmax(-1)
+
+    ids = (model.config.image_token_id, model.config.video_token_id)
+    for start in range(0, len(examples), ROWS):
+        rows = examples[start : start + ROWS]
+        padded = rows + rows[:1] * (ROWS - len(rows))
+        inputs = collate(padded, vision_geometry(model.config), visual_token_ids=ids, length=length)
+        yield from np.asarray(best(state, inputs))[: len(rows)]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=BASE, help="Hugging Face folder")
+    parser.add_argument("--clips", type=int, default=128)
+    args = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()
+    folder = own(args.model)
+    encoder = encoder_of(folder, common.config("sft", dict(SEEING)).video, 512)
+    try:
+        examples = examples_of(encoder, args.clips)
+    finally:
+        encoder.close()
+    said = collections.defaultdict(list)
+    model = load_model(folder, dtype=jnp.float32, attention="xla")
+    for example, best in zip(examples, likely(model, examples), strict=True):
+        about = aspect = ""
+        for place in np.flatnonzero(example.supervised):
+            token = encoder.tokenizer.decode([int(example.tokens[place])]).strip()
+            if token in words.ASPECTS:
+                about, aspect = {"mainly": "camera", "first": "object"}.get(token, about), token
+                continue
+            kind = next((kind for kind, known in KINDS if token in known), "")
+            if about and kind:
+                said[about, aspect, kind].append((token, best[place - 1] == example.tokens[place]))
+            elif not about and (token in tuple("ABCD") or token[:1].isdigit()):
+                said["text", "", "letter" if token in "ABCD" else "figure"].append(
+                    (token, best[place - 1] == example.tokens[place])
+                )
+    print(f"{args.model}: {args.clips} clips of seed {SEED}; words said rightly after right ones")
+    for key, found in sorted(said.items()):
+        frequent = max(collections.Counter(token for token, _ in found).values()) / len(found)
+        right = np.mean([ok for _, ok in found])
+        print(f"{' '.join(filter(None, key)):28s} {len(found):5d}  right {right:.3f}  most frequent {frequent:.3f}")
+
+
+if __name__ == "__main__":
+    main()
