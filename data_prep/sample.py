@@ -64,8 +64,11 @@ def write_sample_world(folder: str | Path, seed: int = 0, clips: int = 6) -> Pat
 
     def write(target: Path) -> None:
         (target / "videos").mkdir()
-        files = (RecordWriter(target / name) for name in ("records.json", "r1.jsonl", "cold_start.json"))
-        with next(files) as records, next(files) as prompts, next(files) as reasoned:
+        with (
+            RecordWriter(target / "records.json") as records,
+            RecordWriter(target / "r1.jsonl") as prompts,
+            RecordWriter(target / "cold_start.json") as reasoned,
+        ):
             for n, (clip, asked) in zip(range(clips), sample_clips(seed), strict=False):
                 video = f"videos/clip_{n:03d}.mp4"
                 write_video(target / video, clip.left, clip.scene.timestamps, "mpeg4")

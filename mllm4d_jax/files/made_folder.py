@@ -20,8 +20,8 @@ class FolderError(ValueError):
 def make_folder(folder: Path, spec: Mapping[str, Any], write: Callable[[Path], None]) -> bool:
     """Make a folder all at once: written beside its place, then renamed into it with a list of its files.
 
-    A folder that this function made is kept when it was made from the same `spec` and every file is there at its size,
-    and is made anew otherwise.
+    A folder that this function made is kept when it was made from the same `spec` and each of its files is there at its
+    size, and is made anew otherwise. Files that others put beside them stay, or are in the way.
 
     Args:
       folder: its final place.
@@ -34,19 +34,31 @@ def make_folder(folder: Path, spec: Mapping[str, Any], write: Callable[[Path], N
     Raises:
       FolderError: something else is in the way.
     """
-    marker = folder / _MARKER
-    if marker.is_file():
-        stored = json.loads(marker.read_text(encoding="utf-8"))
-        if stored["spec"] == dict(spec) and stored["files"] == _sizes(folder):
-            return False
+    made, found = _listing(folder / _MARKER), _sizes(folder)
+    if made["spec"] == dict(spec) and made["files"].items() <= found.items():
+        return False
+    foreign = sorted(found.keys() - made["files"].keys())
+    if foreign:
+        raise FolderError(
+            f"{folder} is in the way: it holds files that were not written by this program ({foreign[0]})"
+        )
+    if folder.exists():
         shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise FolderError(f"{folder} is in the way: it holds files that were not written by this program")
     with new_folder(folder) as staging:
         write(staging)
         listing = {"spec": dict(spec), "files": _sizes(staging)}
         (staging / _MARKER).write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
     return True
+
+
+def _listing(marker: Path) -> dict[str, Any]:
+    """Return what a folder was made from and its files' sizes; nothing of both where that does not stand there."""
+    try:
+        stored = json.loads(marker.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        stored = None
+    known = isinstance(stored, dict) and isinstance(stored.get("files"), dict) and "spec" in stored
+    return stored if known else {"spec": None, "files": {}}
 
 
 def _sizes(folder: Path) -> dict[str, int]:

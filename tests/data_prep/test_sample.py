@@ -15,7 +15,6 @@ from data_prep.questions.wording import ANCHORS
 from data_prep.sample import RULES, WORLD, sample_clips, write_sample_world
 from data_prep.scenes.relations import NOT_MOVING
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.files.made_folder import FolderError
 from mllm4d_jax.qa.options import split_question
 from mllm4d_jax.qa.rewards import score
 
@@ -85,7 +84,7 @@ def test_answers_follow_from_the_exact_scene(clips):
 
 
 def test_questions_count_the_frames_that_a_tiny_run_sees(clips):
-    for clip, asked in clips:
+    for _, asked in clips:
         for question in asked:
             assert question.count == 8 and 0 <= question.frames[0] < question.frames[1] < 8
             # Frames k of 8 of a clip of 16 are, both ends included, at 15 k / 7.
@@ -154,41 +153,6 @@ def test_the_same_arguments_give_the_same_bytes(folder, tmp_path):
     assert content(again) == content(folder)
     other = write_sample_world(tmp_path / "c", seed=SEED + 1, clips=1)
     assert other.read_bytes() != (folder / "records.json").read_bytes()
-
-
-def test_a_complete_folder_is_kept_and_a_damaged_one_rebuilt(tmp_path):
-    path = write_sample_world(tmp_path / "w", seed=1, clips=1)
-    stamp = path.stat().st_mtime_ns
-    write_sample_world(tmp_path / "w", seed=1, clips=1)
-    assert path.stat().st_mtime_ns == stamp
-    (tmp_path / "w/videos/clip_000.mp4").unlink()
-    write_sample_world(tmp_path / "w", seed=1, clips=1)
-    assert (tmp_path / "w/videos/clip_000.mp4").is_file()
-    write_sample_world(tmp_path / "w", seed=1, clips=2)
-    assert len(json.loads(path.read_text())) == 8
-
-
-def test_an_interrupted_write_leaves_nothing_half_done(tmp_path, monkeypatch):
-    calls = []
-
-    def fail(path, *_):
-        calls.append(path)
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "write_video", fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_sample_world(tmp_path / "w", clips=1)
-    assert calls and not (tmp_path / "w").exists()
-    assert write_sample_world(tmp_path / "w", clips=1).is_file()
-
-
-def test_foreign_files_are_never_removed(tmp_path):
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w/thesis.txt").write_text("mine")
-    with pytest.raises(FolderError, match="in the way"):
-        write_sample_world(tmp_path / "w")
-    assert (tmp_path / "w/thesis.txt").read_text() == "mine"
 
 
 def test_clips_about_which_too_little_is_clear_are_left_out(monkeypatch):

@@ -45,9 +45,7 @@ def world(tmp_path_factory):
     records = write_sample_world(folder / "world", seed=0, clips=3)
     write_tiny_model(folder / "model", [records.read_text()], seed=0)
     rows = [json.loads(line) for line in (folder / "world/r1.jsonl").read_text().splitlines()]
-    rows = [
-        {name: row[name] for name in ("messages", "videos", "solution")} for row in rows
-    ]  # as released: without ids
+    rows = [{name: row[name] for name in ("messages", "videos", "solution")} for row in rows]  # as released: no ids
     (folder / "world/videos/broken.mp4").write_bytes(b"no video")
     rows.append(rows[0] | {"videos": ["videos/broken.mp4"]})
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
