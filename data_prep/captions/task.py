@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_collections
@@ -25,7 +27,9 @@ from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
-SEEN, RECORDS, PHRASES = "seen.json", "captions.json", "phrases.json"
+RECORDS, PHRASES = "captions.json", "phrases.json"
+# Kind of a record -> the file that has all of it, to begin with one thing at a time.
+PARTS: Mapping[str, str] = {"caption": "seen.json", "matching": "matching.json"}
 # Of a clip: objects described, single aspects asked for, questions of either kind that the text alone answers.
 _OBJECTS, _ASPECTS, _MATCHED = 2, 3, 2
 _ABOUT = 0.4  # share of clips beside which is asked what a question is about
@@ -35,10 +39,10 @@ _FIELD = re.compile(r"\{\w+\}")
 
 
 def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Write videos/, seen.json, captions.json and phrases.json into the workdir.
+    """Write videos/, captions.json, `PARTS` and phrases.json into the workdir.
 
-    captions.json has all records, seen.json whole captions, which only a look at the clip can tell: pre-training begins
-    with them. phrases.json lists what is worth a token of its own.
+    captions.json has all records, seen.json whole captions, which only a look at the clip can tell, matching.json
+    questions that their text answers. phrases.json lists what is worth a token of its own.
 
     Raises:
       StoreError: the workdir holds another run's results.
@@ -52,12 +56,14 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
         work = functools.partial(caption_clip, root, made, config.seed)
         done = process_clips(clip_ids, work, store, workers=config.workers)
         print(f"{done} clips done now, {len(clip_ids)} in all")
-        with RecordWriter(root / RECORDS) as writer, RecordWriter(root / SEEN) as seen:
+        with contextlib.ExitStack() as files:
+            writer = files.enter_context(RecordWriter(root / RECORDS))
+            parts = {kind: files.enter_context(RecordWriter(root / name)) for kind, name in PARTS.items()}
             for clip_id in clip_ids:
                 for row in store.read(clip_id).rows:
                     writer.write(row)
-                    if row["kind"] == "caption":
-                        seen.write(row)
+                    if row["kind"] in parts:
+                        parts[row["kind"]].write(row)
     write_json(root / PHRASES, phrases())
     print(f"records: {root / RECORDS} ({writer.records}); media root: {root}")
     return 0
@@ -74,10 +80,10 @@ def caption_clip(root: Path, config: SyntheticConfig, seed: int, clip_id: str) -
     said = [("caption", *caption) for caption in say.captions(told)]
     said += [("aspect", *caption) for caption in say.aspects(told, rng, _ASPECTS)]
     for ask in (matching.nearest_number, matching.same_word):
-        said += [("text", *ask(rng)) for _ in range(_MATCHED)]
+        said += [("matching", *ask(rng)) for _ in range(_MATCHED)]
     if rng.random() < _ABOUT:
         names = list(object_names(clip.scene)[0].values()) or ["the box"]
-        said.append(("text", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))
+        said.append(("about", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))
     rows = tuple(
         {
             "id": f"{clip_id}:{n:02d}",

@@ -12,7 +12,7 @@ import pytest
 from configs import common
 from data_prep.captions import matching, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
-from data_prep.captions.task import phrases, run_captions
+from data_prep.captions.task import PARTS, phrases, run_captions
 from data_prep.questions.wording import short_reasoning
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
 from data_prep.synthetic.clip import make_clip
@@ -112,11 +112,14 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert run_captions(config, str(folder)) == 0
         made.append({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*.json") if f.name != "run.json"})
         assert len(list((folder / "videos").iterdir())) == 3
-    assert made[0] == made[1] and len(made[0]) == 6
-    told, seen = (json.loads((folder / name).read_text()) for name in ("captions.json", "seen.json"))
-    looked = [row for row in told if re.search(r"\nDescribe [a-z ]*\.", row["conversations"][0]["value"])]
-    looked = [row for row in looked if row["kind"] == "caption"]
-    assert seen == looked and 3 <= len(seen) < len(told)
+    assert made[0] == made[1] and len(made[0]) == 7
+    told, *parts = (json.loads((folder / name).read_text()) for name in ("captions.json", *PARTS.values()))
+    for kind, part in zip(PARTS, parts, strict=True):
+        assert part == [row for row in told if row["kind"] == kind] and 3 <= len(part) < len(told)
+    assert {row["kind"] for row in told} >= {*PARTS, "aspect"}
+    for row in told:
+        looked = re.search(r"\nDescribe [a-z ]*\.$", row["conversations"][0]["value"])
+        assert bool(looked) == (row["kind"] in ("caption", "aspect"))
 
 
 def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():
