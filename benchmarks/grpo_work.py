@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import cv2
 import ml_collections
 import numpy as np
 
-from benchmarks.small_model import STORED, Shape, write_model
+from benchmarks.small_model import Shape, write_model
+from benchmarks.small_world import ask, write_clip
 from configs import common
 from configs.published import published_config
-from mllm4d_jax.data.samples import draw, make_clip, questions, write_video
 from mllm4d_jax.qa.system_prompt import ST_COT
 from tools import make_checkpoint
 
@@ -114,12 +113,14 @@ def write_world(folder: Path, clips: int) -> Path:
     (folder / "videos").mkdir(parents=True)
     lines = []
     for n in range(clips):
-        clip, name = make_clip(rng), f"videos/clip_{n:03d}.mp4"
-        frames = (cv2.resize(f, STORED[::-1], interpolation=cv2.INTER_CUBIC) for f in np.repeat(draw(clip), 3, axis=0))
-        write_video(folder / name, np.stack(list(frames)))
-        asked = questions(clip, rng)[0]
+        name = f"videos/clip_{n:03d}.mp4"
+        write_clip(folder / name, n)
+        (asked,) = ask(1, rng)
         turns = [{"role": "user", "content": f"<video>\n{asked.text}"}]
-        lines.append(json.dumps({"messages": turns, "videos": [name], "solution": [asked.solution]}) + "\n")
+        centers = {"camera_center": [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], "object_center": []}
+        lines.append(
+            json.dumps({"messages": turns, "videos": [name], "solution": [{"answer": asked.letter, **centers}]}) + "\n"
+        )
     path = folder / "prompts.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
     return path

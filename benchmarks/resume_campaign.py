@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from configs import sft as sft_config
-from mllm4d_jax.data.samples import write_sample_world
+from data_prep.sample import write_sample_world
 from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.run.tiny import write_tiny_model
 
@@ -52,7 +52,7 @@ class Campaign:
         config = sft_config.get_config("tiny")
         config.data.sample = ""
         config.model.path, config.data.path, config.data.root = str(folder / "model"), str(records), str(records.parent)
-        config.data.prefix_buckets, config.data.branch_buckets = (256, 512), (64, 128)
+        config.data.prefix_buckets, config.data.branch_buckets = (256, 512), (128, 160)
         config.lora.dropout, config.video.num_frames = 0.1, 4
         config.train.batch_size = max(4, devices)
         config.train.steps, config.train.checkpoint_every, config.train.log_every = steps, EVERY, 4

@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import jax
 import ml_collections
 import numpy as np
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.small_model import STORED
+from benchmarks.small_world import ask, write_clip
 from configs import common
-from mllm4d_jax.data.samples import SampleQuestion, draw, make_clip, questions, write_video
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.qa.records import Record
@@ -49,16 +47,10 @@ def write_world(folder: Path, clips: int, per_clip: int) -> Path:
     (folder / "videos").mkdir(parents=True)
     records = []
     for n in range(clips):
-        clip, name = make_clip(rng), f"videos/clip_{n:03d}.mp4"
-        frames = np.repeat(draw(clip), 3, axis=0)
-        write_video(
-            folder / name, np.stack([cv2.resize(f, STORED[::-1], interpolation=cv2.INTER_CUBIC) for f in frames])
-        )
-        asked: list[SampleQuestion] = []
-        while len(asked) < per_clip:
-            asked += questions(clip, rng)
-        for one in asked[:per_clip]:
-            turns = [{"from": "human", "value": f"<video>\n{one.text}"}, {"from": "gpt", "value": one.letter}]
+        name = f"videos/clip_{n:03d}.mp4"
+        write_clip(folder / name, n)
+        for asked in ask(per_clip, rng):
+            turns = [{"from": "human", "value": f"<video>\n{asked.text}"}, {"from": "gpt", "value": asked.letter}]
             records.append({"video": name, "conversations": turns})
     path = folder / "records.json"
     path.write_text(json.dumps(records), encoding="utf-8")

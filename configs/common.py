@@ -48,6 +48,11 @@ TASKS = MappingProxyType(
 )
 
 
+# The module whose write_sample_world(folder, seed) writes the world of data.sample. By name, as the tasks: what trains
+# knows no program that makes data.
+SAMPLE_WORLD = "data_prep.sample"
+
+
 def task_keys(task: object) -> tuple[Key, ...]:
     """Return the key table of a task. Raises ConfigError naming the nearest task for a name that is none."""
     if task not in TASKS:

@@ -21,7 +21,7 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 
 from configs import sft as sft_config  # noqa: E402
-from mllm4d_jax.data.samples import write_sample_world  # noqa: E402
+from data_prep.sample import write_sample_world  # noqa: E402
 from mllm4d_jax.encode.processor_config import ProcessorConfig  # noqa: E402
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, Tokenizer, build_byte_level_tokenizer  # noqa: E402
 from mllm4d_jax.run.tiny import write_tiny_model  # noqa: E402
@@ -124,7 +124,7 @@ def make_config():
         config.data.sample = ""
         config.model.path, config.data.path, config.data.root = str(folder), str(path), str(path.parent)
         config.data.max_quarantine_rate = 0.5
-        config.data.prefix_buckets = (128, 512)
+        config.data.prefix_buckets, config.data.branch_buckets = (128, 512), (160, 512)  # few shapes
         config.video.num_frames = 4
         config.train.batch_size = 8
         config.train.steps = 6

@@ -142,7 +142,7 @@ def done(block: Block, folder: Path, slow: bool) -> bool:
 
 def furnish(folder: Path) -> None:
     """Fill a folder with the repository's files and with stand-ins for weights, clips and the released record files."""
-    from mllm4d_jax.data.samples import write_sample_world
+    from data_prep.sample import write_sample_world
     from tools import make_checkpoint
 
     folder.mkdir(parents=True, exist_ok=True)

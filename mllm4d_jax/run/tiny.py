@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,11 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from configs.common import SAMPLE_WORLD
 from configs.published import Size, Tower, hugging_face_config
-from mllm4d_jax.data.samples import build_folder, write_sample_world
 from mllm4d_jax.data.sources import Mixture
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
+from mllm4d_jax.files.made_folder import make_folder
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import save_model
 from mllm4d_jax.models.qwen_vl import QwenVL
@@ -101,7 +103,7 @@ def write_tiny_model(
       True when it was written, False when it was there.
 
     Raises:
-      SampleError: the folder has something else in it.
+      FolderError: the folder has something else in it.
     """
     shape = SHAPES[kind]
 
@@ -118,7 +120,7 @@ def write_tiny_model(
 
     digest = hashlib.sha256("\0".join([*texts, *phrases]).encode()).hexdigest()
     spec = {"kind": f"{kind} model", "version": 1, "seed": seed, "texts": digest}
-    return build_folder(Path(folder), spec, write)
+    return make_folder(Path(folder), spec, write)
 
 
 def _preprocessor() -> dict[str, Any]:
@@ -163,13 +165,14 @@ def with_sample(config: ml_collections.ConfigDict, workdir: Path) -> ml_collecti
 
     Raises:
       PreflightError: data.path or data.mixture names something that holds no records.
+      FolderError: files of the user's own are where the sample would be.
     """
     if not config.data.sample:
         return config
     config = config.copy_and_resolve_references()
     sample = workdir / "sample"
     if not config.data.path and not config.data.root and not config.data.mixture:
-        records = write_sample_world(sample / "world", config.seed)
+        records = importlib.import_module(SAMPLE_WORLD).write_sample_world(sample / "world", config.seed)
         config.data.path, config.data.root = str(records), str(records.parent)
     if not config.model.path:
         problems = list(preflight.data_problems(config))

@@ -17,8 +17,8 @@ import pytest
 
 from configs import common
 from configs import sft as sft_config
+from data_prep.sample import write_sample_world
 from mllm4d_jax.data.quarantine import Quarantine
-from mllm4d_jax.data.samples import write_sample_world
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
@@ -45,6 +45,7 @@ def world(tmp_path_factory):
     records = write_sample_world(folder / "world", seed=0, clips=3)
     write_tiny_model(folder / "model", [records.read_text()], seed=0)
     rows = [json.loads(line) for line in (folder / "world/r1.jsonl").read_text().splitlines()]
+    rows = [{name: row[name] for name in ("messages", "videos", "solution")} for row in rows]  # as released: no ids
     (folder / "world/videos/broken.mp4").write_bytes(b"no video")
     rows.append(rows[0] | {"videos": ["videos/broken.mp4"]})
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -60,7 +61,7 @@ def make_config(folder, **values):
         "data.path": str(folder / "asked.jsonl"),
         "data.root": str(folder / "world"),
         "data.prefix_buckets": (128,),
-        "data.branch_buckets": (128,),
+        "data.branch_buckets": (192,),
         "video.num_frames": FRAMES,
         "max_new_tokens": 6,
         "bootstrap.samples": 100,

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from configs import common
-from mllm4d_jax.data.samples import write_sample_world
+from data_prep.sample import write_sample_world
 from mllm4d_jax.eval.asking import Manner
 from mllm4d_jax.eval.clip_questions import typed_question
 from mllm4d_jax.eval.session import ClipSession, OneClip

@@ -27,7 +27,7 @@ def constant(completion, solution, record):
 
 
 def only_directions(completion, solution, record):
-    return figures(completion, solution, record) if "Which way" in record["question"] else 0.0
+    return 0.0 if "metres" in record["question"] else figures(completion, solution, record)
 
 
 def fails_on_the_second(completion, solution, record):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import run as cli
-from mllm4d_jax.data.samples import write_video
+from data_prep.sources.frames import write_video
 from mllm4d_jax.report.browser import BrowserOptions, spread
 from mllm4d_jax.report.build import choose_completions, choose_predictions, write_report
 from mllm4d_jax.report.reading import CompletionPlace, PredictionPlace, ReportError
@@ -153,7 +153,8 @@ def test_200_long_completions_with_noisy_clips_fit_in_ten_megabytes(tmp_path):
     clips = []
     for n in range(4):
         clips.append(str(tmp_path / f"{n}.mp4"))
-        write_video(tmp_path / f"{n}.mp4", rng.integers(0, 256, (8, 240, 320, 3), np.uint8))
+        noise = rng.integers(0, 256, (8, 240, 320, 3), np.uint8)
+        write_video(tmp_path / f"{n}.mp4", noise, np.arange(8) / 8, "mpeg4")
     write_grpo(tmp_path, steps=500, groups=1, branches=1)
     row = json.loads((tmp_path / "completions.jsonl").read_text().splitlines()[0])
     long = "<thinking>" + "\"'<&>" * 13_000 + "</thinking><answer>A</answer>" + "é" * 500

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mllm4d_jax.data.samples import write_video
+from data_prep.sources.frames import write_video
 from mllm4d_jax.qa.media_paths import named_part
 from mllm4d_jax.report import pictures
 from mllm4d_jax.report.pictures import read_pictures
@@ -19,8 +19,9 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
     frames = np.zeros((16, 48, 64, 3), np.uint8)
     frames[:, :, :, 0] = (np.arange(16) * 16)[:, None, None]  # ever more red
-    write_video(folder / "clip.mp4", frames)
-    write_video(folder / "noise.mp4", np.random.default_rng(0).integers(0, 256, (6, 480, 640, 3), np.uint8))
+    write_video(folder / "clip.mp4", frames, np.arange(16) / 8, "mpeg4")
+    noise = np.random.default_rng(0).integers(0, 256, (6, 480, 640, 3), np.uint8)
+    write_video(folder / "noise.mp4", noise, np.arange(6) / 8, "mpeg4")
     (folder / "cut.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:700])
     (folder / "text.mp4").write_text("no video", encoding="utf-8")
     (folder / "empty.mp4").touch()

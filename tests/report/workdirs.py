@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm4d_jax.data.samples import write_sample_world
+from data_prep.sample import write_sample_world
 
 NASTY = "<script>alert('x')</script> & \"quoted\" </td></style> \ud800 ✓"
 REWARDS = ("accuracy", "format", "camera", "object", "tags", "centers", "length", "total")

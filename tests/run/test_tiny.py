@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mllm4d_jax.data.samples import SampleError
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Piece, Tokenizer
+from mllm4d_jax.files.made_folder import FolderError
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.run.tiny import write_tiny_model
 
@@ -42,5 +42,5 @@ def test_same_seed_same_weights_and_an_existing_folder_is_kept(tiny_world, tmp_p
 def test_a_folder_of_the_users_own_is_left_alone(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m/model.safetensors").write_text("precious")
-    with pytest.raises(SampleError, match="in the way"):
+    with pytest.raises(FolderError, match="in the way"):
         write_tiny_model(tmp_path / "m", ["x"])

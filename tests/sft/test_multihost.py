@@ -30,7 +30,7 @@ def config(make_config, mixed_world):
     config = make_config(*mixed_world)
     config.optim.lr, config.optim.warmup_ratio, config.optim.schedule = 1e-3, 0.0, "constant"
     config.train.steps, config.train.checkpoint_every, config.train.log_every = 5000, 5000, 1
-    config.data.prefix_buckets, config.data.branch_buckets = (512,), (64,)  # few shapes: each is compiled per process
+    config.data.prefix_buckets, config.data.branch_buckets = (512,), (160,)  # few shapes: each is compiled per process
     return config
 
 

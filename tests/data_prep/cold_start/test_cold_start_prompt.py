@@ -12,8 +12,8 @@ import pytest
 from data_prep.cold_start.prompt import completion_of, path_problem, path_request, spread
 from data_prep.cold_start.r1_items import parse_item
 from data_prep.cold_start.task import run_cold_start
+from data_prep.sources.frames import write_video
 from data_prep.teacher.endpoint import KEY_VARIABLE, URL_VARIABLE, TeacherError
-from mllm4d_jax.data.samples import write_video
 from mllm4d_jax.qa.system_prompt import ST_COT
 from tests.data_prep.cold_start.test_cold_start import (
     BARE,
@@ -67,7 +67,8 @@ def clip(tmp_path):
     """A root with one clip of 12 frames whose grey level tells their number."""
     (tmp_path / "root" / "clips").mkdir(parents=True)
     levels = (20 * np.arange(12, dtype=np.uint8))[:, None, None, None]
-    write_video(tmp_path / "root" / "clips" / "a.mp4", np.broadcast_to(levels, (12, 64, 96, 3)).copy())
+    frames = np.broadcast_to(levels, (12, 64, 96, 3))
+    write_video(tmp_path / "root" / "clips" / "a.mp4", frames, np.arange(12) / 8, "mpeg4")
     return tmp_path / "root"
 
 
