@@ -4,8 +4,8 @@ python -m benchmarks.base_captions --clips=128
 python -m benchmarks.base_captions --model=runs/base --clips=128
 
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
-the most frequent word would have. Words of several tokens are left out. Letters and figures are those of the text that
-is matched beside the clip.
+the most frequent word would have; "alone" where only that aspect was asked for. Words of several tokens are left out.
+Letters and figures are those of the text that is matched beside the clip.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from configs import common
 from configs.tables.quickstart import BASE
 from configs.tables.quickstart_recipe import PRETRAINING_CLIPS, SEEING
 from data_prep.captions import words
+from data_prep.captions.captions import CAMERA
 from data_prep.captions.task import caption_clip
 from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import Example
+from mllm4d_jax.encode.tokenizer import Tokenizer
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.qwen_vl import QwenVL, vision_geometry
@@ -79,6 +81,28 @@ def likely(model: QwenVL, examples: list[Example]) -> Iterator[np.ndarray]:
         yield from np.asarray(best(state, inputs))[: len(rows)]
 
 
+def words_of(example: Example, best: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+    """Yield what is counted of an answer: (what it tells of and of which kind it is, the word, whether it is likely).
+
+    Args:
+      best: of `likely`.
+    """
+    places = np.flatnonzero(example.supervised)
+    told = [tokenizer.decode([int(example.tokens[place])]).strip() for place in places]
+    seen = told[0] in words.ASPECTS
+    about, aspect = "camera" if CAMERA in tokenizer.decode(example.tokens[: places[0]].tolist()) else "object", ""
+    alone = ("alone",) if sum(word in words.ASPECTS for word in told) == 1 else ()
+    for place, word in zip(places, told, strict=True):
+        right = bool(best[place - 1] == example.tokens[place])
+        kind = next((kind for kind, known in KINDS if word in known), "")
+        if seen and word in words.ASPECTS:
+            aspect = word
+        elif seen and kind:
+            yield (about, aspect, kind, *alone), word, right
+        elif not seen and (word in tuple("ABCD") or word[:1].isdigit()):
+            yield ("text", "letter" if word in "ABCD" else "figure"), word, right
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,24 +119,13 @@ def main() -> None:
     said = collections.defaultdict(list)
     model = load_model(folder, dtype=jnp.float32, attention="xla")
     for example, best in zip(examples, likely(model, examples), strict=True):
-        about = aspect = ""
-        for place in np.flatnonzero(example.supervised):
-            token = encoder.tokenizer.decode([int(example.tokens[place])]).strip()
-            if token in words.ASPECTS:
-                about, aspect = {"mainly": "camera", "first": "object"}.get(token, about), token
-                continue
-            kind = next((kind for kind, known in KINDS if token in known), "")
-            if about and kind:
-                said[about, aspect, kind].append((token, best[place - 1] == example.tokens[place]))
-            elif not about and (token in tuple("ABCD") or token[:1].isdigit()):
-                said["text", "", "letter" if token in "ABCD" else "figure"].append(
-                    (token, best[place - 1] == example.tokens[place])
-                )
+        for key, word, right in words_of(example, best, encoder.tokenizer):
+            said[key].append((word, right))
     print(f"{args.model}: {args.clips} clips of seed {SEED}; words said rightly after right ones")
     for key, found in sorted(said.items()):
-        frequent = max(collections.Counter(token for token, _ in found).values()) / len(found)
+        frequent = max(collections.Counter(word for word, _ in found).values()) / len(found)
         right = np.mean([ok for _, ok in found])
-        print(f"{' '.join(filter(None, key)):28s} {len(found):5d}  right {right:.3f}  most frequent {frequent:.3f}")
+        print(f"{' '.join(key):34s} {len(found):5d}  right {right:.3f}  most frequent {frequent:.3f}")
 
 
 if __name__ == "__main__":

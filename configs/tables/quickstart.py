@@ -33,7 +33,9 @@ WORLDS: Mapping[str, Any] = MappingProxyType(
 )
 # Worlds to be examined on, with exact truth: about 300 questions of each subtask, all classes equally often. No
 # training seed may be this one, nor that of the base's pre-training.
-BENCH: Mapping[str, Any] = MappingProxyType({**_WORLDS, "seed": 9000, "synthetic.clips": 1250, "bench_share": 1.0})
+BENCH: Mapping[str, Any] = MappingProxyType(
+    {**_WORLDS, "seed": 9000, "synthetic.clips": 1250, "bench_share": 1.0, "questions.draws": 1}
+)
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {**recipe.QUESTIONS, "source": "stereo", "bench_share": 0.0, "report.clips": 4}
 )
