@@ -18,6 +18,6 @@ get_config = Presets(
     {
         "": ("what two cores do in about a quarter of an hour", {}),
         "accelerator": ("more worlds and longer training, for a GPU or TPU", {"size": "accelerator"}),
-        "smoke": ("shows in a minute or two that every stage runs; nothing is learned", {"size": "smoke"}),
+        "smoke": ("shows in a few minutes that every stage runs; nothing is learned", {"size": "smoke"}),
     },
 )
