@@ -26,7 +26,7 @@ _ASKED = (
 )
 
 
-class Asked(NamedTuple):
+class TaughtLetter(NamedTuple):
     """A question with its options, and the letter that is taught."""
 
     text: str
@@ -41,12 +41,12 @@ def write_clip(path: Path, number: int) -> None:
     write_video(path, frames, np.arange(len(frames)) / WORLD.fps, "mpeg4")
 
 
-def ask(count: int, rng: np.random.Generator) -> list[Asked]:
+def ask(count: int, rng: np.random.Generator) -> list[TaughtLetter]:
     """Return so many questions about a clip."""
     found = []
     for n in range(count):
         question, options = _ASKED[n % len(_ASKED)]
         choices = lettered([str(option) for option in rng.permutation(options)])
         text = write_question(f"{question} between frame 0 and frame 15 of 15?", choices)
-        found.append(Asked(text, str(rng.choice(list(choices)))))
+        found.append(TaughtLetter(text, str(rng.choice(list(choices)))))
     return found

@@ -96,8 +96,7 @@ CLIP_KEYS = (
     Key(
         "questions.draws",
         1,
-        "how often the same distance may be asked about, each time with other options: more to train on where clips "
-        "are few",
+        "how often the same distance may be asked about, with options drawn anew: more to train on where clips are few",
         low=1,
         high=1000,
     ),

@@ -61,7 +61,7 @@ SEEING: Mapping[str, Any] = MappingProxyType(
     }
 )
 # Then only which option a figure or a word belongs to. Beside captions it is not learned: the letter is one word of
-# many, and for hundreds of steps nothing but a guess. Meanwhile most of what was seen is forgotten.
+# many, and for hundreds of steps nothing but a guess. Meanwhile most of what was seen is forgotten (RESULTS.md).
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,

@@ -44,7 +44,7 @@ class QuestionRules(RelationRules):
     options: str = "exchangeable"  # how distances get their options, a key of `options.SHAPES`
     # scenario -> ratio of neighbouring distances on offer; others have them as wide as the paper's bounds allow
     spacing: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    draws: int = 1  # how often a distance may be asked about, each time with other options
+    draws: int = 1  # how often a distance may be asked about, with options drawn anew
     answers: str = "letter"  # what training answers with, one of `ANSWERS`
     # scenario -> how often it is asked about, relative to the others; one that is not there is not asked about
     weights: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(SCENARIOS, 1.0))
@@ -173,8 +173,8 @@ def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], 
     In each round the scenario of the largest weight is asked about once, others as often as their weight is of that.
 
     Only objects with a name that tells them apart are asked about, and both frames must show `min_points` of their
-    points. No (scenario, object, frame pair) comes twice, but distances up to `rules.draws` times, each time with other
-    options. The centres of a question's solution never point to another option than its answer (see `states`).
+    points. No (scenario, object, frame pair) comes twice, but distances up to `rules.draws` times, with options drawn
+    anew. The centres of a question's solution never point to another option than its answer (see `states`).
 
     Returns:
       (questions, an entry for each object that none is about, "object_unnamed" or "object_unasked").
