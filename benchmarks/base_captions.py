@@ -5,7 +5,7 @@ python -m benchmarks.base_captions --model=runs/base --clips=128
 
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
 the most frequent word would have; "alone" where only that aspect was asked for. Words of several tokens are left out.
-Letters and figures are those of the text that is matched beside the clip.
+"text" is what is matched beside the clip; "told": what told states come to, their centres written again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from configs.tables.quickstart_recipe import PRETRAINING_CLIPS, SEEING
 from data_prep.captions import words
 from data_prep.captions.captions import CAMERA
 from data_prep.captions.task import caption_clip
+from data_prep.questions.rules import question_rules
+from data_prep.scenes.relations import LABELS
 from data_prep.synthetic.worlds import SyntheticConfig
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.encode.encoder import Encoder
@@ -45,22 +47,25 @@ from mllm4d_jax.run.build import encoder_of
 SEED = 2000  # not that of pre-training
 ROWS = 64  # of a batch
 WAYS = {way for three in words.SIGNED.values() for way in three} | set(words.MAIN)
+LABEL_WORDS = {label for labels in LABELS.values() for label in labels}
 KINDS = (("way", WAYS), ("size", set(words.SIZES)), ("distance", set(words.DISTANCES)), ("column", set(words.COLUMNS)))
 
 
-def examples_of(encoder: Encoder, clips: int) -> list[Example]:
-    """Render clips of `SEED` as pre-training's were and encode what is said about them."""
-    values = {k.removeprefix("synthetic."): v for k, v in PRETRAINING_CLIPS.items() if k.startswith("synthetic.")}
-    values.pop("clips")
+def examples_of(encoder: Encoder, clips: int) -> list[tuple[str, Example]]:
+    """Render clips of `SEED` as pre-training's were and encode what is said about them, each with its kind."""
+    config = common.config("curate", dict(PRETRAINING_CLIPS))
+    made = SyntheticConfig(**{name: value for name, value in config.synthetic.items() if name != "clips"})
+    rules = question_rules(config)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "videos").mkdir()
         names = [f"captions-{SEED}-{n:06d}" for n in range(clips)]
-        said = [caption_clip(root, SyntheticConfig(**values), SEED, name).rows for name in names]
+        said = [caption_clip(root, made, rules, SEED, name).rows for name in names]
         write_json(root / "captions.json", [row for rows in said for row in rows])
         records, number = RecordFile(str(root / "captions.json"), str(root), ""), itertools.count()
         groups = [[as_target(records[next(number)]) for _ in rows] for rows in said]
-        return [example for group in groups for example in encoder.encode_group(group)]  # a clip is decoded once
+        encoded = [example for group in groups for example in encoder.encode_group(group)]  # a clip is decoded once
+        return list(zip((row["kind"] for rows in said for row in rows), encoded, strict=True))
 
 
 def likely(model: QwenVL, examples: list[Example]) -> Iterator[np.ndarray]:
@@ -81,26 +86,46 @@ def likely(model: QwenVL, examples: list[Example]) -> Iterator[np.ndarray]:
         yield from np.asarray(best(state, inputs))[: len(rows)]
 
 
-def words_of(example: Example, best: np.ndarray, tokenizer: Tokenizer) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+def words_of(
+    kind: str, example: Example, best: np.ndarray, tokenizer: Tokenizer
+) -> Iterator[tuple[tuple[str, ...], str, bool]]:
     """Yield what is counted of an answer: (what it tells of and of which kind it is, the word, whether it is likely).
 
     Args:
-      best: of `likely`.
+      kind: of the record. best: of `likely`.
     """
     places = np.flatnonzero(example.supervised)
-    told = [tokenizer.decode([int(example.tokens[place])]).strip() for place in places]
-    seen = told[0] in words.ASPECTS
-    about, aspect = "camera" if CAMERA in tokenizer.decode(example.tokens[: places[0]].tolist()) else "object", ""
-    alone = ("alone",) if sum(word in words.ASPECTS for word in told) == 1 else ()
-    for place, word in zip(places, told, strict=True):
-        right = bool(best[place - 1] == example.tokens[place])
+    spoken = [tokenizer.decode([int(example.tokens[place])]) for place in places]
+    right = [bool(best[place - 1] == example.tokens[place]) for place in places]
+    if kind in ("caption", "aspect"):
+        about = "camera" if CAMERA in tokenizer.decode(example.tokens[: places[0]].tolist()) else "object"
+        counted = _seen(spoken, (about,), ("alone",) if kind == "aspect" else ())
+    else:
+        counted = _read("told" if kind in ("told", "state") else "text", spoken)
+    for number, key in counted:
+        yield key, spoken[number].strip(), right[number]
+
+
+def _seen(spoken: list[str], about: tuple[str, ...], alone: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    aspect = ""
+    for number, word in enumerate(map(str.strip, spoken)):
         kind = next((kind for kind, known in KINDS if word in known), "")
-        if seen and word in words.ASPECTS:
+        if word in words.ASPECTS:
             aspect = word
-        elif seen and kind:
-            yield (about, aspect, kind, *alone), word, right
-        elif not seen and (word in tuple("ABCD") or word[:1].isdigit()):
-            yield ("text", "letter" if word in "ABCD" else "figure"), word, right
+        elif kind:
+            yield number, (*about, aspect, kind, *alone)
+
+
+def _read(about: str, spoken: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    stated = max((n for n, piece in enumerate(spoken) if piece.endswith(("]\n", "null\n"))), default=0)
+    for number, word in enumerate(map(str.strip, spoken)):
+        figure = word.lstrip("-")[:1].isdigit()
+        if figure and number < stated:
+            yield number, (about, "centre")
+        elif word in tuple("ABCD"):
+            yield number, (about, "letter")
+        elif figure or word in LABEL_WORDS:
+            yield number, (about, "figure" if figure else "label")
 
 
 def main() -> None:
@@ -118,8 +143,8 @@ def main() -> None:
         encoder.close()
     said = collections.defaultdict(list)
     model = load_model(folder, dtype=jnp.float32, attention="xla")
-    for example, best in zip(examples, likely(model, examples), strict=True):
-        for key, word, right in words_of(example, best, encoder.tokenizer):
+    for (kind, example), best in zip(examples, likely(model, [e for _, e in examples]), strict=True):
+        for key, word, right in words_of(kind, example, best, encoder.tokenizer):
             said[key].append((word, right))
     print(f"{args.model}: {args.clips} clips of seed {SEED}; words said rightly after right ones")
     for key, found in sorted(said.items()):

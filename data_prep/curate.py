@@ -19,7 +19,7 @@ from data_prep.cold_start.task import run_cold_start
 from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
 from data_prep.questions.blind import screen
 from data_prep.questions.propose import QuestionRules, ask
-from data_prep.questions.scenarios import kind_weights, spacings
+from data_prep.questions.rules import question_rules
 from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.monocular import MonocularSource
@@ -129,18 +129,6 @@ def _curate(config: ml_collections.ConfigDict, root: Path, named: Callable[[Path
     print(f"records: {', '.join(named(root / name) for name in OUTPUTS)}; media root: {media}")
     print(f"report: {named(root / 'report.html')}")
     return 0
-
-
-def question_rules(config: ml_collections.ConfigDict) -> QuestionRules:
-    """Return what is asked, by the config's `questions`. Raises KindError, or CurateError: margin is not below tau."""
-    values = dict(config.questions)
-    if values["margin"] >= values["tau"]:
-        raise CurateError(
-            f"questions.margin = {values['margin']:g} must be below questions.tau = {values['tau']:g}, or nothing is "
-            "'not moving'"
-        )
-    chosen = {"weights": kind_weights(values.pop("kinds")), "spacing": spacings(values.pop("spacing"))}
-    return QuestionRules(**chosen, **values)
 
 
 def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:

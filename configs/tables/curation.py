@@ -103,9 +103,9 @@ CLIP_KEYS = (
     Key(
         "questions.answers",
         "letter",
-        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), then "
-        "the letter, in thinking and answer tags",
-        choices=("letter", "measured"),
+        "what train.json has for an answer: the letter, or first what was measured (metres, or the direction), or "
+        "before that camera and object centre at both frames ('states'), in thinking and answer tags",
+        choices=("letter", "measured", "states"),
     ),
     Key(
         "preset",

@@ -16,16 +16,13 @@ WORLDS: Mapping[str, Any] = MappingProxyType(
         "synthetic.turn": 8.0,
     }
 )
-PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
-    {**WORLDS, "seed": 1000, "synthetic.clips": 16000, "synthetic.height": 96, "synthetic.width": 96, "workers": 2}
-)
 # How every stage sees a clip: all frames, 96 x 96 pixels: 3 x 3 tokens for two of them, so that a token's place tells
 # where an object stands. One clip a row costs a CPU least.
 _SEEN: Mapping[str, Any] = MappingProxyType(
     {
         "data.max_tokens": 512,
         "data.prefix_buckets": (64, 128, 512),
-        "data.branch_buckets": (32, 40, 48, 64, 128, 512),
+        "data.branch_buckets": (32, 40, 48, 64, 104, 128, 512),
         "model.dtype": "float32",
         "model.remat": "full",
         "model.vision_remat": "none",
@@ -47,53 +44,42 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only what has to be looked at, and many clips a step: what can be answered from the text alone would be
-# learned first and make up most of the gradient.
-SEEING: Mapping[str, Any] = MappingProxyType(
-    {
-        **_FROM_NOTHING,
-        "data.path": "runs/captions/seen.json",
-        "data.sample": "base",
-        "data.questions_per_video": 2,
-        "optim.lr": 0.015,
-        "train.batch_size": 128,
-        "train.steps": 1900,
-    }
-)
-# Then only which option a figure or a word belongs to. Beside captions it is not learned: the letter is one word of
-# many, and for hundreds of steps nothing but a guess. Meanwhile most of what was seen is forgotten (RESULTS.md).
+# At first only which option a figure or a word belongs to. Beside captions it is not learned: the letter is one word
+# of many, and for hundreds of steps nothing but a guess. Learned later, it costs most of what was seen (RESULTS.md).
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
         "data.path": "runs/captions/matching.json",
+        "data.sample": "base",
+        "data.questions_per_video": 8,
+        "optim.lr": 0.01,
+        "train.batch_size": 128,
+        "train.steps": 300,
+    }
+)
+# Then what has to be looked at, many clips a step: captions, single aspects, and a little of all other short texts.
+SEEING: Mapping[str, Any] = MappingProxyType(
+    {
+        **_FROM_NOTHING,
+        "data.path": "runs/captions/seeing.json",
+        "data.questions_per_video": 3,
+        "model.path": "runs/matching/model",
+        "optim.lr": 0.015,
+        "train.batch_size": 192,
+        "train.steps": 2600,
+    }
+)
+# At last also what follows from spatial states that are told; their texts are long, and all branches of a step are as
+# long as the longest.
+TELLING: Mapping[str, Any] = MappingProxyType(
+    {
+        **_FROM_NOTHING,
+        "data.path": "runs/captions/captions.json",
         "data.questions_per_video": 4,
         "model.path": "runs/seeing/model",
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 800,
-    }
-)
-# Then everything, to see again and go on matching: captions, single aspects, options, what a question is about.
-READING: Mapping[str, Any] = MappingProxyType(
-    {
-        **_FROM_NOTHING,
-        "data.path": "runs/captions/captions.json",
-        "data.questions_per_video": 5,
-        "model.path": "runs/matching/model",
-        "optim.lr": 0.012,
-        "train.batch_size": 200,
-        "train.steps": 1800,
-    }
-)
-# And once more, with more clips a step.
-LOOKING_AGAIN: Mapping[str, Any] = MappingProxyType(
-    {
-        **READING,
-        "data.questions_per_video": 3,
-        "model.path": "runs/reading/model",
-        "optim.lr": 0.015,
-        "train.batch_size": 192,
-        "train.steps": 1200,
+        "train.steps": 450,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say first what was measured.
@@ -109,6 +95,20 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
         "questions.answers": "measured",
         "questions.draws": 3,
         "questions.margin": 0.15,
+    }
+)
+# Clips for pre-training; the questions that are asked about told states are answered as those of the stages to come.
+PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
+    {
+        **WORLDS,
+        **QUESTIONS,
+        "seed": 1000,
+        "synthetic.clips": 16000,
+        "synthetic.height": 96,
+        "synthetic.width": 96,
+        "questions.answers": "states",
+        "questions.draws": 1,
+        "workers": 2,
     }
 )
 SFT: Mapping[str, Any] = MappingProxyType(

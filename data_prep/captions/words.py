@@ -64,5 +64,5 @@ def column_of(x: float, width: float) -> str:
 def spoken_words() -> tuple[str, ...]:
     """Return all words and phrases that captions are made of, as they stand in a text (most follow a space)."""
     ways = {way for three in SIGNED.values() for way in three}
-    spaced = {*ways, *SIZES, *DISTANCES, *COLUMNS, *ASPECTS}
+    spaced = {*ways, *MAIN, *SIZES, *DISTANCES, *COLUMNS, *ASPECTS}
     return (*(f" {word}" for word in sorted(spaced)), *ASPECTS)

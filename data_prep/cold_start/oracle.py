@@ -14,7 +14,7 @@ import math
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import R1Question
 from data_prep.questions.scenarios import SCENARIOS
-from data_prep.questions.wording import short_reasoning
+from data_prep.questions.wording import brief_reasoning, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
 from data_prep.store.parts import ClipRejected
 
@@ -71,9 +71,9 @@ def compose(item: R1Question, path: int, seed: int) -> str:
     thinking = "\n\n".join(
         (
             _capital(goal),
-            f"{start}\n{state_block('start frame', camera[0], thing[0])}",
+            f"{start}\n{state_block('start frame', camera[0], thing[0], DECIMALS)}",
             _capital(evidence),
-            f"{end}\n{state_block('end frame', camera[1], thing[1])}",
+            f"{end}\n{state_block('end frame', camera[1], thing[1], DECIMALS)}",
             f"{_capital(synthesis)} {closing}",
         )
     )
@@ -95,16 +95,8 @@ def compose_brief(item: R1Question) -> str:
     thing = _pair(item, "object_center") if item.scenario.startswith("object_") else (None, None)
     _fields(item, camera, thing)  # refuses figures that contradict each other
     titles = (f"frame {frame}" for frame in item.frames[:2])
-    states = (state_block(title, *centers, 1) for title, *centers in zip(titles, camera, thing, strict=True))
-    found = item.label or f"{item.value:.1f}"
-    reply = short_reasoning(found, item.solution.answer)
-    return reply.replace("<thinking>", "<thinking>" + "".join(f"{state}\n" for state in states), 1)
-
-
-def state_block(title: str, camera: Vec3 | None, thing: Vec3 | None, decimals: int = DECIMALS) -> str:
-    """Return a spatial state as the reasoning prompt demands it (`mllm4d_jax.qa.system_prompt.ST_COT`). Metres."""
-    camera_center, object_center = (_vector(center, decimals) for center in (camera, thing))
-    return f"**Spatial State ({title}):**\n- Camera Center: {camera_center}\n- Object Center: {object_center}"
+    states = [state_block(title, *centers, 1) for title, *centers in zip(titles, camera, thing, strict=True)]
+    return brief_reasoning(states, item.label or f"{item.value:.1f}", item.solution.answer)
 
 
 def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:
@@ -132,7 +124,7 @@ def _fields(item: R1Question, camera: tuple[Vec3, Vec3], thing: tuple[Vec3 | Non
         "j": str(item.frames[1]),
         "o": name,
         "cam": _clause("the camera", travel, "hardly changes its place", "travels"),
-        "d": _vector(shown),
+        "d": vector_text(shown, DECIMALS),
         "n": f"{math.hypot(*shown):.2f}",
         "letter": item.solution.answer,
         "text": _option(item),
@@ -188,7 +180,7 @@ def _option(item: R1Question) -> str:
 
 def _value(item: R1Question) -> str:
     if isinstance(item.value, tuple):
-        return _vector(item.value, 2)
+        return vector_text(item.value, 2)
     signed = item.scenario != "object_camera_absolute_distance"
     return f"{round(item.value, 2) + 0.0:{'+' if signed else ''}.2f}"
 
@@ -232,12 +224,6 @@ def _hash(item_id: str, seed: int, what: str) -> int:
 def _minus(end: Vec3, start: Vec3) -> Vec3:
     x, y, z = (round(a - b, DECIMALS) + 0.0 for a, b in zip(end, start, strict=True))
     return x, y, z
-
-
-def _vector(values: Vec3 | None, decimals: int = DECIMALS) -> str:
-    if values is None:
-        return "null"
-    return "[" + ", ".join(f"{round(x, decimals) + 0.0:.{decimals}f}" for x in values) + "]"
 
 
 def _capital(text: str) -> str:

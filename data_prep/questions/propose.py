@@ -21,7 +21,14 @@ from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, SHAPES, label_options, numeric_options, shuffle
 from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.states import Pair, agreeing, in_axes, stated
-from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
+from data_prep.questions.wording import (
+    ANCHORS,
+    PHRASINGS,
+    brief_reasoning,
+    question_text,
+    short_reasoning,
+    state_block,
+)
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene
 from data_prep.store.parts import LostObject, lost_object
@@ -29,7 +36,7 @@ from mllm4d_jax.media.frame_sampling import nearest_in_time, sample_indices
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.options import lettered, write_question
 
-ANSWERS = ("letter", "measured")
+ANSWERS = ("letter", "measured", "states")
 QuestionRow = Mapping[str, Any]  # as `Question.record` makes it
 
 
@@ -78,7 +85,7 @@ class Question:
       value: what was measured, metres.
       motion: metres that the camera or the object asked about moved between the frames, the larger of them.
       template: "<phrasing>.<anchor>".
-      measured: whether the answer that is trained on says first what was measured.
+      reply: what the answer that is trained on says, one of `ANSWERS`.
       frames: (i, j) in the clip as seen; source: the same as frame numbers of the scene.
       count: frames the model sees.
       object_id: "" for the camera's relations.
@@ -100,7 +107,7 @@ class Question:
     value: float | tuple[float, ...]
     motion: float
     template: str
-    measured: bool
+    reply: str
     frames: tuple[int, int]
     source: tuple[int, int]
     count: int
@@ -111,13 +118,21 @@ class Question:
 
     @property
     def spoken(self) -> str:
-        """The answer that is trained on: the letter, or what was measured and then the letter.
+        """The answer that is trained on: the letter, or what was measured before it, or the states before that.
 
         Who says first what he sees, and then which option is nearest, learns from every question what the value is, and
         not only which of four letters it is called.
         """
         found = self.label or f"{self.value:.1f}"
-        return short_reasoning(found, self.answer) if self.measured else self.answer
+        if self.reply == "states":
+            return brief_reasoning(self.states, found, self.answer)
+        return short_reasoning(found, self.answer) if self.reply == "measured" else self.answer
+
+    @property
+    def states(self) -> tuple[str, str]:
+        """Both spatial states as texts, centres with one decimal."""
+        seen = zip(self.frames, self.camera_center, self.object_center, strict=True)
+        return tuple(state_block(f"frame {frame}", camera, thing, 1) for frame, camera, thing in seen)
 
     def record(self, video: str) -> dict[str, Any]:
         """Return a released conversation record, plus fields that its readers skip.
@@ -344,7 +359,7 @@ def _ask(
         value=round(value, 6) if obj >= 0 or not labels else tuple(round(v, 6) for v in value),
         motion=round(motion, 6),
         template=f"{phrasing}.{anchor}",
-        measured=rules.answers == "measured",
+        reply=rules.answers,
         frames=(i, j),
         source=(facts.seen[i], facts.seen[j]),
         count=len(facts.seen),

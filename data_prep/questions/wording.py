@@ -1,4 +1,4 @@
-"""How questions are said: phrasings per relation.
+"""How questions are said, phrasings per relation, and what a short answer says before its letter.
 
 No phrasing favours an answer: it names all the directions it asks about or none, and which phrasing is used has nothing
 to do with the answer. Any anchor fits any phrasing, and no verb depends on the number of objects ("the two men").
@@ -6,7 +6,7 @@ to do with the answer. Any anchor fits any phrasing, and no verb depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data_prep.scenes.relations import LABELS, NOT_MOVING, RelationRules
 
@@ -100,6 +100,28 @@ def question_text(
 def short_reasoning(found: str, letter: str) -> str:
     """Return the shortest response with its reason: what was found, the option that is nearest to it, the answer."""
     return f"<thinking>{found}: {letter}</thinking><answer>{letter}</answer>"
+
+
+def brief_reasoning(states: Sequence[str], found: str, letter: str) -> str:
+    """Return `short_reasoning` with the spatial states (`state_block`) from which it follows before it."""
+    return short_reasoning("".join(f"{state}\n" for state in states) + found, letter)
+
+
+def state_block(title: str, camera: Sequence[float] | None, thing: Sequence[float] | None, decimals: int) -> str:
+    """Return a spatial state as the reasoning prompt demands it (`mllm4d_jax.qa.system_prompt.ST_COT`).
+
+    Args:
+      camera, thing: centres, metres; None is written as null.
+    """
+    camera_center, object_center = (vector_text(center, decimals) for center in (camera, thing))
+    return f"**Spatial State ({title}):**\n- Camera Center: {camera_center}\n- Object Center: {object_center}"
+
+
+def vector_text(values: Sequence[float] | None, decimals: int) -> str:
+    """Return "[x, y, z]", or "null" for None; there is no negative zero."""
+    if values is None:
+        return "null"
+    return "[" + ", ".join(f"{round(x, decimals) + 0.0:.{decimals}f}" for x in values) + "]"
 
 
 def _length(metres: float) -> str:

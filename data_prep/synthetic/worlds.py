@@ -32,6 +32,7 @@ _FINISHES = {
     "ball": {"leather": "plaster", "woollen": "carpet", **_TWO_TONE},
     "cylinder": {"wooden": "planks", "metal": "metal", "stone": "plaster", **_TWO_TONE},
 }
+NOUNS = ("ball", "barrel", "column", "drum", "cube", "crate", "box")
 _WALL_MARGIN = 0.75  # metres along the walls that belong to the furniture
 _TRIES = 24  # paths drawn together per object
 _LAYOUTS = 40
@@ -203,6 +204,12 @@ def _objects(rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: 
         solid = dataclasses.replace(solid, centers=path, rotations=rotation, material=material)
         placed.append(Named(solid, f"the {colour} {finish} {_noun(shape, half, finish)}", shape))
     return tuple(placed) if len(placed) >= config.objects[0] else None
+
+
+def pieces_of_names() -> set[str]:
+    """Return the pieces that descriptions of objects are put together from, such as "the red", " wooden", " box"."""
+    rest = {*NOUNS, *(finish for finishes in _FINISHES.values() for finish in finishes)}
+    return {f"the {colour}" for colour in COLOURS} | {f" {word}" for word in rest}
 
 
 def _half(rng: Generator, shape: str) -> tuple[float, float, float]:

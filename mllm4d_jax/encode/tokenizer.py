@@ -282,8 +282,8 @@ def build_byte_level_tokenizer(
       vocab_size: at most this many tokens in all, added tokens included.
       special_ids: fixed ids by content, for example `QWEN_SPECIAL_IDS`; ids between the last merge and these stay
         unused. Added tokens not named take the next free ids after the last merge, in Qwen's order.
-      phrases: texts that are a token each wherever they stand, the longest first; figures only where no digit or letter
-        touches them. They come after all other tokens.
+      phrases: texts that are a token each wherever they stand, the longest first; figures, signed or not, only where no
+        digit or letter touches them. They come after all other tokens.
 
     Raises:
       ProcessorError: no room for 256 bytes plus the added tokens, or `special_ids` repeats an id, names an unknown
@@ -319,7 +319,9 @@ def build_byte_level_tokenizer(
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
     shaped = _qwen_shell(models.BPE(vocab=vocab | ids, merges=merges))
     shaped.add_tokens([tokenizers.AddedToken(c, normalized=False, special=s) for c, _, s in QWEN_TOKENS])
-    shaped.add_tokens([tokenizers.AddedToken(p, normalized=False, single_word=p[0].isdigit()) for p in phrases])
+    shaped.add_tokens(
+        [tokenizers.AddedToken(p, normalized=False, single_word=p.lstrip("-")[:1].isdigit()) for p in phrases]
+    )
     return shaped
 
 

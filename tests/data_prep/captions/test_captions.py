@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from configs import common
-from data_prep.captions import matching, words
+from data_prep.captions import matching, told, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
-from data_prep.captions.task import PARTS, phrases, run_captions
-from data_prep.questions.wording import short_reasoning
+from data_prep.captions.task import FILES, phrases, run_captions
+from data_prep.questions.propose import QuestionRules
+from data_prep.questions.wording import short_reasoning, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
 from data_prep.synthetic.clip import make_clip
 from data_prep.synthetic.worlds import SyntheticConfig
@@ -112,14 +114,50 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert run_captions(config, str(folder)) == 0
         made.append({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*.json") if f.name != "run.json"})
         assert len(list((folder / "videos").iterdir())) == 3
-    assert made[0] == made[1] and len(made[0]) == 7
-    told, *parts = (json.loads((folder / name).read_text()) for name in ("captions.json", *PARTS.values()))
-    for kind, part in zip(PARTS, parts, strict=True):
-        assert part == [row for row in told if row["kind"] == kind] and 3 <= len(part) < len(told)
-    assert {row["kind"] for row in told} >= {*PARTS, "aspect"}
-    for row in told:
+    assert made[0] == made[1] and len(made[0]) == 3 + len(FILES) + 1
+    found = {name: json.loads((folder / name).read_text()) for name in FILES}
+    for name, kinds in FILES.items():
+        assert {row["kind"] for row in found[name]} <= set(kinds), name
+    every = {row["id"]: row for rows in found.values() for row in rows}.values()
+    for kind, least in (("caption", 3), ("matching", 3), ("drill", 21), ("told", 3)):
+        assert sum(row["kind"] == kind for row in every) >= least, kind
+    for row in every:
         looked = re.search(r"\nDescribe [a-z ]*\.$", row["conversations"][0]["value"])
         assert bool(looked) == (row["kind"] in ("caption", "aspect"))
+
+
+def test_questions_about_told_states_say_them_again_and_come_from_them():
+    rules, seen = QuestionRules(num_frames=8, answers="states"), set()
+    for n in range(20):
+        scene = make_clip(3, n, dataclasses.replace(SMALL, height=32, width=32, frames=8)).scene
+        several = list(told.told_questions(scene, rules, 3, random.Random(n), 4))
+        assert len(several) <= 4
+        for asked, answer in several:
+            stated, _, rest = asked.partition("]\n" if "null" not in asked else "null\n")
+            reasoning = parse(answer)
+            assert reasoning.well_formed and len(reasoning.camera_centers) == len(reasoning.object_centers) == 2
+            assert all(f"Camera Center: {vector_text(c, 1)}\n" in asked for c in reasoning.camera_centers)
+            assert all(f"Object Center: {vector_text(c, 1)}\n" in asked for c in reasoning.object_centers)
+            question, options = split_question(asked)
+            said = reasoning.thinking.rpartition("\n")[2].partition(":")[0]
+            if said.replace(".", "").isdigit():
+                off = {letter: abs(float(value) - float(said)) for letter, value in options.items()}
+                assert min(off, key=off.get) == reasoning.answer
+            else:
+                assert options[reasoning.answer] == said
+            seen.add(said)
+    assert len(seen) > 8
+
+
+def test_a_centre_is_written_as_a_state():
+    rng = random.Random(2)
+    for _ in range(40):
+        asked, answer = told.written_state(rng)
+        whole = parse(f"<thinking>{answer}</thinking>")
+        center = re.search(r"State of the (\w+) at frame (\d): (.*)$", asked)
+        numbers = tuple(float(x) for x in center[3].split(", "))
+        assert f"(frame {center[2]})" in answer
+        assert (whole.camera_centers if center[1] == "camera" else whole.object_centers) == (numbers,)
 
 
 def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():
@@ -131,5 +169,11 @@ def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():
     assert pieces("<thinking>0.5: B</thinking><answer>B</answer>") == [
         *("<thinking>", "0.5", ": ", "B", "</thinking><answer>", "B", "</answer>")
     ]
-    assert "0.8" not in pieces("[0.81, 10.8]") and "0.8" in pieces("-0.8]")
+    assert "0.8" not in pieces("[0.81, 10.8]") and "-0.8" in pieces("[-0.8]") and "-0.8" not in pieces("3-0.8")
+    state = state_block("frame 3", (0.1, -0.2, 1.0), (0.0, 0.3, -4.1), 1) + "\n"
+    assert pieces(state) == [
+        *("**Spatial State (frame ", "3", "):**\n- Camera Center: [", "0.1", ", ", "-0.2", ", ", "1.0"),
+        *("]\n- Object Center: [", "0.0", ", ", "0.3", ", ", "-4.1", "]\n"),
+    ]
+    assert pieces("the white wooden barrel") == ["the white", " wooden", " barrel"]
     assert backend.decode(backend.encode("far 0.81 of\n").ids) == "far 0.81 of\n"

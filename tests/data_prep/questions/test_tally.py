@@ -11,6 +11,7 @@ from data_prep import curate
 from data_prep.questions.balance import BalanceError, split_of
 from data_prep.questions.blind import NO_GUESSER, baselines
 from data_prep.questions.propose import QuestionRules
+from data_prep.questions.rules import question_rules
 from data_prep.questions.scenarios import SCENARIOS, KindError, kind_weights
 from data_prep.questions.tally import guess, table, tally
 from tests.data_prep.questions.test_caps import skewed_rows
@@ -113,12 +114,12 @@ def test_kinds_that_cannot_be_read_are_refused(kinds, message):
 
 
 def test_the_config_reaches_the_rules():
-    assert curate.question_rules(common.config("curate")) == QuestionRules()  # one default, stated in both places
+    assert question_rules(common.config("curate")) == QuestionRules()  # one default, stated in both places
     changed = {
         "num_frames": 9, "per_clip": 5, "pairs": 7, "min_gap": 0.2, "min_points": 6, "min_motion": 0.3,
         "dominance": 2.0, "tau": 0.4, "margin": 0.2,
     }  # fmt: skip
     config = common.config("curate", {f"questions.{name}": value for name, value in changed.items()})
-    assert curate.question_rules(config) == QuestionRules(**changed)
-    with pytest.raises(curate.CurateError, match=r"margin = 0.3 must be below questions.tau = 0.25"):
-        curate.question_rules(common.config("curate", {"questions.margin": 0.3}))
+    assert question_rules(config) == QuestionRules(**changed)
+    with pytest.raises(KindError, match=r"margin = 0.3 must be below questions.tau = 0.25"):
+        question_rules(common.config("curate", {"questions.margin": 0.3}))
