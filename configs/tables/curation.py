@@ -170,8 +170,9 @@ REASONING_KEYS = (
     Key(
         "cold_start.filter",
         "best_of_sample",
-        "cold_start: keep of each question the best path above the threshold, or every such path",
-        choices=("best_of_sample", "every_path"),
+        "cold_start: keep of each question the best path above the threshold, every such path, or every path that "
+        "earns a reward",
+        choices=("best_of_sample", "every_path", "no_filter"),
         free=True,
     ),
     Key(

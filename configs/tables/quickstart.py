@@ -40,7 +40,13 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {**recipe.QUESTIONS, "source": "stereo", "bench_share": 0.0, "report.clips": 4}
 )
 REASONING: Mapping[str, Any] = MappingProxyType(
-    {"source": "cold_start", "cold_start.total": 0, "cold_start.style": "brief", "cold_start.paths": 1}
+    {
+        "source": "cold_start",
+        "cold_start.total": 0,
+        "cold_start.style": "brief",
+        "cold_start.paths": 1,
+        "cold_start.filter": "no_filter",
+    }
 )
 WITH_ST = {"accuracy": 0.5, "format": 0.2, "camera": 0.15, "object": 0.15}  # the paper's shares
 WITHOUT_ST = {**WITH_ST, "camera": 0.0, "object": 0.0}  # measured all the same

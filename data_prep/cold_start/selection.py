@@ -2,7 +2,7 @@
 
 Per scenario the threshold is the mean, over the questions, of the reward of each question's best path. The paper's text
 keeps a question if its best path reaches the threshold ("best_of_sample"); its pseudocode keeps every path that does
-("every_path"). A question without a usable path has no best path and is not part of the mean: as a zero it would lower
+("every_path"); "no_filter" keeps all that earn a reward, for paths that hardly differ. A question without a usable path has no best path and is not part of the mean: as a zero it would lower
 the threshold for all others.
 """
 
@@ -48,9 +48,9 @@ def passing(rewards: Rewards, tau: float | None, how: str) -> list[int]:
 
     Args:
       tau: the threshold; None only without usable paths.
-      how: "best_of_sample" or "every_path". A path of reward 0 never passes.
+      how: "best_of_sample", "every_path" or "no_filter". A path of reward 0 never passes.
     """
-    good = [(path, reward) for path, reward in rewards if reward > 0 and reward >= tau - _ROUNDING]
+    good = [(n, reward) for n, reward in rewards if reward > 0 and (how == "no_filter" or reward >= tau - _ROUNDING)]
     good.sort(key=lambda entry: (-entry[1], entry[0]))
     return [path for path, _ in (good[:1] if how == "best_of_sample" else good)]
 
@@ -111,7 +111,7 @@ def write_selection(
                 suffix = "" if settings.filter == "best_of_sample" else f"/path{row['path']}"
                 records.write(record(item, row["completion"], f"{item.id}{suffix}"))
             if not rows:
-                entry = rejection(item, result, scenarios[item.scenario]["tau"])
+                entry = rejection(item, result, scenarios[item.scenario]["tau"], settings.filter)
                 reasons[item.scenario].update(entry["reasons"])
                 rejected.write(entry)
     for name, entry in scenarios.items():
@@ -170,13 +170,13 @@ def record(item: R1Question, completion: str, record_id: str) -> dict[str, Any]:
     }
 
 
-def rejection(item: R1Question, result: ClipResult, tau: float | None) -> dict[str, Any]:
+def rejection(item: R1Question, result: ClipResult, tau: float | None, rule: str) -> dict[str, Any]:
     """Return why a question gave no record: its own problems, "below_threshold", "no_reward", or "not_needed" (it
     passed, but the scenario's share was full). Rewards are (path number, total)."""
     rewards = _rewards(result)
     reasons = sorted({entry["reason"] for entry in result.rejected})
     if rewards:
-        passed, best = passing(rewards, tau, "best_of_sample"), max(reward for _, reward in rewards)
+        passed, best = passing(rewards, tau, rule), max(reward for _, reward in rewards)
         reasons.append("not_needed" if passed else "below_threshold" if best > 0 else "no_reward")
     details = [entry["detail"] for entry in result.rejected]
     return {"id": item.id, "scenario": item.scenario, "reasons": reasons, "rewards": rewards, "details": details}

@@ -18,7 +18,7 @@ import pytest
 from configs import common
 from configs.schema import build
 from data_prep.cold_start import task
-from data_prep.cold_start.selection import draw_order, passing, shares, take, threshold
+from data_prep.cold_start.selection import draw_order
 from data_prep.cold_start.task import ColdStartError, run_cold_start
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.scenarios import SCENARIOS
@@ -207,35 +207,6 @@ def test_a_run_with_other_settings_needs_another_folder(tmp_path, scripted):
     for changed in (config(records, reward="release"), config(records, seed=4), config(records, paths=2)):
         with pytest.raises(StoreError, match="another seed or config"):
             run_cold_start(changed, str(tmp_path / "out"))
-
-
-def test_a_draw_depends_on_seed_and_ids_alone_and_grows_by_adding():
-    ids = [f"q{n}" for n in range(500)]
-    order = draw_order(ids, 1)
-    assert order == draw_order(reversed(ids), 1) != draw_order(ids, 2) and sorted(order) == sorted(ids)
-    without = [key for key in order if key != "q7"]
-    assert draw_order([key for key in ids if key != "q7"], 1) == without
-    places = [sum(order.index(f"q{n}") for n in range(k, 500, 5)) / 100 for k in range(5)]
-    assert all(abs(place - 249.5) < 5 * 144 / 10 for place in places)
-
-
-def test_filter_rules():
-    def rewards(*values):
-        return list(enumerate(values))
-
-    assert threshold([[], []]) is None and threshold([]) is None
-    # Three equal rewards whose floating-point mean is larger than each of them still pass.
-    equal = [rewards(0.8)] * 3
-    assert all(passing(r, threshold(equal), "best_of_sample") == [0] for r in equal)
-    assert passing([(0, 0.0), (2, 0.0)], 0.0, "every_path") == [] == passing([], None, "every_path")
-    tied = rewards(0.2, 0.9, 0.9, 0.95)
-    assert threshold([tied, rewards(0.05)]) == 0.5
-    assert passing(tied, 0.5, "every_path") == [3, 1, 2] and passing(tied, 0.5, "best_of_sample") == [3]
-    assert passing(tied[:3], 0.5, "best_of_sample") == [1]
-    assert shares("cab", 8) == {"a": 3, "b": 3, "c": 2} and shares("", 5) == {}
-    kept = {"x": [4, 0], "y": [1], "z": [2, 3]}
-    assert take(kept, 3) == {("x", 4), ("y", 1), ("z", 2)} and take(kept, 4) - take(kept, 3) == {("x", 0)}
-    assert len(take(kept, None)) == 5 and take({}, 3) == set()
 
 
 def curated(count, scenes=range(60)):
