@@ -2,8 +2,8 @@
 
 Per scenario the threshold is the mean, over the questions, of the reward of each question's best path. The paper's text
 keeps a question if its best path reaches the threshold ("best_of_sample"); its pseudocode keeps every path that does
-("every_path"); "no_filter" keeps all that earn a reward, for paths that hardly differ. A question without a usable path has no best path and is not part of the mean: as a zero it would lower
-the threshold for all others.
+("every_path"); "no_filter" keeps all that earn a reward, for paths that hardly differ. A question without a usable path
+has no best path and is not part of the mean: as a zero it would lower the threshold for all others.
 """
 
 from __future__ import annotations
