@@ -49,7 +49,7 @@ class SftSetup:
     @property
     def facts(self) -> Mapping[str, str]:
         """For the report."""
-        return self.begun.facts() | (_SAMPLE if self.begun.config.data.sample else {})
+        return self.begun.facts() | (_SAMPLE if self.begun.config.data.sample == "tiny" else {})
 
 
 def set_up(config: ml_collections.ConfigDict, workdir: Path, checkpoints: Checkpoints) -> SftSetup:
