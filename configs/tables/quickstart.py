@@ -34,7 +34,15 @@ WORLDS: Mapping[str, Any] = MappingProxyType(
 # Worlds to be examined on, with exact truth: about 300 questions of each subtask, all classes equally often. No
 # training seed may be this one, nor that of the base's pre-training.
 BENCH: Mapping[str, Any] = MappingProxyType(
-    {**_WORLDS, "seed": 9000, "synthetic.clips": 1250, "bench_share": 1.0, "questions.draws": 1}
+    {
+        **_WORLDS,
+        "seed": 9000,
+        "synthetic.clips": 1250,
+        "synthetic.height": 96,
+        "synthetic.width": 96,
+        "bench_share": 1.0,
+        "questions.draws": 1,
+    }
 )
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {**recipe.QUESTIONS, "source": "stereo", "bench_share": 0.0, "report.clips": 4}
@@ -69,7 +77,7 @@ EVAL: Mapping[str, Any] = MappingProxyType(
         "data.max_tokens": recipe.SFT["data.max_tokens"],
         "questions_per_video": 20,
         "prompts_at_once": 16,
-        "max_new_tokens": 48,  # an answer with what was measured before it
+        "max_new_tokens": 48,  # an answer with both spatial states
     }
 )
 EVAL_REASONING: Mapping[str, Any] = MappingProxyType(

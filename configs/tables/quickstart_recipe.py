@@ -22,7 +22,7 @@ _SEEN: Mapping[str, Any] = MappingProxyType(
     {
         "data.max_tokens": 512,
         "data.prefix_buckets": (64, 128, 512),
-        "data.branch_buckets": (32, 40, 48, 64, 104, 128, 512),
+        "data.branch_buckets": (32, 40, 48, 72, 104, 128, 512),
         "model.dtype": "float32",
         "model.remat": "full",
         "model.vision_remat": "none",
@@ -82,7 +82,8 @@ TELLING: Mapping[str, Any] = MappingProxyType(
         "train.steps": 450,
     }
 )
-# First against last frame; options far enough apart for rough measurement; answers that say first what was measured.
+# First against last frame; options far enough apart for rough measurement; answers that say where things are, then what
+# that comes to, then which option it is.
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "questions.num_frames": 8,
@@ -92,12 +93,12 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
             "object_absolute_distance=1.6",
             "object_camera_absolute_distance=1.25",
         ),
-        "questions.answers": "measured",
+        "questions.answers": "states",
         "questions.draws": 3,
         "questions.margin": 0.15,
     }
 )
-# Clips for pre-training; the questions that are asked about told states are answered as those of the stages to come.
+# Clips for pre-training, and the rules of the questions about told states.
 PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
     {
         **WORLDS,
@@ -106,7 +107,6 @@ PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
         "synthetic.clips": 16000,
         "synthetic.height": 96,
         "synthetic.width": 96,
-        "questions.answers": "states",
         "questions.draws": 1,
         "workers": 2,
     }
@@ -114,7 +114,7 @@ PRETRAINING_CLIPS: Mapping[str, Any] = MappingProxyType(
 SFT: Mapping[str, Any] = MappingProxyType(
     {
         **_SEEN,
-        "data.questions_per_video": 8,
+        "data.questions_per_video": 6,
         "lora.rank": 32,
         "lora.alpha": 32.0,
         "lora.targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -122,7 +122,7 @@ SFT: Mapping[str, Any] = MappingProxyType(
         "optim.lr": 0.01,
         "optim.b2": 0.98,
         "optim.warmup_ratio": 0.03,
-        "train.batch_size": 192,
+        "train.batch_size": 144,
         "train.steps": 300,
         "train.log_every": 10,
         "train.checkpoint_every": 100,
@@ -141,8 +141,8 @@ GRPO: Mapping[str, Any] = MappingProxyType(
         "optim.b2": 0.99,
         "rollout.prompts": 16,
         "rollout.completions": 8,
-        "rollout.max_new_tokens": 96,
-        "rollout.buckets": (64, 96),
+        "rollout.max_new_tokens": 48,
+        "rollout.buckets": (48,),
         "rollout.stop": ("</answer>",),
         "objective.beta": 0.0,
         "train.steps": 40,
