@@ -14,7 +14,7 @@ from configs import common
 from data_prep.captions import matching, told, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
 from data_prep.captions.task import FILES, phrases, run_captions
-from data_prep.questions.propose import QuestionRules
+from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.wording import short_reasoning, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
 from data_prep.synthetic.clip import make_clip
@@ -177,3 +177,19 @@ def test_phrases_are_tokens_of_their_own_and_figures_only_whole_ones():
     ]
     assert pieces("the white wooden barrel") == ["the white", " wooden", " barrel"]
     assert backend.decode(backend.encode("far 0.81 of\n").ids) == "far 0.81 of\n"
+
+
+def test_pre_training_writes_every_token_that_the_stages_to_come_write():
+    """An adapter leaves the rows of the vocabulary as they are: one that was never trained is never said."""
+    found = phrases()
+    backend = build_byte_level_tokenizer(["the red box"], 420 + len(found), phrases=found)
+    tokens = lambda text: set(backend.encode(text, add_special_tokens=False).tokens)  # noqa: E731
+    rules, rng = QuestionRules(num_frames=8, answers="states", options="independent"), random.Random(0)
+    size = dataclasses.replace(SMALL, height=32, width=32, frames=8, camera_still=0.3, object_still=0.4)
+    scenes = [make_clip(4, n, size).scene for n in range(60)]
+    trained = {t for _ in range(400) for t in tokens(told.written_state(rng)[1])}
+    for scene in scenes[:40]:
+        trained |= {t for _, answer in told.told_questions(scene, rules, 4, rng, 7) for t in tokens(answer)}
+    written = {t for scene in scenes[40:] for question in propose(scene, rules, 4) for t in tokens(question.spoken)}
+    figures = {t for t in written if t.lstrip("-")[:1].isdigit() and abs(float(t)) > 2}
+    assert len(written) > 60 and written - figures <= trained, written - figures - trained
