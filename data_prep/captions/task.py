@@ -34,8 +34,9 @@ PHRASES = "phrases.json"
 _SHORT = ("caption", "aspect", "matching", "about", "state")
 # File of each step of pre-training -> kinds of the records in it.
 FILES: Mapping[str, tuple[str, ...]] = {
+    "seen.json": ("caption",),
     "matching.json": ("matching", "drill"),
-    "seeing.json": _SHORT,
+    "short.json": _SHORT,
     "captions.json": (*_SHORT, "told"),
 }
 # Of a clip: objects described, single aspects asked for, questions of either kind that are matched (all but the first
