@@ -94,7 +94,7 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
         names = list(object_names(clip.scene)[0].values()) or ["the box"]
         said.append(("about", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))
     if rng.random() < _STATE:
-        said.append(("state", *told.written_state(rng)))
+        said.append(("state", *told.written_state(rng, clip.scene.num_frames)))
     other = make_clip(seed, _UNSEEN + number, dataclasses.replace(config, height=_TOLD_SIZE, width=_TOLD_SIZE)).scene
     said += [("told", *caption) for caption in told.told_questions(other, rules, seed, rng, _TOLD)]
     rows = tuple(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.cold_start.r1_items import R1Question
+from data_prep.questions.wording import vector_text
 from data_prep.sources.frames import encode_jpeg
 from data_prep.teacher.client import ChatRequest, user_message
 from data_prep.teacher.json_schema import exact_object, text_schema
@@ -92,18 +93,14 @@ def _facts(item: R1Question) -> str:
     lines = [f"- right option: {solution.answer}"]
     for kind, centers in (("camera", solution.camera_center), ("object", solution.object_center)):
         names = ("start frame", "end frame") if len(centers) == 2 else [f"state {n + 1}" for n in range(len(centers))]
-        lines += [f"- {kind} centre, {name}: {_vector(c)}" for name, c in zip(names, centers, strict=True)]
+        lines += [f"- {kind} centre, {name}: {vector_text(c, 3)}" for name, c in zip(names, centers, strict=True)]
         lines += [] if centers else [f"- {kind} centre: null at both frames"]
     if item.frames:
         lines.append(f"- start frame: {item.frames[0]}, end frame: {item.frames[1]}")
     if item.value is not None:
-        value = _vector(item.value) if isinstance(item.value, tuple) else f"{item.value:.3f}"
+        value = vector_text(item.value, 3) if isinstance(item.value, tuple) else f"{item.value:.3f}"
         lines.append(f"- {_MEANING.get(item.scenario, 'measured value')}: {value}")
     return "\n".join(lines)
-
-
-def _vector(values: Sequence[float] | None) -> str:
-    return "null" if values is None else "[" + ", ".join(f"{x:.3f}" for x in values) + "]"
 
 
 def item_frames(item: R1Question, path: str, num_frames: int, pool: DecodePool) -> tuple[list[bytes], list[int] | None]:

@@ -44,3 +44,5 @@ def test_it_sees_where_a_camera_goes_that_it_has_not_seen_before_and_finds_the_l
     assert len(ways) > CLIPS / 2 and np.mean(ways) > 0.55, np.mean(ways)
     # Each answer has its letter twice; who only copies the first one is right for .65.
     assert len(letters) == 16 * CLIPS and np.mean(letters) > 0.9, np.mean(letters)
+    # Of what told states come to, the most frequent label is right for .37.
+    assert np.mean(said["told", "centre"]) > 0.95 and np.mean(said["told", "label"]) > 0.6

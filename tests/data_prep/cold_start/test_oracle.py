@@ -67,6 +67,11 @@ def test_the_brief_path_states_both_centres_and_what_they_come_to():
         compose_brief(dataclasses.replace(OF["object_absolute_distance"][0], value=9.0))
 
 
+def test_the_brief_path_is_the_answer_that_a_curation_gives_through_states():
+    for question, item in asked(range(12)):
+        assert dataclasses.replace(question, reply="states").spoken == compose_brief(item)
+
+
 def test_the_states_are_in_the_form_that_the_prompt_demands():
     block = "**Spatial State (start frame):**\n- Camera Center: {}\n- Object Center: {}"
     assert block.format("[x, y, z]", "[x, y, z]") in ST_COT
