@@ -54,7 +54,7 @@ KINDS = (("way", WAYS), ("size", set(words.SIZES)), ("distance", set(words.DISTA
 def examples_of(encoder: Encoder, clips: int) -> list[tuple[str, Example]]:
     """Render clips of `SEED` as pre-training's were and encode what is said about them, each with its kind."""
     config = common.config("curate", dict(PRETRAINING_CLIPS))
-    made = SyntheticConfig(**{name: value for name, value in config.synthetic.items() if name != "clips"})
+    made = SyntheticConfig.of(config.synthetic)
     rules = question_rules(config)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -142,7 +142,7 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     """
     if config.source == "synthetic":
         s = config.synthetic
-        made = SyntheticConfig(**{name: value for name, value in s.items() if name != "clips"})
+        made = SyntheticConfig.of(s)
         return SyntheticSource(workdir, made, config.seed, s.clips)
     if not config.input:
         raise CurateError(f"input is not set: --config.input=DIR with {_EXPECTED[config.source]}")

@@ -57,7 +57,7 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
     root = Path(workdir).absolute()
     (root / "videos").mkdir(parents=True, exist_ok=True)
     s = config.synthetic
-    made = SyntheticConfig(**{name: value for name, value in s.items() if name != "clips"})
+    made = SyntheticConfig.of(s)
     rules = question_rules(config)
     clip_ids = [f"captions-{config.seed}-{n:06d}" for n in range(s.clips)]
     with PartStore(root, seed=config.seed, config=fixed(config, CLIP_KEYS)) as store:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -77,6 +79,11 @@ class SyntheticConfig:
     turn: float = 20.0
     object_points: int = 48
     background_points: int = 128
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> SyntheticConfig:
+        """Return what a config's group `synthetic` says; its number of clips is not part of how they look."""
+        return cls(**{name: value for name, value in group.items() if name != "clips"})
 
     def __post_init__(self) -> None:
         """Check the ranges. Raises SceneError: naming the field."""
