@@ -28,6 +28,15 @@ CLIP_KEYS = (
     Key("synthetic.fps", 8.0, "synthetic: frames per second", low=0.1, high=1000),
     Key("synthetic.objects", (2, 4), "synthetic: fewest and most named objects of a clip", low=1, high=11),
     Key("synthetic.object_size", 1.0, "synthetic: factor on the sizes of objects", low=0.1, high=4),
+    Key("synthetic.size_spread", 1.0, "synthetic: how unequal objects of a kind are in size", low=0, high=1),
+    Key("synthetic.object_travel", (0.3, 2.4), "synthetic: least and most over a clip, metres", low=0.01, high=100),
+    Key("synthetic.tumble", 1.0, "synthetic: how far moving objects turn; 0: they slide", low=0, high=1),
+    Key("synthetic.plain", False, "synthetic: objects of one even colour, plaster walls, a checkered floor"),
+    Key("synthetic.camera_travel", (0.2, 1.6), "synthetic: least and most over a clip, metres", low=0.01, high=100),
+    Key("synthetic.camera_height", (1.2, 1.75), "synthetic: least and most, metres above the floor", low=0.7, high=1.9),
+    Key(
+        "synthetic.camera_tilt", (8.0, 20.0), "synthetic: least and most a camera looks down, degrees", low=-60, high=60
+    ),
     Key("synthetic.turn", 20.0, "synthetic: most a camera yaws over a clip, degrees", low=0, high=180),
     Key("synthetic.stereo", False, "synthetic: render and write the right eye too"),
     Key("synthetic.baseline", 0.063, "synthetic: metres between the eyes", low=0.001, high=100),

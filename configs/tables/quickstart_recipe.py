@@ -6,14 +6,22 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-# What all worlds of the quickstart look like: few and large objects, seen by a camera that hardly turns.
+# What all worlds of the quickstart look like: such that a tiny model can measure in them at 96 x 96 pixels. Objects of
+# a shape are of one size and stand on the floor, the camera is at one height and does not turn, so that where
+# something is in the picture says where it is in the room.
 WORLDS: Mapping[str, Any] = MappingProxyType(
     {
         "synthetic.frames": 8,
         "synthetic.fps": 4.0,
-        "synthetic.objects": (1, 3),
+        "synthetic.plain": True,
+        "synthetic.objects": (1, 2),
+        "synthetic.object_travel": (0.3, 1.6),
         "synthetic.object_size": 1.6,
-        "synthetic.turn": 8.0,
+        "synthetic.size_spread": 0.0,
+        "synthetic.tumble": 0.0,
+        "synthetic.camera_height": (1.5, 1.5),
+        "synthetic.camera_tilt": (14.0, 14.0),
+        "synthetic.turn": 0.0,
     }
 )
 # How every stage sees a clip: all frames, 96 x 96 pixels: 3 x 3 tokens for two of them, so that a token's place tells
@@ -24,7 +32,7 @@ _SEEN: Mapping[str, Any] = MappingProxyType(
         "data.prefix_buckets": (64, 128, 512),
         "data.branch_buckets": (32, 40, 48, 72, 104, 128, 512),
         "model.dtype": "float32",
-        "model.remat": "full",
+        "model.remat": "none",
         "model.vision_remat": "none",
         "video.num_frames": 8,
         "video.max_pixels": 9216,
@@ -106,8 +114,8 @@ TELLING: Mapping[str, Any] = MappingProxyType(
         "train.steps": 430,
     }
 )
-# First against last frame; options far enough apart for rough measurement; answers that say where things are, then what
-# that comes to, then which option it is.
+# First against last frame; options far enough apart for rough measurement; answers that say what was measured, then
+# which option it is. Where things are is said by the reasoning of the cold start.
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
     {
         "questions.num_frames": 8,
@@ -117,7 +125,7 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
             "object_absolute_distance=1.6",
             "object_camera_absolute_distance=1.25",
         ),
-        "questions.answers": "states",
+        "questions.answers": "measured",
         "questions.draws": 3,
         "questions.margin": 0.15,
     }

@@ -27,6 +27,8 @@ COLOURS = {
     "white": (240, 238, 232),
     "black": (54, 54, 58),
 }
+# Those of plain worlds: hard to mistake for each other, for the floor or for the walls, even at a few pixels.
+_PLAIN_COLOURS = ("red", "yellow", "green", "blue", "purple", "pink")
 # shape -> [(adjective, pattern)]; the last three adjectives mean "with white".
 _TWO_TONE = {"checkered": "checks", "striped": "stripes", "spotted": "dots"}
 _FINISHES = {
@@ -57,7 +59,13 @@ class SyntheticConfig:
       furniture: (fewest, most) cabinets and pictures along the walls.
       object_travel, camera_travel: (shortest, longest) displacement over a clip, metres, drawn log-uniformly.
       object_still, camera_still: probability of no motion at all.
-      turn: most the camera yaws over a clip, degrees.
+      camera_height: (lowest, highest) in the middle of a clip, metres above the floor.
+      camera_tilt: (least, most) the camera looks down, degrees.
+      turn: most the camera yaws over a clip, degrees; it nods a quarter of that and leans a little with it.
+      size_spread: factor on how far objects' sizes are from the middle one of their kind; 0 = all of that size.
+      tumble: factor on how far moving objects turn, and on the probability that a ball bounces; 0 = all slide.
+      plain: objects of one colour, named by it and their shape; walls of plaster, a checkered floor. What a model sees
+        in a few pixels.
       object_points, background_points: tracked surface points per object; of room and furniture.
     """
 
@@ -76,7 +84,12 @@ class SyntheticConfig:
     camera_travel: tuple[float, float] = (0.2, 1.6)
     object_still: float = 0.2
     camera_still: float = 0.1
+    camera_height: tuple[float, float] = (1.2, 1.75)
+    camera_tilt: tuple[float, float] = (8.0, 20.0)
     turn: float = 20.0
+    size_spread: float = 1.0
+    tumble: float = 1.0
+    plain: bool = False
     object_points: int = 48
     background_points: int = 128
 
@@ -92,8 +105,9 @@ class SyntheticConfig:
                 raise SceneError(f"synthetic {name} is {getattr(self, name)}; it must be within [{least}, 8192]")
         if not 10 <= self.fov <= 120 or not 0 < self.fps <= 1000 or not self.baseline > 0:
             raise SceneError("synthetic fov must be within [10, 120] degrees, fps within (0, 1000], baseline above 0")
-        if not 1 <= self.objects[0] <= self.objects[1] <= len(COLOURS):
-            raise SceneError(f"synthetic objects is {self.objects}; it must be (fewest, most) in [1, {len(COLOURS)}]")
+        most = len(self.colours)
+        if not 1 <= self.objects[0] <= self.objects[1] <= most:
+            raise SceneError(f"synthetic objects is {self.objects}; it must be (fewest, most) in [1, {most}]")
         if not 0.1 <= self.object_size <= 4 or not 0 <= self.turn <= 180:
             raise SceneError("synthetic object_size must be within [0.1, 4], turn within [0, 180] degrees")
         if not 0 <= self.furniture[0] <= self.furniture[1] <= 20 or self.background_points < 0:
@@ -102,6 +116,18 @@ class SyntheticConfig:
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise SceneError(f"synthetic {name} is {(low, high)}; it must be (shortest, longest) above 0")
+        for name, bounds in {"camera_height": (0.7, 1.9), "camera_tilt": (-60, 60)}.items():
+            low, high = getattr(self, name)
+            if not bounds[0] <= low <= high <= bounds[1]:
+                raise SceneError(f"synthetic {name} is {(low, high)}; it must be (least, most) within {list(bounds)}")
+        for name in ("size_spread", "tumble"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SceneError(f"synthetic {name} is {getattr(self, name)}; it must be within [0, 1]")
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """Return the names of the colours that objects have, each one at most once in a clip."""
+        return _PLAIN_COLOURS if self.plain else tuple(COLOURS)
 
     @property
     def focal(self) -> float:
@@ -132,7 +158,7 @@ def make_world(rng: Generator, config: SyntheticConfig) -> tuple[World, Camera, 
             still = np.broadcast_to(np.eye(3), (config.frames, 3, 3))
             solids = (*(o.solid for o in objects), *_furniture(rng, config, size, still))
             light = np.array([rng.uniform(-0.6, 0.6), -1.0, rng.uniform(-0.6, 0.6)])
-            world = World(tuple(size), _walls(rng), solids, light / np.linalg.norm(light))
+            world = World(tuple(size), _walls(rng, config.plain), solids, light / np.linalg.norm(light))
             return world, camera, objects
     raise SceneError(
         f"no room fits {config.objects[0]} objects travelling {config.object_travel} m before a camera travelling "
@@ -173,8 +199,10 @@ def _camera(rng: Generator, config: SyntheticConfig, size: np.ndarray) -> Camera
     heading = rng.uniform(-np.pi, np.pi)
     swing = motion * np.radians(rng.uniform(-config.turn, config.turn))
     yaw = heading + swing * _progress(rng, frames)
-    down = np.radians(rng.uniform(8, 20)) + motion * np.radians(rng.uniform(-5, 5)) * _progress(rng, frames)
-    roll = np.radians(rng.uniform(-2, 2)) + motion * np.radians(rng.uniform(-3, 3)) * _progress(rng, frames)
+    nod, lean, sway = (share * config.turn for share in (0.25, 0.1, 0.15))
+    tilt = rng.uniform(*config.camera_tilt)
+    down = np.radians(tilt) + motion * np.radians(rng.uniform(-nod, nod)) * _progress(rng, frames)
+    roll = np.radians(rng.uniform(-lean, lean)) + motion * np.radians(rng.uniform(-sway, sway)) * _progress(rng, frames)
     rotation = _about(1, yaw) @ _about(0, -down) @ _about(2, roll)
     # The direction of travel favours one camera axis, so that every direction has its share of clear examples.
     travel = rng.uniform(-0.45, 0.45, 3)
@@ -186,7 +214,7 @@ def _camera(rng: Generator, config: SyntheticConfig, size: np.ndarray) -> Camera
     step = motion * length * rotation[0] @ (travel / np.linalg.norm(travel))
     forward = np.array([np.sin(heading), 0.0, np.cos(heading)])
     middle = size / 2 - forward * rng.uniform(0.8, 2.2) + rng.uniform(-0.5, 0.5, 3) * [1, 0, 1]
-    middle[1] = size[1] - rng.uniform(1.2, 1.75)
+    middle[1] = size[1] - rng.uniform(*config.camera_height)
     centers = middle + _progress(rng, frames)[:, None] * step
     low, high = np.array([_WALL_MARGIN, 0.4, _WALL_MARGIN]), size - [_WALL_MARGIN, 0.6, _WALL_MARGIN]
     if (centers < low).any() or (centers > high).any():
@@ -197,19 +225,21 @@ def _camera(rng: Generator, config: SyntheticConfig, size: np.ndarray) -> Camera
 def _objects(rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: Camera) -> tuple[Named, ...] | None:
     """Named objects with paths that stay in the room, mostly in view, and clear of each other and of the camera."""
     wanted = int(rng.integers(config.objects[0], config.objects[1] + 1))
-    colours = rng.permutation(list(COLOURS))[:wanted]
+    colours = rng.permutation(list(config.colours))[:wanted]
     placed: list[Named] = []
     for colour in colours:
         shape = str(rng.choice(["box", "ball", "cylinder"]))
-        half = tuple(config.object_size * side for side in _half(rng, shape))
+        half = tuple(config.object_size * side for side in _half(rng, shape, config.size_spread))
         solid = Solid(shape, half, np.zeros((1, 3)), np.zeros((1, 3, 3)), len(placed) + 1, _plain(rng))
         path = _path(rng, config, size, camera, solid, [o.solid for o in placed])
         if path is None:
             continue
-        finish, material = _finish(rng, shape, str(colour))
-        rotation = _spin(rng, shape, half, path)
+        finish, material = ("", _even(rng, str(colour))) if config.plain else _finish(rng, shape, str(colour))
+        rotation = _spin(rng, shape, half, path, config.tumble)
         solid = dataclasses.replace(solid, centers=path, rotations=rotation, material=material)
-        placed.append(Named(solid, f"the {colour} {finish} {_noun(shape, half, finish)}", shape))
+        placed.append(
+            Named(solid, " ".join(filter(None, ("the", str(colour), finish, _noun(shape, half, finish)))), shape)
+        )
     return tuple(placed) if len(placed) >= config.objects[0] else None
 
 
@@ -219,17 +249,21 @@ def pieces_of_names() -> set[str]:
     return {f"the {colour}" for colour in COLOURS} | {f" {word}" for word in rest}
 
 
-def _half(rng: Generator, shape: str) -> tuple[float, float, float]:
+def _half(rng: Generator, shape: str, spread: float) -> tuple[float, ...]:
+    def drawn(low: float, high: float, size: int | None = None) -> np.ndarray:
+        middle, reach = (low + high) / 2, (high - low) / 2
+        return rng.uniform(middle - spread * reach, middle + spread * reach, size)
+
     if shape == "ball":
-        radius = float(rng.uniform(0.14, 0.32))
+        radius = float(drawn(0.14, 0.32))
         return radius, radius, radius
     if shape == "cylinder":
-        radius = float(rng.uniform(0.12, 0.26))
-        return radius, float(rng.uniform(0.18, 0.5)), radius
+        radius = float(drawn(0.12, 0.26))
+        return radius, float(drawn(0.18, 0.5)), radius
     if rng.random() < 0.4:
-        side = float(rng.uniform(0.14, 0.32))
+        side = float(drawn(0.14, 0.32))
         return side, side, side
-    return tuple(float(v) for v in rng.uniform(0.13, 0.38, 3))
+    return tuple(float(v) for v in drawn(0.13, 0.38, 3))
 
 
 def _noun(shape: str, half: tuple[float, float, float], finish: str) -> str:
@@ -242,6 +276,12 @@ def _noun(shape: str, half: tuple[float, float, float], finish: str) -> str:
 
 def _plain(rng: Generator) -> Material:
     return Material(0, 1.0, (float(rng.random()), float(rng.random())), (0, 0, 0), (255, 255, 255))
+
+
+def _even(rng: Generator, colour: str) -> Material:
+    rgb = np.array(COLOURS[colour], float)
+    offset = (float(rng.random()), float(rng.random()))
+    return Material(PATTERNS.index("dots"), 0.6, offset, tuple(rgb * 0.42), tuple(np.minimum(rgb * 1.08, 255)))
 
 
 def _finish(rng: Generator, shape: str, colour: str) -> tuple[str, Material]:
@@ -279,7 +319,7 @@ def _path(
     )
     paths = np.full((_TRIES, frames, 3), floor)
     paths[:, :, [0, 2]] = flat
-    if solid.shape == "ball" and moving and rng.random() < 0.3:
+    if solid.shape == "ball" and moving and rng.random() < 0.3 * config.tumble:
         paths[:, :, 1] -= rng.uniform(0.2, 0.9) * np.abs(np.sin(np.pi * rng.uniform(1, 3) * np.linspace(0, 1, frames)))
     reach = _WALL_MARGIN + solid.radius
     free = ((flat > reach) & (flat < size[[0, 2]] - reach)).all((1, 2))
@@ -295,20 +335,24 @@ def _path(
     return paths[int(free.argmax())] if free.any() else None
 
 
-def _spin(rng: Generator, shape: str, half: tuple, path: np.ndarray) -> np.ndarray:
+def _spin(rng: Generator, shape: str, half: tuple, path: np.ndarray, tumble: float) -> np.ndarray:
     """f64[T, 3, 3]: balls roll along their path, the rest turns about the vertical; what stands still does not turn."""
     step = np.diff(path[:, [0, 2]], axis=0, prepend=path[:1, [0, 2]])
-    rolled = np.cumsum(np.linalg.norm(step, axis=1))
+    rolled = np.cumsum(np.linalg.norm(step, axis=1)) * tumble
     start = rng.uniform(-np.pi, np.pi)
     if shape == "ball":
         course = math.atan2(*(path[-1] - path[0])[[0, 2]])
         turn = _about(1, course)
         return turn @ _about(0, rolled / half[0]) @ turn.T @ _about(1, start) @ _about(2, 0.5)
-    return _about(1, start + rng.uniform(-1.0, 1.0) * (rolled > 0) * np.linspace(0, np.pi / 2, len(path)))
+    return _about(1, start + rng.uniform(-1.0, 1.0) * tumble * (rolled > 0) * np.linspace(0, np.pi / 2, len(path)))
 
 
-def _walls(rng: Generator) -> tuple[Material, ...]:
+def _walls(rng: Generator, plain: bool) -> tuple[Material, ...]:
     """Materials of -x, +x, ceiling, floor, -z, +z."""
+    if plain:
+        sides = [_surface(rng, "plaster", np.full(3, rng.uniform(120, 230)), 2.4) for _ in range(4)]
+        floor = _surface(rng, "checks", np.array([150.0, 140, 120]), 4.0)
+        return (*sides[:2], _surface(rng, "plaster", np.array([226.0, 224, 218]), 2.4), floor, *sides[2:])
     paint = rng.uniform(150, 235, 3)
     walls = []
     main = str(rng.choice(["plaster", "plaster", "bricks", "fabric"]))
@@ -342,6 +386,8 @@ def _furniture(rng: Generator, config: SyntheticConfig, size: np.ndarray, still:
         centre[1] = size[1] - tall if cabinet else rng.uniform(1.0, 1.4)
         half = (depth, tall, wide) if side == 0 else (wide, tall, depth)
         rgb = rng.uniform(60, 190, 3) if not cabinet else np.array([142.0, 100, 62]) * rng.uniform(0.6, 1.3)
+        if config.plain:
+            rgb = np.full(3, rgb.mean())
         pattern = "wood" if cabinet else str(rng.choice(["plaster", "carpet", "checks", "dots", "stripes"]))
         material = _surface(rng, pattern, rgb, float(rng.uniform(0.8, 1.5)))
         centers = np.broadcast_to(centre, (config.frames, 3))

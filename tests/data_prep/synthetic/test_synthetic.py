@@ -13,7 +13,7 @@ from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.render import ROOM, Camera, World, render
 from data_prep.synthetic.solids import LEVELS, PATTERNS, Solid, atlas, surface_points
-from data_prep.synthetic.worlds import SyntheticConfig, make_world
+from data_prep.synthetic.worlds import COLOURS, SyntheticConfig, make_world
 
 SMALL = SyntheticConfig(height=48, width=56, frames=4)
 
@@ -102,6 +102,57 @@ def test_object_points_lie_on_their_object_and_move_with_it():
         a, b = entry.points[first][both], entry.points[last][both]
         gaps = [np.linalg.norm(p[:, None] - p[None], axis=-1) for p in (a, b)]
         np.testing.assert_allclose(gaps[0], gaps[1], atol=1e-9)  # rigid
+
+
+PLAIN = SyntheticConfig(
+    height=48, width=48, frames=4, objects=(1, 2), size_spread=0.0, tumble=0.0, turn=0.0, plain=True,
+    camera_height=(1.5, 1.5), camera_tilt=(14.0, 14.0),
+)  # fmt: skip
+
+
+def test_in_plain_worlds_a_place_in_the_picture_is_a_place_in_the_room():
+    halves, names = {}, set()
+    for index in range(12):
+        world, camera, named = make_world(np.random.default_rng([4, index]), PLAIN)
+        names |= {entry.description for entry in named}
+        for entry in named:
+            halves.setdefault(entry.solid.shape, set()).add(tuple(np.round(entry.solid.half, 12)))
+            assert np.ptp(entry.solid.rotations, axis=0).max() == 0  # it slides
+            np.testing.assert_allclose(entry.solid.centers[:, 1] + entry.solid.half[1], world.size[1], atol=1e-12)
+        poses = camera.camera_to_world
+        assert np.ptp(poses[:, :, :3], axis=0).max() == 0  # it neither turns nor nods nor leans
+        assert np.degrees(np.arcsin(poses[0, 1, 2])) == pytest.approx(14)
+        assert world.size[1] - (poses[0, 1, 3] + poses[-1, 1, 3]) / 2 == pytest.approx(1.5)
+    # The middle size of each: boxes are drawn as cubes or with three sides, whose middles differ by 10 %.
+    assert {shape: len(sizes) for shape, sizes in halves.items()} == {"ball": 1, "cylinder": 1, "box": 2}, halves
+    assert all(name.split()[1] in PLAIN.colours and len(name.split()) == 3 for name in names), names
+
+
+def test_plain_objects_look_like_the_colour_they_are_named_by():
+    """The mean colour of an object's pixels is nearest to its own of all plain colours, in hue and saturation."""
+    clips = [make_clip(6, index, PLAIN) for index in range(12)]
+    plain = {name: np.array(COLOURS[name], float) / max(COLOURS[name]) for name in PLAIN.colours}
+    for clip in clips:
+        for entry in clip.scene.objects:
+            if entry.masks.sum() > 60:
+                seen = clip.left[entry.masks].astype(float).mean(0)
+                distance = {name: np.abs(colour - seen / seen.max()).sum() for name, colour in plain.items()}
+                assert min(distance, key=distance.get) == entry.description.split()[1], distance
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("camera_height", (1.9, 1.2)), ("camera_height", (0.2, 1.0)), ("camera_tilt", (8, 80)), ("size_spread", 1.5),
+     ("tumble", -0.1)],
+)  # fmt: skip
+def test_ranges_of_worlds_are_checked(field, value):
+    with pytest.raises(SceneError, match=f"synthetic {field} is"):
+        SyntheticConfig(**{field: value})
+
+
+def test_plain_worlds_have_no_more_objects_than_colours():
+    with pytest.raises(SceneError, match=r"synthetic objects is \(2, 7\).*\[1, 6\]"):
+        SyntheticConfig(objects=(2, 7), plain=True)
 
 
 @pytest.mark.parametrize("index", [0, 4, 5])
