@@ -25,7 +25,7 @@ from flax import nnx
 
 from configs import common
 from configs.tables.quickstart import BASE
-from configs.tables.quickstart_recipe import PRETRAINING_CLIPS, SEEING
+from configs.tables.quickstart_recipe import MATCHING, PRETRAINING_CLIPS
 from data_prep.captions import words
 from data_prep.captions.captions import CAMERA
 from data_prep.captions.task import caption_clip
@@ -136,7 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()
     folder = own(args.model)
-    encoder = encoder_of(folder, common.config("sft", dict(SEEING)).video, 512)
+    encoder = encoder_of(folder, common.config("sft", dict(MATCHING)).video, 512)
     try:
         examples = examples_of(encoder, args.clips)
     finally:

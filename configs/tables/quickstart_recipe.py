@@ -32,7 +32,7 @@ _SEEN: Mapping[str, Any] = MappingProxyType(
         "data.prefix_buckets": (64, 128, 512),
         "data.branch_buckets": (32, 40, 48, 72, 104, 128, 512),
         "model.dtype": "float32",
-        "model.remat": "none",
+        "model.remat": "full",
         "model.vision_remat": "none",
         "video.num_frames": 8,
         "video.max_pixels": 9216,
@@ -52,53 +52,29 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only what has to be looked at, and many clips a step: what can be answered from the text alone would be
-# learned first and make up most of the gradient. Learned before, it makes the beginning of sight later (RESULTS.md).
-SEEING: Mapping[str, Any] = MappingProxyType(
-    {
-        **_FROM_NOTHING,
-        "data.path": "runs/captions/seen.json",
-        "data.sample": "base",
-        "data.questions_per_video": 2,
-        "optim.lr": 0.015,
-        "train.batch_size": 128,
-        "train.steps": 1900,
-    }
-)
-# Then only which option a figure or a word belongs to. Beside captions it is not learned: the letter is one word of
-# many, and for hundreds of steps nothing but a guess. Meanwhile most of what was seen is forgotten (RESULTS.md).
+# At first only which option a figure or a word belongs to: from a random start that takes two minutes, later, beside
+# captions, it is not learned (the letter is one word of many).
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
         "data.path": "runs/captions/matching.json",
+        "data.sample": "base",
         "data.questions_per_video": 8,
-        "model.path": "runs/seeing/model",
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 800,
+        "train.steps": 240,
     }
 )
-# Then all short texts, to see again and go on matching: captions, single aspects, options, what a question is about.
+# Then all short texts, to see and to go on matching: captions, single aspects, options, what a question is about.
 READING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
         "data.path": "runs/captions/short.json",
-        "data.questions_per_video": 5,
+        "data.questions_per_video": 4,
         "model.path": "runs/matching/model",
-        "optim.lr": 0.012,
-        "train.batch_size": 200,
-        "train.steps": 1800,
-    }
-)
-# And once more, with more clips a step.
-LOOKING_AGAIN: Mapping[str, Any] = MappingProxyType(
-    {
-        **READING,
-        "data.questions_per_video": 3,
-        "model.path": "runs/reading/model",
         "optim.lr": 0.015,
-        "train.batch_size": 192,
-        "train.steps": 1200,
+        "train.batch_size": 160,
+        "train.steps": 1800,
     }
 )
 # At last also what follows from spatial states that are told; their texts are long, and all branches of a step are as
@@ -108,10 +84,10 @@ TELLING: Mapping[str, Any] = MappingProxyType(
         **_FROM_NOTHING,
         "data.path": "runs/captions/captions.json",
         "data.questions_per_video": 4,
-        "model.path": "runs/looking/model",
+        "model.path": "runs/reading/model",
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 430,
+        "train.steps": 300,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say what was measured, then

@@ -34,7 +34,6 @@ PHRASES = "phrases.json"
 _SHORT = ("caption", "aspect", "matching", "about", "state")
 # File of each step of pre-training -> kinds of the records in it.
 FILES: Mapping[str, tuple[str, ...]] = {
-    "seen.json": ("caption",),
     "matching.json": ("matching", "drill"),
     "short.json": _SHORT,
     "captions.json": (*_SHORT, "told"),

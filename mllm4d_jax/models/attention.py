@@ -73,7 +73,7 @@ def choose_backend(requested: str, dtype, mesh: Mesh | None = None, head_dim: in
     elif problem:
         raise BackendError(f"attention='cudnn': {problem}. Use 'auto' or 'xla'")
     # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
-    return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK, unroll=platform != "tpu")
+    return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK, unroll=platform == "gpu")
 
 
 def _half(dtype) -> bool:

@@ -143,7 +143,7 @@ class VisionTower(nnx.Module):
 
         carry = (x, constrain_rows(jnp.zeros((taps, *x.shape), x.dtype), mesh, 1))
         layers = (jnp.array(slots), self._whole_frame())
-        (x, tapped), outputs = scan_layers(self.blocks, step, carry, layers, remat=remat, unroll=backend.unroll)
+        (x, tapped), outputs = scan_layers(self.blocks, step, carry, layers, remat=remat)
         merged = constrain_rows(self.merger(x), mesh)
         # Merger j belongs to the j-th listed block, but features are handed on in the order the blocks run.
         order = sorted(range(taps), key=config.deepstack.__getitem__)

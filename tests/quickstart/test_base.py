@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.base_captions import examples_of, likely, words_of
 from configs import common
 from configs.tables.quickstart import BASE
-from configs.tables.quickstart_recipe import SEEING
+from configs.tables.quickstart_recipe import MATCHING
 from data_prep.captions.task import phrases
 from mllm4d_jax.encode.tokenizer import Piece, Tokenizer
 from mllm4d_jax.models.hf import load_model
@@ -30,7 +30,7 @@ def test_it_is_small_and_has_a_token_for_every_phrase():
 
 def test_it_sees_where_a_camera_goes_that_it_has_not_seen_before_and_finds_the_letter_of_what_it_says():
     """Of the camera's main ways the most frequent one is right for about .4, of the letters one in three or four."""
-    encoder = encoder_of(FOLDER, common.config("sft", dict(SEEING)).video, 512)
+    encoder = encoder_of(FOLDER, common.config("sft", dict(MATCHING)).video, 512)
     try:
         examples = examples_of(encoder, CLIPS)
         said = collections.defaultdict(list)
