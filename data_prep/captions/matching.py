@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from data_prep.captions.captions import Caption
 from data_prep.questions.options import LETTERS, shuffle
-from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text, short_reasoning
+from data_prep.questions.wording import ANCHORS, PHRASINGS, found_text, question_text, short_reasoning
 from data_prep.scenes.relations import LABELS
 from mllm4d_jax.qa.options import lettered, write_question
 
@@ -42,7 +42,9 @@ def nearest_number(rng: random.Random) -> Caption:
         if len(set(tenths)) == 4 and tenths[0] > 0 and given > 0 and off[1][0] > off[0][0]:
             break
     texts = [f"{t / 10:.1f}" for t in tenths]
-    return _matched(NEAREST, f"{given / 10:.1f}", texts[off[0][1]], texts, rng)
+    nearest = texts[off[0][1]]
+    asked = NEAREST.format(v=f"{given / 10:.1f}")
+    return _matched(asked, found_text("", given / 10, nearest), nearest, texts, rng)
 
 
 def same_word(rng: random.Random) -> Caption:
@@ -50,13 +52,13 @@ def same_word(rng: random.Random) -> Caption:
     labels = list(rng.choice([labels for labels in LABELS.values() if labels]))
     shuffle(labels, rng)
     offered = labels[: len(LETTERS)]
-    return _matched(SAME, offered[0], offered[0], offered, rng)
+    return _matched(SAME.format(v=offered[0]), offered[0], offered[0], offered, rng)
 
 
-def _matched(text: str, given: str, right: str, options: list[str], rng: random.Random) -> Caption:
+def _matched(text: str, found: str, right: str, options: list[str], rng: random.Random) -> Caption:
     shuffle(options, rng)
     letter = LETTERS[options.index(right)]
-    return write_question(text.format(v=given), lettered(options)), short_reasoning(given, letter)
+    return write_question(text, lettered(options)), short_reasoning(found, letter)
 
 
 def aspect_asked(rng: random.Random, frames: int, name: str) -> Caption:

@@ -14,7 +14,7 @@ import math
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import R1Question
 from data_prep.questions.scenarios import SCENARIOS
-from data_prep.questions.wording import brief_reasoning, state_block, vector_text
+from data_prep.questions.wording import brief_reasoning, found_text, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
 from data_prep.store.parts import ClipRejected
 
@@ -96,7 +96,8 @@ def compose_brief(item: R1Question) -> str:
     _fields(item, camera, thing)  # refuses figures that contradict each other
     titles = (f"frame {frame}" for frame in item.frames[:2])
     states = [state_block(title, *centers, 1) for title, *centers in zip(titles, camera, thing, strict=True)]
-    return brief_reasoning(states, item.label or f"{item.value:.1f}", item.solution.answer)
+    answer = item.solution.answer
+    return brief_reasoning(states, found_text(item.label, item.value, item.options.get(answer, "")), answer)
 
 
 def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:

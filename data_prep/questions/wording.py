@@ -97,6 +97,14 @@ def question_text(
     return f"{text} {THRESHOLD.format(tau=_length(tau))}" if NOT_MOVING in LABELS[relation] else text
 
 
+def found_text(label: str, value: float, option: str) -> str:
+    """Return what was found: a label, or a figure, metres, and the option that is nearest to it.
+
+    A reader that says the option first finds its letter by looking for the same text again.
+    """
+    return label or f"{value:.1f}: {option}"
+
+
 def short_reasoning(found: str, letter: str) -> str:
     """Return the shortest response with its reason: what was found, the option that is nearest to it, the answer."""
     return f"<thinking>{found}: {letter}</thinking><answer>{letter}</answer>"

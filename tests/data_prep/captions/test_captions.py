@@ -87,10 +87,10 @@ def test_the_nearest_of_the_options_is_the_answer():
     for _ in range(300):
         asked, told = matching.nearest_number(rng)
         question, options = split_question(asked)
-        given, letter = re.fullmatch(r"<thinking>(.*): .</thinking><answer>(.)</answer>", told).groups()
+        given, nearest, letter = re.fullmatch(r"<thinking>(.*): (.*): .</thinking><answer>(.)</answer>", told).groups()
         assert question == f"Which is nearest to {given}?"
         off = {key: abs(float(value) - float(given)) for key, value in options.items()}
-        assert off[letter] < min(v for key, v in off.items() if key != letter)
+        assert off[letter] < min(v for key, v in off.items() if key != letter) and options[letter] == nearest
         letters.append(letter)
     assert all(50 < letters.count(letter) < 100 for letter in "ABCD")
     asked, told = matching.same_word(rng)
