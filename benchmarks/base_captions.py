@@ -5,7 +5,8 @@ python -m benchmarks.base_captions --model=runs/base --clips=128
 
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
 the most frequent word would have; "alone" where only that aspect was asked for. Words of several tokens are left out.
-"text" is what is matched beside the clip; "told": what told states come to, their centres written again.
+"text" is what is matched beside the clip; "told": what told states come to, their centres written again. A "figure" is
+followed by the "option" that is nearest to it. Of the two letters of an answer the second is the first one again.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def _seen(spoken: list[str], about: tuple[str, ...], alone: tuple[str, ...]) -> 
 
 def _read(about: str, spoken: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     stated = max((n for n, piece in enumerate(spoken) if piece.endswith(("]\n", "null\n"))), default=0)
+    kinds = iter(("figure", "option"))  # what was measured, the option nearest to it
     for number, word in enumerate(map(str.strip, spoken)):
         figure = word.lstrip("-")[:1].isdigit()
         if figure and number < stated:
@@ -125,7 +127,7 @@ def _read(about: str, spoken: list[str]) -> Iterator[tuple[int, tuple[str, ...]]
         elif word in tuple("ABCD"):
             yield number, (about, "letter")
         elif figure or word in LABEL_WORDS:
-            yield number, (about, "figure" if figure else "label")
+            yield number, (about, next(kinds, "option") if figure else "label")
 
 
 def main() -> None:

@@ -52,8 +52,8 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only which option a figure or a word belongs to: from a random start that takes two minutes, later, beside
-# captions, it is not learned (the letter is one word of many).
+# At first only which option a word belongs to: from a random start that takes two minutes, later, beside captions, it
+# is not learned (the letter is one word of many).
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
@@ -77,7 +77,7 @@ READING: Mapping[str, Any] = MappingProxyType(
         "train.steps": 1800,
     }
 )
-# At last also what follows from spatial states that are told; their texts are long, and all branches of a step are as
+# Then also what follows from spatial states that are told; their texts are long, and all branches of a step are as
 # long as the longest.
 TELLING: Mapping[str, Any] = MappingProxyType(
     {
@@ -89,6 +89,14 @@ TELLING: Mapping[str, Any] = MappingProxyType(
         "train.batch_size": 128,
         "train.steps": 300,
     }
+)
+# Which option is nearest to a figure is not learned beside all that, and in a step of its own what was seen is
+# forgotten; but a few steps with everything bring it back.
+NEAREST: Mapping[str, Any] = MappingProxyType(
+    {**MATCHING, "data.sample": "", "model.path": "runs/telling/model", "optim.lr": 0.007, "train.steps": 260}
+)
+TELLING_AGAIN: Mapping[str, Any] = MappingProxyType(
+    {**TELLING, "model.path": "runs/nearest/model", "optim.lr": 0.007, "train.steps": 150}
 )
 # First against last frame; options far enough apart for rough measurement; answers that say what was measured, then
 # which option it is. Where things are is said by the reasoning of the cold start.
