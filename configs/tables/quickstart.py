@@ -37,7 +37,7 @@ BENCH: Mapping[str, Any] = MappingProxyType(
     {
         **_WORLDS,
         "seed": 9000,
-        "synthetic.clips": 1250,
+        "synthetic.clips": 2100,
         "synthetic.height": 96,
         "synthetic.width": 96,
         "bench_share": 1.0,
@@ -88,7 +88,7 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 SECONDS: Mapping[str, float] = MappingProxyType(
     {
         "worlds": 50,
-        "bench": 75,
+        "bench": 120,
         "questions": 140,
         "sft": 200,
         "reasoning": 5,
@@ -114,7 +114,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "laptop": {},
         "accelerator": {
             "worlds": {"synthetic.clips": 4000},
-            "bench": {"synthetic.clips": 2500},
+            "bench": {"synthetic.clips": 4200},
         },
         "smoke": {
             "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},
