@@ -31,7 +31,7 @@ CLIP_KEYS = (
     Key("synthetic.size_spread", 1.0, "synthetic: how unequal objects of a kind are in size", low=0, high=1),
     Key("synthetic.object_travel", (0.3, 2.4), "synthetic: least and most over a clip, metres", low=0.01, high=100),
     Key("synthetic.tumble", 1.0, "synthetic: how far moving objects turn; 0: they slide", low=0, high=1),
-    Key("synthetic.plain", False, "synthetic: objects of one even colour, plaster walls, a checkered floor"),
+    Key("synthetic.plain", False, "synthetic: objects of one colour with dots, plaster walls, a checkered floor"),
     Key("synthetic.camera_travel", (0.2, 1.6), "synthetic: least and most over a clip, metres", low=0.01, high=100),
     Key("synthetic.camera_height", (1.2, 1.75), "synthetic: least and most, metres above the floor", low=0.7, high=1.9),
     Key(

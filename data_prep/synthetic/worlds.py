@@ -64,8 +64,8 @@ class SyntheticConfig:
       turn: most the camera yaws over a clip, degrees; it nods a quarter of that and leans a little with it.
       size_spread: factor on how far objects' sizes are from the middle one of their kind; 0 = all of that size.
       tumble: factor on how far moving objects turn, and on the probability that a ball bounces; 0 = all slide.
-      plain: objects of one colour, named by it and their shape; walls of plaster, a checkered floor. What a model sees
-        in a few pixels.
+      plain: objects of one colour with dots, which tracking holds on to, named by colour and shape; walls of plaster,
+        a checkered floor. What a model sees in a few pixels.
       object_points, background_points: tracked surface points per object; of room and furniture.
     """
 
@@ -234,7 +234,7 @@ def _objects(rng: Generator, config: SyntheticConfig, size: np.ndarray, camera: 
         path = _path(rng, config, size, camera, solid, [o.solid for o in placed])
         if path is None:
             continue
-        finish, material = ("", _even(rng, str(colour))) if config.plain else _finish(rng, shape, str(colour))
+        finish, material = ("", _dotted(rng, str(colour))) if config.plain else _finish(rng, shape, str(colour))
         rotation = _spin(rng, shape, half, path, config.tumble)
         solid = dataclasses.replace(solid, centers=path, rotations=rotation, material=material)
         placed.append(
@@ -278,7 +278,7 @@ def _plain(rng: Generator) -> Material:
     return Material(0, 1.0, (float(rng.random()), float(rng.random())), (0, 0, 0), (255, 255, 255))
 
 
-def _even(rng: Generator, colour: str) -> Material:
+def _dotted(rng: Generator, colour: str) -> Material:
     rgb = np.array(COLOURS[colour], float)
     offset = (float(rng.random()), float(rng.random()))
     return Material(PATTERNS.index("dots"), 0.6, offset, tuple(rgb * 0.42), tuple(np.minimum(rgb * 1.08, 255)))

@@ -67,7 +67,6 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """x [..., in] -> [..., out]; a random key drops some of the adapter's inputs, None (not in training) none."""
-        shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
@@ -76,7 +75,6 @@ class Linear(nnx.Module):
             # Scaled while it is narrow: XLA can then add the second product to the base's without another pass over y.
             low = seen @ self.lora_a[...].astype(x.dtype) * jnp.asarray(self.lora_scale, x.dtype)
             y = y + checkpoint_name(low, PRODUCT) @ self.lora_b[...].astype(x.dtype)
-        y = y.reshape(*shape, -1)
         return y if self.name is None else checkpoint_name(y, self.name)
 
 
