@@ -65,6 +65,8 @@ def test_the_brief_path_states_both_centres_and_what_they_come_to():
         assert text.endswith(f"\n{said}: {read.answer}</thinking><answer>{read.answer}</answer>")
     with pytest.raises(ClipRejected, match="oracle_contradiction"):
         compose_brief(dataclasses.replace(OF["object_absolute_distance"][0], value=9.0))
+    with pytest.raises(ClipRejected, match="oracle_fields"):
+        compose_brief(dataclasses.replace(OF["object_absolute_distance"][0], options={}))
 
 
 def test_the_brief_path_is_the_answer_that_a_curation_gives_through_states():
