@@ -4,7 +4,7 @@ python -m benchmarks.base_captions --clips=128
 python -m benchmarks.base_captions --model=runs/base --clips=128
 
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
-the most frequent word would have; "alone" where only that aspect was asked for. Words of several tokens are left out.
+the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left out.
 "text" is what is matched beside the clip; "told": what told states come to, their centres written again. A "figure" is
 followed by the "option" that is nearest to it. Of the two letters of an answer the second is the first one again.
 """
@@ -112,6 +112,8 @@ def _seen(spoken: list[str], about: tuple[str, ...], alone: tuple[str, ...]) -> 
     for number, word in enumerate(map(str.strip, spoken)):
         kind = next((kind for kind, known in KINDS if word in known), "")
         if word in words.ASPECTS:
+            if aspect and alone:
+                return
             aspect = word
         elif kind:
             yield number, (*about, aspect, kind, *alone)

@@ -1,4 +1,4 @@
-"""Pre-train the quickstart's tiny base on rendered clips: to match options, to see, and to follow told states.
+"""Pre-train the tiny base of the quickstart on rendered clips: to match, to see, to follow states and to place things.
 
 python run.py --config=configs/curate.py:captions --workdir=runs/captions
 python run.py --config=configs/pretrain_tiny.py:matching --workdir=runs/matching
@@ -7,14 +7,12 @@ python run.py --config=configs/pretrain_tiny.py:reading --workdir=runs/reading
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/reading --config.output=runs/reading/model
 python run.py --config=configs/pretrain_tiny.py:telling --workdir=runs/telling
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/telling --config.output=runs/telling/model
-python run.py --config=configs/pretrain_tiny.py:nearest --workdir=runs/nearest
-python run.py --config=configs/export.py:merged --config.model.adapter=runs/nearest --config.output=runs/nearest/model
 python run.py --config=configs/pretrain_tiny.py --workdir=runs/last
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/last --config.output=runs/base
 """
 
 from configs.schema import Presets
-from configs.tables.quickstart_recipe import MATCHING, NEAREST, READING, TELLING, TELLING_AGAIN
+from configs.tables.quickstart_recipe import MATCHING, PLACING, READING, TELLING
 from configs.tables.training import SFT_KEYS
 
 get_config = Presets(
@@ -24,7 +22,6 @@ get_config = Presets(
         "matching": ("from a random start, which option a text belongs to", MATCHING),
         "reading": ("from the model of runs/matching, what is seen in clips, and matching on", READING),
         "telling": ("from the model of runs/reading, what told states come to besides", TELLING),
-        "nearest": ("from the model of runs/telling, which option is nearest to a figure", NEAREST),
-        "": ("from the model of runs/nearest, everything again: a base for the quickstart", TELLING_AGAIN),
+        "": ("from the model of runs/telling, where things are, in camera heights: a base for the quickstart", PLACING),
     },
 )

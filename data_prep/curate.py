@@ -21,7 +21,9 @@ from data_prep.questions.blind import screen
 from data_prep.questions.propose import QuestionRules, ask
 from data_prep.questions.rules import question_rules
 from data_prep.scenes.relations import Refused
+from data_prep.scenes.forms import FORMS
 from data_prep.sources.base import ClipSource
+from data_prep.sources.formed import FormedSource
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import PAIR, StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
@@ -100,7 +102,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 
 def _curate(config: ml_collections.ConfigDict, root: Path, named: Callable[[Path], str]) -> int:
     """Do what `run` does in a folder of this machine. `named`: what messages call a file."""
-    source = make_source(config, root)
+    source = in_forms(make_source(config, root), config, root)
     clip_ids = source.clip_ids()
     rules = question_rules(config)
     work = functools.partial(ask_clip, source, rules, config.seed, config.bench_share)
@@ -125,7 +127,7 @@ def _curate(config: ml_collections.ConfigDict, root: Path, named: Callable[[Path
     if manifest["rejected"]:
         print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")
     write_curation_report(config, root, source, manifest, rows, chosen)
-    media = config.input if is_remote(config.input) and source.root != root / "videos" else named(source.root)
+    media = config.input if is_remote(config.input) and not source.root.is_relative_to(root) else named(source.root)
     print(f"records: {', '.join(named(root / name) for name in OUTPUTS)}; media root: {media}")
     print(f"report: {named(root / 'report.html')}")
     return 0
@@ -173,6 +175,21 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
     if not source.clip_ids():
         raise CurateError(f"input = '{config.input}' holds no {_EXPECTED[config.source]}")
     return source
+
+
+def in_forms(source: ClipSource, config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
+    """Return the source with the forms of its clips that the config names. Raises CurateError: they cannot be made."""
+    if not config.forms:
+        return source
+    unknown = sorted(set(config.forms) - set(FORMS))
+    if unknown or len(set(config.forms)) < len(config.forms):
+        raise CurateError(f"forms = {tuple(config.forms)}: {unknown or 'a name twice'}; there are {', '.join(FORMS)}")
+    if config.bench_share:
+        raise CurateError(f"forms with bench_share = {config.bench_share} is not supported: examine on another run's")
+    taken = [clip_id for clip_id in source.clip_ids() if clip_id.rpartition("@")[2] in FORMS]
+    if taken:
+        raise CurateError(f"clip {taken[0]!r} has the name of a form: rename its files, or leave forms out")
+    return FormedSource(source, tuple(config.forms), workdir / "forms", DecodePool(config.decode_timeout_s))
 
 
 def ask_clip(source: ClipSource, rules: QuestionRules, seed: int, bench_share: float, clip_id: str) -> ClipResult:

@@ -140,6 +140,12 @@ CLIP_KEYS = (
     ),
     Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0),
     Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0),
+    Key(
+        "forms",
+        (),
+        "other forms of every clip that are asked about, too: 'mirrored', 'backwards', 'mirrored_backwards'. Only with "
+        "bench_share = 0, so that nothing else than recordings is examined on",
+    ),
     Key("bench_share", 0.2, "share of the source videos held out for it", low=0, high=1),
     Key("tfds.write", False, "also write a TFDS set (ArrayRecord), frames once per clip", free=True),
     Key("tfds.max_pixels", 0, "tfds: area of the stored frames; 0 = as in the video", low=0, free=True),

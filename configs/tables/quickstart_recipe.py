@@ -52,8 +52,8 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only which option a word belongs to: from a random start that takes two minutes, later, beside captions, it
-# is not learned (the letter is one word of many).
+# At first only which option a word or a figure belongs to: from a random start, and before anything is seen. Later,
+# beside captions, it is not learned (the letter is one word of many), but what is known by then is kept.
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
@@ -62,10 +62,10 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.questions_per_video": 8,
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 240,
+        "train.steps": 1000,
     }
 )
-# Then all short texts, to see and to go on matching: captions, single aspects, options, what a question is about.
+# Then to see: captions, a few aspects in any order, and matching on.
 READING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
@@ -74,7 +74,7 @@ READING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/matching/model",
         "optim.lr": 0.015,
         "train.batch_size": 160,
-        "train.steps": 1800,
+        "train.steps": 1700,
     }
 )
 # Then also what follows from spatial states that are told; their texts are long, and all branches of a step are as
@@ -87,16 +87,18 @@ TELLING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/reading/model",
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 300,
+        "train.steps": 280,
     }
 )
-# Which option is nearest to a figure is not learned beside all that, and in a step of its own what was seen is
-# forgotten; but a few steps with everything bring it back.
-NEAREST: Mapping[str, Any] = MappingProxyType(
-    {**MATCHING, "data.sample": "", "model.path": "runs/telling/model", "optim.lr": 0.007, "train.steps": 260}
-)
-TELLING_AGAIN: Mapping[str, Any] = MappingProxyType(
-    {**TELLING, "model.path": "runs/nearest/model", "optim.lr": 0.007, "train.steps": 150}
+# Then where things are, as states in camera heights: what fine-tuning has to add is the metre.
+PLACING: Mapping[str, Any] = MappingProxyType(
+    {
+        **READING,
+        "data.path": "runs/captions/placing.json",
+        "model.path": "runs/telling/model",
+        "optim.lr": 0.012,
+        "train.steps": 800,
+    }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say what was measured, then
 # which option it is. Where things are is said by the reasoning of the cold start.

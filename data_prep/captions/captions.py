@@ -22,6 +22,7 @@ Told = Mapping[str, str]  # aspect of a thing -> what is said of it, in the orde
 
 DESCRIBE = "Describe {o}."  # the camera or an object, wholly or one aspect of it
 CAMERA = "the camera"
+_TOGETHER = 3
 
 
 def captions(told: Mapping[str, Told]) -> Iterator[Caption]:
@@ -35,10 +36,17 @@ def captions(told: Mapping[str, Told]) -> Iterator[Caption]:
 
 
 def aspects(told: Mapping[str, Told], rng: random.Random, count: int) -> Iterator[Caption]:
-    """Ask for at most `count` single aspects: within a caption the later words follow from those before them."""
-    single = [(thing, aspect, text) for thing, parts in told.items() for aspect, text in parts.items()]
-    for thing, aspect, text in rng.sample(single, min(count, len(single))):
-        yield DESCRIBE.format(o=f"{thing} {aspect}"), f"{aspect} {text}"
+    """Ask for one to `_TOGETHER` aspects of a thing, in any order, at most `count` times.
+
+    Within a caption the later words follow from those before them; here every aspect is also the first one.
+    """
+    asked = {}
+    for _ in range(count):
+        thing = rng.choice(list(told))
+        names = rng.sample(list(told[thing]), rng.randint(1, min(_TOGETHER, len(told[thing]))))
+        question = DESCRIBE.format(o=" ".join([thing, *names]))
+        asked[question] = " ".join(f"{name} {told[thing][name]}" for name in names)
+    yield from asked.items()
 
 
 def things_told(scene: Scene, rng: random.Random, objects: int) -> dict[str, Told]:

@@ -16,6 +16,7 @@ from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
 from data_prep.captions import matching, told
 from data_prep.captions.captions import CAMERA, DESCRIBE, aspects, captions, things_told
+from data_prep.captions.placed import PLACE, placed
 from data_prep.captions.words import spoken_words
 from data_prep.questions.names import object_names
 from data_prep.questions.propose import QuestionRules
@@ -37,10 +38,11 @@ FILES: Mapping[str, tuple[str, ...]] = {
     "matching.json": ("matching", "drill"),
     "short.json": _SHORT,
     "captions.json": (*_SHORT, "told"),
+    "placing.json": ("caption", "place", "matching"),
 }
-# Of a clip: objects described, single aspects asked for, questions of either kind that are matched (all but the first
-# are drill), questions about told states.
-_OBJECTS, _ASPECTS, _MATCHED, _TOLD = 2, 1, 4, 4
+# Of a clip: objects described, texts about a few aspects, questions of either kind that are matched and how many of
+# them all are no drill, questions about told states.
+_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _TOLD = 2, 6, 4, 2, 4
 _ABOUT, _STATE = 0.25, 0.4  # shares of clips beside which is asked what a question is about, or for a state
 _UNSEEN = 10_000_000  # from this number on worlds are only told of
 _TOLD_SIZE = 32  # pixels: enough to know which points are seen
@@ -86,9 +88,11 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     seen = things_told(clip.scene, rng, _OBJECTS)
     said = [("caption", *caption) for caption in captions(seen)]
     said += [("aspect", *caption) for caption in aspects(seen, rng, _ASPECTS)]
+    things = [thing for thing in seen if thing != CAMERA] or [CAMERA]
+    said += [("place", *caption) for caption in placed(clip.scene, things, sum(config.camera_height) / 2)]
     matched = [ask(rng) for ask in (matching.nearest_number, matching.same_word) for _ in range(_MATCHED)]
     rng.shuffle(matched)
-    said += [("drill" if n else "matching", *caption) for n, caption in enumerate(matched)]
+    said += [("matching" if n < _KEPT else "drill", *caption) for n, caption in enumerate(matched)]
     if rng.random() < _ABOUT:
         names = list(object_names(clip.scene)[0].values()) or ["the box"]
         said.append(("about", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))
@@ -115,7 +119,7 @@ def phrases() -> list[str]:
     decimal, so that nearest ones can be told without spelling.
     """
     texts = [text for several in PHRASINGS.values() for text in several]
-    templates = [*texts, *ANCHORS, DESCRIBE, matching.NEAREST, matching.SAME, matching.ABOUT, told.WRITE]
+    templates = [*texts, *ANCHORS, DESCRIBE, matching.NEAREST, matching.SAME, matching.ABOUT, told.WRITE, PLACE]
     pieces = {piece for text in templates for piece in _FIELD.split(text)}
     found = {piece for piece in pieces if len(piece.strip()) > 1}
     tau = THRESHOLD.format(tau=f"{100 * RelationRules.tau:.6g} cm")

@@ -118,6 +118,7 @@ def pack_vision(
     *,
     frames: int | None = None,
     frame_patches: int | None = None,
+    out: VisionInputs | None = None,
 ) -> tuple[VisionInputs, np.ndarray]:
     """Lays flat patches out as frames and attaches the index arrays.
 
@@ -126,6 +127,7 @@ def pack_vision(
       grids: the items, in the same order.
       frames: static number of frames F (at least the sum of t); None for exactly that.
       frame_patches: static patches per frame L (at least the largest h*w); None for exactly that.
+      out: padding of this size to write into, such as a part of a batch; None for a new one.
 
     Returns:
       (inputs, rows): rows i32[sum of merged tokens] is the flat row of each merged token, in item order, in the
@@ -146,7 +148,7 @@ def pack_vision(
             f"a vision bucket of {f} frames x {length} patches cannot hold {total_frames} frames of up to {longest} "
             f"patches (patches per frame must also be a multiple of {m2})"
         )
-    out = empty_vision(f, length, patches.shape[1], geometry)
+    out = empty_vision(f, length, patches.shape[1], geometry) if out is None else out
     rows, frame, start = [], 0, 0
     for g in grids:
         n = g.h * g.w

@@ -141,19 +141,19 @@ def pack_rows(
         patch_dim = next((e.patches.shape[1] for row in rows for e in row), None)
         if patch_dim is None:
             raise ValueError("all rows are empty but the sizes have frames: give patch_dim")
-    packed = []
-    for row in rows:
+    vision = empty_vision(len(rows) * frames, frame_patches, patch_dim, geometry)
+    features = []
+    for k, row in enumerate(rows):
         grids = [grid for e in row for grid in e.grids]
-        if not grids:
-            # Padding alone, so that rows without media fit the compiled step of the others.
-            packed.append((empty_vision(frames, frame_patches, patch_dim, geometry), np.zeros(0, np.int32)))
+        if not grids:  # padding alone, so that rows without media fit the compiled step of the others
+            features.append(np.zeros(0, np.int32))
             continue
         patches = [e.patches for e in row if e.grids]
         joined = patches[0] if len(patches) == 1 else np.concatenate(patches)
+        mine = VisionInputs(*(None if part is None else part[k * frames : (k + 1) * frames] for part in vision))
+        size = {"frames": frames, "frame_patches": frame_patches}
         try:
-            packed.append(pack_vision(joined, grids, geometry, frames=frames, frame_patches=frame_patches))
+            features.append(pack_vision(joined, grids, geometry, **size, out=mine)[1])
         except ValueError as error:
             raise ValueError(f"the row that starts with {row[0].key}: {error}") from error
-    parts = zip(*(vision for vision, _ in packed), strict=True)
-    vision = VisionInputs(*(None if part[0] is None else np.concatenate(part) for part in parts))
-    return vision, [features for _, features in packed]
+    return vision, features

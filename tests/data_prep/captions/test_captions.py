@@ -13,6 +13,7 @@ import pytest
 from configs import common
 from data_prep.captions import matching, told, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
+from data_prep.captions.placed import placed
 from data_prep.captions.task import FILES, phrases, run_captions
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.wording import short_reasoning, state_block, vector_text
@@ -72,12 +73,17 @@ def test_captions_name_every_object_they_describe_and_hold_no_figures():
         assert {re.sub(r"^\w+ |\.$", "", text) for text in asked} <= {o.description for o in clip.scene.objects}
         assert "Describe the camera." in found and not re.search(r"\d", json.dumps(found))
         described += len(asked)
-        single = dict(aspects(told, random.Random(0), 99))
-        assert len(single) == sum(len(parts) for parts in told.values())
-        for asked, answer in single.items():
+        names, begins = "|".join(words.ASPECTS), set()
+        for asked, answer in aspects(told, random.Random(n), 99):
             whole = next(text for question, text in found.items() if asked.startswith(question[:-1]))
-            aspect = asked.removesuffix(".").removeprefix(next(q for q in found if asked.startswith(q[:-1]))[:-1])
-            assert answer in whole and answer.startswith(f"{aspect.strip()} ")
+            begin = next(q for q in found if asked.startswith(q[:-1]))[:-1]
+            listed = re.findall(names, asked.removesuffix(".").removeprefix(begin))
+            assert 1 <= len(set(listed)) == len(listed) <= 3
+            assert re.findall(rf"(?:^| )({names}) ", answer) == listed, "in the order that was asked for"
+            parts = re.split(rf"(?:^| )(?=(?:{names}) )", answer)
+            assert all(part in whole for part in parts)
+            begins.add((begin, listed[0]))
+        assert begins == {(f"Describe {thing}", aspect) for thing, parts in told.items() for aspect in parts}
     assert described >= 3
 
 
@@ -105,6 +111,23 @@ def test_what_a_question_asks_about_is_an_aspect_of_captions():
         assert told.removeprefix("the red ball ").removeprefix("the camera ") in words.ASPECTS
 
 
+def test_places_are_the_states_of_questions_in_another_unit():
+    compared = 0
+    for n in range(3, 9):
+        scene = make_clip(0, n, SMALL).scene
+        questions = propose(scene, QuestionRules(num_frames=scene.num_frames, min_gap=0.99), seed=0)
+        named = {q.object_name or "the camera": q for q in questions}
+        for thing, (asked, told) in zip(named, placed(scene, named, 1.5), strict=True):
+            assert asked == f"State of {thing}."
+            figures = [float(figure) for figure in re.findall(r"-?\d+\.\d", told)]
+            pairs = zip(named[thing].camera_center, named[thing].object_center, strict=True)
+            right = [x for camera, center in pairs for x in (*camera, *(center or ()))]
+            np.testing.assert_allclose(figures, np.array(right) / 1.5, atol=0.0501)
+            assert told.count("null") == (2 if thing == "the camera" else 0)
+            compared += len(right)
+    assert compared > 60
+
+
 def test_the_same_bytes_for_any_number_of_workers(tmp_path):
     made = []
     for workers in (1, 2):
@@ -120,7 +143,7 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert {row["kind"] for row in found[name]} <= set(kinds), name
     every = [row for _, row in sorted({row["id"]: row for rows in found.values() for row in rows}.items())]
     assert all(found[name] == [row for row in every if row["kind"] in kinds] for name, kinds in FILES.items())
-    for kind, least in (("caption", 3), ("matching", 3), ("drill", 21), ("told", 3)):
+    for kind, least in (("caption", 3), ("aspect", 6), ("place", 3), ("matching", 6), ("drill", 18), ("told", 3)):
         assert sum(row["kind"] == kind for row in every) >= least, kind
     for row in every:
         looked = re.search(r"\nDescribe [a-z ]*\.$", row["conversations"][0]["value"])
