@@ -4,9 +4,10 @@ python -m benchmarks.base_captions --clips=128
 python -m benchmarks.base_captions --model=runs/base --clips=128
 
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
-the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left out.
-"text" is what is matched beside the clip; "told": what told states come to, their centres written again. A "figure" is
-followed by the "option" that is nearest to it. Of the two letters of an answer the second is the first one again.
+the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left
+out. "text" is what is matched beside the clip; "told": what told states come to, their centres written again. A
+"figure" is followed by the "option" that is nearest to it. Of the two letters of an answer the second is the first one
+again.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from data_prep.questions.balance import PRESETS, BalanceError, select, split_of
 from data_prep.questions.blind import screen
 from data_prep.questions.propose import QuestionRules, ask
 from data_prep.questions.rules import question_rules
-from data_prep.scenes.relations import Refused
 from data_prep.scenes.forms import FORMS
+from data_prep.scenes.relations import Refused
 from data_prep.sources.base import ClipSource
 from data_prep.sources.formed import FormedSource
 from data_prep.sources.monocular import MonocularSource

@@ -117,13 +117,13 @@ def test_places_are_the_states_of_questions_in_another_unit():
         scene = make_clip(0, n, SMALL).scene
         questions = propose(scene, QuestionRules(num_frames=scene.num_frames, min_gap=0.99), seed=0)
         named = {q.object_name or "the camera": q for q in questions}
-        for thing, (asked, told) in zip(named, placed(scene, named, 1.5), strict=True):
+        for thing, (asked, place) in zip(named, placed(scene, named, 1.5), strict=True):
             assert asked == f"State of {thing}."
-            figures = [float(figure) for figure in re.findall(r"-?\d+\.\d", told)]
+            figures = [float(figure) for figure in re.findall(r"-?\d+\.\d", place)]
             pairs = zip(named[thing].camera_center, named[thing].object_center, strict=True)
             right = [x for camera, center in pairs for x in (*camera, *(center or ()))]
             np.testing.assert_allclose(figures, np.array(right) / 1.5, atol=0.0501)
-            assert told.count("null") == (2 if thing == "the camera" else 0)
+            assert place.count("null") == (2 if thing == "the camera" else 0)
             compared += len(right)
     assert compared > 60
 
