@@ -170,6 +170,7 @@ def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
             max_disparity=s.max_disparity or None,
             max_depth=s.max_depth,
             num_frames=config.questions.num_frames,
+            min_gap=config.questions.min_gap,
             pool=pool,
         )
     if not source.clip_ids():

@@ -45,7 +45,13 @@ BENCH: Mapping[str, Any] = MappingProxyType(
     }
 )
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
-    {**recipe.QUESTIONS, "source": "stereo", "bench_share": 0.0, "report.clips": 4}
+    {
+        **recipe.QUESTIONS,
+        "source": "stereo",
+        "forms": ("mirrored", "backwards", "mirrored_backwards"),
+        "bench_share": 0.0,
+        "report.clips": 4,
+    }
 )
 REASONING: Mapping[str, Any] = MappingProxyType(
     {

@@ -183,6 +183,18 @@ def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
     return ask(scene, rules, seed)[0]
 
 
+def asked_frames(times: np.ndarray, num_frames: int, min_gap: float) -> np.ndarray:
+    """Return those of `frame_numbers` that a pair at least `min_gap` of the clip apart can have, i64[A]."""
+    seen = frame_numbers(times, num_frames)
+    gap, places = _gap(len(seen), min_gap), np.arange(len(seen))
+    return seen[(places >= gap) | (places < len(seen) - gap)]
+
+
+def _gap(count: int, min_gap: float) -> int:
+    """Frames that both frames of a question are apart, at least, of `count` that the model sees."""
+    return max(1, round(min_gap * (count - 1)))
+
+
 def ask(scene: Scene, rules: QuestionRules, seed: int) -> tuple[list[Question], tuple[LostObject, ...]]:
     """Ask up to `rules.per_clip` questions, in turn over the scenarios and, within each, over the labels that occur.
 
@@ -285,7 +297,7 @@ class _Facts:
 
 def _draw_pairs(count: int, rules: QuestionRules, rng: random.Random) -> list[tuple[int, int]]:
     """Distinct frame pairs at least `min_gap` apart: uniform first frame and gap, drawn until `pairs` or 4x tries."""
-    gap = max(1, round(rules.min_gap * (count - 1)))
+    gap = _gap(count, rules.min_gap)
     pairs: dict[tuple[int, int], None] = {}
     for _ in range(4 * rules.pairs):
         first, second = int(rng.random() * count), int(rng.random() * count)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.questions.propose import frame_numbers
+from data_prep.questions.propose import asked_frames
 from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
 from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
 from data_prep.sources.base import CAPTIONS, MASKS, ClipCard, LoadedClip, card_of
@@ -48,7 +48,8 @@ class StereoSource:
       max_frames: a longer clip is rejected.
       max_disparity: pixels; None = an eighth of the width.
       max_depth: metres; what is farther counts as unknown.
-      num_frames: frames of a clip that questions are about; only they get a depth. None = all.
+      num_frames: frames of a clip that the model sees. None = all, and all get a depth.
+      min_gap: share of the clip that both frames of a question are apart; only what can be asked about gets a depth.
       limits: quality a clip must have.
       pool: decodes under a time limit.
       groups: of `layout.clip_groups`; None = found now.
@@ -64,6 +65,7 @@ class StereoSource:
     max_disparity: int | None = None
     max_depth: float = MAX_DEPTH
     num_frames: int | None = None
+    min_gap: float = 0.0
     limits: QualityLimits = QualityLimits()  # noqa: B008, RUF009 - frozen
     pool: DecodePool = dataclasses.field(default_factory=DecodePool)
     groups: tuple[str, ...] | None = None
@@ -109,6 +111,7 @@ class StereoSource:
         if nameless:
             raise SceneError(f"{captions}: no caption for the masks {nameless[0]!r}")
         camera = self._camera(card, left.shape[1:3], clip_id)
+        used = None if self.num_frames is None else asked_frames(clip.times, self.num_frames, self.min_gap).tolist()
         try:
             found = reconstruct_clip(
                 left,
@@ -121,7 +124,7 @@ class StereoSource:
                 captions=names,
                 max_disparity=self.max_disparity,
                 max_depth=self.max_depth,
-                used=None if self.num_frames is None else frame_numbers(clip.times, self.num_frames).tolist(),
+                used=used,
                 limits=self.limits,
                 provenance={"files": [path.name for path in videos]},
                 disparity_offset=card.disparity_offset or 0.0,

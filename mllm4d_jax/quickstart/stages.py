@@ -120,16 +120,16 @@ class _Listing:
         """Fine-tuning, cold start with its reasoning, reinforcement and its control."""
         at, prompt = self.at, own(PROMPT)
         shared = {**self.seeded, "model.path": own(self.config.base)}
-        worlds, released = {"data.root": at("worlds", "clips")}, at("questions", "train_r1.jsonl")
-        answers = {**shared, "data.path": at("questions", "train.json"), **worlds}
+        clips, released = {"data.root": at("questions", "forms")}, at("questions", "train_r1.jsonl")
+        answers = {**shared, "data.path": at("questions", "train.json"), **clips}
         yield self.stage("sft", "fine-tuning on the answers", "sft.py:quickstart", answers, "questions")
         written = {**self.seeded, "cold_start.records": released, "cold_start.system_file": prompt}
         title, spec = "writing reasoning with spatial states", "curate.py:quickstart_reasoning"
         yield self.stage("reasoning", title, spec, written, "questions")
-        taught = {**shared, "model.adapter": at("sft"), "data.path": at("reasoning", "cold_start.json"), **worlds}
+        taught = {**shared, "model.adapter": at("sft"), "data.path": at("reasoning", "cold_start.json"), **clips}
         title, spec = "cold start: learning to write reasoning", "cold_start.py:quickstart"
         yield self.stage("cold_start", title, spec, taught, "sft", "reasoning")
-        reinforced = {**shared, "model.adapter": at("cold_start"), "data.path": released, **worlds}
+        reinforced = {**shared, "model.adapter": at("cold_start"), "data.path": released, **clips}
         reinforced |= {"prompt.system_file": prompt}
         for name, spec, title in (
             ("grpo_without_st", "grpo.py:quickstart_without_st", "without the spatio-temporal reward"),

@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.questions.names import object_names
 from data_prep.questions.options import LETTERS, label_options, numeric_options
-from data_prep.questions.propose import QuestionRules, ask, frame_numbers, propose
+from data_prep.questions.propose import QuestionRules, ask, asked_frames, frame_numbers, propose
 from data_prep.questions.scenarios import SCENARIOS
 from data_prep.questions.wording import ANCHORS, PHRASINGS, question_text
 from data_prep.scenes import relations as rel
@@ -91,6 +91,16 @@ def test_frame_numbers_are_those_of_the_encoder():
         np.testing.assert_array_equal(
             frame_numbers(np.arange(total) / 30, 32), SampleRule("uniform", 32, None).indices(total, 30.0)
         )
+
+
+@pytest.mark.parametrize("min_gap", [0.0, 0.1, 0.6, 0.99])
+def test_asked_frames_are_those_of_all_pairs_that_are_far_enough_apart(min_gap):
+    for total, count in ((2, 8), (9, 4), (40, 8)):
+        times = np.arange(total) / 30
+        seen = frame_numbers(times, count)
+        apart = max(1, round(min_gap * (len(seen) - 1)))
+        paired = {f for i in range(len(seen)) for j in range(i + apart, len(seen)) for f in (seen[i], seen[j])}
+        assert asked_frames(times, count, min_gap).tolist() == sorted(paired)
 
 
 def test_texts_name_the_frames_and_the_object():

@@ -159,6 +159,18 @@ def test_questions_count_the_frames_that_a_model_is_shown_of_an_uneven_video(tmp
     assert seen.tolist() != [0, 2, 5]
 
 
+def test_only_frames_that_questions_can_be_about_get_points(folder, tmp_path, clip, pool):
+    write_card(folder, clip.scene.clip_id, baseline=clip.baseline)
+    counts = []
+    for min_gap in (0.0, 0.99):
+        source = StereoSource(folder, folder, tmp_path / f"scenes{min_gap}", num_frames=6, min_gap=min_gap, pool=pool)
+        made = source.load(clip.scene.clip_id).scene
+        placed = [frame for frame in range(made.num_frames) if any(o.seen()[frame].any() for o in made.objects)]
+        assert {0, 5} <= set(placed)
+        counts.append(len(placed))
+    assert counts[0] == 6 > counts[1]  # keyframes of the camera's path have some, too
+
+
 def test_bootstap_tracks_replace_the_stages_own(folder, tmp_path, clip, pool):
     stem, scene = clip.scene.clip_id, clip.scene
     points = np.concatenate([o.points for o in scene.objects], axis=1)  # T, M, 3
