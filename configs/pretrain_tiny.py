@@ -7,12 +7,14 @@ python run.py --config=configs/pretrain_tiny.py:reading --workdir=runs/reading
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/reading --config.output=runs/reading/model
 python run.py --config=configs/pretrain_tiny.py:telling --workdir=runs/telling
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/telling --config.output=runs/telling/model
+python run.py --config=configs/pretrain_tiny.py:placing --workdir=runs/placing
+python run.py --config=configs/export.py:merged --config.model.adapter=runs/placing --config.output=runs/placing/model
 python run.py --config=configs/pretrain_tiny.py --workdir=runs/last
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/last --config.output=runs/base
 """
 
 from configs.schema import Presets
-from configs.tables.quickstart_recipe import MATCHING, PLACING, READING, TELLING
+from configs.tables.quickstart_recipe import ASKING, MATCHING, PLACING, READING, TELLING
 from configs.tables.training import SFT_KEYS
 
 get_config = Presets(
@@ -22,6 +24,10 @@ get_config = Presets(
         "matching": ("from a random start, which option a text belongs to", MATCHING),
         "reading": ("from the model of runs/matching, what is seen in clips, and matching on", READING),
         "telling": ("from the model of runs/reading, what told states come to besides", TELLING),
-        "": ("from the model of runs/telling, where things are, in camera heights: a base for the quickstart", PLACING),
+        "placing": ("from the model of runs/telling, where things are, in camera heights", PLACING),
+        "": (
+            "from the model of runs/placing, all that, and what questions are about: a base for the quickstart",
+            ASKING,
+        ),
     },
 )

@@ -29,15 +29,15 @@ _WORLDS: Mapping[str, Any] = MappingProxyType(
 )
 # Worlds to learn from, seen by two eyes. Their exact questions are written too, for those who want to compare.
 WORLDS: Mapping[str, Any] = MappingProxyType(
-    {**_WORLDS, "synthetic.clips": 450, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
+    {**_WORLDS, "synthetic.clips": 360, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
 )
-# Worlds to be examined on, with exact truth: about 300 questions of each subtask, all classes equally often. No
+# Worlds to be examined on, with exact truth: about 140 questions of each subtask, all classes equally often. No
 # training seed may be this one, nor that of the base's pre-training.
 BENCH: Mapping[str, Any] = MappingProxyType(
     {
         **_WORLDS,
         "seed": 9000,
-        "synthetic.clips": 2100,
+        "synthetic.clips": 1000,
         "synthetic.height": 96,
         "synthetic.width": 96,
         "bench_share": 1.0,

@@ -69,8 +69,12 @@ def aspect_asked(rng: random.Random, frames: int, name: str) -> Caption:
     """
     relation = rng.choice(list(LABELS))
     thing = name if relation.startswith("object_") else "the camera"
-    phrasing, anchor = rng.randrange(len(PHRASINGS[relation])), rng.randrange(len(ANCHORS))
     i = rng.randrange(frames - 1)
     j = rng.randrange(i + 1, frames)
-    question = question_text(relation, phrasing, anchor, i, j, frames - 1, thing)
-    return ABOUT.format(q=question), f"{thing} {ASPECT[relation]}"
+    return ABOUT.format(q=worded(rng, relation, i, j, frames, thing)), f"{thing} {ASPECT[relation]}"
+
+
+def worded(rng: random.Random, relation: str, i: int, j: int, frames: int, thing: str) -> str:
+    """Return a question about frames i and j of a clip of `frames`, in one of its wordings, without options."""
+    phrasing, anchor = rng.randrange(len(PHRASINGS[relation])), rng.randrange(len(ANCHORS))
+    return question_text(relation, phrasing, anchor, i, j, frames - 1, thing)

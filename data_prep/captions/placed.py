@@ -6,18 +6,21 @@ that is. So a base model can learn where things are, and what it lacks is the me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from data_prep.captions.captions import CAMERA, Caption
+from data_prep.captions.matching import worded
 from data_prep.questions.names import object_names
 from data_prep.questions.states import Pair, in_axes
 from data_prep.questions.wording import state_block
-from data_prep.scenes.relations import RULES, measure_object
+from data_prep.scenes.relations import LABELS, RULES, measure_object
 from data_prep.scenes.scene import Scene
 
 PLACE = "State of {o}."
+THING = "the object"  # that a question is about
 
 
 def placed(scene: Scene, things: Iterable[str], height: float) -> Iterator[Caption]:
@@ -38,3 +41,19 @@ def placed(scene: Scene, things: Iterable[str], height: float) -> Iterator[Capti
             middle = Pair(*(in_axes(end, axes)[0] / height for end in (found.start, found.end)))
         seen = zip(frames, centers, middle, strict=True)
         yield PLACE.format(o=thing), "".join(f"{state_block(f'frame {n}', c, m, 1)}\n" for n, c, m in seen)
+
+
+def placed_behind_questions(
+    places: Mapping[str, str], frames: int, rng: random.Random, count: int
+) -> Iterator[Caption]:
+    """Ask at most `count` times for the states of what a question is about, which stands before that.
+
+    The answer is no answer to the question: it says in camera heights where that thing is, whatever is asked of it.
+
+    Args:
+      places: name of a thing -> its states, from `placed`. frames: of the clip.
+    """
+    asked = [(thing, name) for thing in places for name in LABELS if name.startswith("object_") == (thing != CAMERA)]
+    for thing, name in rng.sample(asked, min(count, len(asked))):
+        what = PLACE.format(o=CAMERA if thing == CAMERA else THING)
+        yield f"{worded(rng, name, 0, frames - 1, frames, thing)}\n{what}", places[thing]

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
@@ -16,7 +17,7 @@ from configs.schema import fixed
 from configs.tables.curation import CLIP_KEYS
 from data_prep.captions import matching, told
 from data_prep.captions.captions import CAMERA, DESCRIBE, aspects, captions, things_told
-from data_prep.captions.placed import PLACE, placed
+from data_prep.captions.placed import PLACE, placed, placed_behind_questions
 from data_prep.captions.words import spoken_words
 from data_prep.questions.names import object_names
 from data_prep.questions.propose import QuestionRules
@@ -32,17 +33,19 @@ from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
 PHRASES = "phrases.json"
-_SHORT = ("caption", "aspect", "matching", "about", "state")
-# File of each step of pre-training -> kinds of the records in it.
-FILES: Mapping[str, tuple[str, ...]] = {
-    "matching.json": ("matching", "drill"),
+_ALL = 99
+_SHORT = {kind: _ALL for kind in ("caption", "aspect", "matching", "about", "state")}
+# File of each step of pre-training -> kinds of the records in it, each with how many of a clip at most.
+FILES: Mapping[str, Mapping[str, int]] = {
+    "matching.json": {"matching": _ALL, "drill": _ALL},
     "short.json": _SHORT,
-    "captions.json": (*_SHORT, "told"),
-    "placing.json": ("caption", "place", "matching"),
+    "captions.json": {**_SHORT, "told": _ALL},
+    "placing.json": {"caption": _ALL, "place": _ALL, "matching": 1},
+    "asking.json": {"asked": 3, "place": 1, "told": 3, "caption": 1, "aspect": 1, "matching": 1},
 }
 # Of a clip: objects described, texts about a few aspects, questions of either kind that are matched and how many of
-# them all are no drill, questions about told states.
-_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _TOLD = 2, 6, 4, 2, 4
+# them all are no drill, states asked for behind a question, questions about told states.
+_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _ASKED, _TOLD = 2, 6, 4, 2, 3, 4
 _ABOUT, _STATE = 0.25, 0.4  # shares of clips beside which is asked what a question is about, or for a state
 _UNSEEN = 10_000_000  # from this number on worlds are only told of
 _TOLD_SIZE = 32  # pixels: enough to know which points are seen
@@ -68,14 +71,23 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
         with contextlib.ExitStack() as files:
             writers = {name: files.enter_context(RecordWriter(root / name)) for name in FILES}
             for clip_id in clip_ids:
-                for row in store.read(clip_id).rows:
-                    for name, kinds in FILES.items():
-                        if row["kind"] in kinds:
-                            writers[name].write(row)
+                rows = store.read(clip_id).rows
+                for name, kinds in FILES.items():
+                    for row in rows_of(rows, kinds, int(clip_id.rpartition("-")[2])):
+                        writers[name].write(row)
     write_json(root / PHRASES, phrases())
     counts = ", ".join(f"{root / name} ({writer.records})" for name, writer in writers.items())
     print(f"records: {counts}; media root: {root}")
     return 0
+
+
+def rows_of(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, int], number: int) -> list[Mapping[str, Any]]:
+    """Return rows of some kinds in their order; of a kind that has more than it may, others for every clip `number`."""
+    kept = []
+    for kind, most in kinds.items():
+        places = [place for place, row in enumerate(rows) if row["kind"] == kind]
+        kept += [places[(number + n) % len(places)] for n in range(min(most, len(places)))]
+    return [rows[place] for place in sorted(kept)]
 
 
 def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed: int, clip_id: str) -> ClipResult:
@@ -89,7 +101,11 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     said = [("caption", *caption) for caption in captions(seen)]
     said += [("aspect", *caption) for caption in aspects(seen, rng, _ASPECTS)]
     things = [thing for thing in seen if thing != CAMERA] or [CAMERA]
-    said += [("place", *caption) for caption in placed(clip.scene, things, sum(config.camera_height) / 2)]
+    places = list(placed(clip.scene, things, sum(config.camera_height) / 2))
+    said += [("place", *caption) for caption in places]
+    states = {thing: text for thing, (_, text) in zip(things, places, strict=True)}
+    behind = placed_behind_questions(states, clip.scene.num_frames, rng, _ASKED)
+    said += [("asked", *caption) for caption in behind]
     matched = [ask(rng) for ask in (matching.nearest_number, matching.same_word) for _ in range(_MATCHED)]
     rng.shuffle(matched)
     said += [("matching" if n < _KEPT else "drill", *caption) for n, caption in enumerate(matched)]

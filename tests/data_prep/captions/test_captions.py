@@ -13,8 +13,8 @@ import pytest
 from configs import common
 from data_prep.captions import matching, told, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
-from data_prep.captions.placed import placed
-from data_prep.captions.task import FILES, phrases, run_captions
+from data_prep.captions.placed import placed, placed_behind_questions
+from data_prep.captions.task import FILES, phrases, rows_of, run_captions
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.wording import short_reasoning, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
@@ -128,6 +128,25 @@ def test_places_are_the_states_of_questions_in_another_unit():
     assert compared > 60
 
 
+def test_states_behind_a_question_are_of_what_it_asks_about():
+    places = {"the camera": "C", "the red ball": "R", "the blue drum": "B"}
+    found = list(placed_behind_questions(places, 8, random.Random(2), 99))
+    assert len(found) == 2 + 2 * 5 and len({asked for asked, _ in found}) == len(found)
+    for asked, states in found:
+        question, last = asked.split("\n")
+        thing = next(thing for thing, text in places.items() if text == states)
+        assert last == ("State of the camera." if thing == "the camera" else "State of the object.")
+        assert thing == "the camera" or thing in question
+        assert "frame 0" in question and "7" in question
+
+
+def test_rows_that_are_too_many_take_turns():
+    rows = [{"kind": "a", "n": n} for n in range(3)] + [{"kind": "b", "n": 9}]
+    taken = [[row["n"] for row in rows_of(rows, {"b": 1, "a": 2}, number)] for number in range(3)]
+    assert taken == [[0, 1, 9], [1, 2, 9], [0, 2, 9]]
+    assert rows_of(rows, {"c": 4}, 0) == []
+
+
 def test_the_same_bytes_for_any_number_of_workers(tmp_path):
     made = []
     for workers in (1, 2):
@@ -142,9 +161,15 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
     for name, kinds in FILES.items():
         assert {row["kind"] for row in found[name]} <= set(kinds), name
     every = [row for _, row in sorted({row["id"]: row for rows in found.values() for row in rows}.items())]
-    assert all(found[name] == [row for row in every if row["kind"] in kinds] for name, kinds in FILES.items())
-    for kind, least in (("caption", 3), ("aspect", 6), ("place", 3), ("matching", 6), ("drill", 18), ("told", 3)):
-        assert sum(row["kind"] == kind for row in every) >= least, kind
+    for name, kinds in FILES.items():
+        for clip in {row["video"] for row in every}:
+            told = {kind: [row for row in every if row["video"] == clip and row["kind"] == kind] for kind in kinds}
+            kept = [row for row in found[name] if row["video"] == clip]
+            assert len(kept) == sum(min(most, len(told[kind])) for kind, most in kinds.items())
+            assert all(row in told[row["kind"]] for row in kept) and kept == sorted(kept, key=lambda row: row["id"])
+    expected = {"caption": 3, "aspect": 6, "place": 3, "asked": 6, "matching": 6, "drill": 18, "told": 3}
+    for kind, number in expected.items():
+        assert sum(row["kind"] == kind for row in every) >= number, kind
     for row in every:
         looked = re.search(r"\nDescribe [a-z ]*\.$", row["conversations"][0]["value"])
         assert bool(looked) == (row["kind"] in ("caption", "aspect"))
