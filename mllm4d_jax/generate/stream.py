@@ -68,6 +68,8 @@ class CompletionStream:
         while self._next is not None or self._going:
             self._admit()
             yield from self._ended()
+            if self._has_room:  # the first token ended completions: nothing to decode before others take their place
+                continue
             if self._going:
                 self._advance()
                 yield from self._ended()
@@ -83,6 +85,11 @@ class CompletionStream:
         self._packing = self._packing.refilled(self._unfinished)
 
     @property
+    def _has_room(self) -> bool:
+        """Whether rows are free for the prompts that come next."""
+        return self._next is not None and len(self._next) <= len(self._packing.free)
+
+    @property
     def _unfinished(self) -> dict[int, np.ndarray]:
         return {number: ~going.record.finished for number, going in self._going.items()}
 
@@ -94,7 +101,7 @@ class CompletionStream:
     def _admit(self) -> None:
         """Prefills prompts that wait into rows that are free."""
         started, arrived = time.monotonic(), []
-        while self._next is not None and len(self._next) <= len(self._packing.free):
+        while self._has_room:
             arrived.append(self._prefill(self._next))
             self._next = next(self._waiting, None)
         for numbers, call, (following, tokens, logprobs) in arrived:

@@ -96,6 +96,18 @@ def test_stop_texts_end_completions_here_too():
     assert out.finish_reason[0][0] == "stop_string"
 
 
+def test_completions_that_the_first_token_ends_make_room_at_once():
+    """A row that prefill alone has filled is free for the next prompt before anything is decoded beside it."""
+    limits = LIMITS.copy()
+    limits[[0, 1, 5, 6, 7, 12]] = 1
+    out, whole = sample_few(max_new_tokens=limits), few()
+    np.testing.assert_array_equal(out.lengths, np.minimum(whole.lengths, limits))
+    for place in np.ndindex(16, 3):
+        size = out.lengths[place]
+        np.testing.assert_array_equal(out.tokens[place][:size], whole.tokens[place][:size])
+    assert all(steps for steps, _ in out.statistics.chunks)
+
+
 def test_rows_on_several_devices():
     """Four prompts are prefilled together, one on each device, into rows of any device; key heads are split as well."""
     mesh = make_mesh(dict(data=4, tensor=2))
