@@ -28,7 +28,7 @@ def test_it_is_small_and_has_a_token_for_every_phrase():
     assert all(len(tokenizer.encode_pieces([Piece(phrase)])[0]) == 1 for phrase in phrases())
 
 
-def test_it_sees_where_a_camera_goes_that_it_has_not_seen_before_and_finds_the_letter_of_what_it_says():
+def test_it_sees_where_things_are_in_clips_that_it_has_not_seen_and_finds_the_letter_of_what_it_says():
     """The most frequent one is right for about .3 of the main ways, .2 of the columns and .3 of the letters."""
     encoder = encoder_of(FOLDER, common.config("sft", dict(MATCHING)).video, 512)
     try:
@@ -41,11 +41,18 @@ def test_it_sees_where_a_camera_goes_that_it_has_not_seen_before_and_finds_the_l
     finally:
         encoder.close()
     ways, letters = said["camera", "mainly", "way"], said["text", "letter"]
-    assert len(ways) > CLIPS / 2 and np.mean(ways) > 0.85, np.mean(ways)
+    assert len(ways) > CLIPS / 2 and np.mean(ways) > 0.9, np.mean(ways)
     columns, gaps = said["object", "last", "column"], said["object", "gap", "way"]
-    assert min(len(columns), len(gaps)) > CLIPS and np.mean(columns) > 0.55 and np.mean(gaps) > 0.7
+    assert min(len(columns), len(gaps)) > CLIPS and np.mean(columns) > 0.6 and np.mean(gaps) > 0.7
+    # Coordinates within 0.1 camera heights: the most frequent one is right for .34 of the camera's, .11 of others.
+    camera, first, last = (
+        said["camera", "last", "place"],
+        said["object", "first", "place"],
+        said["object", "last", "place"],
+    )
+    assert np.mean(camera) > 0.85 and np.mean(first) > 0.65 and np.mean(last) > 0.65
     # Each answer has its letter twice; who only copies the first one is right for .65.
-    assert len(letters) == 16 * CLIPS and np.mean(letters) > 0.75, np.mean(letters)
+    assert len(letters) == 16 * CLIPS and np.mean(letters) > 0.97, np.mean(letters)
     # Of what told states come to, the most frequent label is right for .3.
-    assert np.mean(said["told", "centre"]) > 0.95 and np.mean(said["told", "label"]) > 0.45
+    assert np.mean(said["told", "centre"]) > 0.95 and np.mean(said["told", "label"]) > 0.6
     assert np.mean(said["told", "option"]) > 0.9
