@@ -43,7 +43,7 @@ def test_it_sees_where_things_are_in_clips_that_it_has_not_seen_and_finds_the_le
     ways, letters = said["camera", "mainly", "way"], said["text", "letter"]
     assert len(ways) > CLIPS / 2 and np.mean(ways) > 0.9, np.mean(ways)
     columns, gaps = said["object", "last", "column"], said["object", "gap", "way"]
-    assert min(len(columns), len(gaps)) > CLIPS and np.mean(columns) > 0.6 and np.mean(gaps) > 0.7
+    assert min(len(columns), len(gaps)) > 0.7 * CLIPS and np.mean(columns) > 0.6 and np.mean(gaps) > 0.7
     # Coordinates within 0.1 camera heights: the most frequent one is right for .34 of the camera's, .11 of others.
     camera, first, last = (
         said["camera", "last", "place"],
