@@ -150,15 +150,15 @@ SFT: Mapping[str, Any] = MappingProxyType(
         "optim.lr": 0.008,
         "optim.b2": 0.98,
         "optim.warmup_ratio": 0.03,
-        "train.batch_size": 96,
-        "train.steps": 220,
+        "train.batch_size": 48,
+        "train.steps": 400,
         "train.log_every": 10,
         "train.checkpoint_every": 100,
         "train.loss_chunk": 1024,
     }
 )
 # Reasoning with spatial states (curate.py:cold_start with cold_start.style=brief), from the adapter of SFT.
-COLD_START: Mapping[str, Any] = MappingProxyType({**SFT, "optim.lr": 0.005, "train.steps": 40})
+COLD_START: Mapping[str, Any] = MappingProxyType({**SFT, "optim.lr": 0.005, "train.steps": 80})
 GRPO: Mapping[str, Any] = MappingProxyType(
     {
         **{name: value for name, value in _SEEN.items() if name not in ("data.branch_buckets", "model.vision_remat")},
