@@ -7,7 +7,8 @@ Prints, for every aspect of a caption, how many words there were, how many were 
 the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left
 out. "text" is what is matched beside the clip; "told": what told states come to, their centres written again. A
 "figure" is followed by the "option" that is nearest to it. Of the two letters of an answer the second is the first one
-again. A "place" is a coordinate of a state in camera heights, right within 0.1; what is always zero is left out.
+again. A "place" is a coordinate of a state in camera heights, right within 0.1, "asked" one behind a question; what is
+always zero is left out.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def words_of(
     if kind in ("caption", "aspect"):
         about = "camera" if CAMERA in tokenizer.decode(example.tokens[: places[0]].tolist()) else "object"
         counted = _seen(spoken, (about,), ("alone",) if kind == "aspect" else ())
-    elif kind == "place":
-        for number, *key in _placed(spoken):
+    elif kind in ("place", "asked"):
+        for number, *key in _placed(spoken, kind):
             said = tokenizer.decode([int(best[places[number] - 1])])
             yield tuple(key), spoken[number], _is_near(said, spoken[number])
         return
@@ -125,13 +126,13 @@ def _seen(spoken: list[str], about: tuple[str, ...], alone: tuple[str, ...]) -> 
             yield number, (*about, aspect, kind, *alone)
 
 
-def _placed(spoken: list[str]) -> Iterator[tuple[int, str, str, str]]:
+def _placed(spoken: list[str], kind: str) -> Iterator[tuple[int, str, str, str]]:
     thing, frame = "", 0
     for number, piece in enumerate(spoken):
         frame += "(frame" in piece
         thing = "camera" if "Camera" in piece else "object" if "Object" in piece else thing
         if piece.lstrip("-")[:1].isdigit() and "." in piece and (thing, frame) != ("camera", 1):
-            yield number, thing, ("first", "last")[frame - 1], "place"
+            yield number, thing, ("first", "last")[frame - 1], kind
 
 
 def _is_near(said: str, right: str) -> bool:

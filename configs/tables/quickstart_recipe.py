@@ -100,7 +100,7 @@ PLACING: Mapping[str, Any] = MappingProxyType(
         "train.steps": 800,
     }
 )
-# Last, all of it, and which thing a question is about: without that, fine-tuning takes one thing for another.
+# Last, all of it, and states behind the questions that fine-tuning asks; what was told is remembered by it again.
 ASKING: Mapping[str, Any] = MappingProxyType(
     {
         **TELLING,

@@ -184,7 +184,11 @@ def propose(scene: Scene, rules: QuestionRules, seed: int) -> list[Question]:
 
 
 def asked_frames(times: np.ndarray, num_frames: int, min_gap: float) -> np.ndarray:
-    """Return those of `frame_numbers` that a pair at least `min_gap` of the clip apart can have, i64[A]."""
+    """Return those of `frame_numbers` that a pair at least `min_gap` of the clip apart can have, i64[A], ascending.
+
+    Args:
+      times: f64[T] seconds. num_frames: that the model sees. min_gap: share of the clip, 0 to 1.
+    """
     seen = frame_numbers(times, num_frames)
     gap, places = _gap(len(seen), min_gap), np.arange(len(seen))
     return seen[(places >= gap) | (places < len(seen) - gap)]
