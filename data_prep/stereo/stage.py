@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -97,15 +98,8 @@ def reconstruct_clip(
     middle = frames[len(frames) // 2]
     beyond, search = (None, max_disparity) if max_disparity is not None else _usual_search(left[middle], right[middle])
     setting = _Matching(intrinsics, metres, search, max_depth, disparity_offset, beyond)
-    try:
+    with _naming_cause(left[middle], right[middle], search):
         depths, trajectory, tracks, quality = _measure(left, right, frames, masks, setting, scale, limits, clip_id)
-    except StereoError as error:
-        cause = likely_cause(left[middle], right[middle], search)
-        if not cause:
-            raise
-        told = StereoError(f"{error}; {cause}", error.reason)
-        told.frame = error.frame
-        raise told from error
     found, left_out = _scene_objects(masks, captions, tracks)
     notes = {"tool": "data_prep.stereo.stage", "parameters": setting.parameters(), "quality": quality.as_dict()}
     scene = Scene(
@@ -120,6 +114,20 @@ def reconstruct_clip(
         provenance={**provenance, **notes, "objects_left_out": left_out},
     )
     return Reconstruction(scene, depths, quality)
+
+
+@contextlib.contextmanager
+def _naming_cause(left: np.ndarray, right: np.ndarray, search: int) -> Iterator[None]:
+    """Add the likely cause, if a pair u8[H,W,3] shows one, to a StereoError that is raised inside."""
+    try:
+        yield
+    except StereoError as error:
+        cause = likely_cause(left, right, search)
+        if not cause:
+            raise
+        told = StereoError(f"{error}; {cause}", error.reason)
+        told.frame = error.frame
+        raise told from error
 
 
 def _usual_search(left: np.ndarray, right: np.ndarray) -> tuple[float | None, int]:
