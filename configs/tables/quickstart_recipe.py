@@ -52,8 +52,9 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only which option a word or a figure belongs to: from a random start, and before anything is seen. Later,
-# beside captions, it is not learned (the letter is one word of many), but what is known by then is kept.
+# At first only which option a word or a figure belongs to, and what spatial states come to: from a random start, and
+# before anything is seen. Later, beside captions, it is not learned (the letter is one word of many), but what is known
+# by then is kept.
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
@@ -62,7 +63,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.questions_per_video": 8,
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 1000,
+        "train.steps": 1300,
     }
 )
 # Then to see: captions, a few aspects in any order, and matching on.
@@ -74,20 +75,7 @@ READING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/matching/model",
         "optim.lr": 0.015,
         "train.batch_size": 160,
-        "train.steps": 1700,
-    }
-)
-# Then also what follows from spatial states that are told; their texts are long, and all branches of a step are as
-# long as the longest.
-TELLING: Mapping[str, Any] = MappingProxyType(
-    {
-        **_FROM_NOTHING,
-        "data.path": "runs/captions/captions.json",
-        "data.questions_per_video": 4,
-        "model.path": "runs/reading/model",
-        "optim.lr": 0.01,
-        "train.batch_size": 128,
-        "train.steps": 280,
+        "train.steps": 1300,
     }
 )
 # Then where things are, as states in camera heights; nothing else makes so small a model see as well.
@@ -95,19 +83,20 @@ PLACING: Mapping[str, Any] = MappingProxyType(
     {
         **READING,
         "data.path": "runs/captions/placing.json",
-        "model.path": "runs/telling/model",
+        "model.path": "runs/reading/model",
         "optim.lr": 0.012,
-        "train.steps": 800,
+        "train.steps": 1100,
     }
 )
-# Last, all of it, and states behind the questions that fine-tuning asks; what was told is remembered by it again.
+# Last, all of it, questions about told states, and states behind the questions that fine-tuning asks. Their texts are
+# long, and all branches of a step are as long as the longest.
 ASKING: Mapping[str, Any] = MappingProxyType(
     {
-        **TELLING,
+        **PLACING,
         "data.path": "runs/captions/asking.json",
         "model.path": "runs/placing/model",
-        "optim.lr": 0.012,
-        "train.steps": 390,
+        "train.batch_size": 128,
+        "train.steps": 480,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say where things are in both

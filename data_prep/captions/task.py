@@ -34,18 +34,16 @@ from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
 PHRASES = "phrases.json"
 _ALL = 99
-_SHORT = {kind: _ALL for kind in ("caption", "aspect", "matching", "about", "state")}
 # File of each step of pre-training -> kinds of the records in it, each with how many of a clip at most.
 FILES: Mapping[str, Mapping[str, int]] = {
-    "matching.json": {"matching": _ALL, "drill": _ALL},
-    "short.json": _SHORT,
-    "captions.json": {**_SHORT, "told": _ALL},
-    "placing.json": {"caption": _ALL, "place": _ALL, "matching": 1},
-    "asking.json": {"asked": 3, "place": 1, "told": 3, "caption": 1, "aspect": 1, "matching": 1},
+    "matching.json": {"matching": _ALL, "drill": _ALL, "derived": _ALL},
+    "short.json": {**dict.fromkeys(("caption", "aspect", "matching", "about", "state"), _ALL), "derived": 1},
+    "placing.json": {"caption": _ALL, "place": _ALL, "matching": 1, "derived": 1},
+    "asking.json": {"asked": 3, "place": 1, "told": 3, "derived": 1, "caption": 1, "aspect": 1, "matching": 1},
 }
 # Of a clip: objects described, texts about a few aspects, questions of either kind that are matched and how many of
-# them all are no drill, states asked for behind a question, questions about told states.
-_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _ASKED, _TOLD = 2, 6, 4, 2, 3, 4
+# them all are no drill, what states come to, states asked for behind a question, questions about told states.
+_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _DERIVED, _ASKED, _TOLD = 2, 6, 4, 2, 4, 3, 4
 _ABOUT, _STATE = 0.25, 0.4  # shares of clips beside which is asked what a question is about, or for a state
 _UNSEEN = 10_000_000  # from this number on worlds are only told of
 _TOLD_SIZE = 32  # pixels: enough to know which points are seen
@@ -109,6 +107,7 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     matched = [ask(rng) for ask in (matching.nearest_number, matching.same_word) for _ in range(_MATCHED)]
     rng.shuffle(matched)
     said += [("matching" if n < _KEPT else "drill", *caption) for n, caption in enumerate(matched)]
+    said += [("derived", *told.derived(rng, clip.scene.num_frames)) for _ in range(_DERIVED)]
     if rng.random() < _ABOUT:
         names = list(object_names(clip.scene)[0].values()) or ["the box"]
         said.append(("about", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))

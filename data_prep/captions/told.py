@@ -10,13 +10,19 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
+import numpy as np
+
 from data_prep.captions.captions import CAMERA, Caption
+from data_prep.captions.matching import ASPECT
 from data_prep.questions.propose import QuestionRules, propose
-from data_prep.questions.wording import state_block, vector_text
+from data_prep.questions.states import Pair, stated
+from data_prep.questions.wording import found_text, state_block, vector_text
+from data_prep.scenes.relations import LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
 
 WRITE = "State of {o} at frame {f}: {n}"
+_THIRD = 1.0 / 3  # of the changes that are drawn are small
 
 
 def told_questions(scene: Scene, rules: QuestionRules, seed: int, rng: random.Random, count: int) -> Iterator[Caption]:
@@ -33,6 +39,33 @@ def told_questions(scene: Scene, rules: QuestionRules, seed: int, rng: random.Ra
         question = asked[scenario]
         states = "\n".join(question.states)
         yield f"{states}\n{write_question(question.text, lettered(question.options))}", question.spoken
+
+
+def derived(rng: random.Random, frames: int) -> Caption:
+    """Ask what two states, of the first and the last of `frames`, come to: a figure and its label, no options.
+
+    What is right follows from the centres as they are written. They are drawn like those of small rooms.
+    """
+    relation = rng.choice(list(LABELS))
+    seen = relation.startswith("object_")
+    camera = np.array([[0.0, 0.0, 0.0], _move(rng)])
+    start = np.array([rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 1.2 + rng.expovariate(0.5)])
+    thing = np.array([start, start + _move(rng)]) if seen else None
+    camera, thing = (None if c is None else c.round(1) + 0.0 for c in (camera, thing))
+    pairs = (None if c is None else Pair(c[:1], c[1:]) for c in (camera, thing))
+    values = stated(*pairs)[relation]
+    value = tuple(values[0]) if values.ndim > 1 else float(values[0])
+    rules = dataclasses.replace(RULES, min_motion=0.0, dominance=1.0, margin=0.0)
+    label = LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])] if LABELS[relation] else ""
+    shown = zip((0, frames - 1), camera, thing if seen else (None, None), strict=True)
+    states = "\n".join(state_block(f"frame {n}", c, t, 1) for n, c, t in shown)
+    return f"{states}\n{'the object' if seen else CAMERA} {ASPECT[relation]}", found_text(value, label)
+
+
+def _move(rng: random.Random) -> list[float]:
+    """Draw a displacement f64[3], metres: mostly along the floor, and often too small to count."""
+    size = 0.15 if rng.random() < _THIRD else 0.8
+    return [rng.gauss(0, size), rng.gauss(0, 0.25 * size), rng.gauss(0, size)]
 
 
 def written_state(rng: random.Random, frames: int) -> Caption:

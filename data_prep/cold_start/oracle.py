@@ -97,7 +97,7 @@ def compose_brief(item: R1Question) -> str:
     titles = (f"frame {frame}" for frame in item.frames[:2])
     states = [state_block(title, *centers, 1) for title, *centers in zip(titles, camera, thing, strict=True)]
     answer = item.solution.answer
-    return brief_reasoning(states, found_text(item.label, item.value, item.options[answer]), answer)
+    return brief_reasoning(states, found_text(item.value, item.options[answer]), answer)
 
 
 def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:

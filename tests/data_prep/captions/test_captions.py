@@ -187,12 +187,12 @@ def test_questions_about_told_states_say_them_again_and_come_from_them():
             assert all(f"Camera Center: {vector_text(c, 1)}\n" in asked for c in reasoning.camera_centers)
             assert all(f"Object Center: {vector_text(c, 1)}\n" in asked for c in reasoning.object_centers)
             question, options = split_question(asked)
-            said = reasoning.thinking.rpartition("\n")[2].partition(":")[0]
-            if said.replace(".", "").isdigit():
-                off = {letter: abs(float(value) - float(said)) for letter, value in options.items()}
+            *figure, said, letter = reasoning.thinking.rpartition("\n")[2].split(": ")
+            assert options[reasoning.answer] == said and letter == reasoning.answer
+            if said[0].isdigit():
+                off = {letter: abs(float(value) - float(figure[0])) for letter, value in options.items()}
                 assert min(off, key=off.get) == reasoning.answer
-            else:
-                assert options[reasoning.answer] == said
+            assert bool(figure) != (said in CAMERA_DIRECTIONS)
             seen.add(said)
     assert len(seen) > 8
 
