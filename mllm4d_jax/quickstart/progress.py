@@ -33,6 +33,7 @@ def share_of(config: ml_collections.ConfigDict, folder: Path) -> Share:
     clips = config.synthetic.clips
     if config.source != "synthetic":
         clips = sum(name.endswith("-captions.json") for name in os.listdir(config.input))
+    clips *= 1 + len(config.forms)
     return lambda: len(os.listdir(folder / "parts")) / clips if (folder / "parts").is_dir() else 0.0
 
 

@@ -49,6 +49,8 @@ def test_shares_follow_the_files_of_each_task(tmp_path):
     (tmp_path / "b-captions.json").touch()
     assert share() == 0.2
     assert share_of(common.config("curate", {"source": "stereo", "input": str(tmp_path)}), tmp_path)() == 0.5
+    formed = {"source": "stereo", "input": str(tmp_path), "forms": ("mirrored", "backwards", "mirrored_backwards")}
+    assert share_of(common.config("curate", formed), tmp_path)() == 0.125
     assert share_of(common.config("curate", {"source": "cold_start"}), tmp_path)() is None
 
 

@@ -192,9 +192,40 @@ def test_questions_about_told_states_say_them_again_and_come_from_them():
             if said[0].isdigit():
                 off = {letter: abs(float(value) - float(figure[0])) for letter, value in options.items()}
                 assert min(off, key=off.get) == reasoning.answer
-            assert bool(figure) != (said in CAMERA_DIRECTIONS)
+            assert bool(figure) != ("main" in question or "mainly" in question or "most" in question)
             seen.add(said)
     assert len(seen) > 8
+
+
+def test_what_two_states_come_to_follows_from_the_centres_as_they_are_written():
+    rng, seen = random.Random(5), set()
+    for _ in range(300):
+        asked, answer = told.derived(rng, 8)
+        states = parse(f"<thinking>{asked}</thinking>")
+        (start, end), (first, last) = states.camera_centers, states.object_centers
+        thing, aspect = re.search(r"\n(the camera|the object) ([a-z ]+)$", asked).groups()
+        figure, _, label = answer.rpartition(": ")
+        if thing == "the camera":
+            move = np.subtract(end, start)
+            assert first is last is None
+            if aspect == "mainly":
+                axis = CAMERA_DIRECTIONS.index(answer) // 2
+                assert abs(move[axis]) == abs(move).max() and (move[axis] < 0) == CAMERA_DIRECTIONS.index(answer) % 2
+                continue
+            value = np.linalg.norm(move)
+        else:
+            gap = np.linalg.norm(np.subtract(last, end)) - np.linalg.norm(np.subtract(first, start))
+            sideways, _, depth = np.subtract(last, first)
+            ahead = np.linalg.norm(np.subtract(last, start))
+            moved = np.linalg.norm(np.subtract(last, first))
+            value = {"sideways": sideways, "in depth": depth, "gap": gap, "distance": ahead, "in all": moved}[aspect]
+        assert abs(float(figure or label) - value) < 0.051
+        if figure:
+            above, below = ("right", "left") if aspect == "sideways" else ("farther", "closer")
+            still = abs(float(figure)) < RULES.tau
+            assert label == ("not moving" if still else above if float(figure) > 0 else below)
+        seen.add((thing, aspect, label if figure else ""))
+    assert len(seen) == 2 + 9 + 2 - 1
 
 
 def test_a_centre_is_written_as_a_state():
