@@ -15,7 +15,7 @@ WORLDS: Mapping[str, Any] = MappingProxyType(
         "synthetic.fps": 4.0,
         "synthetic.plain": True,
         "synthetic.objects": (1, 1),
-        "synthetic.object_travel": (0.3, 1.6),
+        "synthetic.object_travel": (0.25, 3.0),
         "synthetic.object_size": 1.6,
         "synthetic.size_spread": 0.0,
         "synthetic.tumble": 0.0,
@@ -111,7 +111,7 @@ QUESTIONS: Mapping[str, Any] = MappingProxyType(
             "object_camera_absolute_distance=1.25",
         ),
         "questions.answers": "states",
-        "questions.draws": 3,
+        "questions.draws": 6,
         "questions.margin": 0.15,
     }
 )

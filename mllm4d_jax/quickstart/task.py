@@ -54,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
             f"quickstart ({config.size}): {len(listed)} stages, about {about} on two quiet cores; all in {workdir}"
         )
         for number in range(len(listed)):
-            if not _Turn(listed, number, records, clock, line, stop).take():
+            if not Turn(listed, number, records, clock, line, stop).take():
                 line.say(f"stopped in stage {number + 1} of {len(listed)}; the same command goes on from there")
                 return 0
         results = read_results(path, listed, records)
@@ -79,7 +79,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Turn:
+class Turn:
     """The turn of one stage."""
 
     listed: list[Stage]

@@ -1,0 +1,179 @@
+"""Repeat the quickstart's reinforcement with several seeds and examine all of it on worlds that nothing was tuned on.
+
+python run.py --config=configs/quickstart.py --workdir=runs/quickstart
+python -m benchmarks.quickstart_seeds --workdir=runs/quickstart --seeds=1,2,3
+
+Goes on from the cold start of a finished quickstart: reinforcement without and with the spatio-temporal reward and the
+control of equal time, each with every seed, then greedy answers to questions about `--clips` new worlds. A stage that
+is done is passed over, so the same command goes on where it was stopped. Prints accuracies, the paper's reward of
+greedy answers, errors of centres, and differences on the same questions: those of all seeds are averaged question by
+question, brackets are 95 % intervals by a bootstrap over worlds, and what each seed has alone stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from configs import common
+from mllm4d_jax.eval import statistics
+from mllm4d_jax.eval.predictions import read_predictions
+from mllm4d_jax.files.ending import StopSignal
+from mllm4d_jax.qa.rewards import Solution, score
+from mllm4d_jax.quickstart.done import Records
+from mllm4d_jax.quickstart.progress import Clock, StatusLine
+from mllm4d_jax.quickstart.results import KINDS, Examined, examine, rewards_of
+from mllm4d_jax.quickstart.stages import Stage, equal_time, stages
+from mllm4d_jax.quickstart.tables import percent
+from mllm4d_jax.quickstart.task import Turn
+
+SEED = 9100  # of the worlds: not one of the quickstart's, nor of pre-training
+ONCE = ("base", "sft", "sft_shuffled", "cold_start")
+REPEATED = ("control", "grpo_without_st", "grpo")
+COMPARED = (
+    ("cold_start", "control"),
+    ("cold_start", "grpo_without_st"),
+    ("cold_start", "grpo"),
+    ("control", "grpo"),
+    ("grpo_without_st", "grpo"),
+)
+MEASURES = ("accuracy", "reward", *KINDS)
+
+
+def listed(workdir: str, seeds: Sequence[int], clips: int, workers: int) -> list[Stage]:
+    """Return all stages, below `seeds/` of a quickstart's workdir: examined worlds, training, examinations."""
+    of = {stage.name: stage for stage in stages(common.config("quickstart", {"workers": workers}), workdir)}
+    top = f"{workdir}/seeds"
+    bench = dataclasses.replace(
+        of["bench"],
+        values={**of["bench"].values, "seed": SEED, "synthetic.clips": clips},
+        folder=f"{top}/bench",
+        title="rendering worlds that nothing was tuned on",
+    )
+    asked = {"data.path": f"{top}/bench/bench.json", "data.root": f"{top}/bench"}
+    found = [bench]
+    for name in ONCE:
+        stage = of[f"eval_{name}"]
+        found.append(dataclasses.replace(stage, values={**stage.values, **asked}, folder=f"{top}/{stage.name}"))
+    for seed in seeds:
+        for name in ("grpo_without_st", "grpo", "control"):
+            changed = {"late": _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")} if name == "control" else {}
+            found.append(_again(of[name], seed, {"seed": seed}, top, **changed))
+        for name in REPEATED:
+            examined = {**asked, "model.adapter": f"{top}/{name}_{seed}"}
+            found.append(_again(of[f"eval_{name}"], seed, examined, top))
+    return [dataclasses.replace(stage, inputs=()) for stage in found]
+
+
+def _equal_time(reinforced: str, taught: str) -> Callable[[], Mapping]:
+    return lambda: equal_time(reinforced, taught)
+
+
+def _again(stage: Stage, seed: int, values: Mapping, top: str, **changed: Callable) -> Stage:
+    """Return a stage of another name and folder for a seed, with other values."""
+    name = f"{stage.name}_{seed}"
+    values = {**stage.values, **values}
+    return dataclasses.replace(
+        stage, name=name, title=f"{stage.title}, seed {seed}", values=values, folder=f"{top}/{name}", **changed
+    )
+
+
+def run(found: Sequence[Stage], top: Path) -> bool:
+    """Do the stages that are not done; return False when asked to stop. Raises QuickstartError."""
+    (top / "logs").mkdir(parents=True, exist_ok=True)
+    records, line = Records(top), StatusLine()
+    clock = Clock([stage.seconds for stage in found])
+    with StopSignal() as stop:
+        return all(Turn(list(found), n, records, clock, line, stop).take() for n in range(len(found)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a model's greedy answers are worth: measure -> question's id -> value (share, reward, metres)."""
+
+    values: Mapping[str, Mapping[str, float]]
+    worlds: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, solutions: Mapping[str, Solution]) -> Measured:
+        seen: Examined = examine(read_predictions(folder), solutions)
+        values = {
+            "accuracy": {name: float(one.correct) for name, one in seen.answers.items()},
+            "reward": {name: score(one.response, solutions[name])["total"] for name, one in seen.answers.items()},
+            **seen.errors,
+        }
+        return cls(values, {name: one.video for name, one in seen.answers.items()})
+
+
+def averaged(models: Sequence[Measured]) -> Measured:
+    """Return the mean over models, question by question, of those to which all have a value."""
+    values = {}
+    for measure in MEASURES:
+        shared = set.intersection(*(set(one.values[measure]) for one in models))
+        values[measure] = {n: float(np.mean([one.values[measure][n] for one in models])) for n in sorted(shared)}
+    return Measured(values, models[0].worlds)
+
+
+def difference(first: Measured, second: Measured, measure: str) -> statistics.Estimate:
+    """Return the second's value less the first's on the questions to which both have one."""
+    names = sorted(first.values[measure].keys() & second.values[measure].keys())
+    apart = [second.values[measure][n] - first.values[measure][n] for n in names]
+    return statistics.mean(apart, [first.worlds[n] for n in names])
+
+
+def lines(top: Path, seeds: Sequence[int]) -> Iterator[str]:
+    """Yield the tables."""
+    rows = json.loads((top / "bench" / "bench.json").read_bytes())
+    solutions = {row["id"]: Solution.from_record(row["solution"]) for row in rows}
+    each = {name: [Measured.of(top / f"eval_{name}", solutions)] for name in ONCE}
+    each |= {name: [Measured.of(top / f"eval_{name}_{seed}", solutions) for seed in seeds] for name in REPEATED}
+    models = {name: averaged(several) for name, several in each.items()}
+    yield f"{len(rows)} questions about worlds of seed {SEED}; training seeds: {', '.join(map(str, seeds))}"
+    yield f"{'model':18s}" + "".join(f"{m:>24s}" for m in ("accuracy, %", "reward x 100", "camera cm", "object cm"))
+    for name, model in models.items():
+        cells = []
+        for measure in MEASURES:
+            of = model.values[measure]
+            found = statistics.mean(list(of.values()), [model.worlds[n] for n in of]) if of else None
+            cells.append(f"{percent(found) if found else '-':>24s}")
+        yield f"{name:18s}" + "".join(cells)
+    for measure in MEASURES:
+        yield f"\n{measure}: second less first, x 100; then seed by seed"
+        for before, after in COMPARED:
+            whole = percent(difference(models[before], models[after], measure), signed=True)
+            several = zip(_for_all(each[before], seeds), each[after], strict=True)
+            alone = " ".join(f"{100 * difference(a, b, measure).value:+.1f}" for a, b in several)
+            yield f"  {after + ' - ' + before:34s} {whole:24s} {alone}"
+    yield "\nsampled reward (the paper's shares), first and last tenth of the steps"
+    for name in ("grpo_without_st", "grpo"):
+        told = (rewards_of(top / f"{name}_{seed}")["paper"] for seed in seeds)
+        yield f"  {name:18s} " + "  ".join(f"{first:.3f} -> {last:.3f}" for first, last in told)
+
+
+def _for_all(models: Sequence[Measured], seeds: Sequence[int]) -> Sequence[Measured]:
+    return models if len(models) == len(seeds) else models * len(seeds)
+
+
+def main() -> None:
+    """Do what is not done, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="runs/quickstart", help="of a finished quickstart")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--clips", type=int, default=2600, help="about 1,850 questions, 300 of each subtask")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render worlds; 0 = one for every core")
+    args = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    top = Path(args.workdir) / "seeds"
+    if run(listed(args.workdir, seeds, args.clips, args.workers), top):
+        print("\n".join(lines(top, seeds)))
+
+
+if __name__ == "__main__":
+    main()

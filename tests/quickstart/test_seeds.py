@@ -1,0 +1,40 @@
+"""Several seeds of reinforcement: their stages, and means over seeds on the same questions against hand computation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks.quickstart_seeds import SEED, Measured, averaged, difference, listed
+from configs.tables.quickstart import BENCH
+from configs.tables.quickstart_recipe import PRETRAINING_CLIPS
+from mllm4d_jax.eval.statistics import mean
+
+
+def test_every_seed_trains_anew_and_all_are_examined_on_the_same_new_worlds(tmp_path):
+    found = {stage.name: stage for stage in listed(str(tmp_path), (4, 5), 2600, 2)}
+    assert SEED not in (BENCH["seed"], PRETRAINING_CLIPS["seed"], 0)
+    assert len(found) == 1 + 4 + 2 * (3 + 3) and len({stage.folder for stage in found.values()}) == len(found)
+    bench = found["bench"].config()
+    assert (bench.seed, bench.synthetic.clips, bench.bench_share) == (SEED, 2600, 1.0)
+    for seed in (4, 5):
+        assert found[f"grpo_{seed}"].config().seed == found[f"control_{seed}"].values["seed"] == seed
+        assert found[f"eval_grpo_{seed}"].values["model.adapter"] == f"{tmp_path}/seeds/grpo_{seed}"
+    for name, stage in found.items():
+        if name.startswith("eval_"):
+            assert stage.values["data.path"] == f"{tmp_path}/seeds/bench/bench.json"
+
+
+def test_seeds_are_averaged_question_by_question():
+    worlds = {"a": "1.mp4", "b": "1.mp4", "c": "2.mp4", "d": "3.mp4"}
+
+    def measured(*values: float) -> Measured:
+        known = {name: value for name, value in zip(worlds, values, strict=True) if value >= 0}
+        return Measured(dict.fromkeys(("accuracy", "reward", "camera", "object"), known), worlds)
+
+    whole = averaged([measured(0.0, 1.0, 0.5, 0.2), measured(1.0, 1.0, 0.0, -1.0)])
+    assert whole.values["reward"] == {"a": 0.5, "b": 1.0, "c": 0.25}  # d is missing in one
+    before = measured(0.25, 0.5, 0.5, 0.5)
+    apart = difference(before, whole, "object")
+    assert apart == mean([0.25, 0.5, -0.25], ["1.mp4", "1.mp4", "2.mp4"])
+    assert apart.value == pytest.approx(np.mean([0.25, 0.5, -0.25]))
