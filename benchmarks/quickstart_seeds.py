@@ -26,8 +26,8 @@ from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import read_predictions
 from mllm4d_jax.files.ending import StopSignal
 from mllm4d_jax.qa.rewards import Solution, score
-from mllm4d_jax.quickstart.done import Records
-from mllm4d_jax.quickstart.progress import Clock, StatusLine
+from mllm4d_jax.quickstart.done import StageRecords
+from mllm4d_jax.quickstart.progress import StatusLine, TimeLeft
 from mllm4d_jax.quickstart.results import KINDS, Examined, examine, rewards_of
 from mllm4d_jax.quickstart.stages import Stage, equal_time, stages
 from mllm4d_jax.quickstart.tables import percent
@@ -87,8 +87,8 @@ def _again(stage: Stage, seed: int, values: Mapping, top: str, **changed: Callab
 def run(found: Sequence[Stage], top: Path) -> bool:
     """Do the stages that are not done; return False when asked to stop. Raises QuickstartError."""
     (top / "logs").mkdir(parents=True, exist_ok=True)
-    records, line = Records(top), StatusLine()
-    clock = Clock([stage.seconds for stage in found])
+    records, line = StageRecords(top), StatusLine()
+    clock = TimeLeft([stage.seconds for stage in found])
     with StopSignal() as stop:
         return all(Turn(list(found), n, records, clock, line, stop).take() for n in range(len(found)))
 

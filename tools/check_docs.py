@@ -45,7 +45,7 @@ class DocsError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class CodeBlock:
     """Commands of a page.
 
     Attributes:
@@ -100,7 +100,7 @@ def page_files() -> list[Path]:
     return [ROOT / "README.md", *(ROOT / "docs" / name for name in listed)]
 
 
-def blocks(page: Path) -> Iterator[Block]:
+def blocks(page: Path) -> Iterator[CodeBlock]:
     """Read the blocks of commands of a page. Raises DocsError for one that does not say what is to be done with it."""
     text = page.read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
@@ -113,10 +113,10 @@ def blocks(page: Path) -> Iterator[Block]:
                 "<!-- check: elsewhere, REASON --> before them"
             )
         commands = re.sub(f"^{match['indent']}", "", match["text"], flags=re.M)
-        yield Block(page, line, kind, reason, flags, commands)
+        yield CodeBlock(page, line, kind, reason, flags, commands)
 
 
-def done(block: Block, folder: Path, slow: bool) -> bool:
+def done(block: CodeBlock, folder: Path, slow: bool) -> bool:
     """Run a block, or say why not; returns whether it went well."""
     if block.check == "elsewhere" or (block.check == "slow" and not slow):
         print(f"not run   {block.place}: {block.reason or 'slow'}", flush=True)

@@ -15,7 +15,7 @@ from data_prep.captions.captions import CAMERA, Caption
 from data_prep.captions.matching import worded
 from data_prep.questions.names import object_names
 from data_prep.questions.states import Pair, in_axes
-from data_prep.questions.wording import state_block
+from data_prep.questions.wording import brief_state
 from data_prep.scenes.relations import LABELS, RULES, measure_object
 from data_prep.scenes.scene import Scene
 
@@ -40,7 +40,7 @@ def placed(scene: Scene, things: Iterable[str], height: float) -> Iterator[Capti
             found = measure_object(scene, scene.object(ids[thing]), first, last, RULES)[0]
             middle = Pair(*(in_axes(end, axes)[0] / height for end in (found.start, found.end)))
         seen = zip(frames, centers, middle, strict=True)
-        yield PLACE.format(o=thing), "".join(f"{state_block(f'frame {n}', c, m, 1)}\n" for n, c, m in seen)
+        yield PLACE.format(o=thing), "".join(f"{brief_state(*state)}\n" for state in seen)
 
 
 def placed_behind_questions(

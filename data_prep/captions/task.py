@@ -22,7 +22,7 @@ from data_prep.captions.words import spoken_words
 from data_prep.questions.names import object_names
 from data_prep.questions.propose import QuestionRules
 from data_prep.questions.rules import question_rules
-from data_prep.questions.wording import ANCHORS, NUMBERING, PHRASINGS, THRESHOLD, short_reasoning, state_block
+from data_prep.questions.wording import ANCHORS, NUMBERING, PHRASINGS, THRESHOLD, brief_state, short_reasoning
 from data_prep.scenes.relations import LABELS, RelationRules
 from data_prep.sources.frames import write_video
 from data_prep.store.export import RecordWriter
@@ -160,5 +160,5 @@ def phrases() -> list[str]:
 
 def _around_centers() -> set[str]:
     """Return what stands around the figures of spatial states, as few and as long pieces as there can be."""
-    whole, without = (state_block("frame 0", (1, 1, 1), thing, 0) + "\n" for thing in ((1, 1, 1), None))
-    return {piece for text in (whole, without) for piece in re.split(r"\d", text)}
+    whole, without = (brief_state(0, (1, 1, 1), thing) + "\n" for thing in ((1, 1, 1), None))
+    return {piece for text in (whole, without) for piece in re.split(r"\d\.?\d?", text)}

@@ -16,7 +16,7 @@ from data_prep.captions.captions import CAMERA, Caption
 from data_prep.captions.matching import ASPECT
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
-from data_prep.questions.wording import found_text, state_block, vector_text
+from data_prep.questions.wording import brief_state, found_text, vector_text
 from data_prep.scenes.relations import LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
@@ -58,7 +58,7 @@ def derived(rng: random.Random, frames: int) -> Caption:
     rules = dataclasses.replace(RULES, min_motion=0.0, dominance=1.0, margin=0.0)
     label = LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])] if LABELS[relation] else ""
     shown = zip((0, frames - 1), camera, thing if seen else (None, None), strict=True)
-    states = "\n".join(state_block(f"frame {n}", c, t, 1) for n, c, t in shown)
+    states = "\n".join(brief_state(*state) for state in shown)
     return f"{states}\n{'the object' if seen else CAMERA} {ASPECT[relation]}", found_text(value, label)
 
 
@@ -78,5 +78,4 @@ def written_state(rng: random.Random, frames: int) -> Caption:
         what, center = "the object", [rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 0.6 + rng.expovariate(0.5)]
         thing = center
     frame, numbers = rng.randrange(frames), vector_text(center, 1).strip("[]")
-    state = state_block(f"frame {frame}", camera, thing, 1)
-    return WRITE.format(o=what, f=frame, n=numbers), f"{state}\n"
+    return WRITE.format(o=what, f=frame, n=numbers), f"{brief_state(frame, camera, thing)}\n"

@@ -14,7 +14,7 @@ import math
 from data_prep.cold_start import oracle_wording as wording
 from data_prep.cold_start.r1_items import R1Question
 from data_prep.questions.scenarios import SCENARIOS
-from data_prep.questions.wording import brief_reasoning, found_text, state_block, vector_text
+from data_prep.questions.wording import brief_reasoning, brief_state, found_text, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS
 from data_prep.store.parts import ClipRejected
 
@@ -83,7 +83,7 @@ def compose(item: R1Question, path: int, seed: int) -> str:
 def compose_brief(item: R1Question) -> str:
     """Return the shortest completion with both spatial states: the states, what they come to, and the option.
 
-    For models too small for sentences. Centres have one decimal, which the reward of reinforcement learning forgives.
+    For models too small for sentences.
 
     Raises:
       ClipRejected: as `compose`.
@@ -94,8 +94,7 @@ def compose_brief(item: R1Question) -> str:
     camera = _pair(item, "camera_center")
     thing = _pair(item, "object_center") if item.scenario.startswith("object_") else (None, None)
     _fields(item, camera, thing)  # refuses figures that contradict each other
-    titles = (f"frame {frame}" for frame in item.frames[:2])
-    states = [state_block(title, *centers, 1) for title, *centers in zip(titles, camera, thing, strict=True)]
+    states = [brief_state(*state) for state in zip(item.frames[:2], camera, thing, strict=True)]
     answer = item.solution.answer
     return brief_reasoning(states, found_text(item.value, item.options[answer]), answer)
 

@@ -25,10 +25,10 @@ from data_prep.questions.wording import (
     ANCHORS,
     PHRASINGS,
     brief_reasoning,
+    brief_state,
     found_text,
     question_text,
     short_reasoning,
-    state_block,
 )
 from data_prep.scenes.relations import LABELS, Refused, RelationRules, classes_of, measure_camera, measure_object
 from data_prep.scenes.scene import Scene
@@ -133,7 +133,7 @@ class Question:
     def states(self) -> tuple[str, str]:
         """Both spatial states as texts, centres with one decimal."""
         seen = zip(self.frames, self.camera_center, self.object_center, strict=True)
-        return tuple(state_block(f"frame {frame}", camera, thing, 1) for frame, camera, thing in seen)
+        return tuple(brief_state(*state) for state in seen)
 
     def record(self, video: str) -> dict[str, Any]:
         """Return a released conversation record, plus fields that its readers skip.

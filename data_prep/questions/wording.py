@@ -132,6 +132,14 @@ def state_block(title: str, camera: Sequence[float] | None, thing: Sequence[floa
     return f"**Spatial State ({title}):**\n- Camera Center: {camera_center}\n- Object Center: {object_center}"
 
 
+def brief_state(frame: int, camera: Sequence[float] | None, thing: Sequence[float] | None) -> str:
+    """Return a spatial state as models too small for sentences write it: its frame, centres with one decimal.
+
+    The reward of reinforcement learning forgives what that rounds away.
+    """
+    return state_block(f"frame {frame}", camera, thing, 1)
+
+
 def vector_text(values: Sequence[float] | None, decimals: int) -> str:
     """Return "[x, y, z]", or "null" for None; there is no negative zero."""
     if values is None:

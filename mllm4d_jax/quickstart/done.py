@@ -29,7 +29,7 @@ class QuickstartError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class StageRecord:
     """What is known of a stage that was begun.
 
     Attributes:
@@ -46,33 +46,33 @@ class Record:
     peak_mib: float = 0.0
 
 
-class Records:
+class StageRecords:
     """The records of a workdir, by the name of the stage."""
 
     def __init__(self, workdir: Path) -> None:
         """Raises QuickstartError for a file that no run has written."""
         self._path = workdir / FILE
-        self._known: dict[str, Record] = {}
+        self._known: dict[str, StageRecord] = {}
         if self._path.exists():
             try:
-                self._known = {name: Record(**row) for name, row in json.loads(self._path.read_bytes()).items()}
+                self._known = {name: StageRecord(**row) for name, row in json.loads(self._path.read_bytes()).items()}
             except (ValueError, TypeError, AttributeError) as problem:
                 raise QuickstartError(
                     f"{self._path} is damaged ({problem}): delete it or use another workdir"
                 ) from None
 
-    def __getitem__(self, name: str) -> Record:
+    def __getitem__(self, name: str) -> StageRecord:
         return self._known[name]
 
-    def get(self, name: str) -> Record | None:
+    def get(self, name: str) -> StageRecord | None:
         return self._known.get(name)
 
-    def put(self, name: str, record: Record) -> None:
+    def put(self, name: str, record: StageRecord) -> None:
         """Keep the record of a stage."""
         self._known[name] = record
         write_json(self._path, {name: dataclasses.asdict(one) for name, one in self._known.items()})
 
-    def expected(self, stage: Stage) -> Record:
+    def expected(self, stage: Stage) -> StageRecord:
         """Return a record of what a stage would be made with and from now; all its inputs are done."""
         config = stage.config()
         keys = task_keys(config.task)
@@ -84,9 +84,9 @@ class Records:
             if key.content and values[key.name]
         }
         made = {name: dict(self[name].results) for name in stage.inputs}
-        return Record(settings, {**{name: files for name, files in given.items() if files}, **made}, {})
+        return StageRecord(settings, {**{name: files for name, files in given.items() if files}, **made}, {})
 
-    def is_done(self, stage: Stage, expected: Record, later: str) -> bool:
+    def is_done(self, stage: Stage, expected: StageRecord, later: str) -> bool:
         """Return whether a stage is done.
 
         Args:

@@ -41,7 +41,7 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-class Clock:
+class TimeLeft:
     """Estimates the time that is left, from stated times of all stages and measured ones of those that are done."""
 
     def __init__(self, stated: Sequence[float]) -> None:

@@ -17,7 +17,7 @@ from mllm4d_jax.eval.statistics import Estimate
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.qa.reasoning import parse
 from mllm4d_jax.qa.rewards import Solution
-from mllm4d_jax.quickstart.done import Record, Records
+from mllm4d_jax.quickstart.done import StageRecord, StageRecords
 from mllm4d_jax.quickstart.stages import Stage
 from mllm4d_jax.report.reading import METRICS
 
@@ -94,10 +94,10 @@ class Results:
     solutions: Mapping[str, Solution]
     chance: Mapping[str, float]
     rewards: Mapping[str, Mapping[str, tuple[float, float]]]
-    stages: Sequence[tuple[Stage, Record]]
+    stages: Sequence[tuple[Stage, StageRecord]]
 
 
-def read_results(workdir: Path, listed: Sequence[Stage], records: Records) -> Results:
+def read_results(workdir: Path, listed: Sequence[Stage], records: StageRecords) -> Results:
     """Return the results of stages that are all done. Raises PredictionError, JsonLinesError, SolutionError."""
     rows = json.loads((workdir / "bench" / "bench.json").read_bytes())
     solutions = {row["id"]: Solution.from_record(row["solution"]) for row in rows}

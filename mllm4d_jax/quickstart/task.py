@@ -14,10 +14,10 @@ from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.quoting import cut
 from mllm4d_jax.files.remote import is_remote
 from mllm4d_jax.files.storage import storing
-from mllm4d_jax.quickstart.done import QuickstartError, Records, results_of
+from mllm4d_jax.quickstart.done import QuickstartError, StageRecords, results_of
 from mllm4d_jax.quickstart.page import write_page
 from mllm4d_jax.quickstart.process import Ended, run_process
-from mllm4d_jax.quickstart.progress import Clock, StatusLine, share_of, span
+from mllm4d_jax.quickstart.progress import StatusLine, TimeLeft, share_of, span
 from mllm4d_jax.quickstart.results import read_results
 from mllm4d_jax.quickstart.stages import Stage, own, stages
 from mllm4d_jax.quickstart.tables import text
@@ -47,8 +47,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     with storing(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
     with WriterLock.of(path), StopSignal() as stop:
-        records, line = Records(path), StatusLine()
-        clock = Clock([stage.seconds for stage in listed])
+        records, line = StageRecords(path), StatusLine()
+        clock = TimeLeft([stage.seconds for stage in listed])
         about = span(clock.left(0, 0.0, None, None)[1])
         line.say(
             f"quickstart ({config.size}): {len(listed)} stages, about {about} on two quiet cores; all in {workdir}"
@@ -84,8 +84,8 @@ class Turn:
 
     listed: list[Stage]
     number: int
-    records: Records
-    clock: Clock
+    records: StageRecords
+    clock: TimeLeft
     line: StatusLine
     stop: StopSignal
 

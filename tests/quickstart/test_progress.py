@@ -12,11 +12,11 @@ import pytest
 from configs import common
 from mllm4d_jax.quickstart import progress
 from mllm4d_jax.quickstart.process import group_memory
-from mllm4d_jax.quickstart.progress import PRIOR_S, Clock, share_of, span
+from mllm4d_jax.quickstart.progress import PRIOR_S, TimeLeft, share_of, span
 
 
 def test_the_time_left_goes_from_what_is_stated_to_what_is_measured():
-    clock = Clock([100.0, 100.0, 50.0])
+    clock = TimeLeft([100.0, 100.0, 50.0])
     assert clock.left(0, 0.0, 0.0, 0.0) == (100.0, 250.0)
     assert clock.left(0, 30.0, None, None) == (70.0, 220.0)
     clock.done(0, 200.0)  # twice as slow as stated

@@ -11,7 +11,7 @@ import pytest
 from mllm4d_jax.eval.statistics import accuracy, mean, paired_difference
 from mllm4d_jax.qa.benchmarks import SUBTASKS
 from mllm4d_jax.qa.rewards import Solution
-from mllm4d_jax.quickstart.done import Record
+from mllm4d_jax.quickstart.done import StageRecord
 from mllm4d_jax.quickstart.page import write_page
 from mllm4d_jax.quickstart.results import ROWS, Results, accuracy_difference, error_difference, examine, rewards_of
 from mllm4d_jax.quickstart.stages import Stage
@@ -119,7 +119,7 @@ def results(tmp_path):
     }
     chance = dict.fromkeys(KINDS, 0.25)
     solutions = dict.fromkeys(names, SOLUTION) | {"q3": CAMERA_ONLY}
-    return Results(models, solutions, chance, rewards, [(stage, Record({}, {}, {}, 61.0, 1234.5))])
+    return Results(models, solutions, chance, rewards, [(stage, StageRecord({}, {}, {}, 61.0, 1234.5))])
 
 
 def test_the_table_says_what_was_reached_and_fits_the_terminal(results):

@@ -16,7 +16,7 @@ import run
 from configs import common
 from configs.tables.quickstart import BENCH, SECONDS
 from mllm4d_jax.quickstart import process, task
-from mllm4d_jax.quickstart.done import QuickstartError, Records
+from mllm4d_jax.quickstart.done import QuickstartError, StageRecords
 from mllm4d_jax.quickstart.stages import WIDTH, stages
 
 BASE = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl"
@@ -135,9 +135,9 @@ def test_it_stops_when_asked_and_goes_on_inside_the_stage(quickstart, capsys, mo
     helper.join()
     assert pathlib.Path("out/sft/interrupted").exists()
     assert "stopped in stage 4 of" in capsys.readouterr().out
-    before = Records(pathlib.Path("out"))["sft"].seconds
+    before = StageRecords(pathlib.Path("out"))["sft"].seconds
     assert quickstart() == list(SECONDS)[3:]
-    assert Records(pathlib.Path("out"))["sft"].seconds > before > 0
+    assert StageRecords(pathlib.Path("out"))["sft"].seconds > before > 0
 
 
 def test_what_cannot_be_run_is_refused_first(quickstart, tmp_path):
