@@ -6,9 +6,9 @@ python -m benchmarks.base_captions --model=runs/base --clips=128
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
 the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left
 out. "text" is what is matched beside the clip; "told": what told states come to, their centres written again;
-"derived": the same without a question. A "figure" is followed by its label, or by the "option" that is nearest to it.
-Of the two letters of an answer the second is the first one again. A "place" is a coordinate of a state in camera
-heights, right within 0.1, "asked" one behind a question; what is always zero is left out.
+"derived": the same without a question. A "figure", right within 0.1, is followed by its label, or by the "option" that
+is nearest to it. Of the two letters of an answer the second is the first one again. A "place" is a coordinate of a
+state in camera heights, right within 0.1, "asked" one behind a question; what is always zero is left out.
 """
 
 from __future__ import annotations
@@ -109,9 +109,13 @@ def words_of(
             yield tuple(key), spoken[number], _is_near(said, spoken[number])
         return
     else:
-        counted = _read({"told": "told", "state": "told", "derived": "derived"}.get(kind, "text"), spoken)
+        counted = _read(
+            {"told": "told", "state": "told", "derived": "derived", "reckoning": "derived"}.get(kind, "text"), spoken
+        )
     for number, key in counted:
-        yield key, spoken[number].strip(), right[number]
+        said = tokenizer.decode([int(best[places[number] - 1])])
+        near = key[-1] == "figure" and _is_near(said, spoken[number])
+        yield key, spoken[number].strip(), near or right[number]
 
 
 def _seen(spoken: list[str], about: tuple[str, ...], alone: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:

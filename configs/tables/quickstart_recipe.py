@@ -63,7 +63,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.questions_per_video": 8,
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 1300,
+        "train.steps": 500,
     }
 )
 # Then to see: captions, a few aspects in any order, and matching on.
@@ -75,7 +75,7 @@ READING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/matching/model",
         "optim.lr": 0.015,
         "train.batch_size": 160,
-        "train.steps": 1300,
+        "train.steps": 900,
     }
 )
 # Then where things are, as states in camera heights; nothing else makes so small a model see as well.
@@ -85,7 +85,7 @@ PLACING: Mapping[str, Any] = MappingProxyType(
         "data.path": "runs/captions/placing.json",
         "model.path": "runs/reading/model",
         "optim.lr": 0.012,
-        "train.steps": 1100,
+        "train.steps": 800,
     }
 )
 # Last, all of it, questions about told states, and states behind the questions that fine-tuning asks. Their texts are
@@ -96,7 +96,7 @@ ASKING: Mapping[str, Any] = MappingProxyType(
         "data.path": "runs/captions/asking.json",
         "model.path": "runs/placing/model",
         "train.batch_size": 128,
-        "train.steps": 480,
+        "train.steps": 420,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say where things are in both

@@ -36,14 +36,15 @@ PHRASES = "phrases.json"
 _ALL = 99
 # File of each step of pre-training -> kinds of the records in it, each with how many of a clip at most.
 FILES: Mapping[str, Mapping[str, int]] = {
-    "matching.json": {"matching": _ALL, "drill": _ALL, "derived": _ALL},
+    "matching.json": {"matching": _ALL, "drill": _ALL, "reckoning": _ALL},
     "short.json": {**dict.fromkeys(("caption", "aspect", "matching", "about", "state"), _ALL), "derived": 1},
     "placing.json": {"caption": _ALL, "place": _ALL, "matching": 1, "derived": 1},
-    "asking.json": {"asked": 3, "place": 1, "told": 3, "derived": 1, "caption": 1, "aspect": 1, "matching": 1},
+    "asking.json": {"asked": 3, "place": 1, "told": 3, "reckoning": 1, "caption": 1, "aspect": 1, "matching": 1},
 }
 # Of a clip: objects described, texts about a few aspects, questions of either kind that are matched and how many of
-# them all are no drill, what states come to, states asked for behind a question, questions about told states.
-_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _DERIVED, _ASKED, _TOLD = 2, 6, 4, 2, 4, 3, 4
+# them all are no drill, texts about all that states come to, states asked for behind a question, questions about told
+# states.
+_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _RECKONED, _ASKED, _TOLD = 2, 6, 2, 2, 4, 3, 4
 _ABOUT, _STATE = 0.25, 0.4  # shares of clips beside which is asked what a question is about, or for a state
 _UNSEEN = 10_000_000  # from this number on worlds are only told of
 _TOLD_SIZE = 32  # pixels: enough to know which points are seen
@@ -107,7 +108,8 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     matched = [ask(rng) for ask in (matching.nearest_number, matching.same_word) for _ in range(_MATCHED)]
     rng.shuffle(matched)
     said += [("matching" if n < _KEPT else "drill", *caption) for n, caption in enumerate(matched)]
-    said += [("derived", *told.derived(rng, clip.scene.num_frames)) for _ in range(_DERIVED)]
+    said += [("derived", *told.derived(rng, clip.scene.num_frames, 1))]
+    said += [("reckoning", *told.derived(rng, clip.scene.num_frames, _ALL)) for _ in range(_RECKONED)]
     if rng.random() < _ABOUT:
         names = list(object_names(clip.scene)[0].values()) or ["the box"]
         said.append(("about", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))

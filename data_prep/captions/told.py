@@ -22,6 +22,7 @@ from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
 
 WRITE = "State of {o} at frame {f}: {n}"
+_OBJECTS = 0.8  # of pairs of states have an object in them
 _THIRD = 1.0 / 3  # of the changes that are drawn are small
 
 
@@ -41,25 +42,32 @@ def told_questions(scene: Scene, rules: QuestionRules, seed: int, rng: random.Ra
         yield f"{states}\n{write_question(question.text, lettered(question.options))}", question.spoken
 
 
-def derived(rng: random.Random, frames: int) -> Caption:
-    """Ask what two states, of the first and the last of `frames`, come to: a figure and its label, no options.
+def derived(rng: random.Random, frames: int, most: int) -> Caption:
+    """Ask what two states, of the first and the last of `frames`, come to: at most `most` aspects, in any order.
 
-    What is right follows from the centres as they are written. They are drawn like those of small rooms.
+    The answer has a figure and its label for each, as answers to questions have. What is right follows from the centres
+    as they are written; they are drawn like those of small rooms.
     """
-    relation = rng.choice(list(LABELS))
-    seen = relation.startswith("object_")
-    camera = np.array([[0.0, 0.0, 0.0], _move(rng)])
-    start = np.array([rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 1.2 + rng.expovariate(0.5)])
-    thing = np.array([start, start + _move(rng)]) if seen else None
-    camera, thing = (None if c is None else c.round(1) + 0.0 for c in (camera, thing))
-    pairs = (None if c is None else Pair(c[:1], c[1:]) for c in (camera, thing))
-    values = stated(*pairs)[relation]
-    value = tuple(values[0]) if values.ndim > 1 else float(values[0])
-    rules = dataclasses.replace(RULES, min_motion=0.0, dominance=1.0, margin=0.0)
-    label = LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])] if LABELS[relation] else ""
-    shown = zip((0, frames - 1), camera, thing if seen else (None, None), strict=True)
+    camera = np.array([[0.0, 0.0, 0.0], _move(rng)]).round(1) + 0.0
+    thing, shown = None, ((0, camera[0], None), (frames - 1, camera[1], None))
+    if rng.random() < _OBJECTS:
+        start = np.array([rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 1.2 + rng.expovariate(0.5)])
+        thing = np.array([start, start + _move(rng)]).round(1) + 0.0
+        shown = ((0, camera[0], thing[0]), (frames - 1, camera[1], thing[1]))
+    values = stated(*(None if c is None else Pair(c[:1], c[1:]) for c in (camera, thing)))
+    asked = rng.sample(list(values), min(most, len(values)))
     states = "\n".join(brief_state(*state) for state in shown)
-    return f"{states}\n{'the object' if seen else CAMERA} {ASPECT[relation]}", found_text(value, label)
+    names = " ".join([CAMERA if thing is None else "the object", *(ASPECT[name] for name in asked)])
+    return f"{states}\n{names}", " ".join(f"{ASPECT[name]} {_found(name, values[name])}" for name in asked)
+
+
+def _found(relation: str, values: np.ndarray) -> str:
+    """What a value f64[1], or a displacement f64[1, 3], of a relation comes to."""
+    value = tuple(values[0]) if values.ndim > 1 else float(values[0])
+    if not LABELS[relation]:
+        return found_text(value)
+    rules = dataclasses.replace(RULES, min_motion=0.0, dominance=1.0, margin=0.0)
+    return found_text(value, LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])])
 
 
 def _move(rng: random.Random) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from configs import common
@@ -45,6 +46,19 @@ def test_every_phrase_is_one_token(base):
     for phrase in phrases():
         ids, _ = tokenizer.encode_pieces([Piece(phrase)])
         assert len(ids) == 1 and tokenizer.decode(ids) == phrase
+
+
+def test_figures_begin_like_their_neighbours(base):
+    tokenizer, files = Tokenizer.from_folder(base), TensorFiles.scan(base, ModelConfig.from_folder(base))
+    table = next(files.read(name) for name in files.location if name.endswith("embed_tokens.weight")).astype(np.float64)
+    texts = [f"{n / 10:.1f}" for n in range(-60, 61)]
+    rows = table[[tokenizer.encode_pieces([Piece(text)])[0][0] for text in texts]]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    alike = rows @ rows.T
+    near, apart, far = (np.mean(np.diagonal(alike, n)) for n in (1, 4, 30))
+    assert near > 0.7 > apart > far and near < 0.99
+    words = table[[tokenizer.encode_pieces([Piece(word)])[0][0] for word in (" far", "left", "the camera")]]
+    assert 0.5 < np.std(words) / np.std(table) < 2, "words are of the same size"
 
 
 @pytest.mark.parametrize(
