@@ -44,7 +44,7 @@ def nearest_number(rng: random.Random) -> Caption:
     texts = [f"{t / 10:.1f}" for t in tenths]
     nearest = texts[off[0][1]]
     asked = NEAREST.format(v=f"{given / 10:.1f}")
-    return _matched(asked, found_text(given / 10, nearest), nearest, texts, rng)
+    return _matched(asked, found_text("", given / 10, nearest), nearest, texts, rng)
 
 
 def same_word(rng: random.Random) -> Caption:

@@ -16,7 +16,7 @@ from data_prep.captions.captions import CAMERA, Caption
 from data_prep.captions.matching import ASPECT
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
-from data_prep.questions.wording import brief_state, found_text, vector_text
+from data_prep.questions.wording import brief_state, vector_text
 from data_prep.scenes.relations import LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
@@ -45,8 +45,8 @@ def told_questions(scene: Scene, rules: QuestionRules, seed: int, rng: random.Ra
 def derived(rng: random.Random, frames: int, most: int) -> Caption:
     """Ask what two states, of the first and the last of `frames`, come to: at most `most` aspects, in any order.
 
-    The answer has a figure and its label for each, as answers to questions have. What is right follows from the centres
-    as they are written; they are drawn like those of small rooms.
+    The answer has a figure for each, and its label. What is right follows from the centres as they are written; they
+    are drawn like those of small rooms.
     """
     camera = np.array([[0.0, 0.0, 0.0], _move(rng)]).round(1) + 0.0
     thing, shown = None, ((0, camera[0], None), (frames - 1, camera[1], None))
@@ -63,11 +63,12 @@ def derived(rng: random.Random, frames: int, most: int) -> Caption:
 
 def _found(relation: str, values: np.ndarray) -> str:
     """What a value f64[1], or a displacement f64[1, 3], of a relation comes to."""
-    value = tuple(values[0]) if values.ndim > 1 else float(values[0])
+    figure = "" if values.ndim > 1 else f"{round(float(values[0]), 1) + 0.0:.1f}"
     if not LABELS[relation]:
-        return found_text(value)
+        return figure
     rules = dataclasses.replace(RULES, min_motion=0.0, dominance=1.0, margin=0.0)
-    return found_text(value, LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])])
+    label = LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])]
+    return f"{figure}: {label}" if figure else label
 
 
 def _move(rng: random.Random) -> list[float]:

@@ -96,7 +96,7 @@ def compose_brief(item: R1Question) -> str:
     _fields(item, camera, thing)  # refuses figures that contradict each other
     states = [brief_state(*state) for state in zip(item.frames[:2], camera, thing, strict=True)]
     answer = item.solution.answer
-    return brief_reasoning(states, found_text(item.value, item.options[answer]), answer)
+    return brief_reasoning(states, found_text(item.label, item.value, item.options[answer]), answer)
 
 
 def _pair(item: R1Question, kind: str) -> tuple[Vec3, Vec3]:

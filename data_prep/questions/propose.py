@@ -124,7 +124,7 @@ class Question:
         Who says first what he sees, and then which option is nearest, learns from every question what the value is, and
         not only which of four letters it is called.
         """
-        found = found_text(self.value, self.options[LETTERS.index(self.answer)])
+        found = found_text(self.label, self.value, self.options[LETTERS.index(self.answer)])
         if self.reply == "states":
             return brief_reasoning(self.states, found, self.answer)
         return short_reasoning(found, self.answer) if self.reply == "measured" else self.answer

@@ -97,19 +97,13 @@ def question_text(
     return f"{text} {THRESHOLD.format(tau=_length(tau))}" if NOT_MOVING in LABELS[relation] else text
 
 
-def found_text(value: float | Sequence[float], option: str = "") -> str:
-    """Return what was found: a figure, metres, and the option that it belongs to; of a direction only that.
+def found_text(label: str, value: float, option: str) -> str:
+    """Return what was found: a label, or a figure, metres, and the option that is nearest to it.
 
-    Who says the figure first learns from every question what is measured, and not only on which side of a threshold it
-    is; who says the option before its letter finds that by looking for the same text again.
-
-    Args:
-      value: of the relation; the displacement where a main direction is asked for.
+    A reader that says the option first finds its letter by looking for the same text again. A label has no figure
+    before it: a tiny model that cannot subtract says the wrong one behind a wrong figure (benchmarks/RESULTS.md).
     """
-    if isinstance(value, Sequence):
-        return option
-    figure = f"{round(value, 1) + 0.0:.1f}"
-    return f"{figure}: {option}" if option else figure
+    return label or f"{value:.1f}: {option}"
 
 
 def short_reasoning(found: str, letter: str) -> str:

@@ -193,7 +193,7 @@ def test_questions_about_told_states_say_them_again_and_come_from_them():
             if said[0].isdigit():
                 off = {letter: abs(float(value) - float(figure[0])) for letter, value in options.items()}
                 assert min(off, key=off.get) == reasoning.answer
-            assert bool(figure) != ("main" in question or "mainly" in question or "most" in question)
+            assert bool(figure) == said[0].isdigit()
             seen.add(said)
     assert len(seen) > 8
 

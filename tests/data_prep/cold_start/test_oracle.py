@@ -61,9 +61,7 @@ def test_the_brief_path_states_both_centres_and_what_they_come_to():
         assert path_problem(text) is None and read.answer == item.solution.answer
         kinds = len(read.camera_centers), len(read.object_centers), read.malformed_cameras + read.malformed_objects
         assert kinds == (2, 2, 0) and (None in read.object_centers) == item.scenario.startswith("camera_")
-        said = item.options[read.answer]
-        if isinstance(item.value, float):
-            said = f"{item.value:.1f}: {said}".removeprefix("-" if abs(item.value) < 0.05 else "")
+        said = item.label or f"{item.value:.1f}: {item.options[read.answer]}"
         assert text.endswith(f"\n{said}: {read.answer}</thinking><answer>{read.answer}</answer>")
     with pytest.raises(ClipRejected, match="oracle_contradiction"):
         compose_brief(dataclasses.replace(OF["object_absolute_distance"][0], value=9.0))
