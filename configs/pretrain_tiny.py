@@ -1,10 +1,8 @@
-"""Pre-train the tiny base of the quickstart on rendered clips: to match and reckon, to see, to place things, all of it.
+"""Pre-train the tiny base of the quickstart on rendered clips: to match and reckon, to see where things are, all of it.
 
 python run.py --config=configs/curate.py:captions --workdir=runs/captions
 python run.py --config=configs/pretrain_tiny.py:matching --workdir=runs/matching
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/matching --config.output=runs/matching/model
-python run.py --config=configs/pretrain_tiny.py:reading --workdir=runs/reading
-python run.py --config=configs/export.py:merged --config.model.adapter=runs/reading --config.output=runs/reading/model
 python run.py --config=configs/pretrain_tiny.py:placing --workdir=runs/placing
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/placing --config.output=runs/placing/model
 python run.py --config=configs/pretrain_tiny.py --workdir=runs/last
@@ -12,7 +10,7 @@ python run.py --config=configs/export.py:merged --config.model.adapter=runs/last
 """
 
 from configs.schema import Presets
-from configs.tables.quickstart_recipe import ASKING, MATCHING, PLACING, READING
+from configs.tables.quickstart_recipe import ASKING, MATCHING, PLACING
 from configs.tables.training import SFT_KEYS
 
 get_config = Presets(
@@ -20,8 +18,7 @@ get_config = Presets(
     SFT_KEYS,
     {
         "matching": ("from a random start, which option a text belongs to, and what states come to", MATCHING),
-        "reading": ("from the model of runs/matching, what is seen in clips, and matching on", READING),
-        "placing": ("from the model of runs/reading, where things are, in camera heights", PLACING),
+        "placing": ("from the model of runs/matching, where things are, in camera heights and in words", PLACING),
         "": (
             "from the model of runs/placing, all that, and what questions are about: a base for the quickstart",
             ASKING,

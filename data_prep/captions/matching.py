@@ -1,8 +1,7 @@
-"""Questions that can be answered from their text alone: which option is nearest, and what a question is about.
+"""Questions that can be answered from their text alone: which option is nearest, and which says a word.
 
 They teach what an answer to a question with options needs besides seeing: that the letter of an option stands for what
-follows it, which of some figures is nearest to another, and which aspect of a caption a wording asks for. None of them
-says anything about a clip.
+follows it, and which of some figures is nearest to another. None of them says anything about a clip.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ ASPECT: Mapping[str, str] = {
     "object_camera_longitudinal_direction": "in depth",
 }
 _LONGEST, _SHORTEST = 7.0, 0.1  # metres of figures
-NEAREST, SAME, ABOUT = "Which is nearest to {v}?", "Which says {v}?", "What is asked about: {q}"
+NEAREST, SAME = "Which is nearest to {v}?", "Which says {v}?"
 
 
 def nearest_number(rng: random.Random) -> Caption:
@@ -59,19 +58,6 @@ def _matched(text: str, found: str, right: str, options: list[str], rng: random.
     shuffle(options, rng)
     letter = LETTERS[options.index(right)]
     return write_question(text, lettered(options)), short_reasoning(found, letter)
-
-
-def aspect_asked(rng: random.Random, frames: int, name: str) -> Caption:
-    """Ask what a question is about: the camera or an object, and the aspect of a caption that has the answer.
-
-    Args:
-      frames: of the clip. name: of an object.
-    """
-    relation = rng.choice(list(LABELS))
-    thing = name if relation.startswith("object_") else "the camera"
-    i = rng.randrange(frames - 1)
-    j = rng.randrange(i + 1, frames)
-    return ABOUT.format(q=worded(rng, relation, i, j, frames, thing)), f"{thing} {ASPECT[relation]}"
 
 
 def worded(rng: random.Random, relation: str, i: int, j: int, frames: int, thing: str) -> str:

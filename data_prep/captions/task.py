@@ -19,7 +19,6 @@ from data_prep.captions import matching, told
 from data_prep.captions.captions import CAMERA, DESCRIBE, aspects, captions, things_told
 from data_prep.captions.placed import PLACE, placed, placed_behind_questions
 from data_prep.captions.words import spoken_words
-from data_prep.questions.names import object_names
 from data_prep.questions.propose import QuestionRules
 from data_prep.questions.rules import question_rules
 from data_prep.questions.wording import ANCHORS, NUMBERING, PHRASINGS, THRESHOLD, brief_state, short_reasoning
@@ -37,7 +36,6 @@ _ALL = 99
 # File of each step of pre-training -> kinds of the records in it, each with how many of a clip at most.
 FILES: Mapping[str, Mapping[str, int]] = {
     "matching.json": {"matching": _ALL, "drill": _ALL, "reckoning": _ALL},
-    "short.json": {**dict.fromkeys(("caption", "aspect", "matching", "about", "state"), _ALL), "derived": 1},
     "placing.json": {"caption": _ALL, "place": _ALL, "matching": 1, "derived": 1},
     "asking.json": {"asked": 3, "place": 1, "told": 3, "reckoning": 1, "caption": 1, "aspect": 1, "matching": 1},
 }
@@ -45,7 +43,6 @@ FILES: Mapping[str, Mapping[str, int]] = {
 # them all are no drill, texts about all that states come to, states asked for behind a question, questions about told
 # states.
 _OBJECTS, _ASPECTS, _MATCHED, _KEPT, _RECKONED, _ASKED, _TOLD = 2, 6, 2, 2, 4, 3, 4
-_ABOUT, _STATE = 0.25, 0.4  # shares of clips beside which is asked what a question is about, or for a state
 _UNSEEN = 10_000_000  # from this number on worlds are only told of
 _TOLD_SIZE = 32  # pixels: enough to know which points are seen
 _FIELD = re.compile(r"\{\w+\}")
@@ -99,10 +96,9 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     seen = things_told(clip.scene, rng, _OBJECTS)
     said = [("caption", *caption) for caption in captions(seen)]
     said += [("aspect", *caption) for caption in aspects(seen, rng, _ASPECTS)]
-    things = [thing for thing in seen if thing != CAMERA] or [CAMERA]
-    places = list(placed(clip.scene, things, sum(config.camera_height) / 2))
+    places = list(placed(clip.scene, seen, sum(config.camera_height) / 2))
     said += [("place", *caption) for caption in places]
-    states = {thing: text for thing, (_, text) in zip(things, places, strict=True)}
+    states = {thing: text for thing, (_, text) in zip(seen, places, strict=True)}
     behind = placed_behind_questions(states, clip.scene.num_frames, rng, _ASKED)
     said += [("asked", *caption) for caption in behind]
     matched = [ask(rng) for ask in (matching.nearest_number, matching.same_word) for _ in range(_MATCHED)]
@@ -110,11 +106,6 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     said += [("matching" if n < _KEPT else "drill", *caption) for n, caption in enumerate(matched)]
     said += [("derived", *told.derived(rng, clip.scene.num_frames, 1))]
     said += [("reckoning", *told.derived(rng, clip.scene.num_frames, _ALL)) for _ in range(_RECKONED)]
-    if rng.random() < _ABOUT:
-        names = list(object_names(clip.scene)[0].values()) or ["the box"]
-        said.append(("about", *matching.aspect_asked(rng, clip.scene.num_frames, rng.choice(names))))
-    if rng.random() < _STATE:
-        said.append(("state", *told.written_state(rng, clip.scene.num_frames)))
     other = make_clip(seed, _UNSEEN + number, dataclasses.replace(config, height=_TOLD_SIZE, width=_TOLD_SIZE)).scene
     said += [("told", *caption) for caption in told.told_questions(other, rules, seed, rng, _TOLD)]
     rows = tuple(
@@ -136,7 +127,7 @@ def phrases() -> list[str]:
     decimal, so that nearest ones can be told without spelling.
     """
     texts = [text for several in PHRASINGS.values() for text in several]
-    templates = [*texts, *ANCHORS, DESCRIBE, matching.NEAREST, matching.SAME, matching.ABOUT, told.WRITE, PLACE]
+    templates = [*texts, *ANCHORS, DESCRIBE, matching.NEAREST, matching.SAME, PLACE]
     pieces = {piece for text in templates for piece in _FIELD.split(text)}
     found = {piece for piece in pieces if len(piece.strip()) > 1}
     tau = THRESHOLD.format(tau=f"{100 * RelationRules.tau:.6g} cm")

@@ -1,6 +1,6 @@
-"""Text about spatial states: centres to be written as such, and questions that follow from states that are told.
+"""Text about spatial states that are told: what they come to, and questions that follow from them.
 
-They teach how states are written and what follows from them: which way a difference goes, how long it is, which option
+It teaches how states are written and what follows from them: which way a difference goes, how long it is, which option
 is nearest. The states are never those of the clip that is seen beside them, so nothing is said of metres in pictures.
 """
 
@@ -16,12 +16,11 @@ from data_prep.captions.captions import CAMERA, Caption
 from data_prep.captions.matching import ASPECT
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
-from data_prep.questions.wording import brief_state, vector_text
+from data_prep.questions.wording import brief_state
 from data_prep.scenes.relations import LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
 
-WRITE = "State of {o} at frame {f}: {n}"
 _OBJECTS = 0.8  # of pairs of states have an object in them
 _THIRD = 1.0 / 3  # of the changes that are drawn are small
 
@@ -75,16 +74,3 @@ def _move(rng: random.Random) -> list[float]:
     """Draw a displacement f64[3], metres: mostly along the floor, and often too small to count."""
     size = 0.15 if rng.random() < _THIRD else 0.8
     return [rng.gauss(0, size), rng.gauss(0, 0.25 * size), rng.gauss(0, size)]
-
-
-def written_state(rng: random.Random, frames: int) -> Caption:
-    """Ask for one centre of a clip of `frames` to be written as a state; drawn about as those of small rooms are."""
-    camera, thing = [0.0, 0.0, 0.0], None
-    if rng.random() < 0.5:
-        what, center = CAMERA, [rng.gauss(0, 0.6) for _ in range(3)]
-        camera = center
-    else:
-        what, center = "the object", [rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 0.6 + rng.expovariate(0.5)]
-        thing = center
-    frame, numbers = rng.randrange(frames), vector_text(center, 1).strip("[]")
-    return WRITE.format(o=what, f=frame, n=numbers), f"{brief_state(frame, camera, thing)}\n"
