@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="runs/quickstart", help="of a finished quickstart")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--clips", type=int, default=2600, help="about 1,850 questions, 300 of each subtask")
+    parser.add_argument("--clips", type=int, default=1400, help="300 questions of each subtask, about")
     parser.add_argument("--workers", type=int, default=0, help="processes that render worlds; 0 = one for every core")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()

@@ -37,11 +37,11 @@ BENCH: Mapping[str, Any] = MappingProxyType(
     {
         **_WORLDS,
         "seed": 9000,
-        "synthetic.clips": 1000,
+        "synthetic.clips": 600,
         "synthetic.height": 96,
         "synthetic.width": 96,
         "bench_share": 1.0,
-        "questions.draws": 1,
+        "questions.draws": 2,
     }
 )
 QUESTIONS: Mapping[str, Any] = MappingProxyType(
@@ -120,7 +120,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         "laptop": {},
         "accelerator": {
             "worlds": {"synthetic.clips": 4000},
-            "bench": {"synthetic.clips": 4200},
+            "bench": {"synthetic.clips": 2400},
         },
         "smoke": {
             "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},
