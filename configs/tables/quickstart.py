@@ -29,7 +29,7 @@ _WORLDS: Mapping[str, Any] = MappingProxyType(
 )
 # Worlds to learn from, seen by two eyes. Their exact questions are written too, for those who want to compare.
 WORLDS: Mapping[str, Any] = MappingProxyType(
-    {**_WORLDS, "synthetic.clips": 360, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
+    {**_WORLDS, "synthetic.clips": 300, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
 )
 # Worlds to be examined on, with exact truth: about 140 questions of each subtask, all classes equally often. No
 # training seed may be this one, nor that of the base's pre-training.
@@ -93,23 +93,23 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 # Stage -> its share of the time, as seconds on two quiet cores; corrected by what was measured while it runs.
 SECONDS: Mapping[str, float] = MappingProxyType(
     {
-        "worlds": 50,
-        "bench": 120,
-        "questions": 140,
-        "sft": 200,
-        "reasoning": 5,
-        "cold_start": 60,
-        "grpo_without_st": 60,
-        "grpo": 60,
-        "control": 60,
-        "eval_base": 15,
-        "eval_base_forced": 15,
-        "eval_sft": 20,
-        "eval_sft_shuffled": 20,
-        "eval_cold_start": 25,
-        "eval_control": 25,
-        "eval_grpo_without_st": 25,
-        "eval_grpo": 25,
+        "worlds": 42,
+        "bench": 60,
+        "questions": 225,
+        "sft": 190,
+        "reasoning": 4,
+        "cold_start": 48,
+        "grpo_without_st": 52,
+        "grpo": 52,
+        "control": 46,
+        "eval_base": 19,
+        "eval_base_forced": 19,
+        "eval_sft": 19,
+        "eval_sft_shuffled": 19,
+        "eval_cold_start": 19,
+        "eval_control": 19,
+        "eval_grpo_without_st": 19,
+        "eval_grpo": 19,
     }
 )
 _FEW = {"train.steps": 2, "train.batch_size": 2, "data.questions_per_video": 2, "data.rows": 1}
