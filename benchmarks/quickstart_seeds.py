@@ -4,10 +4,11 @@ python run.py --config=configs/quickstart.py --workdir=runs/quickstart
 python -m benchmarks.quickstart_seeds --workdir=runs/quickstart --seeds=1,2,3
 
 Goes on from the cold start of a finished quickstart: reinforcement without and with the spatio-temporal reward and the
-control of equal time, each with every seed, then greedy answers to questions about `--clips` new worlds. A stage that
-is done is passed over, so the same command goes on where it was stopped. Prints accuracies, the paper's reward of
-greedy answers, errors of centres, and differences on the same questions: those of all seeds are averaged question by
-question, brackets are 95 % intervals by a bootstrap over worlds, and what each seed has alone stands beside them.
+control of equal time, each with every seed and for `--steps`, then greedy answers to questions about `--clips` new
+worlds. A stage that is done is passed over, so the same command goes on where it was stopped. Prints accuracies, the
+paper's reward of greedy answers, errors of centres, and differences on the same questions: those of all seeds are
+averaged question by question, brackets are 95 % intervals by a bootstrap over worlds, and what each seed has alone
+stands beside them.
 """
 
 from __future__ import annotations
@@ -46,8 +47,12 @@ COMPARED = (
 MEASURES = ("accuracy", "reward", *KINDS)
 
 
-def listed(workdir: str, seeds: Sequence[int], clips: int, workers: int) -> list[Stage]:
-    """Return all stages, below `seeds/` of a quickstart's workdir: examined worlds, training, examinations."""
+def listed(workdir: str, seeds: Sequence[int], clips: int, steps: int, workers: int) -> list[Stage]:
+    """Return all stages, below `seeds/` of a quickstart's workdir: examined worlds, training, examinations.
+
+    Args:
+      clips: of the examination. steps: of reinforcement. workers: processes that render.
+    """
     of = {stage.name: stage for stage in stages(common.config("quickstart", {"workers": workers}), workdir)}
     top = f"{workdir}/seeds"
     bench = dataclasses.replace(
@@ -63,8 +68,10 @@ def listed(workdir: str, seeds: Sequence[int], clips: int, workers: int) -> list
         found.append(dataclasses.replace(stage, values={**stage.values, **asked}, folder=f"{top}/{stage.name}"))
     for seed in seeds:
         for name in ("grpo_without_st", "grpo", "control"):
-            changed = {"late": _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")} if name == "control" else {}
-            found.append(_again(of[name], seed, {"seed": seed}, top, **changed))
+            control = name == "control"
+            changed = {"late": _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")} if control else {}
+            values = {"seed": seed} if control else {"seed": seed, "train.steps": steps}
+            found.append(_again(of[name], seed, values, top, **changed))
         for name in REPEATED:
             examined = {**asked, "model.adapter": f"{top}/{name}_{seed}"}
             found.append(_again(of[f"eval_{name}"], seed, examined, top))
@@ -166,12 +173,13 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quickstart", help="of a finished quickstart")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--clips", type=int, default=1400, help="300 questions of each subtask, about")
+    parser.add_argument("--steps", type=int, default=300, help="of reinforcement; the quickstart takes fewer")
     parser.add_argument("--workers", type=int, default=0, help="processes that render worlds; 0 = one for every core")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     top = Path(args.workdir) / "seeds"
-    if run(listed(args.workdir, seeds, args.clips, args.workers), top):
+    if run(listed(args.workdir, seeds, args.clips, args.steps, args.workers), top):
         print("\n".join(lines(top, seeds)))
 
 

@@ -12,13 +12,14 @@ from mllm4d_jax.eval.statistics import mean
 
 
 def test_every_seed_trains_anew_and_all_are_examined_on_the_same_new_worlds(tmp_path):
-    found = {stage.name: stage for stage in listed(str(tmp_path), (4, 5), 1400, 2)}
+    found = {stage.name: stage for stage in listed(str(tmp_path), (4, 5), 1400, 77, 2)}
     assert SEED not in (BENCH["seed"], PRETRAINING_CLIPS["seed"], 0)
     assert len(found) == 1 + 4 + 2 * (3 + 3) and len({stage.folder for stage in found.values()}) == len(found)
     bench = found["bench"].config()
     assert (bench.seed, bench.synthetic.clips, bench.bench_share) == (SEED, 1400, 1.0)
     for seed in (4, 5):
         assert found[f"grpo_{seed}"].config().seed == found[f"control_{seed}"].values["seed"] == seed
+        assert found[f"grpo_without_st_{seed}"].config().train.steps == 77
         assert found[f"eval_grpo_{seed}"].values["model.adapter"] == f"{tmp_path}/seeds/grpo_{seed}"
     for name, stage in found.items():
         if name.startswith("eval_"):
