@@ -34,6 +34,7 @@ from mllm4d_jax.quickstart.stages import Stage, equal_time, stages
 from mllm4d_jax.quickstart.tables import percent
 from mllm4d_jax.quickstart.task import Turn
 
+RATE = 6e-4  # of reinforcement; in as few steps as the quickstart takes it harms
 SEED = 9100  # of the worlds: not one of the quickstart's, nor of pre-training
 ONCE = ("base", "sft", "sft_shuffled", "cold_start")
 REPEATED = ("control", "grpo_without_st", "grpo")
@@ -70,7 +71,7 @@ def listed(workdir: str, seeds: Sequence[int], clips: int, steps: int, workers: 
         for name in ("grpo_without_st", "grpo", "control"):
             control = name == "control"
             changed = {"late": _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")} if control else {}
-            values = {"seed": seed} if control else {"seed": seed, "train.steps": steps}
+            values = {"seed": seed} if control else {"seed": seed, "train.steps": steps, "optim.lr": RATE}
             found.append(_again(of[name], seed, values, top, **changed))
         for name in REPEATED:
             examined = {**asked, "model.adapter": f"{top}/{name}_{seed}"}
