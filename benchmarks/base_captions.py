@@ -109,9 +109,7 @@ def words_of(
             yield tuple(key), spoken[number], _is_near(said, spoken[number])
         return
     else:
-        counted = _read(
-            {"told": "told", "state": "told", "derived": "derived", "reckoning": "derived"}.get(kind, "text"), spoken
-        )
+        counted = _read({"told": "told", "derived": "derived", "reckoning": "derived"}.get(kind, "text"), spoken)
     for number, key in counted:
         said = tokenizer.decode([int(best[places[number] - 1])])
         near = key[-1] == "figure" and _is_near(said, spoken[number])
@@ -156,7 +154,8 @@ def _read(about: str, spoken: list[str]) -> Iterator[tuple[int, tuple[str, ...]]
         elif word in tuple("ABCD"):
             yield number, (about, "letter")
         elif figure or word in LABEL_WORDS:
-            yield number, (about, next(kinds, "option") if figure else "label")
+            named = "figure" if about == "derived" else next(kinds, "option")
+            yield number, (about, named if figure else "label")
 
 
 def main() -> None:

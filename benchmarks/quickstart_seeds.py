@@ -18,6 +18,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -25,14 +26,15 @@ from absl import flags
 from configs import common
 from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import read_predictions
-from mllm4d_jax.files.ending import StopSignal
+from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.qa.rewards import Solution, score
-from mllm4d_jax.quickstart.done import StageRecords
-from mllm4d_jax.quickstart.progress import StatusLine, TimeLeft
+from mllm4d_jax.quickstart.done import QuickstartError, StageRecords
+from mllm4d_jax.quickstart.progress import StatusLine
 from mllm4d_jax.quickstart.results import KINDS, Examined, examine, rewards_of
 from mllm4d_jax.quickstart.stages import Stage, equal_time, stages
 from mllm4d_jax.quickstart.tables import percent
-from mllm4d_jax.quickstart.task import Turn
+from mllm4d_jax.quickstart.task import do_stages
+from mllm4d_jax.report.reading import CONFIG
 
 RATE = 6e-4  # of reinforcement; in as few steps as the quickstart takes it harms
 SEED = 9100  # of the worlds: not one of the quickstart's, nor of pre-training
@@ -48,14 +50,15 @@ COMPARED = (
 MEASURES = ("accuracy", "reward", *KINDS)
 
 
-def listed(workdir: str, seeds: Sequence[int], clips: int, steps: int, workers: int) -> list[Stage]:
+def listed(workdir: str, base: str, seeds: Sequence[int], clips: int, steps: int, workers: int) -> list[Stage]:
     """Return all stages, below `seeds/` of a quickstart's workdir: examined worlds, training, examinations.
 
     Args:
+      base: folder of the model that the quickstart started from.
       clips: of the examination. steps: of reinforcement. workers: processes that render.
     """
-    of = {stage.name: stage for stage in stages(common.config("quickstart", {"workers": workers}), workdir)}
-    top = f"{workdir}/seeds"
+    config = common.config("quickstart", {"workers": workers, "base": base})
+    of, top = {stage.name: stage for stage in stages(config, workdir)}, f"{workdir}/seeds"
     bench = dataclasses.replace(
         of["bench"],
         values={**of["bench"].values, "seed": SEED, "synthetic.clips": clips},
@@ -66,24 +69,27 @@ def listed(workdir: str, seeds: Sequence[int], clips: int, steps: int, workers: 
     found = [bench]
     for name in ONCE:
         stage = of[f"eval_{name}"]
-        found.append(dataclasses.replace(stage, values={**stage.values, **asked}, folder=f"{top}/{stage.name}"))
+        values, folder = {**stage.values, **asked}, f"{top}/{stage.name}"
+        found.append(dataclasses.replace(stage, values=values, folder=folder, inputs=("bench",)))
     for seed in seeds:
-        for name in ("grpo_without_st", "grpo", "control"):
-            control = name == "control"
-            changed = {"late": _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")} if control else {}
-            values = {"seed": seed} if control else {"seed": seed, "train.steps": steps, "optim.lr": RATE}
-            found.append(_again(of[name], seed, values, top, **changed))
+        # What earlier stages of the quickstart made has files outside `seeds/`, whose digests are known by themselves.
+        reinforced = {"seed": seed, "train.steps": steps, "optim.lr": RATE}
+        for name in ("grpo_without_st", "grpo"):
+            found.append(_again(of[name], seed, reinforced, top, inputs=()))
+        late = _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")
+        found.append(_again(of["control"], seed, {"seed": seed}, top, inputs=(f"grpo_{seed}",), late=late))
         for name in REPEATED:
-            examined = {**asked, "model.adapter": f"{top}/{name}_{seed}"}
-            found.append(_again(of[f"eval_{name}"], seed, examined, top))
-    return [dataclasses.replace(stage, inputs=()) for stage in found]
+            trained = f"{name}_{seed}"
+            examined = {**asked, "model.adapter": f"{top}/{trained}"}
+            found.append(_again(of[f"eval_{name}"], seed, examined, top, inputs=("bench", trained)))
+    return found
 
 
 def _equal_time(reinforced: str, taught: str) -> Callable[[], Mapping]:
     return lambda: equal_time(reinforced, taught)
 
 
-def _again(stage: Stage, seed: int, values: Mapping, top: str, **changed: Callable) -> Stage:
+def _again(stage: Stage, seed: int, values: Mapping, top: str, **changed: Any) -> Stage:
     """Return a stage of another name and folder for a seed, with other values."""
     name = f"{stage.name}_{seed}"
     values = {**stage.values, **values}
@@ -92,24 +98,26 @@ def _again(stage: Stage, seed: int, values: Mapping, top: str, **changed: Callab
     )
 
 
-def run(found: Sequence[Stage], top: Path) -> bool:
-    """Do the stages that are not done; return False when asked to stop. Raises QuickstartError."""
-    (top / "logs").mkdir(parents=True, exist_ok=True)
-    records, line = StageRecords(top), StatusLine()
-    clock = TimeLeft([stage.seconds for stage in found])
-    with StopSignal() as stop:
-        return all(Turn(list(found), n, records, clock, line, stop).take() for n in range(len(found)))
+def base_of(workdir: str) -> str:
+    """Return the base model that a quickstart started from. Raises QuickstartError: its cold start is not done."""
+    done = StageRecords(Path(workdir)).get("cold_start")
+    if done is None or not done.results:
+        raise QuickstartError(
+            f"{workdir} has no finished cold start: first python run.py --config=configs/quickstart.py "
+            f"--workdir={workdir}"
+        )
+    return json.loads(Path(workdir, "cold_start", CONFIG).read_bytes())["model"]["path"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Worth:
     """What a model's greedy answers are worth: measure -> question's id -> value (share, reward, metres)."""
 
     values: Mapping[str, Mapping[str, float]]
     worlds: Mapping[str, str]
 
     @classmethod
-    def of(cls, folder: Path, solutions: Mapping[str, Solution]) -> Measured:
+    def of(cls, folder: Path, solutions: Mapping[str, Solution]) -> Worth:
         seen: Examined = examine(read_predictions(folder), solutions)
         values = {
             "accuracy": {name: float(one.correct) for name, one in seen.answers.items()},
@@ -119,16 +127,16 @@ class Measured:
         return cls(values, {name: one.video for name, one in seen.answers.items()})
 
 
-def averaged(models: Sequence[Measured]) -> Measured:
+def averaged(models: Sequence[Worth]) -> Worth:
     """Return the mean over models, question by question, of those to which all have a value."""
     values = {}
     for measure in MEASURES:
         shared = set.intersection(*(set(one.values[measure]) for one in models))
         values[measure] = {n: float(np.mean([one.values[measure][n] for one in models])) for n in sorted(shared)}
-    return Measured(values, models[0].worlds)
+    return Worth(values, models[0].worlds)
 
 
-def difference(first: Measured, second: Measured, measure: str) -> statistics.Estimate:
+def difference(first: Worth, second: Worth, measure: str) -> statistics.Estimate:
     """Return the second's value less the first's on the questions to which both have one."""
     names = sorted(first.values[measure].keys() & second.values[measure].keys())
     apart = [second.values[measure][n] - first.values[measure][n] for n in names]
@@ -139,8 +147,8 @@ def lines(top: Path, seeds: Sequence[int]) -> Iterator[str]:
     """Yield the tables."""
     rows = json.loads((top / "bench" / "bench.json").read_bytes())
     solutions = {row["id"]: Solution.from_record(row["solution"]) for row in rows}
-    each = {name: [Measured.of(top / f"eval_{name}", solutions)] for name in ONCE}
-    each |= {name: [Measured.of(top / f"eval_{name}_{seed}", solutions) for seed in seeds] for name in REPEATED}
+    each = {name: [Worth.of(top / f"eval_{name}", solutions)] for name in ONCE}
+    each |= {name: [Worth.of(top / f"eval_{name}_{seed}", solutions) for seed in seeds] for name in REPEATED}
     models = {name: averaged(several) for name, several in each.items()}
     yield f"{len(rows)} questions about worlds of seed {SEED}; training seeds: {', '.join(map(str, seeds))}"
     yield f"{'model':18s}" + "".join(f"{m:>24s}" for m in ("accuracy, %", "reward x 100", "camera cm", "object cm"))
@@ -164,7 +172,7 @@ def lines(top: Path, seeds: Sequence[int]) -> Iterator[str]:
         yield f"  {name:18s} " + "  ".join(f"{first:.3f} -> {last:.3f}" for first, last in told)
 
 
-def _for_all(models: Sequence[Measured], seeds: Sequence[int]) -> Sequence[Measured]:
+def _for_all(models: Sequence[Worth], seeds: Sequence[int]) -> Sequence[Worth]:
     return models if len(models) == len(seeds) else models * len(seeds)
 
 
@@ -180,8 +188,11 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     top = Path(args.workdir) / "seeds"
-    if run(listed(args.workdir, seeds, args.clips, args.steps, args.workers), top):
-        print("\n".join(lines(top, seeds)))
+    found = listed(args.workdir, base_of(args.workdir), seeds, args.clips, args.steps, args.workers)
+    (top / "logs").mkdir(parents=True, exist_ok=True)
+    with WriterLock.of(top):
+        if do_stages(found, StageRecords(top), StatusLine(), "seeds of reinforcement", str(top)):
+            print("\n".join(lines(top, seeds)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from data_prep.captions.captions import CAMERA, Caption
 from data_prep.captions.matching import ASPECT
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
-from data_prep.questions.wording import brief_state
+from data_prep.questions.wording import brief_state, found_text
 from data_prep.scenes.relations import LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
@@ -62,12 +62,12 @@ def derived(rng: random.Random, frames: int, most: int) -> Caption:
 
 def _found(relation: str, values: np.ndarray) -> str:
     """What a value f64[1], or a displacement f64[1, 3], of a relation comes to."""
-    figure = "" if values.ndim > 1 else f"{round(float(values[0]), 1) + 0.0:.1f}"
+    values = values.round(1) + 0.0  # no negative zero
     if not LABELS[relation]:
-        return figure
+        return f"{values[0]:.1f}"
     rules = dataclasses.replace(RULES, min_motion=0.0, dominance=1.0, margin=0.0)
-    label = LABELS[relation][int(classes_of(relation, values.round(1), rules)[0])]
-    return f"{figure}: {label}" if figure else label
+    label = LABELS[relation][int(classes_of(relation, values, rules)[0])]
+    return label if values.ndim > 1 else found_text("", values[0], label)
 
 
 def _move(rng: random.Random) -> list[float]:

@@ -46,21 +46,34 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
     listed, path = stages(config, workdir), Path(workdir)
     with storing(path):
         (path / "logs").mkdir(parents=True, exist_ok=True)
-    with WriterLock.of(path), StopSignal() as stop:
+    with WriterLock.of(path):
         records, line = StageRecords(path), StatusLine()
+        if do_stages(listed, records, line, f"quickstart ({config.size})", workdir):
+            results = read_results(path, listed, records)
+            line.say(f"\n{text(results)}\n")
+            line.say(f"report: {write_page(path, results)}")
+    return 0
+
+
+def do_stages(listed: list[Stage], records: StageRecords, line: StatusLine, what: str, workdir: str) -> bool:
+    """Do the stages that are not done, one after the other; return False when asked to stop (SIGINT, SIGTERM).
+
+    Args:
+      records: of `workdir`, whose lock is held, and which has a folder logs/.
+      what: the stages are of, for people.
+
+    Raises:
+      QuickstartError, ConfigError: as `run`.
+    """
+    with StopSignal() as stop:
         clock = TimeLeft([stage.seconds for stage in listed])
         about = span(clock.left(0, 0.0, None, None)[1])
-        line.say(
-            f"quickstart ({config.size}): {len(listed)} stages, about {about} on two quiet cores; all in {workdir}"
-        )
+        line.say(f"{what}: {len(listed)} stages, about {about} on two quiet cores; all in {workdir}")
         for number in range(len(listed)):
-            if not Turn(listed, number, records, clock, line, stop).take():
+            if not _Turn(listed, number, records, clock, line, stop).take():
                 line.say(f"stopped in stage {number + 1} of {len(listed)}; the same command goes on from there")
-                return 0
-        results = read_results(path, listed, records)
-        line.say(f"\n{text(results)}\n")
-        line.say(f"report: {write_page(path, results)}")
-    return 0
+                return False
+    return True
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -79,7 +92,7 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class _Turn:
     """The turn of one stage."""
 
     listed: list[Stage]
