@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from mllm4d_jax.encode.positions import next_position
 from mllm4d_jax.generate.joined import JoinedAttention, Layers
 from mllm4d_jax.models import rope
-from mllm4d_jax.models.attention import LOWEST
+from mllm4d_jax.models.attention import LOWEST, Backend
 from mllm4d_jax.models.layers import scan_layers
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.shared_prefix import slot_attention
@@ -132,7 +132,7 @@ def prefill_branches(model: QwenVL, inputs: ModelInputs, prompts: PromptCache) -
             return out.reshape(q.shape)
 
         hidden, k, v = block.attend(hidden, cos, sin, attend, None)
-        hidden = block.feed_forward(hidden, inputs.segment_ids != 0)[0]
+        hidden = block.feed_forward(hidden, inputs.segment_ids != 0, model.backend)[0]
         return constrain_rows(hidden, model.mesh), KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     caches = []
@@ -220,11 +220,11 @@ def decode(
     Returns:
       (hidden [B, G, H] after the final norm, the branch cache with the slots written).
     """
-    config, mesh = model.config.text, model.mesh
-    x = constrain_rows(model.text.embed[...][tokens], mesh)
+    config = model.config.text
+    x = constrain_rows(model.text.embed[...][tokens], model.mesh)
     on_axes = jnp.broadcast_to(positions, (3, *positions.shape))
     tables = rope.text_rope(config.rope, config.head_dim, on_axes, x.dtype)
-    token = _Token(tables, prompts.visible, slots, asked, mesh)
+    token = _Token(tables, prompts.visible, slots, asked, model.backend)
     if layers is not None:
         kept = []
         for block, *caches in zip(layers, *prompts.kv, *own, strict=True):
@@ -251,7 +251,7 @@ class _Token(NamedTuple):
     visible: jax.Array
     slots: jax.Array
     asked: Asked | None
-    mesh: Mesh | None
+    backend: Backend
 
     def through(
         self, block: DecoderBlock, hidden: jax.Array, prompt: KVCache, own: KVCache, layer: jax.Array | None = None
@@ -267,8 +267,8 @@ class _Token(NamedTuple):
             mine = own if layer is None else KVCache(*(cache[layer] for cache in own))
             out = branch_attention(q, prompt, self.visible, mine, self.slots, self.asked)
             hidden = hidden + block.attn.o_proj(out.reshape(*shape, -1))
-        hidden = block.feed_forward(hidden, jnp.ones(shape, bool))[0]
-        return constrain_rows(hidden, self.mesh), own
+        hidden = block.feed_forward(hidden, jnp.ones(shape, bool), self.backend)[0]
+        return constrain_rows(hidden, self.backend.mesh), own
 
     def _written(self, cache: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
         """`cache` ([layers,] B, K, G, T, head_dim) with `new` [B, G, K, head_dim] in the slots, in place."""

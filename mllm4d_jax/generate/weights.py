@@ -67,7 +67,9 @@ class SamplingWeights:
         if own is learner_mesh:
             return
         model = merge_model(graphdef, trainable, frozen)
-        model.mesh, model.backend = own, choose_backend(attention, model.dtype, own, model.config.largest_head)
+        config = model.config
+        backend = choose_backend(attention, model.dtype, own, config.largest_head, config.grouped_widths)
+        model.mesh, model.backend = own, backend
         self.graphdef = split_model(model, patterns)[0]
         if mesh is not learner_mesh:
             self._places = _places(model, patterns, mesh)

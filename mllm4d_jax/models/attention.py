@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mllm4d_jax.models.grouped import HALF, choose_form
 from mllm4d_jax.parallel.products import einsum_f32
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
@@ -29,10 +31,11 @@ class BackendError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """How attention is computed."""
+    """How what has several forms is computed: attention, and the products of sparse layers."""
 
     name: str  # "xla", "cudnn" or "splash"
     mesh: Mesh | None = None  # over which kernels, which XLA cannot split by itself, are split
+    grouped: str = "xla"  # form of the sparse layers' products, see `grouped.grouped_product`
     query_block: int | None = None  # queries of rows whose scores exist at a time in the xla form; None for all
     unroll: bool = False  # the decoder's layers are compiled one by one, see `layers.scan_layers`
     interpret: bool = False  # run the TPU kernel in the Pallas interpreter (tests on CPU)
@@ -41,10 +44,13 @@ class Backend:
         return self.name
 
 
-def choose_backend(requested: str, dtype, mesh: Mesh | None = None, head_dim: int = 128) -> Backend:
-    """Choose the attention backend for the devices of `mesh`, or for this process without one.
+def choose_backend(
+    requested: str, dtype, mesh: Mesh | None = None, head_dim: int = 128, grouped_widths: Sequence[int] = ()
+) -> Backend:
+    """Choose the attention backend and the form of grouped products.
 
-    The mesh may be of devices that are not here: a program compiled ahead of time for a TPU or GPU gets its kernel.
+    They are for the devices of `mesh`, or of this process without one. The mesh may be of devices that are not here: a
+    program compiled ahead of time for a TPU or GPU gets its kernel.
 
     Args:
       requested: "xla", "cudnn" or "splash" to insist; "auto" is splash on TPU, cudnn on GPUs where it can run (which
@@ -52,6 +58,7 @@ def choose_backend(requested: str, dtype, mesh: Mesh | None = None, head_dim: in
         elsewhere. Where a GPU's activations are 16-bit and it is xla after all, a warning says why.
       dtype: activation dtype.
       head_dim: largest head size of the model.
+      grouped_widths: of its sparse layers, see `grouped.choose_form`.
 
     Raises:
       BackendError: unknown name, or a backend that this platform or dtype cannot run.
@@ -73,11 +80,17 @@ def choose_backend(requested: str, dtype, mesh: Mesh | None = None, head_dim: in
     elif problem:
         raise BackendError(f"attention='cudnn': {problem}. Use 'auto' or 'xla'")
     # The scores of a whole row fit into a CPU's memory, and one large product is faster there than many small ones.
-    return Backend(name, mesh, query_block=None if platform == "cpu" else QUERY_BLOCK, unroll=platform == "gpu")
+    return Backend(
+        name,
+        mesh,
+        grouped=choose_form(device, dtype, grouped_widths),
+        query_block=None if platform == "cpu" else QUERY_BLOCK,
+        unroll=platform == "gpu",
+    )
 
 
 def _half(dtype) -> bool:
-    return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+    return jnp.dtype(dtype) in HALF
 
 
 def _cudnn_problem(device: jax.Device, dtype, head_dim: int) -> str | None:

@@ -145,6 +145,12 @@ class ModelConfig:
         """Head size of decoder or tower, whichever is larger."""
         return max(self.text.head_dim, self.vision.head_dim)
 
+    @property
+    def grouped_widths(self) -> tuple[int, ...]:
+        """Widths between which the sparse layers' grouped products go; none of a dense model."""
+        moe = self.text.moe
+        return (self.text.hidden_size, moe.intermediate_size) if moe else ()
+
     @classmethod
     def from_folder(cls, folder: str | pathlib.Path) -> ModelConfig:
         """Reads `folder/config.json`.

@@ -74,7 +74,7 @@ class QwenVL(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.backend = choose_backend(attention, dtype, mesh, config.largest_head)
+        self.backend = choose_backend(attention, dtype, mesh, config.largest_head, config.grouped_widths)
         self.dtype, self.mesh = jnp.dtype(dtype), mesh
         self.remat, self.vision_remat = remat, vision_remat
         self.vision = VisionTower(config.vision, dtype=dtype, rngs=rngs)

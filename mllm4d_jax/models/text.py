@@ -23,14 +23,13 @@ from mllm4d_jax.models.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
-    RouterStats,
-    SparseMLP,
     fold,
     parameter,
     scan_layers,
     stack,
 )
 from mllm4d_jax.models.shared_prefix import row_attention
+from mllm4d_jax.models.sparse import RouterStats, SparseMLP
 from mllm4d_jax.parallel.rules import constrain_rows
 from mllm4d_jax.rows.batch import RowLayout
 
@@ -103,12 +102,12 @@ class DecoderBlock(nnx.Module):
         x = x + self.attn.o_proj(out.reshape(*out.shape[:2], -1), fold(key, 3))
         return checkpoint_name(x, PRODUCT), k, v
 
-    def feed_forward(self, x: jax.Array, real: jax.Array, key: jax.Array | None = None):
+    def feed_forward(self, x: jax.Array, real: jax.Array, backend: Backend, key: jax.Array | None = None):
         """Second half of the block; returns (x, router statistics or None, router tensors or None)."""
         y = self.post_norm(x)
         if not self.sparse:
             return x + self.mlp(y, key), None, None
-        y, stats, routed = self.mlp(y, real)
+        y, stats, routed = self.mlp(y, real, backend)
         return x + y, stats, routed
 
 
@@ -163,7 +162,7 @@ class Decoder(nnx.Module):
             """Hidden states before `layer` -> those after it, and what the scan stacks."""
             attention_key, mlp_key = (fold(fold(dropout_key, layer), half) for half in range(2))
             hidden, k, v = block.attend(hidden, cos, sin, attend, attention_key)
-            raw, stats, routed = block.feed_forward(hidden, segment_ids != 0, mlp_key)
+            raw, stats, routed = block.feed_forward(hidden, segment_ids != 0, backend, mlp_key)
             hidden = raw
             if taps:
                 hidden = raw + jnp.where(layer < taps, deepstack[jnp.minimum(layer, taps - 1)], 0)

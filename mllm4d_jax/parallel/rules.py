@@ -68,17 +68,23 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
 
 
+def split_rows(mesh: Mesh | None, batch: int) -> tuple[str, ...] | None:
+    """Mesh axes over which the rows of a batch are split by hand; None where they cannot be divided evenly."""
+    if mesh is None or batch % batch_shards(mesh):
+        return None
+    return tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1) or None
+
+
 def split_attention(
     mesh: Mesh | None, batch: int, heads: int, kv_heads: int
 ) -> tuple[tuple[str, ...] | None, str | None]:
     """Mesh axes over which kernels of attention split rows and heads; None where they cannot be divided evenly."""
     if mesh is None:
         return None, None
-    rows = tuple(axis for axis in BATCH_AXES if mesh.shape.get(axis, 1) > 1)
     axis = RULES["heads"]
     tensor = mesh.shape.get(axis, 1)
     divides = tensor > 1 and heads % tensor == 0 and kv_heads % tensor == 0
-    return rows if rows and batch % batch_shards(mesh) == 0 else None, axis if divides else None
+    return split_rows(mesh, batch), axis if divides else None
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *entries: str | tuple[str, ...] | None) -> jax.Array:

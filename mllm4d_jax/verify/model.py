@@ -15,8 +15,8 @@ from flax import nnx
 from mllm4d_jax.encode.positions import RULES
 from mllm4d_jax.generate.decoding import decode, empty_branches, prefill
 from mllm4d_jax.models import weight_map
-from mllm4d_jax.models.layers import load_balancing_loss
 from mllm4d_jax.models.qwen_vl import QwenVL
+from mllm4d_jax.models.sparse import load_balancing_loss
 from mllm4d_jax.models.text import DecoderOutput
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.rows.batch import ModelInputs
