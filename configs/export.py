@@ -1,7 +1,8 @@
-"""Write what a run has trained as a PEFT adapter or as a merged Hugging Face checkpoint.
+"""Write what a run has trained as a PEFT adapter or as a merged Hugging Face checkpoint; or a wider copy of a model.
 
 python run.py --config=configs/export.py:peft --config.model.adapter=runs/sft --config.output=DIR
 python run.py --config=configs/export.py:merged --config.model.adapter=runs/sft --config.output=DIR
+python run.py --config=configs/export.py:wider --config.model.path=MODEL --config.output=DIR
 """
 
 from configs.schema import Presets
@@ -15,6 +16,10 @@ get_config = Presets(
         "merged": (
             "the base model's files with adapters and trained weights merged in, for transformers and others",
             {"form": "merged"},
+        ),
+        "wider": (
+            "a copy of a model with more heads and neurons that answers as the model does, to be trained further",
+            {"form": "wider"},
         ),
     },
 )

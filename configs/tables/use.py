@@ -137,10 +137,16 @@ EVAL_KEYS = (
 
 EXPORT_KEYS = (
     *run_keys("export"),
-    Key("form", "peft", "a PEFT adapter, or the whole model with everything merged", choices=("peft", "merged")),
+    Key(
+        "form",
+        "peft",
+        "a PEFT adapter, the whole model with everything merged, or a wider copy of a model",
+        choices=("peft", "merged", "wider"),
+    ),
     Key("output", "", "folder to write; it must not exist yet", bucket=True),
     # dtype and attention are those of the comparison with the model; the files keep their own dtype.
     *take(MODEL_KEYS, "path", "adapter", "step", dtype="float32", attention="xla"),
+    Key("factor", 2, "wider: how many times as many inner neurons, and heads of queries (Qwen3-VL)", low=2, high=64),
     Key("base_name", "", "PEFT: name of the base model to put into adapter_config.json; '' = what is known of it"),
     Key("tol.float32", 1e-4, "largest difference of the logits read back, as a share of the largest logit", low=0),
     Key("tol.bfloat16", 2e-2, "the same when the comparison is in bfloat16", low=0),

@@ -22,7 +22,7 @@ from mllm4d_jax.models.weight_map import HEAD, Leaf
 
 DTYPES: Mapping[str, np.dtype] = {name: FLOATS[name] for name in ("F32", "F16", "BF16")}  # what is written
 # What goes along with the weights; anything else in the folder is left where it is.
-_COMPANIONS = (
+COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json",
     "chat_template.jinja", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
@@ -97,7 +97,7 @@ def write_merged(files: TensorFiles, out: pathlib.Path, changes: Mapping[str, Ch
         )
     shards = sorted(set(files.location.values()))
     # An index beside a single file belongs to other weights.
-    for name in [*_COMPANIONS, *([] if shards == [SINGLE] else [INDEX])]:
+    for name in [*COMPANIONS, *([] if shards == [SINGLE] else [INDEX])]:
         if (files.folder / name).is_file():
             bring(files.folder / name, out / name)
     for name in shards:

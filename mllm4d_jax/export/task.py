@@ -1,4 +1,4 @@
-"""The `export` task: what a run has trained, as a PEFT adapter or as a merged Hugging Face checkpoint.
+"""The `export` task: what a run has trained, as a PEFT adapter or a merged checkpoint; a wider copy of a model.
 
 The folder is written beside its place, read back and compared with the model it was made from, and only then renamed.
 """
@@ -15,10 +15,12 @@ import numpy as np
 from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export.check import Difference, compare
 from mllm4d_jax.export.merged import ModelExportError, find_changes, write_merged
+from mllm4d_jax.export.wider import write_wider
 from mllm4d_jax.files.atomic import new_folder, unfinished
 from mllm4d_jax.files.remote import absolute, place
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.peft import adapted_linears, load_peft, save_peft
+from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.tensor_files import TensorFiles
 from mllm4d_jax.run.start import ModelChoice, TunedModel, choose_model, load_tuned
 
@@ -82,9 +84,52 @@ def export_merged(
     ]
 
 
+def export_wider(
+    model: QwenVL, ours: np.ndarray, source: ModelChoice, out: pathlib.Path, config: ml_collections.ConfigDict
+) -> list[str]:
+    """Writes a wider copy of the model to `out`, loads it and compares with `ours`; returns lines to print.
+
+    Raises:
+      ModelExportError: a model that cannot be made wider, or the logits differ.
+    """
+    text, tolerance = model.config.text, config.tol[config.model.dtype]
+    write_wider(model, TensorFiles.scan(source.base, model.config), out, config.factor, config.seed)
+    wide = load_model(out, dtype=model.dtype, attention=config.model.attention)
+    difference = compare(export_check.logits(wide), ours)
+    difference.require(tolerance, "the wider copy is not the model", "Please report this.")
+    now = wide.config.text
+    return [
+        f"{now.num_heads} heads for {text.num_heads}, {now.intermediate_size:,} neurons for {text.intermediate_size:,}",
+        _reloaded(difference, tolerance),
+    ]
+
+
 def _reloaded(difference: Difference, tolerance: float) -> str:
     allowed = f"(allowed {tolerance * difference.scale:.2g})"
     return f"read back and compared: logits differ by up to {difference.largest:.2g} {allowed}"
+
+
+def export_tuned(
+    model: QwenVL, before: np.ndarray, source: ModelChoice, out: pathlib.Path, config: ml_collections.ConfigDict
+) -> list[str]:
+    """Writes what was trained to `out`, in the form that `config` asks for; returns lines to print. Uses the model up.
+
+    Raises:
+      ModelExportError, PeftError, ResumeError, CheckpointError: as `export_peft` and `export_merged`.
+    """
+    tuned = load_tuned(model, source.adapter)
+    ours = export_check.logits(tuned.model)
+    effect = compare(ours, before)
+    empty = not tuned.trained and export_check.is_empty(tuned.model)
+    tolerance = config.tol[config.model.dtype]
+    if config.form == "peft":
+        lines = export_peft(tuned, ours, source, out, config.base_name, tolerance)
+    else:
+        lines = export_merged(tuned, ours, source, out, tolerance, config.tol.rounding)
+    moved = f"what was trained moves the logits of the test prompt by up to {effect.largest:.2g}"
+    if empty:
+        moved += "\n  WARNING: this adapter changes nothing: in every pair of its matrices one is zero. Was it trained?"
+    return [*lines, moved]
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -95,32 +140,30 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         different; no part of an export is left then.
     """
     del workdir  # the result goes to config.output
+    _check(config)
+    output = place(absolute(config.output))
+    if output.exists() and not unfinished(output):
+        raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
+    source = choose_model(config.model.path, config.model.adapter, config.model.step)
+    model = load_model(source.base, dtype=jnp.dtype(config.model.dtype), attention=config.model.attention)
+    before = export_check.logits(model)
+    export = export_wider if config.form == "wider" else export_tuned
+    with new_folder(output) as folder:
+        lines = export(model, before, source, folder, config)
+    origin = f"from {source.adapter}; base model {source.base}" if source.adapter else f"from {source.base}"
+    print(f"{output}: {lines[0]}", origin, *lines[1:], sep="\n  ")
+    return 0
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    """Raise ModelExportError for what no export could be made with."""
     if jax.process_count() > 1:
         raise ModelExportError("an export is the work of one process: run it with --config.distributed=off")
     if not config.output:
         raise ModelExportError("config.output is empty: name the folder to write with --config.output=DIR")
-    output = place(absolute(config.output))
-    if output.exists() and not unfinished(output):
-        raise ModelExportError(f"config.output = {output} exists already: name another folder, or remove it first")
-    if not config.model.adapter:
+    if config.form == "wider" and config.model.adapter:
+        raise ModelExportError(
+            "a wider copy is made of a model alone: merge the adapter first, configs/export.py:merged"
+        )
+    if config.form != "wider" and not config.model.adapter:
         raise ModelExportError("model.adapter is empty: name a workdir, its checkpoints or a PEFT adapter folder")
-    source = choose_model(config.model.path, config.model.adapter, config.model.step)
-    model = load_model(source.base, dtype=jnp.dtype(config.model.dtype), attention=config.model.attention)
-    before = export_check.logits(model)
-    tuned = load_tuned(model, source.adapter)
-    del model
-    ours = export_check.logits(tuned.model)
-    effect = compare(ours, before)
-    empty = not tuned.trained and export_check.is_empty(tuned.model)
-    tolerance = config.tol[config.model.dtype]
-    with new_folder(output) as folder:
-        if config.form == "peft":
-            lines = export_peft(tuned, ours, source, folder, config.base_name, tolerance)
-        else:
-            lines = export_merged(tuned, ours, source, folder, tolerance, config.tol.rounding)
-    moved = f"what was trained moves the logits of the test prompt by up to {effect.largest:.2g}"
-    if empty:
-        moved += "\n  WARNING: this adapter changes nothing: in every pair of its matrices one is zero. Was it trained?"
-    origin = f"from {source.adapter}; base model {source.base}"
-    print(f"{output}: {lines[0]}", origin, *lines[1:], moved, sep="\n  ")
-    return 0
