@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from configs import common
+from configs.tables.quickstart import MACHINES
 from mllm4d_jax.eval import statistics
 from mllm4d_jax.eval.predictions import read_predictions
 from mllm4d_jax.files.lock import WriterLock
@@ -191,7 +192,7 @@ def main() -> None:
     found = listed(args.workdir, base_of(args.workdir), seeds, args.clips, args.steps, args.workers)
     (top / "logs").mkdir(parents=True, exist_ok=True)
     with WriterLock.of(top):
-        if do_stages(found, StageRecords(top), StatusLine(), "seeds of reinforcement", str(top)):
+        if do_stages(found, StageRecords(top), StatusLine(), "seeds of reinforcement", MACHINES["laptop"], str(top)):
             print("\n".join(lines(top, seeds)))
 
 

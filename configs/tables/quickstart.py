@@ -90,28 +90,60 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
     {**EVAL, "prompt.mode": "file", "max_new_tokens": recipe.GRPO["rollout.max_new_tokens"]}
 )
 
-# Stage -> its share of the time, as seconds on two quiet cores; corrected by what was measured while it runs.
-SECONDS: Mapping[str, float] = MappingProxyType(
+# How many times as wide a copy of the base model is trained, where it is not the base itself.
+WIDER: Mapping[str, int] = MappingProxyType({"accelerator": 2, "smoke": 2})
+# Size -> where its times were measured.
+MACHINES: Mapping[str, str] = MappingProxyType(
+    {"laptop": "two quiet cores", "accelerator": "one NVIDIA H200 with 16 cores", "smoke": "two quiet cores"}
+)
+_LAPTOP_SECONDS = {
+    "worlds": 56,
+    "bench": 82,
+    "questions": 206,
+    "sft": 172,
+    "reasoning": 5,
+    "cold_start": 50,
+    "grpo_without_st": 60,
+    "grpo": 52,
+    "control": 49,
+    "eval_base": 26,
+    "eval_base_forced": 26,
+    "eval_sft": 26,
+    "eval_sft_shuffled": 26,
+    "eval_cold_start": 26,
+    "eval_control": 26,
+    "eval_grpo_without_st": 26,
+    "eval_grpo": 26,
+}
+_ACCELERATOR_SECONDS = {
+    "worlds": 22,
+    "bench": 30,
+    "questions": 80,
+    "wider": 12,
+    "sft": 90,
+    "reasoning": 4,
+    "cold_start": 30,
+    "grpo_without_st": 45,
+    "grpo": 40,
+    "control": 30,
+    "eval_base": 15,
+    "eval_base_forced": 12,
+    "eval_sft": 12,
+    "eval_sft_shuffled": 12,
+    "eval_cold_start": 12,
+    "eval_control": 12,
+    "eval_grpo_without_st": 12,
+    "eval_grpo": 12,
+}
+# Size -> stage -> its share of the time, as seconds on that machine; corrected by what was measured while it runs.
+SECONDS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        "worlds": 56,
-        "bench": 82,
-        "questions": 206,
-        "sft": 172,
-        "reasoning": 5,
-        "cold_start": 50,
-        "grpo_without_st": 60,
-        "grpo": 52,
-        "control": 49,
-        "eval_base": 26,
-        "eval_base_forced": 26,
-        "eval_sft": 26,
-        "eval_sft_shuffled": 26,
-        "eval_cold_start": 26,
-        "eval_control": 26,
-        "eval_grpo_without_st": 26,
-        "eval_grpo": 26,
+        "laptop": _LAPTOP_SECONDS,
+        "accelerator": _ACCELERATOR_SECONDS,
+        "smoke": dict.fromkeys(_ACCELERATOR_SECONDS, 12.0),
     }
 )
+_LOADED = {"data.workers": 8, "train.log_every": 50, "train.checkpoint_every": 1000}  # the loader is what takes time
 _FEW = {"train.steps": 2, "train.batch_size": 2, "data.questions_per_video": 2, "data.rows": 1}
 _FEW_SAMPLES = {"train.steps": 2, "rollout.prompts": 1, "rollout.completions": 2, "rollout.max_new_tokens": 8}
 # What the other sizes change, by stage.
@@ -119,8 +151,13 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "laptop": {},
         "accelerator": {
-            "worlds": {"synthetic.clips": 4000},
-            "bench": {"synthetic.clips": 2400},
+            "worlds": {"synthetic.clips": 900},
+            "bench": {"synthetic.clips": 1400},
+            "sft": {**_LOADED, "train.steps": 700, "train.batch_size": 96},
+            "cold_start": {**_LOADED, "train.steps": 100, "train.batch_size": 96},
+            "control": {**_LOADED, "train.batch_size": 96},
+            "grpo_without_st": {"train.steps": 60},
+            "grpo": {"train.steps": 60},
         },
         "smoke": {
             "worlds": {"synthetic.clips": 6, "synthetic.frames": 4, "synthetic.height": 128, "synthetic.width": 128},

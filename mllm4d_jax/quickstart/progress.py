@@ -28,7 +28,7 @@ def share_of(config: ml_collections.ConfigDict, folder: Path) -> Share:
     if config.task == "eval":
         questions = len(json.loads(Path(config.data.path).read_bytes()))
         return lambda: _lines(folder / PREDICTIONS) / questions
-    if config.source == "cold_start":
+    if config.task == "export" or config.source == "cold_start":
         return lambda: None
     clips = config.synthetic.clips
     if config.source != "synthetic":

@@ -14,8 +14,9 @@ from typing import Any
 import ml_collections
 
 from configs import reading, schema
-from configs.tables.quickstart import SECONDS, SIZES
+from configs.tables.quickstart import SECONDS, SIZES, WIDER
 from mllm4d_jax.files import digests, jsonl
+from mllm4d_jax.models.tensor_files import SINGLE
 from mllm4d_jax.report.reading import METRICS, PREDICTIONS, RESULTS
 
 PROMPT = "mllm4d_jax/quickstart/prompt.txt"  # that asks for reasoning
@@ -35,7 +36,7 @@ class Stage:
       values: what the command line changes of that config, by dotted key.
       inputs: names of the stages whose results it reads.
       folder: its workdir.
-      seconds: that it takes on two quiet cores.
+      seconds: that it takes on the machine of its size (`configs/tables/quickstart.py`, MACHINES).
       late: further values, which follow from results of earlier stages.
     """
 
@@ -77,6 +78,8 @@ class Stage:
             return [folder / "checkpoints" / str(config.train.steps) / digests.LIST]
         if config.task == "eval":
             return [folder / PREDICTIONS, folder / RESULTS]
+        if config.task == "export":
+            return [Path(config.output, name) for name in ("config.json", SINGLE)]
         manifest = folder / "manifest.json"  # names the others
         others = json.loads(manifest.read_bytes())["files"] if manifest.is_file() else ()
         return [manifest, *(folder / name for name in others)]
@@ -102,9 +105,23 @@ class _Listing:
     def seeded(self) -> Values:
         return {"seed": self.config.seed} if self.config.seed else {}
 
+    @property
+    def factor(self) -> int | None:
+        """How many times as wide as `base` the model is that is trained; None for `base` itself."""
+        return WIDER.get(self.config.size)
+
+    @property
+    def wider(self) -> tuple[str, ...]:
+        return ("wider",) if self.factor else ()
+
+    @property
+    def base(self) -> str:
+        return self.at("wider", "model") if self.factor else own(self.config.base)
+
     def stage(self, name: str, title: str, spec: str, values: Values, *inputs: str, **late: Callable) -> Stage:
         changed = {**values, **SIZES[self.config.size].get(name, {})}
-        return Stage(name, title, f"configs/{spec}", changed, inputs, self.at(name), SECONDS[name], **late)
+        seconds = SECONDS[self.config.size][name]
+        return Stage(name, title, f"configs/{spec}", changed, inputs, self.at(name), seconds, **late)
 
     def curation(self) -> Iterator[Stage]:
         """Worlds, and the questions about them."""
@@ -119,10 +136,13 @@ class _Listing:
     def training(self) -> Iterator[Stage]:
         """Fine-tuning, cold start with its reasoning, reinforcement and its control."""
         at, prompt = self.at, own(PROMPT)
-        shared = {**self.seeded, "model.path": own(self.config.base)}
+        if self.factor:
+            values = {**self.seeded, "model.path": own(self.config.base), "output": self.base, "factor": self.factor}
+            yield self.stage("wider", "making a wider copy of the base model", "export.py:wider", values)
+        shared = {**self.seeded, "model.path": self.base}
         clips, released = {"data.root": at("questions", "forms")}, at("questions", "train_r1.jsonl")
         answers = {**shared, "data.path": at("questions", "train.json"), **clips}
-        yield self.stage("sft", "fine-tuning on the answers", "sft.py:quickstart", answers, "questions")
+        yield self.stage("sft", "fine-tuning on the answers", "sft.py:quickstart", answers, "questions", *self.wider)
         written = {**self.seeded, "cold_start.records": released, "cold_start.system_file": prompt}
         title, spec = "writing reasoning with spatial states", "curate.py:quickstart_reasoning"
         yield self.stage("reasoning", title, spec, written, "questions")
@@ -146,7 +166,7 @@ class _Listing:
     def examinations(self) -> Iterator[Stage]:
         """Greedy answers to the questions about the other worlds, of every model."""
         asked = {"data.path": self.at("bench", "bench.json"), "data.root": self.at("bench")}
-        asked |= {"model.path": own(self.config.base)}
+        asked |= {"model.path": self.base}
         direct, thinking = "eval.py:quickstart", "eval.py:quickstart_reasoning"
         prompted = {"prompt.file": own(PROMPT)}
         for name, adapter, spec, how, title in (
@@ -160,7 +180,7 @@ class _Listing:
             ("grpo", "grpo", thinking, prompted, "what was reinforced with the ST-reward"),
         ):
             trained = {"model.adapter": self.at(adapter)} if adapter else {}
-            inputs = ("bench", adapter) if adapter else ("bench",)
+            inputs = ("bench", adapter) if adapter else ("bench", *self.wider)
             yield self.stage(f"eval_{name}", f"examining {title}", spec, {**asked, **trained, **how}, *inputs)
 
 

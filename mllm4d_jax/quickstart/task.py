@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
-from configs.tables.quickstart import BENCH
+from configs.tables.quickstart import BENCH, MACHINES
 from mllm4d_jax.files.ending import StopSignal
 from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.quoting import cut
@@ -48,19 +48,22 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         (path / "logs").mkdir(parents=True, exist_ok=True)
     with WriterLock.of(path):
         records, line = StageRecords(path), StatusLine()
-        if do_stages(listed, records, line, f"quickstart ({config.size})", workdir):
+        what, where = f"quickstart ({config.size})", MACHINES[config.size]
+        if do_stages(listed, records, line, what, where, workdir):
             results = read_results(path, listed, records)
             line.say(f"\n{text(results)}\n")
             line.say(f"report: {write_page(path, results)}")
     return 0
 
 
-def do_stages(listed: list[Stage], records: StageRecords, line: StatusLine, what: str, workdir: str) -> bool:
+def do_stages(
+    listed: list[Stage], records: StageRecords, line: StatusLine, what: str, where: str, workdir: str
+) -> bool:
     """Do the stages that are not done, one after the other; return False when asked to stop (SIGINT, SIGTERM).
 
     Args:
       records: of `workdir`, whose lock is held, and which has a folder logs/.
-      what: the stages are of, for people.
+      what: the stages are of, and where their times were measured, for people.
 
     Raises:
       QuickstartError, ConfigError: as `run`.
@@ -68,7 +71,7 @@ def do_stages(listed: list[Stage], records: StageRecords, line: StatusLine, what
     with StopSignal() as stop:
         clock = TimeLeft([stage.seconds for stage in listed])
         about = span(clock.left(0, 0.0, None, None)[1])
-        line.say(f"{what}: {len(listed)} stages, about {about} on two quiet cores; all in {workdir}")
+        line.say(f"{what}: {len(listed)} stages, about {about} on {where}; all in {workdir}")
         for number in range(len(listed)):
             if not _Turn(listed, number, records, clock, line, stop).take():
                 line.say(f"stopped in stage {number + 1} of {len(listed)}; the same command goes on from there")

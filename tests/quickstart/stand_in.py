@@ -33,6 +33,11 @@ def main(flags: list[str]) -> int:
         (folder / "manifest.json").write_text(json.dumps({"files": {"train.json": {}}}))
         (folder / "clips").mkdir(exist_ok=True)
         (folder / "bench.json").write_text("[{}]")
+    elif name == "export":
+        output = pathlib.Path(given["config.output"])
+        output.mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (output / file).write_text("{}")
     elif name == "eval":
         (folder / "predictions.jsonl").write_text("{}\n")
         (folder / "results.json").write_text("{}")

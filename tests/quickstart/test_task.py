@@ -14,11 +14,13 @@ import pytest
 
 import run
 from configs import common
-from configs.tables.quickstart import BENCH, SECONDS
+from configs.tables.quickstart import BENCH
+from configs.tables.quickstart import SECONDS as BY_SIZE
 from mllm4d_jax.quickstart import process, task
 from mllm4d_jax.quickstart.done import QuickstartError, StageRecords
 from mllm4d_jax.quickstart.stages import WIDTH, stages
 
+SECONDS = BY_SIZE["smoke"]  # the size that is run
 BASE = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl"
 
 
@@ -104,7 +106,7 @@ def test_another_base_model_is_refused(quickstart, tmp_path):
     quickstart(base=str(other))
     assert quickstart(base=str(other)) == []
     (other / "config.json").write_text("{ }")
-    with pytest.raises(QuickstartError, match="stage 'sft' in out/sft was made with other results of 'model.path'"):
+    with pytest.raises(QuickstartError, match="stage 'wider' in out/wider was made with other results of 'model.path'"):
         quickstart(base=str(other))
 
 
@@ -116,7 +118,7 @@ def test_a_stage_that_does_not_come_to_its_end_is_named_with_its_command(quickst
     assert f"(reasoning, in out/reasoning) did not come to its end (exit code {code})" in said
     assert ("error: no such luck" in said) == (trouble == "fail")
     assert "python run.py --config=configs/curate.py:quickstart_reasoning" in said and "out/logs/reasoning.log" in said
-    assert quickstart() == list(SECONDS)[4:]
+    assert quickstart() == list(SECONDS)[5:]
 
 
 @pytest.mark.parametrize("how", ["wait", "hang"])
@@ -131,12 +133,12 @@ def test_it_stops_when_asked_and_goes_on_inside_the_stage(quickstart, capsys, mo
 
     helper = threading.Thread(target=interrupt)
     helper.start()
-    assert quickstart(f"sft={how}") == list(SECONDS)[:4]
+    assert quickstart(f"sft={how}") == list(SECONDS)[:5]
     helper.join()
     assert pathlib.Path("out/sft/interrupted").exists()
-    assert "stopped in stage 4 of" in capsys.readouterr().out
+    assert "stopped in stage 5 of" in capsys.readouterr().out
     before = StageRecords(pathlib.Path("out"))["sft"].seconds
-    assert quickstart() == list(SECONDS)[3:]
+    assert quickstart() == list(SECONDS)[4:]
     assert StageRecords(pathlib.Path("out"))["sft"].seconds > before > 0
 
 
