@@ -143,7 +143,7 @@ SECONDS: Mapping[str, Mapping[str, float]] = MappingProxyType(
         "smoke": dict.fromkeys(_ACCELERATOR_SECONDS, 12.0),
     }
 )
-_LOADED = {"data.workers": 8, "train.log_every": 50, "train.checkpoint_every": 1000}  # the loader is what takes time
+_LOADED = {"data.workers": 4, "train.log_every": 50, "train.checkpoint_every": 1000}  # the loader is what takes time
 _FEW = {"train.steps": 2, "train.batch_size": 2, "data.questions_per_video": 2, "data.rows": 1}
 _FEW_SAMPLES = {"train.steps": 2, "rollout.prompts": 1, "rollout.completions": 2, "rollout.max_new_tokens": 8}
 # What the other sizes change, by stage.
