@@ -91,7 +91,7 @@ def parts_of(args: argparse.Namespace, folder: Path) -> list[Part]:
         Part("decode", ours("decode", f"--candidates={wide}"), 80, 160),
         Part("grpo", tuple(grpo), 130, 220, results=folder / "grpo.json"),
         *(Part("parity", command, 45, 100) for command in golden),
-        Part("sparse", ("benchmarks/gpu_sparse.py", *tiny), 25, 80),
+        Part("sparse", ("benchmarks/gpu_sparse.py", *tiny), 80, 150),
         Part("sft_more", ours("sft", f"--candidates={more}"), 45, 120),
         Part("decode_more", ours("decode", f"--candidates={widest}"), 45, 100),
     ]

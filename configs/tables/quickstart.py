@@ -31,13 +31,13 @@ _WORLDS: Mapping[str, Any] = MappingProxyType(
 WORLDS: Mapping[str, Any] = MappingProxyType(
     {**_WORLDS, "synthetic.clips": 300, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
 )
-# Worlds to be examined on, with exact truth: about 140 questions of each subtask, all classes equally often. No
+# Worlds to be examined on, with exact truth: about 115 questions of each subtask, all classes equally often. No
 # training seed may be this one, nor that of the base's pre-training.
 BENCH: Mapping[str, Any] = MappingProxyType(
     {
         **_WORLDS,
         "seed": 9000,
-        "synthetic.clips": 600,
+        "synthetic.clips": 500,
         "synthetic.height": 96,
         "synthetic.width": 96,
         "bench_share": 1.0,

@@ -1,8 +1,8 @@
 """Products of rows with the matrices of their groups, as sparse layers need them: one function, and which form runs.
 
 Rows are sorted by group; `sizes` says how many each group has. `jax.lax.ragged_dot` is the reference and runs
-everywhere. On NVIDIA GPUs XLA makes one dense product over all groups of it, forty times slower than what the rows need
-(benchmarks/RESULTS.md, "One GPU"). Cards of the Hopper generation have kernels in JAX itself, written with Pallas.
+everywhere. Of it XLA makes one dense product over all groups on NVIDIA GPUs, seventy times slower at the shapes of
+30B-A3B than kernels for cards of the Hopper generation, which are in JAX itself (benchmarks/RESULTS.md, "One GPU").
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TILE = 128  # rows, and columns of the result, that a program computes at a time
 DEPTH = 64  # of the contracted dimension, that it reads at a time
 # The best of those that benchmarks/gpu_sparse.py tries at the shapes of 30B-A3B.
 TILES: Mapping[str, int] = MappingProxyType(
-    dict(block_m=TILE, block_n=TILE, block_k=DEPTH, max_concurrent_steps=4, grid_block_n=1)
+    dict(block_m=TILE, block_n=TILE, block_k=DEPTH, max_concurrent_steps=4, grid_block_n=4)
 )
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def choose_form(device: jax.Device, dtype, widths: Sequence[int]) -> str:
         return "xla"
     problem = _hopper_problem(device, widths)
     if problem:
-        log.warning("products of sparse layers by XLA, some forty times slower than by kernels for Hopper: %s", problem)
+        log.warning("products of sparse layers by XLA, many times slower than by kernels for Hopper: %s", problem)
     return "xla" if problem else "hopper"
 
 
@@ -59,7 +59,7 @@ def grouped_product(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, form
     Returns:
       [M, N] in the dtype of the rows.
     """
-    if form == "hopper":
+    if form == "hopper" and len(rows) >= TILE:  # of few rows all forms wait for the matrices, and XLA's least
         return _hopper(rows, matrices, sizes)
     return jax.lax.ragged_dot(rows, matrices, sizes)
 

@@ -15,6 +15,7 @@ import jax
 from mllm4d_jax.parallel import collectives as hlo
 from mllm4d_jax.parallel.chips import Chip
 from mllm4d_jax.parallel.place import local_bytes, placed
+from mllm4d_jax.parallel.topology import TopologyError
 from mllm4d_jax.run.build import Parts
 from mllm4d_jax.run.fitting import out_of_memory, wanted_bytes
 
@@ -109,11 +110,19 @@ def compile_phase(phase: Phase, vocabulary: int, options: Mapping[str, bool]) ->
     Args:
       vocabulary: of the model.
       options: of the compiler for these devices, besides the program's own, see `Topology`.
+
+    Raises:
+      TopologyError: there are kernels in the program that this machine cannot compile.
     """
     started = time.perf_counter()
     try:
         program = phase.lower().compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as problem:
+        if "mosaic_gpu" in str(problem):
+            raise TopologyError(
+                "a sparse model's kernels for GPUs are compiled by parts of jax-cuda13-plugin that need a driver: "
+                "plan where there is such a GPU, or by --plan=memory"
+            ) from None
         if not out_of_memory(problem):
             raise
         return Compiled(phase, None, wanted_bytes(str(problem)), time.perf_counter() - started), None

@@ -17,6 +17,7 @@ Anything else is unparsed, and a question whose answer is unparsed is wrong. The
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ def true_letters(choices: Mapping[str, object], answer: object) -> tuple[str, ..
 
 
 class _Options:
-    """The choices, ready to be looked for."""
+    """The choices, ready to be looked for; what takes a pattern of them is compiled when it is needed."""
 
     def __init__(self, choices: Mapping[str, object]) -> None:
         self.plain = {letter: plain_text(option) for letter, option in choices.items()}
@@ -112,16 +113,26 @@ class _Options:
         for letter, text in self.plain.items():
             if text:
                 self.first.setdefault(text, letter)
+        self._spelled = {letter: str(option).translate(EMPHASIS) for letter, option in choices.items()}
+        self._first_two = tuple(choices)[:2]
+
+    @functools.cached_property
+    def _mention(self) -> re.Pattern[str] | None:
         # Longest first: where one option begins with another, the longer one is meant.
         named = "|".join(re.escape(text) for text in sorted(self.first, key=len, reverse=True))
         denied = "|".join(_NEGATIONS)
-        self._mention = re.compile(rf"(?<!\S)(?:({named})|(?:{denied}) (?:{named}))(?!\S)") if named else None
-        self._list = _list_of({letter: str(option).translate(EMPHASIS) for letter, option in choices.items()})
-        self._first_two = tuple(choices)[:2]
+        return re.compile(rf"(?<!\S)(?:({named})|(?:{denied}) (?:{named}))(?!\S)") if named else None
+
+    @functools.cached_property
+    def _list(self) -> re.Pattern[str] | None:
+        return _list_of(self._spelled)
 
     def without_list(self, part: str) -> str:
         """The part without the options where it repeats them as a list."""
-        return part if self._list is None else self._list.sub("\n", part)
+        first_two = (" ".join(self._spelled[letter].split()) for letter in self._first_two)
+        if len(part) < sum(map(len, first_two)) or self._list is None:
+            return part
+        return self._list.sub("\n", part)
 
     def goes_through(self, part: str) -> bool:
         """The first two lines begin with the letters of the first two options."""

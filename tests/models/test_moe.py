@@ -109,23 +109,23 @@ def lowered(function, *args) -> str:
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_program_for_hopper_calls_its_kernels(monkeypatch, devices, trained):
-    """Two products forward, two backward, and of trained experts two more; the xla form has no kernel."""
+    """Two products forward, two backward, and of trained experts two more; the xla form has no kernel, nor few rows."""
     monkeypatch.setattr(grouped, "_kernels", _kernels_of_known_cores)
     mesh = make_mesh(dict(data=devices)) if devices > 1 else None
     config = MoEConfig(4, 2, 128, (True,))
     module = nnx.eval_shape(lambda: SparseMLP(256, config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(module)
-    x = jax.ShapeDtypeStruct((8, 32, 256), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((8, 128, 256), jnp.bfloat16)
 
     def loss(x, state, form):
         y = nnx.merge(graphdef, state)(x, jnp.ones(x.shape[:2], bool), Backend("xla", mesh, grouped=form))[0]
         return y.astype(jnp.float32).sum()
 
-    calls = {}
+    calls, few = {}, jax.ShapeDtypeStruct((8, 4, 256), jnp.bfloat16)
     for form in grouped.FORMS:
         gradients = jax.grad(functools.partial(loss, form=form), (0, 1) if trained else 0)
-        calls[form] = lowered(gradients, x, state).count("custom_call @mosaic_gpu")
-    assert calls == {"xla": 0, "hopper": 6 if trained else 4}
+        calls[form] = [lowered(gradients, x, state).count("custom_call @mosaic_gpu") for x in (x, few)]
+    assert calls == {"xla": [0, 0], "hopper": [6 if trained else 4, 0]}
 
 
 def _kernels_of_known_cores():
