@@ -92,6 +92,17 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 
 # How many times as wide a copy of the base model is trained, where it is not the base itself.
 WIDER: Mapping[str, int] = MappingProxyType({"accelerator": 2, "smoke": 2})
+# Size -> stages that are done at the same time: each alone leaves a GPU idle for most of it, while it starts, compiles
+# and reads clips. They follow each other, and none needs what another one of them makes.
+TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
+    {
+        "accelerator": (
+            ("grpo_without_st", "grpo"),
+            tuple(f"eval_{of}" for of in ("base", "base_forced", "sft", "sft_shuffled", "cold_start", "control"))
+            + ("eval_grpo_without_st", "eval_grpo"),
+        )
+    }
+)
 # Size -> where its times were measured.
 MACHINES: Mapping[str, str] = MappingProxyType(
     {"laptop": "two quiet cores", "accelerator": "one NVIDIA H200 with 16 cores", "smoke": "two quiet cores"}

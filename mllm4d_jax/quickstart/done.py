@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class StageRecords:
 
     def __init__(self, workdir: Path) -> None:
         """Raises QuickstartError for a file that no run has written."""
-        self._path = workdir / FILE
+        self._path, self._writing = workdir / FILE, threading.Lock()
         self._known: dict[str, StageRecord] = {}
         if self._path.exists():
             try:
@@ -68,9 +69,10 @@ class StageRecords:
         return self._known.get(name)
 
     def put(self, name: str, record: StageRecord) -> None:
-        """Keep the record of a stage."""
-        self._known[name] = record
-        write_json(self._path, {name: dataclasses.asdict(one) for name, one in self._known.items()})
+        """Keep the record of a stage; threads may."""
+        with self._writing:
+            self._known[name] = record
+            write_json(self._path, {name: dataclasses.asdict(one) for name, one in self._known.items()})
 
     def expected(self, stage: Stage) -> StageRecord:
         """Return a record of what a stage would be made with and from now; all its inputs are done."""

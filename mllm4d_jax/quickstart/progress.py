@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,20 +74,22 @@ class StatusLine:
     """Says how far a stage is: over and over on one line of a terminal, now and then on a line of its own elsewhere."""
 
     def __init__(self) -> None:
-        self._live, self._said = sys.stdout.isatty(), time.monotonic()
+        self._live, self._said, self._printing = sys.stdout.isatty(), time.monotonic(), threading.Lock()
 
     def show(self, text: str) -> None:
         """Show a state; elsewhere than on a terminal only if `QUIET_S` have gone by."""
         if self._live:
             columns = min(WIDTH, shutil.get_terminal_size().columns - 1)
-            print(f"\r\033[K{text[:columns]}", end="", flush=True)
+            with self._printing:
+                print(f"\r\033[K{text[:columns]}", end="", flush=True)
         elif time.monotonic() - self._said >= QUIET_S:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Print lines that stay."""
-        print(f"\r\033[K{text}" if self._live else text, flush=True)
-        self._said = time.monotonic()
+        """Print lines that stay; threads may."""
+        with self._printing:
+            print(f"\r\033[K{text}" if self._live else text, flush=True)
+            self._said = time.monotonic()
 
 
 def span(seconds: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from configs import reading, schema
-from configs.tables.quickstart import SECONDS, SIZES, WIDER
+from configs.tables.quickstart import SECONDS, SIZES, TOGETHER, WIDER
 from mllm4d_jax.files import digests, jsonl
 from mllm4d_jax.models.tensor_files import SINGLE
 from mllm4d_jax.report.reading import METRICS, PREDICTIONS, RESULTS
@@ -37,6 +37,7 @@ class Stage:
       inputs: names of the stages whose results it reads.
       folder: its workdir.
       seconds: that it takes on the machine of its size (`configs/tables/quickstart.py`, MACHINES).
+      group: stages of one group, which follow each other, are done at the same time; '' by itself.
       late: further values, which follow from results of earlier stages.
     """
 
@@ -47,6 +48,7 @@ class Stage:
     inputs: tuple[str, ...]
     folder: str
     seconds: float
+    group: str = ""
     late: Callable[[], Values] = lambda: MappingProxyType({})
 
     def flags(self) -> list[str]:
@@ -121,7 +123,8 @@ class _Listing:
     def stage(self, name: str, title: str, spec: str, values: Values, *inputs: str, **late: Callable) -> Stage:
         changed = {**values, **SIZES[self.config.size].get(name, {})}
         seconds = SECONDS[self.config.size][name]
-        return Stage(name, title, f"configs/{spec}", changed, inputs, self.at(name), seconds, **late)
+        group = next((names[0] for names in TOGETHER.get(self.config.size, ()) if name in names), "")
+        return Stage(name, title, f"configs/{spec}", changed, inputs, self.at(name), seconds, group, **late)
 
     def curation(self) -> Iterator[Stage]:
         """Worlds, and the questions about them."""

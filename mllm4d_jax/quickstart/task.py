@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import itertools
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
@@ -59,7 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
 def do_stages(
     listed: list[Stage], records: StageRecords, line: StatusLine, what: str, where: str, workdir: str
 ) -> bool:
-    """Do the stages that are not done, one after the other; return False when asked to stop (SIGINT, SIGTERM).
+    """Do the stages that are not done, those of a group at the same time; False when asked to stop (SIGINT, SIGTERM).
 
     Args:
       records: of `workdir`, whose lock is held, and which has a folder logs/.
@@ -72,11 +76,28 @@ def do_stages(
         clock = TimeLeft([stage.seconds for stage in listed])
         about = span(clock.left(0, 0.0, None, None)[1])
         line.say(f"{what}: {len(listed)} stages, about {about} on {where}; all in {workdir}")
-        for number in range(len(listed)):
-            if not _Turn(listed, number, records, clock, line, stop).take():
-                line.say(f"stopped in stage {number + 1} of {len(listed)}; the same command goes on from there")
+        for _, numbers in itertools.groupby(range(len(listed)), key=lambda n: listed[n].group or listed[n].name):
+            numbers = list(numbers)
+            under_way = _UnderWay(numbers)
+            turns = [_Turn(listed, n, records, clock, line, stop, under_way) for n in numbers]
+            if not all(done := _take_all(turns, under_way)):
+                first = numbers[done.index(False)] + 1
+                line.say(f"stopped in stage {first} of {len(listed)}; the same command goes on from there")
                 return False
     return True
+
+
+def _take_all(turns: Sequence[_Turn], under_way: _UnderWay) -> list[bool]:
+    """Take turns at the same time. Once one fails, or a second Ctrl-C comes, all others are ended at once."""
+    if len(turns) == 1:
+        return [turns[0].take()]
+    with concurrent.futures.ThreadPoolExecutor(len(turns)) as pool:
+        waiting = [pool.submit(turn.take) for turn in turns]
+        try:
+            return [one.result() for one in waiting]
+        except BaseException:
+            under_way.abandoned = True
+            raise
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
@@ -94,6 +115,32 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
         )
 
 
+class _Abandoned(Exception):
+    """A stage is ended because of another one of its group."""
+
+
+class _UnderWay:
+    """Which stages of a group are under way; one of them at a time speaks for all.
+
+    Attributes:
+      size: of the group.
+      abandoned: they are to be ended at once.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.size, self._numbers, self._changing = len(numbers), set(numbers), threading.Lock()
+        self.abandoned = False
+
+    def ended(self, number: int) -> None:
+        with self._changing:
+            self._numbers.discard(number)
+
+    def others(self, number: int) -> int | None:
+        """Return how many others are under way; None for a stage that does not speak."""
+        with self._changing:
+            return len(self._numbers) - 1 if number == min(self._numbers, default=-1) else None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Turn:
     """The turn of one stage."""
@@ -104,6 +151,7 @@ class _Turn:
     clock: TimeLeft
     line: StatusLine
     stop: StopSignal
+    under_way: _UnderWay
 
     @property
     def stage(self) -> Stage:
@@ -115,6 +163,12 @@ class _Turn:
 
     def take(self) -> bool:
         """Do the stage unless it is done; return False once asked to stop. Raises QuickstartError."""
+        try:
+            return self._take()
+        finally:
+            self.under_way.ended(self.number)
+
+    def _take(self) -> bool:
         if self.stop:
             return False
         stage, records = self.stage, self.records
@@ -143,17 +197,24 @@ class _Turn:
         before = share()
 
         def look(elapsed: float) -> None:
-            now = share()
+            if self.under_way.abandoned:
+                raise _Abandoned
+            now, others = share(), self.under_way.others(self.number)
+            if others is None:
+                return
             own, whole = self.clock.left(self.number, elapsed, before, now)
             known = "" if now is None else f"{now:4.0%}, "
             asked = "stopping (Ctrl-C again: at once); " if self.stop else ""
+            name = f"{stage.name} and {others} more" if others else stage.name
             self.line.show(
-                f"{self.head} {asked}{stage.name} {known}{span(elapsed)}, about {span(own)} left; of all {span(whole)}"
+                f"{self.head} {asked}{name} {known}{span(elapsed)}, about {span(own)} left; of all {span(whole)}"
             )
 
         # Programs that one stage has compiled are found by the others.
         settings = {"JAX_COMPILATION_CACHE_DIR": str(self._below("compiled").absolute())}
         settings |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3", "GLIBC_TUNABLES": _LARGE_PAGES}
+        if self.under_way.size > 1:  # several processes have to find room on one device
+            settings["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         settings = {name: value for name, value in settings.items() if name not in os.environ}
         return run_process(stage.flags(), self._log, settings, lambda: bool(self.stop), look)
 
@@ -166,7 +227,7 @@ class _Turn:
 
     def _over(self, how: str) -> None:
         record = self.records[self.stage.name]
-        self.clock.done(self.number, record.seconds)
+        self.clock.done(self.number, record.seconds / self.under_way.size)
         page = Path(self.stage.folder) / "report.html"
         where = f"; {page}" if page.exists() else ""
         self.line.say(

@@ -151,3 +151,45 @@ def test_what_cannot_be_run_is_refused_first(quickstart, tmp_path):
         with pytest.raises(QuickstartError, match=message):
             quickstart(**values)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Examinations of the smoke size are made at the same time, as an accelerator's are."""
+    names = tuple(name for name in SECONDS if name.startswith("eval_"))
+    monkeypatch.setattr("mllm4d_jax.quickstart.stages.TOGETHER", {"smoke": (names,)})
+    return names
+
+
+def test_stages_of_a_group_are_done_at_the_same_time(quickstart, together, capsys):
+    """None of them ends before all have begun; then they are done for good."""
+    started = quickstart("*=meet")
+    assert started[: -len(together)] == list(SECONDS)[: -len(together)]
+    assert sorted(started[-len(together) :]) == sorted(together)
+    said = capsys.readouterr().out
+    assert all(f"] {name}: done, " in said for name in together) and "THE TABLE" in said
+    assert quickstart() == []
+
+
+def test_one_of_a_group_that_fails_ends_the_others(quickstart, together):
+    with pytest.raises(QuickstartError, match=r"\(eval_sft, in out/eval_sft\) did not come to its end"):
+        quickstart("eval_sft=fail,*=hang")
+    done = {name for name, one in json.loads(pathlib.Path("out/stages.json").read_text()).items() if one["results"]}
+    assert done == SECONDS.keys() - set(together)
+    assert sorted(quickstart()) == sorted(together)
+
+
+def test_a_group_stops_when_asked(quickstart, together, capsys):
+    def interrupt():
+        while not all(pathlib.Path("out", name, "waiting").exists() for name in together):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    quickstart("*=wait")
+    helper.join()
+    assert all(pathlib.Path("out", name, "interrupted").exists() for name in together)
+    first = list(SECONDS).index(together[0]) + 1
+    assert f"stopped in stage {first} of {len(SECONDS)}" in capsys.readouterr().out
+    assert sorted(quickstart()) == sorted(together)
