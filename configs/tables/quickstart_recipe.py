@@ -32,7 +32,7 @@ _SEEN: Mapping[str, Any] = MappingProxyType(
         "data.prefix_buckets": (64, 128, 512),
         "data.branch_buckets": (32, 40, 48, 72, 104, 128, 512),
         "model.dtype": "float32",
-        "model.remat": "full",
+        "model.remat": "none",
         "model.vision_remat": "none",
         "video.num_frames": 8,
         "video.max_pixels": 9216,

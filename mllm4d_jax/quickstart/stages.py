@@ -90,7 +90,7 @@ class Stage:
 def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     """Return all stages in their order, with the settings of `config.size` and paths below `workdir`."""
     listing = _Listing(config, workdir)
-    return [*listing.curation(), *listing.training(), *listing.examinations()]
+    return [*listing.preparation(), *listing.training(), *listing.examinations()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,22 +126,23 @@ class _Listing:
         group = next((names[0] for names in TOGETHER.get(self.config.size, ()) if name in names), "")
         return Stage(name, title, f"configs/{spec}", changed, inputs, self.at(name), seconds, group, **late)
 
-    def curation(self) -> Iterator[Stage]:
-        """Worlds, and the questions about them."""
+    def preparation(self) -> Iterator[Stage]:
+        """Worlds, the questions about them, the model that is to learn, and what it will be examined on."""
         workers = {"workers": self.config.workers or os.cpu_count()}
         made = {**self.seeded, **workers}
         yield self.stage("worlds", "rendering worlds for two eyes", "curate.py:quickstart_worlds", made)
-        yield self.stage("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", workers)
         title = "finding depth, camera path and objects in both views, and asking about them"
         seen = {**made, "input": self.at("worlds", "clips")}
         yield self.stage("questions", title, "curate.py:quickstart", seen, "worlds")
+        if self.factor:
+            title, spec = "making a wider copy of the base model", "export.py:wider"
+            copied = {"model.path": own(self.config.base), "output": self.base, "factor": self.factor}
+            yield self.stage("wider", title, spec, {**self.seeded, **copied})
+        yield self.stage("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", workers)
 
     def training(self) -> Iterator[Stage]:
         """Fine-tuning, cold start with its reasoning, reinforcement and its control."""
         at, prompt = self.at, own(PROMPT)
-        if self.factor:
-            values = {**self.seeded, "model.path": own(self.config.base), "output": self.base, "factor": self.factor}
-            yield self.stage("wider", "making a wider copy of the base model", "export.py:wider", values)
         shared = {**self.seeded, "model.path": self.base}
         clips, released = {"data.root": at("questions", "forms")}, at("questions", "train_r1.jsonl")
         answers = {**shared, "data.path": at("questions", "train.json"), **clips}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -193,3 +194,15 @@ def test_a_group_stops_when_asked(quickstart, together, capsys):
     first = list(SECONDS).index(together[0]) + 1
     assert f"stopped in stage {first} of {len(SECONDS)}" in capsys.readouterr().out
     assert sorted(quickstart()) == sorted(together)
+
+
+@pytest.mark.parametrize("size", list(BY_SIZE))
+def test_times_and_groups_fit_the_stages(size):
+    """A group's stages follow each other, and none needs another one's results."""
+    listed = stages(common.config("quickstart", {"size": size, "base": str(BASE)}), "out")
+    assert [stage.name for stage in listed] == list(BY_SIZE[size])
+    groups = [stage.group or stage.name for stage in listed]
+    assert len(list(itertools.groupby(groups))) == len(set(groups))
+    for stage in listed:
+        mates = {other.name for other in listed if other.group and other.group == stage.group}
+        assert not mates & set(stage.inputs)
