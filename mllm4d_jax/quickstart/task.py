@@ -92,12 +92,14 @@ def _take_all(turns: Sequence[_Turn], under_way: _UnderWay) -> list[bool]:
     if len(turns) == 1:
         return [turns[0].take()]
     with concurrent.futures.ThreadPoolExecutor(len(turns)) as pool:
-        waiting = [pool.submit(turn.take) for turn in turns]
+        taken, ended = [pool.submit(turn.take) for turn in turns], ()
         try:
-            return [one.result() for one in waiting]
-        except BaseException:
-            under_way.abandoned = True
-            raise
+            ended, _ = concurrent.futures.wait(taken, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for one in ended:
+                one.result()  # raises what it raised
+        finally:
+            under_way.abandoned = len(ended) < len(taken)
+        return [one.result() for one in taken]
 
 
 def check(config: ml_collections.ConfigDict, workdir: str) -> None:
