@@ -3,12 +3,13 @@
 python run.py --config=configs/quickstart.py --workdir=runs/quickstart
 python -m benchmarks.quickstart_seeds --workdir=runs/quickstart --seeds=1,2,3
 
-Goes on from the cold start of a finished quickstart: reinforcement without and with the spatio-temporal reward and the
-control of equal time, each with every seed and for `--steps`, then greedy answers to questions about `--clips` new
-worlds. A stage that is done is passed over, so the same command goes on where it was stopped. Prints accuracies, the
-paper's reward of greedy answers, errors of centres, and differences on the same questions: those of all seeds are
-averaged question by question, brackets are 95 % intervals by a bootstrap over worlds, and what each seed has alone
-stands beside them.
+Goes on from the cold start of a finished quickstart, with questions from the stereo stage about `--worlds` that
+fine-tuning has not seen (of those that it has, reinforcement learns nothing that greedy answers show): reinforcement
+without and with the spatio-temporal reward and the control, fine-tuning on reasoning about these questions for as long,
+each with every seed and for `--steps`; then greedy answers to questions about `--clips` other worlds. A stage that is
+done is passed over, so the same command goes on where it was stopped. Prints accuracies, the paper's reward of greedy
+answers, errors of centres, and differences on the same questions: those of all seeds are averaged question by question,
+brackets are 95 % intervals by a bootstrap over worlds, and what each seed has alone stands beside them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from mllm4d_jax.quickstart.task import do_stages
 from mllm4d_jax.report.reading import CONFIG
 
 RATE = 6e-4  # of reinforcement; in as few steps as the quickstart takes it harms
-SEED = 9100  # of the worlds: not one of the quickstart's, nor of pre-training
+# Of the worlds that are examined, and of those that are learned from: not the quickstart's, nor those of pre-training.
+SEED, LEARNED = 9100, 9200
 ONCE = ("base", "sft", "sft_shuffled", "cold_start")
 REPEATED = ("control", "grpo_without_st", "grpo")
 COMPARED = (
@@ -51,12 +53,14 @@ COMPARED = (
 MEASURES = ("accuracy", "reward", *KINDS)
 
 
-def listed(workdir: str, base: str, seeds: Sequence[int], clips: int, steps: int, workers: int) -> list[Stage]:
-    """Return all stages, below `seeds/` of a quickstart's workdir: examined worlds, training, examinations.
+def listed(
+    workdir: str, base: str, seeds: Sequence[int], worlds: int, clips: int, steps: int, workers: int
+) -> list[Stage]:
+    """Return all stages, below `seeds/` of a quickstart's workdir: worlds, questions, training, examinations.
 
     Args:
       base: folder of the model that the quickstart started from.
-      clips: of the examination. steps: of reinforcement. workers: processes that render.
+      worlds: to learn from. clips: of the examination. steps: of reinforcement. workers: processes that render.
     """
     config = common.config("quickstart", {"workers": workers, "base": base})
     of, top = {stage.name: stage for stage in stages(config, workdir)}, f"{workdir}/seeds"
@@ -67,23 +71,37 @@ def listed(workdir: str, base: str, seeds: Sequence[int], clips: int, steps: int
         title="rendering worlds that nothing was tuned on",
     )
     asked = {"data.path": f"{top}/bench/bench.json", "data.root": f"{top}/bench"}
-    found = [bench]
+    found = [bench, *_questions(of, top, worlds)]
+    asked_about = {"data.root": f"{top}/questions/forms"}
     for name in ONCE:
         stage = of[f"eval_{name}"]
         values, folder = {**stage.values, **asked}, f"{top}/{stage.name}"
         found.append(dataclasses.replace(stage, values=values, folder=folder, inputs=("bench",)))
     for seed in seeds:
         # What earlier stages of the quickstart made has files outside `seeds/`, whose digests are known by themselves.
-        reinforced = {"seed": seed, "train.steps": steps, "optim.lr": RATE}
+        reinforced = {"seed": seed, "train.steps": steps, "optim.lr": RATE, **asked_about}
+        reinforced["data.path"] = f"{top}/questions/train_r1.jsonl"
         for name in ("grpo_without_st", "grpo"):
-            found.append(_again(of[name], seed, reinforced, top, inputs=()))
+            found.append(_again(of[name], seed, reinforced, top, inputs=("questions",)))
         late = _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")
-        found.append(_again(of["control"], seed, {"seed": seed}, top, inputs=(f"grpo_{seed}",), late=late))
+        taught = {"seed": seed, "data.path": f"{top}/reasoning/cold_start.json", **asked_about}
+        found.append(_again(of["control"], seed, taught, top, inputs=("reasoning", f"grpo_{seed}"), late=late))
         for name in REPEATED:
             trained = f"{name}_{seed}"
             examined = {**asked, "model.adapter": f"{top}/{trained}"}
             found.append(_again(of[f"eval_{name}"], seed, examined, top, inputs=("bench", trained)))
     return found
+
+
+def _questions(of: Mapping[str, Stage], top: str, worlds: int) -> Iterator[Stage]:
+    """Yield what makes questions, and reasoning about them, of worlds that the quickstart has not seen."""
+    for name, values, inputs in (
+        ("worlds", {"seed": LEARNED, "synthetic.clips": worlds}, ()),
+        ("questions", {"seed": LEARNED, "input": f"{top}/worlds/clips"}, ("worlds",)),
+        ("reasoning", {"seed": LEARNED, "cold_start.records": f"{top}/questions/train_r1.jsonl"}, ("questions",)),
+    ):
+        stage = of[name]
+        yield dataclasses.replace(stage, values={**stage.values, **values}, folder=f"{top}/{name}", inputs=inputs)
 
 
 def _equal_time(reinforced: str, taught: str) -> Callable[[], Mapping]:
@@ -182,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="runs/quickstart", help="of a finished quickstart")
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--worlds", type=int, default=300, help="to learn from")
     parser.add_argument("--clips", type=int, default=1400, help="300 questions of each subtask, about")
     parser.add_argument("--steps", type=int, default=300, help="of reinforcement; the quickstart takes fewer")
     parser.add_argument("--workers", type=int, default=0, help="processes that render worlds; 0 = one for every core")
@@ -189,7 +208,7 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()
     seeds = [int(seed) for seed in args.seeds.split(",")]
     top = Path(args.workdir) / "seeds"
-    found = listed(args.workdir, base_of(args.workdir), seeds, args.clips, args.steps, args.workers)
+    found = listed(args.workdir, base_of(args.workdir), seeds, args.worlds, args.clips, args.steps, args.workers)
     (top / "logs").mkdir(parents=True, exist_ok=True)
     with WriterLock.of(top):
         if do_stages(found, StageRecords(top), StatusLine(), "seeds of reinforcement", MACHINES["laptop"], str(top)):

@@ -21,7 +21,7 @@ from mllm4d_jax.report.reading import read_run
 
 REPORT = "report.html"
 _QUESTIONS = 24  # of which answers are shown
-_SHOWN = ("eval_base_forced", "eval_sft", "eval_cold_start", "eval_grpo_without_st", "eval_grpo")
+_SHOWN = ("eval_base", "eval_sft", "eval_cold_start", "eval_grpo_without_st", "eval_grpo")
 _TRAINED = {"fine-tuning": ("sft", "cold_start", "control"), "reinforcement": ("grpo_without_st", "grpo")}
 _MAPS = (
     "Maps are seen from above, in metres and in the axes of the camera at the first frame: x to the right, z, which is "
