@@ -90,7 +90,16 @@ def listed(
             trained = f"{name}_{seed}"
             examined = {**asked, "model.adapter": f"{top}/{trained}"}
             found.append(_again(of[f"eval_{name}"], seed, examined, top, inputs=("bench", trained)))
-    return found
+    longer = {
+        "bench": clips / of["bench"].config().synthetic.clips,
+        "worlds": worlds / of["worlds"].config().synthetic.clips,
+        "grpo": steps / of["grpo"].config().train.steps,
+    }
+    longer |= {"eval": longer["bench"], "questions": longer["worlds"], "control": longer["grpo"]}
+    return [
+        dataclasses.replace(stage, seconds=stage.seconds * longer.get(stage.name.partition("_")[0], 1.0))
+        for stage in found
+    ]
 
 
 def _questions(of: Mapping[str, Stage], top: str, worlds: int) -> Iterator[Stage]:
