@@ -97,7 +97,7 @@ def test_other_settings_are_refused_with_what_to_delete(quickstart, values, mess
     quickstart()
     with pytest.raises(QuickstartError, match=message) as caught:
         quickstart(**values)
-    assert quickstart.stages == [] and "out/worlds out/bench out/questions" in str(caught.value)
+    assert quickstart.stages == [] and "out/worlds out/questions" in str(caught.value)
 
 
 def test_another_base_model_is_refused(quickstart, tmp_path):
