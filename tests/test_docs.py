@@ -116,3 +116,15 @@ def test_blocks_run_in_the_folder_and_failures_are_told(tmp_path, monkeypatch, c
     assert "FAILED    page.md:9" in captured.out and "not run   page.md:15: slow" in captured.out
     assert "here" in captured.err
     assert not check_docs.done(third, tmp_path, slow=True)
+
+
+def test_flags_of_a_block_stand_behind_each_command_and_before_what_sends_it_to_the_background():
+    text = "export A=1\nA=1 python run.py --config=a.py &\npython run.py --config=b.py\npython run.py\nwait\n"
+    block = check_docs.CodeBlock(ROOT / "README.md", 1, "slow", "", "--config.x=2", text)
+    assert block.script.splitlines() == [
+        "export A=1",
+        "A=1 python run.py --config=a.py --config.x=2 &",
+        "python run.py --config=b.py --config.x=2",
+        "python run.py --config.x=2",
+        "wait",
+    ]

@@ -68,7 +68,7 @@ class CodeBlock:
 
     @property
     def script(self) -> str:
-        return re.sub(r"python run\.py( .*|$)", lambda m: m[0] + " " + self.flags, self.text, flags=re.M)
+        return re.sub(r"(python run\.py(?: .*?)?)( &)?$", rf"\1 {self.flags}\2", self.text, flags=re.M)
 
 
 def main(argv: Sequence[str]) -> int:
