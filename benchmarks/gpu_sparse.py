@@ -35,7 +35,7 @@ MODEL = "30b_a3b"
 DECODED = (24, 1)  # tokens of a step of decoding
 
 
-class Work(NamedTuple):
+class SparseWork(NamedTuple):
     """What is multiplied.
 
     Attributes:
@@ -56,7 +56,7 @@ class Work(NamedTuple):
         return self.rows, self.weights["gate_up"], self.sizes
 
 
-def work_of(scale: work.Scale) -> Work:
+def work_of(scale: work.Scale) -> SparseWork:
     """Make the sparse layer of 30B-A3B with random weights, and rows that belong to its experts at random."""
     size = SIZES[MODEL]
     count, top_k, inner, width = *size.experts, size.hidden
@@ -68,10 +68,12 @@ def work_of(scale: work.Scale) -> Work:
     )
     rows = random_arrays(shape_of((tokens * top_k, width), dtype))
     sizes = jnp.asarray(np.random.default_rng(0).multinomial(len(rows), [1 / count] * count), jnp.int32)
-    return Work(layer, random_arrays(nnx.to_pure_dict(shapes)), rows, sizes, tokens, 4 * len(rows) * width * inner)
+    return SparseWork(
+        layer, random_arrays(nnx.to_pure_dict(shapes)), rows, sizes, tokens, 4 * len(rows) * width * inner
+    )
 
 
-def products(given: Work) -> None:
+def products(given: SparseWork) -> None:
     """Report forms of the first grouped product, and a dense product of the same FLOPs."""
     for name, make in GROUPED.items():
         try:
@@ -92,7 +94,7 @@ def products(given: Work) -> None:
         work.guarded(case, functools.partial(_timed, case, run, (given.rows, dense), times * given.flops))
 
 
-def layers(given: Work) -> None:
+def layers(given: SparseWork) -> None:
     """Report the layer of the model, as a model on this device has it: a gradient, then steps of decoding."""
     widths = given.weights["gate_up"].shape[1], given.weights["down"].shape[1]
     chosen = choose_backend("xla", given.rows.dtype, grouped_widths=widths)
@@ -113,7 +115,7 @@ def layers(given: Work) -> None:
             work.guarded(case, functools.partial(_timed, case, run, arguments, flops))
 
 
-def tiles(given: Work, candidates: str) -> None:
+def tiles(given: SparseWork, candidates: str) -> None:
     """Report the product for Hopper by sizes of its tiles: BLOCK_M x BLOCK_N x BLOCK_K x STEPS x GRID_BLOCK_N."""
     for candidate in candidates.split(","):
         sizes = dict(zip(TILES, map(int, candidate.split("x")), strict=True))
@@ -154,7 +156,7 @@ GROUPED: Mapping[str, Callable[[], Callable]] = MappingProxyType(
 )
 
 
-def _last_group(name: str, product, given: Work) -> None:
+def _last_group(name: str, product, given: SparseWork) -> None:
     """Report how far values and gradients of the last group are from a plain product's, of the largest value."""
     size = int(given.sizes[-1])
     plain = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)

@@ -57,13 +57,9 @@ class SparseMLP(nnx.Module):
         experts = self.gate_up.shape[0]
         logits = checkpoint_name(x @ self.router[...].astype(x.dtype), PRODUCT)
         probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        weights, chosen = jax.lax.top_k(probs, self.top_k)
-        weights = (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
         gate_up, down = (w[...].astype(x.dtype) for w in (self.gate_up, self.down))
-
-        y = _by_device(functools.partial(_mix, form=backend.grouped), backend, len(x))(
-            x, weights, chosen, gate_up, down
-        )
+        mix = functools.partial(_mix, top_k=self.top_k, form=backend.grouped)
+        y, weights, chosen = _by_device(mix, backend, len(x))(x, probs, gate_up, down)
 
         mask = real[..., None].astype(jnp.float32)
         hits = jax.nn.one_hot(chosen, experts, dtype=jnp.float32).sum(2)
@@ -71,11 +67,11 @@ class SparseMLP(nnx.Module):
         return y, stats, tuple(t.reshape(-1, t.shape[-1]) for t in (logits, weights, chosen))
 
 
-def _by_device(mix: Callable[..., jax.Array], backend: Backend, batch: int) -> Callable[..., jax.Array]:
+def _by_device(mix: Callable[..., tuple], backend: Backend, batch: int) -> Callable[..., tuple]:
     """`_mix` by every device of the mesh for its own rows.
 
     XLA cannot split kernels: they see whole matrices, and all rows where those cannot be divided. In the xla form only
-    rows are split by hand, so that none are sent to be sorted; what else is split is left to XLA.
+    rows are split by hand, so that none are sent to be ranked or sorted; what else is split is left to XLA.
     """
     mesh, rows = backend.mesh, split_rows(backend.mesh, batch)
     kernels = backend.grouped != "xla"
@@ -85,23 +81,25 @@ def _by_device(mix: Callable[..., jax.Array], backend: Backend, batch: int) -> C
     return jax.shard_map(
         mix,
         mesh=mesh,
-        in_specs=(own, own, own, whole, whole),
-        out_specs=own,
+        in_specs=(own, own, whole, whole),
+        out_specs=(own, own, own),
         axis_names=set(mesh.axis_names if kernels else rows),
         check_vma=False,  # the kernels' results carry no record of the axes they vary over
     )
 
 
-def _mix(x, weights, chosen, gate_up, down, *, form: str) -> jax.Array:
-    """Weighted sum of the chosen experts' results.
+def _mix(x, probs, gate_up, down, *, top_k: int, form: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Choose the `top_k` experts of each token and add up their results by their weights.
 
     Args:
-      x: [B, S, H]; weights, chosen: [B, S, k]; gate_up: [E, H, 2I]; down: [E, I, H].
+      x: [B, S, H]; probs: f32[B, S, E]; gate_up: [E, H, 2I]; down: [E, I, H].
 
     Returns:
-      [B, S, H]
+      ([B, S, H], weights [B, S, k], experts i32[B, S, k])
     """
-    (b, s, h), k = x.shape, chosen.shape[-1]
+    weights, chosen = jax.lax.top_k(probs, top_k)
+    weights = (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
+    (b, s, h), k = x.shape, top_k
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     inverse = jnp.argsort(order)
@@ -111,7 +109,7 @@ def _mix(x, weights, chosen, gate_up, down, *, form: str) -> jax.Array:
     gate, up = jnp.split(inner, 2, axis=-1)
     out = grouped_product(jax.nn.silu(gate) * up, down, sizes, form)
     out = _permuted(out, inverse, order).reshape(b, s, k, h)
-    return jnp.sum(out * weights[..., None], 2, dtype=jnp.float32).astype(x.dtype)
+    return jnp.sum(out * weights[..., None], 2, dtype=jnp.float32).astype(x.dtype), weights, chosen
 
 
 @jax.custom_vjp
