@@ -1,4 +1,4 @@
-"""The camera's path from frames and depths: tracked points, PnP with RANSAC, robust refinement."""
+"""The camera's path from frames and depths: points of keyframes followed, and a pose for every frame."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 
 import cv2
 import numpy as np
-from scipy.optimize import least_squares
-from scipy.spatial.transform import Rotation
 
 from data_prep.scenes.scene import invert_poses
 from data_prep.stereo.disparity import StereoError, check_array
@@ -22,14 +20,10 @@ from data_prep.stereo.features import (
     sample_mask,
     seed_points,
 )
+from data_prep.stereo.pose import MIN_INLIERS, fit_pose
 
 _SEEDS = 700  # points per keyframe
-_MIN_INLIERS = 24  # fewer points do not fix six numbers against outliers
-_MIN_INLIER_RATIO = 0.35
 _KEEP_RATIO = 0.6  # a new keyframe when fewer of the keyframe's points survive
-_RANSAC_ERROR = 2.0  # pixels
-_RANSAC_ROUNDS = 300
-_REFINE_ROUNDS, _REFINE_STEPS = 4, 4  # rounds of so many steps, each with the scale of the residuals left before it
 _FAR_OFF = 7.0  # pixels (half a tracking window) between where points were looked for and where the pose puts them
 _WELL_FOLLOWED = 0.5  # of the keyframe's living points; where fewer agree with a pose, features are asked too
 _MASK_MARGIN = 9  # pixels kept clear around moving objects: half a tracking window
@@ -167,9 +161,9 @@ def _make_keyframe(
     points = seed_points(grey, allowed, _SEEDS)
     distance = sample_depth(depth, points)
     points, distance = points[np.isfinite(distance)], distance[np.isfinite(distance)]
-    if len(points) < _MIN_INLIERS:
+    if len(points) < MIN_INLIERS:
         raise StereoError(
-            f"only {len(points)} trackable points with depth outside the masks, {_MIN_INLIERS} are needed: too little "
+            f"only {len(points)} trackable points with depth outside the masks, {MIN_INLIERS} are needed: too little "
             "texture, too little valid depth, or moving objects fill the view",
             "pose_failed",
             frame,
@@ -219,7 +213,7 @@ def _fit_features(
     distance = sample_depth(key.depth, points)
     known = np.isfinite(distance)
     world = backproject(points[known], distance[known], intrinsics, key.pose)
-    found = _fit_pose(world, there[known], intrinsics, key.pose)
+    found = fit_pose(world, there[known], intrinsics, key.pose)
     if found is None:
         return None
     pose, inlier, rms = found
@@ -268,84 +262,8 @@ def _follow_once(
     if still is not None:
         good &= sample_mask(still, moved)
     alive, moved = alive[good], moved[good]
-    fit = _fit_pose(key.world[alive], moved, intrinsics, start)
+    fit = fit_pose(key.world[alive], moved, intrinsics, start)
     if fit is None:
         return None
     pose, inlier, rms = fit
     return _Fit(pose, int(inlier.sum()), float(inlier.mean()), rms, alive[inlier], moved[inlier])
-
-
-def _fit_pose(
-    world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, guess: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Pose f64[3,4], inliers bool[N] and their rms in pixels from f64[N,3] <-> f32[N,2]; None if too few agree."""
-    if len(world) < _MIN_INLIERS:
-        return None
-    found, turn, shift, chosen = cv2.solvePnPRansac(
-        world,
-        points.astype(np.float64) + 0.5,
-        intrinsics,
-        None,
-        rvec=Rotation.from_matrix(guess[:, :3]).as_rotvec(),
-        tvec=guess[:, 3:].copy(),
-        useExtrinsicGuess=True,
-        iterationsCount=_RANSAC_ROUNDS,
-        reprojectionError=_RANSAC_ERROR,
-        confidence=0.9999,
-        flags=cv2.SOLVEPNP_EPNP,
-    )
-    if not found or chosen is None or len(chosen) < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
-        return None
-    start = np.column_stack([Rotation.from_rotvec(turn.ravel()).as_matrix(), shift])
-    return refine_pose(world, points, intrinsics, start)
-
-
-def refine_pose(
-    world: np.ndarray, points: np.ndarray, intrinsics: np.ndarray, start: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, float] | None:
-    """Minimise the reprojection error under Tukey's loss, from a start within a few pixels.
-
-    The loss has the scale of the residuals (median absolute, at least 0.1 px), so points that move by a few tenths of a
-    pixel, well inside RANSAC's threshold, lose their say too.
-
-    Args:
-      world: f64[N,3].
-      points: f32[N,2] array coordinates.
-      intrinsics: f64[3,3].
-      start: f64[3,4] world->camera.
-
-    Returns:
-      pose f64[3,4], inliers bool[N], their rms in pixels; None if too few agree.
-    """
-    ahead = project(world, start, intrinsics)[1] > 0
-    first = Rotation.from_matrix(start[:, :3])
-
-    def moved(step: np.ndarray) -> np.ndarray:
-        turn = Rotation.from_rotvec(step[:3])
-        return np.column_stack([(turn * first).as_matrix(), turn.apply(start[:, 3]) + step[3:]])
-
-    def residuals(step: np.ndarray) -> np.ndarray:
-        return (project(world[ahead], moved(step), intrinsics)[0] - points[ahead]).ravel()
-
-    step = np.zeros(6)
-    for _ in range(_REFINE_ROUNDS):
-        size = np.linalg.norm(residuals(step).reshape(-1, 2), axis=1)
-        limit = 4.685 * max(1.4826 * float(np.median(size)), 0.1)
-        step = least_squares(residuals, step, loss=_tukey, f_scale=limit, max_nfev=_REFINE_STEPS).x
-    pose = moved(step)
-    image, depth = project(world, pose, intrinsics)
-    size = np.linalg.norm(image - points, axis=1)
-    inlier = (size < _RANSAC_ERROR) & (depth > 0)
-    if inlier.sum() < max(_MIN_INLIERS, _MIN_INLIER_RATIO * len(world)):
-        return None
-    return pose, inlier, float(np.sqrt((size[inlier] ** 2).mean()))
-
-
-def _tukey(squares: np.ndarray) -> np.ndarray:
-    """Tukey's loss and its slope, f64[3, 2N], of squared residuals (x and y of N points in turn) over its limit.
-
-    Both coordinates of a point share one weight. The curvature is given as 0, which makes every step one of reweighted
-    least squares.
-    """
-    inside = np.repeat(1 - np.minimum(squares.reshape(-1, 2).sum(1), 1), 2)
-    return np.stack([(1 - inside**3) / 6, inside**2, np.zeros_like(inside)])

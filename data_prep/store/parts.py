@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
+import cv2
 from tqdm import tqdm
 
 from data_prep.store.untrusted import read_bytes
@@ -248,15 +251,17 @@ def _run_pool(
     pending: Iterable[str], work: WorkFn, check: CheckFn | None, store: PartStore, workers: int, bar: tqdm
 ) -> None:
     writer = PartStore(store.folder, seed=store.seed, config=store.config)  # the lock stays here, with the owner
+    pickled = pickle.dumps((work, check, writer))
     running: dict[Future, str] = {}
     todo = iter(pending)
     # Fresh interpreters: a fork would copy the locks of whatever threads this process has.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_die_with_parent) as pool:
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
         try:
             while True:
                 while len(running) < 4 * workers and (clip_id := next(todo, None)) is not None:
-                    running[pool.submit(_do_clip, work, check, writer, clip_id)] = clip_id
+                    running[pool.submit(_do_pickled, pickled, clip_id)] = clip_id
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -274,8 +279,19 @@ def _run_pool(
             raise
 
 
-def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone, so that a kill -9 of the run leaves nobody writing."""
+def _do_pickled(pickled: bytes, clip_id: str) -> None:
+    _do_clip(*_unpickled(pickled), clip_id)
+
+
+@functools.lru_cache(maxsize=1)
+def _unpickled(pickled: bytes) -> tuple[WorkFn, CheckFn | None, PartStore]:
+    """What `_run_pool` sent, the same for every clip of a worker: decoders that it has started serve them all."""
+    return pickle.loads(pickled)
+
+
+def _begin(threads: int) -> None:
+    """Lets OpenCV use `threads`, and ends this worker when its parent is gone: after kill -9 nobody goes on writing."""
+    cv2.setNumThreads(threads)
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -6,8 +6,10 @@ import copy
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
+import cv2
 import pytest
 
 from data_prep.questions.propose import QuestionRules, propose
@@ -326,6 +328,32 @@ def dying(clip_id):
 def test_a_worker_that_dies_is_reported_with_its_clip(tmp_path):
     with pytest.raises(StoreError, match=r"a worker process died.*clip 00"):
         write(tmp_path, CLIPS[:1], workers=2, work=dying)
+
+
+class Sent:
+    """Work that leaves a file for every time that it was sent to a process, and one with OpenCV's threads there."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __setstate__(self, state):
+        self.__dict__ = state
+        (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+
+    def __call__(self, clip_id):
+        (self.folder / f"threads-{os.getpid()}").write_text(str(cv2.getNumThreads()))
+        return make_result(clip_id)
+
+
+def test_a_worker_gets_its_work_once_and_its_share_of_the_cores(tmp_path):
+    """What the work has started, a decoder for one, serves all clips of a worker."""
+    sent = tmp_path / "sent"
+    sent.mkdir()
+    write(tmp_path, workers=2, work=Sent(sent))
+    files = {path.name: path.read_text() for path in sent.iterdir()}
+    threads = {name.partition("-")[2]: text for name, text in files.items() if name.startswith("threads-")}
+    assert sorted(name.split("-")[0] for name in files if not name.startswith("threads-")) == sorted(threads)
+    assert set(threads.values()) == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
 
 
 def test_clip_ids_become_safe_and_different_file_names():
