@@ -92,16 +92,18 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 
 # How many times as wide a copy of the base model is trained, where it is not the base itself.
 WIDER: Mapping[str, int] = MappingProxyType({"accelerator": 2, "smoke": 2})
-# Size -> stages that are done at the same time: some need no GPU, and each of the others leaves it idle for most of the
-# time, while it starts, compiles and reads clips. They follow each other, and none needs what another of them makes.
+# Size -> stages that are done at the same time. Some need no GPU, and each of the others leaves it idle for most of the
+# time, while it starts, compiles and reads clips. An examination that comes late finds its programs compiled by those
+# that came early; eight at once would all compile them.
 TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
     {
         "accelerator": (
-            ("questions", "wider"),
-            ("bench", "sft", "reasoning"),
-            ("grpo_without_st", "grpo"),
-            tuple(f"eval_{of}" for of in ("base", "base_forced", "sft", "sft_shuffled", "cold_start", "control"))
-            + ("eval_grpo_without_st", "eval_grpo"),
+            ("worlds", "wider"),
+            ("questions", "bench"),
+            ("sft", "reasoning", "eval_base", "eval_base_forced"),
+            ("cold_start", "eval_sft", "eval_sft_shuffled"),
+            ("grpo_without_st", "grpo", "eval_cold_start"),
+            ("control", "eval_grpo_without_st", "eval_grpo"),
         )
     }
 )

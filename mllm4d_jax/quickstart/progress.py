@@ -43,31 +43,34 @@ def _lines(path: Path) -> int:
 
 
 class TimeLeft:
-    """Estimates the time that is left, from stated times of all stages and measured ones of those that are done."""
+    """Estimates the time that is left, from stated times of all turns and measured ones of those that are over.
+
+    In a turn one stage is done, or a group of them at the same time.
+    """
 
     def __init__(self, stated: Sequence[float]) -> None:
-        """`stated`: seconds of every stage, in order."""
+        """`stated`: seconds of every turn, in order."""
         self._stated, self._measured = list(stated), dict[int, float]()
 
-    def done(self, stage: int, seconds: float) -> None:
-        """Take note of the time that a stage took, all its parts together."""
-        self._measured[stage] = seconds
+    def done(self, turn: int, seconds: float) -> None:
+        """Take note of the time that a turn took, all its parts together."""
+        self._measured[turn] = seconds
 
-    def left(self, stage: int, elapsed: float, before: float | None, share: float | None) -> tuple[float, float]:
-        """Return seconds that are left of a stage, and of all.
+    def left(self, turn: int, elapsed: float, before: float | None, share: float | None) -> tuple[float, float]:
+        """Return seconds that are left of a turn, and of all.
 
         Args:
-          stage: number of the one under way; those before it are done.
+          turn: number of the one under way; those before it are over.
           elapsed: seconds since it was begun, or gone on with.
           before, share: how much of it was done then, and is done now; None where that is not known.
         """
-        # What a stage begins with takes time in which nothing is done: its own pace counts as far as it is done.
+        # What a turn begins with takes time in which nothing is done: its own pace counts as far as it is done.
         pace = (PRIOR_S + sum(self._measured.values())) / (PRIOR_S + sum(self._stated[n] for n in self._measured))
         gain = 0.0 if share is None or before is None else share - before
-        rest = max(self._stated[stage] * pace * (1 - (before or 0.0)) - elapsed, 0.0)
+        rest = max(self._stated[turn] * pace * (1 - (before or 0.0)) - elapsed, 0.0)
         if gain > 0:  # its own pace would give elapsed * (1 - share) / gain
             rest = (1 - gain) * rest + elapsed * (1 - share)
-        return rest, rest + pace * sum(self._stated[n] for n in range(stage + 1, len(self._stated)))
+        return rest, rest + pace * sum(self._stated[n] for n in range(turn + 1, len(self._stated)))
 
 
 class StatusLine:

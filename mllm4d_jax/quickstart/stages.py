@@ -36,7 +36,7 @@ class Stage:
       values: what the command line changes of that config, by dotted key.
       inputs: names of the stages whose results it reads.
       folder: its workdir.
-      seconds: that it takes on the machine of its size (`configs/tables/quickstart.py`, MACHINES).
+      seconds: that it takes on the machine of its size (`configs/tables/quickstart.py`, MACHINES), beside its group.
       group: stages of one group, which follow each other, are done at the same time; '' by itself.
       late: further values, which follow from results of earlier stages.
     """
@@ -88,9 +88,16 @@ class Stage:
 
 
 def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
-    """Return all stages in their order, with the settings of `config.size` and paths below `workdir`."""
+    """Return all stages in their order, with the settings of `config.size` and paths below `workdir`.
+
+    Stages of a group follow each other, from where the first of them would stand.
+    """
     listing = _Listing(config, workdir)
-    return [*listing.preparation(), *listing.training(), *listing.examinations()]
+    listed = [*listing.preparation(), *listing.training(), *listing.examinations()]
+    groups = {stage.group or stage.name: [] for stage in listed}
+    for stage in listed:
+        groups[stage.group or stage.name].append(stage)
+    return [stage for group in groups.values() for stage in group]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -72,18 +72,20 @@ def do_stages(
     Raises:
       QuickstartError, ConfigError: as `run`.
     """
+    groups = [list(group) for _, group in itertools.groupby(listed, key=lambda stage: stage.group or stage.name)]
     with StopSignal() as stop:
-        clock = TimeLeft([stage.seconds for stage in listed])
+        clock = TimeLeft([max(stage.seconds for stage in group) for group in groups])
         about = span(clock.left(0, 0.0, None, None)[1])
         line.say(f"{what}: {len(listed)} stages, about {about} on {where}; all in {workdir}")
-        for _, numbers in itertools.groupby(range(len(listed)), key=lambda n: listed[n].group or listed[n].name):
-            numbers = list(numbers)
-            under_way = _UnderWay(numbers)
-            turns = [_Turn(listed, n, records, clock, line, stop, under_way) for n in numbers]
+        for turn, group in enumerate(groups):
+            numbers = [listed.index(stage) for stage in group]
+            under_way = _UnderWay({number: stage.seconds for number, stage in zip(numbers, group, strict=True)})
+            turns = [_Turn(listed, n, turn, records, clock, line, stop, under_way) for n in numbers]
             if not all(done := _take_all(turns, under_way)):
                 first = numbers[done.index(False)] + 1
                 line.say(f"stopped in stage {first} of {len(listed)}; the same command goes on from there")
                 return False
+            clock.done(turn, max(records[stage.name].seconds for stage in group))
     return True
 
 
@@ -122,33 +124,36 @@ class _Abandoned(Exception):
 
 
 class _UnderWay:
-    """Which stages of a group are under way; one of them at a time speaks for all.
+    """Which stages of a group are under way; the one that takes longest speaks for all.
 
     Attributes:
       size: of the group.
       abandoned: they are to be ended at once.
     """
 
-    def __init__(self, numbers: Sequence[int]) -> None:
-        self.size, self._numbers, self._changing = len(numbers), set(numbers), threading.Lock()
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        """`seconds` that each takes, by its number."""
+        self.size, self._seconds, self._changing = len(seconds), dict(seconds), threading.Lock()
         self.abandoned = False
 
     def ended(self, number: int) -> None:
         with self._changing:
-            self._numbers.discard(number)
+            self._seconds.pop(number, None)
 
     def others(self, number: int) -> int | None:
         """Return how many others are under way; None for a stage that does not speak."""
         with self._changing:
-            return len(self._numbers) - 1 if number == min(self._numbers, default=-1) else None
+            longest = max(self._seconds, key=self._seconds.__getitem__, default=-1)
+            return len(self._seconds) - 1 if number == longest else None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
-    """The turn of one stage."""
+    """The turn of one stage, of the group with the number `group`."""
 
     listed: list[Stage]
     number: int
+    group: int
     records: StageRecords
     clock: TimeLeft
     line: StatusLine
@@ -204,7 +209,7 @@ class _Turn:
             now, others = share(), self.under_way.others(self.number)
             if others is None:
                 return
-            own, whole = self.clock.left(self.number, elapsed, before, now)
+            own, whole = self.clock.left(self.group, elapsed, before, now)
             known = "" if now is None else f"{now:4.0%}, "
             asked = "stopping (Ctrl-C again: at once); " if self.stop else ""
             name = f"{stage.name} and {others} more" if others else stage.name
@@ -229,7 +234,6 @@ class _Turn:
 
     def _over(self, how: str) -> None:
         record = self.records[self.stage.name]
-        self.clock.done(self.number, record.seconds / self.under_way.size)
         page = Path(self.stage.folder) / "report.html"
         where = f"; {page}" if page.exists() else ""
         self.line.say(
