@@ -72,7 +72,7 @@ def listed(
     )
     asked = {"data.path": f"{top}/bench/bench.json", "data.root": f"{top}/bench"}
     found = [bench, *_questions(of, top, worlds)]
-    asked_about = {"data.root": f"{top}/questions/forms"}
+    asked_about = {"data.root": f"{top}/questions_rl/forms"}
     for name in ONCE:
         stage = of[f"eval_{name}"]
         values, folder = {**stage.values, **asked}, f"{top}/{stage.name}"
@@ -80,19 +80,19 @@ def listed(
     for seed in seeds:
         # What earlier stages of the quickstart made has files outside `seeds/`, whose digests are known by themselves.
         reinforced = {"seed": seed, "train.steps": steps, "optim.lr": RATE, **asked_about}
-        reinforced["data.path"] = f"{top}/questions/train_r1.jsonl"
+        reinforced["data.path"] = f"{top}/questions_rl/train_r1.jsonl"
         for name in ("grpo_without_st", "grpo"):
-            found.append(_again(of[name], seed, reinforced, top, inputs=("questions",)))
+            found.append(_again(of[name], seed, reinforced, top, inputs=("questions_rl",)))
         late = _equal_time(f"{top}/grpo_{seed}", f"{workdir}/cold_start")
-        taught = {"seed": seed, "data.path": f"{top}/reasoning/cold_start.json", **asked_about}
-        found.append(_again(of["control"], seed, taught, top, inputs=("reasoning", f"grpo_{seed}"), late=late))
+        taught = {"seed": seed, "data.path": f"{top}/reasoning_rl/cold_start.json", **asked_about}
+        found.append(_again(of["control"], seed, taught, top, inputs=("reasoning_rl", f"grpo_{seed}"), late=late))
         for name in REPEATED:
             trained = f"{name}_{seed}"
             examined = {**asked, "model.adapter": f"{top}/{trained}"}
             found.append(_again(of[f"eval_{name}"], seed, examined, top, inputs=("bench", trained)))
     longer = {
         "bench": clips / of["bench"].config().synthetic.clips,
-        "worlds": worlds / of["worlds"].config().synthetic.clips,
+        "worlds": worlds / of["worlds_rl"].config().synthetic.clips,
         "grpo": steps / of["grpo"].config().train.steps,
     }
     longer |= {"eval": longer["bench"], "questions": longer["worlds"], "control": longer["grpo"]}
@@ -104,10 +104,11 @@ def listed(
 
 def _questions(of: Mapping[str, Stage], top: str, worlds: int) -> Iterator[Stage]:
     """Yield what makes questions, and reasoning about them, of worlds that the quickstart has not seen."""
+    records = f"{top}/questions_rl/train_r1.jsonl"
     for name, values, inputs in (
-        ("worlds", {"seed": LEARNED, "synthetic.clips": worlds}, ()),
-        ("questions", {"seed": LEARNED, "input": f"{top}/worlds/clips"}, ("worlds",)),
-        ("reasoning", {"seed": LEARNED, "cold_start.records": f"{top}/questions/train_r1.jsonl"}, ("questions",)),
+        ("worlds_rl", {"seed": LEARNED, "synthetic.clips": worlds}, ()),
+        ("questions_rl", {"seed": LEARNED, "input": f"{top}/worlds_rl/clips"}, ("worlds_rl",)),
+        ("reasoning_rl", {"seed": LEARNED, "cold_start.records": records}, ("questions_rl",)),
     ):
         stage = of[name]
         yield dataclasses.replace(stage, values={**stage.values, **values}, folder=f"{top}/{name}", inputs=inputs)

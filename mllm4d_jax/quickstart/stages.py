@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from configs import reading, schema
-from configs.tables.quickstart import SECONDS, SIZES, TOGETHER, WIDER
+from configs.tables.quickstart import NEW_SEED, SECONDS, SIZES, TOGETHER, WIDER
 from mllm4d_jax.files import digests, jsonl
 from mllm4d_jax.models.tensor_files import SINGLE
 from mllm4d_jax.report.reading import METRICS, PREDICTIONS, RESULTS
@@ -115,6 +115,10 @@ class _Listing:
         return {"seed": self.config.seed} if self.config.seed else {}
 
     @property
+    def workers(self) -> Values:
+        return {"workers": self.config.workers or os.cpu_count()}
+
+    @property
     def factor(self) -> int | None:
         """How many times as wide as `base` the model is that is trained; None for `base` itself."""
         return WIDER.get(self.config.size)
@@ -135,44 +139,53 @@ class _Listing:
 
     def preparation(self) -> Iterator[Stage]:
         """Worlds, the questions about them, the model that is to learn, and what it will be examined on."""
-        workers = {"workers": self.config.workers or os.cpu_count()}
-        made = {**self.seeded, **workers}
-        yield self.stage("worlds", "rendering worlds for two eyes", "curate.py:quickstart_worlds", made)
-        title = "finding depth, camera path and objects in both views, and asking about them"
-        seen = {**made, "input": self.at("worlds", "clips")}
-        yield self.stage("questions", title, "curate.py:quickstart", seen, "worlds")
+        found = "finding depth, camera path and objects in both views, and asking about them"
+        yield from self.worlds("", self.seeded, "rendering worlds for two eyes", found)
+        # Reinforcement teaches something in worlds that fine-tuning has not seen (benchmarks/RESULTS.md).
+        seeded = {"seed": self.config.seed + NEW_SEED}
+        yield from self.worlds(
+            "_rl", seeded, "rendering others, for reinforcement", "finding and asking the same there"
+        )
         if self.factor:
             title, spec = "making a wider copy of the base model", "export.py:wider"
             copied = {"model.path": own(self.config.base), "output": self.base, "factor": self.factor}
             yield self.stage("wider", title, spec, {**self.seeded, **copied})
-        yield self.stage("bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", workers)
+        yield self.stage(
+            "bench", "rendering other worlds, to be examined on", "curate.py:quickstart_bench", self.workers
+        )
+
+    def worlds(self, of: str, seeded: Values, *titles: str) -> Iterator[Stage]:
+        """Worlds, and the questions about them."""
+        made = {**seeded, **self.workers}
+        yield self.stage(f"worlds{of}", titles[0], "curate.py:quickstart_worlds", made)
+        seen = {**made, "input": self.at(f"worlds{of}", "clips")}
+        yield self.stage(f"questions{of}", titles[1], "curate.py:quickstart", seen, f"worlds{of}")
 
     def training(self) -> Iterator[Stage]:
         """Fine-tuning, cold start with its reasoning, reinforcement and its control."""
         at, prompt = self.at, own(PROMPT)
         shared = {**self.seeded, "model.path": self.base}
-        clips, released = {"data.root": at("questions", "forms")}, at("questions", "train_r1.jsonl")
+        clips = {"data.root": at("questions", "forms")}
         answers = {**shared, "data.path": at("questions", "train.json"), **clips}
         yield self.stage("sft", "fine-tuning on the answers", "sft.py:quickstart", answers, "questions", *self.wider)
-        written = {**self.seeded, "cold_start.records": released, "cold_start.system_file": prompt}
-        title, spec = "writing reasoning with spatial states", "curate.py:quickstart_reasoning"
-        yield self.stage("reasoning", title, spec, written, "questions")
+        for of, title in (("", "writing reasoning with spatial states"), ("_rl", "the same, for the control")):
+            released = {"cold_start.records": at(f"questions{of}", "train_r1.jsonl")}
+            written = {**self.seeded, **released, "cold_start.system_file": prompt}
+            yield self.stage(f"reasoning{of}", title, "curate.py:quickstart_reasoning", written, f"questions{of}")
         taught = {**shared, "model.adapter": at("sft"), "data.path": at("reasoning", "cold_start.json"), **clips}
         title, spec = "cold start: learning to write reasoning", "cold_start.py:quickstart"
         yield self.stage("cold_start", title, spec, taught, "sft", "reasoning")
-        reinforced = {**shared, "model.adapter": at("cold_start"), "data.path": released, **clips}
-        reinforced |= {"prompt.system_file": prompt}
+        began = {**shared, "model.adapter": at("cold_start"), "data.root": at("questions_rl", "forms")}
+        reinforced = {**began, "data.path": at("questions_rl", "train_r1.jsonl"), "prompt.system_file": prompt}
         for name, spec, title in (
             ("grpo_without_st", "grpo.py:quickstart_without_st", "without the spatio-temporal reward"),
             ("grpo", "grpo.py:quickstart", "with the spatio-temporal reward"),
         ):
-            yield self.stage(name, f"reinforcement {title}", spec, reinforced, "questions", "cold_start")
-        title, again = (
-            "control: more fine-tuning for as long as that took",
-            {**taught, "model.adapter": at("cold_start")},
-        )
+            yield self.stage(name, f"reinforcement {title}", spec, reinforced, "questions_rl", "cold_start")
+        title = "control: fine-tuning on the same questions for as long as that took"
+        again, needed = {**began, "data.path": at("reasoning_rl", "cold_start.json")}, ("cold_start", "grpo")
         late = {"late": lambda: equal_time(at("grpo"), at("cold_start"))}
-        yield self.stage("control", title, "cold_start.py:quickstart", again, "reasoning", "cold_start", "grpo", **late)
+        yield self.stage("control", title, "cold_start.py:quickstart", again, "reasoning_rl", *needed, **late)
 
     def examinations(self) -> Iterator[Stage]:
         """Greedy answers to the questions about the other worlds, of every model."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ml_collections
 
-from configs.tables.quickstart import BENCH, MACHINES
+from configs.tables.quickstart import BENCH, MACHINES, NEW_SEED
 from mllm4d_jax.files.ending import StopSignal
 from mllm4d_jax.files.lock import WriterLock
 from mllm4d_jax.files.quoting import cut
@@ -110,8 +110,11 @@ def check(config: ml_collections.ConfigDict, workdir: str) -> None:
         raise QuickstartError(
             "the quickstart runs as one process in a folder of this machine: no bucket, no distributed"
         )
-    if config.seed == BENCH["seed"]:
-        raise QuickstartError(f"seed = {config.seed} is that of the worlds to be examined on: take another")
+    if BENCH["seed"] in (config.seed, config.seed + NEW_SEED):
+        raise QuickstartError(
+            f"seed = {config.seed} is that of the worlds to be examined on, or would make those of reinforcement the "
+            "same: take another"
+        )
     if not Path(own(config.base), "config.json").is_file():
         raise QuickstartError(
             f"base = {config.base} is no folder of a model: name one with --config.base=DIR, or make one with the "

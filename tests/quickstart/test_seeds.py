@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.quickstart_seeds import LEARNED, SEED, Worth, averaged, base_of, difference, listed
 from configs import common
-from configs.tables.quickstart import BASE, BENCH
+from configs.tables.quickstart import BASE, BENCH, NEW_SEED
 from configs.tables.quickstart_recipe import PRETRAINING_CLIPS
 from mllm4d_jax.eval.statistics import mean
 from mllm4d_jax.quickstart.done import QuickstartError, StageRecord, StageRecords
@@ -16,18 +16,18 @@ from mllm4d_jax.run.workdir import write_config
 
 def test_every_seed_trains_anew_and_all_are_examined_on_the_same_new_worlds(tmp_path):
     found = {stage.name: stage for stage in listed(str(tmp_path), BASE, (4, 5), 300, 1400, 77, 2)}
-    assert len({SEED, LEARNED, BENCH["seed"], PRETRAINING_CLIPS["seed"], 0}) == 5
+    assert len({SEED, LEARNED, BENCH["seed"], PRETRAINING_CLIPS["seed"], NEW_SEED, 0}) == 6
     assert len(found) == 1 + 3 + 4 + 2 * (3 + 3) and len({stage.folder for stage in found.values()}) == len(found)
     bench = found["bench"].config()
     assert (bench.seed, bench.synthetic.clips, bench.bench_share) == (SEED, 1400, 1.0)
-    worlds = found["worlds"].config()
+    worlds = found["worlds_rl"].config()
     assert (worlds.seed, worlds.synthetic.clips, worlds.bench_share) == (LEARNED, 300, 0.0)
     top = f"{tmp_path}/seeds"
     for name in ("grpo_without_st_4", "grpo_5"):
-        assert found[name].values["data.path"] == f"{top}/questions/train_r1.jsonl"
+        assert found[name].values["data.path"] == f"{top}/questions_rl/train_r1.jsonl"
         assert found[name].values["model.adapter"] == f"{tmp_path}/cold_start"
-    assert found["control_4"].values["data.path"] == f"{top}/reasoning/cold_start.json"
-    assert {found[name].values["data.root"] for name in ("grpo_4", "control_4")} == {f"{top}/questions/forms"}
+    assert found["control_4"].values["data.path"] == f"{top}/reasoning_rl/cold_start.json"
+    assert {found[name].values["data.root"] for name in ("grpo_4", "control_4")} == {f"{top}/questions_rl/forms"}
     for seed in (4, 5):
         assert found[f"grpo_{seed}"].config().seed == found[f"control_{seed}"].values["seed"] == seed
         assert found[f"grpo_without_st_{seed}"].config().train.steps == 77
