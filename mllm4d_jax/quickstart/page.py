@@ -10,6 +10,7 @@ from mllm4d_jax.files.atomic import write_atomic
 from mllm4d_jax.qa.reasoning import parse
 from mllm4d_jax.quickstart.progress import span
 from mllm4d_jax.quickstart.results import KINDS, ROWS, Examined, Results
+from mllm4d_jax.quickstart.stages import in_groups
 from mllm4d_jax.quickstart.tables import HEADS, NOTE, Table, tables
 from mllm4d_jax.report import page
 from mllm4d_jax.report.browser import BrowserOptions, Entry, browser, spread
@@ -39,7 +40,8 @@ def write_page(workdir: Path, results: Results) -> Path:
     options = BrowserOptions(answers=_QUESTIONS, frames=4)
     sections.append(Section("answers", "Answers", browser(list(_entries(results)), options, label="answers"), _MAPS))
     sections.append(Section("stages", "Stages", _stages(results)))
-    seconds = sum(record.seconds for _, record in results.stages)
+    took = {stage.name: record.seconds for stage, record in results.stages}
+    seconds = sum(max(took[stage.name] for stage in group) for group in in_groups(stage for stage, _ in results.stages))
     last = results.examined["eval_grpo"].accuracy()
     tiles = [
         ("after GRPO with ST-reward", f"{last.value:.1%}"),

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -94,10 +94,15 @@ def stages(config: ml_collections.ConfigDict, workdir: str) -> list[Stage]:
     """
     listing = _Listing(config, workdir)
     listed = [*listing.preparation(), *listing.training(), *listing.examinations()]
-    groups = {stage.group or stage.name: [] for stage in listed}
+    return [stage for group in in_groups(listed) for stage in group]
+
+
+def in_groups(listed: Iterable[Stage]) -> list[list[Stage]]:
+    """Return stages by their group, groups in the order of their first stages; one without a group is one by itself."""
+    groups: dict[str, list[Stage]] = {}
     for stage in listed:
-        groups[stage.group or stage.name].append(stage)
-    return [stage for group in groups.values() for stage in group]
+        groups.setdefault(stage.group or stage.name, []).append(stage)
+    return list(groups.values())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import itertools
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from mllm4d_jax.quickstart.page import write_page
 from mllm4d_jax.quickstart.process import Ended, run_process
 from mllm4d_jax.quickstart.progress import StatusLine, TimeLeft, share_of, span
 from mllm4d_jax.quickstart.results import read_results
-from mllm4d_jax.quickstart.stages import Stage, own, stages
+from mllm4d_jax.quickstart.stages import Stage, in_groups, own, stages
 from mllm4d_jax.quickstart.tables import text
 
 _MOST_SAID = 2000  # characters of a stage's own error
@@ -72,7 +71,7 @@ def do_stages(
     Raises:
       QuickstartError, ConfigError: as `run`.
     """
-    groups = [list(group) for _, group in itertools.groupby(listed, key=lambda stage: stage.group or stage.name)]
+    groups = in_groups(listed)
     with StopSignal() as stop:
         clock = TimeLeft([max(stage.seconds for stage in group) for group in groups])
         about = span(clock.left(0, 0.0, None, None)[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ from configs.tables.quickstart import BENCH, NEW_SEED, TOGETHER
 from configs.tables.quickstart import SECONDS as BY_SIZE
 from mllm4d_jax.quickstart import process, task
 from mllm4d_jax.quickstart.done import QuickstartError, StageRecords
-from mllm4d_jax.quickstart.stages import WIDTH, stages
+from mllm4d_jax.quickstart.stages import WIDTH, in_groups, stages
 
 SECONDS = BY_SIZE["smoke"]  # the size that is run
 BASE = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl"
@@ -205,9 +204,8 @@ def test_times_and_groups_fit_the_stages(size):
     listed = stages(common.config("quickstart", {"size": size, "base": str(BASE)}), "out")
     assert sorted(stage.name for stage in listed) == sorted(BY_SIZE[size])
     assert {name for group in TOGETHER.get(size, ()) for name in group} <= BY_SIZE[size].keys()
-    groups = [list(group) for _, group in itertools.groupby(listed, key=lambda stage: stage.group or stage.name)]
-    assert len(groups) == len({group[0].group or group[0].name for group in groups})
+    assert [stage for group in in_groups(listed) for stage in group] == listed
     there = set()
-    for group in groups:
+    for group in in_groups(listed):
         assert {name for stage in group for name in stage.inputs} <= there
         there |= {stage.name for stage in group}
