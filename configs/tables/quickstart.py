@@ -29,7 +29,7 @@ _WORLDS: Mapping[str, Any] = MappingProxyType(
 )
 # Worlds to learn from, seen by two eyes. Their exact questions are written too, for those who want to compare.
 WORLDS: Mapping[str, Any] = MappingProxyType(
-    {**_WORLDS, "synthetic.clips": 290, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
+    {**_WORLDS, "synthetic.clips": 400, "synthetic.stereo": True, "synthetic.baseline": 0.2, "bench_share": 0.0}
 )
 # So much greater is the seed of the worlds for reinforcement.
 NEW_SEED = 500
@@ -94,11 +94,17 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 
 # How many times as wide a copy of the base model is trained, where it is not the base itself.
 WIDER: Mapping[str, int] = MappingProxyType({"accelerator": 2, "smoke": 2})
-# Size -> stages that are done at the same time. Some need no GPU, and each of the others leaves it idle for most of the
-# time, while it starts, compiles and reads clips. An examination that comes late finds its programs compiled by those
-# that came early; eight at once would all compile them.
+# Size -> stages that are done at the same time. An examination keeps one core busy for half of its time; on machines
+# with more of them it is done beside training, which leaves a GPU idle for most of the time. One that comes late finds
+# its programs compiled by those that came early; eight at once would all compile them.
 TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
     {
+        "laptop": (
+            ("eval_base", "eval_base_forced"),
+            ("eval_sft", "eval_sft_shuffled"),
+            ("eval_cold_start", "eval_control"),
+            ("eval_grpo_without_st", "eval_grpo"),
+        ),
         "accelerator": (
             ("worlds", "worlds_rl", "wider"),
             ("questions", "questions_rl", "bench"),
@@ -106,7 +112,7 @@ TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
             ("cold_start", "eval_sft", "eval_sft_shuffled"),
             ("grpo_without_st", "grpo", "eval_cold_start"),
             ("control", "eval_grpo_without_st", "eval_grpo"),
-        )
+        ),
     }
 )
 # Size -> where its times were measured.
@@ -114,26 +120,26 @@ MACHINES: Mapping[str, str] = MappingProxyType(
     {"laptop": "two quiet cores", "accelerator": "one NVIDIA H200 with 16 cores", "smoke": "two quiet cores"}
 )
 _LAPTOP_SECONDS = {
-    "worlds": 58,
-    "questions": 50,
-    "worlds_rl": 25,
+    "worlds": 36,
+    "questions": 87,
+    "worlds_rl": 12,
     "questions_rl": 25,
-    "bench": 60,
-    "sft": 166,
+    "bench": 35,
+    "sft": 185,
     "reasoning": 5,
     "reasoning_rl": 5,
-    "cold_start": 50,
+    "cold_start": 45,
     "grpo_without_st": 85,
     "grpo": 80,
     "control": 75,
-    "eval_base": 26,
-    "eval_base_forced": 26,
-    "eval_sft": 26,
-    "eval_sft_shuffled": 26,
-    "eval_cold_start": 26,
-    "eval_control": 26,
-    "eval_grpo_without_st": 26,
-    "eval_grpo": 26,
+    "eval_base": 40,
+    "eval_base_forced": 40,
+    "eval_sft": 40,
+    "eval_sft_shuffled": 40,
+    "eval_cold_start": 32,
+    "eval_control": 32,
+    "eval_grpo_without_st": 30,
+    "eval_grpo": 30,
 }
 _ACCELERATOR_SECONDS = {
     "worlds": 50,
@@ -176,7 +182,7 @@ SIZES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "laptop": {"worlds_rl": {"synthetic.clips": 100}},
         "accelerator": {
-            "worlds": {"synthetic.clips": 450},
+            "worlds": {"synthetic.clips": 1000},
             "worlds_rl": {"synthetic.clips": 300},
             "sft": {**_LOADED, "train.steps": 700, "train.batch_size": 96},
             "cold_start": {**_LOADED, "train.steps": 100, "train.batch_size": 96},

@@ -132,7 +132,7 @@ SFT: Mapping[str, Any] = MappingProxyType(
         "optim.b2": 0.98,
         "optim.warmup_ratio": 0.03,
         "train.batch_size": 48,
-        "train.steps": 400,
+        "train.steps": 450,
         "train.log_every": 10,
         "train.checkpoint_every": 100,
         "train.loss_chunk": 1024,
@@ -141,15 +141,15 @@ SFT: Mapping[str, Any] = MappingProxyType(
 # Reasoning with spatial states (curate.py:cold_start with cold_start.style=brief), from the adapter of SFT.
 COLD_START: Mapping[str, Any] = MappingProxyType({**SFT, "optim.lr": 0.005, "train.steps": 80})
 # Advantages are divided by the spread of a whole batch: by that of a group, eight right answers whose centres differ by
-# millimetres would pull as hard as right and wrong ones. At a rate of 6e-4 it shows after some 300 steps; in as few as
-# here that only harms (benchmarks/RESULTS.md).
+# millimetres would pull as hard as right and wrong ones. It takes some 300 steps until greedy answers show what is
+# learned; fewer rather harm (benchmarks/RESULTS.md).
 GRPO: Mapping[str, Any] = MappingProxyType(
     {
         **{name: value for name, value in _SEEN.items() if name not in ("data.branch_buckets", "model.vision_remat")},
         "lora.rank": SFT["lora.rank"],
         "lora.alpha": SFT["lora.alpha"],
         "lora.targets": SFT["lora.targets"],
-        "optim.lr": 1.6e-4,
+        "optim.lr": 3e-4,
         "optim.b2": 0.99,
         "rollout.prompts": 16,
         "rollout.completions": 8,
@@ -158,7 +158,7 @@ GRPO: Mapping[str, Any] = MappingProxyType(
         "rollout.stop": ("</answer>",),
         "objective.beta": 0.0,
         "objective.scale": "batch",
-        "train.steps": 30,
-        "train.checkpoint_every": 15,
+        "train.steps": 60,
+        "train.checkpoint_every": 20,
     }
 )
