@@ -96,13 +96,13 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 WIDER: Mapping[str, int] = MappingProxyType({"accelerator": 2, "smoke": 2})
 # Size -> stages that are done at the same time. An examination keeps one core busy for half of its time; on machines
 # with more of them it is done beside training, which leaves a GPU idle for most of the time. One that comes late finds
-# its programs compiled by those that came early; eight at once would all compile them.
+# its programs compiled by those that came early; eight at once would all compile them. The programs differ for the base,
+# adapters, and adapters that reason.
 TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
     {
         "laptop": (
-            ("eval_base", "eval_base_forced"),
-            ("eval_sft", "eval_sft_shuffled"),
-            ("eval_cold_start", "eval_control"),
+            ("eval_base", "eval_sft", "eval_cold_start"),
+            ("eval_base_forced", "eval_sft_shuffled", "eval_control"),
             ("eval_grpo_without_st", "eval_grpo"),
         ),
         "accelerator": (
