@@ -96,8 +96,8 @@ EVAL_REASONING: Mapping[str, Any] = MappingProxyType(
 WIDER: Mapping[str, int] = MappingProxyType({"accelerator": 2, "smoke": 2})
 # Size -> stages that are done at the same time. An examination keeps one core busy for half of its time; on machines
 # with more of them it is done beside training, which leaves a GPU idle for most of the time. One that comes late finds
-# its programs compiled by those that came early; eight at once would all compile them. The programs differ for the base,
-# adapters, and adapters that reason.
+# its programs compiled by those that came early; eight at once would all compile them. Those of the base, of adapters
+# and of adapters that reason differ.
 TOGETHER: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
     {
         "laptop": (
