@@ -158,7 +158,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], *, captio
         body.append(tag("tr", *(_cell(c, value) for c, value in zip(columns, row, strict=True))))
     if not rows:
         body.append(tag("tr", tag("td", "nothing", colspan=len(columns), class_="empty")))
-    parts = (tag("caption", caption), tag("thead", tag("tr", *heads)), tag("tbody", *body))
+    parts = (tag("caption", tag("span", caption)), tag("thead", tag("tr", *heads)), tag("tbody", *body))
     whole = tag("table", *parts, data_filter=filter and bool(rows), data_sortable=len(rows) > 1)
     return tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
 
