@@ -256,7 +256,7 @@ def _run_pool(
     todo = iter(pending)
     # Fresh interpreters: a fork would copy the locks of whatever threads this process has.
     context = multiprocessing.get_context("spawn")
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    threads = max(1, (os.cpu_count() or 1) // workers)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
         try:
             while True:

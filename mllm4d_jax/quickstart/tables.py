@@ -22,7 +22,8 @@ NOTE = (
     "brackets are 95 % intervals (bootstrap over worlds). Distance and direction of the camera (cam), of an object "
     "(obj), and of an object seen from the camera (o-c). Centre errors are the mean metres between the centres that a "
     "model writes and the true ones; one that answers with a letter alone writes none. 'GRPO' and 'equal-time SFT' go "
-    "on from the cold start, in worlds that it has not seen. This is one training seed: what differs by less than its interval may be chance."
+    "on from the cold start, in worlds that it has not seen. This is one training seed: what differs by less than its "
+    "interval may be chance."
 )
 
 Table = tuple[str, list[str], list[list[str]]]  # caption, heads, rows of text
