@@ -27,6 +27,8 @@ FORMULA = (
     "results of its matrix products; bytes received: collectives of the compiled program, each as often as its loop "
     "runs. What overlaps and what waits is not modelled: take it as the better half of an estimate."
 )
+# Said where kernels of sparse layers cannot be compiled: by the plugin, and by JAX, which asks a GPU how large it is.
+_OF_KERNELS = ("mosaic_gpu", "core_count")
 _KERNEL = re.compile(r"tpu_custom_call|__cudnn\$fmha|mosaic_gpu")  # of attention: Pallas on either, cuDNN
 
 
@@ -117,13 +119,13 @@ def compile_phase(phase: Phase, vocabulary: int, options: Mapping[str, bool]) ->
     started = time.perf_counter()
     try:
         program = phase.lower().compile(compiler_options=dict(options))
-    except jax.errors.JaxRuntimeError as problem:
-        if "mosaic_gpu" in str(problem):
+    except (jax.errors.JaxRuntimeError, AttributeError) as problem:
+        if any(part in str(problem) for part in _OF_KERNELS):
             raise TopologyError(
                 "a sparse model's kernels for GPUs are compiled by parts of jax-cuda13-plugin that need a driver: "
                 "plan where there is such a GPU, or by --plan=memory"
             ) from None
-        if not out_of_memory(problem):
+        if isinstance(problem, AttributeError) or not out_of_memory(problem):
             raise
         return Compiled(phase, None, wanted_bytes(str(problem)), time.perf_counter() - started), None
     seconds = time.perf_counter() - started

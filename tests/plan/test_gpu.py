@@ -95,6 +95,31 @@ def test_options_reach_the_compiler():
 
 
 @pytest.mark.parametrize(
+    "problem",
+    [
+        jax.errors.JaxRuntimeError("UNIMPLEMENTED: no mosaic_gpu_v2 here"),
+        AttributeError("'Device' object has no attribute 'core_count'"),
+    ],
+)
+def test_kernels_that_need_a_gpu_here_are_told(problem):
+    """The first is of the plugin without a driver, the second of JAX's kernel for the gradient of experts."""
+
+    def lower():
+        raise problem
+
+    with pytest.raises(TopologyError, match="plan where there is such a GPU, or by --plan=memory"):
+        compile_phase(Phase("step", "step", lower, {}, 1, 1), 7, {})
+
+
+def test_other_errors_of_a_program_are_its_own():
+    def lower():
+        raise AttributeError("no such thing")
+
+    with pytest.raises(AttributeError, match="no such thing"):
+        compile_phase(Phase("step", "step", lower, {}, 1, 1), 7, {})
+
+
+@pytest.mark.parametrize(
     ("limit", "remat", "fits", "tried"),
     [(120, "dots", True, 1), (60, "full", True, 2), (10, "full", False, 2)],
 )
