@@ -13,7 +13,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -251,7 +250,7 @@ def _run_pool(
     pending: Iterable[str], work: WorkFn, check: CheckFn | None, store: PartStore, workers: int, bar: tqdm
 ) -> None:
     writer = PartStore(store.folder, seed=store.seed, config=store.config)  # the lock stays here, with the owner
-    pickled = pickle.dumps((work, check, writer))
+    job = _Job(str(store.folder), work, check, writer)
     running: dict[Future, str] = {}
     todo = iter(pending)
     # Fresh interpreters: a fork would copy the locks of whatever threads this process has.
@@ -261,7 +260,7 @@ def _run_pool(
         try:
             while True:
                 while len(running) < 4 * workers and (clip_id := next(todo, None)) is not None:
-                    running[pool.submit(_do_pickled, pickled, clip_id)] = clip_id
+                    running[pool.submit(_do_job, job, clip_id)] = clip_id
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -279,14 +278,25 @@ def _run_pool(
             raise
 
 
-def _do_pickled(pickled: bytes, clip_id: str) -> None:
-    _do_clip(*_unpickled(pickled), clip_id)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What `_run_pool` asks of its workers, the same with every clip; the folder of the results tells jobs apart."""
+
+    folder: str
+    work: WorkFn = dataclasses.field(compare=False)
+    check: CheckFn | None = dataclasses.field(compare=False)
+    store: PartStore = dataclasses.field(compare=False)
+
+
+def _do_job(job: _Job, clip_id: str) -> None:
+    job = _first(job)
+    _do_clip(job.work, job.check, job.store, clip_id)
 
 
 @functools.lru_cache(maxsize=1)
-def _unpickled(pickled: bytes) -> tuple[WorkFn, CheckFn | None, PartStore]:
-    """What `_run_pool` sent, the same for every clip of a worker: decoders that it has started serve them all."""
-    return pickle.loads(pickled)
+def _first(job: _Job) -> _Job:
+    """The job as it came with a worker's first clip: the decoders that its work has started serve all clips."""
+    return job
 
 
 def _begin(threads: int) -> None:
