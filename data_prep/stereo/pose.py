@@ -23,14 +23,7 @@ def fit_pose(
 ) -> tuple[np.ndarray, np.ndarray, float] | None:
     """Find the pose of a view by the points that it shows, some of them wrong: PnP with RANSAC, then `refine_pose`.
 
-    Args:
-      world: f64[N,3].
-      points: f32[N,2] array coordinates.
-      intrinsics: f64[3,3].
-      guess: f64[3,4] world->camera.
-
-    Returns:
-      As `refine_pose`.
+    Takes and returns what `refine_pose` does, but `guess` f64[3,4] world->camera may be as far off as a frame's motion.
     """
     if len(world) < MIN_INLIERS:
         return None
@@ -62,9 +55,9 @@ def refine_pose(
     pixel, well inside RANSAC's threshold, lose their say too.
 
     Args:
-      world: f64[N,3].
-      points: f32[N,2] array coordinates.
-      intrinsics: f64[3,3].
+      world: f64[N,3] metres.
+      points: f32[N,2] array coordinates (pixel centres are whole numbers).
+      intrinsics: f64[3,3] pixels.
       start: f64[3,4] world->camera.
 
     Returns:
