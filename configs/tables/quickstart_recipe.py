@@ -63,7 +63,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.questions_per_video": 8,
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 800,
+        "train.steps": 1200,
     }
 )
 # Then to see: where things are, as states in camera heights, and captions in words. Words alone teach so small a model
