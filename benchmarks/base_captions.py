@@ -7,8 +7,9 @@ Prints, for every aspect of a caption, how many words there were, how many were 
 the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left
 out. "text" is what is matched beside the clip; "told": what told states come to, their centres written again;
 "derived": the same without a question. A "figure", right within 0.1, is followed by its label, or by the "option" that
-is nearest to it. Of the two letters of an answer the second is the first one again. A "place" is a coordinate of a
-state in camera heights, right within 0.1, "asked" one behind a question; what is always zero is left out.
+is nearest to it. A "letter" is that of the reasoning, of three or four options; that of the answer is it again. A
+"place" is a coordinate of a state in camera heights, right within 0.1, "asked" one behind a question; what is always
+zero is left out.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from configs.tables.quickstart_recipe import MATCHING, PRETRAINING_CLIPS
 from data_prep.captions import words
 from data_prep.captions.captions import CAMERA
 from data_prep.captions.task import caption_clip
+from data_prep.questions.options import LETTERS
 from data_prep.questions.rules import question_rules
 from data_prep.scenes.relations import LABELS
 from data_prep.synthetic.worlds import SyntheticConfig
@@ -109,7 +111,11 @@ def words_of(
             yield tuple(key), spoken[number], _is_near(said, spoken[number])
         return
     else:
-        counted = _read({"told": "told", "derived": "derived", "reckoning": "derived"}.get(kind, "text"), spoken)
+        four = f"\n{LETTERS[3]}. " in tokenizer.decode(example.tokens[: places[0]].tolist())
+        letter = f"letter of {'four' if four else 'three'}"
+        counted = _read(
+            {"told": "told", "derived": "derived", "reckoning": "derived"}.get(kind, "text"), spoken, letter
+        )
     for number, key in counted:
         said = tokenizer.decode([int(best[places[number] - 1])])
         near = key[-1] == "figure" and _is_near(said, spoken[number])
@@ -144,15 +150,17 @@ def _is_near(said: str, right: str) -> bool:
         return False
 
 
-def _read(about: str, spoken: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+def _read(about: str, spoken: list[str], letter: str) -> Iterator[tuple[int, tuple[str, ...]]]:
     stated = max((n for n, piece in enumerate(spoken) if piece.endswith(("]\n", "null\n"))), default=0)
     kinds = iter(("figure", "option"))  # what was measured, the option nearest to it
     for number, word in enumerate(map(str.strip, spoken)):
         figure = word.lstrip("-")[:1].isdigit()
         if figure and number < stated:
             yield number, (about, "centre")
-        elif word in tuple("ABCD"):
-            yield number, (about, "letter")
+        elif word in tuple(LETTERS):
+            if letter:
+                yield number, (about, letter)
+            letter = ""  # the answer has it once more
         elif figure or word in LABEL_WORDS:
             named = "figure" if about == "derived" else next(kinds, "option")
             yield number, (about, named if figure else "label")

@@ -40,7 +40,7 @@ def test_it_sees_where_things_are_in_clips_that_it_has_not_seen_and_finds_the_le
                 said[key].append(right)
     finally:
         encoder.close()
-    ways, letters = said["camera", "mainly", "way"], said["text", "letter"]
+    ways, letters = said["camera", "mainly", "way"], said["text", "letter of four"]
     assert len(ways) > CLIPS / 2 and np.mean(ways) > 0.9, np.mean(ways)
     columns, gaps = said["object", "last", "column"], said["object", "gap", "way"]
     assert min(len(columns), len(gaps)) > 0.7 * CLIPS and np.mean(columns) > 0.6 and np.mean(gaps) > 0.7
@@ -51,8 +51,8 @@ def test_it_sees_where_things_are_in_clips_that_it_has_not_seen_and_finds_the_le
         said["object", "last", "place"],
     )
     assert np.mean(camera) > 0.85 and np.mean(first) > 0.65 and np.mean(last) > 0.65
-    # Each answer has its letter twice; who only copies the first one is right for .65.
-    assert len(letters) == 8 * CLIPS and np.mean(letters) > 0.97, np.mean(letters)
+    assert len(letters) > 2 * CLIPS and np.mean(letters) > 0.95, np.mean(letters)
+    assert np.mean(said["told", "letter of four"]) > 0.95 and np.mean(said["told", "letter of three"]) > 0.98
     # Of what told states come to, the most frequent label is right for .3.
     assert np.mean(said["told", "centre"]) > 0.95 and np.mean(said["told", "label"]) > 0.6
     assert np.mean(said["told", "option"]) > 0.9
