@@ -196,10 +196,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from benchmarks.small_model import Shape
+    from benchmarks.small_model import ModelSize
 
     torch.set_num_threads(args.threads)
-    shape = Shape(args.layers, args.width, args.layers, args.width // 2)
+    shape = ModelSize(args.layers, args.width, args.layers, args.width // 2)
     print(f"{args.questions} questions a video, frames of {args.side} x {args.side}, {args.threads} threads, {shape}")
     print(" frames  prompt  side    data s  answer s   CPU s     Q/s   Q/s with data", flush=True)
     for frames in map(int, args.frames.split(",")):

@@ -63,10 +63,10 @@ def main() -> int:
 def begin(args: argparse.Namespace, folder: Path) -> None:
     """Writes records, clips and, unless --model names some, weights; says what is compared."""
     from benchmarks import grpo_work as work
-    from benchmarks.small_model import Shape
+    from benchmarks.small_model import ModelSize
 
     records = work.write_world(folder / "world", args.prompts)
-    shape = Shape(args.layers, args.width, args.layers, args.width // 2)
+    shape = ModelSize(args.layers, args.width, args.layers, args.width // 2)
     if not args.model:
         work.write_weights(folder / "model", args.size, shape, records)
     model = args.model or (shape if args.size == work.SMALL else args.size)

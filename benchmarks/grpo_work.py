@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 import ml_collections
 import numpy as np
 
-from benchmarks.small_model import Shape, write_model
+from benchmarks.small_model import ModelSize, write_model
 from benchmarks.small_world import ask, write_clip
 from configs import common
 from configs.published import published_config
@@ -126,7 +126,7 @@ def write_world(folder: Path, clips: int) -> Path:
     return path
 
 
-def write_weights(folder: Path, size: str, shape: Shape, records: Path) -> None:
+def write_weights(folder: Path, size: str, shape: ModelSize, records: Path) -> None:
     """Writes a random model: of this shape for SMALL, else a published one, or `tiny` with the vocabulary of those."""
     if size == SMALL:
         write_model(folder, shape, [records.read_text(encoding="utf-8"), ST_COT])

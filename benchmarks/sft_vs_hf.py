@@ -42,10 +42,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    from benchmarks.small_model import Shape
+    from benchmarks.small_model import ModelSize
 
     torch.set_num_threads(args.threads)
-    shape = Shape(args.layers, args.width, args.layers, args.width // 2)
+    shape = ModelSize(args.layers, args.width, args.layers, args.width // 2)
     print(f"{args.frames} frames of {args.side} x {args.side}, {args.threads} threads, {shape}", flush=True)
     print("   N  side    data s   step s    CPU s    QA/s  QA/s with data")
     for count in map(int, args.questions.split(",")):

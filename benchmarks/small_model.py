@@ -17,7 +17,7 @@ STORED = (512, 512)  # height and width of the clips on disk
 SEED = 0
 
 
-class Shape(NamedTuple):
+class ModelSize(NamedTuple):
     """Widths and depths of the model; the defaults keep the 2B model's balance between tower, decoder and head."""
 
     layers: int = 6
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     vision_width: int = 256
 
 
-def write_model(folder: Path, shape: Shape, texts: Sequence[str]) -> int:
+def write_model(folder: Path, shape: ModelSize, texts: Sequence[str]) -> int:
     """Writes a random Qwen3-VL of this shape as a Hugging Face folder; returns its parameters."""
     folder.mkdir(parents=True)
     stamps = [f"<{t / 10:.1f} seconds>" for t in range(80)]

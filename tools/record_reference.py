@@ -96,13 +96,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if out.exists() and any(out.iterdir()):
         parser.error(f"--out: '{out}' is not empty")
     try:
-        args.prompts = cases.Prompts.from_folder(args.model, args.seed)
+        args.prompts = cases.PromptMaker.from_folder(args.model, args.seed)
     except ValueError as problem:
         parser.error(f"--model: {problem}")
     return args
 
 
-def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tuple[str, list[cases.PromptRow]]:
+def case_rows(args: argparse.Namespace, prompts: cases.PromptMaker, name: str) -> tuple[str, list[cases.PromptRow]]:
     """Return (side of the padding, rows): made up, or for a given clip or picture encoded as a run would encode it."""
     file = {"video": args.video, "image": args.image}.get(name, "")
     if not file:
@@ -122,7 +122,7 @@ def case_rows(args: argparse.Namespace, prompts: cases.Prompts, name: str) -> tu
     return "left", [cases.example_row(example)]
 
 
-def position_rule(model, prompts: cases.Prompts) -> str:
+def position_rule(model, prompts: cases.PromptMaker) -> str:
     """Return which of our position rules this version of transformers follows, by a clip on which they all differ.
 
     Raises ValueError if it follows none of them.

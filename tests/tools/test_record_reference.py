@@ -61,7 +61,7 @@ def recorded(request, tmp_path_factory):
     args = [f"--model={folder / 'model'}", f"--out={folder / 'out'}", "--cases=text,image,video,batch,multi"]
     assert record_reference.main(["", *args]) == 0
     model = tensors.load(str(folder / "model"))
-    return folder / "model", model, cases.Prompts.from_folder(folder / "model", 0), folder / "out"
+    return folder / "model", model, cases.PromptMaker.from_folder(folder / "model", 0), folder / "out"
 
 
 def arrays(recorded, name):

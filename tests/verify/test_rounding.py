@@ -36,7 +36,7 @@ def record(folder, model_type, depth, blocks, scale) -> None:
             else:
                 p.normal_(0, 0.1).add_(0.0 if name.endswith("bias") else 1.0)
     model.save_pretrained(folder)
-    model, prompts, rng = tensors.load(str(folder)), cases.Prompts.from_folder(folder, 0), np.random.default_rng(0)
+    model, prompts, rng = tensors.load(str(folder)), cases.PromptMaker.from_folder(folder, 0), np.random.default_rng(0)
     inputs = cases.batch(prompts, [prompts.row(segments, rng) for segments in MIXED], "left")
     np.savez(folder / "mixed.npz", **tensors.record(model, inputs), **tensors.generate(model, inputs, 4))
 

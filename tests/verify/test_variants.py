@@ -75,7 +75,7 @@ def release(variant: Variant, saved, folder) -> None:
 def record(variant: Variant, saved, out, seed: int) -> None:
     """What `tools/record_reference.py` writes, for the rows of the variant."""
     out.mkdir()
-    model, prompts = tensors.load(str(saved)), cases.Prompts.from_folder(saved, seed)
+    model, prompts = tensors.load(str(saved)), cases.PromptMaker.from_folder(saved, seed)
     rng = np.random.default_rng(seed)
     rows = [prompts.row(segments, rng) for segments in variant.rows]
     inputs = cases.batch(prompts, rows, "left")
@@ -133,7 +133,7 @@ def test_positions_of_random_rows():
         variant, used = VARIANTS[name], 0
         model = empty_model(variant)
         config, m = model.config, variant.vision.get("spatial_merge_size", 2)
-        prompts = cases.Prompts(
+        prompts = cases.PromptMaker(
             family=config.model_type,
             ids=tuple(getattr(config, f"{n}_token_id") for n in ("image", "video", "vision_start", "vision_end")),
             merge_size=m,

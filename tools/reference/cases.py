@@ -80,8 +80,8 @@ CASES = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """What a model folder says about its prompts, and the seed of everything made up."""
+class PromptMaker:
+    """Makes prompts for a model: what its folder says about them, and the seed of everything made up."""
 
     family: str  # "qwen3_vl" | "qwen2_5_vl"
     ids: tuple[int, int, int, int]  # image, video, vision_start, vision_end
@@ -93,7 +93,7 @@ class Prompts:
     seed: int
 
     @classmethod
-    def from_folder(cls, path: str | Path, seed: int) -> Prompts:
+    def from_folder(cls, path: str | Path, seed: int) -> PromptMaker:
         """Read config.json and, where present, tokenizer.json. Raises ProcessorError for another family."""
         import tokenizers
 
@@ -149,14 +149,14 @@ class Prompts:
         return tokens
 
 
-def make_case(prompts: Prompts, name: str) -> tuple[str, list[PromptRow]]:
+def make_case(prompts: PromptMaker, name: str) -> tuple[str, list[PromptRow]]:
     """Return (side of the padding, rows) of a named case; the same for the same seed."""
     side, rows = CASES[name]
     rng = np.random.default_rng([prompts.seed, list(CASES).index(name)])
     return side, [prompts.row(segments, rng) for segments in rows]
 
 
-def batch(prompts: Prompts, rows: Sequence[PromptRow], side: str) -> dict[str, np.ndarray]:
+def batch(prompts: PromptMaker, rows: Sequence[PromptRow], side: str) -> dict[str, np.ndarray]:
     """Return the arrays a transformers model takes, under its names.
 
     Returns:
