@@ -90,7 +90,7 @@ class Theirs:
         self._model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
-        self._prompts, self._encoder = cases.Prompts.from_folder(folder, 0), encoder
+        self._prompts, self._encoder = cases.PromptMaker.from_folder(folder, 0), encoder
         found = options(encoder.tokenizer, self._model.config.text_config.vocab_size)
         self._ends = set(found.eos_ids)
         self._how = dict(

@@ -44,7 +44,7 @@ class Reference:
         self._base, targets = base.model, ["q_proj", "k_proj", "v_proj", "o_proj"]
         lora = LoraConfig(r=scale.rank, lora_alpha=2 * scale.rank, lora_dropout=0.0, target_modules=targets)
         self.model = get_peft_model(base, lora)
-        self._prompts = cases.Prompts.from_folder(folder, 0)
+        self._prompts = cases.PromptMaker.from_folder(folder, 0)
 
     def feed(self, clips: int, questions: int) -> dict[str, torch.Tensor]:
         """Rows of one question each (0: prompts without one), about as many clips, on the device."""

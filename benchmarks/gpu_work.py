@@ -103,7 +103,7 @@ def make_questions(folder: Path, scale: Scale, clip: int, count: int) -> list[Ex
       clip: its number, from which its pixels and all tokens follow.
       count: 0 for one prompt that is the beginning alone.
     """
-    config, prompts = ModelConfig.from_folder(folder), cases.Prompts.from_folder(folder, clip)
+    config, prompts = ModelConfig.from_folder(folder), cases.PromptMaker.from_folder(folder, clip)
     rng, factor = np.random.default_rng(clip), config.vision.patch_size * config.vision.merge_size
     side = scale.side // factor
     video = cases.Pixels("video", scale.frames // config.vision.temporal_patch_size, side, side)

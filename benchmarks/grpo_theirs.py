@@ -58,7 +58,7 @@ class Theirs:
         self._model = get_peft_model(base, adapter).eval()
         self._device, self._dtype, self._at_once, self._config = device, dtype, at_once, config
         self._objective, self._rewards = settings.objective_of(config), settings.rewards_of(config)
-        self._prompts = cases.Prompts.from_folder(config.model.path, SEED)
+        self._prompts = cases.PromptMaker.from_folder(config.model.path, SEED)
         self._encoder, self._records = encoder, open_records(config).sources[0]
         size = base.config.text_config.vocab_size
         self._banned = torch.zeros(size, dtype=torch.bool, device=device)

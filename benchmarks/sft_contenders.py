@@ -148,7 +148,7 @@ class Theirs:
             base, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=list(lora.targets))
         ).train()
         self._encoder, self._clip = encoder, o.clip_norm
-        self._prompts = cases.Prompts.from_folder(config.model.path, SEED)
+        self._prompts = cases.PromptMaker.from_folder(config.model.path, SEED)
         self.trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self.trained, lr=o.lr, betas=(o.b1, o.b2), eps=o.eps, weight_decay=o.weight_decay
