@@ -52,17 +52,28 @@ _FROM_NOTHING: Mapping[str, Any] = MappingProxyType(
         "train.loss_chunk": 2048,
     }
 )
-# At first only which option a word or a figure belongs to, and what spatial states come to: from a random start, and
-# before anything is seen. Later, beside captions, it is not learned (the letter is one word of many), but what is known
-# by then is kept.
-MATCHING: Mapping[str, Any] = MappingProxyType(
+# At first only the letters of options, in text without clips, one a text: from a random start it is learned so, and
+# beside clips not by every start.
+LETTERS: Mapping[str, Any] = MappingProxyType(
     {
         **_FROM_NOTHING,
-        "data.path": "runs/captions/matching.json",
+        "data.path": "runs/captions/letters.json",
         "data.sample": "base",
-        "data.questions_per_video": 8,
+        "data.questions_per_video": 1,
         "optim.lr": 0.01,
         "train.batch_size": 128,
+        "train.steps": 400,
+    }
+)
+# Then the same beside clips, and what spatial states come to. Later, beside captions, neither is learned, but what is
+# known by then is kept by a text or two a clip.
+MATCHING: Mapping[str, Any] = MappingProxyType(
+    {
+        **LETTERS,
+        "data.path": "runs/captions/matching.json",
+        "data.sample": "",
+        "data.questions_per_video": 8,
+        "model.path": "runs/letters/model",
         "train.steps": 1200,
     }
 )

@@ -32,6 +32,13 @@ NEAREST, SAME = "Which is nearest to {v}?", "Which says {v}?"
 
 def nearest_number(rng: random.Random) -> Caption:
     """Ask which of four figures is nearest to one given; any of them may be it, and one is clearly the nearest."""
+    given, texts, nearest = four_figures(rng)
+    asked = NEAREST.format(v=f"{given:.1f}")
+    return _matched(asked, found_text("", given, nearest), nearest, texts, rng)
+
+
+def four_figures(rng: random.Random) -> tuple[float, list[str], str]:
+    """Draw a figure, four others in order, metres with one decimal, and the one of these that is nearest to it."""
     while True:
         ratio = 1.2 + 0.8 * rng.random()
         lowest = math.exp(math.log(_SHORTEST) + math.log(_LONGEST / _SHORTEST / ratio**2) * rng.random())
@@ -41,9 +48,7 @@ def nearest_number(rng: random.Random) -> Caption:
         if len(set(tenths)) == 4 and tenths[0] > 0 and given > 0 and off[1][0] > off[0][0]:
             break
     texts = [f"{t / 10:.1f}" for t in tenths]
-    nearest = texts[off[0][1]]
-    asked = NEAREST.format(v=f"{given / 10:.1f}")
-    return _matched(asked, found_text("", given / 10, nearest), nearest, texts, rng)
+    return given / 10, texts, texts[off[0][1]]
 
 
 def same_word(rng: random.Random) -> Caption:

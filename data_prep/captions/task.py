@@ -33,18 +33,22 @@ from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
 
 PHRASES = "phrases.json"
 _ALL = 99
+# What every later step keeps: a skill that none of its texts asks for is forgotten within a step.
+_KEPT: Mapping[str, int] = {"matching": 1, "far": 1, "reckoning": 1}
 # File of each step of pre-training -> kinds of the records in it, each with how many of a clip at most.
 FILES: Mapping[str, Mapping[str, int]] = {
-    "matching.json": {"matching": _ALL, "drill": _ALL, "reckoning": _ALL},
-    "placing.json": {"caption": _ALL, "place": _ALL, "matching": 1, "derived": 1},
-    "asking.json": {"asked": 3, "place": 1, "told": 3, "reckoning": 1, "caption": 1, "aspect": 1, "matching": 1},
+    "letters.json": {"matching": _ALL, "far": _ALL},
+    "matching.json": {"matching": _ALL, "far": _ALL, "reckoning": _ALL},
+    "placing.json": {"caption": _ALL, "place": _ALL, **_KEPT},
+    "asking.json": {"asked": 3, "place": 1, "told": 3, "caption": 1, "aspect": 1, **_KEPT},
 }
-# Of a clip: objects described, texts about a few aspects, questions of either kind that are matched and how many of
-# them all are no drill, texts about all that states come to, states asked for behind a question, questions about told
-# states.
-_OBJECTS, _ASPECTS, _MATCHED, _KEPT, _RECKONED, _ASKED, _TOLD = 2, 6, 2, 2, 4, 3, 4
+_WITHOUT_CLIPS = ("letters.json",)  # beside a clip letters are hardly learned from nothing
+# Of a clip: objects described, texts about a few aspects, questions of either kind that are matched, letters looked up
+# behind states, texts about all that states come to, states asked for behind a question, questions about told states.
+_OBJECTS, _ASPECTS, _MATCHED, _FAR, _RECKONED, _ASKED, _TOLD = 2, 6, 1, 2, 4, 3, 4
 _UNSEEN = 10_000_000  # from this number on worlds are only told of
 _TOLD_SIZE = 32  # pixels: enough to know which points are seen
+_CLIP = "<video>\n"
 _FIELD = re.compile(r"\{\w+\}")
 
 
@@ -70,7 +74,7 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
                 rows = store.read(clip_id).rows
                 for name, kinds in FILES.items():
                     for row in rows_of(rows, kinds, int(clip_id.rpartition("-")[2])):
-                        writers[name].write(row)
+                        writers[name].write(without_clip(row) if name in _WITHOUT_CLIPS else row)
     write_json(root / PHRASES, phrases())
     counts = ", ".join(f"{root / name} ({writer.records})" for name, writer in writers.items())
     print(f"records: {counts}; media root: {root}")
@@ -84,6 +88,13 @@ def rows_of(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, int], number:
         places = [place for place, row in enumerate(rows) if row["kind"] == kind]
         kept += [places[(number + n) % len(places)] for n in range(min(most, len(places)))]
     return [rows[place] for place in sorted(kept)]
+
+
+def without_clip(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as text alone."""
+    asked, answer = row["conversations"]
+    alone = {**asked, "value": asked["value"].removeprefix(_CLIP)}
+    return {key: value for key, value in row.items() if key != "video"} | {"conversations": [alone, answer]}
 
 
 def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed: int, clip_id: str) -> ClipResult:
@@ -103,8 +114,8 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     said += [("asked", *caption) for caption in behind]
     matched = [ask(rng) for ask in (matching.nearest_number, matching.same_word) for _ in range(_MATCHED)]
     rng.shuffle(matched)
-    said += [("matching" if n < _KEPT else "drill", *caption) for n, caption in enumerate(matched)]
-    said += [("derived", *told.derived(rng, clip.scene.num_frames, 1))]
+    said += [("matching", *caption) for caption in matched]
+    said += [("far", *told.letter_behind_states(rng, clip.scene.num_frames)) for _ in range(_FAR)]
     said += [("reckoning", *told.derived(rng, clip.scene.num_frames, _ALL)) for _ in range(_RECKONED)]
     other = make_clip(seed, _UNSEEN + number, dataclasses.replace(config, height=_TOLD_SIZE, width=_TOLD_SIZE)).scene
     said += [("told", *caption) for caption in told.told_questions(other, rules, seed, rng, _TOLD)]
@@ -113,7 +124,7 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
             "id": f"{clip_id}:{n:02d}",
             "video": video,
             "kind": kind,
-            "conversations": [{"from": "user", "value": f"<video>\n{asked}"}, {"from": "gpt", "value": answer}],
+            "conversations": [{"from": "user", "value": f"{_CLIP}{asked}"}, {"from": "gpt", "value": answer}],
         }
         for n, (kind, asked, answer) in enumerate(said)
     )

@@ -13,15 +13,18 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.captions.captions import CAMERA, Caption
-from data_prep.captions.matching import ASPECT
+from data_prep.captions.matching import ASPECT, four_figures, worded
+from data_prep.captions.placed import THING
+from data_prep.questions.options import LETTERS, shuffle
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
 from data_prep.questions.wording import brief_state, found_text
-from data_prep.scenes.relations import LABELS, RULES, classes_of
+from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
 
 _OBJECTS = 0.8  # of pairs of states have an object in them
+_FIGURES = 0.5  # of the options that are only looked up are figures
 _THIRD = 1.0 / 3  # of the changes that are drawn are small
 
 
@@ -47,17 +50,42 @@ def derived(rng: random.Random, frames: int, most: int) -> Caption:
     The answer has a figure for each, and its label. What is right follows from the centres as they are written; they
     are drawn like those of small rooms.
     """
-    camera = np.array([[0.0, 0.0, 0.0], _move(rng)]).round(1) + 0.0
-    thing, shown = None, ((0, camera[0], None), (frames - 1, camera[1], None))
-    if rng.random() < _OBJECTS:
-        start = np.array([rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 1.2 + rng.expovariate(0.5)])
-        thing = np.array([start, start + _move(rng)]).round(1) + 0.0
-        shown = ((0, camera[0], thing[0]), (frames - 1, camera[1], thing[1]))
+    camera, thing = _centers(rng, rng.random() < _OBJECTS)
     values = stated(*(None if c is None else Pair(c[:1], c[1:]) for c in (camera, thing)))
     asked = rng.sample(list(values), min(most, len(values)))
-    states = "\n".join(brief_state(*state) for state in shown)
-    names = " ".join([CAMERA if thing is None else "the object", *(ASPECT[name] for name in asked)])
-    return f"{states}\n{names}", " ".join(f"{ASPECT[name]} {_found(name, values[name])}" for name in asked)
+    names = " ".join([CAMERA if thing is None else THING, *(ASPECT[name] for name in asked)])
+    answer = " ".join(f"{ASPECT[name]} {_found(name, values[name])}" for name in asked)
+    return f"{_written(camera, thing, frames)}\n{names}", answer
+
+
+def letter_behind_states(rng: random.Random, frames: int) -> Caption:
+    """Ask for the letter of one of four options, which is told again behind two states.
+
+    So far from its options an answer says what it found; of three options the letter is learned sooner than this.
+    """
+    if rng.random() < _FIGURES:
+        relation, options = rng.choice([name for name, labels in LABELS.items() if not labels]), four_figures(rng)[1]
+    else:
+        relation, options = "camera_relative_direction", rng.sample(CAMERA_DIRECTIONS, len(LETTERS))
+    shuffle(options, rng)
+    letter, found = rng.choice(list(lettered(options).items()))
+    asked = write_question(worded(rng, relation, 0, frames - 1, frames, THING), lettered(options))
+    states = _written(*_centers(rng, relation.startswith("object_")), frames)
+    return f"{asked}\n{states}\n{found}", letter
+
+
+def _centers(rng: random.Random, with_object: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Draw centres f64[2, 3] of the camera and of an object, or None, in the first and the last frame."""
+    camera = np.array([[0.0, 0.0, 0.0], _move(rng)]).round(1) + 0.0
+    if not with_object:
+        return camera, None
+    start = np.array([rng.gauss(0, 0.8), rng.gauss(0.3, 0.4), 1.2 + rng.expovariate(0.5)])
+    return camera, np.array([start, start + _move(rng)]).round(1) + 0.0
+
+
+def _written(camera: np.ndarray, thing: np.ndarray | None, frames: int) -> str:
+    centers = zip((0, frames - 1), camera, (None, None) if thing is None else thing, strict=True)
+    return "\n".join(brief_state(*state) for state in centers)
 
 
 def _found(relation: str, values: np.ndarray) -> str:
