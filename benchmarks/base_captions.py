@@ -5,8 +5,8 @@ python -m benchmarks.base_captions --model=runs/base --clips=128
 
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
 the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left
-out. "text" is what is matched beside the clip; "told": what told states come to, their centres written again;
-"derived": the same without a question. A "figure", right within 0.1, is followed by its label, or by the "option" that
+out. "text" is what is matched beside the clip; "far": letters looked up behind states; "told": what told states come
+to, their centres written again; "derived": the same without a question. A "figure", right within 0.1, is followed by its label, or by the "option" that
 is nearest to it. A "letter" is that of the reasoning, of three or four options; that of the answer is it again. A
 "place" is a coordinate of a state in camera heights, right within 0.1, "asked" one behind a question; what is always
 zero is left out.
@@ -113,9 +113,7 @@ def words_of(
     else:
         four = f"\n{LETTERS[3]}. " in tokenizer.decode(example.tokens[: places[0]].tolist())
         letter = f"letter of {'four' if four else 'three'}"
-        counted = _read(
-            {"told": "told", "derived": "derived", "reckoning": "derived"}.get(kind, "text"), spoken, letter
-        )
+        counted = _read({"told": "told", "reckoning": "derived", "far": "far"}.get(kind, "text"), spoken, letter)
     for number, key in counted:
         said = tokenizer.decode([int(best[places[number] - 1])])
         near = key[-1] == "figure" and _is_near(said, spoken[number])

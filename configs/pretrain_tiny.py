@@ -1,4 +1,4 @@
-"""Pre-train the tiny base of the quickstart on rendered clips: to find letters, to reckon, to see where things are, all.
+"""Pre-train the tiny base of the quickstart on rendered clips: letters, sums, where things are, all.
 
 python run.py --config=configs/curate.py:captions --workdir=runs/captions
 python run.py --config=configs/pretrain_tiny.py:letters --workdir=runs/letters

@@ -116,7 +116,7 @@ def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed
     rng.shuffle(matched)
     said += [("matching", *caption) for caption in matched]
     said += [("far", *told.letter_behind_states(rng, clip.scene.num_frames)) for _ in range(_FAR)]
-    said += [("reckoning", *told.derived(rng, clip.scene.num_frames, _ALL)) for _ in range(_RECKONED)]
+    said += [("reckoning", *told.derived(rng, clip.scene.num_frames)) for _ in range(_RECKONED)]
     other = make_clip(seed, _UNSEEN + number, dataclasses.replace(config, height=_TOLD_SIZE, width=_TOLD_SIZE)).scene
     said += [("told", *caption) for caption in told.told_questions(other, rules, seed, rng, _TOLD)]
     rows = tuple(

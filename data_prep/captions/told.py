@@ -44,15 +44,15 @@ def told_questions(scene: Scene, rules: QuestionRules, seed: int, rng: random.Ra
         yield f"{states}\n{write_question(question.text, lettered(question.options))}", question.spoken
 
 
-def derived(rng: random.Random, frames: int, most: int) -> Caption:
-    """Ask what two states, of the first and the last of `frames`, come to: at most `most` aspects, in any order.
+def derived(rng: random.Random, frames: int) -> Caption:
+    """Ask what two states, of the first and the last of `frames`, come to: every aspect, in any order.
 
     The answer has a figure for each, and its label. What is right follows from the centres as they are written; they
     are drawn like those of small rooms.
     """
     camera, thing = _centers(rng, rng.random() < _OBJECTS)
     values = stated(*(None if c is None else Pair(c[:1], c[1:]) for c in (camera, thing)))
-    asked = rng.sample(list(values), min(most, len(values)))
+    asked = rng.sample(list(values), len(values))
     names = " ".join([CAMERA if thing is None else THING, *(ASPECT[name] for name in asked)])
     answer = " ".join(f"{ASPECT[name]} {_found(name, values[name])}" for name in asked)
     return f"{_written(camera, thing, frames)}\n{names}", answer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from configs.tables.quickstart_recipe import MATCHING
+from configs.tables.quickstart_recipe import LETTERS
 from data_prep.captions.task import phrases
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import Piece, Tokenizer
@@ -24,7 +24,7 @@ def begun(folder, listed):
     (folder / "captions.json").write_text(json.dumps([record]))
     (folder / "phrases.json").write_text(json.dumps(listed))
     places = {"data.path": str(folder / "captions.json"), "data.root": str(folder)}
-    return with_sample(common.config("sft", {**MATCHING, **places}), folder / "run")
+    return with_sample(common.config("sft", {**LETTERS, **places}), folder / "run")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from configs import common
 from data_prep.captions import matching, told, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
 from data_prep.captions.placed import placed, placed_behind_questions
-from data_prep.captions.task import FILES, phrases, rows_of, run_captions
+from data_prep.captions.task import FILES, phrases, rows_of, run_captions, without_clip
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.wording import short_reasoning, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
@@ -150,17 +150,20 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path):
         assert len(list((folder / "videos").iterdir())) == 3
     assert made[0] == made[1] and len(made[0]) == 3 + len(FILES) + 1
     found = {name: json.loads((folder / name).read_text()) for name in FILES}
+    letters = found.pop("letters.json")
+    assert letters == [without_clip(row) for row in found["matching.json"] if row["kind"] in FILES["letters.json"]]
+    assert len(letters) == 12 and "<video>" not in json.dumps(letters) and not any("video" in row for row in letters)
     for name, kinds in FILES.items():
-        assert {row["kind"] for row in found[name]} <= set(kinds), name
+        assert {row["kind"] for row in found.get(name, letters)} <= set(kinds), name
     every = [row for _, row in sorted({row["id"]: row for rows in found.values() for row in rows}.items())]
-    for name, kinds in FILES.items():
+    for name, kinds in ((name, FILES[name]) for name in found):
         for clip in {row["video"] for row in every}:
             told = {kind: [row for row in every if row["video"] == clip and row["kind"] == kind] for kind in kinds}
             kept = [row for row in found[name] if row["video"] == clip]
             assert len(kept) == sum(min(most, len(told[kind])) for kind, most in kinds.items())
             assert all(row in told[row["kind"]] for row in kept) and kept == sorted(kept, key=lambda row: row["id"])
-    expected = {"caption": 3, "aspect": 3, "place": 3, "asked": 6, "matching": 6, "drill": 6, "told": 3}
-    expected |= {"derived": 3, "reckoning": 12}
+    expected = {"caption": 3, "aspect": 3, "place": 3, "asked": 6, "matching": 6, "far": 6, "told": 3}
+    expected |= {"reckoning": 12}
     for kind, number in expected.items():
         assert sum(row["kind"] == kind for row in every) >= number, kind
     for row in every:
@@ -190,12 +193,27 @@ def test_questions_about_told_states_say_them_again_and_come_from_them():
     assert len(seen) > 8
 
 
-@pytest.mark.parametrize("most", [1, 99])
-def test_what_two_states_come_to_follows_from_the_centres_as_they_are_written(most):
+def test_a_letter_behind_states_is_that_of_the_option_told_again():
+    rng, letters, said = random.Random(7), [], []
+    for _ in range(300):
+        asked, letter = told.letter_behind_states(rng, 8)
+        above, _, found = asked.rpartition("\n")
+        options = split_question(asked.partition("\n**")[0])[1]
+        assert len(set(options.values())) == 4 and options[letter] == found
+        states = parse(f"<thinking>{above}</thinking>")
+        assert len(states.camera_centers) == 2 and above.index("Options:") < above.index("Spatial State")
+        assert ("Object Center: null" in asked) == ("the camera" in asked and "object" not in asked.partition("\n")[0])
+        letters.append(letter)
+        said.append(found)
+    assert all(50 < letters.count(letter) < 100 for letter in "ABCD")
+    assert 100 < sum(found in CAMERA_DIRECTIONS for found in said) < 200
+
+
+def test_what_two_states_come_to_follows_from_the_centres_as_they_are_written():
     rng, seen = random.Random(5), set()
     named = "|".join(sorted(set(matching.ASPECT.values()), key=len, reverse=True))
     for _ in range(300):
-        asked, answer = told.derived(rng, 8, most)
+        asked, answer = told.derived(rng, 8)
         states = parse(f"<thinking>{asked}</thinking>")
         (start, end), (first, last) = states.camera_centers, states.object_centers
         thing, aspects = re.search(r"\n(the camera|the object) ([a-z ]+)$", asked).groups()
@@ -211,7 +229,7 @@ def test_what_two_states_come_to_follows_from_the_centres_as_they_are_written(mo
         said = re.findall(rf"({named}) (?:(-?\d+\.\d)(?:: )?)?(not moving|[a-z]+(?= |$))?", answer)
         said = [(name, figure, "" if label in true or label == "in" else label) for name, figure, label in said]
         assert [name for name, *_ in said] == re.findall(named, aspects)
-        assert len(said) == min(most, len(true) + (thing == "the camera"))
+        assert len(said) == len(true) + (thing == "the camera")
         for name, figure, label in said:
             seen.add((thing, name, label))
             if name == "mainly":
