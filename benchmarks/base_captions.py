@@ -6,10 +6,10 @@ python -m benchmarks.base_captions --model=runs/base --clips=128
 Prints, for every aspect of a caption, how many words there were, how many were the most likely ones, and the share that
 the most frequent word would have; "alone" where an answer begins with that aspect. Words of several tokens are left
 out. "text" is what is matched beside the clip; "far": letters looked up behind states; "told": what told states come
-to, their centres written again; "derived": the same without a question. A "figure", right within 0.1, is followed by its label, or by the "option" that
-is nearest to it. A "letter" is that of the reasoning, of three or four options; that of the answer is it again. A
-"place" is a coordinate of a state in camera heights, right within 0.1, "asked" one behind a question; what is always
-zero is left out.
+to, their centres written again; "derived": the same without a question. A "figure", right within 0.1, is followed by
+its label, or by the "option" that is nearest to it. A "letter" is that of the reasoning, of three or four options; that
+of the answer is it again. A "place" is a coordinate of a state in camera heights, right within 0.1, "asked" one behind
+a question; what is always zero is left out.
 """
 
 from __future__ import annotations
