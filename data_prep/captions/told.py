@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.captions.captions import CAMERA, Caption
-from data_prep.captions.matching import ASPECT, four_figures, worded
+from data_prep.captions.matching import ASPECT, SAME, four_figures
 from data_prep.captions.placed import THING
 from data_prep.questions.options import LETTERS, shuffle
 from data_prep.questions.propose import QuestionRules, propose
@@ -24,7 +24,7 @@ from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
 
 _OBJECTS = 0.8  # of pairs of states have an object in them
-_FIGURES = 0.5  # of the options that are only looked up are figures
+_LABELS = 0.5  # of the options that are looked up behind states are labels, the others figures
 _THIRD = 1.0 / 3  # of the changes that are drawn are small
 
 
@@ -59,19 +59,16 @@ def derived(rng: random.Random, frames: int) -> Caption:
 
 
 def letter_behind_states(rng: random.Random, frames: int) -> Caption:
-    """Ask for the letter of one of four options, which is told again behind two states.
+    """Ask which of four options says a word or a figure; two states stand between the options and the answer.
 
-    So far from its options an answer says what it found; of three options the letter is learned sooner than this.
+    So far from its options stands the letter of an answer that says first where things are.
     """
-    if rng.random() < _FIGURES:
-        relation, options = rng.choice([name for name, labels in LABELS.items() if not labels]), four_figures(rng)[1]
-    else:
-        relation, options = "camera_relative_direction", rng.sample(CAMERA_DIRECTIONS, len(LETTERS))
+    camera_only = rng.random() < _LABELS
+    options = rng.sample(CAMERA_DIRECTIONS, len(LETTERS)) if camera_only else four_figures(rng)[1]
     shuffle(options, rng)
     letter, found = rng.choice(list(lettered(options).items()))
-    asked = write_question(worded(rng, relation, 0, frames - 1, frames, THING), lettered(options))
-    states = _written(*_centers(rng, relation.startswith("object_")), frames)
-    return f"{asked}\n{states}\n{found}", letter
+    states = _written(*_centers(rng, not camera_only), frames)
+    return f"{write_question(SAME.format(v=found), lettered(options))}\n{states}", letter
 
 
 def _centers(rng: random.Random, with_object: bool) -> tuple[np.ndarray, np.ndarray | None]:

@@ -14,7 +14,7 @@ from configs import common
 from data_prep.captions import matching, told, words
 from data_prep.captions.captions import aspects, camera_told, captions, object_told, things_told
 from data_prep.captions.placed import placed, placed_behind_questions
-from data_prep.captions.task import FILES, phrases, rows_of, run_captions, letter_alone
+from data_prep.captions.task import FILES, letter_alone, phrases, rows_of, run_captions
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.wording import short_reasoning, state_block, vector_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, RULES, classes_of
@@ -194,16 +194,16 @@ def test_questions_about_told_states_say_them_again_and_come_from_them():
     assert len(seen) > 8
 
 
-def test_a_letter_behind_states_is_that_of_the_option_told_again():
+def test_a_letter_behind_states_is_that_of_the_option_that_was_asked_for():
     rng, letters, said = random.Random(7), [], []
     for _ in range(300):
         asked, letter = told.letter_behind_states(rng, 8)
-        above, _, found = asked.rpartition("\n")
-        options = split_question(asked.partition("\n**")[0])[1]
+        question, options = split_question(asked.partition("\n**")[0])
+        found = question.removeprefix("Which says ").removesuffix("?")
         assert len(set(options.values())) == 4 and options[letter] == found
-        states = parse(f"<thinking>{above}</thinking>")
-        assert len(states.camera_centers) == 2 and above.index("Options:") < above.index("Spatial State")
-        assert ("Object Center: null" in asked) == ("the camera" in asked and "object" not in asked.partition("\n")[0])
+        states = parse(f"<thinking>{asked}</thinking>")
+        assert len(states.camera_centers) == 2 and asked.index("Options:") < asked.index("Spatial State")
+        assert ("Object Center: null" in asked) == (found in CAMERA_DIRECTIONS)
         letters.append(letter)
         said.append(found)
     assert all(50 < letters.count(letter) < 100 for letter in "ABCD")
