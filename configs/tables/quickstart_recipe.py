@@ -74,7 +74,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.sample": "",
         "data.questions_per_video": 8,
         "model.path": "runs/letters/model",
-        "train.steps": 1200,
+        "train.steps": 900,
     }
 )
 # Then to see: where things are, as states in camera heights, and captions in words. Words alone teach so small a model
