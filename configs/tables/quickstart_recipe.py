@@ -87,7 +87,7 @@ PLACING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/matching/model",
         "optim.lr": 0.015,
         "train.batch_size": 160,
-        "train.steps": 1500,
+        "train.steps": 1000,
     }
 )
 # Last, all of it, questions about told states, and states behind the questions that fine-tuning asks. Their texts are
