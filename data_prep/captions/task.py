@@ -30,7 +30,6 @@ from data_prep.synthetic.clip import make_clip
 from data_prep.synthetic.worlds import SyntheticConfig, pieces_of_names
 from mllm4d_jax.files.atomic import write_json
 from mllm4d_jax.qa.options import INSTRUCTION, lettered, write_question
-from mllm4d_jax.qa.reasoning import parse
 
 PHRASES = "phrases.json"
 _ALL = 99
@@ -43,8 +42,7 @@ FILES: Mapping[str, Mapping[str, int]] = {
     "placing.json": {"caption": _ALL, "place": _ALL, **_KEPT},
     "asking.json": {"asked": 3, "place": 1, "told": 3, "caption": 1, "aspect": 1, **_KEPT},
 }
-# Beside a clip, or as one word of several, letters are hardly learned from nothing.
-_LETTERS_ALONE = ("letters.json",)
+_WITHOUT_CLIPS = ("letters.json",)  # beside a clip letters are hardly learned from nothing
 # Of a clip: objects described, texts about a few aspects, questions of either kind that are matched, letters looked up
 # behind states, texts about all that states come to, states asked for behind a question, questions about told states.
 _OBJECTS, _ASPECTS, _MATCHED, _FAR, _RECKONED, _ASKED, _TOLD = 2, 6, 1, 2, 4, 3, 4
@@ -76,7 +74,7 @@ def run_captions(config: ml_collections.ConfigDict, workdir: str) -> int:
                 rows = store.read(clip_id).rows
                 for name, kinds in FILES.items():
                     for row in rows_of(rows, kinds, int(clip_id.rpartition("-")[2])):
-                        writers[name].write(letter_alone(row) if name in _LETTERS_ALONE else row)
+                        writers[name].write(without_clip(row) if name in _WITHOUT_CLIPS else row)
     write_json(root / PHRASES, phrases())
     counts = ", ".join(f"{root / name} ({writer.records})" for name, writer in writers.items())
     print(f"records: {counts}; media root: {root}")
@@ -92,12 +90,11 @@ def rows_of(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, int], number:
     return [rows[place] for place in sorted(kept)]
 
 
-def letter_alone(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row without its clip, and with nothing but a letter for an answer."""
+def without_clip(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as text alone."""
     asked, answer = row["conversations"]
-    question = {**asked, "value": asked["value"].removeprefix(_CLIP)}
-    letter = {**answer, "value": parse(answer["value"]).answer or answer["value"]}
-    return {key: value for key, value in row.items() if key != "video"} | {"conversations": [question, letter]}
+    alone = {**asked, "value": asked["value"].removeprefix(_CLIP)}
+    return {key: value for key, value in row.items() if key != "video"} | {"conversations": [alone, answer]}
 
 
 def caption_clip(root: Path, config: SyntheticConfig, rules: QuestionRules, seed: int, clip_id: str) -> ClipResult:

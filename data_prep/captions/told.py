@@ -18,7 +18,7 @@ from data_prep.captions.placed import THING
 from data_prep.questions.options import LETTERS, shuffle
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
-from data_prep.questions.wording import brief_state, found_text
+from data_prep.questions.wording import brief_state, found_text, short_reasoning
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
@@ -68,7 +68,7 @@ def letter_behind_states(rng: random.Random, frames: int) -> Caption:
     shuffle(options, rng)
     letter, found = rng.choice(list(lettered(options).items()))
     states = _written(*_centers(rng, not camera_only), frames)
-    return f"{write_question(SAME.format(v=found), lettered(options))}\n{states}", letter
+    return f"{write_question(SAME.format(v=found), lettered(options))}\n{states}", short_reasoning(found, letter)
 
 
 def _centers(rng: random.Random, with_object: bool) -> tuple[np.ndarray, np.ndarray | None]:
