@@ -74,7 +74,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.sample": "",
         "data.questions_per_video": 8,
         "model.path": "runs/letters/model",
-        "train.steps": 900,
+        "train.steps": 600,
     }
 )
 # Then to see: where things are, as states in camera heights, and captions in words. Words alone teach so small a model
@@ -99,7 +99,7 @@ ASKING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/placing/model",
         "optim.lr": 0.012,
         "train.batch_size": 128,
-        "train.steps": 420,
+        "train.steps": 400,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say where things are in both
