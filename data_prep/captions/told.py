@@ -24,7 +24,7 @@ from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
 
 _OBJECTS = 0.8  # of pairs of states have an object in them
-_LABELS = 0.5  # of the options that are looked up behind states are labels, the others figures
+_WORDS = 0.5  # of the options that are looked up behind states are words, the others figures
 _THIRD = 1.0 / 3  # of the changes that are drawn are small
 
 
@@ -63,7 +63,7 @@ def letter_behind_states(rng: random.Random, frames: int) -> Caption:
 
     So far from its options stands the letter of an answer that says first where things are.
     """
-    camera_only = rng.random() < _LABELS
+    camera_only = rng.random() < _WORDS
     options = rng.sample(CAMERA_DIRECTIONS, len(LETTERS)) if camera_only else four_figures(rng)[1]
     shuffle(options, rng)
     letter, found = rng.choice(list(lettered(options).items()))
