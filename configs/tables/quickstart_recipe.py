@@ -99,7 +99,7 @@ ASKING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/placing/model",
         "optim.lr": 0.012,
         "train.batch_size": 128,
-        "train.steps": 400,
+        "train.steps": 320,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say where things are in both
