@@ -74,7 +74,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "data.sample": "",
         "data.questions_per_video": 8,
         "model.path": "runs/letters/model",
-        "train.steps": 600,
+        "train.steps": 900,
     }
 )
 # Then to see: where things are, as states in camera heights, and captions in words. Words alone teach so small a model
@@ -87,7 +87,7 @@ PLACING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/matching/model",
         "optim.lr": 0.015,
         "train.batch_size": 160,
-        "train.steps": 1000,
+        "train.steps": 1500,
     }
 )
 # Last, all of it, questions about told states, and states behind the questions that fine-tuning asks. Their texts are
@@ -99,7 +99,7 @@ ASKING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/placing/model",
         "optim.lr": 0.012,
         "train.batch_size": 128,
-        "train.steps": 320,
+        "train.steps": 420,
     }
 )
 # First against last frame; options far enough apart for rough measurement; answers that say where things are in both
