@@ -10,7 +10,7 @@ from configs.schema import Key
 from configs.tables import quickstart_recipe as recipe
 from configs.tables.shared import run_keys
 
-BASE = "mllm4d_jax/quickstart/base"  # made by the commands in configs/pretrain_tiny.py
+BASE = "mllm4d_jax/quickstart/base"  # of configs/pretrain_tiny.py at commit 71c2037
 
 QUICKSTART_KEYS = (
     *run_keys("quickstart"),

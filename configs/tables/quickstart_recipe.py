@@ -69,11 +69,12 @@ LETTERS: Mapping[str, Any] = MappingProxyType(
 # known by then is kept by a text or two a clip.
 MATCHING: Mapping[str, Any] = MappingProxyType(
     {
-        **LETTERS,
+        **_FROM_NOTHING,
         "data.path": "runs/captions/matching.json",
-        "data.sample": "",
         "data.questions_per_video": 8,
         "model.path": "runs/letters/model",
+        "optim.lr": 0.01,
+        "train.batch_size": 128,
         "train.steps": 900,
     }
 )

@@ -34,7 +34,7 @@ def nearest_number(rng: random.Random) -> Caption:
     """Ask which of four figures is nearest to one given; any of them may be it, and one is clearly the nearest."""
     given, texts, nearest = four_figures(rng)
     asked = NEAREST.format(v=f"{given:.1f}")
-    return _matched(asked, found_text("", given, nearest), nearest, texts, rng)
+    return matched(asked, found_text("", given, nearest), nearest, texts, rng)
 
 
 def four_figures(rng: random.Random) -> tuple[float, list[str], str]:
@@ -56,10 +56,11 @@ def same_word(rng: random.Random) -> Caption:
     labels = list(rng.choice([labels for labels in LABELS.values() if labels]))
     shuffle(labels, rng)
     offered = labels[: len(LETTERS)]
-    return _matched(SAME.format(v=offered[0]), offered[0], offered[0], offered, rng)
+    return matched(SAME.format(v=offered[0]), offered[0], offered[0], offered, rng)
 
 
-def _matched(text: str, found: str, right: str, options: list[str], rng: random.Random) -> Caption:
+def matched(text: str, found: str, right: str, options: list[str], rng: random.Random) -> Caption:
+    """Ask a question with options, shuffled here in place; `found` is said before the letter of the `right` one."""
     shuffle(options, rng)
     letter = LETTERS[options.index(right)]
     return write_question(text, lettered(options)), short_reasoning(found, letter)

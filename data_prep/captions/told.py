@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.captions.captions import CAMERA, Caption
-from data_prep.captions.matching import ASPECT, SAME, four_figures
+from data_prep.captions.matching import ASPECT, SAME, four_figures, matched
 from data_prep.captions.placed import THING
-from data_prep.questions.options import LETTERS, shuffle
+from data_prep.questions.options import LETTERS
 from data_prep.questions.propose import QuestionRules, propose
 from data_prep.questions.states import Pair, stated
-from data_prep.questions.wording import brief_state, found_text, short_reasoning
+from data_prep.questions.wording import brief_state, found_text
 from data_prep.scenes.relations import CAMERA_DIRECTIONS, LABELS, RULES, classes_of
 from data_prep.scenes.scene import Scene
 from mllm4d_jax.qa.options import lettered, write_question
@@ -65,10 +65,9 @@ def letter_behind_states(rng: random.Random, frames: int) -> Caption:
     """
     camera_only = rng.random() < _WORDS
     options = rng.sample(CAMERA_DIRECTIONS, len(LETTERS)) if camera_only else four_figures(rng)[1]
-    shuffle(options, rng)
-    letter, found = rng.choice(list(lettered(options).items()))
-    states = _written(*_centers(rng, not camera_only), frames)
-    return f"{write_question(SAME.format(v=found), lettered(options))}\n{states}", short_reasoning(found, letter)
+    found = rng.choice(options)
+    asked, answer = matched(SAME.format(v=found), found, found, options, rng)
+    return f"{asked}\n{_written(*_centers(rng, not camera_only), frames)}", answer
 
 
 def _centers(rng: random.Random, with_object: bool) -> tuple[np.ndarray, np.ndarray | None]:
