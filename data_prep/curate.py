@@ -27,7 +27,7 @@ from data_prep.sources.formed import FormedSource
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import PAIR, StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
-from data_prep.store.export import assemble, bench_record, check_result, conversation_record, r1_record
+from data_prep.store.export import REJECTED, assemble, bench_record, check_result, conversation_record, r1_record
 from data_prep.store.parts import ClipRejected, ClipResult, PartStore, canonical_json, process_clips
 from data_prep.store.report import write_curation_report
 from data_prep.store.untrusted import SceneError
@@ -46,6 +46,7 @@ OUTPUTS = {
     "bench.json": ("bench", bench_record),
 }
 CHOSEN = "chosen.json"
+_CHOICE = ("preset", "balance", "total", "bench_total")  # of the config: what chooses among the questions of clips
 EVERYTHING = "all"  # of the presets the one that balances nothing
 # What balancing, the blind guessers and the report read; conversations and solutions stay on disk.
 _JUDGED = (
@@ -54,14 +55,14 @@ _JUDGED = (
 )
 _ELSEWHERE = {"describe": describe, "captions": run_captions}  # they do not write into a bucket
 # What has to be in the input folder, for the message that it is not.
-_SIDECARS = "<clip>-masks.npz or .json, <clip>-captions.json"
+_SIDECARS = "; for questions about objects <clip>-masks.npz or .json and <clip>-captions.json"
 _EXPECTED = {
-    "stereo4d": "Stereo4D annotations: <clip>.npz with <clip>-left_rectified.mp4 (or .mov, or a folder of images), "
+    "stereo4d": "Stereo4D annotations: <clip>.npz with <clip>-left_rectified.mp4 (or .mov, or a folder of images)"
     f"{_SIDECARS}",
     "stereo": "stereo videos: <clip>-left.mp4 and <clip>-right.mp4 (or _left, -left_rectified, .mov), or packed "
-    f"<clip>.mp4 (stereo.layout), {_SIDECARS}",
+    f"<clip>.mp4 (stereo.layout){_SIDECARS}",
     "monocular": "<clip>.mp4 (or .mov) with <clip>-spatialtracker.npz (or <clip>_result.npz) and a folder "
-    f"<clip>-moge, {_SIDECARS}",
+    f"<clip>-moge{_SIDECARS}",
 }
 
 
@@ -110,27 +111,39 @@ def _curate(config: ml_collections.ConfigDict, root: Path, named: Callable[[Path
         done = process_clips(clip_ids, work, store, workers=config.workers, check=check_result)
         print(f"{done} clips done now, {len(clip_ids)} in all")
         rows = judged_rows(store, clip_ids)
+        settings = {name: value for name, value in config.to_dict().items() if name in _CHOICE}
+        if not rows:
+            rejected = assemble(store, clip_ids, root, OUTPUTS, settings=settings)["rejected"]
+            raise CurateError(
+                f"not one question could be asked: {json.dumps(rejected, sort_keys=True)}; clip by clip in "
+                f"{named(root / REJECTED)}"
+            )
         chosen = choose(config, rows, rules.weights)
-        manifest = assemble(store, clip_ids, root, OUTPUTS, chosen.__contains__)
+        manifest = assemble(store, clip_ids, root, OUTPUTS, chosen.__contains__, settings)
         by_clip: dict[str, list[str]] = {}
         for row in rows:
             if row["id"] in chosen:
                 by_clip.setdefault(row["part"], []).append(row["id"])
         write_atomic(root / CHOSEN, canonical_json(by_clip))
-        if config.tfds.write:
+        _print_counts(manifest)
+        write_curation_report(config, root, source, manifest, rows, chosen)
+        media = config.input if is_remote(config.input) and not source.root.is_relative_to(root) else named(source.root)
+        print(f"records: {', '.join(named(root / name) for name in OUTPUTS)}; media root: {media}")
+        print(f"report: {named(root / 'report.html')}")
+        if config.tfds.write:  # last: it decodes every clip, and ends at one that cannot be
             from data_prep.store.builder import write_dataset  # TFDS takes a while, in every worker process too
 
             write_dataset(config, root, source.root, store, by_clip)
+    return 0
+
+
+def _print_counts(manifest: Mapping[str, Any]) -> None:
+    """Print how many questions there are per split and scenario, and why clips and objects were left out."""
     for split, counts in sorted(manifest["questions"].items()):
         listed = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
         print(f"{split}: {sum(counts.values())} questions; {listed}")
     if manifest["rejected"]:
         print("left out: " + json.dumps(manifest["rejected"], sort_keys=True) + " (reasons: rejected.jsonl)")
-    write_curation_report(config, root, source, manifest, rows, chosen)
-    media = config.input if is_remote(config.input) and not source.root.is_relative_to(root) else named(source.root)
-    print(f"records: {', '.join(named(root / name) for name in OUTPUTS)}; media root: {media}")
-    print(f"report: {named(root / 'report.html')}")
-    return 0
 
 
 def make_source(config: ml_collections.ConfigDict, workdir: Path) -> ClipSource:
@@ -202,7 +215,7 @@ def ask_clip(source: ClipSource, rules: QuestionRules, seed: int, bench_share: f
     try:
         clip = source.load(clip_id)
     except SceneError as error:
-        raise ClipRejected("bad_scene", str(error)) from error
+        raise ClipRejected("bad_scene", str(error), again=True) from error
     scene, source_id = clip.scene, clip.scene.source_id
     try:
         found, unasked = ask(scene, rules, seed)
@@ -239,10 +252,8 @@ def choose(
       weights: of the scenarios asked about, see `kind_weights`.
 
     Raises:
-      CurateError: there are none. BalanceError: too few for the totals wanted.
+      BalanceError: too few for the totals wanted.
     """
-    if not rows:
-        raise CurateError("not one question could be asked; the reasons are in the files under parts/ of the workdir")
     chosen: set[str] = set()
     for split, name, total in (("train", config.preset, config.total), ("bench", "bench", config.bench_total)):
         group = [row for row in rows if row["split"] == split]

@@ -121,6 +121,7 @@ CLIP_KEYS = (
         "mllm4d_2m",
         "shares, caps and motion of the training set; 'all' = every question, unbalanced (for a handful of clips)",
         choices=("mllm4d_2m", "r1_30k", "all"),
+        free=True,
     ),
     Key(
         "balance.slack",
@@ -129,6 +130,7 @@ CLIP_KEYS = (
         "equal classes, as in the held-out set, which keeps far less where one answer is frequent",
         low=0,
         high=1,
+        free=True,
     ),
     Key(
         "balance.stretch",
@@ -137,9 +139,10 @@ CLIP_KEYS = (
         "exact shares",
         low=1,
         high=1000,
+        free=True,
     ),
-    Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0),
-    Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0),
+    Key("total", 0, "questions of the training set; 0 = as many as the shares allow", low=0, free=True),
+    Key("bench_total", 0, "questions of the held-out set; 0 = as many as the shares allow", low=0, free=True),
     Key(
         "forms",
         (),

@@ -25,7 +25,7 @@ from data_prep.cold_start import oracle
 from data_prep.cold_start.prompt import completion_of, item_frames, path_problem, path_request
 from data_prep.cold_start.r1_items import R1Question, read_items
 from data_prep.cold_start.selection import RECORDS, REJECTED, draw_order, print_selection, write_selection
-from data_prep.store.parts import ClipRejected, ClipResult, PartStore
+from data_prep.store.parts import ClipRejected, ClipResult, PartStore, media_rejection
 from data_prep.teacher.client import ENDPOINT, ORACLE, ReplyError, Teacher, open_teacher
 from data_prep.teacher.endpoint import TeacherError
 from mllm4d_jax.files.cache import ClipCache, copied_file
@@ -145,7 +145,7 @@ def model_paths(
             reason = "bad_reply" if isinstance(error, ReplyError) else NO_REPLY
             if reason == NO_REPLY and teacher.endpoint is not None:
                 raise
-            raise ClipRejected(reason, f"path {path}: {error}", item.source_id) from error
+            raise ClipRejected(reason, f"path {path}: {error}", item.source_id, again=reason == NO_REPLY) from error
     return written
 
 
@@ -166,9 +166,9 @@ def judge(item: R1Question, write: WritePaths, root: str, weights: RewardWeights
                 rewards = score(completion, item.solution, weights)
                 rows.append({"path": path, "completion": completion, "rewards": rewards})
     except ClipRejected as error:
-        rows, rejected = [], [{"reason": error.reason, "detail": error.detail, "again": error.reason == NO_REPLY}]
+        rows, rejected = [], [error.entry()]
     except RecordError as error:
-        rows, rejected = [], [{"reason": error.reason, "detail": error.message, "again": True}]
+        rows, rejected = [], [media_rejection(error)]
     return ClipResult(item.id, item.source_id, "train", tuple(rows), tuple(rejected))
 
 
@@ -179,11 +179,7 @@ def judge_all(
 
     Whatever `work` raises ends the run; what was begun by then, in other threads too, is finished and kept.
     """
-
-    def settled(key: str) -> bool:
-        return store.has(key) and not any(entry.get("again") for entry in store.read(key).rejected)
-
-    pending = [item for item in items if not settled(item.id)]
+    pending = [item for item in items if not store.settled(item.id)]
     with ThreadPoolExecutor(threads) as pool:
         futures = [pool.submit(lambda item: store.write(work(item)), item) for item in pending]
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ def objects_from_tracks(
     hits = _mask_hits(scene, tracks, visible, list(masks.values()))
     share = hits.sum(2) / np.maximum(visible.sum(1), 1)  # f64[objects, N]
     owner = np.where(share.max(0, initial=0) >= min_share, share.argmax(0), -1) if len(masks) else None
-    objects, dropped = [], {name: "it has a caption and no masks" for name in captions if name not in masks}
+    objects, dropped = [], unmasked(masks, captions)
     for n, (name, mask) in enumerate(masks.items()):
         members = np.flatnonzero(owner == n)
         seen = hits[n][members]
@@ -265,6 +265,11 @@ def objects_from_tracks(
         points.setflags(write=False)  # the object takes it as it is
         objects.append(SceneObject(name, captions[name].description, captions[name].category, points, mask))
     return tuple(objects), dropped
+
+
+def unmasked(masks: Collection[str], captions: Collection[str]) -> dict[str, str]:
+    """Return, per object id that has a caption and no masks, why it is left out."""
+    return {name: "it has a caption and no masks" for name in captions if name not in masks}
 
 
 def _mask_hits(scene: Scene, tracks: np.ndarray, visible: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:

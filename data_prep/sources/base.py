@@ -6,7 +6,8 @@
     monocular    SpatialTrackerV2 tracks, brought to metres by MoGe-2
 
 All take masks (`<clip>-masks.npz` or `.json`, or SA-V's `<clip>_manual.json` or `_auto.json`) and captions
-(`<clip>-captions.json`) of other tools. `layout` says in which folders a clip's files may lie.
+(`<clip>-captions.json`) of other tools; of a clip that has neither only the camera is asked about. `layout` says in
+which folders a clip's files may lie.
 """
 
 from __future__ import annotations
@@ -65,13 +66,39 @@ class ClipSource(Protocol):
         """
 
 
-def with_objects(scene: Scene, tracks: np.ndarray, masks: Path, captions: Path) -> tuple[Scene, LeftOut]:
+@dataclasses.dataclass(frozen=True)
+class ObjectFiles:
+    """The mask file and the caption file of a clip."""
+
+    masks: Path
+    captions: Path
+
+
+def object_files(folder: Path, stem: str, groups: Sequence[str]) -> ObjectFiles | None:
+    """Find the files of the objects of clip `stem` below `folder`; None where it has neither, as clips as downloaded.
+
+    Raises:
+      ClipRejected: as `layout.find`; also where one of both is missing.
+    """
+    if not find(folder, stem, [MASKS, CAPTIONS], groups, optional=True):
+        return None
+    return ObjectFiles(*find(folder, stem, [MASKS, CAPTIONS], groups))
+
+
+def no_objects() -> LostObject:
+    """Return the entry of a clip whose objects nobody has named."""
+    return {"reason": "no_objects", "detail": "it has neither masks nor captions: only its camera is asked about"}
+
+
+def with_objects(scene: Scene, tracks: np.ndarray, files: ObjectFiles | None) -> tuple[Scene, LeftOut]:
     """Give a scene the objects of its mask and caption files that its tracks f64[N, T, 3] place in the world.
 
     Raises:
       SceneError: as `read_masks`, `read_captions` and `objects_from_tracks`.
     """
-    read, said = read_masks(masks, scene.num_frames, scene.image_size), read_captions(captions)
+    if files is None:
+        return scene, (no_objects(),)
+    read, said = read_masks(files.masks, scene.num_frames, scene.image_size), read_captions(files.captions)
     objects, dropped = objects_from_tracks(scene, tracks, read, said, annotated=read.annotated)
     lost = (lost_object("object_dropped", name, said[name].description, why) for name, why in dropped.items())
     return dataclasses.replace(scene, objects=objects), tuple(lost)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.scenes.forms import FORMS, form_id, frames_in_form, scene_in_form
 from data_prep.sources.base import ClipSource, LoadedClip
-from data_prep.sources.frames import read_all_frames, write_video
+from data_prep.sources.frames import read_all_frames, write_video, written_times
 from data_prep.store.parts import clip_file_name
 from mllm4d_jax.files.atomic import replacing
 from mllm4d_jax.media.decode_pool import DecodePool
@@ -49,5 +49,6 @@ class FormedSource:
                 shutil.copyfile(clip.video, partial)
             return dataclasses.replace(clip, video=video)
         scene, frames = scene_in_form(clip.scene, form), read_all_frames(clip.video, self.pool, _MAX_FRAMES).frames
+        scene = dataclasses.replace(scene, timestamps=written_times(scene.timestamps))
         write_video(video, frames_in_form(frames, form), scene.timestamps, "mpeg4")
         return LoadedClip(scene, video)

@@ -91,7 +91,7 @@ def write_video(path: str | Path, frames: np.ndarray, times: np.ndarray, codec: 
     """Write frames u8[T,H,W,3] RGB that show at `times`; the file is there whole or not at all.
 
     Args:
-      times: f64[T] seconds, ascending; the first frame is written to show at 0.
+      times: f64[T] seconds, ascending; written as `written_times`.
       codec: key of `CODECS`.
 
     Raises:
@@ -101,7 +101,7 @@ def write_video(path: str | Path, frames: np.ndarray, times: np.ndarray, codec: 
     path = Path(path)
     if codec not in CODECS:
         raise SceneError(f"codec {codec!r} unknown; there are {', '.join(CODECS)}")
-    moments = np.round((np.asarray(times, np.float64) - times[0]) / float(_TICK)).astype(np.int64)
+    moments = _ticks(times)
     if len(moments) != len(frames) or (np.diff(moments) <= 0).any():
         raise SceneError(f"{path}: {len(frames)} frames cannot be written at {len(moments)} times that do not ascend")
     rate = Fraction(len(moments) - 1, max(1, int(moments[-1]))) / _TICK if len(moments) > 1 else Fraction(30)
@@ -118,6 +118,15 @@ def write_video(path: str | Path, frames: np.ndarray, times: np.ndarray, codec: 
             file.mux(stream.encode(None))
     except av.FFmpegError as error:
         raise SceneError(f"{path}: FFmpeg cannot write {codec} video of {frames.shape} ({error})") from error
+
+
+def written_times(times: np.ndarray) -> np.ndarray:
+    """Return when frames that show at f64[T] seconds show in a video by `write_video`: from 0 on, in 1/60,000 s."""
+    return np.array([float(moment * _TICK) for moment in _ticks(times).tolist()])
+
+
+def _ticks(times: np.ndarray) -> np.ndarray:
+    return np.round((np.asarray(times, np.float64) - times[0]) / float(_TICK)).astype(np.int64)
 
 
 def _bits(frames: np.ndarray, rate: Fraction) -> int:

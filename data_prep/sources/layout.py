@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.store.parts import ClipRejected
+from data_prep.store.parts import ClipRejected, StoreError
 
 VIDEOS = (".mp4", ".mov", ".MP4", ".MOV")
 _EYES = [[f"{mark}{eye}{end}" for end in ("_rectified", "") for mark in "-_"] for eye in ("left", "right")]
@@ -23,15 +23,22 @@ LEFT, RIGHT = (tuple(f"{eye}{video}" for eye in eyes for video in VIDEOS) for ey
 SIDECARS = ("-masks", "-captions", "-clip", "-bootstap", "-spatialtracker", "_result", "_manual", "_auto", "-moge")
 # Folders that hold a clip's measurements or truth, not clips, and those that a run writes into its workdir.
 _CLOSED = ("-moge", "-truth")
-_WORKDIR = {"parts", "scenes", "videos", "clips", "tfds"}
+_WORKDIR = {"parts", "scenes", "videos", "clips", "forms", "tfds"}
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder below `root` in which clips may lie, relative to it, with the files in it, both sorted.
 
     Hidden folders, links to folders, and what runs wrote are left out.
+
+    Raises:
+      StoreError: a folder cannot be listed.
     """
-    for folder, subfolders, files in os.walk(root):
+
+    def fail(error: OSError) -> None:
+        raise StoreError(f"{error.filename} cannot be listed ({error.strerror}): its clips would be missing") from error
+
+    for folder, subfolders, files in os.walk(root, onerror=fail):
         yield os.path.relpath(folder, root).removeprefix("."), sorted(files)
         written = _WORKDIR if "run.json" in files else ()
         subfolders[:] = sorted(n for n in subfolders if n[0] != "." and not n.endswith(_CLOSED) and n not in written)
@@ -58,13 +65,23 @@ def clip_groups(root: Path, endings: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def clip_stems(root: Path, endings: tuple[str, ...]) -> list[str]:
-    """List what stands before any of `endings` in the names below `root`, each once, sorted."""
+    """List what stands before any of `endings` in the names below `root`, each once, sorted.
+
+    Raises:
+      StoreError: a folder cannot be listed, or the path of such a file is not UTF-8.
+    """
     found = set()
-    for _, names in walk(root):
+    for folder, names in walk(root):
         for name in names:
             ending = next((ending for ending in endings if name.endswith(ending)), "")
+            if ending and not _is_text(path := os.path.join(folder, name)):
+                raise StoreError(f"{root}: the path {ascii(path)} is not UTF-8, as records are: rename it")
             found |= {name.removesuffix(ending)} if ending else set()
     return sorted(found - {""})
+
+
+def _is_text(path: str) -> bool:
+    return path == path.encode("utf-8", "replace").decode("utf-8")
 
 
 def find(
@@ -93,9 +110,9 @@ def find(
         here = {os.stat(path)[1:3]: path for path in paths if os.path.exists(path)}  # noqa: PTH110 - never raises
         if len(here) > 1:
             listed = " and ".join(str(path) for path in here.values())
-            raise ClipRejected("ambiguous_files", f"clip {stem} has {listed}: keep the one that is meant")
+            raise ClipRejected("ambiguous_files", f"clip {stem} has {listed}: keep the one that is meant", again=True)
         found += here.values()
         missing += [] if here else [" or ".join(f"{stem}{ending}" for ending in endings if ending.islower())]
     if missing and not optional:
-        raise ClipRejected("missing_file", f"{root} has no {', '.join(missing)}")
+        raise ClipRejected("missing_file", f"{root} has no {', '.join(missing)}", again=True)
     return found

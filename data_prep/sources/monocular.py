@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.scenes.objects import project
 from data_prep.scenes.scene import Scene, nearest_rigid
-from data_prep.sources.base import CAPTIONS, MASKS, ClipCard, LoadedClip, card_of, with_objects
+from data_prep.sources.base import ClipCard, LoadedClip, card_of, object_files, with_objects
 from data_prep.sources.exr import read_exr
 from data_prep.sources.layout import VIDEOS, clip_groups, clip_stems, find
 from data_prep.store.untrusted import SceneError, as_scene_error, keep_visible, numbers, read_json, read_npz
@@ -238,8 +238,8 @@ class MonocularSource:
         return clip_stems(self.root, _TRACKER)
 
     def load(self, clip_id: str) -> LoadedClip:
-        names = [VIDEOS, _TRACKER, ("-moge",), MASKS, CAPTIONS]
-        video, tracker, moge, masks, captions = find(self.root, clip_id, names, self.groups)
+        video, tracker, moge = find(self.root, clip_id, [VIDEOS, _TRACKER, ("-moge",)], self.groups)
+        objects = object_files(self.root, clip_id, self.groups)
         card = card_of(self.root, clip_id, self.groups)
         spatial = read_spatialtracker(tracker)
         count = len(spatial.world_to_camera)
@@ -257,7 +257,7 @@ class MonocularSource:
             scale=metric_scale(spatial, MogeDepths(moge), size),
             max_spread=self.max_spread,
         )
-        scene, left_out = with_objects(scene, tracks, masks, captions)
+        scene, left_out = with_objects(scene, tracks, objects)
         return LoadedClip(scene, video, left_out)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from data_prep.questions.propose import asked_frames
 from data_prep.scenes.objects import Caption, lift_tracks, objects_from_tracks, read_bootstap, read_captions, read_masks
 from data_prep.scenes.scene import Scene, intrinsics_of, load_scene, save_scene
-from data_prep.sources.base import CAPTIONS, MASKS, ClipCard, LoadedClip, card_of
-from data_prep.sources.frames import read_all_frames, write_video
+from data_prep.sources.base import ClipCard, LoadedClip, ObjectFiles, card_of, no_objects, object_files
+from data_prep.sources.frames import read_all_frames, write_video, written_times
 from data_prep.sources.layout import LEFT, RIGHT, VIDEOS, clip_groups, clip_stems, find
 from data_prep.stereo.disparity import MAX_DEPTH, StereoError, split_side_by_side
 from data_prep.stereo.quality import QualityLimits
@@ -82,43 +82,36 @@ class StereoSource:
         return clip_stems(self.folder, self._known_by)
 
     def load(self, clip_id: str) -> LoadedClip:
-        views = [LEFT, RIGHT] if self.layout == PAIR else [VIDEOS]
-        *videos, mask_file, caption_file = find(self.folder, clip_id, [*views, MASKS, CAPTIONS], self.groups)
+        videos = find(self.folder, clip_id, [LEFT, RIGHT] if self.layout == PAIR else [VIDEOS], self.groups)
+        objects = object_files(self.folder, clip_id, self.groups)
         video = videos[0] if self.layout == PAIR else self.root / f"{clip_id}-left.mp4"
         kept = self.scenes / clip_file_name(clip_id)
-        if kept.exists() and video.exists():
-            scene = load_scene(kept)
-        else:
-            scene = self._reconstruct(clip_id, videos, video, mask_file, caption_file)
+        scene = _kept_scene(kept) if video.exists() else None
+        if scene is None:
+            scene = self._reconstruct(clip_id, videos, video, objects)
             save_scene(scene, kept)
-        said = read_captions(caption_file)
+        if objects is None:
+            return LoadedClip(scene, video, (no_objects(),))
+        said = read_captions(objects.captions)
         left_out = sorted(scene.provenance["objects_left_out"].items())
         no_more = Caption("")  # the scene was kept from a run with another caption file
         lost = (lost_object("object_dropped", n, said.get(n, no_more).description, why) for n, why in left_out)
         return LoadedClip(scene, video, tuple(lost))
 
-    def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, mask_file: Path, captions: Path) -> Scene:
+    def _reconstruct(self, clip_id: str, videos: list[Path], video: Path, objects: ObjectFiles | None) -> Scene:
         card = card_of(self.folder, clip_id, self.groups)
         left, right, clip = self._views(videos, card.source_id)
-        masks = read_masks(mask_file, len(left), left.shape[1:3])
-        if not masks.annotated.all():
-            raise SceneError(
-                f"{mask_file} has masks of {int(masks.annotated.sum())} of {len(left)} frames; the stereo stage "
-                "follows objects from frame to frame and needs them all"
-            )
-        names = read_captions(captions)
-        nameless = sorted(set(masks) - set(names))
-        if nameless:
-            raise SceneError(f"{captions}: no caption for the masks {nameless[0]!r}")
+        masks, names = _masks_and_captions(objects, left.shape[:3]) if objects else ({}, {})
         camera = self._camera(card, left.shape[1:3], clip_id)
-        used = None if self.num_frames is None else asked_frames(clip.times, self.num_frames, self.min_gap).tolist()
+        times = clip.times if self.layout == PAIR else written_times(clip.times)  # of the video that the model will see
+        used = None if self.num_frames is None else asked_frames(times, self.num_frames, self.min_gap).tolist()
         try:
             found = reconstruct_clip(
                 left,
                 right,
                 clip_id=clip_id,
                 source_id=card.source_id,
-                timestamps=clip.times,
+                timestamps=times,
                 baseline=self.baseline if card.baseline is None else card.baseline,
                 masks=masks,
                 captions=names,
@@ -137,7 +130,7 @@ class StereoSource:
             scene = _with_tracks(found, read_bootstap(bootstap, len(left)), masks, names, bootstap.name)
         if self.layout != PAIR:
             video.parent.mkdir(parents=True, exist_ok=True)
-            write_video(video, left, clip.times, "mpeg4")
+            write_video(video, left, times, "mpeg4")
         return scene
 
     def _camera(self, card: ClipCard, size: tuple[int, int], clip_id: str) -> np.ndarray:
@@ -152,6 +145,7 @@ class StereoSource:
                 f"each view is {width} x {height} pixels: pressed to half its {'height' if stacked else 'width'}, or "
                 f'really of that shape? Write "squeezed": true or false into {clip_id}-clip.json',
                 card.source_id,
+                again=True,
             )
         camera = intrinsics_of(size, self.fov_degrees if card.fov_degrees is None else card.fov_degrees)
         if card.squeezed:
@@ -178,8 +172,35 @@ class StereoSource:
                 f"frame {frame} is at {clips[0].times[frame]:.3f} s in {videos[0].name} and at "
                 f"{clips[1].times[frame]:.3f} s in {videos[1].name}: bring both eyes to the same frame rate and start",
                 source_id,
+                again=True,
             )
         return left, right, clips[0]
+
+
+def _kept_scene(folder: Path) -> Scene | None:
+    """The scene that an earlier run kept; None where there is none that is whole, as after a kill: it is made anew."""
+    try:
+        return load_scene(folder)
+    except SceneError:
+        return None
+
+
+def _masks_and_captions(files: ObjectFiles, size: tuple[int, int, int]) -> tuple[Mapping, dict[str, Caption]]:
+    """Masks bool[T,H,W] and captions per object id; `size` is that of the video.
+
+    Raises:
+      SceneError: unreadable, of another size, not of every frame, or a mask without a caption.
+    """
+    masks, captions = read_masks(files.masks, size[0], size[1:]), read_captions(files.captions)
+    if not masks.annotated.all():
+        raise SceneError(
+            f"{files.masks} has masks of {int(masks.annotated.sum())} of {size[0]} frames; the stereo stage follows "
+            "objects from frame to frame and needs them all"
+        )
+    nameless = sorted(set(masks) - set(captions))
+    if nameless:
+        raise SceneError(f"{files.captions}: no caption for the masks {nameless[0]!r}")
+    return masks, captions
 
 
 def _with_tracks(

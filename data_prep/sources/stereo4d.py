@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.scenes.scene import Scene, intrinsics_of, nearest_rigid
-from data_prep.sources.base import CAPTIONS, MASKS, LoadedClip, with_objects
-from data_prep.sources.frames import probe_frames, read_folder, write_video
+from data_prep.sources.base import LoadedClip, object_files, with_objects
+from data_prep.sources.frames import probe_frames, read_folder, write_video, written_times
 from data_prep.sources.layout import LEFT, LEFT_EYE, SIDECARS, clip_groups, clip_stems, find
 from data_prep.stereo.stage import STEREO4D_BASELINE
 from data_prep.store.untrusted import SceneError, as_scene_error, numbers, read_npz
@@ -179,17 +179,20 @@ class Stereo4DSource:
         return [stem for stem in clip_stems(self.folder, (".npz",)) if not stem.endswith(SIDECARS)]
 
     def load(self, clip_id: str) -> LoadedClip:
-        names = [(".npz",), LEFT + LEFT_EYE, MASKS, CAPTIONS]
+        names = [(".npz",), LEFT + LEFT_EYE]
         wanted = LEFT if self.root == self.folder else LEFT_EYE
         if find(self.folder, clip_id, [wanted], self.groups, optional=True):
             names[1] = wanted  # where a clip has both a video and images, the run says which
-        annotations, frames, masks, captions = find(self.folder, clip_id, names, self.groups)
+        annotations, frames = find(self.folder, clip_id, names, self.groups)
+        objects = object_files(self.folder, clip_id, self.groups)
         clip = read_stereo4d(annotations)
         size, times = probe_frames(frames, len(clip.timestamps), self.pool)
-        scene = clip.scene(size, self.scale)
-        if times is not None:  # the model sees the frames of this file, chosen by its times
-            scene = dataclasses.replace(scene, timestamps=times)
-        scene, left_out = with_objects(scene, clip.tracks, masks, captions)
+        if times is None:  # images become a video
+            times = written_times(clip.timestamps)
+        # The model sees the frames of the video, chosen by its times. A clip is known by its files' name: two may be
+        # copies of one, which have the same name inside.
+        scene = dataclasses.replace(clip.scene(size, self.scale), timestamps=times, clip_id=clip_id)
+        scene, left_out = with_objects(scene, clip.tracks, objects)
         return LoadedClip(scene, self._video(clip_id, frames, scene), left_out)
 
     def _video(self, clip_id: str, frames: Path, scene: Scene) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.scenes.objects import Caption
+from data_prep.scenes.objects import Caption, unmasked
 from data_prep.scenes.scene import Scene, SceneObject
 from data_prep.stereo.checks import MAX_BEYOND, likely_cause, row_curvature, row_errors
 from data_prep.stereo.checks import disparity_offset as measure_offset
@@ -67,8 +67,8 @@ def reconstruct_clip(
 ) -> Reconstruction:
     """Find depth, camera path, tracks and object points of a rectified stereo clip, without any given pose.
 
-    Objects of which fewer than four points could be followed are left out of the scene and named under
-    `provenance["objects_left_out"]`.
+    Objects without masks, or of which fewer than four points could be followed, are left out of the scene and named
+    under `provenance["objects_left_out"]`.
 
     Args:
       left, right: u8[T,H,W,3] RGB; the world is the left camera of frame 0.
@@ -272,4 +272,4 @@ def _scene_objects(
         else:
             caption = captions.get(name, Caption(""))
             found.append(SceneObject(name, caption.description, caption.category, points, mask))
-    return tuple(found), left_out
+    return tuple(found), left_out | unmasked(masks, captions)

@@ -92,7 +92,10 @@ class PartLoader:
         try:
             clip = self.pool.read(resolve_media(self.media_root, video), self.sample, self.resize)
         except RecordError as error:
-            raise StoreError(f"clip {clip_id!r}: {error}") from error
+            raise StoreError(
+                f"clip {clip_id!r}: {error}. Mend its video, or take its files out of the input folder, and run again: "
+                "what is done for other clips is kept"
+            ) from error
         frames = tuple(encode_jpeg(frame, self.quality) for frame in clip.frames)
         times = (clip.indices, clip.times, clip.source_fps, clip.total_frames)
         return ClipExample(clip_id, result.source_id, video, frames, *times, rows)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,7 @@ def assemble(
     folder: str | Path,
     outputs: Outputs,
     keep: Callable[[str], bool] = lambda question_id: True,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write all output files, `rejected.jsonl` and, last, `manifest.json`.
 
@@ -225,6 +227,7 @@ def assemble(
 
     Args:
       keep: question id -> whether it is written (`balance.select` chooses).
+      settings: by what they were chosen, JSON values; beside the store's config in the manifest.
 
     Returns:
       The manifest.
@@ -257,7 +260,7 @@ def assemble(
         "format": MANIFEST_FORMAT,
         "version": __version__,
         "seed": store.seed,
-        "config": store.config,
+        "config": store.config | dict(settings),
         **tally.summary(),
         "files": {name: writer.summary() for name, writer in sorted(writers.items())},
     }

@@ -1,7 +1,8 @@
 """The unit of resumable work: one clip, one result file.
 
 Whatever is done to a clip ends in `parts/<clip_id>.json`, written whole or not at all. A run that is killed at any
-moment and started again does the clips that have no file yet; which process did a clip leaves no trace in its file.
+moment and started again does the clips that have no file yet, and those whose own files were at fault; which process
+did a clip leaves no trace in its file.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from mllm4d_jax.qa.errors import RecordError
 
 PART_FORMAT = 2
 _MAX_PART_BYTES = 2**28
+_AGAIN = b'"again":true'  # as `canonical_json` writes it
 _LONGEST_NAME = 160  # leaves room for suffixes below the 255 bytes of common file systems
 
 
@@ -48,11 +50,16 @@ class ClipRejected(ValueError):
       reason: short machine word, e.g. "no_motion".
       detail: for people.
       source_id: the source video, '' if unknown.
+      again: whether the clip's files may be mended, so that the next run tries it again.
     """
 
-    def __init__(self, reason: str, detail: str, source_id: str = "") -> None:
-        super().__init__(reason, detail, source_id)  # all in `args`: survives the way back from a worker process
-        self.reason, self.detail, self.source_id = reason, detail, source_id
+    def __init__(self, reason: str, detail: str, source_id: str = "", again: bool = False) -> None:
+        super().__init__(reason, detail, source_id, again)  # all in `args`: survives the way back from a worker process
+        self.reason, self.detail, self.source_id, self.again = reason, detail, source_id, again
+
+    def entry(self) -> dict[str, Any]:
+        """Return what `ClipResult.rejected` says of it."""
+        return _entry(self.reason, self.detail, self.again)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +71,8 @@ class ClipResult:
       source_id: its source video.
       split: the split that all rows go to.
       rows: in their final order: question rows (see `export.check_row`), or reasoning paths (`cold_start`).
-      rejected: what was left out, objects with at least "reason" and "detail".
+      rejected: what was left out, objects with at least "reason" and "detail"; "again" where the next run shall try
+        once more.
     """
 
     clip_id: str
@@ -72,6 +80,15 @@ class ClipResult:
     split: str
     rows: tuple[Mapping[str, Any], ...]
     rejected: tuple[Mapping[str, Any], ...] = ()
+
+
+def _entry(reason: str, detail: str, again: bool) -> dict[str, Any]:
+    return {"reason": reason, "detail": detail} | ({"again": True} if again else {})
+
+
+def media_rejection(error: RecordError) -> dict[str, Any]:
+    """Return what `ClipResult.rejected` says of media that cannot be used: they may be mended."""
+    return _entry(error.reason, error.message, True)
 
 
 LostObject = Mapping[str, str]  # an entry of `ClipResult.rejected`, as `lost_object` makes it
@@ -164,6 +181,18 @@ class PartStore:
     def has(self, clip_id: str) -> bool:
         return self.path(clip_id).exists()
 
+    def settled(self, clip_id: str) -> bool:
+        """Return whether a clip has a result that the next run need not try to better.
+
+        Raises:
+          StoreError: it is to be tried again by what it says, and is damaged. Others are told when they are read.
+        """
+        if not self.has(clip_id):
+            return False
+        if _AGAIN not in read_bytes(self.path(clip_id), _MAX_PART_BYTES):  # most are: so they need not be parsed
+            return True
+        return not any(entry.get("again") for entry in self.read(clip_id).rejected)
+
     def write(self, result: ClipResult) -> None:
         """Store a clip's result in one step."""
         value = {"format": PART_FORMAT} | dataclasses.asdict(result)
@@ -200,7 +229,7 @@ def process_clips(
     workers: int = 1,
     check: CheckFn | None = None,
 ) -> int:
-    """Run `work` on every clip that has no result yet and store what it gives.
+    """Run `work` on every clip that has no result yet, or one to be tried again, and store what it gives.
 
     `work` must depend on nothing but the clip id and what it was made with (seed each clip's generator from its id),
     so that the number of workers and the order of clips leave no trace.
@@ -220,7 +249,7 @@ def process_clips(
     twice = sorted(c for c, n in Counter(clip_ids).items() if n > 1)
     if twice:
         raise StoreError(f"clip ids must be unique, these are there twice: {twice[:5]}")
-    pending = [c for c in clip_ids if not store.has(c)]
+    pending = [c for c in clip_ids if not store.settled(c)]
     with tqdm(total=len(clip_ids), initial=len(clip_ids) - len(pending), unit="clip") as bar:
         if workers <= 1:
             for clip_id in pending:
@@ -235,10 +264,9 @@ def _do_clip(work: WorkFn, check: CheckFn | None, store: PartStore, clip_id: str
     try:
         result = work(clip_id)
     except ClipRejected as error:
-        rejection = {"reason": error.reason, "detail": error.detail}
-        result = ClipResult(clip_id, error.source_id, "", (), (rejection,))
+        result = ClipResult(clip_id, error.source_id, "", (), (error.entry(),))
     except RecordError as error:
-        result = ClipResult(clip_id, "", "", (), ({"reason": error.reason, "detail": error.message},))
+        result = ClipResult(clip_id, "", "", (), (media_rejection(error),))
     if result.clip_id != clip_id:
         raise StoreError(f"the work function was given clip {clip_id!r} and returned clip {result.clip_id!r}")
     if check is not None:

@@ -18,17 +18,14 @@ import ml_collections
 import numpy as np
 
 from data_prep.questions import blind
-from data_prep.questions.balance import PRESETS, SPLITS, fraction
+from data_prep.questions.balance import PRESETS, SPLITS
 from data_prep.questions.propose import QuestionRow
 from data_prep.questions.tally import Guessed, Tally, guess, table, tally
 from data_prep.scenes.relations import LABELS
-from data_prep.scenes.scene import Scene
 from data_prep.sources.base import ClipSource
 from data_prep.store.clip_maps import MAP_NOTE, clip_maps
-from data_prep.store.parts import PartStore
+from data_prep.store.sampled_clips import SampledClip, sample_clips
 from mllm4d_jax.files.atomic import write_atomic
-from mllm4d_jax.media.decode_pool import DecodePool
-from mllm4d_jax.media.frame_sampling import SampleRule
 from mllm4d_jax.report import page
 from mllm4d_jax.report.charts import bars, histogram
 from mllm4d_jax.report.page import Card, Cell, Column, Markup, Section, number, tag
@@ -42,24 +39,6 @@ _SCALES = {
     "assumed_baseline": "as for eyes 63 mm apart; another camera makes all distances of the clip wrong by one factor",
     "unknown": "not recorded",
 }
-
-
-@dataclass(frozen=True)
-class SampledClip:
-    """A clip to show.
-
-    Attributes:
-      scene: of the clip.
-      frames: source frame number -> u8[H, W, 3] RGB, for the frames that questions name; the report says which of them
-        are missing.
-      rows: those chosen for the data set are shown first.
-      quality: figures of the stereo stage, {} if there are none; None or NaN = not measured.
-    """
-
-    scene: Scene
-    frames: Mapping[int, np.ndarray]
-    rows: Sequence[QuestionRow]
-    quality: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -108,7 +87,7 @@ def write_curation_report(
     by_split = {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     four = {split: [row for row in group if len(row["options"]) == 4] for split, group in by_split.items()}
     letters = {split: blind.letter_test(group) for split, group in four.items() if group}
-    clips = _sample_clips(config, root, source, rows)
+    clips = sample_clips(config, root, source, rows)
     shares = PRESETS[config.preset].shares if config.preset in PRESETS else {}
     page_text = render(CurationSummary(manifest, rows, guessed, letters, clips, shares, tallies))
     write_atomic(root / "report.html", page_text.encode("utf-8"))
@@ -116,27 +95,6 @@ def write_curation_report(
 
 def _guessers(figures: Mapping[str, float]) -> list[str]:
     return [name for name in figures if name not in blind.NO_GUESSER]
-
-
-def _sample_clips(
-    config: ml_collections.ConfigDict, root: Path, source: ClipSource, rows: Sequence[QuestionRow]
-) -> list[SampledClip]:
-    """A few clips with scene, frames and chosen questions; the same for the same rows and seed."""
-    chosen: dict[str, set[str]] = {}
-    for row in rows:
-        chosen.setdefault(row["part"], set()).add(row["id"])
-    names = sorted(chosen, key=lambda name: fraction(config.seed, "report", name))[: config.report.clips]
-    store, found = PartStore(root, seed=config.seed, config={}), []
-    with DecodePool(config.decode_timeout_s) as pool:
-        for name in sorted(names):
-            clip = source.load(name)
-            seen = pool.read(str(clip.video), SampleRule("uniform", config.questions.num_frames, None))
-            questions = [row for row in store.read(name).rows if row["id"] in chosen[name]]
-            named = {frame for row in questions for frame in row["frames"]["source"]}
-            frames = {int(n): image for n, image in zip(seen.indices, seen.frames, strict=True) if int(n) in named}
-            quality = clip.scene.provenance.get("quality") or {}
-            found.append(SampledClip(clip.scene, frames, questions, quality))
-    return found
 
 
 def render(summary: CurationSummary) -> str:

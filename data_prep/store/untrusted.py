@@ -49,10 +49,17 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the JSON object in a file of at most `MAX_JSON_BYTES`. Raises SceneError for anything else."""
+    """Return the JSON object in a file of at most `MAX_JSON_BYTES`.
+
+    Raises:
+      SceneError: anything else, or a text that cannot be written again (half a surrogate pair).
+    """
     data = read_bytes(path, MAX_JSON_BYTES)
     with as_scene_error(ValueError, RecursionError, name=f"{path} is not JSON"):
         document = json.loads(data.decode("utf-8"))
+    if b"\\ud" in data or b"\\uD" in data:  # as UTF-8 it has no other way in
+        with as_scene_error(UnicodeError, name=f"{path}: a text holds half a surrogate pair, which no record can hold"):
+            json.dumps(document, ensure_ascii=False).encode("utf-8")
     if not isinstance(document, dict):
         raise SceneError(f"{path}: expected a JSON object, got {shown(document)}")
     return document

@@ -22,9 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.scenes.objects import read_masks
-from data_prep.sources.base import MASKS
+from data_prep.sources.base import CAPTIONS, MASKS, card_of
 from data_prep.sources.frames import encode_jpeg, read_all_frames
-from data_prep.sources.layout import LEFT_EYE, RIGHT_EYE, VIDEOS, clip_groups, find, walk
+from data_prep.sources.layout import LEFT, LEFT_EYE, RIGHT, RIGHT_EYE, VIDEOS, clip_groups, find, walk
+from data_prep.sources.stereo import PAIR
+from data_prep.stereo.disparity import StereoError, split_side_by_side
 from data_prep.store.parts import ClipRejected
 from data_prep.store.untrusted import SceneError
 from data_prep.teacher.client import ChatRequest, ReplyError, Teacher, open_teacher, user_message
@@ -58,6 +60,7 @@ Reply with JSON and nothing else, of this form:
 {"caption": "the small brown dog with a red collar", "category": "animal"}
 The caption is one noun phrase that begins with "the" and tells looks only: kind, colour, size, clothing, parts. Say \
 nothing about where it is or how it moves. The category is one broad word."""
+_CLIP_FILES = ((".npz",), MASKS, CAPTIONS, ("-clip.json",))  # known by the clip's name, not by an eye's
 _MAX_FRAMES = 1000
 _FRAME_PIXELS = 512 * 512
 
@@ -68,11 +71,20 @@ class DescribeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PendingClip:
-    """A clip with work to do. `masks` is None while it has none."""
+    """A clip with work to do.
+
+    Attributes:
+      clip_id, video: of the clip.
+      masks: None while it has none.
+      layout: how both views are packed into the video; "pair" where it shows one.
+      mask_size: (height, width) of the masks where that is not the video's own: of an external tool's frames.
+    """
 
     clip_id: str
     video: Path
     masks: Path | None
+    layout: str = PAIR
+    mask_size: tuple[int, int] | None = None
 
     @property
     def output(self) -> Path:
@@ -81,29 +93,48 @@ class PendingClip:
         return self.video.parent / f"{self.clip_id}-{kind}.json"
 
 
-def find_pending(folder: Path) -> list[PendingClip]:
+def find_pending(folder: Path, layout: str = PAIR) -> list[PendingClip]:
     """Return the clips below a folder whose next file is not there, sorted by their videos.
 
+    Args:
+      layout: `stereo.layout`: "pair" where videos show one view each.
+
     Raises:
-      DescribeError: there are no videos, or a clip has two mask files.
+      DescribeError: there are no videos, a clip has two mask files, or a card is damaged.
     """
-    found = []
     videos = [folder / inner / name for inner, names in walk(folder) for name in names if name.endswith(VIDEOS)]
-    videos = [video for video in videos if not video.stem.endswith(RIGHT_EYE)]
     if not videos:
         raise DescribeError(f"input = '{folder}' holds no videos ({', '.join(VIDEOS[:2])})")
-    groups = clip_groups(folder, VIDEOS)
-    for video in videos:
-        ending = next((e for e in LEFT_EYE if video.stem.endswith(e)), "")
-        clip_id = video.stem.removesuffix(ending)
-        try:
+    groups, found = clip_groups(folder, VIDEOS), []
+    try:
+        for video in videos:
+            clip_id = _clip_of(video, folder, groups) if layout == PAIR else video.stem
+            if clip_id is None:
+                continue
             masks = find(folder, clip_id, [MASKS], groups, optional=True)
-        except ClipRejected as error:
-            raise DescribeError(error.detail) from error
-        pending = PendingClip(clip_id, video, masks[0] if masks else None)
-        if not pending.output.exists():
-            found.append(pending)
+            size = card_of(folder, clip_id, groups).frame_size
+            pending = PendingClip(clip_id, video, masks[0] if masks else None, layout, size)
+            if not pending.output.exists():
+                found.append(pending)
+    except ClipRejected as error:
+        raise DescribeError(error.detail) from error
+    except SceneError as error:
+        raise DescribeError(str(error)) from error
     return found
+
+
+def _clip_of(video: Path, folder: Path, groups: Sequence[str]) -> str | None:
+    """The clip that a video shows, None for a right eye's: what shows an eye has the other beside it, or other files.
+
+    "turn_left.mp4" alone is a clip of that name; "a-left_rectified.mp4" is nobody's own name.
+    """
+    for mine, other in ((LEFT_EYE, RIGHT), (RIGHT_EYE, LEFT)):
+        ending = next((e for e in mine if video.stem.endswith(e)), "")
+        if ending:
+            stem = video.stem.removesuffix(ending)
+            if ending.endswith("_rectified") or find(folder, stem, [other, *_CLIP_FILES], groups, optional=True):
+                return stem if mine is LEFT_EYE else None
+    return video.stem
 
 
 def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
@@ -114,14 +145,14 @@ def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
     """
     if not config.input:
         raise DescribeError("input is not set: --config.input=DIR with the videos")
-    pending = find_pending(Path(config.input))
+    pending = find_pending(Path(config.input), config.stereo.layout)
     teacher = open_teacher(config.teacher, Path(workdir))
     failed = []
     with DecodePool(config.decode_timeout_s) as pool:
         for clip in tqdm(pending, unit="clip"):
             try:
                 made = (_entities if clip.masks is None else _captions)(clip, teacher, pool, config.teacher)
-            except (ReplyError, SceneError, MediaError) as error:
+            except (ReplyError, SceneError, StereoError, MediaError) as error:
                 failed.append(f"{clip.clip_id}: {error}")
                 continue
             write_json(clip.output, made)
@@ -132,10 +163,15 @@ def describe(config: ml_collections.ConfigDict, workdir: str) -> int:
 
 
 def _entities(clip: PendingClip, teacher: Teacher, pool: DecodePool, settings: ml_collections.ConfigDict) -> dict:
-    resize = ResizeRule("per_frame", 2, 2, 4, _FRAME_PIXELS)
+    resize = ResizeRule("per_frame", 2, 2, 4, _FRAME_PIXELS if clip.layout == PAIR else 2 * _FRAME_PIXELS)
     seen = pool.read(str(clip.video), SampleRule("uniform", settings.num_frames, None), resize)
-    request = entity_request(settings.model, [encode_jpeg(frame) for frame in seen.frames])
+    request = entity_request(settings.model, [encode_jpeg(frame) for frame in _left_view(seen.frames, clip.layout)])
     return {"entities": parse_entities(teacher.ask(request))}
+
+
+def _left_view(frames: np.ndarray, layout: str) -> np.ndarray:
+    """The left view of frames u8[T,H,W,3]; masks are of it. Raises StereoError: they cannot be halved."""
+    return frames if layout == PAIR else split_side_by_side(frames, layout)[0]
 
 
 def entity_request(model: str, frames: Sequence[bytes]) -> ChatRequest:
@@ -159,7 +195,10 @@ def parse_entities(reply: dict) -> list[dict[str, str]]:
 
 def _captions(clip: PendingClip, teacher: Teacher, pool: DecodePool, settings: ml_collections.ConfigDict) -> dict:
     """Return {object id: {"caption", "category"}} of a clip's masks."""
-    frames = read_all_frames(clip.video, pool, _MAX_FRAMES).frames
+    frames = _left_view(read_all_frames(clip.video, pool, _MAX_FRAMES).frames, clip.layout)
+    if clip.mask_size:
+        height, width = clip.mask_size
+        frames = np.stack([cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in frames])
     masks = read_masks(clip.masks, len(frames), frames.shape[1:3])
     names = [name for name, mask in masks.items() if mask.any()]
     captions = {}

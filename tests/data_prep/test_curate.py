@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
 from configs import common
 from data_prep import curate
+from data_prep.questions.balance import BalanceError
 from data_prep.questions.propose import QuestionRules
 from data_prep.scenes.scene import load_scene
 from data_prep.sources.base import LoadedClip
@@ -70,7 +73,7 @@ def test_four_workers_and_a_second_run_give_the_same_bytes(made, tmp_path):
     assert first == {name: (tmp_path / name).read_bytes() for name in FILES}
 
 
-def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reason(made, tmp_path):
+def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reason(made, tmp_path, capsys):
     clips = made / "clips"
     stems = sorted(p.stem for p in clips.glob("*.npz") if not p.stem.endswith("-masks"))
     folder = tmp_path / "input"
@@ -89,6 +92,59 @@ def test_stereo4d_files_are_read_and_damaged_clips_are_rejected_with_their_reaso
     assert all({"object_id", "caption"} <= r.keys() for r in rejected if r["reason"].startswith("object_"))
     records = json.loads((tmp_path / "out" / "train.json").read_text())
     assert records and all((folder / r["video"]).is_file() for r in records)
+    # What is mended is tried again, and nothing else.
+    for path in (damaged, alone):
+        path.unlink(missing_ok=True)
+        path.symlink_to(clips / path.name)
+    capsys.readouterr()
+    assert run(tmp_path / "out", source="stereo4d", input=str(folder)) == 0
+    assert "2 clips done now" in capsys.readouterr().out
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert not [r for r in rejected if r["reason"] in ("bad_scene", "missing_file")]
+
+
+def test_where_nothing_can_be_asked_the_reasons_are_written(made, tmp_path):
+    folder = tmp_path / "input"
+    folder.mkdir()
+    (folder / "a.npz").write_bytes(b"not an npz")
+    with pytest.raises(curate.CurateError, match=r'could be asked: \{"missing_file": 1\}.*rejected.jsonl'):
+        run(tmp_path / "out", source="stereo4d", input=str(folder))
+    (line,) = (json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert line["clip_id"] == "a" and "-left_rectified.mp4" in line["detail"]
+
+
+def test_what_is_chosen_may_change_without_asking_anew(made, tmp_path, capsys):
+    clips = str(made / "clips")
+    with pytest.raises(BalanceError, match="ask for fewer"):
+        run(tmp_path, source="stereo4d", input=clips, total=100_000)
+    assert run(tmp_path, source="stereo4d", input=clips, total=14) == 0
+    assert "0 clips done now" in capsys.readouterr().out
+    assert json.loads((tmp_path / "manifest.json").read_text())["config"]["total"] == 14
+    assert len(json.loads((tmp_path / "train.json").read_text())) <= 14
+    assert run(tmp_path, source="stereo4d", input=clips, preset="all", **{"balance.slack": 0.5}) == 0
+    config = json.loads((tmp_path / "manifest.json").read_text())["config"]
+    assert config["preset"] == "all" and config["balance"]["slack"] == 0.5
+
+
+def test_a_video_that_is_damaged_inside_ends_neither_records_nor_report(made, tmp_path, capsys):
+    """Its packets are all there, so that it is found only when its frames are decoded."""
+    folder = tmp_path / "input"
+    folder.mkdir()
+    for file in (made / "clips").iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file)
+    for video in folder.glob("*-left_rectified.mp4"):
+        content = bytearray(video.read_bytes())
+        with av.open(io.BytesIO(bytes(content))) as opened:
+            for packet in [packet for packet in opened.demux(video=0) if packet.size][4:]:
+                content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+        video.unlink()
+        video.write_bytes(content)
+    settings = {"source": "stereo4d", "input": str(folder), "preset": "all", "tfds.write": True, "report.clips": 2}
+    with pytest.raises(StoreError, match="cannot be decoded.*Mend its video, or take its files out"):
+        run(tmp_path / "out", **settings)
+    assert capsys.readouterr().out.count("is not shown, and cannot be trained on") == 2
+    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "train.json").exists()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from data_prep.scenes.objects import encode_rle
 from data_prep.sources.layout import LEFT, LEFT_EYE, VIDEOS, clip_groups, clip_stems, find
 from data_prep.sources.stereo import StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource
-from data_prep.store.parts import ClipRejected
+from data_prep.store.parts import ClipRejected, StoreError
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
@@ -99,7 +100,8 @@ def test_folders_of_images_hold_no_clips_and_a_folder_is_not_one_for_its_name(tm
 
 
 def test_what_a_run_wrote_there_is_no_clip(tmp_path):
-    for name in ("run.json", "scenes/a/scene.npz", "videos/a-left.mp4", "a.npz", "a-truth/scene.npz", "a.mp4"):
+    written = ("scenes/a/scene.npz", "videos/a-left.mp4", "forms/a.mp4", "forms/a@mirrored.mp4")
+    for name in ("run.json", *written, "a.npz", "a-truth/scene.npz", "a.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert clip_stems(tmp_path, (".npz",)) == ["a"] and clip_stems(tmp_path, VIDEOS) == ["a"]
@@ -209,6 +211,42 @@ def test_names_too_long_for_a_sidecar_and_ids_that_climb(tmp_path):
         with pytest.raises(ClipRejected, match="is a path") as caught:
             find(tmp_path / "in", climbing, [(".npz",)])
         assert caught.value.reason == "path_outside_root"
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    for name in ("a.npz", "closed/b.npz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match="closed cannot be listed .*denied"):
+        clip_stems(tmp_path, (".npz",))
+
+
+def test_a_clip_whose_name_is_not_utf_8_is_named_and_other_files_may_be_called_anything(tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"")
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "wb"):
+        pass
+    assert clip_stems(tmp_path, (".npz",)) == ["a"]
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.npz", "wb"):
+        pass
+    with pytest.raises(StoreError, match=r"caf\\udce9.npz' is not UTF-8.*rename it"):
+        clip_stems(tmp_path, (".npz",))
+
+
+def test_describe_takes_an_eye_for_one_only_where_something_says_so(tmp_path):
+    for name in ("dance_right.mp4", "turn_left.mp4", "plain.mp4", "a-left.mp4", "a-right.mp4", "b-left_rectified.mp4"):
+        (tmp_path / name).write_text("")
+    assert [p.clip_id for p in find_pending(tmp_path)] == ["a", "b", "dance_right", "plain", "turn_left"]
+    assert [p.clip_id for p in find_pending(tmp_path, "left_right")] == [
+        *("a-left", "a-right", "b-left_rectified", "dance_right", "plain", "turn_left")
+    ]
 
 
 def test_describe_finds_videos_in_folders(tmp_path):

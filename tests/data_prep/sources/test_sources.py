@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 
 from data_prep.questions.propose import frame_numbers
 from data_prep.sources.base import read_card
-from data_prep.sources.frames import read_all_frames, write_video
+from data_prep.sources.frames import read_all_frames, write_video, written_times
 from data_prep.sources.monocular import MonocularSource
 from data_prep.sources.stereo import StereoSource
 from data_prep.sources.stereo4d import Stereo4DSource, SyntheticSource
 from data_prep.stereo.quality import QualityLimits
-from data_prep.store.parts import ClipRejected
+from data_prep.store.export import check_result
+from data_prep.store.parts import ClipRejected, ClipResult
 from data_prep.store.untrusted import SceneError
 from data_prep.synthetic.clip import make_clip, stereo4d_arrays, write_clip
 from data_prep.synthetic.worlds import SyntheticConfig
@@ -87,6 +89,65 @@ def test_a_stereo_pair_alone_gives_the_scene_and_it_is_kept(folder, tmp_path, cl
     check_like_truth(made.scene, clip)
     monkeypatch.setattr("data_prep.sources.stereo.reconstruct_clip", None)  # a second time it is read back
     np.testing.assert_array_equal(source.load(clip_id).scene.camera_centers, made.scene.camera_centers)
+
+
+@pytest.mark.parametrize("left", [(), ("scene.json",), ("scene.npz",)])
+def test_a_scene_whose_saving_was_cut_off_is_made_again(folder, tmp_path, clip, pool, left):
+    clip_id = clip.scene.clip_id
+    write_card(folder, clip_id, baseline=clip.baseline)
+    source = StereoSource(folder, folder, tmp_path / "scenes", pool=pool)
+    made = source.load(clip_id).scene
+    for name in {"scene.json", "scene.npz"} - set(left):
+        (tmp_path / "scenes" / clip_id / name).unlink()
+    np.testing.assert_array_equal(source.load(clip_id).scene.camera_centers, made.camera_centers)
+    assert len(list((tmp_path / "scenes" / clip_id).iterdir())) == 2
+
+
+def test_of_a_clip_without_masks_and_captions_the_camera_is_asked_about(folder, tmp_path, clip, pool):
+    stem = clip.scene.clip_id
+    write_card(folder, stem, baseline=clip.baseline)
+    masks, captions = (folder / f"{stem}{ending}" for ending in ("-masks.npz", "-captions.json"))
+    masks.unlink()
+    source = StereoSource(folder, folder, tmp_path / "scenes", pool=pool)
+    with pytest.raises(ClipRejected, match="-masks.npz") as caught:  # of both one: something went wrong
+        source.load(stem)
+    assert caught.value.reason == "missing_file" and caught.value.again
+    captions.unlink()
+    for _ in range(2):  # reconstructed, and kept
+        made = source.load(stem)
+        assert not made.scene.objects and [entry["reason"] for entry in made.left_out] == ["no_objects"]
+    check_result(ClipResult(stem, stem, "", (), made.left_out))
+    (tmp_path / "kept.npz").rename(folder / f"{stem}.npz")
+    made = Stereo4DSource(folder, folder, pool=pool).load(stem)
+    assert not made.scene.objects and [entry["reason"] for entry in made.left_out] == ["no_objects"]
+
+
+def test_a_caption_without_masks_is_listed(folder, tmp_path, clip, pool):
+    stem = clip.scene.clip_id
+    said = json.loads((folder / f"{stem}-captions.json").read_text())
+    (folder / f"{stem}-captions.json").write_text(json.dumps(said | {"ghost": "the pale ghost"}))
+    made = StereoSource(folder, folder, tmp_path / "scenes", pool=pool).load(stem)
+    (lost,) = (entry for entry in made.left_out if entry["object_id"] == "ghost")
+    assert "no masks" in lost["detail"] and lost["caption"] == "the pale ghost"
+
+
+def test_two_files_that_are_called_the_same_inside_are_two_clips(tmp_path, clip, pool):
+    write_clip(clip, tmp_path)
+    stem = clip.scene.clip_id
+    for path in [path for path in tmp_path.iterdir() if path.is_file()]:
+        shutil.copyfile(path, tmp_path / path.name.replace(stem, "copy"))
+    source = Stereo4DSource(tmp_path, tmp_path, pool=pool)
+    assert source.clip_ids() == sorted(["copy", stem])
+    assert [source.load(name).scene.clip_id for name in source.clip_ids()] == source.clip_ids()
+
+
+def test_a_written_video_shows_its_frames_when_it_is_said_to(tmp_path, pool):
+    rng = np.random.default_rng(3)
+    frames = np.zeros((12, 16, 16, 3), np.uint8)
+    for n in range(20):
+        times = 5.0 + np.cumsum(rng.uniform(0.01, 0.2, len(frames))) * (1 if n else 1e3)
+        write_video(tmp_path / "a.mp4", frames, times, "mpeg4")
+        np.testing.assert_array_equal(pool.probe(str(tmp_path / "a.mp4")).times, written_times(times))
 
 
 @pytest.mark.parametrize(("layout", "axis", "swap"), [("right_left", 2, True), ("top_bottom", 1, False)])
@@ -294,6 +355,21 @@ def test_a_bad_card_is_named(tmp_path, text, message):
     with pytest.raises(SceneError, match=message) as caught:
         read_card(path, "a")
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['{"source_id": "\\ud83d"}', '{"\\uDE00": 1}'])
+def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path, text):
+    path = tmp_path / "a-clip.json"
+    path.write_text(text)
+    with pytest.raises(SceneError, match="half a surrogate pair") as caught:
+        read_card(path, "a")
+    assert str(path) in str(caught.value)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "a-clip.json"
+    path.write_text('{"source_id": "\\ud83d\\ude00"}')
+    assert read_card(path, "a").source_id == "\U0001f600"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

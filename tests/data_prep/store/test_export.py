@@ -317,7 +317,9 @@ def test_bad_media_reject_a_clip_and_bugs_end_the_run(tmp_path, workers):
     with pytest.raises(KeyError, match="a bug"):
         write(tmp_path, workers=workers, work=raising)
     with PartStore(tmp_path / "work", seed=5, config={"lr": 1.5, "name": "é"}) as store:
-        assert store.read(CLIPS[3]).rejected == ({"reason": "truncated_video", "detail": "v.mp4 is truncated"},)
+        rejection = {"reason": "truncated_video", "detail": "v.mp4 is truncated", "again": True}
+        assert store.read(CLIPS[3]).rejected == (rejection,)
+        assert not store.settled(CLIPS[3]) and store.settled(CLIPS[0]) and not store.settled(CLIPS[6])
         assert not store.has(CLIPS[6])
 
 

@@ -70,6 +70,26 @@ def test_each_clip_gets_its_next_file_once(folder, monkeypatch, serve):
     assert (folder / "walk-entities.json").exists() and len(server.seen) == 2
 
 
+def test_masks_of_the_left_view_and_of_smaller_frames_fit(tmp_path, monkeypatch, serve):
+    """A packed video is shown by its left view; masks in the size of an external tool's frames by frames of that."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    frames = np.full((FRAMES, SIZE, 2 * SIZE, 3), 90, np.uint8)
+    frames[:, :, SIZE:] = 200
+    write_video(clips / "both.mp4", frames, np.arange(FRAMES) / 8, "mpeg4")
+    masks = np.zeros((FRAMES, SIZE, SIZE), bool)
+    masks[2, 10:30, 20:50] = True
+    np.savez(clips / "both-masks.npz", first=masks)
+    server = serve(answer(caption="the red box", category="box"))
+    assert run(clips, monkeypatch, server, **{"stereo.layout": "left_right"}) == 0
+    whole, _ = pictures(server.seen[0][3])
+    assert whole.shape == (SIZE, SIZE, 3) and 80 < np.median(whole) < 100
+    (clips / "both-captions.json").unlink()
+    (clips / "both-clip.json").write_text(json.dumps({"frame_size": [SIZE, SIZE]}))
+    assert run(clips, monkeypatch, serve(answer(caption="the red box", category="box")), **{"teacher.cache": "x"}) == 0
+    assert (clips / "both-captions.json").exists()
+
+
 def test_a_clip_that_fails_is_named_and_the_others_are_written(folder, monkeypatch, serve, capsys):
     (folder / "walk.mp4").write_bytes(b"no video")
     assert run(folder, monkeypatch, serve(answer(caption="the red box", category="box"))) == 1
