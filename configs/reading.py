@@ -25,9 +25,11 @@ FLAGS = (
     ("--workdir=DIR", "where results go (default: runs/<config>[-<variant>])"),
     ("--config.KEY=VALUE", "change one key of the config"),
     (
-        "--plan=CHIP:SHAPE[,...]",
-        "do not train: compile the training step for TPU topologies such as v5e:4x4 and say whether it fits and how "
-        "long it takes; --plan=memory reckons the memory on GPUs",
+        "--plan=TARGET[,...]",
+        "do not train (sft, grpo): say whether the run fits and how long it takes. v5e:4x4, v5p:2x2x1 (also v6e, "
+        "tpu7x) and h100, h200, h100:8 compile the step for devices that need not be here; memory reckons GPUs without "
+        "compiling; v5e:4x4+ (sft) looks for the largest batch as well. Lengths of texts in tokens go into the same "
+        "list: branch=120, answer=, system= (sft), text=, completion= (grpo). See docs/train/plans.md",
     ),
     ("--version", "the version of this program"),
     ("--help", "this text; together with --config=FILE the keys of that config"),

@@ -25,7 +25,7 @@ FORMULA = (
     f"({EFFICIENCY:.0%} of peak), bytes to and from memory / its rate, bytes received / rate of one ring. Bytes to and "
     "from memory: the decoder's weights once for each pass (forward, once again, backward), with the inputs and "
     "results of its matrix products; bytes received: collectives of the compiled program, each as often as its loop "
-    "runs. What overlaps and what waits is not modelled: take it as the better half of an estimate."
+    "runs. Overlap and waiting are not modelled: it is a rough estimate, more likely too short than too long."
 )
 # Said where kernels of sparse layers cannot be compiled: by the plugin, and by JAX, which asks a GPU how large it is.
 _OF_KERNELS = ("mosaic_gpu", "core_count")
