@@ -22,15 +22,19 @@ get_config = Presets(
             "one epoch of two million records",
             {"video.num_frames": 8, "lora.dropout": 0.05, "train.batch_size": 64, "train.steps": 31250},
         ),
-        "qwen2_5_vl_7b": ("the paper's other base, Qwen2.5-VL-7B", {"model.published": "qwen2_5_vl_7b"}),
-        "qwen3_vl_2b": ("the paper's settings on Qwen3-VL-2B", {"model.published": "2b"}),
-        "qwen3_vl_4b": ("on Qwen3-VL-4B", {"model.published": "4b"}),
+        "qwen2_5_vl_7b": (
+            "the paper's settings for its other base, Qwen2.5-VL-7B; the model is the folder model.path in this and "
+            "the next variants: they name the size for plans",
+            {"model.published": "qwen2_5_vl_7b"},
+        ),
+        "qwen3_vl_2b": ("for Qwen3-VL-2B", {"model.published": "2b"}),
+        "qwen3_vl_4b": ("for Qwen3-VL-4B", {"model.published": "4b"}),
         "qwen3_vl_32b": (
-            "on Qwen3-VL-32B, parameters sharded over 8 devices",
+            "for Qwen3-VL-32B, parameters sharded over 8 devices",
             {"model.published": "32b", "mesh.fsdp": 8},
         ),
         "qwen3_vl_30b_a3b": (
-            "on Qwen3-VL-30B-A3B (mixture of experts), parameters sharded over 8 devices",
+            "for Qwen3-VL-30B-A3B (mixture of experts), parameters sharded over 8 devices",
             {"model.published": "30b_a3b", "mesh.fsdp": 8},
         ),
         "quickstart": ("fine-tuning of configs/quickstart.py", SFT),

@@ -4,13 +4,21 @@ that they quote are the code's. `tools/check_docs.py` runs the commands as well.
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 
 import pytest
 
 import run
+from configs import common, reading
 from configs.reading import ROOT
+from configs.tables.shared import VIDEO_KEYS
+from mllm4d_jax.grpo import settings
+from mllm4d_jax.parallel.topology import PLANNED
+from mllm4d_jax.plan.job import Lengths
+from mllm4d_jax.plan.task import MEMORY
+from mllm4d_jax.run import preflight
 from tools import check_docs, make_checkpoint, record_reference
 
 PAGES = check_docs.page_files()
@@ -52,6 +60,38 @@ def test_links_of_pages_outside_the_site_lead_somewhere(page):
     assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
 
 
+def test_pages_that_are_made_of_another_file_link_to_it_for_readers_of_the_repository():
+    made = {page: re.findall(r'^--8<-- "(.+)"', text, re.M) for page, text in TEXTS.items()}
+    assert sum(map(len, made.values())) == 2
+    for page, names in made.items():
+        linked = [(page.parent / link).resolve() for link in re.findall(r'href="([^"]+)"', TEXTS[page])]
+        assert [ROOT / name for name in names] == linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_keys_of_flags_exist(page):
+    known = {key.name for task in common.TASKS.values() for key in task.keys}
+    assert set(re.findall(r"--config\.([a-z][\w.]*)=", TEXTS[page])) <= known
+
+
+def test_every_key_of_frames_is_described():
+    text = "\n".join(TEXTS.values())
+    assert not [key.name for key in VIDEO_KEYS if f"`{key.name}`" not in text]
+
+
+@pytest.mark.parametrize("where", ["help", "page"])
+def test_all_that_plan_takes_is_said(where):
+    text = TEXTS[ROOT / "docs/train/plans.md"] if where == "page" else reading.overview()
+    lengths = {f"{name}=" for task in ("sft", "grpo") for name in Lengths.names(task)}
+    said = {*PLANNED, MEMORY, "v5e:4x4+", "h100:8", *lengths}
+    assert len(said) >= 13 and not [word for word in said if word not in text]
+
+
+def test_lengths_of_plans_without_a_word_are_those_of_the_page():
+    rows = re.findall(r"^\| `(\w+)=` \|.*\| (\d+) \|$", TEXTS[ROOT / "docs/train/plans.md"], re.M)
+    assert {name: int(tokens) for name, tokens in rows} == vars(Lengths())
+
+
 def test_each_kind_of_bad_input_names_tests_that_show_it():
     rows = [line for line in TEXTS[ROOT / "docs/data/bad_input.md"].splitlines() if line.startswith("| ")][1:]
     assert len(rows) > 50
@@ -74,6 +114,32 @@ def test_the_config_example_works(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run.main(["run.py", "--config=my_run.py", "--help"]) == 0
     assert "train.steps = 2000" in capsys.readouterr().out
+
+
+def test_the_reward_example_works(tmp_path, monkeypatch):
+    page = TEXTS[ROOT / "docs/train/grpo.md"]
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    (flag,) = re.findall(r'`--(config\.reward\.functions="[^`]+")`', page)
+    (tmp_path / "my_rewards.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = common.config("grpo", {"reward.functions": ast.literal_eval(flag.split("=")[1].strip('"'))})
+    rewards, solution = settings.rewards_of(config), {"answer": "A"}
+    short = rewards("<thinking>left</thinking><answer>A</answer>", solution, {})
+    assert short["my_rewards:brief"] == 1 and short["total"] == pytest.approx(0.8 * short["paper"] + 0.2)
+    assert rewards("word " * 400, solution, {})["my_rewards:brief"] == 0.5
+
+
+def test_the_pixels_of_the_papers_reinforcement_can_be_set():
+    (row,) = [line for line in TEXTS[ROOT / "docs/deviations.md"].splitlines() if "602,112" in line]
+    (flags,) = re.findall(r"`(--config[^`]+)`", row)
+    asked, rest = run.split_flags(["run.py", "--config=configs/grpo.py", *shlex.split(flags)])
+    loaded = reading.load_config(asked.config)
+    config = run.override(loaded.config, loaded.keys, rest)
+    assert config.video.max_pixels == 602112
+    visual = config.video.num_frames // 2 * (config.video.max_pixels // 32**2)
+    assert f"{visual:,}" in row and common.config("grpo").data.max_tokens < visual < config.data.max_tokens
+    longest = config.data.max_tokens
+    assert not list(preflight.bucket_problems("data.prefix_buckets", config.data.prefix_buckets, "", longest))
 
 
 @pytest.mark.parametrize("module", [record_reference, make_checkpoint], ids=lambda module: module.__name__)
