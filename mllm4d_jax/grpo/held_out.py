@@ -1,4 +1,4 @@
-"""Rewards on held-out prompts, sampled greedily (or as configured) and always in the same order."""
+"""Rewards on held-out prompts, sampled greedily and always in the same order."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ class HeldOut:
 
     def done(self, step: int) -> bool:
         """Whether the evaluation after so many steps is in the file, as the first process reads it."""
-        there = multihost.is_primary() and any(row.get("step") == step for row in jsonl.read_steps(self._path))
-        return bool(multihost.gather([there])[0, 0])
+        there = multihost.primary_only(lambda: any(row.get("step") == step for row in jsonl.read_steps(self._path)))
+        return bool(multihost.gather([bool(there)])[0, 0])
 
-    def run(self, weights: tuple, step: int, progress: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def run(
+        self, weights: tuple, step: int, progress: Callable[[], None] = lambda: None, stop: Any = False
+    ) -> dict[str, Any] | None:
         """Evaluates the policy after `step` steps and adds a row to the file: means of all rewards.
 
         Every process evaluates its own prompts, at its own pace, and all of them call this.
@@ -60,13 +62,16 @@ class HeldOut:
         Args:
           weights: see `Actor.draw`.
           progress: called after each batch.
+          stop: true once this process was asked to stop. Then it asks no more, and there is no row (None).
 
         Raises:
           RecordError: not one of the prompts can be used.
           OtherProcessError: another process cannot go on.
         """
-        mine = multihost.together(lambda: self._ask(weights, step, progress))
+        mine = multihost.together(lambda: self._ask(weights, step, progress, stop))
         parts = [json.loads(part) for part in multihost.gather_bytes(json.dumps(mine).encode())]
+        if None in parts:
+            return None
         told = [one for part in parts for one in part["found"]]
         found = [(rewards, length) for _, rewards, length in sorted(told, key=lambda one: one[0])]
         bad = [reason for part in parts for reason in part["bad"]]
@@ -78,13 +83,15 @@ class HeldOut:
             jsonl.append(self._path, [row])
         return row
 
-    def _ask(self, weights: tuple, step: int, progress: Callable[[], None]) -> dict[str, list]:
-        """This process's prompts: (place, rewards, tokens) of each, and why others cannot be used."""
+    def _ask(self, weights: tuple, step: int, progress: Callable[[], None], stop: Any) -> dict[str, list] | None:
+        """This process's prompts: (place, rewards, tokens) of each, and why others cannot be used; None if stopped."""
         found: list[tuple[int, Mapping[str, float], int]] = []
         bad, number = [], len(self._groups.groups)
         with contextlib.closing(iter(self._groups)) as encoded:
             quiet = not multihost.is_primary()
             for _ in tqdm(range(0, number, self._at_once), "held-out", unit="batch", leave=False, disable=quiet):
+                if stop:
+                    return None
                 batch = list(itertools.islice(encoded, self._at_once))
                 prompts = [prompt for group in batch for prompt in prompts_of(group)]
                 for error in (error for group in batch for error in group.errors.values()):

@@ -73,6 +73,13 @@ class GrpoSetup:
         """Return the trees of the policy as it is now, for the sampler."""
         return self.weights.of(self.state.trainable)
 
+    def owed(self) -> bool:
+        """Return whether the evaluation after the steps that were done at the start is missing; on every process."""
+        if self.held_out is None:
+            return False
+        step, c = self.begun.progress.step, self.begun.config
+        return (step % c.eval.every == 0 or step == c.train.steps) and not self.held_out.done(step)
+
     @property
     def facts(self) -> Mapping[str, str]:
         """For the report."""

@@ -59,7 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       OtherProcessError: that, or what another process cannot read, on the others.
       TrainingError: loss or gradient is not finite.
     """
-    return carry_out(config, workdir, COLUMNS, prepare, set_up, train)
+    return carry_out(config, workdir, COLUMNS, prepare, set_up, train, GrpoSetup.owed)
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
@@ -180,16 +180,18 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
 
         def evaluate(step: int) -> None:
             with run.watchdog.phase("evaluating on held-out prompts"):
-                if setup.held_out.done(step):
-                    return
-                row = setup.held_out.run(setup.sampling_weights(), step, run.watchdog.progress)
-            say(f"held-out after step {step}: reward {row['reward']:.3f} on {row['n']} prompts")
+                row = setup.held_out.run(setup.sampling_weights(), step, run.watchdog.progress, run.stop)
+            found = "is left to the next start" if row is None else f"reward {row['reward']:.3f} on {row['n']} prompts"
+            say(f"held-out after step {step}: {found}")
 
+        with run.watchdog.phase(AGREEING):
+            owed = setup.owed()
+        if owed:
+            evaluate(start)
+        # First: steps that are saved are not lost with an evaluation that takes long or fails.
+        run.every(c.train.checkpoint_every, save, unsaved=True)
         if setup.held_out is not None:
             run.every(c.eval.every, evaluate, last=True)
-            if start % c.eval.every == 0:
-                evaluate(start)
-        run.every(c.train.checkpoint_every, save, unsaved=True)
         for step, drawn in run.steps(rounds.take, lambda: jax.block_until_ready(state.trainable)):
             with run.watchdog.phase(f"the devices work on step {step}"):
                 update, values = learn(setup, run, drawn)

@@ -56,6 +56,7 @@ def carry_out(
     prepare: Callable[[ml_collections.ConfigDict, Path], ml_collections.ConfigDict],
     set_up: Callable[[ml_collections.ConfigDict, Path, Checkpoints], Any],
     train: Callable[[Any, TrainingRun], None],
+    owed: Callable[[Any], bool] = lambda setup: False,
 ) -> int:
     """Take hold of a workdir, set a run up, train until the last step or until asked to stop, say how far it came.
 
@@ -67,6 +68,7 @@ def carry_out(
       prepare: given the workdir (of one in a bucket its copy), checks the config and completes it.
       set_up: makes what `train` is given; has the run as `begun` and `facts` about it.
       train: runs the steps that are left, and saves.
+      owed: whether what `train` does besides is missing where no step is left.
 
     Returns:
       0, also when it was asked to stop.
@@ -89,7 +91,9 @@ def carry_out(
                 setup = set_up(config, place.path, checkpoints)
                 write_facts(place.path, setup.facts)
             done = setup.begun.progress.step
-            if done < c.steps:
+            with watchdog.phase("looking for what is left to do"):
+                left = done < c.steps or owed(setup)
+            if left:
                 with setup.begun.encoder, TrainingRun(setup.begun, columns, stop, ending, watchdog) as run:
                     train(setup, run)
                 with watchdog.phase("writing the last checkpoint"):
@@ -111,7 +115,7 @@ class _Hook:
     every: int  # steps between
     call: Callable[[int], None]  # given the number of steps done
     last: bool  # also after the last step of the run
-    unsaved: bool  # also after the last one, and when the run was asked to stop
+    unsaved: bool  # also after the last step, and when the run was asked to stop
     done: int  # step of the last call
 
 
@@ -166,7 +170,7 @@ class TrainingRun:
 
         Args:
           last: after the last step of the run, too.
-          unsaved: after the last step and when asked to stop, too, if steps were done since the last call.
+          unsaved: likewise after the last step, and when asked to stop, if steps were done since the last call.
         """
         self._hooks.append(_Hook(n, call, last, unsaved, self._start))
 
@@ -196,7 +200,7 @@ class TrainingRun:
             if step in traced and step + 1 not in traced:
                 wait()
                 self._tracing.close()
-            self._call(step, [h for h in self._hooks if step % h.every == 0 or h.last and step == total])
+            self._call(step, [h for h in self._hooks if step % h.every == 0 or (h.last or h.unsaved) and step == total])
         self._call(step, [h for h in self._hooks if h.unsaved and h.done < step])
 
     def _call(self, step: int, hooks: list[_Hook]) -> None:

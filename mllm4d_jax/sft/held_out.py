@@ -77,12 +77,16 @@ class HeldOutLoss:
         mine, ahead = [group for batch in batches for group in batch], options.groups // hosts
         self._groups = KeptGroups(mine, encoder, workers=options.workers, ahead=ahead)
 
-    def __call__(self, trainable: Any, progress: Callable[[], None] = lambda: None) -> float:
+    def __call__(
+        self, trainable: Any, progress: Callable[[], None] = lambda: None, stop: Any = False
+    ) -> float | None:
         """The loss, nats per supervised token. Every process of the run has to call it at the same point.
 
         Args:
           trainable: what is trained, as it is now.
           progress: called after each batch.
+          stop: true once this process was asked to stop. Then all of them end at the next batch, and there is no loss:
+            what was trained has to be saved before the process is killed.
 
         Raises:
           HeldOutError: no record is usable.
@@ -91,7 +95,9 @@ class HeldOutLoss:
         bad: list[RecordError] = []
         with contextlib.closing(iter(self._groups)) as encoded:
             for count in self._counts:
-                batch = self._batch(itertools.islice(encoded, count), bad)
+                batch = self._batch(itertools.islice(encoded, count), bad, stop)
+                if batch is None:
+                    return None
                 sums.append(self._sums(trainable, self._frozen, place_rows(batch, self._mesh)))
                 jax.block_until_ready(sums[-2:-1])  # one in flight while the next is put together, and no more
                 progress()
@@ -106,8 +112,8 @@ class HeldOutLoss:
         self._warned = True
         return float(total / weight)
 
-    def _batch(self, encoded: Iterable[EncodedGroup], bad: list[RecordError]) -> RowBatch:
-        """This process's rows of a few groups, in the shape that all processes agree on."""
+    def _batch(self, encoded: Iterable[EncodedGroup], bad: list[RecordError], stop: Any) -> RowBatch | None:
+        """This process's rows of a few groups, in the shape that all processes agree on; None if one is to stop."""
         groups: list[Group] = []
         for group in encoded:
             bad += group.errors.values()
@@ -115,8 +121,8 @@ class HeldOutLoss:
         _, count = self._options.local(jax.process_count())
         rows = tuple(tuple(row) for row in pack_groups(groups, count))
         needed = self._shape.needed(rows)
-        of_all = RowSizes(*multihost.gather(dataclasses.astuple(needed)).max(axis=0).tolist())
-        return self._shape.collate(rows, self._shape.sizes(of_all), needed.length)
+        *of_all, stopping = multihost.gather([*dataclasses.astuple(needed), bool(stop)]).max(axis=0).tolist()
+        return None if stopping else self._shape.collate(rows, self._shape.sizes(RowSizes(*of_all)), needed.length)
 
 
 def _groups(clips: np.ndarray, most: int) -> Iterator[Questions]:

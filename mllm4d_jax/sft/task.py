@@ -63,19 +63,17 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
         with run.watchdog.phase(f"the devices work on step {step}"):
             row = trainer.finish()
         if row is not None:  # else this step was measured already
-            run.record(losses.note(row | {"eval_loss": held_out_loss()}))
+            run.record(losses.note(row | held_out_loss()))
 
-    def held_out_loss() -> float:
+    def held_out_loss() -> dict[str, float]:
         with run.watchdog.phase("measuring the held-out loss"):
-            loss = setup.held_out(trainer.trainable, run.watchdog.progress)
+            loss = setup.held_out(trainer.trainable, run.watchdog.progress, run.stop)
         trainer.restart_clock()
-        return loss
+        return {} if loss is None else {"eval_loss": loss}
 
     def save(step: int) -> None:
         with run.watchdog.phase(f"the devices work on step {step}"):
             run.record(losses.note(trainer.finish()))
-        if setup.held_out is not None and losses.held_out is None:  # never looked at so far
-            losses.held_out = held_out_loss()
         if step == c.steps and not losses.learned:
             raise setup.loader.stream.nothing_usable()
         run.save(trainer.trainable, trainer.opt_state, losses.value)
@@ -95,11 +93,10 @@ def train(setup: SftSetup, run: TrainingRun) -> None:
 
 
 class Losses:
-    """What the best checkpoints are chosen by: the newest held-out loss where there are held-out records, else the mean
-    over the newest `log_every` steps that had a usable record.
+    """What the best checkpoints are chosen by: the held-out loss after the same step where there are held-out records,
+    else the mean over the newest `log_every` steps that had a usable record.
 
     Attributes:
-      held_out: the newest; None before the first.
       learned: a step had a usable record.
     """
 
@@ -111,17 +108,15 @@ class Losses:
         """
         rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step, numbers=("loss",))
         self._recent: deque[float] = deque(maxlen=run.config.train.log_every)
-        self.learned = False
+        self._held_out, self._measured, self.learned = held_out, math.inf, False
         for row in rows:
             self._take(row)
-        measured = (row["eval_loss"] for row in reversed(rows) if isinstance(row.get("eval_loss"), (int, float)))
-        self.held_out: float | None = next(measured, None) if held_out else None
 
     def note(self, row: dict | None) -> dict | None:
         """Remember the losses of a step's results, and return these."""
         if row is not None:
             self._take(row)
-            self.held_out = row.get("eval_loss", self.held_out)
+            self._measured = row.get("eval_loss", math.inf)
         return row
 
     def _take(self, row: dict) -> None:
@@ -131,7 +126,7 @@ class Losses:
 
     @property
     def value(self) -> float:
-        """The loss that counts; infinity before the first usable record."""
-        if self.held_out is not None:
-            return self.held_out
+        """The loss that counts; infinity where it was not measured, and before the first usable record."""
+        if self._held_out:
+            return self._measured
         return math.fsum(self._recent) / len(self._recent) if self._recent else math.inf

@@ -11,6 +11,7 @@ import pytest
 
 from mllm4d_jax.files.jsonl import read_steps
 from mllm4d_jax.grpo import task as grpo
+from mllm4d_jax.grpo.held_out import HeldOut
 from mllm4d_jax.grpo.task import Rounds
 from mllm4d_jax.report.build import close_run
 from mllm4d_jax.run.checkpoint import Checkpoints
@@ -99,6 +100,27 @@ def test_a_stop_while_the_next_completions_are_drawn(tiny_world, tmp_path, monke
     monkeypatch.setattr(Rounds, "_next_prompts", prompts)
     assert grpo.run(make_config(tiny_world, **changes), str(tmp_path / "stopped")) == 0
     same_bits(final(tmp_path / "stopped"), final(tmp_path / "whole"))
+
+
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up(tiny_world, tmp_path, monkeypatch):
+    """After a step with a checkpoint and after the last one, which has one of its own."""
+    evals = dict(eval__path=str(tiny_world[1] / "r1.jsonl"), eval__every=2, eval__limit=2)
+    config, evaluate = make_config(tiny_world, train__steps=3, train__checkpoint_every=2, **evals), HeldOut.run
+    for last in (2, 3):
+
+        def fails(self, weights, step, *more, last=last):
+            if step == last:
+                raise Killed
+            return evaluate(self, weights, step, *more)
+
+        monkeypatch.setattr(HeldOut, "run", fails)
+        with pytest.raises(Killed):
+            grpo.run(config, str(tmp_path))
+        assert final(tmp_path)[0] == last
+    monkeypatch.setattr(HeldOut, "run", evaluate)
+    for _ in range(2):  # the second time nothing is missing
+        assert grpo.run(config, str(tmp_path)) == 0
+        assert [row["step"] for row in read_steps(tmp_path / "evals.jsonl")] == [0, 2, 3]
 
 
 def test_rewards_rise(tiny_world, tmp_path):

@@ -73,6 +73,15 @@ def test_prompts_are_read_once_and_asked_in_the_same_order_every_time(make_held_
     assert (rows[0]["n"], rows[0]["unusable"], rows[0]["reward"]) == (4, 1, (5 + 6 + 7 + 8) / 4)
 
 
+def test_a_stop_asks_no_more_and_writes_no_row(make_held_out, tmp_path, monkeypatch):
+    """Of several processes the others, too, find that one of them has stopped."""
+    held_out, _, _, actor = make_held_out(5, 6, 7)
+    assert held_out.run((), 0, stop=True) is None and not actor.drawn
+    monkeypatch.setattr(multihost, "gather_bytes", lambda data: [data, b"null"])
+    assert held_out.run((), 0) is None and actor.drawn
+    assert not held_out.done(0) and not (tmp_path / "evals.jsonl").exists()
+
+
 def test_not_one_usable(make_held_out):
     held_out, *_ = make_held_out(-1, -2)
     with pytest.raises(RecordError, match="not one of the held-out prompts can be used: 2 missing_file"):

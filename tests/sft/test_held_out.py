@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 
 import jax
 import numpy as np
@@ -14,9 +17,11 @@ from mllm4d_jax.rows.batch import collate
 from mllm4d_jax.run.build import load_trainable, open_held_out
 from mllm4d_jax.run.checkpoint import Checkpoints, ResumeError
 from mllm4d_jax.run.preflight import PreflightError, check
+from mllm4d_jax.sft import held_out as held_out_module
 from mllm4d_jax.sft import task as sft
 from mllm4d_jax.sft.held_out import HeldOutError
 from mllm4d_jax.sft.setup import set_up
+from mllm4d_jax.sft.step import Trainer
 
 
 @pytest.fixture
@@ -89,6 +94,45 @@ def test_measuring_changes_nothing_and_picks_the_best(config, tmp_path):
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("last", "measured"), [(1, []), (3, [2])])
+def test_a_stop_saves_without_measuring(config, tmp_path, monkeypatch, last, measured):
+    """Before the first measurement, and in a step that has one: what is not saved by then is lost with a kill."""
+    config.train.keep_best, config.train.keep_checkpoints = 1, 3
+    advance, place, batches = Trainer.advance, held_out_module.place_rows, []
+
+    def and_signal(self, step, data):
+        row = advance(self, step, data)
+        if step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(held_out_module, "place_rows", lambda *args: batches.append(1) or place(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", and_signal)
+        assert sft.run(config, str(tmp_path / "w")) == 0
+    rows = read_steps(tmp_path / "w/metrics.jsonl")
+    assert [row["step"] for row in rows if "eval_loss" in row] == measured and rows[-1]["step"] == last
+    assert len(batches) == len(measured)
+    with Checkpoints(tmp_path / "w/checkpoints", 3, 1) as checkpoints:
+        assert checkpoints.latest() == last and checkpoints._manager.metrics(last)["loss"] == math.inf
+    assert sft.run(config, str(tmp_path / "w")) == 0
+    losses = {row["step"]: row["eval_loss"] for row in read_steps(tmp_path / "w/metrics.jsonl") if "eval_loss" in row}
+    with Checkpoints(tmp_path / "w/checkpoints", 3, 1) as checkpoints:
+        assert checkpoints._manager.best_step() in losses and checkpoints._manager.metrics(6)["loss"] == losses[6]
+
+
+def test_all_processes_stop_measuring_with_the_first_that_is_asked_to(config, tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        setup = set_up(config, tmp_path, checkpoints)
+    told = []
+    monkeypatch.setattr(
+        held_out_module.multihost, "gather", lambda row: told.append(row) or np.array([row, [*row[:-1], 1]])
+    )
+    with setup.begun.encoder:
+        assert setup.held_out(setup.trainer.trainable) is None
+    assert len(told) == 1 and told[0][-1] is False
 
 
 def test_what_cannot_be_used(config, tmp_path):
