@@ -48,10 +48,11 @@ class Traffic:
 
     def said(self, steps: int) -> str:
         """Return the total in words, for a run of so many steps; '' where no bucket was asked."""
-        asked = self.total()
-        per = f"; per 100 steps {100 * asked.requests / steps:,.0f} requests, {_mb(100 * asked.received / steps)}"
+        asked, per = self.total(), ""
+        if steps:
+            per = f"; per 100 steps {100 * asked.requests / steps:,.0f} requests, {_mb(100 * asked.received / steps)}"
         text = f"buckets: {asked.requests:,} requests, {_mb(asked.received)} read, {_mb(asked.sent)} written"
-        return text + per * (steps > 0) if asked.requests else ""
+        return text + per if asked.requests else ""
 
 
 def _tensorstore() -> Total:

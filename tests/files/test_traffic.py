@@ -36,6 +36,12 @@ def test_requests_and_bytes_of_all_processes(front, tmp_path):
     remote.read_range(PATH, 0, 10)
 
 
+def test_a_run_of_no_steps_has_no_figures_of_one():
+    """It was stopped before the first, or had only an evaluation to make up."""
+    with Traffic() as traffic:
+        assert traffic.said(0) == traffic.said(3) == ""
+
+
 def test_what_tensorstore_asks_for_checkpoints_is_counted(front):
     with Traffic() as traffic, Checkpoints(f"gs://{BUCKET}/traffic/checkpoints", keep=1) as kept:
         kept.save_trainable(0, {"a": jax.random.normal(jax.random.key(0), 50_000)})
