@@ -141,10 +141,13 @@ class Campaign:
         keys = [k for k in theirs if k.startswith("trainable")]
         apart = sum(float(np.sum((ours[k].astype(np.float64) - theirs[k]) ** 2)) for k in keys)
         size = sum(float(np.sum(theirs[k].astype(np.float64) ** 2)) for k in keys)
-        curves = [[row["loss"] for row in read_steps(self.folder / n / "metrics.jsonl")] for n in (name, "unbroken")]
+        rows = [read_steps(self.folder / n / "metrics.jsonl") for n in (name, "unbroken")]
+        curves = [np.array([row["loss"] for row in several], float) for several in rows]  # not measured: NaN
         if any(len(curve) != self.steps for curve in curves):
             raise CampaignError(f"run '{name}' recorded {len(curves[0])} of {self.steps} steps")
-        loss = np.max(np.abs(np.subtract(*curves)) / np.abs(curves[1]))
+        if not np.array_equal(*map(np.isnan, curves)):
+            raise CampaignError(f"run '{name}' measured no loss in other steps than the unbroken one")
+        loss = np.nanmax(np.abs(np.subtract(*curves)) / np.abs(curves[1]))
         return {"same bits": same, "parameters": (apart / size) ** 0.5, "loss": float(loss)}
 
 

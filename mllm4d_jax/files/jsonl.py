@@ -96,11 +96,14 @@ def read(path: str | Path) -> Iterator[Line]:
             raise _damaged(path, line.number, _NO_OBJECT)
 
 
-def read_steps(path: str | Path, up_to: int | None = None, numbers: Sequence[str] = ()) -> list[Row]:
+def read_steps(
+    path: str | Path, up_to: int | None = None, numbers: Sequence[str] = (), measured: Sequence[str] = ()
+) -> list[Row]:
     """Return the rows of a file whose rows have a "step", those after step `up_to` left out.
 
     Args:
       numbers: fields that each of them has to have, as numbers.
+      measured: likewise, null where it was not measured.
 
     Raises:
       JsonLinesError: a line is damaged.
@@ -111,8 +114,9 @@ def read_steps(path: str | Path, up_to: int | None = None, numbers: Sequence[str
             raise _damaged(path, line.number, _NO_STEP)
         if up_to is not None and line.row["step"] > up_to:
             continue
-        for name in numbers:
-            if not _is_number(line.row.get(name)):
+        for name in (*numbers, *measured):
+            null = name in measured and name in line.row and line.row[name] is None
+            if not null and not _is_number(line.row.get(name)):
                 raise _damaged(path, line.number, f"has no number '{name}'")
         found.append(line.row)
     return found

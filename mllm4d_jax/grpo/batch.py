@@ -52,6 +52,11 @@ class Mean(NamedTuple):
         """f32[], 0 where nothing was counted."""
         return self.total / jnp.where(self.weight > 0, self.weight, 1.0)
 
+    @property
+    def measured(self) -> float | None:
+        """The value on the host, None where nothing was counted."""
+        return float(self.value) if float(self.weight) > 0 else None
+
 
 class Denominators(NamedTuple):
     """What the losses of all parts of one optimiser step are divided by.

@@ -230,13 +230,11 @@ def learn(setup: GrpoSetup, run: TrainingRun, drawn: Drawn) -> tuple[Update, dic
     done, metrics, gap_max = jax.device_get((update.step, update.metrics, update.gap_max))  # waits for the devices
     loss, norm = float(done.loss), float(done.grad_norm)
     check_finite(bool(done.finite), rollouts.step + 1, loss, norm, (p.key for p in drawn.prompts))
-    values = {name: float(mean.value) for name, mean in metrics.items() if name != "reward"}
+    values = {name: mean.measured for name, mean in metrics.items() if name != "reward"}
     return update, values | {
-        "loss": loss,
-        "grad_norm": norm,
-        "gap_max": float(gap_max),
+        **done.measured(loss=loss, grad_norm=norm, lr=float(setup.begun.parts.rates[rollouts.step])),
+        "gap_max": None if values["gap"] is None else float(gap_max),
         "time/update": time.perf_counter() - started,
-        "lr": float(setup.begun.parts.rates[rollouts.step]),
         "memory_gib": peak_memory_gib(),
         "compiles": setup.learner.compiles,
     }

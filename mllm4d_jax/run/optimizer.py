@@ -124,8 +124,12 @@ class StepMetrics(NamedTuple):
     loss: jax.Array  # f32 mean negative log-likelihood of the supervised tokens (nats)
     accuracy: jax.Array  # f32 share of supervised tokens that are the most likely one
     grad_norm: jax.Array  # f32 global norm before clipping
-    weight: jax.Array  # f32 sum of the loss weights. If 0, parameters and optimiser were left as they were.
-    finite: jax.Array  # bool, loss and gradient are finite. If not, they were left as they were, too.
+    weight: jax.Array  # f32 sum of the loss weights. If 0, nothing was changed but the place in the schedule.
+    finite: jax.Array  # bool, loss and gradient are finite. If not, nothing was changed at all.
+
+    def measured(self, **values: float) -> dict[str, float | None]:
+        """Return columns of the step's row; None in a step that had nothing to learn from, and so measured nothing."""
+        return {name: value if float(self.weight) > 0 else None for name, value in values.items()}
 
 
 class Sums(NamedTuple):
@@ -147,7 +151,8 @@ def apply_sums(
 ) -> tuple[Any, Any, StepMetrics]:
     """Means over the tokens, and the optimiser's update.
 
-    A step of which no question could be used has weight 0: no loss, no gradient and no update.
+    A step of which no question could be used has weight 0: no loss, no gradient and no update. It is a step of the
+    schedule all the same: the learning rate of every step is that of `learning_rates`, whatever came before it.
     """
     weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
     grads = jax.tree.map(lambda g: g / weight, sums.grads)
@@ -155,7 +160,12 @@ def apply_sums(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(sums.weight)
     updates, new_state = optimizer.update(grads, opt_state, trainable)
     new = (optax.apply_updates(trainable, updates), new_state)
-    # The host looks at `finite` one step later; until then a bad step must not spread.
-    good = finite & (sums.weight > 0)
-    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, (trainable, opt_state))
+    in_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+
+    def keep(after: Any, before: Any) -> Any:
+        # The host looks at `finite` one step later; until then a bad step must not spread.
+        good = finite if in_schedule(after) else finite & (sums.weight > 0)
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), after, before)
+
+    kept = jax.tree.map(keep, new, (trainable, opt_state), is_leaf=in_schedule)
     return *kept, StepMetrics(loss, sums.correct / weight, norm, sums.weight, finite)

@@ -77,9 +77,7 @@ class HeldOutLoss:
         mine, ahead = [group for batch in batches for group in batch], options.groups // hosts
         self._groups = KeptGroups(mine, encoder, workers=options.workers, ahead=ahead)
 
-    def __call__(
-        self, trainable: Any, progress: Callable[[], None] = lambda: None, stop: Any = False
-    ) -> float | None:
+    def __call__(self, trainable: Any, progress: Callable[[], None] = lambda: None, stop: Any = False) -> float | None:
         """The loss, nats per supervised token. Every process of the run has to call it at the same point.
 
         Args:

@@ -293,10 +293,7 @@ class Trainer:
         elapsed, self._clock = now - self._clock, now
         return {
             "step": step,
-            "loss": loss,
-            "accuracy": float(m.accuracy),
-            "grad_norm": norm,
-            "lr": float(self.rates[step - 1]),
+            **m.measured(loss=loss, accuracy=float(m.accuracy), grad_norm=norm, lr=float(self.rates[step - 1])),
             "step_s": elapsed,
             "data_wait_s": data.waited,
             "examples": counts.examples,

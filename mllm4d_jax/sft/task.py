@@ -106,7 +106,7 @@ class Losses:
         Raises:
           JsonLinesError: one of them is damaged.
         """
-        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step, numbers=("loss",))
+        rows = jsonl.read_steps(run.workdir / METRICS, run.progress.step, measured=("loss",))
         self._recent: deque[float] = deque(maxlen=run.config.train.log_every)
         self._held_out, self._measured, self.learned = held_out, math.inf, False
         for row in rows:
@@ -120,7 +120,8 @@ class Losses:
         return row
 
     def _take(self, row: dict) -> None:
-        if row.get("examples", 1):
+        # Earlier versions wrote a loss of 0 for a step without a usable record.
+        if row["loss"] is not None and row.get("examples", 1):
             self.learned = True
             self._recent.append(row["loss"])
 

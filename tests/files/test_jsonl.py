@@ -112,6 +112,13 @@ def test_fields_that_have_to_be_numbers_are(tmp_path, value):
     assert len(jsonl.read_steps(path, 1, numbers=("loss",))) == 1
     with pytest.raises(JsonLinesError, match="a, line 2: has no number 'loss'. .* delete it"):
         jsonl.read_steps(path, 2, numbers=("loss",))
+    if value == "null":
+        assert jsonl.read_steps(path, 2, measured=("loss",))[1]["loss"] is None
+        with pytest.raises(JsonLinesError, match="a, line 3: has no number 'loss'"):
+            jsonl.read_steps(path, measured=("loss",))
+    else:
+        with pytest.raises(JsonLinesError, match="a, line 2: has no number 'loss'"):
+            jsonl.read_steps(path, 2, measured=("loss",))
     path.write_text('{"step": true}\n')
     with pytest.raises(JsonLinesError, match="line 1: has no whole number 'step'"):
         jsonl.read_steps(path, 2)

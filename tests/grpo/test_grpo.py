@@ -135,11 +135,22 @@ def test_rewards_rise(tiny_world, tmp_path):
 def test_equal_rewards_leave_the_policy_alone(tiny_world, tmp_path):
     assert grpo.run(make_config(tiny_world, reward="constant", train__steps=2), str(tmp_path)) == 0
     rows = read_steps(tmp_path / "metrics.jsonl")
-    assert all(row["dead_groups"] == 1.0 and row["grad_norm"] == 0.0 for row in rows)
+    assert all(row["dead_groups"] == 1.0 and row["entropy"] > 0 and row["gap_max"] < 1e-4 for row in rows)
+    assert all(row[name] is None for row in rows for name in ("loss", "grad_norm", "lr"))
     before = ocp.StandardCheckpointer().restore(tmp_path / "start" / "0" / "trainable")
     _, after = final(tmp_path)
     for path, x in jax.tree_util.tree_leaves_with_path(before):
         np.testing.assert_array_equal(np.asarray(x), after[f"trainable{jax.tree_util.keystr(path)}"])
+
+
+def test_what_no_completion_counts_for_is_not_measured(tiny_world, tmp_path):
+    """Dynamic sampling finds no group of different rewards: no token counts, and zeros would be no measurements."""
+    changes = dict(reward="constant", objective__dynamic_sampling="on", rollout__max_rounds=1, train__steps=1)
+    assert grpo.run(make_config(tiny_world, **changes), str(tmp_path)) == 0
+    (row,) = read_steps(tmp_path / "metrics.jsonl")
+    assert row["dropped"] == row["dead_groups"] == 1.0 and row["reward"] == 0.5
+    for name in ("loss", "grad_norm", "lr", "ratio", "entropy", "gap", "gap_kl", "gap_max", "clipped_low"):
+        assert row[name] is None, name
 
 
 def test_dynamic_sampling_fills_a_step(tiny_world, tmp_path):

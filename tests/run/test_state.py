@@ -15,7 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.models.split import TrainableError, attach_lora, merge_model, split_model, trained
 from mllm4d_jax.parallel.mesh import make_mesh
-from mllm4d_jax.run.optimizer import init_optimizer, learning_rates, make_optimizer, optimizer_placement
+from mllm4d_jax.run.optimizer import (
+    Sums,
+    apply_sums,
+    init_optimizer,
+    learning_rates,
+    make_optimizer,
+    optimizer_placement,
+)
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
@@ -55,6 +62,30 @@ def test_optimizer_is_adamw_on_clipped_gradients():
             params[k] = params[k] - float(rates[t - 1]) * step
     for k in params:
         np.testing.assert_allclose(ours[k], params[k], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_schedule_is_that_of_the_steps_after_one_that_rests(name):
+    """Beside the same updates in a row at the rates of steps 0 and 2; moments and their counts do not notice the rest.
+
+    Not finite is no rest: what is left then is the state before that step.
+    """
+    rates = np.array([0.1, 0.7, 0.02], np.float32)
+    how = dict(b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.0, clip_norm=1e9, name=name)
+    start, grads = {"w": jnp.ones((3, 2)), "bias": jnp.ones(2)}, {"w": jnp.full((3, 2), 0.5), "bias": jnp.ones(2)}
+
+    def after(rates, weights):
+        optimizer = make_optimizer(rates, **how)
+        trees = start, optimizer.init(start)
+        for weight in weights:
+            sums = Sums({part: g * weight for part, g in grads.items()}, *jnp.array([weight, weight, weight]))
+            *trees, _ = apply_sums(optimizer, *trees, sums)
+        return trees
+
+    found, wanted = after(rates, (1.0, 0.0, 1.0)), after(rates[[0, 2]], (1.0, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, found[0], wanted[0])
+    before, left = after(rates, (1.0,)), after(rates, (1.0, math.nan))
+    jax.tree.map(np.testing.assert_array_equal, before, left)
 
 
 def test_moments_live_where_their_parameters_live():

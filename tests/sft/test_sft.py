@@ -235,11 +235,12 @@ def test_a_run_without_a_usable_record_is_an_error(config, tmp_path):
 
 def test_losses_are_those_of_steps_with_a_record(config, tmp_path):
     begun = types.SimpleNamespace(workdir=tmp_path, config=config, progress=Progress(2))
-    rows = [{"step": 1, "loss": 4.0, "examples": 8}, {"step": 2, "loss": 0.0, "examples": 0}]
+    rows = [{"step": 1, "loss": 4.0, "examples": 8}, {"step": 2, "loss": None, "examples": 0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     losses = sft.Losses(begun, held_out=False)
     assert losses.value == 4.0 and losses.learned
     losses.note({"step": 3, "loss": 2.0, "examples": 1})
+    losses.note({"step": 4, "loss": None, "examples": 0})
     assert losses.value == 3.0
     begun.progress = Progress()
     fresh = sft.Losses(begun, held_out=False)

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from mllm4d_jax.data.record_file import RecordFile
+from mllm4d_jax.data.steps import Counts
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
@@ -25,7 +26,8 @@ from mllm4d_jax.rows.batch import ModelInputs, collate
 from mllm4d_jax.rows.rows import RowBatch, collate_rows, needed_sizes, share_prefix
 from mllm4d_jax.run.fitting import extra_bytes
 from mllm4d_jax.run.optimizer import init_optimizer, make_optimizer
-from mllm4d_jax.sft.step import TrainStep
+from mllm4d_jax.sft.feed import StepData
+from mllm4d_jax.sft.step import Trainer, TrainStep
 
 
 class Setup:
@@ -215,14 +217,33 @@ def test_micro_batches_are_one_batch(tiny_world, encoded):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_step_without_weight_changes_nothing(count):
+def test_a_step_without_weight_changes_nothing_but_the_place_in_the_schedule(count):
     step, lora, opt_state, frozen = toy_step()
     lora, opt_state, _ = step(lora, opt_state, frozen, [toy_batch(4, np.ones((2, 2), np.float32))], 0)
     before = jax.tree.map(np.array, (lora, opt_state))
     nothing = [toy_batch(4, np.zeros((2, 2), np.float32))] * count
     lora, opt_state, metrics = step(lora, opt_state, frozen, nothing, 1)
     assert bool(metrics.finite) and float(metrics.weight) == float(metrics.loss) == 0
-    assert jax.tree.all(jax.tree.map(np.array_equal, before, (lora, opt_state)))
+    in_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    further = jax.tree.map(
+        lambda x: x._replace(count=x.count + 1) if in_schedule(x) else x, before, is_leaf=in_schedule
+    )
+    assert jax.tree.all(jax.tree.map(np.array_equal, further, (lora, opt_state)))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, further, before))
+
+
+def test_a_step_without_weight_is_logged_as_not_measured():
+    """And later steps are logged with the rate that they had."""
+    step, lora, opt_state, frozen = toy_step()
+    rates = np.arange(1, 10, dtype=np.float32)
+    trainer, rows = Trainer(step, frozen, lora, opt_state, rates), []
+    for number, weight in enumerate((1, 0, 1), 1):
+        batch = toy_batch(4, np.full((2, 2), weight, np.float32))
+        rows.append(trainer.advance(number, StepData((batch,), (), 0, Counts(slots=8), 0.0)))
+    rows.append(trainer.finish())
+    assert [row["lr"] for row in rows[1:]] == [1.0, None, 3.0]
+    for name in ("loss", "accuracy", "grad_norm"):
+        assert [row[name] is None for row in rows[1:]] == [False, True, False]
 
 
 def test_one_micro_batch_without_weight_is_harmless():
