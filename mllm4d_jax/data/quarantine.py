@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mllm4d_jax.files import jsonl
-from mllm4d_jax.files.quoting import cut
+from mllm4d_jax.files.quoting import cut, shown
 from mllm4d_jax.qa.errors import RecordError
 
 _SHOWN_REASONS = 8
@@ -24,7 +24,8 @@ class Quarantine:
 
     A record named there is skipped without being tried again, so that a resumed run sees the same examples as the
     first one; delete the file to try all records again. With several hosts each writes a file of its own
-    (`quarantine.1.jsonl`, ...) and skips what any of them knows.
+    (`quarantine.1.jsonl`, ...) and skips what any of them knows. Where nothing else ties the file to what its records
+    were tried with, each line has a hash of that, too, in "config".
 
     Attributes:
       path: this host's file.
@@ -40,6 +41,7 @@ class Quarantine:
         fresh: bool = False,
         host: int = 0,
         per_group: int = 1,
+        config: str = "",
     ) -> None:
         """Reads what an earlier part of the run wrote.
 
@@ -50,16 +52,17 @@ class Quarantine:
           fresh: True deletes the files of all hosts (a run from the start; all come here before one reads a record).
           host: number of this host.
           per_group: questions that a bad clip takes out together.
+          config: hash of what decides which records are unusable; '' where the caller makes sure of that.
 
         Raises:
-          JsonLinesError: a line is damaged; QuarantineError: it names no record.
+          JsonLinesError: a line is damaged; QuarantineError: it names no record, or was made with another `config`.
         """
         self.path, self._of_all = jsonl.of_host(path, host), path
-        self.max_rate, self.rejected, self._per_group = max_rate, rejected, per_group
+        self.max_rate, self.rejected, self._per_group, self._config = max_rate, rejected, per_group, config
         for file in jsonl.of_all_hosts(path) if fresh else ():
             file.unlink(missing_ok=True)
         jsonl.rewind(self.path)
-        self._known = {_record(file, line) for file in jsonl.of_all_hosts(path) for line in jsonl.read(file)}
+        self._known = {_record(file, line, config) for file in jsonl.of_all_hosts(path) for line in jsonl.read(file)}
 
     def knows(self, source: int, index: int) -> bool:
         """Whether record `index` of source `source` is unusable."""
@@ -71,7 +74,7 @@ class Quarantine:
             return
         self._known.add((source, index))
         entry = {"source": source, "index": index, "key": error.key, "reason": error.reason, "message": error.message}
-        jsonl.append(self.path, [entry])
+        jsonl.append(self.path, [entry | ({"config": self._config} if self._config else {})])
 
     def nothing_usable(self, name: str) -> QuarantineError:
         """Return the error for a run of which not one record was usable; `name`: of the records."""
@@ -118,8 +121,13 @@ def counted(reasons: Iterable[str]) -> str:
     return ", ".join(f"{n} {cut(reason, 40)}" for reason, n in found) or "none was tried"
 
 
-def _record(path: Path, line: jsonl.Line) -> tuple[int, int]:
-    """Return the source and the index that a line names."""
+def _record(path: Path, line: jsonl.Line, config: str) -> tuple[int, int]:
+    """Return the source and the index that a line names; `config`: that it has to be of."""
+    if config and (made := line.row.get("config")) != config:
+        raise QuarantineError(
+            f"{path}, line {line.number}: made with another configuration ({shown(made)}, this run is {config}): use "
+            "another workdir, or delete this file to try all records again"
+        )
     found = line.row.get("source", 0), line.row.get("index")
     if not all(isinstance(number, int) for number in found):
         raise QuarantineError(

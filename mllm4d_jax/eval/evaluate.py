@@ -69,7 +69,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
       EvaluationError: no model and nothing to score, nothing to ask, not one question that could be asked, or another
         process of the run could not finish.
       StartError, ResumeError, ModelConfigError, CheckpointError, PeftError: the model; BenchmarkError, RecordFileError:
-        the questions; PredictionError, ScoringError: the predictions; ProcessorError, MeshError: what asks them;
+        the questions; PredictionError, ScoringError: the predictions; QuarantineError: questions that could not be
+        asked with another configuration; ProcessorError, MeshError: what asks them;
       PreflightError, LockError, StorageError: the workdir; ClipsError: other videos than those of the answers there.
     """
     if not config.rescore.path and not (config.model.path or config.model.adapter):
@@ -139,7 +140,7 @@ def _ask_all(config: ml_collections.ConfigDict, folder: Path) -> int:
                 print(of_another(f"a part of the answers in {folder}", version), flush=True)
             check_clips(folder, [ItemSource(items, manner)], fresh=not store.done)
             write_config(folder, config)
-        quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host)
+        quarantine = Quarantine(folder / QUARANTINE, 1.0, host=host, config=digest)
         mine = [i for video in share_of_host(items, (), host, hosts) for i in video]
         known = {items[i].id for i in mine if quarantine.knows(0, i)}
         left = share_of_host(items, store.done | known, host, hosts)

@@ -55,6 +55,21 @@ def test_hosts_write_their_own_file_and_know_what_all_found(tmp_path):
     assert not any(Quarantine(tmp_path / "q.jsonl", 0.5).knows(0, n) for n in (0, 1)) and not list(tmp_path.iterdir())
 
 
+def test_lines_that_were_made_otherwise_are_refused(tmp_path):
+    """Also those of a version that did not say; where the caller makes sure itself, nothing is said or asked."""
+    path = tmp_path / "q.jsonl"
+    Quarantine(path, 0.5, config="a1").add(0, 3, RecordError("m", "r", "k"))
+    assert json.loads(path.read_text())["config"] == "a1" and Quarantine(path, 0.5, config="a1").knows(0, 3)
+    for config in ("b2", "a"):
+        with pytest.raises(QuarantineError, match=rf"q.jsonl, line 1: .*\('a1', this run is {config}\).*delete this file"):
+            Quarantine(path, 0.5, config=config)
+    path.unlink()
+    Quarantine(path, 0.5).add(0, 3, RecordError("m", "r", "k"))
+    assert "config" not in json.loads(path.read_text())
+    with pytest.raises(QuarantineError, match=r"\(None, this run is a1\)"):
+        Quarantine(path, 0.5, config="a1")
+
+
 @pytest.mark.parametrize(
     "raw",
     [

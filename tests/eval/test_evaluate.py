@@ -18,7 +18,7 @@ import pytest
 from configs import common
 from configs import sft as sft_config
 from data_prep.sample import write_sample_world
-from mllm4d_jax.data.quarantine import Quarantine
+from mllm4d_jax.data.quarantine import Quarantine, QuarantineError
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.processor_config import ProcessorConfig
@@ -257,6 +257,21 @@ def test_a_quarantined_question_is_not_tried_again(asked, world, tmp_path, capsy
     monkeypatch.setattr(Quarantine, "add", None)
     assert evaluate.run(make_config(world), str(tmp_path / "out")) == 0
     assert "1 questions could not be asked" in capsys.readouterr().out
+
+
+def test_what_could_not_be_asked_otherwise_is_no_reason_not_to_try(asked, world, tmp_path):
+    """All questions are too long for a first run; with more room for them they were skipped without being tried."""
+    short = make_config(world, data__max_tokens=16)
+    with pytest.raises(EvaluationError, match="not one of the 13 questions could be asked: 13 too_long"):
+        evaluate.run(short, str(tmp_path / "out"))
+    with pytest.raises(QuarantineError, match=r"quarantine.jsonl, line 1: made with another configuration .*delete"):
+        evaluate.run(make_config(world), str(tmp_path / "out"))
+    shutil.copy(asked / "predictions.jsonl", tmp_path / "out")
+    lines = [json.loads(line) for line in (asked / "quarantine.jsonl").read_text().splitlines()]
+    (tmp_path / "out/quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert evaluate.run(make_config(world), str(tmp_path / "out")) == 0
+    (found,) = {line["config"] for line in lines}
+    assert found == read_predictions(asked)[0].config
 
 
 def test_questions_of_which_none_can_be_asked_are_an_error(world, tmp_path):
