@@ -21,6 +21,7 @@ TRAINED_KEYS = (
         "start from this adapter: workdir or checkpoints folder of an earlier run, or a PEFT folder; '' = a fresh one",
         bucket=True,
     ),
+    Key("model.step", -1, "which checkpoint of that run, by its step; -1 = the newest", low=-1),
     Key("model.published", "", "plans only, without model.path: a published size", choices=("", *SIZES), free=True),
 )
 DATA_KEYS = (

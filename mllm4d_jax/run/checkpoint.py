@@ -269,11 +269,9 @@ class Checkpoints:
     def _require_whole(self, step: int, parts: Sequence[str]) -> None:
         folder = self.folder / str(step)
         if wrong := saved.damage(folder, parts=parts):
-            others = ", ".join(str(one) for one in saved.steps(self.folder) if one != step) or "none"
-            raise ResumeError(
-                f"the checkpoint {folder} is damaged: {wrong}. Put a whole copy in its place, or name another step "
-                f"(others there: {others})"
-            )
+            others = ", ".join(str(one) for one in saved.steps(self.folder) if one != step)
+            advice = f", or name another with model.step (others there: {others})" if others else ""
+            raise ResumeError(f"the checkpoint {folder} is damaged: {wrong}. Put a whole copy in its place{advice}")
 
     def _restore(self, step: int, **trees: Any) -> Any:
         about = saved.read_meta(self.folder / str(step))
@@ -331,11 +329,14 @@ def check_resumable(stored: Meta, config: Mapping[str, Any], content: Mapping[st
     Raises:
       ResumeError: naming every key that differs, with both values.
     """
-    loose = {key.name for key in task_keys(config["task"]) if key.free or key.content}
+    keys = task_keys(config["task"])
+    loose = {key.name for key in keys if key.free or key.content}
+    # What a key that an earlier version did not have would have said: a new key's default is what was done before it.
+    unsaid = {key.name: list(key.default) if isinstance(key.default, tuple) else key.default for key in keys}
     differing = []
     for name in sorted((set(stored.config) | set(config)) - loose):
         before, now = (c.get(name, "(not there)") for c in (stored.config, config))
-        if before != now:
+        if stored.config.get(name, unsaid.get(name)) != now:
             differing.append(f"{name}: was {before!r}, is {now!r}")
     for name in sorted(set(stored.content) | set(content)):
         if name == "data.eval_path" and not config["train.keep_best"]:

@@ -68,7 +68,7 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
     try:
         # A run that goes on has all it needs of the adapter in its own workdir.
         begun = config.workdir and checkpoint_folder(config.workdir)
-        adapter = None if begun else find_adapter(config.model.adapter)
+        adapter = None if begun else find_adapter(config.model.adapter, config.model.step)
     except StartError as error:
         yield str(error)
     else:

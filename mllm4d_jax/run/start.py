@@ -1,7 +1,7 @@
 """Where weights come from, in this order:
 
 1. the newest checkpoint of the workdir (`begin.resume_point`);
-2. the earlier run that `model.adapter` names (`start_from_run`);
+2. the earlier run that `model.adapter` names, its checkpoint of `model.step` (`start_from_run`);
 3. the PEFT adapter that it names (put on the model when it is built);
 4. a fresh adapter on the base model.
 
@@ -239,7 +239,8 @@ def _leaves(tree: Any) -> dict[tuple, Any]:
 
 
 def start_from_run(config: ml_collections.ConfigDict, trainable: Any, content: Mapping[str, str]) -> Any:
-    """Return the parameters that a new run starts from: those of the earlier run that `model.adapter` names.
+    """Return the parameters that a new run starts from: those of the checkpoint that `model.adapter` and `model.step`
+    name.
 
     Args:
       trainable: tree as the model was built: the result where `model.adapter` is empty or a PEFT folder, which the
@@ -247,9 +248,9 @@ def start_from_run(config: ml_collections.ConfigDict, trainable: Any, content: M
       content: digests of the new run.
 
     Raises:
-      StartError: nothing there, or it was trained on another base model or as another kind of adapter.
+      StartError: nothing there, no such step, or it was trained on another base model or as another kind of adapter.
     """
-    adapter = find_adapter(config.model.adapter)
+    adapter = find_adapter(config.model.adapter, config.model.step)
     if adapter is None or adapter.meta is None:
         return trainable
     stored, now = adapter.meta, flat_config(config)

@@ -108,6 +108,10 @@ def test_a_different_run_is_refused_by_key():
         check_resumable(META, config | {"optim.lr": 0.2, "lora.rank": 8}, {"data.path": "xyz"}, "w/checkpoints")
     text = str(caught.value)
     assert "optim.lr: was 0.1, is 0.2" in text and "lora.rank: was '(not there)', is 8" in text
+    # A run of a version without a key did what its default says.
+    check_resumable(META, config | {"model.step": -1}, {"data.path": "abc"}, "w")
+    with pytest.raises(ResumeError, match=r"model.step: was '\(not there\)', is 3"):
+        check_resumable(META, config | {"model.step": 3}, {"data.path": "abc"}, "w")
     assert "data.path: the content is not the same" in text and "/elsewhere/r.json" in text
     assert "w/checkpoints" in text and "step 5" in text and "lora.targets" not in text and "log_every" not in text
 

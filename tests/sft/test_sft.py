@@ -26,6 +26,7 @@ from mllm4d_jax.run.build import build
 from mllm4d_jax.run.checkpoint import Checkpoints, Progress, ResumeError
 from mllm4d_jax.run.clips import CLIPS, ClipsError
 from mllm4d_jax.run.loop import StopSignal, TrainingError, TrainingRun
+from mllm4d_jax.run.preflight import PreflightError
 from mllm4d_jax.run.start import StartError
 from mllm4d_jax.run.watchdog import Watchdog
 from mllm4d_jax.sft import feed as feed_module
@@ -322,6 +323,16 @@ def test_a_run_can_start_from_the_adapter_of_another(config, straight, tmp_path)
     assert setup.begun.progress == Progress()
     assert jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, setup.trainer.trainable)))
     assert not any(np.any(x) for x in jax.tree.leaves(setup.trainer.opt_state))  # moments and counters begin anew
+    config.model.step = 4
+    with Checkpoints(tmp_path / "older", 1) as checkpoints, Checkpoints(workdir / "checkpoints", 1) as kept:
+        older = set_up(config, tmp_path, checkpoints).trainer.trainable
+        wanted, _ = kept.restore(4, setup.trainer.trainable, setup.trainer.opt_state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, *(jax.tree.map(np.array, tree) for tree in (wanted, older))))
+    assert not jax.tree.all(jax.tree.map(np.array_equal, adapter, jax.tree.map(np.array, older)))
+    config.model.step = 3
+    with pytest.raises(PreflightError, match=r"model.step = 3: .*checkpoints holds the steps 4, 6"):
+        sft.run(config, str(tmp_path / "absent"))
+    config.model.step = -1
     config.lora.alpha = 1.0
     with pytest.raises(StartError, match=r"trained otherwise: lora.alpha: 32.0 there, 1.0 here"):
         with Checkpoints(tmp_path / "other", 1) as checkpoints:
