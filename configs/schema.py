@@ -42,6 +42,8 @@ class Key:
       content: the value names files (or a checkpoint). It may change as well, but what is in the files may not: the
         task keeps a digest of them in place of the value.
       bucket: the value, or a part of it, may be a path in a bucket (gs://BUCKET/...).
+      element: type of each value in a tuple; None for that of the values in the default, where there are some.
+      above: exclusive lower bound, in place of `low`.
       adapter: part of what the numbers of an adapter mean; a run that starts from an adapter needs the same value.
     """
 
@@ -55,6 +57,12 @@ class Key:
     content: bool = False
     adapter: bool = False
     bucket: bool = False
+    element: type | None = None
+    above: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.default == () and self.element is None:
+            raise ValueError(f"{self.name}: a tuple that is empty by default needs the type of its elements")
 
 
 @dataclass(frozen=True)
@@ -143,11 +151,13 @@ def checked(key: Key, value: Any) -> Any:
         value = tuple(value)
     if type(value) is not wanted:
         raise ConfigError(f"{key.name} must be {TYPE_NAMES[wanted]}, not {type(value).__name__} {reprlib.repr(value)}")
-    if wanted is tuple and key.default:
-        element = type(key.default[0])
+    if wanted is tuple:
+        element = key.element or type(key.default[0])
         wrong = [item for item in value if type(item) is not element]
         if wrong:
-            raise ConfigError(f"{key.name} must be a tuple of {element.__name__} values, not {wrong[0]!r}")
+            raise ConfigError(f"{key.name} must be a tuple of {element.__name__} values, not {reprlib.repr(wrong[0])}")
+        if "" in value:
+            raise ConfigError(f"{key.name} must not hold an empty text")
     if key.choices and value not in key.choices:
         options = ", ".join(repr(choice) for choice in key.choices)
         hint = did_you_mean(value, key.choices) if isinstance(value, str) else ""
@@ -164,6 +174,8 @@ def _check_range(key: Key, value: Any) -> None:
         raise ConfigError(f"{key.name} must be a finite number, not {value}")
     high = (MAX_WHOLE if isinstance(value, int) else MAX_NUMBER) if key.high is None else key.high
     told = f"{value:.10g}" if abs(value) <= _PRINTABLE else "one of more than 300 digits"
+    if key.above is not None and value <= key.above:
+        raise ConfigError(f"{key.name} must be above {key.above:g}, not {told}")
     if key.low is not None and value < key.low:
         raise ConfigError(f"{key.name} must be at least {key.low:g}, not {told}")
     if value > high:

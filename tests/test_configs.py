@@ -102,6 +102,10 @@ def test_partial_configs_are_completed_with_the_right_types():
         ({"data": {"prefix_buckets": (512, 10**12)}}, "data.prefix_buckets must be at most"),
         ({"train": {"trace_steps": (-(10**5000), 10**5000)}}, "train.trace_steps must be at most"),
         ({"lora": {"targets": (1,)}}, "lora.targets must be a tuple of str values"),
+        ({"train": {"trace_steps": ("a",)}}, "train.trace_steps must be a tuple of int values, not 'a'"),
+        ({"train": {"trace_steps": (True,)}}, "train.trace_steps must be a tuple of int values, not True"),
+        ({"data": {"mixture": (1,)}}, "data.mixture must be a tuple of str values, not 1"),
+        ({"train": {"trainable": ("lora", "")}}, "train.trainable must not hold an empty text"),
     ],
 )
 def test_a_wrong_key_or_value_is_refused(change, message):
@@ -109,6 +113,30 @@ def test_a_wrong_key_or_value_is_refused(change, message):
         with pytest.raises(ConfigError) as caught:
             complete(config, SFT_KEYS)
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "value", "message"),
+    [
+        ("infer", "top_p", 0.0, "top_p must be above 0, not 0"),
+        ("infer", "top_p", -0.5, "top_p must be above 0, not -0.5"),
+        ("infer", "top_p", 1.5, "top_p must be at most 1"),
+        ("grpo", "rollout.stop", ("",), "rollout.stop must not hold an empty text"),
+        ("grpo", "rollout.stop", (1,), "rollout.stop must be a tuple of str values, not 1"),
+        ("eval", "controls", (None,), "controls must be a tuple of str values, not None"),
+    ],
+)
+def test_what_would_fail_once_the_model_is_loaded_is_refused(task, name, value, message):
+    """They were found by what uses them, with a traceback."""
+    with pytest.raises(ConfigError) as caught:
+        common.config(task, {name: value})
+    assert str(caught.value).startswith(message)
+    assert common.config("infer", {"top_p": 1e-3}).top_p == 1e-3
+
+
+def test_a_tuple_that_is_empty_by_default_says_what_it_holds():
+    with pytest.raises(ValueError, match="a.b: a tuple that is empty by default needs the type of its elements"):
+        Key("a.b", (), "x")
 
 
 def test_every_problem_is_reported_at_once():

@@ -75,6 +75,7 @@ CLIP_KEYS = (
         (),
         "scenarios to ask about, each 'name' or 'name=weight'; () = all seven, equally often. Weights multiply the "
         "preset's shares of the training set; the held-out set has equal shares of those named",
+        element=str,
     ),
     Key("questions.pairs", 24, "frame pairs tried per clip; more find more of what is scarce", low=1, high=100000),
     Key("questions.min_gap", 0.1, "both frames are at least this share of the clip apart", low=0, high=0.99),
@@ -101,6 +102,7 @@ CLIP_KEYS = (
         (),
         "ratios of neighbouring options of distances, each 'scenario=ratio', such as 1.6 for readers that only measure "
         "roughly; others are as wide as the paper's bounds (25 to 175 % of the truth) allow, about 1.2",
+        element=str,
     ),
     Key(
         "questions.draws",
@@ -148,6 +150,7 @@ CLIP_KEYS = (
         (),
         "other forms of every clip that are asked about, too: 'mirrored', 'backwards', 'mirrored_backwards'. Only with "
         "bench_share = 0, so that nothing else than recordings is examined on",
+        element=str,
     ),
     Key("bench_share", 0.2, "share of the source videos held out for it", low=0, high=1),
     Key("tfds.write", False, "also write a TFDS set (ArrayRecord), frames once per clip", free=True),
@@ -156,7 +159,7 @@ CLIP_KEYS = (
     Key("tfds.jpeg_quality", 95, "tfds: quality of the stored frames, 1 to 100", low=1, high=100, free=True),
     Key("tfds.clips_per_shard", 256, "tfds: clips per file", low=1, free=True),
     Key("tfds.runner", "", "tfds: Beam runner, e.g. 'FnApiRunner' or 'DataflowRunner'; '' = no Beam", free=True),
-    Key("tfds.runner_options", (), "tfds: command-line options of that runner", free=True),
+    Key("tfds.runner_options", (), "tfds: command-line options of that runner", free=True, element=str),
     Key("report.clips", 8, "clips shown in report.html", low=0, free=True),
     Key("workers", 1, "processes; the result does not depend on it", low=1, high=1024, free=True),
 )

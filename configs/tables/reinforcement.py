@@ -17,7 +17,7 @@ GRPO_KEYS = (
     Key("rollout.completions", 12, "completions of each prompt", low=2, high=1 << 16),
     Key("rollout.temperature", 1.0, "of sampling; log-probs are those at this temperature", low=0.01, high=100),
     Key("rollout.max_new_tokens", 4096, "longest completion, in tokens", low=1, high=1 << 20),
-    Key("rollout.stop", (), "texts that end a completion besides the end token, e.g. ('</answer>',)"),
+    Key("rollout.stop", (), "texts that end a completion besides the end token, e.g. ('</answer>',)", element=str),
     Key(
         "rollout.buckets",
         (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
@@ -95,6 +95,13 @@ GRPO_KEYS = (
     Key("eval.every", 100, "steps between evaluations on them, from step 0 on", low=1, free=True),
     Key("eval.limit", 200, "at most this many of them", low=1, free=True),
     *take(TRAIN_KEYS, "accumulation", "trainable", "trace_steps", "watchdog_s", "resume", "loss_chunk"),
-    *take(TRAIN_KEYS, "keep_checkpoints", "keep_best", steps=15000, log_every=1, checkpoint_every=100),
+    *take(TRAIN_KEYS, "keep_checkpoints", steps=15000, log_every=1, checkpoint_every=100),
+    Key(
+        "train.keep_best",
+        0,
+        "checkpoints kept besides these for their reward in training, the mean of their ten newest steps",
+        low=0,
+        free=True,
+    ),
     Key("train.completions_every", 1, "steps between those whose completions are logged; 0 = none", low=0, free=True),
 )

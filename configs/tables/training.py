@@ -48,6 +48,7 @@ DATA_KEYS = (
         "in place of data.path: 'path::root::rate' each, rates as shares of groups",
         content=True,
         bucket=True,
+        element=str,
     ),
     Key(
         "data.questions_per_video",
@@ -141,7 +142,13 @@ TRAIN_KEYS = (
         free=True,
     ),
     Key("train.eval_every", 500, "steps between measurements of data.eval_path, besides checkpoints", low=1, free=True),
-    Key("train.trace_steps", (), "steps whose device trace (XProf) is written to trace/, e.g. (10, 11)", free=True),
+    Key(
+        "train.trace_steps",
+        (),
+        "steps whose device trace (XProf) is written to trace/, e.g. (10, 11)",
+        free=True,
+        element=int,
+    ),
     Key(
         "train.watchdog_s",
         -1.0,

@@ -40,7 +40,7 @@ INFER_KEYS = (
     Key("max_new_tokens", 256, "longest answer, in tokens", low=1, high=1 << 20),
     Key("temperature", 0.0, "0 = greedy", low=0, high=100),
     Key("top_k", 0, "sample among this many best tokens; 0 = all", low=0),
-    Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", low=0, high=1),
+    Key("top_p", 1.0, "sample among the smallest set of tokens with this probability", high=1, above=0),
 )
 
 VERIFY_KEYS = (
@@ -124,7 +124,7 @@ EVAL_KEYS = (
         ("strict", "official"),
         free=True,
     ),
-    Key("controls", (), "predictions of control runs on the same questions, shown beside", free=True),
+    Key("controls", (), "predictions of control runs on the same questions, shown beside", free=True, element=str),
     Key(
         "compare",
         "",

@@ -82,7 +82,9 @@ class Actor:
     def greedy(self) -> Actor:
         """Return an actor with the same sampler that gives one greedy completion per prompt, each process by itself."""
         options = dataclasses.replace(self.options, temperature=0.0, require_exact=False)
-        return dataclasses.replace(self, options=options, branches=1, at_once=Limits(0), together=False)
+        return dataclasses.replace(
+            self, options=options, branches=1, at_once=Limits(self.at_once.prompts), together=False
+        )
 
     def __enter__(self) -> Actor:
         return self

@@ -61,7 +61,9 @@ def test_lines_that_were_made_otherwise_are_refused(tmp_path):
     Quarantine(path, 0.5, config="a1").add(0, 3, RecordError("m", "r", "k"))
     assert json.loads(path.read_text())["config"] == "a1" and Quarantine(path, 0.5, config="a1").knows(0, 3)
     for config in ("b2", "a"):
-        with pytest.raises(QuarantineError, match=rf"q.jsonl, line 1: .*\('a1', this run is {config}\).*delete this file"):
+        with pytest.raises(
+            QuarantineError, match=rf"q.jsonl, line 1: .*\('a1', this run is {config}\).*delete this file"
+        ):
             Quarantine(path, 0.5, config=config)
     path.unlink()
     Quarantine(path, 0.5).add(0, 3, RecordError("m", "r", "k"))
