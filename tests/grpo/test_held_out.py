@@ -11,6 +11,9 @@ import pytest
 from mllm4d_jax.data.group_encoder import GroupEncoder
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.files.jsonl import read_steps
+from mllm4d_jax.generate.policy import SamplingOptions
+from mllm4d_jax.generate.stream import Limits
+from mllm4d_jax.grpo.actor import Actor
 from mllm4d_jax.grpo.held_out import HeldOut
 from mllm4d_jax.parallel import multihost
 from mllm4d_jax.qa.errors import RecordError
@@ -80,6 +83,14 @@ def test_a_stop_asks_no_more_and_writes_no_row(make_held_out, tmp_path, monkeypa
     monkeypatch.setattr(multihost, "gather_bytes", lambda data: [data, b"null"])
     assert held_out.run((), 0) is None and actor.drawn
     assert not held_out.done(0) and not (tmp_path / "evals.jsonl").exists()
+
+
+def test_the_limit_of_memory_holds_for_held_out_prompts():
+    """They are asked before the first step, with as many prompts together as a step has."""
+    options = SamplingOptions(temperature=1.0, require_exact=True)
+    how = dict(branches=8, max_new_tokens=4, at_once=Limits(2, 3), seed=0)
+    greedy = Actor(None, None, None, None, None, options, **how).greedy()
+    assert (greedy.at_once, greedy.branches, greedy.options.temperature) == (Limits(2), 1, 0.0)
 
 
 def test_not_one_usable(make_held_out):
