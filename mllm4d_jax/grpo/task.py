@@ -169,8 +169,9 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
     # Of the newest steps; the best checkpoints are chosen by them.
     rows = jsonl.read_steps(run.workdir / METRICS, start, numbers=("reward",))
     rewards = deque((row["reward"] for row in rows), maxlen=10)
-    multihost.primary_only(lambda: rewind(run.workdir, start))
-    completions = jsonl.of_host(run.workdir / COMPLETIONS, jax.process_index())
+    host, hosts = jax.process_index(), jax.process_count()
+    multihost.together(lambda: rewind(run.workdir, start, host, hosts))
+    completions = jsonl.of_host(run.workdir / COMPLETIONS, host)
     with setup.loader, setup.actor, setup.greedy, run.body():
         rounds = Rounds(setup, run)
 
@@ -203,9 +204,19 @@ def train(setup: GrpoSetup, run: TrainingRun) -> None:
                 jsonl.append(completions, completion_lines(drawn, np.asarray(update.advantages)))
 
 
-def rewind(workdir: Path, step: int) -> None:
-    """Cut off what an interrupted run, of any number of processes, wrote beyond a step."""
-    for path in (workdir / EVALS, *jsonl.of_all_hosts(workdir / COMPLETIONS)):
+def rewind(workdir: Path, step: int, host: int, hosts: int) -> None:
+    """Cut off what an interrupted run, of any number of processes, wrote beyond a step.
+
+    Every process cuts the file that it goes on with: of a workdir in a bucket each has a copy of its own. The first one
+    cuts what nobody goes on with, too.
+
+    Args:
+      host: number of this process; hosts: how many there are.
+    """
+    completions = workdir / COMPLETIONS
+    taken = [jsonl.of_host(completions, other) for other in range(hosts)]
+    left = [file for file in jsonl.of_all_hosts(completions) if file not in taken]
+    for path in (taken[host], *([] if host else [workdir / EVALS, *left])):
         jsonl.rewind(path, step)
 
 

@@ -123,6 +123,19 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up(tiny_world, tmp_p
         assert [row["step"] for row in read_steps(tmp_path / "evals.jsonl")] == [0, 2, 3]
 
 
+def test_every_process_cuts_its_own_completions(tmp_path):
+    """In a bucket each has a copy of the workdir, of which the first one's cuts did not reach the others' files."""
+    names = {"evals.jsonl", "completions.jsonl", "completions.1.jsonl", "completions.2.jsonl"}  # three before, two now
+    for host, cut in enumerate((names - {"completions.1.jsonl"}, {"completions.1.jsonl"})):
+        folder = tmp_path / str(host)
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text('{"step": 2}\n{"step": 3}\n{"step": 4, "completi')
+        grpo.rewind(folder, 2, host, 2)
+        assert {name for name in names if (folder / name).read_text() == '{"step": 2}\n'} == cut
+    grpo.rewind(tmp_path / "none", 2, 0, 1)
+
+
 def test_rewards_rise(tiny_world, tmp_path):
     """Three seeds of it are in test_grpo_campaigns.py."""
     config = make_config(tiny_world, rollout__prompts=4)
