@@ -29,7 +29,14 @@ from mllm4d_jax.data.reader import GroupReader
 from mllm4d_jax.data.sources import Questions
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.eval.asking import EvaluationError, ItemSource, Layout, Manner, ShuffledEncoder, share_of_host
-from mllm4d_jax.eval.predictions import Prediction, PredictionStore, config_hash, read_any, read_predictions
+from mllm4d_jax.eval.predictions import (
+    Answers,
+    Prediction,
+    PredictionStore,
+    config_hash,
+    read_answers,
+    read_predictions,
+)
 from mllm4d_jax.eval.questions import load_benchmark, question_files
 from mllm4d_jax.eval.tables import publish
 from mllm4d_jax.files.remote import is_remote
@@ -80,7 +87,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> int:
         )
     if config.rescore.path:
         with hold_workdir(workdir) as held:
-            publish(read_any(config.rescore.path, config.benchmark), config, held.path)
+            publish(read_answers(config.rescore.path, config.benchmark), config, held.path)
         return 0
     # On a disk, the files of predictions have locks of their own.
     with hold_workdir(workdir) if is_remote(workdir) else contextlib.nullcontext(not_held(workdir)) as held:
@@ -99,18 +106,22 @@ def _ask_and_score(config: ml_collections.ConfigDict, held: Workdir) -> int:
         raise
     unusable = int(_agree(bad).sum())
     held.share()
-    answers = read_predictions(folder)
-    if not answers:
+    multihost.primary_only(lambda: _score(config, folder, unusable))  # of a folder in a bucket it has all files alone
+    return 0
+
+
+def _score(config: ml_collections.ConfigDict, folder: Path, unusable: int) -> None:
+    """Score what all processes have written. Raises EvaluationError where that is nothing, and as `publish`."""
+    predictions = read_predictions(folder)
+    if not predictions:
         raise EvaluationError(
             f"not one of the {unusable} questions could be asked: {main_reasons(folder / QUARANTINE)}. Every one is "
             f"named with its reason in {folder / QUARANTINE}; check data.root and the reasons, and delete that file to "
             "try them again"
         )
-    if multihost.is_primary():
-        if unusable:
-            print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
-        publish(answers, config, folder, unusable)
-    return 0
+    if unusable:
+        print(f"{unusable} questions could not be asked; {folder / QUARANTINE} says why", flush=True)
+    publish(Answers(predictions, unusable), config, folder)
 
 
 def _agree(number: int) -> np.ndarray:

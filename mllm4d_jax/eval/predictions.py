@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import ml_collections
 
@@ -36,7 +36,7 @@ from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.judging import read_answer, worth
 from mllm4d_jax.qa.media_paths import named_part
 from mllm4d_jax.qa.questions import AskedQuestion, BenchmarkQuestion
-from mllm4d_jax.report.reading import PREDICTIONS
+from mllm4d_jax.report.reading import PREDICTIONS, QUARANTINE
 
 
 class PredictionError(ValueError):
@@ -191,6 +191,31 @@ def _copied(path: str | Path) -> Path:
         return copied_logs(path)
 
 
+class Answers(NamedTuple):
+    """What is scored: predictions, and how many questions besides could not be asked (None: not known)."""
+
+    predictions: tuple[Prediction, ...]
+    unusable: int | None
+
+
+def read_answers(path: str | Path, benchmark: str) -> Answers:
+    """`read_any`, and how many questions the run could not ask, which only its workdir says.
+
+    Raises:
+      PredictionError, BenchmarkError: as `read_any`; JsonLinesError: a damaged line.
+    """
+    path = _copied(path)
+    predictions, unusable = read_any(path, benchmark), None
+    if _is_workdir(path):
+        lines = (line.row for file in jsonl.of_all_hosts(path / QUARANTINE) for line in jsonl.read(file))
+        unusable = len({(row.get("source"), row.get("index")) for row in lines})
+    return Answers(predictions, unusable)
+
+
+def _is_workdir(path: Path) -> bool:
+    return os.path.isdir(path) and bool(jsonl.of_all_hosts(path / PREDICTIONS))
+
+
 def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
     """Predictions of a run (a file or its workdir), or published ones (a file, or a folder of files).
 
@@ -201,7 +226,7 @@ def read_any(path: str | Path, benchmark: str) -> tuple[Prediction, ...]:
       PredictionError: nothing there, or a published question without a response; BenchmarkError: unusable questions.
     """
     path = _copied(path)
-    if os.path.isdir(path) and jsonl.of_all_hosts(path / PREDICTIONS):
+    if _is_workdir(path):
         return read_predictions(path)
     try:
         files = question_files(path)

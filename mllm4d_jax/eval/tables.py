@@ -12,7 +12,7 @@ import ml_collections
 
 from mllm4d_jax import __version__
 from mllm4d_jax.eval import scoring
-from mllm4d_jax.eval.predictions import Prediction, read_any
+from mllm4d_jax.eval.predictions import Answers, read_answers
 from mllm4d_jax.eval.statistics import Bootstrap
 from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.atomic import write_atomic
@@ -58,30 +58,35 @@ Results = Mapping[str, Any]
 Block = tuple[str, str, list[str], list[list[str]]]  # title, note, heads, rows of text
 
 
-def publish(
-    predictions: Sequence[Prediction], config: ml_collections.ConfigDict, workdir: str | Path, unusable: int = 0
-) -> None:
+def publish(answers: Answers, config: ml_collections.ConfigDict, workdir: str | Path) -> None:
     """Score predictions, write `write_results` and scored.jsonl, and print the tables.
 
     scored.jsonl has the predictions with what the extractor made of them, for the page of the run.
 
+    Questions that could not be asked are in no figure, but said, and in the results as "unusable" (of the run compared
+    with and of the controls, too).
+
     Args:
       config: of an evaluation: extractor, bootstrap, controls and the run to compare with.
-      unusable: questions of the run that could not be asked: in no figure, but said, and in the results by this name.
 
     Raises:
       PredictionError, BenchmarkError, ScoringError, RecordFileError: files that cannot be used.
     """
+    controls = [read_answers(path, config.benchmark) for path in config.controls]
+    first = read_answers(config.compare, config.benchmark) if config.compare else Answers((), None)
     found = scoring.results(
-        predictions,
+        answers.predictions,
         extractor=config.extractor,
         bootstrap=Bootstrap(config.bootstrap.samples, config.seed),
-        controls=[read_any(path, config.benchmark) for path in config.controls],
-        compare=read_any(config.compare, config.benchmark) if config.compare else (),
+        controls=[control.predictions for control in controls],
+        compare=first.predictions,
     )
-    found |= {"unusable": unusable, "version": __version__}
+    beside = [{"control": one.predictions[0].control, "unusable": one.unusable} for one in controls]
+    found |= {"unusable": answers.unusable, "controls": beside, "version": __version__}
+    if found["comparison"]:
+        found["comparison"] |= {"unusable_in_first": first.unusable}
     write_results(workdir, found)
-    scored = scoring.score(predictions, config.extractor)
+    scored = scoring.score(answers.predictions, config.extractor)
     judged = ({"correct": one.correct, "score": one.score} for one in scored)
     rows = (one.prediction.to_row() | asdict(one.found) | made for one, made in zip(scored, judged, strict=True))
     write_atomic(Path(workdir) / SCORED, jsonl.encoded(rows))
@@ -123,6 +128,9 @@ def summary(results: Results) -> str:
     macro = results["macro"]
     missing = results.get("unusable", 0)
     left_out = f" {missing} more could not be asked and are in no figure (see quarantine.jsonl)." if missing else ""
+    left_out = " How many more could not be asked is not known." if missing is None else left_out
+    parts = [(f"the {one['control']} control", one["unusable"]) for one in results.get("controls", ())]
+    left_out += "".join(f" In {run} {_not_asked(number)}." for run, number in parts if number != 0)
     mean = f" Mean over {macro['subtasks']} subtasks: {_with_interval(macro, 'accuracy')}." if macro else ""
     numbers = " Numbers count by mean relative accuracy." if "vsi" in results["benchmark"] else ""
     return (
@@ -151,6 +159,10 @@ def blocks(results: Results) -> list[Block]:
     ]
 
 
+def _not_asked(number: int | None) -> str:
+    return "it is not known how many could not be asked" if number is None else f"{number} could not be asked"
+
+
 def _groups_block(title: str, groups: Sequence[Mapping[str, Any]]) -> Block:
     heads = ["", "n", "videos", "right", "accuracy %", "unparsed (%)", "conflicts", "truncated"]
     heads += ["chance %", "best letter %", *(f"{control['control']} %" for control in groups[0]["controls"])]
@@ -170,9 +182,12 @@ def _groups_block(title: str, groups: Sequence[Mapping[str, Any]]) -> Block:
 
 
 def _comparison_block(comparison: Mapping[str, Any]) -> Block:
+    missing = comparison.get("unusable_in_first", 0)
+    unusable = "" if missing == 0 else f"; in the first {_not_asked(missing)}"
     note = (
         "Second (this run) less first, on the questions that both answered "
-        f"({comparison['only_in_first']} only in the first, {comparison['only_in_second']} only in the second). An "
+        f"({comparison['only_in_first']} only in the first, {comparison['only_in_second']} only in the second{unusable}"
+        "). An "
         "interval without 0 is a difference at the 5 % level; 'detectable' is the true difference that a comparison of "
         "this size finds in 80 of 100 cases. McNemar's test takes questions about one video for independent."
     )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 
+import numpy as np
 import pytest
 
 import run
 from configs import common
 from configs.schema import ConfigError
+from mllm4d_jax.eval import evaluate
 from mllm4d_jax.eval.evaluate import EvaluationError
 from mllm4d_jax.eval.evaluate import run as run_task
 from mllm4d_jax.eval.predictions import PredictionError, PredictionStore, read_any
+from mllm4d_jax.files import jsonl
 from mllm4d_jax.files.lock import LockError, WriterLock
+from mllm4d_jax.parallel.multihost import FirstProcessError
 from mllm4d_jax.qa.benchmarks import PARSERS
 from tests.eval.question_fixtures import prediction, vlm4d_rows
 from tests.report.reading import read
@@ -72,6 +76,50 @@ def test_a_run_with_controls_and_comparison(tmp_path, extractor):
     assert rows["all", "all"]["controls"] == [{"control": "blind", "n": 6, "accuracy": 0.0}]
     assert found["comparison"]["rows"][0]["only_second"] == (6 if extractor == "strict" else 0)
     assert found["configs"] == ["main"] and found["comparison"]["configs"] == ["other"]
+
+
+def test_what_runs_could_not_ask_is_said_of_all_of_them(tmp_path, capsys):
+    """It was 0 for a run whose list named two, and nothing was said of the runs beside it."""
+    bad = {"main": ((0, 0, 6), (1, 0, 7), (1, 0, 7)), "blind": (), "other": ((0, 0, 8),)}  # host, source, index
+    for name, control in (("main", ""), ("blind", "blind"), ("other", "")):
+        with PredictionStore(tmp_path / name, name) as store:
+            store.append([prediction(f"q{n}", "A.", control=control, config=name) for n in range(6)])
+        for host, source, index in bad[name]:
+            jsonl.append(
+                jsonl.of_host(tmp_path / name / "quarantine.jsonl", host), [{"source": source, "index": index}]
+            )
+    config = common.config("eval")
+    config.bootstrap.samples, config.rescore.path = 200, str(tmp_path / "main")
+    config.controls = (str(tmp_path / "blind"), str(tmp_path / "blind/predictions.jsonl"))
+    config.compare = str(tmp_path / "other")
+    assert run_task(config, str(tmp_path / "out")) == 0
+    _, found = groups(tmp_path / "out")
+    assert (found["unusable"], found["comparison"]["unusable_in_first"]) == (2, 1)
+    assert [one["unusable"] for one in found["controls"]] == [0, None]
+    said = capsys.readouterr().out
+    assert ". 2 more could not be asked and are in no figure" in said and "in the first 1 could not be asked)." in said
+    assert said.count("In the blind control it is not known how many could not be asked.") == 1
+    config.rescore.path, config.controls, config.compare = str(tmp_path / "main/predictions.jsonl"), (), ""
+    assert run_task(config, str(tmp_path / "out")) == 0
+    assert groups(tmp_path / "out")[1]["unusable"] is None
+    assert "How many more could not be asked is not known." in capsys.readouterr().out
+
+
+def test_the_first_process_alone_reads_what_all_have_written(tmp_path, monkeypatch):
+    """Another one's copy of a folder in a bucket has none of the files of the others, and may have no answer at all."""
+    config = common.config("eval", {"model.path": "model"})
+    monkeypatch.setattr(evaluate, "_ask_all", lambda config, folder: 0)
+    monkeypatch.setattr(evaluate.multihost, "is_primary", lambda: False)
+    for failed in (False, True):  # the first process, at scoring
+        # [failed, unusable] of `_agree`, then [failed] of `primary_only`
+        told = lambda row, failed=failed: np.array([[failed and len(row) == 1, 0][: len(row)]])  # noqa: E731
+        monkeypatch.setattr(evaluate.multihost, "gather", told)
+        if failed:
+            with pytest.raises(FirstProcessError, match="its own output says why"):
+                run_task(config, str(tmp_path))
+        else:
+            assert run_task(config, str(tmp_path)) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_published_files_may_have_any_name(tmp_path):
