@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face format: load tensor by tensor into the right dtype and shards, save as published.
 
 Loading never holds more than one stacked parameter on the host beside what already sits on the devices (where the host
-is the device, nothing beside it), and copies, for a sharded parameter, only the slices this process needs.
+is the device, nothing beside it), and reads, for a sharded parameter, only the rows this process needs, each once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -32,6 +32,7 @@ from mllm4d_jax.models.tensor_files import FLOATS, INDEX, SINGLE, CheckpointErro
 from mllm4d_jax.models.weight_map import EXPERTS, HEAD, Leaf
 from mllm4d_jax.parallel.rules import parameter_sharding
 
+Bounds = tuple[tuple[int, int], ...]  # of a shard: its begin and its end in every dimension
 _ROWS = 1 << 14  # rows of a matrix compared at a time
 _STRIP = 1 << 9  # rows of a matrix converted and turned at a time: few enough to stay in a processor's cache
 
@@ -168,40 +169,52 @@ def transposed_experts(files: TensorFiles, table: Sequence[Leaf]) -> set[tuple]:
 
 
 def _load_leaf(leaf: Leaf, files: TensorFiles, dtype: np.dtype, mesh: Mesh | None, swapped: bool) -> jax.Array:
-    """Assembles one parameter from its tensors, shard by shard when there is a mesh, and waits until it is placed."""
+    """Assembles what this process holds of one parameter from its tensors, and waits until it is placed."""
+    if mesh is None:
+        whole = _bounds(tuple(slice(None) for _ in leaf.shape), leaf.shape)
+        return jax.block_until_ready(jax.device_put(_assemble(leaf, files, dtype, [whole], swapped)[whole]))
+    sharding = parameter_sharding(leaf.axes, leaf.shape, mesh)
+    held = sharding.addressable_devices_indices_map(leaf.shape).values()
+    shards = _assemble(leaf, files, dtype, {_bounds(index, leaf.shape) for index in held}, swapped)
+    return jax.block_until_ready(
+        jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[_bounds(index, leaf.shape)])
+    )
+
+
+def _bounds(index: Sequence[slice], shape: Sequence[int]) -> Bounds:
+    """Return where a shard of an array of that shape begins and ends in every dimension."""
+    return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _assemble(
+    leaf: Leaf, files: TensorFiles, dtype: np.dtype, shards: Collection[Bounds], swapped: bool
+) -> dict[Bounds, np.ndarray]:
+    """Return distinct shards of one parameter. A row of a file is read once, however many of them it is a part of.
+
+    Layers are never split. The stretches that shards have of a dimension are equal or apart, so that each stretch of
+    rows belongs to some of the shards as a whole.
+    """
     turned = swapped or leaf.layout in (weight_map.TRANSPOSE, weight_map.CONV)
+    # Which dimension of one layer is the first in the file: of that one, no more than what is needed is read.
+    first = 1 if turned and len(leaf.shape) - leaf.stacked == 2 else 0
+    made = {shard: _empty(tuple(stop - start for start, stop in shard), dtype) for shard in shards}
+    by_rows: dict[tuple[int, int], list[Bounds]] = {}
+    for shard in shards:
+        by_rows.setdefault(shard[first + leaf.stacked], []).append(shard)
 
-    def assemble(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
-        single = index[1:] if leaf.stacked else index
-        names = leaf.names[index[0]] if leaf.stacked else leaf.names
-        out = _empty((len(names), *(s.stop - s.start for s in single)), dtype)
-
-        # Which dimension of ours is the first in the file: of that one, no more than what is needed is read.
-        first = 1 if turned and len(single) == 2 else 0
-        rest = tuple(slice(None) if n == first else s for n, s in enumerate(single))
-
-        def fill(layer: int) -> None:
-            stored = files.read(names[layer], single[first])
+    def fill(layer: int) -> None:
+        for rows, sharing in by_rows.items():
+            stored = files.read(leaf.names[layer], slice(*rows))
             stored = stored.reshape(len(stored), -1) if leaf.layout == weight_map.CONV else stored
             stored = np.swapaxes(stored, -1, -2) if turned else stored
-            _copy(stored[rest], out[layer], turned)
+            for shard in sharing:
+                single = shard[1:] if leaf.stacked else shard
+                rest = tuple(slice(None) if n == first else slice(*bounds) for n, bounds in enumerate(single))
+                _copy(stored[rest], made[shard][layer] if leaf.stacked else made[shard], turned)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(fill, range(len(names))))
-        return out if leaf.stacked else out[0]
-
-    if mesh is None:
-        return jax.block_until_ready(jax.device_put(assemble(tuple(slice(None) for _ in leaf.shape))))
-    sharding = parameter_sharding(leaf.axes, leaf.shape, mesh)
-    cached: dict[str, np.ndarray] = {}
-
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
-        if str(index) not in cached:  # replicas of one shard are read once
-            cached[str(index)] = assemble(index)
-        return cached[str(index)]
-
-    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, shard))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, range(len(leaf.names))))
+    return made
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from mllm4d_jax.models import hf
 from mllm4d_jax.models.hf import CheckpointError, load_model, save_model
 from mllm4d_jax.models.split import attach_lora
+from mllm4d_jax.models.tensor_files import TensorFiles
 from mllm4d_jax.parallel.mesh import make_mesh
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -112,6 +113,26 @@ def test_loads_straight_into_shards(name, sizes):
     kernel = sharded.text.stacks[0].attn.q_proj.kernel[...]
     spec = kernel.sharding.shard_shape(kernel.shape)
     assert spec == (kernel.shape[0], kernel.shape[1] // sizes["fsdp"], kernel.shape[2] // sizes["tensor"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("axis", ["fsdp", "tensor", "data"])
+def test_every_row_is_read_once_for_all_devices_of_a_host(monkeypatch, name, axis):
+    """In a bucket every reading is a download."""
+    read, got = TensorFiles.read, []
+
+    def counted(files, tensor, rows=slice(None)):
+        got.append(read(files, tensor, rows))
+        return got[-1]
+
+    monkeypatch.setattr(TensorFiles, "read", counted)
+    mesh = make_mesh(dict(data=1, fsdp=1, tensor=1) | {axis: 4}, jax.devices()[:4])
+    split = load_model(GOLDEN / name, mesh=mesh)
+    stored = sum(value.nbytes for value in tensors(GOLDEN / name).values())
+    assert stored <= sum(value.nbytes for value in got) <= 1.05 * stored
+    whole = load_model(GOLDEN / name)
+    for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (split, whole)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a.get_value()), np.asarray(b.get_value()), err_msg=str(path))
 
 
 @pytest.mark.parametrize("name", MODELS)
