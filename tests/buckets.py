@@ -30,12 +30,14 @@ class Front:
       requests: "GET name", "POST name" -> how often; `sent`: bytes of answers.
       rate: share of the requests that go wrong, each in one of the ways `kinds`.
       refuse: answers a (method, name) with a status, None to let it through.
+      marks: names of empty objects that end with "/", as consoles make them; the emulator takes them for its folders.
     """
 
     def __init__(self, port: int, behind: int) -> None:
         self.requests: Counter[str] = Counter()
         self.sent, self.rate, self.kinds, self.hit = 0, 0.0, FAULTS, 0
         self.refuse = lambda method, name: None
+        self.marks: tuple[str, ...] = ()
         self._random, self._lock = random.Random(0), threading.Lock()
         front = self
 
@@ -59,6 +61,7 @@ class Front:
         self.requests.clear()
         self._random.seed(0)
         self.rate, self.kinds, self.sent, self.hit, self.refuse = 0.0, FAULTS, 0, 0, lambda method, name: None
+        self.marks = ()
 
     def fault(self) -> str:
         with self._lock:
@@ -84,6 +87,8 @@ class Front:
             time.sleep(0.3)
         if asked.command == "DELETE" and not self.is_meant(asked.path, behind):
             return self.reply(asked, 412, {}, b'{"error": {"code": 412}}')
+        if asked.command == "GET" and name in self.marks:
+            return self.reply(asked, 200, {}, json.dumps(mark(name)).encode())
         onward = http.client.HTTPConnection("127.0.0.1", behind, timeout=60)
         with contextlib.closing(onward):
             own = ("host", "content-length", "transfer-encoding", "accept-encoding")
@@ -92,11 +97,25 @@ class Front:
             )
             answer = onward.getresponse()
             data = answer.read()
+        if self.marks and asked.command == "GET":
+            data = self.with_marks(asked.path, data)
         kept = {k: v for k, v in answer.getheaders() if k.lower() not in ("content-length", "transfer-encoding")}
         if fault == "short" and asked.command == "GET" and "alt=media" in asked.path:
             data = data[: len(data) // 2]
         cut = len(data) // 2 if fault == "cut" and asked.command == "GET" else None
         self.reply(asked, answer.status, kept, data, cut)
+
+    def with_marks(self, target: str, data: bytes) -> bytes:
+        """An answer to a request, with what it has to list of `marks`."""
+        parts = urllib.parse.urlsplit(target)
+        query = dict(urllib.parse.parse_qsl(parts.query))
+        if not parts.path.endswith(f"/b/{BUCKET}/o"):
+            return data
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        below = [name for name in self.marks if name.startswith(prefix)]
+        shown = [name for name in below if not delimiter or delimiter not in name.removeprefix(prefix)]
+        listed = json.loads(data)
+        return json.dumps(listed | {"items": [*(listed.get("items") or ()), *map(mark, shown)]}).encode()
 
     def is_meant(self, target: str, behind: int) -> bool:
         """Whether an object is of the generation that a request to delete it names, which the emulator ignores."""
@@ -121,6 +140,11 @@ class Front:
             asked.wfile.flush()
         if cut is not None:
             asked.close_connection = True
+
+
+def mark(name: str) -> dict[str, str]:
+    """What a bucket says of an empty object that marks a folder."""
+    return {"kind": "storage#object", "bucket": BUCKET, "name": name, "size": "0", "generation": "1", "crc32c": "AAAAAA=="}
 
 
 def object_name(target: str, body: bytes) -> str:

@@ -144,7 +144,7 @@ def copied_logs(path: str | Path) -> Path:
 
 
 def _left_out(name: str) -> bool:
-    return PARTIAL in name or name.endswith("/") or name.partition("/")[0] in OWN_WAY
+    return PARTIAL in name or name.partition("/")[0] in OWN_WAY
 
 
 def _state_of(file: Path) -> tuple[int, int] | None:

@@ -111,7 +111,8 @@ def info(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       FileNotFoundError; RemoteError.
     """
-    return _asked(path, lambda fs, name: fs.call("GET", "b/{}/o/{}", *name.split("/", 1), json_out=True))
+    object_ = _object(path)
+    return _asked(path, lambda fs, _: fs.call("GET", "b/{}/o/{}", *object_, json_out=True))
 
 
 def size(path: str | os.PathLike) -> int:
@@ -120,10 +121,11 @@ def size(path: str | os.PathLike) -> int:
 
 
 def found(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Return name below a folder -> `info` of every object there, at any depth, by one listing. Raises RemoteError."""
+    """Return name below a folder -> `info` of every file there, at any depth, by one listing. Raises RemoteError."""
     root = os.fspath(path).removeprefix(SCHEME).rstrip("/") + "/"
     listed = _asked(path, lambda fs, name: fs.find(name, detail=True))
-    return {name.removeprefix(root): about for name, about in listed.items() if name.startswith(root)}
+    below = {name.removeprefix(root): about for name, about in listed.items() if name.startswith(root)}
+    return {name: about for name, about in below.items() if _names_file(name)}
 
 
 def read_range(path: str | os.PathLike, start: int, stop: int) -> bytes:
@@ -181,7 +183,7 @@ def write_if(path: str | os.PathLike, data: bytes, generation: str) -> str | Non
     Raises:
       RemoteError.
     """
-    bucket, _, name = os.fspath(path).removeprefix(SCHEME).partition("/")
+    bucket, name = _object(path)
     mark = "mllm4d-part"
     described = f'--{mark}\r\nContent-Type: application/json\r\n\r\n{{"name": {_quoted(name)}}}\r\n'
     body = f"{described}--{mark}\r\nContent-Type: application/json\r\n\r\n".encode() + data + f"\r\n--{mark}--".encode()
@@ -209,7 +211,8 @@ def remove(path: str | os.PathLike, generation: str | None = None) -> None:
     """Delete an object, if it is there, and, where a generation is given, still is of that one. Raises RemoteError."""
     only = {} if generation is None else {"ifGenerationMatch": generation}
     try:
-        _asked(path, lambda fs, name: fs.call("DELETE", "b/{}/o/{}", *name.split("/", 1), **only))
+        object_ = _object(path)
+        _asked(path, lambda fs, _: fs.call("DELETE", "b/{}/o/{}", *object_, **only))
     except (FileNotFoundError, FileExistsError):  # gone; or, as gcsfs says 412, another one by now
         pass
 
@@ -249,6 +252,23 @@ def _answer(code: str) -> str:
     if code == "401":
         return f"no credentials are accepted (401): {_LOG_IN}"
     return f"the storage answers {code}, also when asked again: try later"
+
+
+def _names_file(name: str) -> bool:
+    """Whether an object of that name, below a folder or a bucket, is a file.
+
+    Consoles and mounted buckets mark a folder by an empty object with its name and a "/", which is none.
+    """
+    return bool(name) and not name.endswith("/")
+
+
+def _object(path: str | os.PathLike) -> tuple[str, str]:
+    """Return (bucket, name of the object) of a file. Raises FileNotFoundError for what can be no file; RemoteError."""
+    _filesystem(path)
+    bucket, _, name = os.fspath(path).removeprefix(SCHEME).partition("/")
+    if not _names_file(name):
+        raise FileNotFoundError(f"{os.fspath(path)} names a bucket or a folder in one, and no file")
+    return bucket, name
 
 
 def _asked(path: str | os.PathLike, call: Callable[[Any, str], T]) -> T:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
-from mllm4d_jax.files import remote
+from mllm4d_jax.files import digests, remote
 from mllm4d_jax.files.atomic import PARTIAL, new_folder, unfinished
+from mllm4d_jax.files.cache import copied_file, copied_folder
+from mllm4d_jax.files.mirror import copied_logs
+from mllm4d_jax.run.checkpoint import folder_digest
+from mllm4d_jax.run.preflight import place_problems
 from tests.buckets import BUCKET
 
 ROOT = f"gs://{BUCKET}"
@@ -67,6 +72,36 @@ def test_missing_things_have_names(front):
         remote.require("gs://no-such-bucket/a")
     with pytest.raises(FileNotFoundError):
         remote.read_range(f"{ROOT}/nothing", 0, 5)
+
+
+def test_marks_of_folders_are_no_files(front, tmp_path, monkeypatch):
+    """A console's "Create folder", or a mounted bucket, makes an empty object "sets/": no file of the folder, nor one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    there = f"{ROOT}/marked/sets"
+    for name in ("a.json", "sub/b"):
+        remote.upload(f"{there}/{name}", name.encode())
+    without = folder_digest(there)
+    front.marks = ("marked/", "marked/sets/", "marked/sets/sub/", "marked/sets/empty/")
+    assert remote.found(there).keys() == remote.found(f"{there}/").keys() == {"a.json", "sub/b"}
+    assert not remote.is_file(f"{there}/") and remote.is_folder(f"{there}/") and remote.is_file(f"{there}/a.json")
+    assert folder_digest(there) == without
+    for copy in (copied_folder(there), copied_logs(there)):
+        assert sorted(p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()) == ["a.json", "sub/b"]
+    digests.record(there)
+    assert remote.found(there).keys() == {"a.json", "sub/b", digests.LIST} and digests.damage(there) == ""
+    assert json.loads(remote.place(f"{there}/{digests.LIST}").read_text())["files"].keys() == {"a.json", "sub/b"}
+
+
+@pytest.mark.parametrize("path", [ROOT, f"{ROOT}/", "gs://", f"{ROOT}/folder/"])
+def test_a_bucket_or_a_folder_is_no_file(front, tmp_path, path):
+    assert not remote.is_file(path)
+    for call in (remote.info, remote.size, lambda p: remote.fetch(p, tmp_path / "a"), copied_file):
+        with pytest.raises(FileNotFoundError, match="and no file"):
+            call(path)
+    remote.remove(path)  # as of any file that is not there
+    assert list(place_problems("data.path =", path, ROOT)) == [
+        f"data.path = {path} is not a file of records, nor the folder of a TFDS set"
+    ]
 
 
 @pytest.mark.parametrize(("status", "said"), [(403, "permission denied"), (401, "no credentials")])
