@@ -1,7 +1,7 @@
 """Paths in a bucket, `gs://BUCKET/...`: the one place that says what a path is, how it is opened and what went wrong.
 
 `place` gives a path with the methods of `pathlib` for both kinds; what reads or writes much has functions here. The
-driver is gcsfs, for etils' paths as well. All requests are repeated, with growing pauses, where that can help.
+driver is gcsfs, for etils' paths as well, where tensorflow is installed too. All requests are repeated, with growing pauses, where that can help.
 """
 
 from __future__ import annotations
@@ -351,4 +351,24 @@ def _driver() -> Any:
     fsspec.register_implementation("gcs", gcsfs.core.GCSFileSystem, clobber=True)
     more = {"trace_configs": [counting()]}
     fsspec.config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": limits, "session_kwargs": more}
+    _keep_from_tensorflow()
     return fsspec.filesystem("gcs")
+
+
+def _keep_from_tensorflow() -> None:
+    """Have etils' paths take this driver also where tensorflow is installed, whose own knows none of these settings.
+
+    Raises:
+      RemoteError: the environment tells them otherwise.
+    """
+    os.environ.setdefault("EPATH_USE_TF", "false")  # processes that are started from here have it, too
+    from etils.epath import gpath
+
+    asked = getattr(gpath, "_is_tf_installed", None)  # its answer is kept from the first path of any kind on
+    if asked is not None:
+        asked.cache_clear()
+        if asked():
+            raise RemoteError(
+                f"EPATH_USE_TF = {os.environ['EPATH_USE_TF']!r} has paths in buckets go through tensorflow, without "
+                "limits of time and repetitions: set EPATH_USE_TF=false, or unset it"
+            )

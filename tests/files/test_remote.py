@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,22 @@ def test_place_has_the_methods_of_a_path(front):
     assert [p.name for p in folder.iterdir()] == ["a é%2F.txt"] and folder.is_dir() and not folder.is_file()
     assert remote.found(f"{ROOT}/place").keys() == {"below/a é%2F.txt"}
     assert not (folder / "b").exists()
+
+
+@pytest.mark.parametrize(("said", "error"), [(None, ""), ("0", ""), ("true", "set EPATH_USE_TF=false, or unset it")])
+def test_paths_do_not_go_through_tensorflow(front, tmp_path, said, error):
+    """Nor where it is installed, and etils was at work before: Orbax looks at a folder of the disk first."""
+    (tmp_path / "tensorflow.py").write_text("raise RuntimeError('tensorflow is not to be imported')")
+    code = (
+        "import sys; from etils import epath; epath.Path('/').is_dir()\n"
+        "from mllm4d_jax.files import remote\n"
+        "remote.place(sys.argv[1]).write_text('a'); print(epath.Path(sys.argv[1]).read_text(), end='')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "EPATH_USE_TF"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"} | ({} if said is None else {"EPATH_USE_TF": said})
+    command = [sys.executable, "-c", code, f"{ROOT}/without_tensorflow"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert error in done.stderr and done.stdout == ("" if error else "a"), done.stderr
 
 
 def test_transfers_survive_a_bad_service(front, tmp_path):
