@@ -66,6 +66,8 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         "H200 141 GB": Chip(
             int(139.8 * GIB), 989.5e12, 4.8e12, 450e9, ("h200",), reckoned=True, plan="h200", net_rate=50e9
         ),
+        "H200 NVL 141 GB": Chip(141 * _GB, 835.5e12, kinds=("h200 nvl",)),
+        "GH200 144 GB": Chip(144 * _GB, 989.5e12, kinds=("gh200 144g",)),
         "GH200 96 GB": Chip(96 * _GB, 989.5e12, kinds=("gh200",)),
         "B200 180 GB": Chip(180 * _GB, 2250e12, kinds=("b200",)),
         "GB200 186 GB": Chip(186 * _GB, 2500e12, kinds=("gb200",)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mllm4d_jax.parallel.chips import CHIPS, peak_flops
+from mllm4d_jax.parallel.chips import CHIPS, chip_of, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -26,18 +26,26 @@ from mllm4d_jax.parallel.chips import CHIPS, peak_flops
         ("NVIDIA H100 PCIe", "H100 PCIe 80 GB"),
         ("NVIDIA H100 NVL", "H100 NVL 94 GB"),
         ("NVIDIA H200", "H200 141 GB"),
+        ("NVIDIA H200 NVL", "H200 NVL 141 GB"),
         ("NVIDIA GH200 480GB", "GH200 96 GB"),
+        ("NVIDIA GH200 144G HBM3e", "GH200 144 GB"),
         ("NVIDIA B200", "B200 180 GB"),
         ("NVIDIA GB200", "GB200 186 GB"),
     ],
 )
 def test_the_longest_match_of_whole_words_is_meant(kind, name):
-    assert peak_flops(kind) == CHIPS[name].flops
+    assert chip_of(kind) is CHIPS[name] and peak_flops(kind) == CHIPS[name].flops
 
 
 def test_makers_figures():
     assert [CHIPS[name].flops for name in ("L4 24 GB", "L40 48 GB", "L40S 48 GB")] == [121e12, 181e12, 362e12]
     assert [CHIPS[name].flops for name in ("A100 80 GB", "H100 PCIe 80 GB")] == [312e12, 756e12]
+    assert [CHIPS[name].flops for name in ("H200 141 GB", "H200 NVL 141 GB", "GH200 144 GB")] == [
+        989.5e12,
+        835.5e12,
+        989.5e12,
+    ]
+    assert [CHIPS[name].hbm for name in ("H200 NVL 141 GB", "GH200 144 GB")] == [141e9, 144e9]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "an accelerator of next year", "NVIDIA L400", "TPU v55"])
