@@ -7,6 +7,7 @@ larger one without learning it again (Net2WiderNet, arXiv 1511.05641, by zeros i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -61,12 +62,13 @@ def write_wider(model: QwenVL, files: TensorFiles, out: pathlib.Path, factor: in
 
 
 def _wider_config(config: ModelConfig, factor: int) -> ModelConfig:
+    """Return the wider sizes; whether the head is tied stays as the stored tensors have decided it."""
     raw = json.loads(config.source)
     decoder = raw.get("text_config", raw)
     decoder |= {name: decoder[name] * factor for name in _GROWING[config.family]}
     if config.family == "qwen3_vl":
         decoder["head_dim"] = config.text.head_dim
-    return ModelConfig.from_dict(raw)
+    return dataclasses.replace(ModelConfig.from_dict(raw), tied=config.tied)
 
 
 def _grown(known: nnx.Variable, wanted: nnx.Variable, groups: int, rng: np.random.Generator) -> jnp.ndarray:

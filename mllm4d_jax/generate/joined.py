@@ -23,7 +23,7 @@ from mllm4d_jax.models.layers import GatedMLP, Linear
 from mllm4d_jax.models.qwen_vl import QwenVL
 from mllm4d_jax.models.text import DecoderBlock, KVCache, SelfAttention
 from mllm4d_jax.parallel.chips import chip_of
-from mllm4d_jax.parallel.place import local_bytes
+from mllm4d_jax.parallel.place import local_bytes, memory_stats
 
 Layers = tuple[DecoderBlock, ...]
 # A scan over the model's own stacked weights; one array a layer; the latter with kernels.
@@ -150,7 +150,8 @@ def choose_form(mesh: Mesh | None, weights: Any) -> str:
     chip = chip_of(device.device_kind)
     # Other processes' devices do not answer, and all processes have to decide alike.
     answers = device in jax.devices() and jax.process_count() == 1
-    limit = device.memory_stats()["bytes_limit"] if answers else chip.hbm if chip else 0
+    known = chip.hbm if chip else 0
+    limit = memory_stats(device).get("bytes_limit", known) if answers else known
     if not fits_twice(local_bytes(weights), limit):
         return "stacked"
     one = answers and (mesh is None or mesh.devices.size == 1)

@@ -155,5 +155,13 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def memory_stats(device: jax.Device) -> Mapping[str, int]:
+    """Return what a device of this process says of its memory, bytes by name.
+
+    Nothing on CPUs, nor where each array is allocated by itself (XLA_PYTHON_CLIENT_ALLOCATOR=platform).
+    """
+    return device.memory_stats() or {}
+
+
 def _row_dimension(path: tuple) -> int:
     return ROW_DIMENSION.get(getattr(path[-1], "name", ""), 0) if path else 0

@@ -12,6 +12,7 @@ import ml_collections
 
 from mllm4d_jax.parallel.chips import GIB
 from mllm4d_jax.parallel.mesh import mesh_shape
+from mllm4d_jax.parallel.place import memory_stats
 from mllm4d_jax.plan.job import GrpoJob, Lengths, PlanError, PlanJob
 from mllm4d_jax.plan.memory import MARGIN, choose, divisors, learning, parameter_table, rollout_memory
 from mllm4d_jax.run.fitting import SHARE, out_of_memory, remat_forms, wanted_bytes
@@ -47,7 +48,7 @@ def of_memory(problem: BaseException, config: ml_collections.ConfigDict) -> Devi
     """
     if not out_of_memory(problem):
         return None
-    stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s and "bytes_limit" in s]
+    stats = [s for s in map(memory_stats, jax.local_devices()) if "bytes_limit" in s]
     fullest = max(stats, key=lambda s: s["bytes_in_use"] / s["bytes_limit"], default=None)
     names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(problem.__traceback__)]
     doing = next((what for name in reversed(names) for part, what in _DOING.items() if name.startswith(part)), "")

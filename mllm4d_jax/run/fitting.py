@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from mllm4d_jax.models.layers import REMAT
 from mllm4d_jax.parallel import multihost
+from mllm4d_jax.parallel.place import memory_stats
 from mllm4d_jax.run.log import say
 
 AUTO = "auto"
@@ -48,7 +49,7 @@ def free_bytes() -> int | None:
 
     Every process of a run has to call this at the same point.
     """
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    stats = [memory_stats(device) for device in jax.local_devices()]
     if not all("bytes_limit" in s for s in stats):
         return None
     free = min(SHARE * s["bytes_limit"] - s["bytes_in_use"] for s in stats)

@@ -7,6 +7,7 @@ import jax
 from mllm4d_jax.data.steps import LoadedBatch
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.flops import Tuning, real_work, step_flops
+from mllm4d_jax.parallel.place import memory_stats
 
 
 class FlopCounter:
@@ -31,6 +32,6 @@ def mfu(flops: float, seconds: float, devices: int, peak: float | None) -> float
 
 def peak_memory_gib() -> float | None:
     """Most memory in use so far on the fullest device of this process, GiB; None where the backend does not say."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    stats = [memory_stats(device) for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) / 2**30 if peaks else None

@@ -18,6 +18,7 @@ from mllm4d_jax.export import check as export_check
 from mllm4d_jax.export import task as export
 from mllm4d_jax.export.merged import ModelExportError
 from mllm4d_jax.models.hf import load_model
+from tests.models.folders import copied
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 MODELS = ("qwen3_vl", "qwen2_5_vl")
@@ -82,6 +83,32 @@ def test_a_copy_keeps_dtype_and_companions_and_follows_its_seed(tmp_path):
     assert (tmp_path / "a" / "tokenizer.json").read_text() == "{}"
     written = json.loads((tmp_path / "a" / "config.json").read_text())["text_config"]
     assert written["num_attention_heads"] == 2 * load_model(base).config.text.num_heads
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize("head", ["none", "another", "the embedding"])
+def test_a_copy_has_the_head_that_the_stored_tensors_decide(tmp_path, name, said, head):
+    """The key of config.json may be left out, and a stored head that differs from the embedding wins over it."""
+    if said is False and head == "none":
+        return  # not a whole model
+    base = copied(tmp_path / "base", name, lambda values: put_head(values, head), tie_word_embeddings=said)
+    narrow = load_model(base, dtype=jnp.float32)
+    assert widen(base, tmp_path / "wide") == 0
+    wide = load_model(tmp_path / "wide", dtype=jnp.float32)
+    tied = head == "none" or (said is True and head == "the embedding")
+    written = json.loads((tmp_path / "wide" / "config.json").read_text())
+    stored = "lm_head.weight" in load_file(tmp_path / "wide" / "model.safetensors")
+    assert (written["tie_word_embeddings"], stored, wide.lm_head is None) == (tied, not tied, tied)
+    np.testing.assert_array_equal(wide.head_kernel(), narrow.head_kernel())
+
+
+def put_head(values, head: str) -> None:
+    """Store the head that is asked for beside the other tensors, in place."""
+    embedding = next(value for key, value in values.items() if key.endswith("embed_tokens.weight"))
+    values.pop("lm_head.weight", None)
+    if head != "none":
+        values["lm_head.weight"] = embedding + (head == "another")
 
 
 @pytest.mark.parametrize(

@@ -107,13 +107,13 @@ def test_who_decodes_how(monkeypatch):
     here = SingleDeviceSharding(jax.devices()[0])
 
     def form(platform, kind, billions, limit=None, capability="9.0", count=1):
-        stats = dict(bytes_limit=limit and limit * 1e9)
+        stats = dict(bytes_limit=limit * 1e9) if limit else None
         device = SimpleNamespace(
             platform=platform, device_kind=kind, memory_stats=lambda: stats, compute_capability=capability
         )
         weights = jax.ShapeDtypeStruct((int(billions * 1e9),), jnp.bfloat16, sharding=here)
         with monkeypatch.context() as patch:
-            if limit:
+            if limit is not None:
                 patch.setattr(jax, "devices", lambda: [device])
             return choose_form(SimpleNamespace(devices=np.array([[device] * count])), weights)
 
@@ -135,3 +135,6 @@ def test_who_decodes_how(monkeypatch):
     assert form("gpu", "Tesla V100-SXM2-32GB", 2, 24, "7.0") == form("gpu", "gfx942", 2, 24, "gfx942") == "apart"
     assert form("gpu", "NVIDIA H100 80GB HBM3", 8.8, 64, count=2) == "apart"
     assert form("gpu", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 8.8, 8) == "stacked"
+    # Here, and it does not say, as with an allocator of single arrays: by the memory of its kind.
+    assert form("gpu", "NVIDIA H100 80GB HBM3", 8.8, 0) == "kernels"
+    assert form("gpu", "NVIDIA H100 80GB HBM3", 31, 0) == form("gpu", "a GPU of another name", 0.001, 0) == "stacked"
