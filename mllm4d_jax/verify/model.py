@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
@@ -21,7 +20,8 @@ from mllm4d_jax.models.text import DecoderOutput
 from mllm4d_jax.models.vision import VisionFeatures
 from mllm4d_jax.rows.batch import ModelInputs
 from mllm4d_jax.verify.checks import SHIFT, CaseChecks, Check, Comparison, chosen_alike
-from mllm4d_jax.verify.reference import VARIANTS, Case, RecordingError, build_case, read_arrays
+from mllm4d_jax.verify.recorded import RecordingError, read_json
+from mllm4d_jax.verify.reference import VARIANTS, Case, build_case, read_arrays
 
 _NO_GRADIENT = 1e-6  # of the largest gradient: a norm below is rounding of an exact zero (the router at top-1)
 _SHORT = {"image": "img", "video": "vid"}
@@ -292,8 +292,16 @@ def verify_gradients(model: QwenVL, folder: pathlib.Path, path: pathlib.Path, la
 
     Differences are relative to the recorded norm (the product of a unit vector cannot exceed its norm). Where the
     recording is zero up to rounding, so must be the gradient here.
+
+    Raises:
+      RecordingError: the recording, or that of its case, is damaged or incomplete.
     """
-    recorded = json.loads(path.read_text())
+    recorded = read_json(path)
+    loss, prints = recorded["loss"], recorded["grads"]
+    if not (isinstance(loss, (int, float)) and isinstance(prints, dict) and all(map(_is_pair, prints.values()))):
+        raise RecordingError(
+            f"{path}: loss must be a number, and grads two numbers for each tensor's name: record it again"
+        )
     arrays = read_arrays(folder / f"{recorded['case']}.npz")
     case = _choose_rule(recorded["case"], arrays, model, rule, "")
     (loss, aux, logits, first), (_, aux2, logits2, second) = _gradients(model, case)
@@ -302,8 +310,8 @@ def verify_gradients(model: QwenVL, folder: pathlib.Path, path: pathlib.Path, la
     _loss(losses, loss, recorded["loss"], logits, logits2)
     losses.near("aux_loss", aux, recorded.get("aux_loss"), aux2)
     grads = _published(model, first, second)
-    zero = _NO_GRADIENT * max((abs(norm) for norm, _ in recorded["grads"].values()), default=0.0)
-    for name, (norm, product) in recorded["grads"].items():
+    zero = _NO_GRADIENT * max((abs(norm) for norm, _ in prints.values()), default=0.0)
+    for name, (norm, product) in prints.items():
         if name not in grads:
             group.add(f"{name} (no such parameter)", np.inf)
             continue
@@ -318,6 +326,11 @@ def verify_gradients(model: QwenVL, folder: pathlib.Path, path: pathlib.Path, la
         if name not in none:
             group.add(f"{name} (not recorded)", np.inf)
     return checks.checks()
+
+
+def _is_pair(value: object) -> bool:
+    """Whether a value of JSON is two numbers; what is not finite is a difference, and no damage."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(x, (int, float)) for x in value)
 
 
 def _gradients(model: QwenVL, case: Case):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +23,7 @@ from mllm4d_jax.media import resize
 from mllm4d_jax.media.frame_sampling import sample_indices
 from mllm4d_jax.models.rope import frequency_axes
 from mllm4d_jax.verify.checks import CaseChecks, Check, Comparison
+from mllm4d_jax.verify.recorded import RecordingError, read_json, read_npz
 
 PATCH_TOLERANCE = 1e-6
 _NUMBER = re.compile(r"(?:Picture|Video) \d+: (?=<\|vision_start\|>)")
@@ -43,7 +43,11 @@ def is_processor_folder(folder: pathlib.Path) -> bool:
 
 
 def verify_processor(folder: pathlib.Path, label: str, tolerance: float = PATCH_TOLERANCE) -> Iterable[Check]:
-    """Checks every table found in a folder laid out like a recorded `processor/`; missing tables are not an error."""
+    """Checks every table found in a folder laid out like a recorded `processor/`; missing tables are not an error.
+
+    Raises:
+      RecordingError: a table is damaged or incomplete.
+    """
     for name, verify in _TABLES.items():
         if (folder / name).is_file():
             found = CaseChecks(f"{label}/{pathlib.Path(name).stem}")
@@ -63,6 +67,8 @@ def _outcome(compute: Callable[[], Any]) -> Any:
     """The value, or {"error": ...}: the tables record a refusal by its exception, whose type is the recorder's own."""
     try:
         value = compute()
+    except RecordingError:  # of the table, and no refusal of ours
+        raise
     except ValueError:
         return _REFUSED
     return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
@@ -74,7 +80,7 @@ def _recorded(value: Any) -> Any:
 
 def _frame_sampling(path: pathlib.Path, found: CaseChecks) -> None:
     rules = {"qwen3_vl": "qwen3_vl", "qwen2_5_vl_hf": "qwen2_5_vl", "qwen_vl_utils": "qwen_vl_utils"}
-    for table, rows in json.loads(path.read_text()).items():
+    for table, rows in read_json(path).items():
         for row in rows if table in rules else ():
             found.group(table).same(str(row), _sampled(row, rules[table]), _recorded_indices(row))
 
@@ -130,13 +136,13 @@ def _smart_resize(path: pathlib.Path, found: CaseChecks) -> None:
         "video_frame_qwen_vl_utils_default_budget": utils_frame,
         "video_frame_qwen_vl_utils_given_budget": utils_given,
     }
-    for table, rows in json.loads(path.read_text()).items():
+    for table, rows in read_json(path).items():
         for row in rows if table in tables else ():
             found.group(table).same(str(row), _outcome(functools.partial(tables[table], row)), _recorded(row["out"]))
 
 
 def _prompts(path: pathlib.Path, found: CaseChecks) -> None:
-    recorded = json.loads(path.read_text())
+    recorded = read_json(path)
     for c in recorded["conversations"]:
         if c["add_vision_id"]:  # prompts of ours do not number images and videos; the rest is compared
             c = {k: _NUMBER.sub("", v) if isinstance(v, str) else v for k, v in c.items()}
@@ -179,7 +185,7 @@ def _timestamps(name: str, row: Mapping, fps: float | None, indices: list[int] |
 
 
 def _mrope_axis(path: pathlib.Path, found: CaseChecks) -> None:
-    for r in json.loads(path.read_text()):
+    for r in read_json(path, list):
         for key, interleaved in (("interleaved", True), ("chunked", False)):
             if key in r:
                 axes = "".join("THW"[a] for a in frequency_axes(tuple(r["mrope_section"]), interleaved))
@@ -188,22 +194,22 @@ def _mrope_axis(path: pathlib.Path, found: CaseChecks) -> None:
 
 def _vision_index(path: pathlib.Path, found: CaseChecks) -> None:
     exact, weights = found.group("indices"), found.group("interpolation weights", PATCH_TOLERANCE)
-    with np.load(path, allow_pickle=False) as z:
-        for i in range(len(z.files)):
-            if f"grid_{i}" not in z.files:
-                break
-            thw = z[f"grid_{i}"].tolist()
-            frames = [(h, w) for t, h, w in thw for _ in range(t)]
-            taps = [grids.position_taps(h, w, _MERGE, _TABLE_SIDE) for h, w in frames]
-            index, weight = (np.concatenate(parts) for parts in zip(*taps, strict=True))
-            for suffix, step in (("", 1), ("_every37", 37)):
-                exact.equal(f"interp_index_{i}", index[::step], z.get(f"interp_index_{i}{suffix}"))
-                weights.close(f"interp_weight_{i}", weight[::step], z.get(f"interp_weight_{i}{suffix}"))
-            order = np.concatenate([grids.merge_order(h, w, _MERGE) for h, w in frames])
-            exact.equal(f"rope_hw_{i}", order, z[f"rope_hw_{i}"])
-            edges = np.cumsum([0, *(h * w for h, w in frames)])
-            exact.equal(f"cu_seqlens_{i}", edges, z[f"cu_seqlens_{i}"])
-            _windows(z, i, frames, exact)
+    z = read_npz(path)
+    for i in range(len(z)):
+        if f"grid_{i}" not in z:
+            break
+        thw = z[f"grid_{i}"].tolist()
+        frames = [(h, w) for t, h, w in thw for _ in range(t)]
+        taps = [grids.position_taps(h, w, _MERGE, _TABLE_SIDE) for h, w in frames]
+        index, weight = (np.concatenate(parts) for parts in zip(*taps, strict=True))
+        for suffix, step in (("", 1), ("_every37", 37)):
+            exact.equal(f"interp_index_{i}", index[::step], z.get(f"interp_index_{i}{suffix}"))
+            weights.close(f"interp_weight_{i}", weight[::step], z.get(f"interp_weight_{i}{suffix}"))
+        order = np.concatenate([grids.merge_order(h, w, _MERGE) for h, w in frames])
+        exact.equal(f"rope_hw_{i}", order, z[f"rope_hw_{i}"])
+        edges = np.cumsum([0, *(h * w for h, w in frames)])
+        exact.equal(f"cu_seqlens_{i}", edges, z[f"cu_seqlens_{i}"])
+        _windows(z, i, frames, exact)
 
 
 def _windows(z: Mapping, i: int, frames: list[tuple[int, int]], exact: Comparison) -> None:
@@ -218,17 +224,16 @@ def _windows(z: Mapping, i: int, frames: list[tuple[int, int]], exact: Compariso
 
 
 def _resampler(path: pathlib.Path, found: CaseChecks) -> None:
-    with np.load(path, allow_pickle=False) as z:
-        for key in z.files:
-            if key.startswith("in_"):
-                target = z[key.replace("in_", "torchvision_")]
-                found.group("pixels").equal(key, resize.resize_bicubic(z[key], *target.shape[:2]), target)
+    z = read_npz(path)
+    for key in z:
+        if key.startswith("in_"):
+            target = z[key.replace("in_", "torchvision_")]
+            found.group("pixels").equal(key, resize.resize_bicubic(z[key], *target.shape[:2]), target)
 
 
 def _pixels(path: pathlib.Path, found: CaseChecks, tolerance: float) -> None:
     """Compare a recorded clip or image from decoded frames to patches."""
-    with np.load(path, allow_pickle=False) as z:
-        arrays = {k: z[k] for k in z.files}
+    arrays = read_npz(path)
     still = "image" in arrays
     frames = arrays["image"][None] if still else arrays.get("frames")
     recorded = arrays.get("pixel_values" if still else "pixel_values_videos")

@@ -18,13 +18,10 @@ from mllm4d_jax.encode.positions import RULES
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.qwen_vl import text_positions, vision_geometry
 from mllm4d_jax.rows.batch import ModelInputs
+from mllm4d_jax.verify.recorded import RecordingError, read_npz
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 VARIANTS = ("", *(f"_{rule}" for rule in RULES))
-
-
-class RecordingError(ValueError):
-    """A recorded reference is incomplete or inconsistent with its model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +65,27 @@ class Case:
         return np.nonzero((self.arrays["input_ids"] == token) & self.mask)
 
 
-def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_arrays(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     """The arrays of a case; a `NAME_right` case borrows the pixels of `NAME`.
 
     Raises:
-      RecordingError: unreadable file, or no pixels anywhere for recorded grids.
+      RecordingError: unreadable file, no prompts, or no pixels anywhere for recorded grids. What is returned raises it
+        for every array that is not there.
     """
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in z.files}
-    except (OSError, ValueError) as e:
-        raise RecordingError(f"{path} cannot be read as an npz of plain arrays: {e}") from e
+    arrays = read_npz(path)
+    tokens, mask = arrays["input_ids"], arrays["attention_mask"]
+    if tokens.ndim != 2 or tokens.shape != mask.shape:
+        raise RecordingError(
+            f"{path}: input_ids and attention_mask must be of one shape [B, S], got {list(tokens.shape)} and "
+            f"{list(mask.shape)}: record it again"
+        )
     lacking = [k for m, k in PIXELS.items() if f"{m}_grid_thw" in arrays and k not in arrays]
     if lacking:
         other = path.with_name(path.stem.removesuffix("_right") + ".npz")
         if other == path or not other.is_file():
             raise RecordingError(f"{path} has grids but no {lacking}, and there is no {other.name} to take them from")
-        with np.load(other, allow_pickle=False) as z:
-            arrays |= {k: z[k] for k in lacking}
+        pixels = read_npz(other)
+        arrays.update({k: pixels[k] for k in lacking})
     return arrays
 
 

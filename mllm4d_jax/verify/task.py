@@ -7,7 +7,6 @@ weights with `tools/record_reference.py`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -16,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from mllm4d_jax.encode.positions import RULES
+from mllm4d_jax.files.quoting import shown
 from mllm4d_jax.files.remote import place
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import load_model
 from mllm4d_jax.verify.checks import Check
 from mllm4d_jax.verify.model import Tolerances, case_files, verify_case, verify_gradients
 from mllm4d_jax.verify.processor import is_processor_folder, verify_processor
-from mllm4d_jax.verify.reference import RecordingError
+from mllm4d_jax.verify.recorded import RecordingError, read_json
 
 _WIDTH = 52
 
@@ -102,11 +103,18 @@ def verify_target(target: Target, tol: Tolerances, *, attention: str, rule: str,
 
 
 def _recorded_rule(folder: pathlib.Path, rule: str) -> str:
-    """The position rule a recording declares in its manifest, when the configuration leaves it open."""
+    """The position rule a recording declares in its manifest, when the configuration leaves it open.
+
+    Raises:
+      RecordingError: the manifest is damaged, or names a rule that is none.
+    """
     manifest = folder / "manifest.json"
     if rule != "auto" or not manifest.is_file():
         return rule
-    return json.loads(manifest.read_text()).get("rope_rule") or rule
+    named = read_json(manifest).get("rope_rule") or rule
+    if named not in ("auto", *RULES):
+        raise RecordingError(f"{manifest}: rope_rule = {shown(named)} is none of {', '.join(RULES)}: record it again")
+    return named
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> int:

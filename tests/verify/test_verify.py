@@ -105,6 +105,90 @@ def test_refusals(tmp_path):
         run(root, model=GOLDEN / "qwen3_vl")
 
 
+def cut(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without(key: str):
+    """Leaves a key of an npz or of a JSON object out."""
+
+    def change(path: pathlib.Path) -> None:
+        if path.suffix == ".npz":
+            np.savez(path, **{k: v for k, v in np.load(path).items() if k != key})
+        else:
+            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+    return change
+
+
+def single(path: pathlib.Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def holding(text: str):
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("text.npz", cut, "text.npz cannot be read as an npz of plain arrays (BadZipFile"),
+        ("text.npz", holding(""), "text.npz cannot be read as an npz of plain arrays (EOFError"),
+        ("text.npz", single, "text.npz cannot be read as an npz of plain arrays (ValueError"),
+        ("text.npz", without("attention_mask"), "text.npz: attention_mask is missing"),
+        ("text.npz", without("input_ids"), "text.npz: input_ids is missing"),
+        ("text.npz", lambda path: np.savez(path, input_ids=np.zeros((1, 3)), attention_mask=np.ones((1, 4))), "shape"),
+        ("image.npz", without("pixel_values"), "image.npz has grids but no ['pixel_values']"),
+        ("batch.npz", without("pixel_values_videos"), "batch.npz has grids but no ['pixel_values_videos']"),
+        ("manifest.json", holding('{"rope_ru'), "manifest.json cannot be read as JSON"),
+        ("manifest.json", holding("[]"), "manifest.json does not hold an object of JSON, but []"),
+        ("manifest.json", holding('{"rope_rule": "of next year"}'), "manifest.json: rope_rule = 'of next year' is"),
+        ("grads_batch.json", cut, "grads_batch.json cannot be read as JSON"),
+        ("grads_batch.json", without("case"), "grads_batch.json: case is missing"),
+        ("grads_batch.json", without("grads"), "grads_batch.json: grads is missing"),
+        ("grads_batch.json", holding('{"case": "batch", "loss": 1, "grads": {"a": [1]}}'), "grads two numbers"),
+        ("grads_batch.json", holding('{"case": "none", "loss": 1, "grads": {}}'), "none.npz cannot be read as an npz"),
+    ],
+)
+def test_a_damaged_recording_is_named_with_its_key(tmp_path, monkeypatch, name, damage, said):
+    monkeypatch.setattr(verify, "load_model", lambda *_, **__: None)  # nothing comes to be compared
+    folder = tmp_path / "recorded"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    for file in ("text.npz", name):
+        if (GOLDEN / "qwen3_vl" / file).is_file():
+            shutil.copy(GOLDEN / "qwen3_vl" / file, folder)
+    damage(folder / name)
+    with pytest.raises(RecordingError) as caught:
+        run(folder, model=GOLDEN / "qwen3_vl", case=name.partition(".")[0] if name != "manifest.json" else "text")
+    text = str(caught.value)
+    assert said in text and str(folder) in text and ("record it again" in text or "to take them from" in text)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("frame_sampling.json", cut, "cannot be read as JSON"),
+        ("frame_sampling.json", holding('{"qwen3_vl": [{"video_fps": 25, "indices": []}]}'), "total is missing"),
+        ("smart_resize.json", holding("[]"), "does not hold an object of JSON, but []"),
+        ("smart_resize.json", holding('{"image": [{"h": 3, "w": 3}]}'), "factor is missing"),
+        ("prompts.json", cut, "cannot be read as JSON"),
+        ("prompts.json", holding("{}"), "conversations is missing"),
+        ("mrope_axis.json", holding("{}"), "does not hold a list of JSON"),
+        ("vision_index.npz", without("rope_hw_0"), "rope_hw_0 is missing"),
+        ("vision_index.npz", cut, "cannot be read as an npz"),
+        ("resize_uint8_bicubic.npz", holding(""), "cannot be read as an npz"),
+    ],
+)
+def test_a_damaged_table_is_named_with_its_key(tmp_path, name, damage, said):
+    shutil.copy(GOLDEN / "processor" / name, tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(RecordingError, match="record it again") as caught:
+        list(verify_processor(tmp_path, "p"))
+    assert said in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
 def test_a_table_with_a_wrong_row_fails(tmp_path):
     table = json.loads((GOLDEN / "processor" / "smart_resize.json").read_text())
     table["video_qwen3_vl"][40]["out"] = [32, 32]
