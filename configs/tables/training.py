@@ -22,7 +22,13 @@ TRAINED_KEYS = (
         bucket=True,
     ),
     Key("model.step", -1, "which checkpoint of that run, by its step; -1 = the newest", low=-1),
-    Key("model.published", "", "plans only, without model.path: a published size", choices=("", *SIZES), free=True),
+    Key(
+        "model.published",
+        "",
+        "a published size: plans need no model.path with it, and a model.path has to be of it",
+        choices=("", *SIZES),
+        free=True,
+    ),
 )
 DATA_KEYS = (
     Key(

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from configs.published import published_config
+from configs.published import SIZES, published_config
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import Mixture, RecordSource, open_mixture
 from mllm4d_jax.data.stream import LoaderError, LoaderOptions
@@ -108,19 +108,51 @@ def model_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
     """Return the sizes of the model that `model.path` names, or else `model.published`, without its weights.
 
     Raises:
-      BuildError: neither names one.
+      BuildError: neither names one, or both do and it is not the same.
       ModelConfigError: its config.json cannot be run exactly.
     """
     if config.model.path:
+        require_published(config)
         sizes = ModelConfig.from_folder(config.model.path)
         # Without weights it cannot be seen whether there is a head of its own; the larger case is planned.
         return dataclasses.replace(sizes, tied=bool(sizes.tied))
     if config.model.published:
-        return ModelConfig.from_dict(published_config(config.model.published), config.model.published)
+        return _published_sizes(config)
     raise BuildError(
         "no model is named: --config.model.path=DIR with a config.json, or for a plan a published size "
         "(--config.model.published=8b)"
     )
+
+
+def require_published(config: ml_collections.ConfigDict) -> None:
+    """Compare the model in `model.path` with the published one that `model.published` names, where both are named.
+
+    Raises:
+      BuildError: it has other dimensions; the message names them.
+      ModelConfigError: its config.json cannot be run exactly.
+    """
+    path, name = config.model.path, config.model.published
+    if not path or not name:
+        return
+    here, there = (_dimensions(sizes) for sizes in (ModelConfig.from_folder(path), _published_sizes(config)))
+    odd = [f"{key} {here[key]} instead of {value}" for key, value in there.items() if here[key] != value]
+    if odd:
+        raise BuildError(
+            f"model.path = {path} is not the model of model.published = {name} ({SIZES[name].repository}): it has "
+            f"{', '.join(odd)}. Name the folder of that one, or with --config.model.published= leave it to the folder"
+        )
+
+
+def _published_sizes(config: ml_collections.ConfigDict) -> ModelConfig:
+    return ModelConfig.from_dict(published_config(config.model.published), config.model.published)
+
+
+def _dimensions(sizes: ModelConfig) -> dict[str, Any]:
+    """Return what tells models of the published sizes apart; what a fine-tuned one may have changed is not among it."""
+    text, vision = sizes.text, sizes.vision
+    found = {name: getattr(text, name) for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads")}
+    found |= {"intermediate_size": text.intermediate_size, "vision depth": vision.depth}
+    return {"model_type": sizes.model_type, **found, "experts": text.moe.num_experts if text.moe else 0}
 
 
 def processor_of(config: ml_collections.ConfigDict) -> ProcessorConfig:

@@ -13,12 +13,13 @@ from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.sources import parse_mixture
 from mllm4d_jax.data.stream import LoaderError
 from mllm4d_jax.files.remote import is_file, is_folder, place
+from mllm4d_jax.models.config import ModelConfigError
 from mllm4d_jax.models.split import needs_adapter
 from mllm4d_jax.parallel.mesh import MeshError, make_mesh, rows_divide
 from mllm4d_jax.parallel.rules import batch_shards
 from mllm4d_jax.qa.errors import ProcessorError
 from mllm4d_jax.qa.system_prompt import resolve_system_prompt
-from mllm4d_jax.run.build import loader_options
+from mllm4d_jax.run.build import BuildError, loader_options, require_published
 from mllm4d_jax.run.start import StartError, checkpoint_folder, find_adapter
 
 
@@ -65,6 +66,11 @@ def _model_problems(config: ml_collections.ConfigDict) -> Iterator[str]:
             missing.append("*.safetensors")
         if missing:
             yield f"model.path = {folder} lacks {', '.join(missing)}: is the download complete? {fetch}"
+        if "config.json" not in missing:
+            try:
+                require_published(config)
+            except (BuildError, ModelConfigError) as error:
+                yield str(error)
     try:
         # A run that goes on has all it needs of the adapter in its own workdir.
         begun = config.workdir and checkpoint_folder(config.workdir)

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from configs import common
+from configs.published import published_config
 from mllm4d_jax.encode.encoder import Encoder
 from mllm4d_jax.encode.example import VideoOptions
 from mllm4d_jax.encode.tokenizer import build_byte_level_tokenizer
@@ -170,9 +171,22 @@ def test_a_batch_that_cannot_be_divided_is_not_planned():
         PlanJob.of(config, Lengths())
 
 
-def test_a_folder_counts_before_a_published_size(model):
-    """A plan of a config that names both is one of the model that its run would load."""
+def test_a_folder_has_to_be_of_the_published_size(model, tmp_path):
+    """Neither a plan nor a run is of another model than both names say; what fine-tuning changes is no other model."""
     config = common.config("sft")
     config.model.path, config.model.published = str(model), "8b"
+    for plan in (model_sizes, lambda config: PlanJob.of(config, Lengths())):
+        with pytest.raises(BuildError, match=r"is not the model of model.published = 8b \(Qwen/Qwen3-VL-8B-Instruct\)"):
+            plan(config)
+    tuned = published_config("8b")
+    tuned["text_config"] |= {"vocab_size": 152_000, "dtype": "float32", "max_position_embeddings": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(tuned))
+    config.model.path = str(tmp_path)
+    assert model_sizes(config).text.vocab_size == 152_000
+    for name in ("32b", "4b", "qwen2_5_vl_7b", "30b_a3b"):
+        config.model.published = name
+        with pytest.raises(BuildError, match=f"model.path = {tmp_path} is not the model of model.published = {name} "):
+            model_sizes(config)
+    config.model.path, config.model.published = str(model), ""
     assert model_sizes(config) == dataclasses.replace(ModelConfig.from_folder(model), tied=model_sizes(config).tied)
     assert processor_of(config).family == model_sizes(config).family

@@ -115,6 +115,16 @@ def test_the_named_weights_follow_the_variant_and_a_starting_adapter_must_be_the
     preflight.check(config)
 
 
+def test_a_variant_is_not_run_on_the_model_of_another(tiny_world):
+    config = sft_config.get_config("qwen3_vl_32b")
+    config.model.path = str(tiny_world[0])
+    text = complaints(config)
+    assert f"model.path = {tiny_world[0]} is not the model of model.published = 32b (Qwen/" in text
+    assert "num_layers" in text and "instead of 64" in text
+    config.model.published = ""
+    assert "is not the model" not in complaints(config)
+
+
 def test_a_peft_adapter_needs_a_pattern_that_trains_it(tiny_world, tmp_path):
     config = complete(tiny_world)
     (tmp_path / "adapter_config.json").write_text("{}")
