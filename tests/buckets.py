@@ -144,7 +144,8 @@ class Front:
 
 def mark(name: str) -> dict[str, str]:
     """What a bucket says of an empty object that marks a folder."""
-    return {"kind": "storage#object", "bucket": BUCKET, "name": name, "size": "0", "generation": "1", "crc32c": "AAAAAA=="}
+    about = {"size": "0", "generation": "1", "crc32c": "AAAAAA=="}
+    return {"kind": "storage#object", "bucket": BUCKET, "name": name, **about}
 
 
 def object_name(target: str, body: bytes) -> str:

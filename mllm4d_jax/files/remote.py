@@ -1,7 +1,8 @@
 """Paths in a bucket, `gs://BUCKET/...`: the one place that says what a path is, how it is opened and what went wrong.
 
 `place` gives a path with the methods of `pathlib` for both kinds; what reads or writes much has functions here. The
-driver is gcsfs, for etils' paths as well, where tensorflow is installed too. All requests are repeated, with growing pauses, where that can help.
+driver is gcsfs, for etils' paths as well, whether or not tensorflow is installed. All requests are repeated, with
+growing pauses, where that can help.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ def test_paths_do_not_go_through_tensorflow(front, tmp_path, said, error):
         "remote.place(sys.argv[1]).write_text('a'); print(epath.Path(sys.argv[1]).read_text(), end='')"
     )
     environment = {name: value for name, value in os.environ.items() if name != "EPATH_USE_TF"}
-    environment |= {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"} | ({} if said is None else {"EPATH_USE_TF": said})
+    environment |= {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    environment |= {} if said is None else {"EPATH_USE_TF": said}
     command = [sys.executable, "-c", code, f"{ROOT}/without_tensorflow"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert error in done.stderr and done.stdout == ("" if error else "a"), done.stderr
@@ -94,7 +95,7 @@ def test_missing_things_have_names(front):
 
 
 def test_marks_of_folders_are_no_files(front, tmp_path, monkeypatch):
-    """A console's "Create folder", or a mounted bucket, makes an empty object "sets/": no file of the folder, nor one."""
+    """A console's "Create folder", or a mounted bucket, makes an empty object "sets/"."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     there = f"{ROOT}/marked/sets"
     for name in ("a.json", "sub/b"):
