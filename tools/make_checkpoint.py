@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from configs.published import SIZES, published_config
 from mllm4d_jax.encode.processor_config import ProcessorConfig
 from mllm4d_jax.encode.tokenizer import QWEN_SPECIAL_IDS, build_byte_level_tokenizer
+from mllm4d_jax.files.storage import StorageError, storing
 from mllm4d_jax.models.config import ModelConfig
 from mllm4d_jax.models.hf import write_shards
 from mllm4d_jax.models.weight_map import published_tensors
@@ -51,8 +52,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     args = parser.parse_args(argv[1:])
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        parser.error(f"--out: '{out}' is not empty")
+    try:
+        with storing(out):
+            if out.exists() and any(out.iterdir()):
+                parser.error(f"--out: '{out}' is not empty")
+            out.mkdir(parents=True, exist_ok=True)
+    except StorageError as problem:
+        parser.error(f"--out: {problem}")
     config = tiny_config() if args.size == "tiny" else published_config(args.size)
     count = write_checkpoint(out, config, args.seed)
     print(f"wrote {count:,} parameters to {out}")

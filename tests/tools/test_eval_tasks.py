@@ -111,6 +111,15 @@ def test_what_cannot_be_asked_is_said(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_file_where_the_folder_should_be_is_named(made, tmp_path, capsys, out):
+    (tmp_path / "file").touch()
+    asked = dict(benchmark="vlm4d", data=made / "questions.json", videos=made / "videos", out=tmp_path / out)
+    assert eval_tasks.main([f"--{name}={value}" for name, value in asked.items()]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/file") and "(a file is where a folder should be)" in said
+
+
 @pytest.mark.slow
 def test_lmms_eval_itself(made):
     pytest.importorskip("lmms_eval")

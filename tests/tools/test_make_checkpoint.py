@@ -103,9 +103,12 @@ def test_qwen2_5_files(tmp_path):
 def test_command_line(tmp_path, capsys):
     assert make_checkpoint.main(["", "--size=tiny", f"--out={tmp_path / 'x'}"]) == 0
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= {path.name for path in (tmp_path / "x").iterdir()}
+    (tmp_path / "file").touch()
     for args, message in (
         (["--size=9b", "--out=x"], "invalid choice"),
         (["--size=2b", f"--out={tmp_path}"], "not empty"),
+        (["--size=2b", f"--out={tmp_path / 'file'}"], "a file is where a folder should be"),
+        (["--size=2b", f"--out={tmp_path / 'file/below'}"], "a file is where a folder should be"),
     ):
         with pytest.raises(SystemExit) as stop:
             make_checkpoint.main(["", *args])
