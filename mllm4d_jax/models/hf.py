@@ -319,6 +319,7 @@ def write_tensors(
 def _config_of(model: QwenVL) -> dict:
     """The config.json the model came from; its dtype keys and `tie_word_embeddings` say what the files now hold."""
     config, dtype = json.loads(model.config.source), str(jnp.dtype(model.text.embed.dtype))
+    said = {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": model.lm_head is None}
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
-        part |= {k: dtype for k in ("dtype", "torch_dtype") if k in part}
-    return config | {"tie_word_embeddings": model.lm_head is None}
+        part |= {key: value for key, value in said.items() if key in part}
+    return config | {"tie_word_embeddings": said["tie_word_embeddings"]}

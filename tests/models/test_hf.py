@@ -96,6 +96,19 @@ def test_a_stored_head_wins_over_tying(tmp_path):
     np.testing.assert_array_equal(tied.head_kernel(), tied.text.embed[...].T)
 
 
+def test_a_saved_config_says_one_thing_of_the_head(tmp_path):
+    """Older nested files say it in text_config; left as it was there, transformers 4 would tie the head again."""
+    head = np.random.default_rng(0).normal(size=(512, 48)).astype(np.float32)
+    folder = checkpoint(tmp_path, change=lambda values: values.update({"lm_head.weight": head}))
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["tie_word_embeddings"] = raw["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_model(load_model(folder), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["tie_word_embeddings"], written["text_config"]["tie_word_embeddings"]) == (False, False)
+    assert "tie_word_embeddings" not in written["vision_config"]
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("sizes", [dict(data=1, fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)])
 def test_loads_straight_into_shards(name, sizes):
