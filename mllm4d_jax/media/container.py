@@ -15,6 +15,8 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from mllm4d_jax.media.gif import has_trailer
+from mllm4d_jax.media.orientation import Orientation, read_orientation
 from mllm4d_jax.qa.errors import MediaError
 
 # Demuxers of containers that hold their own pictures and say when to show them.
@@ -39,10 +41,11 @@ class Timeline:
       pts: i64[N], presentation times of the frames to be shown, ascending, in units of `time_base` seconds.
       time_base: seconds of one unit.
       start: seconds at which the file's presentation starts (that of its sound included), on the clock of `pts`.
+      headless: the file is damaged at its start: what its index says is a key frame cannot be decoded.
       by_order: the file has one time for each frame but does not say whose it is: the k-th that shows has the k-th.
       rates: frame rates that the file declares, the likeliest first.
       stored: (height, width) of the first frame that can be decoded, as stored; None if none can.
-      turns: quarter turns, counterclockwise, that show it upright.
+      orientation: how it is to be shown.
       aspect: width of a stored pixel / its height.
       damage: what says that the end of the file is missing, in words; "" if nothing does.
     """
@@ -50,10 +53,11 @@ class Timeline:
     pts: np.ndarray
     time_base: Fraction
     start: Fraction
+    headless: bool
     by_order: bool
     rates: tuple[Fraction, ...]
     stored: tuple[int, int] | None
-    turns: int
+    orientation: Orientation
     aspect: Fraction
     damage: str
 
@@ -112,8 +116,8 @@ def open_video(path: str, threads: int = 1) -> Iterator[tuple[av.container.Input
         yield container, stream
 
 
-def decoded(packet: av.Packet) -> list[av.VideoFrame]:
-    """Return the frames that a packet brings; none where it is damaged, which decoding them all tells.
+def decoded(packet: av.Packet) -> list[av.VideoFrame] | None:
+    """Return the frames that a packet brings; None where it is damaged, which decoding them all tells.
 
     Raises MemoryError: the codec's own, which says nothing about the file.
     """
@@ -122,7 +126,7 @@ def decoded(packet: av.Packet) -> list[av.VideoFrame]:
     except MemoryError:
         raise
     except DECODER_ERRORS:
-        return []
+        return None
 
 
 def said(error: Exception) -> str:
@@ -145,7 +149,8 @@ def read_timeline(path: str) -> Timeline:
     """Read the times of all frames of a video without decoding them, and its first frame.
 
     Raises:
-      MediaError: as `open_video`, and "missing_fps" (frames without times), "times_go_back" (joined files).
+      MediaError: as `open_video`, and "missing_fps" (frames without times), "times_go_back" (joined files),
+        "bad_orientation" (neither a quarter turn nor a mirror of one).
     """
     with open_video(path) as (container, stream):
         scan = _Scan(stream, container.format.name in _BROADCAST)
@@ -174,14 +179,11 @@ def read_timeline(path: str) -> Timeline:
         aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
         first = scan.first
         stored = None if first is None else (first.height, first.width)
-        turns = 0 if first is None else quarter_turns(first)
-        line = Timeline(pts, stream.time_base, start, by_order, rates, stored, turns, aspect, damage)
-        return line if damage else dataclasses.replace(line, damage=_missing_end(line, container.duration, scan.end))
-
-
-def quarter_turns(frame: av.VideoFrame) -> int:
-    """Return how often a frame must be turned by 90 degrees, counterclockwise, to be upright: 0 to 3."""
-    return round(frame.rotation / 90) % 4
+        shown = (first and read_orientation(first, path)) or Orientation()
+        line = Timeline(pts, stream.time_base, start, scan.headless, by_order, rates, stored, shown, aspect, damage)
+        if not damage and container.format.name == "gif" and not has_trailer(path):
+            damage = "the block is missing that ends a GIF"
+        return dataclasses.replace(line, damage=damage or _missing_end(line, container.duration, scan.end))
 
 
 class _Scan:
@@ -191,6 +193,7 @@ class _Scan:
         self.stream, self.broadcast, self.packets, self.damage = stream, broadcast, 0, ""
         self.pts: list[int] = []
         self.dts: list[int] = []
+        self.headless = False
         self.first: av.VideoFrame | None = None
         self.end = Fraction(0)  # seconds at which the last picture or sound ends
         self.back = 0  # largest step back of the decoding times, which should ascend
@@ -200,8 +203,23 @@ class _Scan:
         moment = packet.dts if packet.pts is None else packet.pts
         if packet.size and moment is not None and packet.time_base:
             self.end = max(self.end, (moment + (packet.duration or 0)) * packet.time_base)
-        if packet.stream is not self.stream or not packet.size:
+        if packet.stream is not self.stream:
             return
+        if packet.size:
+            self._note(packet)
+        # The last packet is empty: then a decoder gives what it held back, to put frames in order.
+        if self.first is None:
+            frames = decoded(packet)
+            self.first = next(iter(frames or ()), None)
+            self.headless |= frames is None and self.packets == 1 and self._is_key_of_index(packet)
+
+    def _is_key_of_index(self, packet: av.Packet) -> bool:
+        """Whether the container's index begins with this packet and says that nothing before it is needed."""
+        index = self.stream.index_entries
+        return len(index) > 0 and index[0].is_keyframe and index[0].timestamp in (packet.dts, packet.pts)
+
+    def _note(self, packet: av.Packet) -> None:
+        """Note the times of a packet of the video, and whether it is whole."""
         # A recording of a broadcast may start, pause and end anywhere; any other file has whole packets to its end.
         self.damage = "its last packet is incomplete" if packet.is_corrupt and not self.broadcast else ""
         self.packets += 1
@@ -210,8 +228,6 @@ class _Scan:
         if not packet.is_discard:
             self.pts += [] if packet.pts is None else [packet.pts]
             self.dts += [] if packet.dts is None else [packet.dts]
-        if self.first is None:
-            self.first = next(iter(decoded(packet)), None)
 
 
 def _missing_end(line: Timeline, duration: int | None, end: Fraction) -> str:

@@ -3,9 +3,10 @@
 `probe` and `read_video` run the codec in this process and cannot be interrupted. Use them inside a process that may be
 killed; everyone else goes through `decode_pool.DecodePool`, which runs them in such a process.
 
-A frame is shown as a player shows it: turned by its rotation metadata, pixels made square. Its colours are converted
-by the matrix and range that it names (BT.601 if none); 10 and 12 bits become 8. HDR (HLG, PQ) is not tone-mapped: code
-values stay as they are. Interlaced frames are shown whole, both fields woven; transparency is dropped.
+A frame is shown as a player shows it: turned and mirrored by its metadata, pixels made square. Its colours are
+converted by the matrix and range that it names (BT.601 if none); 10 and 12 bits become 8. HDR (HLG, PQ) is not
+tone-mapped: code values stay as they are. Interlaced frames are shown whole, both fields woven; transparency is
+dropped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from mllm4d_jax.media.container import DECODER_ERRORS, Timeline, decoded, open_video, quarter_turns, read_timeline
+from mllm4d_jax.media.container import DECODER_ERRORS, Timeline, decoded, open_video, read_timeline
 from mllm4d_jax.media.frame_sampling import SampleRule, SamplingError, nearest_in_time
+from mllm4d_jax.media.orientation import read_orientation
 from mllm4d_jax.media.resize import ResizeRule, SizeError, resize_bicubic
 from mllm4d_jax.qa.errors import MediaError
 
 _MAX_SECONDS = 1e7  # 116 days
+_MOST_LOST = 2  # frames in a row: some codecs cannot show the last ones of a clip that was cut between key frames
 _MAX_ASPECT = 8  # a pixel that claims to be wider or taller than this is a damaged header
 
 
@@ -32,7 +35,7 @@ class VideoInfo:
     """What a video is before it is decoded: by its packets and its first frame.
 
     Attributes:
-      height, width: pixels as shown (rotation applied, pixels square).
+      height, width: pixels as shown (turned upright, pixels square).
       fps: frames per second: the declared rate that the times follow, else their mean rate.
       times: f64[N], seconds at which each frame shows, from the start of the file's presentation, ascending.
     """
@@ -101,7 +104,7 @@ def read_video(
 
     Raises:
       MediaError: as `probe`, and "times_go_back", "one_frame", "truncated_video" (the container or decoding ends before
-        its end), "too_few_frames", "undecodable_frame", "varying_size".
+        its end, or more than two frames in a row do not come), "too_few_frames", "undecodable_frame", "varying_size".
     """
     line = timeline or read_timeline(path)
     if line.damage:
@@ -109,10 +112,11 @@ def read_video(
         raise MediaError(message, "truncated_video")
     job = _Job(path, line, sample, resize, threads)
     clip, seen = _decode(job, line.pts)
+    _check_holes(path, line, seen)
     if any(a > b for a, b in itertools.pairwise(seen)):  # a decoder puts frames out in the order they show
         job = dataclasses.replace(job, line=dataclasses.replace(line, by_order=True))
         clip, seen = _decode(job, line.pts)
-    _check_length(path, line, seen)
+        _check_holes(path, line, seen)
     if seen != line.pts.tolist():
         clip, again = _decode(job, np.array(seen, np.int64))
         if seen != again:
@@ -189,12 +193,26 @@ class _Job:
     threads: int
 
 
-def _check_length(path: str, line: Timeline, seen: Sequence[int]) -> None:
-    """Raise when decoding ends before the container does, or comes to fewer than two frames."""
-    lost = int((line.pts > seen[-1]).sum()) if seen else len(line.pts)
-    if lost > 2:  # some codecs cannot show the last frames of a clip that was cut between key frames
-        message = f"{path} is truncated or damaged: its last {lost} of {len(line.pts)} frames cannot be decoded"
-        raise MediaError(message, "truncated_video")
+def _check_holes(path: str, line: Timeline, seen: Sequence[int]) -> None:
+    """Raise when several frames in a row did not come, or fewer than two came at all.
+
+    A clip that was cut between key frames begins with frames that cannot be decoded, and nothing is wrong with it.
+    """
+    came = np.isin(line.pts, seen)
+    begins = line.pts[0] if line.headless or not seen else min(seen)
+    edges = np.flatnonzero(np.diff(~came & (line.pts >= begins), prepend=False, append=False)).reshape(-1, 2)
+    runs = edges[:, 1] - edges[:, 0]
+    if runs.max(initial=0) > _MOST_LOST:
+        first, end = edges[runs.argmax()]
+        whole, lost = len(line.pts), end - first
+        if line.by_order:  # it does not say whose times are missing
+            what = f"{lost} of its {whole} frames cannot be decoded"
+        elif end == whole:
+            what = f"its last {lost} of {whole} frames cannot be decoded"
+        else:
+            low, high = line.seconds(line.pts[[first, end - 1]])
+            what = f"its frames {first} to {end - 1} of {whole}, from {low:.2f} to {high:.2f} s, cannot be decoded"
+        raise MediaError(f"{path} is truncated or damaged: {what}", "truncated_video")
     if not seen:
         raise MediaError(f"{path} holds no decodable frame", "zero_frames")
     if len(seen) == 1:
@@ -226,7 +244,8 @@ def _decode(job: _Job, pts: np.ndarray) -> tuple[VideoClip | None, list[int]]:
         taken = slots.pop(at, ())
         if taken:
             _check_frame(job, frame, at)
-            frames[taken] = resize_bicubic(_upright(frame), *size)
+            image = job.line.orientation.applied(frame.to_ndarray(format="rgb24", threads=1))
+            frames[taken] = resize_bicubic(image, *size)
     sampled_of = len(info.times[job.sample.part(info.times)])
     clip = VideoClip(frames, indices, info.times[indices], info.fps, sampled_of)
     return None if slots else clip, seen
@@ -238,6 +257,8 @@ def _check_frame(job: _Job, frame: av.VideoFrame, pts: int) -> None:
         raise MediaError("{} is {}x{}, the first one {}x{}".format(where, *found, *job.line.stored), "varying_size")
     if frame.is_corrupt:
         raise MediaError(f"{where} is damaged", "undecodable_frame")
+    if read_orientation(frame, job.path) not in (None, job.line.orientation):
+        raise MediaError(f"{where} is turned or mirrored otherwise than the first one", "varying_size")
 
 
 def _all_frames(path: str, threads: int) -> Iterator[av.VideoFrame]:
@@ -245,25 +266,18 @@ def _all_frames(path: str, threads: int) -> Iterator[av.VideoFrame]:
     with open_video(path, threads) as (container, stream):
         try:
             for packet in container.demux(stream):
-                yield from decoded(packet)
+                yield from decoded(packet) or ()
         except MemoryError:
             raise
         except DECODER_ERRORS:  # reading failed: there is no more
             return
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """u8[H, W, 3] RGB, rotation applied, pixels as stored."""
-    image = frame.to_ndarray(format="rgb24", threads=1)
-    turns = quarter_turns(frame)
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
-
-
 def _shown_size(path: str, line: Timeline) -> tuple[int, int]:
-    """(height, width) of the frames with their rotation applied and their pixels made square."""
+    """(height, width) of the frames, upright and their pixels made square."""
     (height, width), aspect = line.stored, line.aspect
     if aspect > 0 and aspect != 1:
         if not 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT:
             raise MediaError(f"{path}: its pixels claim to be {float(aspect):g} times as wide as high", "bad_size")
         width = max(1, round(width * aspect))
-    return (width, height) if line.turns % 2 else (height, width)
+    return (width, height) if line.orientation.transposed else (height, width)

@@ -12,11 +12,21 @@ TICK = Fraction(1, 1000)
 
 
 def write_movie(
-    path, times, codec="libx264", pixels="yuv420p", size=(48, 64), sound_s=0.0, aspect=None, tick=TICK, cover=0
+    path,
+    times,
+    codec="libx264",
+    pixels="yuv420p",
+    size=(48, 64),
+    sound_s=0.0,
+    aspect=None,
+    tick=TICK,
+    cover=0,
+    options=None,
+    b_frames=None,
 ):
     """Write frames that show at `times` (seconds), and silence of `sound_s` seconds; return the path as a string.
 
-    `cover`: a white cover picture with so many pixels a side comes first.
+    `cover`: a white cover picture with so many pixels a side comes first. `options` and `b_frames` are the codec's.
     """
     height, width = size
     with av.open(str(path), "w") as file:
@@ -24,6 +34,9 @@ def write_movie(
         stream = file.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.codec_context.time_base = stream.time_base = tick
+        stream.codec_context.options = options or {}
+        if b_frames is not None:
+            stream.codec_context.max_b_frames = b_frames
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
         sound = file.add_stream("aac", rate=16000) if sound_s else None
@@ -69,6 +82,17 @@ def write_sound(path, seconds=1.0, cover=False):
         if picture:
             write_cover(file, picture)
         write_silence(file, sound, seconds)
+    return str(path)
+
+
+def damage(path, packets: slice, change):
+    """Change the bytes of these packets of the video, in the order they are decoded."""
+    with av.open(str(path)) as file:
+        places = [(p.pos, p.pos + p.size) for p in file.demux(video=0) if p.size]
+    data = bytearray(Path(path).read_bytes())
+    for start, end in places[packets]:
+        data[start:end] = change(data[start:end])
+    Path(path).write_bytes(data)
     return str(path)
 
 

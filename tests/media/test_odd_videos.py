@@ -133,6 +133,16 @@ def test_transparency_is_dropped(tmp_path):
     assert clip.frames.shape[-1] == 3 and levels(clip) == list(range(20))
 
 
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx265")])
+def test_frames_that_a_decoder_holds_back_to_its_end(name, codec, tmp_path):
+    """With B-frames a decoder gives the first frame when it has seen a third one, or that there is none."""
+    options = {"x265-params": "bframes=4:b-adapt=0:log-level=none"} if codec == "libx265" else {}
+    two = write_movie(tmp_path / name, [0, 0.1], codec, options=options, b_frames=4)
+    assert (probe(two).frames, probe(two).height) == (2, 48) and levels(read_video(two, ALL)) == [0, 1]
+    one = write_movie(tmp_path / f"one-{name}", [0], codec, options=options, b_frames=4)
+    assert probe(one).frames == 1 and refusal(one) == "one_frame"
+
+
 @pytest.mark.parametrize("call", [read_video, probe])
 def test_no_video_and_no_decoder_have_their_own_reasons(call, tmp_path):
     assert refusal(write_sound(tmp_path / "a.mp4"), call) == "no_video_stream"

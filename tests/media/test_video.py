@@ -164,16 +164,6 @@ def test_portrait_and_tiny_frames(make_video, tmp_path):
     assert read_video(tiny, ALL, total).frames.shape == (4, 32, 64, 3)
 
 
-def test_rotation_metadata(make_video, tmp_path):
-    path = Path(make_video(tmp_path / "a.mp4", 4))
-    data = bytearray(path.read_bytes())
-    matrix = (0, 65536, 0, -65536, 0, 0, 48 << 16, 0, 1 << 30)
-    struct.pack_into(">9i", data, data.find(b"tkhd") + 44, *matrix)
-    path.write_bytes(data)
-    assert (probe(str(path)).height, probe(str(path)).width) == (64, 48)
-    assert read_video(str(path), ALL).frames.shape == (4, 64, 48, 3)
-
-
 def test_missing_empty_and_foreign_files(make_video, tmp_path, pool):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("this is not a video" * 50)
