@@ -1,8 +1,9 @@
 """Groups of questions, encoded ahead of time and in order by Grain: in a thread, or in worker processes.
 
-Decoding has a time limit of its own (`media.decode_pool`). For what else can go wrong in a worker, it notes in a roster
-what it encodes: a group that takes too long or kills its worker twice is refused, and Grain's iterator is built anew at
-the first group that did not arrive, so nothing else changes. What a reader gives depends on nothing but its groups.
+Fetching and decoding have time limits of their own (`files.remote`, `media.decode_pool`), and no record is at fault for
+a bucket that does not answer. For what else can go wrong in a worker, it notes in a roster what it encodes: a group that
+takes too long besides or kills its worker twice is refused, and Grain's iterator is built anew at the first group that
+did not arrive, so nothing else changes. What a reader gives depends on nothing but its groups.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class GroupReader:
         """
         self._groups, self._encoder, self._known = groups, encoder, known
         self._workers, self._ahead, self._place = workers, max(1, ahead), start
-        self.limit_s = 60 + 4 * encoder.encoder.options.decode_timeout_s  # for a group in a worker process
+        self.limit_s = 60 + 4 * encoder.encoder.options.decode_timeout_s  # in a worker, between files
         self._refused: dict[int, tuple[str, str]] = {}
         self._deaths: collections.Counter[int] = collections.Counter()
         self._restarts = 0
@@ -140,7 +141,9 @@ class GroupReader:
         if self._roster is None:
             return
         for place in self._roster.kill(longer_than_s=self.limit_s):
-            message = f"was not encoded within {self.limit_s:g} s; its worker process was killed"
+            message = (
+                f"was not encoded within {self.limit_s:g} s after its files were read; its worker process was killed"
+            )
             self._refused[place] = (message, "timeout")
         if self._roster.missing_for() > _START_LIMIT_S:
             raise WorkerError(f"a worker process did not start within {_START_LIMIT_S:g} s; set data.workers = 0")
@@ -214,7 +217,9 @@ class _Work:
         if self.roster is None:
             with self.gate.at_work():
                 return dataclasses.replace(self.encoder(asked), questions=questions)
-        with self.roster.at_work(index % self.workers, place):  # Grain gives worker w of n the groups w, w + n, ...
+        worker = index % self.workers  # Grain gives worker w of n the groups w, w + n, ...
+        self.encoder.encoder.unwatched = functools.partial(self.roster.unwatched, worker)  # this process has its own
+        with self.roster.at_work(worker, place):
             group = self.encoder(asked)
         return _packed(dataclasses.replace(group, questions=questions))
 

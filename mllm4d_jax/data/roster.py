@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+_STILL = 1 << 62  # later than any moment
+
 
 class ReaderClosedError(RuntimeError):
     """Nothing more is to be encoded. Ends what Grain runs; nobody else sees it."""
@@ -37,7 +39,8 @@ class Gate:
 
 
 class Roster:
-    """A file that all processes map, with a row (pid, place of the group + 1, since when, closed) for each worker.
+    """A file that all processes map, with a row (pid, place of the group + 1, since when, closed) for each worker; "since"
+    is `_STILL` while its clock stands still.
 
     What one writes the others see at once, and a worker that is killed can leave no lock behind. Made and closed by the
     main process; pickles into the workers.
@@ -68,10 +71,20 @@ class Roster:
         finally:
             row[1] = 0
 
-    def kill(self, longer_than_s: float = 0.0) -> list[int]:
-        """Kills the workers that have encoded a group for so long; returns the places of these groups."""
+    @contextlib.contextmanager
+    def unwatched(self, worker: int) -> Iterator[None]:
+        """Lets a worker's clock stand still inside the block, for what has a limit of its own; it then begins anew."""
+        row = self._rows[worker]
+        row[2] = _STILL
+        try:
+            yield
+        finally:
+            row[2] = time.monotonic_ns()
+
+    def kill(self, longer_than_s: float | None = None) -> list[int]:
+        """Kills the workers that have encoded a group for so long (None: at all); returns the places of these groups."""
         children = {child.pid: child for child in multiprocessing.active_children()}
-        before = time.monotonic_ns() - int(longer_than_s * 1e9)
+        before = _STILL if longer_than_s is None else time.monotonic_ns() - int(longer_than_s * 1e9)
         slow = [(pid, place - 1) for pid, place, since, _ in self._rows.tolist() if place and since <= before]
         for pid, _ in slow:
             if pid in children:

@@ -64,7 +64,12 @@ class MediaCache(Protocol):
 
 
 class Encoder(contextlib.AbstractContextManager):
-    """Encodes records for one model. Safe to call from several threads; pickles without its decoder processes."""
+    """Encodes records for one model. Safe to call from several threads; pickles without its decoder processes.
+
+    Attributes:
+      unwatched: makes the context in which a file is fetched or decoded. Both have time limits of their own; who sets
+        one for the rest can let its clock stand still there.
+    """
 
     def __init__(
         self,
@@ -87,6 +92,7 @@ class Encoder(contextlib.AbstractContextManager):
         self.config, self.tokenizer, self.max_tokens = config, tokenizer, max_tokens
         self.gen_prefix = gen_prefix
         self.options = opts = options or VideoOptions()
+        self.unwatched: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
         self._clips = ClipCache(opts.cache_gib * 2**30)
         self._pool = DecodePool(opts.decode_timeout_s, opts.decode_threads)
         self._sample = SampleRule(opts.sampling, opts.num_frames, opts.fps)
@@ -181,7 +187,8 @@ class Encoder(contextlib.AbstractContextManager):
                 path = part.get("path")
                 if path is None:
                     return part
-                return {**part, "path": held.enter_context(on_disk(path, self._clips, part["type"]))}
+                with self.unwatched():
+                    return {**part, "path": held.enter_context(on_disk(path, self._clips, part["type"]))}
 
             yield [copied(part) for part in parts]
 
@@ -213,7 +220,8 @@ class Encoder(contextlib.AbstractContextManager):
             times = np.asarray(stored.times, np.float64)[picked]
             return self._video_item(stored.name, times, stored.source_fps, stored.sampled_of(sample), size)
         path = part["path"]
-        info = self._pool.probe(path)
+        with self.unwatched():
+            info = self._pool.probe(path)
         if info.frames < _MIN_FRAMES:
             return None  # decoding finds out what is wrong
         indices, size = plan_frames(path, info, sample, self._resize)
@@ -228,7 +236,9 @@ class Encoder(contextlib.AbstractContextManager):
         if "frames" in part:
             path, clip = part["frames"].name, part["frames"].read(sample, self._resize)
         else:
-            path, clip = part["path"], self._pool.read(part["path"], sample, self._resize)
+            path = part["path"]
+            with self.unwatched():
+                clip = self._pool.read(path, sample, self._resize)
         item = self._video_item(path, clip.times, clip.source_fps, clip.total_frames, clip.frames.shape[1:3])
         return dataclasses.replace(item, frames=self.shown_frames(path, clip.frames))
 
@@ -246,7 +256,8 @@ class Encoder(contextlib.AbstractContextManager):
         c = self.config
         low = self.options.image_min_pixels or c.image_min_pixels
         high = self.options.image_max_pixels or c.image_max_pixels
-        image = self._pool.image(path, ImageRule(c.factor, low, high))
+        with self.unwatched():
+            image = self._pool.image(path, ImageRule(c.factor, low, high))
         grid = Grid("image", 1, image.shape[0] // c.patch_size, image.shape[1] // c.patch_size)
         return MediaItem(path, Visual(grid), frames=image[None])
 

@@ -164,6 +164,38 @@ def test_a_worker_that_hangs_is_killed(make_reader):
     assert said(fine) == {1: "r.json#1"}
 
 
+class ReadsSlowly(DangerousEncoder):
+    """Waits for its file before it does anything else."""
+
+    seconds = 2.5
+
+    def encode_group(self, records, cache=None):
+        with self.unwatched():
+            time.sleep(self.seconds)
+        return super().encode_group(records)
+
+
+def test_nobody_is_blamed_for_a_slow_bucket_but_still_for_what_comes_after(make_reader, tmp_path):
+    with make_reader(5, 14, 6, encoder=ReadsSlowly(tmp_path)) as reader:
+        reader.limit_s = 1.0
+        assert [said(group) for group in reader] == [{0: "r.json#0"}, {1: "timeout"}, {2: "r.json#2"}]
+
+
+class NeverReads(ReadsSlowly):
+    seconds = 600
+
+
+def test_closing_does_not_wait_for_a_bucket(make_reader, tmp_path):
+    reader = make_reader(5, encoder=NeverReads(tmp_path))
+    reader.start()
+    while not reader._roster._rows[0, 1]:
+        time.sleep(0.05)
+    time.sleep(0.2)  # it waits by now
+    started = time.perf_counter()
+    reader.close()
+    assert time.perf_counter() - started < 5 and not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bug_stops_the_run_with_its_traceback(make_reader, workers):
     with make_reader(5, 15, workers=workers) as reader:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import cv2
 import numpy as np
 import pytest
 
+from mllm4d_jax.encode import encoder as encoder_module
 from mllm4d_jax.encode.example import Example, VideoOptions
 from mllm4d_jax.encode.grids import patchify
 from mllm4d_jax.media import video
@@ -101,6 +104,33 @@ def test_a_bad_clip_costs_every_record(make_encoder, tmp_path):
     absent = {"type": "video", "path": str(tmp_path / "absent.mp4")}
     found = make_encoder().encode_group([make_record(f"k{i}", "What?", [absent]) for i in range(3)])
     assert [(r.key, r.reason) for r in found] == [(f"k{i}", "missing_file") for i in range(3)]
+
+
+def test_files_are_fetched_and_decoded_off_the_clock(make_encoder, clip, tmp_path, monkeypatch):
+    """Whoever watches how long a group takes does not count what has a limit of its own."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((64, 64, 3), np.uint8))
+    encoder, off, done = make_encoder(), [], []
+
+    @contextlib.contextmanager
+    def unwatched():
+        off.append(True)
+        yield
+        off.pop()
+
+    def noted(name, call):
+        return lambda *args: done.append((name, bool(off))) or call(*args)
+
+    encoder.unwatched = unwatched
+    monkeypatch.setattr(encoder_module, "on_disk", noted("fetched", encoder_module.on_disk))
+    for name in ("probe", "read", "image"):
+        monkeypatch.setattr(encoder._pool, name, noted(name, getattr(encoder._pool, name)))
+    monkeypatch.setattr(encoder_module, "patchify", noted("patchify", encoder_module.patchify))
+    media = [clip, {"type": "image", "path": str(tmp_path / "a.png")}]
+    assert isinstance(encoder.encode_group([make_record("k", "What?", media)])[0], Example)
+    assert sorted(done) == [("fetched", True)] * 2 + [("image", True)] + [("patchify", False)] * 2 + [
+        ("probe", True),
+        ("read", True),
+    ]
 
 
 def test_different_media_are_refused(make_encoder, clip, make_video, tmp_path):
