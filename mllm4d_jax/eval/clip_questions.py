@@ -21,6 +21,7 @@ from mllm4d_jax.qa.records import (
     Record,
     as_prompt,
     check_text,
+    fields_of,
     media_files,
     parse_record,
     unanswered,
@@ -191,6 +192,7 @@ def _named(key: str, records: RecordFile) -> Iterator[tuple[int, Mapping[str, An
 
 def _record_question(raw: Mapping[str, Any], key: str, root: str, manner: Manner) -> ClipQuestion:
     """The question of one record. Raises RecordError."""
+    raw = fields_of(raw)
     try:
         item, notes = benchmarks.record_question(raw, key, key, root), []
     except RecordError as error:

@@ -35,6 +35,7 @@ from mllm4d_jax.qa.reasoning import answer_part
 from mllm4d_jax.qa.records import (
     LAYOUTS,
     Conversation,
+    fields_of,
     one_video,
     read_conversation,
     text_field,
@@ -87,7 +88,7 @@ def vlm4d_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None
                 "its 'id' does not end in a number that a question can have, which says whether it is egocentric"
             )
         category = "exocentric" if int(number[0]) <= VLM4D_LAST_EXOCENTRIC else "egocentric"
-        subtask = "numeric" if all(type(option) is int for option in raw["choices"].values()) else "text"
+        subtask = "numeric" if all(type(option) is int for option in fields_of(raw["choices"]).values()) else "text"
     else:
         said = answer.strip().casefold()
         category, subtask = "false positive" if said == "no" or said.startswith("no ") else "directional", None
@@ -125,14 +126,15 @@ def record_question(raw: Mapping[str, Any], stem: str, key: str, root: str | Non
     Raises:
       RecordError: naming what is wrong.
     """
-    video, conversation = one_video(raw), None
+    raw, conversation = fields_of(raw), None
+    video = one_video(raw)
     if not LAYOUTS.keys().isdisjoint(raw):
         conversation = read_conversation(raw)
     system, prompt = conversation.question() if conversation else (None, None)
-    parts = {"choices": raw["options"]} | dict(raw) if "options" in raw else raw
+    parts = {"choices": raw["options"]} | raw if "options" in raw else raw
     if prompt is not None and not {"question", "choices"} <= parts.keys():
         question, written = split_question(without_placeholders(prompt))
-        parts = {"question": question, "choices": written} | dict(parts)
+        parts = {"question": question, "choices": written} | parts
     choices, answer = option_texts(parts.get("choices")), _answer(raw, conversation)
     category, subtask, scenario = (
         None if raw.get(field) is None else text_field(raw, field) for field in ("category", "subtask", "question_type")

@@ -14,7 +14,7 @@ from mllm4d_jax.qa.answers import same_option, true_letters
 from mllm4d_jax.qa.errors import RecordError
 from mllm4d_jax.qa.media_paths import Span
 from mllm4d_jax.qa.options import split_label
-from mllm4d_jax.qa.records import check_text
+from mllm4d_jax.qa.records import check_text, fields_of
 
 _MOST_ID = 500  # characters; ids stand in many places
 
@@ -89,17 +89,21 @@ def question_id(raw: Mapping[str, Any], key: str) -> str:
 
 
 def option_texts(value: Any) -> Mapping[str, str]:
-    """Return letter -> text of a record's options. Raises RecordError unless there are two or more, all usable."""
-    if not isinstance(value, Mapping) or len(value) < 2:
+    """Return letter -> text of a record's options. Raises RecordError unless there are two or more, all usable.
+
+    A letter with null is none of them: rows of a table have as many letters as the one with the most options.
+    """
+    options = fields_of(value) if isinstance(value, Mapping) else {}
+    if len(options) < 2:
         raise RecordError(f"'choices' must be an object with two options or more, not {shown(value)}")
-    for letter, option in value.items():
+    for letter, option in options.items():
         if len(letter) != 1 or letter not in string.ascii_uppercase:
             raise RecordError(f"'choices' must have capital letters as keys, not {shown(letter)}")
         usable = isinstance(option, str | int | float) and not isinstance(option, bool)
         if not usable or not str(option).strip():
             raise RecordError(f"option {letter} must be a text or a number, not {shown(option)}")
         check_text(str(option), f"option {letter}")
-    return MappingProxyType({letter: str(option) for letter, option in value.items()})
+    return MappingProxyType({letter: str(option) for letter, option in options.items()})
 
 
 def letters_of(choices: Mapping[str, str], answer: Any) -> tuple[str, ...]:

@@ -159,12 +159,23 @@ def as_scored_prompt(record: Record) -> Record:
     return prompt
 
 
+def fields_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an object that it has: a table writes null for one that a row lacks, and an object of nulls
+    for an object."""
+
+    def is_null(value: Any) -> bool:
+        return value is None or isinstance(value, Mapping) and bool(value) and all(map(is_null, value.values()))
+
+    return {name: value for name, value in raw.items() if not is_null(value)}
+
+
 def read_conversation(raw: Mapping[str, Any]) -> Conversation:
     """Return the turns and files of a record in either layout.
 
     Raises:
       RecordError: neither layout or both, a turn that is none, or other files than placeholders; names the field.
     """
+    raw = fields_of(raw)
     layouts = [name for name in LAYOUTS if name in raw]
     if len(layouts) != 1:
         raise RecordError(f"'conversations' or 'messages', one of them, must be among its fields {shown(sorted(raw))}")
@@ -185,12 +196,12 @@ def read_conversation(raw: Mapping[str, Any]) -> Conversation:
 
 def unread_fields(raw: Mapping[str, Any]) -> set[str]:
     """Return the fields of a record, and of its turns as "turn.NAME", that nothing reads."""
-    found = set(raw) - _FIELDS
+    found = fields_of(raw).keys() - _FIELDS
     for layout, roles in LAYOUTS.items():
         turns = raw.get(layout)
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
-                found.update(f"turn.{name}" for name in turn.keys() - {*roles, *_LEARNED})
+                found.update(f"turn.{name}" for name in fields_of(turn).keys() - {*roles, *_LEARNED})
     return found
 
 
@@ -244,8 +255,12 @@ def media_files(raw: Mapping[str, Any], kind: str) -> list[str]:
 
 
 def text_field(raw: Mapping[str, Any], field: str, default: str | None = None) -> str:
-    """Return a text of the record. Raises RecordError for another type, or a blank unless `default` is blank."""
-    value = raw.get(field, default)
+    """Return a text of the record, or the default if it has none.
+
+    Raises:
+      RecordError: another type, or a blank unless `default` is blank.
+    """
+    value = default if raw.get(field) is None else raw[field]
     if not isinstance(value, str) or not (value.strip() or default == ""):
         wanted = "a text" if default == "" else "a text that is not empty"
         raise RecordError(f"'{field}' must be {wanted}, not {shown(value)}")
@@ -257,7 +272,7 @@ def one_video(raw: Mapping[str, Any]) -> str:
     """Return the path of a question's video. Raises RecordError unless there is one, and no image."""
     videos = media_files(raw, "video")
     if len(videos) != 1:
-        field = "videos" if "videos" in raw else "video"
+        field = "videos" if "videos" in fields_of(raw) else "video"
         raise RecordError(f"'{field}' must be the path of one video, not {shown(raw.get(field))}")
     if media_files(raw, "image"):
         raise RecordError("it has images; a question is about one video")

@@ -101,7 +101,7 @@ def sti_question(raw: Mapping[str, Any], stem: str, key: str, root: str | None) 
     if isinstance(candidates, str):
         candidates = _written(candidates, "Candidates")
     if isinstance(candidates, Mapping):
-        choices = option_texts({letter: text for letter, text in candidates.items() if text is not None})
+        choices = option_texts(candidates)
     else:
         choices = _choices_of(_listed(candidates, "Candidates"))
     answer, name = _first(raw, "Answer", "answer"), _first(raw, "Scene", "scene")
@@ -178,7 +178,7 @@ def mmsi_video_question(raw: Mapping[str, Any], stem: str, key: str, root: str |
         subtask=None,
         video=clips[0],
         media=paths and paths["video"][0],
-        question=text_field(raw, "ori_question") if "ori_question" in raw else user.strip(),
+        question=text_field(raw, "ori_question", user.strip()),
         choices=choices,
         answer=str(answer),
         truth=answer_letters(choices, answer),
@@ -270,6 +270,8 @@ def _entries(value: Any, field: str) -> list[Mapping[str, Any]]:
 
 def _choices_of(options: list[Any]) -> Mapping[str, str]:
     """Letter -> text of options written with their letters (`A. text`), or without any."""
+    if None in options:  # an option of a list has its letter by its place, so none can be left out
+        raise RecordError(f"an option is null: {shown(options)}")
     labelled = [split_label(option) if isinstance(option, str) else None for option in options]
     letters = [found[0] for found in labelled if found and found[1]]
     if letters and letters != list(string.ascii_uppercase[: len(options)]):

@@ -136,6 +136,7 @@ def test_blobs_are_reached_through_links_only(cache):
     [
         {},
         {"conversations": []},
+        {"conversations": None, "messages": None},
         {"conversations": "text"},
         {"conversations": [{"from": "user"}]},
         {"conversations": [{"from": "user", "value": 3}]},
@@ -205,6 +206,10 @@ def refusals(raw, root) -> list[str]:
         {"messages": [{"role": "human", "content": ASKED["content"]}, {"role": "gpt", "content": "B"}]},
         {"messages": [ASKED | {"content": "Which way?\nOptions:\n(A) left\nB) right\n<video>"}]},
         {"messages": [ASKED | {"content": "<video>Which way?\nA: left\nB.right"}]},
+        {"conversations": None, "video": None, "system": None},
+        {"question": None, "choices": None, "options": None, "answer": None},
+        {"choices": {"A": None, "B": None, "C": None}},
+        dict.fromkeys(("id", "question_type", "source_id", "scale", "label", "object_name", "category", "subtask")),
     ],
 )
 def test_what_all_readers_take(tmp_path, change):

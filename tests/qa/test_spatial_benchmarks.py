@@ -86,6 +86,8 @@ def test_mmsi_video(tmp_path):
     names = {kind: [path.removeprefix(f"{tmp_path}/") for path in paths] for kind, paths in one.files.items()}
     assert names == {"video": ["videos/clip0.mp4", "videos/clip1.mp4"], "image": ["ref_images/a.jpg"]}
     assert parse("mmsi_video", mmsi_entry()).files is None
+    lacking = parse("mmsi_video", mmsi_entry(ori_question=None, format_prompt=None))
+    assert lacking.question == mmsi_entry()["user_prompt"].strip() and lacking.prompt == lacking.direct_prompt
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,7 @@ def test_mmsi_video(tmp_path):
         ("vsi", vsi_row(1, "object_rel_distance", "E"), "which is none of the options"),
         ("vsi", vsi_row(1, "object_rel_distance", "A", options=None), "'options' must be a list"),
         ("vsi", vsi_row(1, "object_rel_distance", "A", options="[A, B"), "'options' must be a list"),
+        ("vsi", vsi_row(1, "object_rel_distance", "A", options=["x", None, "y"]), "an option is null"),
         ("vsi", vsi_row(1, "object_rel_distance", "A", options="(" * 9000), "'options' must be a list"),
         ("vsi", vsi_row(1, "object_rel_distance", "A", options=["A. x", "C. y"]), r"have the letters \['A', 'C'\]"),
         ("vsi", vsi_row(1, "object_rel_distance", "A", options=["A. x", "y"]), r"have the letters \['A'\]"),
