@@ -15,7 +15,7 @@ from mllm4d_jax.data.clip_sets import DEFAULT_SPLIT, ClipSet
 from mllm4d_jax.data.json_index import RecordFileError
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.files.quoting import shown
-from mllm4d_jax.files.remote import is_folder
+from mllm4d_jax.files.remote import is_file, is_folder
 from mllm4d_jax.qa.records import Record
 
 _SEPARATOR = "::"
@@ -106,10 +106,10 @@ def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> 
     Raises:
       RecordFileError: nothing usable there.
     """
-    folder, _, split = str(path).rpartition("@")
     if is_folder(path):
         return ClipSet(path, DEFAULT_SPLIT, system_prompt)
-    if folder and is_folder(folder):
+    folder, _, split = str(path).rpartition("@")
+    if folder and "/" not in split and is_folder(folder) and not is_file(path):  # "@" may be in any name
         return ClipSet(folder, split, system_prompt)
     records = RecordFile(path, root, system_prompt)
     if records.unread:

@@ -11,7 +11,7 @@ import pytest
 
 from mllm4d_jax.data.json_index import RecordFileError, build_index
 from mllm4d_jax.data.record_file import RecordFile
-from mllm4d_jax.data.sources import Ingredient, Mixture, open_mixture, parse_mixture
+from mllm4d_jax.data.sources import Ingredient, Mixture, open_mixture, open_source, parse_mixture
 from tests.data.fakes import write_records
 
 
@@ -115,6 +115,18 @@ def test_a_mixture_opens_its_sources_and_its_digest_follows_content_and_rates(tm
     assert len({m.digest for m in (alone, mixed, *others)}) == 4
     with pytest.raises(RecordFileError, match="no such file"):
         open_mixture("", "", [f"{a}::{tmp_path}::1", f"{tmp_path / 'absent'}::{tmp_path}::1"])
+
+
+@pytest.mark.parametrize("name", ["sets@v2/train.json", "sets@v2", "sets@v2/more@v3"])
+def test_a_record_file_may_have_an_at_sign_in_its_path(tmp_path, name):
+    """Beside a folder with the name in front of it, too."""
+    for folder in ("sets", "sets@v2/more"):
+        if name != "sets@v2" or folder == "sets":
+            (tmp_path / folder).mkdir(parents=True)
+    path = write_records(tmp_path / name, [5, 6])
+    assert len(open_source(path, tmp_path)) == 2
+    with pytest.raises(RecordFileError, match="no TFDS set here"):
+        open_source(f"{tmp_path / 'sets'}@test", tmp_path)
 
 
 def test_empty_sources_are_refused(tmp_path):
