@@ -22,7 +22,7 @@ from mllm4d_jax.files.storage import storing
 _LOCK = ".lock"
 _ROOM = 0.9  # share of the bound that is left in use once clips have been thrown out
 _LOOK = 50  # one in so many of the bound's bytes is fetched before the folder is looked through again
-_LONGEST_NAME = 120
+_LONGEST_NAME = 120  # bytes; file systems have a limit of 255
 DEFAULT_GIB = 100.0  # of clips
 
 
@@ -105,8 +105,13 @@ def held_if_there(path: str) -> Iterator[Path | None]:
 def _places(path: str) -> tuple[Path, Path]:
     """Return where the copy of a clip is, and the file that is locked for it."""
     key = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:40]
-    entry = cache_folder() / "clips" / key[:2] / key / path.rpartition("/")[2][-_LONGEST_NAME:]
+    entry = cache_folder() / "clips" / key[:2] / key / _short(path.rpartition("/")[2])
     return entry, entry.parent.with_name(key + _LOCK)
+
+
+def _short(name: str) -> str:
+    """Return the end of a name, with its suffix, that any file system takes; of most names all."""
+    return name.encode("utf-8", "surrogatepass")[-_LONGEST_NAME:].decode("utf-8", "ignore")
 
 
 def copied_file(path: str | os.PathLike) -> Path:
@@ -138,10 +143,10 @@ def copied_folder(path: str | os.PathLike) -> Path:
 
 
 def _made_once(path: str, version: str, make: Callable[[Path], None]) -> Path:
-    """Return the copy of a version of something, which has the last two parts of its name."""
+    """Return the copy of a version of something, which has the last two parts of its name, each cut if it is long."""
     key = hashlib.sha256(f"{path}\n{version}".encode()).hexdigest()[:40]
     folder = cache_folder() / "whole" / key
-    *_, parent, name = path.rstrip("/").split("/")
+    parent, name = map(_short, path.rstrip("/").split("/")[-2:])
     with storing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(key + _LOCK), fcntl.LOCK_EX):

@@ -108,3 +108,19 @@ def test_a_folder_is_copied_whole(front):
         "below/data-0",
     }
     assert copied_folder(f"{ROOT}/sets/alone/1.0.0") == folder
+
+
+@pytest.mark.parametrize("letter", ["動", "é", "a", "\U0001f600"])
+def test_names_longer_than_a_file_system_takes(letter, monkeypatch):
+    """Buckets take names of 1024 bytes, file systems 255; suffixes tell what is in a file."""
+    name = letter * (500 // len(letter.encode()))
+    monkeypatch.setattr(remote, "fetch", lambda path, target: target.write_bytes(path.encode()))
+    monkeypatch.setattr(remote, "info", lambda path: {"generation": 1})
+    monkeypatch.setattr(remote, "found", lambda path: {"features.json": {"generation": 1}})
+    path = f"gs://b/{name}/{name}.mp4"
+    with ClipCache(1e9).held(path) as file:
+        assert file.read_bytes() == path.encode() and file.suffix == ".mp4" and file.stem.strip(letter) == ""
+        assert 100 < len(file.name.encode()) <= 120
+    assert copied_file(path).read_bytes() == path.encode() and copied_file(path).suffix == ".mp4"
+    folder = copied_folder(f"gs://b/{name}/{name}")
+    assert (folder / "features.json").read_bytes() == f"gs://b/{name}/{name}/features.json".encode()
