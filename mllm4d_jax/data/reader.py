@@ -1,9 +1,9 @@
 """Groups of questions, encoded ahead of time and in order by Grain: in a thread, or in worker processes.
 
 Fetching and decoding have time limits of their own (`files.remote`, `media.decode_pool`), and no record is at fault for
-a bucket that does not answer. For what else can go wrong in a worker, it notes in a roster what it encodes: a group that
-takes too long besides or kills its worker twice is refused, and Grain's iterator is built anew at the first group that
-did not arrive, so nothing else changes. What a reader gives depends on nothing but its groups.
+a bucket that does not answer. For what else can go wrong in a worker, it notes in a roster what it encodes: a group
+that takes too long or kills its worker twice is refused, and Grain's iterator is built anew at the first group that did
+not arrive, so nothing else changes. What a reader gives depends on nothing but its groups.
 """
 
 from __future__ import annotations

@@ -39,11 +39,10 @@ class Gate:
 
 
 class Roster:
-    """A file that all processes map, with a row (pid, place of the group + 1, since when, closed) for each worker; "since"
-    is `_STILL` while its clock stands still.
+    """A file that all processes map, with a row (pid, place of the group + 1, since when, closed) for each worker.
 
-    What one writes the others see at once, and a worker that is killed can leave no lock behind. Made and closed by the
-    main process; pickles into the workers.
+    What one writes the others see at once, and a worker that is killed can leave no lock behind. While its clock stands
+    still, a worker is at work since `_STILL`. Made and closed by the main process; pickles into the workers.
     """
 
     def __init__(self, workers: int, path: str = "") -> None:
@@ -82,7 +81,7 @@ class Roster:
             row[2] = time.monotonic_ns()
 
     def kill(self, longer_than_s: float | None = None) -> list[int]:
-        """Kills the workers that have encoded a group for so long (None: at all); returns the places of these groups."""
+        """Kills the workers that encode a group, for so long or (None) at all; returns the places of these groups."""
         children = {child.pid: child for child in multiprocessing.active_children()}
         before = _STILL if longer_than_s is None else time.monotonic_ns() - int(longer_than_s * 1e9)
         slow = [(pid, place - 1) for pid, place, since, _ in self._rows.tolist() if place and since <= before]
