@@ -75,7 +75,7 @@ MATCHING: Mapping[str, Any] = MappingProxyType(
         "model.path": "runs/letters/model",
         "optim.lr": 0.01,
         "train.batch_size": 128,
-        "train.steps": 900,
+        "train.steps": 600,
     }
 )
 # Then to see: where things are, as states in camera heights, and captions in words. Words alone teach so small a model
