@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 
 from mllm4d_jax.qa.errors import MediaError
 
@@ -68,10 +68,11 @@ def read_orientation(frame: av.VideoFrame, path: str) -> Orientation | None:
 
 def _display_matrix(frame: av.VideoFrame) -> np.ndarray | None:
     """f64[2, 2], the part that turns and mirrors; None for a frame without one."""
+    # `frame.side_data` is the same, but the frame keeps it, and it keeps the frame, until garbage is collected.
     try:
-        found = frame.side_data.get("DISPLAYMATRIX")
+        found = SideDataContainer(frame).get("DISPLAYMATRIX")
     except ValueError:  # PyAV lists nothing where it has no name for one of the kinds, as for EXIF
-        found = _without_unnamed(frame).side_data.get("DISPLAYMATRIX")
+        found = SideDataContainer(_without_unnamed(frame)).get("DISPLAYMATRIX")
     return None if found is None else np.frombuffer(bytes(found), np.int32).reshape(3, 3)[:2, :2] / 65536
 
 

@@ -244,8 +244,7 @@ def _decode(job: _Job, pts: np.ndarray) -> tuple[VideoClip | None, list[int]]:
         taken = slots.pop(at, ())
         if taken:
             _check_frame(job, frame, at)
-            image = job.line.orientation.applied(frame.to_ndarray(format="rgb24", threads=1))
-            frames[taken] = resize_bicubic(image, *size)
+            frames[taken] = resize_bicubic(_upright(frame, job.line), *size)
     sampled_of = len(info.times[job.sample.part(info.times)])
     clip = VideoClip(frames, indices, info.times[indices], info.fps, sampled_of)
     return None if slots else clip, seen
@@ -271,6 +270,11 @@ def _all_frames(path: str, threads: int) -> Iterator[av.VideoFrame]:
             raise
         except DECODER_ERRORS:  # reading failed: there is no more
             return
+
+
+def _upright(frame: av.VideoFrame, line: Timeline) -> np.ndarray:
+    """u8[H, W, 3] RGB, turned upright, pixels as stored."""
+    return line.orientation.applied(frame.to_ndarray(format="rgb24", threads=1))
 
 
 def _shown_size(path: str, line: Timeline) -> tuple[int, int]:

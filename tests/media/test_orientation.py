@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import struct
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from mllm4d_jax.media.frame_sampling import SampleRule
+from mllm4d_jax.media.orientation import read_orientation
 from mllm4d_jax.media.video import probe, read_video
 from mllm4d_jax.qa.errors import MediaError
 
@@ -117,6 +120,18 @@ def test_frames_with_kinds_of_notes_that_pyav_cannot_name(orientation, shown, tm
             packet.is_keyframe = True
             file.mux(packet)
     check(path, shown, turned=orientation > 4)
+
+
+def test_a_frame_is_let_go_at_once(tmp_path):
+    """Looking at it makes no cycle of references: frames of 8K would pile up."""
+    gc.disable()
+    try:
+        with av.open(with_matrix(write(tmp_path / "a.mp4"), (-1, 0, 0, 1))) as file:
+            frame = next(file.decode(video=0))
+            before = sys.getrefcount(frame)
+            assert read_orientation(frame, "a.mp4").left_right and sys.getrefcount(frame) == before
+    finally:
+        gc.enable()
 
 
 def rewritten(path: str, target, filters: dict[int, str]) -> str:
