@@ -94,6 +94,16 @@ def parse_mixture(entries: Iterable[str]) -> tuple[Ingredient, ...]:
     return tuple(found)
 
 
+def named_set(path: str | Path) -> tuple[str | Path, str] | None:
+    """Return the folder and the split of a TFDS set that a path names, "folder" or "folder@split"; None for a file."""
+    if is_folder(path):
+        return path, DEFAULT_SPLIT
+    folder, _, split = str(path).rpartition("@")
+    if folder and "/" not in split and is_folder(folder) and not is_file(path):  # "@" may be in any name
+        return folder, split
+    return None
+
+
 def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> RecordSource:
     """Opens a record file (JSON list or JSONL), or a TFDS set of clips: its version's folder, "@split" behind it if not
     the training split. The log names the fields of a record file that nothing reads, once.
@@ -106,11 +116,8 @@ def open_source(path: str | Path, root: str | Path, system_prompt: str = "") -> 
     Raises:
       RecordFileError: nothing usable there.
     """
-    if is_folder(path):
-        return ClipSet(path, DEFAULT_SPLIT, system_prompt)
-    folder, _, split = str(path).rpartition("@")
-    if folder and "/" not in split and is_folder(folder) and not is_file(path):  # "@" may be in any name
-        return ClipSet(folder, split, system_prompt)
+    if named := named_set(path):
+        return ClipSet(*named, system_prompt)
     records = RecordFile(path, root, system_prompt)
     if records.unread:
         often = sorted(records.unread.items(), key=lambda field: -field[1])

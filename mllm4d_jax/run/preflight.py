@@ -10,7 +10,7 @@ import ml_collections
 
 from configs.published import PAPER, SIZES
 from mllm4d_jax.data.json_index import RecordFileError
-from mllm4d_jax.data.sources import parse_mixture
+from mllm4d_jax.data.sources import named_set, parse_mixture
 from mllm4d_jax.data.stream import LoaderError
 from mllm4d_jax.files.remote import is_file, is_folder, place
 from mllm4d_jax.models.config import ModelConfigError
@@ -115,8 +115,9 @@ def place_problems(name: str, path: str, root: str) -> Iterator[str]:
 
 
 def _is_clip_set(path: str) -> bool:
-    """Whether a path names a TFDS set, with or without its split."""
-    return any(is_file(os.path.join(p, "features.json")) for p in (path, path.rpartition("@")[0]) if p)
+    """Whether a path names a TFDS set that is there, with or without its split."""
+    named = named_set(path)
+    return named is not None and is_file(os.path.join(named[0], "features.json"))
 
 
 def _prompt_problems(config: ml_collections.ConfigDict) -> Iterator[str]:

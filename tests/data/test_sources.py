@@ -12,6 +12,7 @@ import pytest
 from mllm4d_jax.data.json_index import RecordFileError, build_index
 from mllm4d_jax.data.record_file import RecordFile
 from mllm4d_jax.data.sources import Ingredient, Mixture, open_mixture, open_source, parse_mixture
+from mllm4d_jax.run.preflight import place_problems
 from tests.data.fakes import write_records
 
 
@@ -127,6 +128,9 @@ def test_a_record_file_may_have_an_at_sign_in_its_path(tmp_path, name):
     assert len(open_source(path, tmp_path)) == 2
     with pytest.raises(RecordFileError, match="no TFDS set here"):
         open_source(f"{tmp_path / 'sets'}@test", tmp_path)
+    (tmp_path / "sets" / "features.json").write_text("{}")  # as in a set: it alone needs no folder of media
+    assert not list(place_problems("data.path =", f"{tmp_path / 'sets'}@test", ""))
+    assert ["has no media folder" in problem for problem in place_problems("data.path =", str(path), "")] == [True]
 
 
 def test_empty_sources_are_refused(tmp_path):
