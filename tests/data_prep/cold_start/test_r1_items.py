@@ -93,7 +93,7 @@ def test_ids_come_from_the_content_and_repeated_records_count_once(tmp_path):
         ({"id": 7}, "'id'"),
         ({"id": " "}, "'id'"),
         ({"question_type": ""}, "'question_type'"),
-        ({"label": None}, "'label'"),
+        ({"label": 5}, "'label'"),
         ({"object_name": ["x"]}, "'object_name'"),
         ({"frames": [1, 2]}, "'frames'"),
         ({"frames": {"seen": [3, 2], "count": 9}}, "'frames'"),
