@@ -129,7 +129,8 @@ class StepMetrics(NamedTuple):
 
     def measured(self, **values: float) -> dict[str, float | None]:
         """Return columns of the step's row; None in a step that had nothing to learn from, and so measured nothing."""
-        return {name: value if float(self.weight) > 0 else None for name, value in values.items()}
+        learned = float(self.weight) > 0
+        return {name: value if learned else None for name, value in values.items()}
 
 
 class Sums(NamedTuple):
@@ -160,7 +161,9 @@ def apply_sums(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(sums.weight)
     updates, new_state = optimizer.update(grads, opt_state, trainable)
     new = (optax.apply_updates(trainable, updates), new_state)
-    in_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+
+    def in_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
 
     def keep(after: Any, before: Any) -> Any:
         # The host looks at `finite` one step later; until then a bad step must not spread.
