@@ -72,7 +72,7 @@ VIDEO_KEYS = (
     Key(
         "video.sampling",
         "uniform",
-        "which frames: evenly spaced over the clip, or the rule of the named processor (needs fps)",
+        "which frames: evenly spread over the clip, or by the rule of the named processor; with fps or without",
         choices=("uniform", "qwen3_vl", "qwen2_5_vl", "qwen_vl_utils"),
     ),
 )
